@@ -1,0 +1,204 @@
+"""The settings of a run: one YAML file, typed, with ``--set`` overrides.
+
+A config may name a base with ``extends: ./other.yaml``. A string that starts with ``./`` or ``../`` is a path
+relative to the file that states it (for ``--set``: to the current folder); any other relative path is relative to
+the current folder. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError, field_validator
+
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.rollout.settings import RolloutSettings
+from eopd.stages.score.settings import ScoreSettings
+from eopd.stages.settings import Settings, setting
+from eopd.stages.train.settings import TrainSettings
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """The settings are not valid; the message names the file, the key and what to do."""
+
+
+class ModelSettings(Settings):
+    path: str = setting(..., "Folder of a causal LM in Hugging Face format, or a hub id.", keyed=False)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision the weights are used in when sampling or scoring; auto is the checkpoint's own."
+    )
+    revision: str | None = setting(None, "Hub commit or tag. Fixed weights come from a commit.", keyed=False)
+    tokenizer: str | None = setting(None, "Folder or hub id of the tokenizer when it is not in `path`.", keyed=False)
+    trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
+
+
+class LauncherSettings(Settings):
+    kind: Literal["inline", "local"] = setting(
+        "local", "inline: every stage in this process. local: a sub-process per stage (frees GPU memory).", keyed=False
+    )
+
+
+class RunSettings(Settings):
+    name: str = setting(..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = setting(0, "Seed of prompt order, sampling and training order.")
+    store: str = setting("store", "Folder of the artifact store. Runs that share it share work.", keyed=False)
+    runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)
+    rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1)
+    student: ModelSettings = setting(..., "The model that learns.")
+    teacher: ModelSettings = setting(..., "The model it learns from.")
+    prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
+    rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")
+    score: ScoreSettings = setting(ScoreSettings, "What the teacher says of every token.")
+    train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
+    evaluate: EvaluateSettings | None = setting(None, "How students are measured. None: not at all.")
+    launcher: LauncherSettings = setting(LauncherSettings, "How stages are started.", keyed=False)
+
+    @field_validator("name")
+    @classmethod
+    def _no_dots_only(cls, name: str) -> str:
+        if set(name) == {"."}:
+            raise ValueError("a run cannot be called '.' or '..'")
+        return name
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a config that comes with the package.
+
+    Raises:
+        ConfigError: neither; lists what is there.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = CONFIG_FOLDER / f"{name}.yaml"
+    if packaged.is_file():
+        return packaged
+    known = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in CONFIG_FOLDER.rglob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"no config file {name!r}, and none of that name comes with eopd ({', '.join(known)}).{hint}")
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunSettings:
+    """Settings from a YAML file and ``key.path=value`` overrides (values are read as YAML).
+
+    Raises:
+        ConfigError: a file, key or value is wrong.
+    """
+    path = find_config(name)
+    raw = _read_yaml(path, seen=())
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_settings(raw, source=str(path))
+
+
+def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
+    try:
+        return RunSettings.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{seen[-1] if seen else path} extends {path}, which does not exist") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`, found {type(raw).__name__}")
+    raw = _resolve_paths(raw, path.parent)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    return _merge(_read_yaml(Path(base), (*seen, path)), raw)
+
+
+def _resolve_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve_paths(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    return value
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override!r}: expected key=value, such as train.lr=1e-5")
+    try:
+        value = _resolve_paths(yaml.safe_load(text), Path.cwd())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    here = raw
+    *above, last = dotted.split(".")
+    for name in above:
+        below = here.setdefault(name, {})
+        if below is None:
+            below = here[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override!r}: {name!r} is a value, not a group of settings")
+        here = below
+    here[last] = value
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    location = [str(piece) for piece in item["loc"]]
+    where = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f" Known here: {', '.join(known)}."
+        return f"unknown setting {where!r}.{hint}"
+    if item["type"] == "missing":
+        return f"setting {where!r} is required"
+    return f"setting {where!r} is {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    model: Any = RunSettings
+    for name in location:
+        if name.isdigit():
+            continue
+        field = model.model_fields.get(name) if _is_model(model) else None
+        model = _model_of(field.annotation) if field is not None else None
+        if model is None:
+            return []
+    return sorted(model.model_fields)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _model_of(annotation: Any) -> Any:
+    """The settings class inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
+    if _is_model(annotation):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_of(inner)
+        if found is not None:
+            return found
+    return None

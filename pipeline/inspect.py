@@ -1,0 +1,42 @@
+"""Looking at the world before planning: models, prompts and benchmarks that the settings name.
+
+Everything that can be wrong with an input and seen without loading a model is said here, before heavy work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.models import inspect_model
+from eopd.pipeline.plan import BenchmarkFacts, Facts
+from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
+from eopd.storage.fingerprints import Digests
+
+DIGESTS_FILE = ".digests.json"
+
+
+def gather_facts(settings: RunSettings) -> Facts:
+    """Fingerprints and counts of every input.
+
+    Raises:
+        ConfigError: an input is missing or unreadable; names the setting.
+    """
+    digests = Digests(Path(settings.store) / DIGESTS_FILE)
+    student = inspect_model("student", settings.student, digests)
+    teacher = inspect_model("teacher", settings.teacher, digests)
+    count, fingerprint = _source("prompts", settings.prompts, digests)
+    benchmarks = []
+    for number, benchmark in enumerate(settings.evaluate.benchmarks if settings.evaluate else ()):
+        rows, digest = _source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), digests)
+        benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
+    digests.save()
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks))
+
+
+def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
+    try:
+        files = source_files(settings)
+        return count_prompts(settings), digests.of_files(files[0].parent, files)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error

@@ -1,0 +1,95 @@
+"""What a plan must know of an external model, read from its folder's small files. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.config import ConfigError, ModelSettings
+from eopd.storage.files import canonical_json, sha256_text
+from eopd.storage.fingerprints import LENGTH, Digests, model_files, tokenizer_files
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """An external model as keys see it, and where it is."""
+
+    folder: Path
+    tokenizer_folder: Path
+    fingerprint: str  # weights, config and dtype
+    tokenizer_fingerprint: str  # every tokenizer file, templates included
+    stop_ids: tuple[int, ...]
+
+
+def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
+    """Facts of the model that plays ``role`` ("student" or "teacher").
+
+    Raises:
+        ConfigError: its folder or hub id is not at hand, or lacks a file; says what to do.
+    """
+    folder = locate(role, settings.path, settings.revision)
+    tokenizer = locate(f"{role}.tokenizer", settings.tokenizer, None) if settings.tokenizer else folder
+    files = model_files(folder)
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
+    if len(files) == 1:
+        raise ConfigError(
+            f"{role}.path: {folder} has no *.safetensors weights. Convert the checkpoint with "
+            "model.save_pretrained(folder); pickled weights are not read."
+        )
+    if not tokenizer_files(tokenizer):
+        raise ConfigError(f"{role}.path: no tokenizer files in {tokenizer}; name their folder in {role}.tokenizer")
+    weights = digests.of_files(folder, files)
+    semantic = {"weights": weights, "dtype": settings.dtype, "remote_code": settings.trust_remote_code}
+    return ModelFacts(
+        folder=folder,
+        tokenizer_folder=tokenizer,
+        fingerprint=sha256_text(canonical_json(semantic))[:LENGTH],
+        tokenizer_fingerprint=digests.of_files(tokenizer, tokenizer_files(tokenizer)),
+        stop_ids=stop_ids_of(folder, tokenizer),
+    )
+
+
+def locate(role: str, path: str, revision: str | None) -> Path:
+    """The local folder of a model: as named, or from the local hub cache."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+    if looks_local:
+        raise ConfigError(f"{role}.path: there is no folder {path}. Point it to a model folder, or to a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise ConfigError(
+            f"{role}.path: {path!r} is neither a folder nor in the local hub cache. Download it once with "
+            f"`hf download {path}{at}`, or point {role}.path to a folder that holds it."
+        ) from error
+
+
+def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
+    """Ids that end a response: eos of generation_config.json and config.json, and the tokenizer's eos token."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        eos = _read_json(folder / name).get("eos_token_id")
+        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    text = _read_json(tokenizer / "tokenizer_config.json").get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if text is not None:
+        for entry in _read_json(tokenizer / "tokenizer.json").get("added_tokens", []):
+            if entry["content"] == text:
+                found.add(int(entry["id"]))
+    return tuple(sorted(found))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}

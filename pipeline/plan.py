@@ -1,0 +1,233 @@
+"""The plan: settings and facts in, ordered jobs with their keys out. Pure: nothing is read or written.
+
+Keys are input-addressed (a checkpoint is known by the job that makes it), so the whole plan stands before any work
+is done, and two runs that ask for the same thing name the same folder.
+
+    round 0                     round 1
+    evaluate(student 0)
+    rollout -> score -> train -> student 1: evaluate, rollout -> score -> train -> student 2: evaluate ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.models import ModelFacts
+from eopd.stages.engines.sampling import derive_seed
+from eopd.stages.models.prompts import draw_prompts
+from eopd.stages.train.schedule import steps_per_round
+from eopd.storage.artifacts import Identity
+from eopd.storage.files import canonical_json, sha256_text
+from eopd.storage.fingerprints import LENGTH
+
+Stage = Literal["rollout", "score", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate")
+
+# A stage's version enters its keys. Raise it when the stage makes other bytes from the same settings.
+VERSIONS = {"rollouts": 1, "student_topk": 1, "scores": 1, "checkpoints": 1, "evaluations": 1}
+
+WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
+
+
+@dataclass(frozen=True)
+class BenchmarkFacts:
+    name: str
+    count: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan must know of the world outside the store."""
+
+    student: ModelFacts
+    teacher: ModelFacts
+    prompt_count: int
+    prompts_fingerprint: str
+    benchmarks: tuple[BenchmarkFacts, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """E: the union of both models' stop ids. Rollouts always stop on all of them."""
+        return tuple(sorted({*self.student.stop_ids, *self.teacher.stop_ids}))
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    stage: Stage
+    round: int
+    output: Identity
+    inputs: tuple[Identity, ...] = ()
+    side: Identity | None = None  # the student's own top-k, beside its rollouts
+    prompt_indices: tuple[tuple[int, ...], ...] = ()  # of a rollout, per part
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.round}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    jobs: tuple[PlannedJob, ...]  # in an order in which each finds its inputs done
+
+    def job(self, stage: Stage, round_: int) -> PlannedJob:
+        for job in self.jobs:
+            if (job.stage, job.round) == (stage, round_):
+                return job
+        rounds = sorted({job.round for job in self.jobs if job.stage == stage})
+        raise ConfigError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
+
+    def policy(self, round_: int) -> Identity | None:
+        """Checkpoint that is the student at the start of ``round_``; None: the external student."""
+        return None if round_ == 0 else self.job("train", round_ - 1).output
+
+
+def make_plan(settings: RunSettings, facts: Facts) -> Plan:
+    """Every job of every round, in order."""
+    jobs: list[PlannedJob] = []
+    policy: Identity | None = None
+    if settings.evaluate is not None:
+        jobs.append(_evaluate_job(settings, facts, 0, policy))
+    for round_ in range(settings.rounds):
+        rollout = _rollout_job(settings, facts, round_, policy)
+        score = _score_job(settings, facts, round_, rollout)
+        train = _train_job(settings, facts, round_, policy, rollout, score)
+        jobs += [rollout, score, train]
+        policy = train.output
+        if settings.evaluate is not None:
+            jobs.append(_evaluate_job(settings, facts, round_ + 1, policy))
+    return Plan(tuple(jobs))
+
+
+def prompts_per_round(settings: RunSettings, facts: Facts) -> int:
+    """As set, or the whole prompt set where that is smaller."""
+    return min(settings.rollout.prompts_per_round, facts.prompt_count)
+
+
+def sampling_seed(settings: RunSettings, round_: int) -> int:
+    """Seed of a round's rollouts: a prompt that comes again in a later round is sampled anew."""
+    return derive_seed(settings.seed, "round", round_)
+
+
+def steps_of_round(settings: RunSettings, facts: Facts) -> int:
+    """Optimiser steps of a round in which no prompt is skipped."""
+    responses = prompts_per_round(settings, facts) * settings.rollout.samples_per_prompt
+    return steps_per_round(responses, settings.train.batch_responses, settings.train.epochs)
+
+
+def _policy_key(facts: Facts, policy: Identity | None) -> str:
+    return facts.student.fingerprint if policy is None else policy.key
+
+
+def _parts_of(indices: Sequence[int], rows: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(indices[start : start + rows]) for start in range(0, len(indices), rows))
+
+
+def _rollout_job(settings: RunSettings, facts: Facts, round_: int, policy: Identity | None) -> PlannedJob:
+    indices = draw_prompts(facts.prompt_count, prompts_per_round(settings, facts), round_, settings.seed)
+    parts = _parts_of(indices, settings.rollout.rows_per_part)
+    sampling = settings.rollout.semantic()
+    topk = settings.rollout.student_topk
+    identity = Identity(
+        kind="rollouts",
+        version=VERSIONS["rollouts"],
+        parts=len(parts),
+        settings={
+            "rollout": sampling,
+            "prompts": settings.prompts.semantic(),
+            "drawn": sha256_text(canonical_json(parts))[:LENGTH],
+            "seed": sampling_seed(settings, round_),
+            "stop_ids": list(facts.stop_ids),
+        },
+        inputs={
+            "policy": _policy_key(facts, policy),
+            "tokenizer": facts.student.tokenizer_fingerprint,
+            "prompts": facts.prompts_fingerprint,
+        },
+    )
+    side = None
+    if topk:
+        side = Identity(
+            kind="student_topk",
+            version=VERSIONS["student_topk"],
+            parts=len(parts),
+            settings={"k": topk},
+            inputs={"rollouts": identity.key},
+        )
+    return PlannedJob("rollout", round_, identity, (policy,) if policy else (), side, parts)
+
+
+def _score_job(settings: RunSettings, facts: Facts, round_: int, rollout: PlannedJob) -> PlannedJob:
+    temperature = settings.score.temperature
+    identity = Identity(
+        kind="scores",
+        version=VERSIONS["scores"],
+        parts=rollout.output.parts,
+        settings={
+            **settings.score.identity(),
+            "temperature": settings.rollout.temperature if temperature is None else temperature,
+            "stop_ids": list(facts.stop_ids),
+        },
+        inputs={
+            "rollouts": rollout.output.key,
+            "teacher": facts.teacher.fingerprint,
+            "tokenizer": facts.teacher.tokenizer_fingerprint,
+        },
+        coverage={**settings.score.coverage(), "extra": rollout.side.key if rollout.side else None},
+    )
+    return PlannedJob("score", round_, identity, (rollout.output,), rollout.side)
+
+
+def _train_job(
+    settings: RunSettings,
+    facts: Facts,
+    round_: int,
+    policy: Identity | None,
+    rollout: PlannedJob,
+    score: PlannedJob,
+) -> PlannedJob:
+    optimizer = settings.train.optimizer
+    span = None  # a constant rate does not depend on how many steps there will be
+    if optimizer.schedule != "constant":
+        span = steps_of_round(settings, facts) * (settings.rounds if optimizer.carry_over else 1)
+    identity = Identity(
+        kind="checkpoints",
+        version=VERSIONS["checkpoints"],
+        parts=2,
+        settings={
+            "train": settings.train.semantic(),
+            "seed": settings.seed,
+            "round": round_,
+            "total_steps": span,
+        },
+        inputs={
+            "student": _policy_key(facts, policy),
+            "tokenizer": facts.student.tokenizer_fingerprint,
+            "rollouts": rollout.output.key,
+            "scores": score.output.key,
+        },
+    )
+    inputs = (rollout.output, score.output) + ((policy,) if policy else ())
+    return PlannedJob("train", round_, identity, inputs)
+
+
+def _evaluate_job(settings: RunSettings, facts: Facts, round_: int, policy: Identity | None) -> PlannedJob:
+    evaluate = settings.evaluate
+    assert evaluate is not None
+    chunks = sum(math.ceil(benchmark.count / evaluate.rows_per_part) for benchmark in facts.benchmarks)
+    identity = Identity(
+        kind="evaluations",
+        version=VERSIONS["evaluations"],
+        parts=chunks + 1,
+        settings={"evaluate": evaluate.semantic(), "seed": settings.seed, "stop_ids": list(facts.stop_ids)},
+        inputs={
+            "policy": _policy_key(facts, policy),
+            "tokenizer": facts.student.tokenizer_fingerprint,
+            **{f"benchmark {benchmark.name}": benchmark.fingerprint for benchmark in facts.benchmarks},
+        },
+    )
+    return PlannedJob("evaluate", round_, identity, (policy,) if policy else ())

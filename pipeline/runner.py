@@ -1,0 +1,230 @@
+"""Runs planned jobs: skips what is committed, hands each stage what it reads, says one line per finished job."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
+from eopd.pipeline.models import ModelFacts
+from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_seed, steps_of_round
+from eopd.stages.job import ModelRef, Progress
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.paths import RunPaths
+
+if TYPE_CHECKING:
+    from eopd.stages.train.job import TrainJob
+
+PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step; how many there will be is not known
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One run: its settings, what they name, and the plan they make."""
+
+    settings: RunSettings
+    facts: Facts
+    plan: Plan
+    progress: Progress
+
+    @property
+    def store(self) -> Path:
+        return Path(self.settings.store)
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(Path(self.settings.runs) / self.settings.name)
+
+    def artifact(self, identity: Identity) -> Artifact:
+        return Artifact(self.store, identity)
+
+    def is_done(self, job: PlannedJob) -> bool:
+        done = self.artifact(job.output).is_complete()
+        return done and (job.side is None or job.stage != "rollout" or self.artifact(job.side).is_complete())
+
+    def run(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
+        """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.
+
+        Raises:
+            ConfigError: an input artifact is not complete yet; names the command that makes it.
+        """
+        output = self.artifact(job.output)
+        chosen = list(range(output.parts)) if parts is None else list(parts)
+        committed = output.committed()
+        if self.is_done(job) or (parts is not None and committed.issuperset(chosen) and job.side is None):
+            return False
+        self._check_inputs(job, chosen)
+        self.paths.logs.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        START[job.stage](self, job, chosen)
+        seconds, made = time.monotonic() - began, len(output.committed()) - len(committed)
+        self.progress.close()
+        self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
+        if made:
+            self._log(job, seconds, made)
+        return True
+
+    def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:
+        """One line a job that did something: what it cost. For the report's table and for estimates."""
+        line = {"stage": job.stage, "round": job.round, "key": job.output.key, "seconds": seconds, "parts": parts}
+        with self.paths.jobs.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _check_inputs(self, job: PlannedJob, parts: Sequence[int]) -> None:
+        for identity in job.inputs:
+            artifact = self.artifact(identity)
+            by_part = job.stage == "score" and identity.kind == "rollouts"
+            missing = [p for p in artifact.missing() if not by_part or p in parts]
+            if not missing:
+                continue
+            maker = {"rollouts": "rollout", "scores": "score", "checkpoints": "train"}[identity.kind]
+            round_ = job.round if identity.kind != "checkpoints" else job.round - 1
+            raise ConfigError(
+                f"{job.name} needs {artifact}, of which parts {missing[:8]} are missing. "
+                f"Run `eopd {maker} CONFIG --round {round_}` first, or `eopd run CONFIG` for everything."
+            )
+
+    # -- what the stages are handed ----------------------------------------------------------------------------
+
+    def _external(self, settings: ModelSettings, facts: ModelFacts) -> ModelRef:
+        return ModelRef(
+            path=str(facts.folder),
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            fingerprint=facts.fingerprint,
+            tokenizer=str(facts.tokenizer_folder),
+        )
+
+    def student(self, round_: int) -> ModelRef:
+        """The policy at the start of ``round_``."""
+        settings, facts = self.settings.student, self.facts.student
+        checkpoint = self.plan.policy(round_)
+        if checkpoint is None:
+            return self._external(settings, facts)
+        return ModelRef(
+            path=str(self.artifact(checkpoint).part_folder(WEIGHTS)),
+            dtype=settings.dtype if settings.dtype != "auto" else _dtype_of(facts.folder),
+            trust_remote_code=settings.trust_remote_code,
+            fingerprint=checkpoint.key,
+            tokenizer=str(facts.tokenizer_folder),
+        )
+
+    def teacher(self) -> ModelRef:
+        return self._external(self.settings.teacher, self.facts.teacher)
+
+
+def _dtype_of(folder: Path) -> str:
+    """The precision a checkpoint says it was saved in; later rounds are sampled in the first student's."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _start_rollout(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
+    from eopd.stages.rollout.job import RolloutJob
+    from eopd.stages.rollout.run import run
+
+    run(
+        RolloutJob(
+            output=runner.artifact(job.output),
+            parts=parts,
+            settings=runner.settings.rollout,
+            progress=runner.progress,
+            log_dir=runner.paths.logs,
+            policy=runner.student(job.round),
+            prompts=runner.settings.prompts,
+            prompt_indices=job.prompt_indices,
+            stop_ids=runner.facts.stop_ids,
+            seed=sampling_seed(runner.settings, job.round),
+            student_topk=runner.artifact(job.side) if job.side else None,
+        )
+    )
+
+
+def _start_score(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
+    from eopd.stages.score.job import ScoreJob
+    from eopd.stages.score.run import run
+
+    run(
+        ScoreJob(
+            output=runner.artifact(job.output),
+            parts=parts,
+            settings=runner.settings.score,
+            progress=runner.progress,
+            log_dir=runner.paths.logs,
+            rollouts=runner.artifact(job.inputs[0]),
+            teacher=runner.teacher(),
+            student_tokenizer=str(runner.facts.student.tokenizer_folder),
+            stop_ids=runner.facts.stop_ids,
+            rollout_temperature=runner.settings.rollout.temperature,
+            student_topk=runner.artifact(job.side) if job.side else None,
+        )
+    )
+
+
+def _start_train(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
+    from eopd.stages.train.run import run
+
+    run(train_job(runner, job))
+
+
+def train_job(runner: Runner, job: PlannedJob) -> TrainJob:
+    """What the train stage is handed for a planned job."""
+    from eopd.stages.train.job import TrainJob
+
+    settings, facts = runner.settings, runner.facts
+    rollouts, scores = (runner.artifact(identity) for identity in job.inputs[:2])
+    previous = runner.plan.policy(job.round)
+    carries = settings.train.optimizer.carry_over
+    steps = steps_of_round(settings, facts)
+    states = Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key})
+    return TrainJob(
+        output=runner.artifact(job.output),
+        progress_states=runner.artifact(states),
+        student=runner.student(job.round),
+        previous=runner.artifact(previous) if previous else None,
+        rollouts=rollouts,
+        scores=scores,
+        settings=settings.train,
+        round=job.round,
+        total_steps=steps * (settings.rounds if carries else 1),
+        first_step=steps * job.round if carries else 0,
+        seed=settings.seed,
+        temperature=settings.rollout.temperature,
+        truncated_rollouts=settings.rollout.parameters(()).truncates,
+        student_stop_ids=facts.student.stop_ids,
+        teacher_stop_ids=facts.teacher.stop_ids,
+        progress=runner.progress,
+        log_dir=runner.paths.logs,
+        run_dir=runner.paths.folder,
+    )
+
+
+def _start_evaluate(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
+    from eopd.stages.evaluate.job import EvaluateJob
+    from eopd.stages.evaluate.run import run
+
+    assert runner.settings.evaluate is not None
+    run(
+        EvaluateJob(
+            output=runner.artifact(job.output),
+            parts=parts,
+            settings=runner.settings.evaluate,
+            progress=runner.progress,
+            log_dir=runner.paths.logs,
+            policy=runner.student(job.round),
+            stop_ids=runner.facts.stop_ids,
+            seed=runner.settings.seed,
+        )
+    )
+
+
+START: dict[str, Callable[[Runner, PlannedJob, Sequence[int]], None]] = {
+    "rollout": _start_rollout,
+    "score": _start_score,
+    "train": _start_train,
+    "evaluate": _start_evaluate,
+}

@@ -1,0 +1,110 @@
+"""The hidden-state protocol: token ids in, the hidden states that predict the response tokens out.
+
+    engine = open_hidden_engine("auto", teacher, longest=4096, log_dir=logs, ...)
+    for batch in engine.hidden(sequences):
+        ...
+    engine.close()
+
+An engine also gives the LM head that belongs to its hidden states, and a second opinion on a distribution, against
+which the first batch is checked. Letters: T scored tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, resolve_engine
+from eopd.stages.job import ModelRef
+from eopd.stages.models.packing import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eopd.stages.models.lm_head import LMHead
+
+
+@dataclass(frozen=True)
+class HiddenBatch:
+    """Hidden states of some of the sequences, sequence after sequence."""
+
+    hidden: Tensor  # [T, D] final norm applied; the state before each response token
+    order: tuple[int, ...]  # number of each sequence in the list asked for
+    lengths: tuple[int, ...]  # response tokens of each
+
+
+class HiddenEngine(Protocol):
+    """One teacher, ready to read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the forward pass."""
+
+    @property
+    def head(self) -> LMHead: ...
+
+    def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
+        """Read every sequence that has a response; batches come in any order, each sequence once."""
+
+    def own_logits(self, sequence: Sequence) -> Tensor | None:
+        """[T, V] what the full model itself says, computed independently of ``hidden`` and ``head``.
+
+        None where there is no way to tell (the log says why).
+        """
+
+    def close(self) -> None:
+        """Free the model. The engine cannot be used again."""
+
+
+def longest_readable(folder: Path) -> int | None:
+    """Most tokens the model was made for, from its config; None where it does not say."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so {folder} is no Hugging Face model folder")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    return None if longest is None else int(longest)
+
+
+def open_hidden_engine(
+    kind: EngineKind,
+    ref: ModelRef,
+    *,
+    longest: int,
+    log_dir: Path,
+    options: EngineOptions | None = None,
+    dtype: str = "auto",
+    batch_tokens: int = 16384,
+    row_tokens: int = 2048,
+) -> HiddenEngine:
+    """Load a teacher. ``close`` it before opening another engine.
+
+    Args:
+        longest: tokens of the longest sequence it will read.
+        dtype: of the forward pass; auto: that of ``ref``.
+        batch_tokens: tokens of one forward pass, about.
+        row_tokens: tokens of a packed row (transformers only).
+
+    Raises:
+        ValueError: the engine is not installed, or it cannot serve this model; the message says why.
+    """
+    options = options or EngineOptions()
+    if dtype != "auto":
+        ref = replace(ref, dtype=dtype)
+    if resolve_engine(kind) == "vllm":
+        from eopd.stages.engines.hidden_vllm import VLLMHiddenEngine
+
+        return VLLMHiddenEngine(ref, longest=longest, log_dir=log_dir, options=options, batch_tokens=batch_tokens)
+    from eopd.stages.engines.hidden_transformers import TransformersHiddenEngine
+
+    return TransformersHiddenEngine(ref, options=options, batch_tokens=batch_tokens, row_tokens=row_tokens)

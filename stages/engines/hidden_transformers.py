@@ -1,0 +1,57 @@
+"""Hidden states from a transformers model over packed rows. Letters: T scored tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eopd.stages.engines.hidden import HiddenBatch
+from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.job import ModelRef
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import LMHead, lm_head_of
+from eopd.stages.models.loading import load_model
+from eopd.stages.models.packing import Sequence, pack
+
+
+class TransformersHiddenEngine:
+    """A ``HiddenEngine`` on a model that transformers loads."""
+
+    name = "transformers"
+
+    def __init__(self, ref: ModelRef, *, options: EngineOptions, batch_tokens: int, row_tokens: int) -> None:
+        self.version = version("transformers")
+        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._batch_tokens, self._row_tokens = batch_tokens, min(row_tokens, batch_tokens)
+        self._model: Any = load_model(ref, self._device)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self.head: LMHead = lm_head_of(self._model)
+
+    @torch.inference_mode()
+    def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
+        assert self._model is not None, "the engine is closed"
+        for packed in pack(sequences, self._row_tokens, self._batch_tokens):
+            yield HiddenBatch(final_hidden(self._model, packed.to(self._device)), packed.order, packed.lengths)
+
+    @torch.inference_mode()
+    def own_logits(self, sequence: Sequence) -> Tensor:
+        return full_model_logits(self._model, sequence, self._device)
+
+    def close(self) -> None:
+        self._model = None
+        del self.head
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def full_model_logits(model: Any, sequence: Sequence, device: str) -> Tensor:
+    """[T, V] float32, by the model's own forward pass over one unpacked sequence."""
+    ids = [*sequence.context_ids, *sequence.response_ids[:-1]]
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
+    own: Tensor = logits[0, len(sequence.context_ids) - 1 :].float()
+    return own

@@ -1,0 +1,125 @@
+"""Hidden states from vLLM's pooling runner: paged, parallel and quantised models at prefill speed.
+
+The runner drops the LM head, so its weights are read from the model folder. Letters: T scored tokens, D hidden
+size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eopd.stages.engines.hidden import HiddenBatch
+from eopd.stages.engines.hidden_transformers import full_model_logits
+from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.engines.vllm_process import VLLMProcess, resolve_dtype
+from eopd.stages.job import ModelRef
+from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.loading import load_model, model_folder
+from eopd.stages.models.packing import Sequence
+from eopd.stages.models.stored_head import stored_lm_head
+
+MEMORY_FOR_CHECK = 1.5
+"""The check against transformers is made where this many times the weights' size is free."""
+
+
+class VLLMHiddenEngine:
+    """A ``HiddenEngine`` on vLLM, in this process on a CPU."""
+
+    name = "vllm"
+
+    def __init__(
+        self, ref: ModelRef, *, longest: int, log_dir: Path, options: EngineOptions, batch_tokens: int
+    ) -> None:
+        folder = model_folder(ref.path, ref.revision)
+        self.dtype = resolve_dtype(folder, ref.dtype)
+        self._ref, self._log, self._batch_tokens = (
+            replace(ref, dtype=self.dtype),
+            log_dir / "vllm-score.log",
+            batch_tokens,
+        )
+        head = stored_lm_head(folder, self.dtype, trust_remote_code=ref.trust_remote_code)  # refuses before vLLM loads
+        from vllm.config import PoolerConfig
+
+        length = longest + 1
+        self._process = VLLMProcess(
+            ref,
+            log=self._log,
+            options=options,
+            # text is never seen, but the pooling runner insists on a tokenizer
+            skip_tokenizer_init=False,
+            tokenizer=str(model_folder(ref.tokenizer_path, ref.revision if ref.tokenizer is None else None)),
+            runner="pooling",
+            pooler_config=PoolerConfig(task="token_embed", use_activation=False),
+            max_model_len=length,
+            max_num_batched_tokens=max(length, batch_tokens),
+            max_num_seqs=options.max_batch or 256,
+            # a prompt read in pieces would be pooled in pieces
+            enable_chunked_prefill=False,
+        )
+        self.version = self._process.version
+        self._device = "cpu" if self._process.on_cpu else "cuda"
+        self.head: LMHead = head.to(self._device)
+
+    def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
+        assert self._process.llm is not None, "the engine is closed"
+        for numbers in _batches(sequences, self._batch_tokens):
+            states = self._read([sequences[number] for number in numbers])
+            hidden = torch.cat(states)
+            yield HiddenBatch(hidden, tuple(numbers), tuple(len(state) for state in states))
+
+    def _read(self, sequences: SequenceOf[Sequence]) -> list[Tensor]:
+        prompts = [{"prompt_token_ids": [*s.context_ids, *s.response_ids[:-1]]} for s in sequences]
+        outputs = self._process.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        states = []
+        for sequence, output in zip(sequences, outputs, strict=True):
+            state: Tensor = output.outputs.data
+            assert state.shape[0] == sequence.input_length, (state.shape, sequence.input_length)
+            states.append(state[len(sequence.context_ids) - 1 :])
+        return states
+
+    @torch.inference_mode()
+    def own_logits(self, sequence: Sequence) -> Tensor | None:
+        """By transformers on the CPU, in float32 or the teacher's dtype: nothing is shared with vLLM."""
+        folder = model_folder(self._ref.path, self._ref.revision)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        quantised = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if quantised or size * MEMORY_FOR_CHECK > _free_memory():
+            return None
+        return full_model_logits(load_model(self._ref, "cpu"), sequence, "cpu")
+
+    def close(self) -> None:
+        self._process.close()
+        del self.head
+
+
+def _batches(sequences: SequenceOf[Sequence], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of consecutive sequences with a response, up to ``batch_tokens`` (at least one sequence) a batch."""
+    numbers: list[int] = []
+    tokens = 0
+    for number, sequence in enumerate(sequences):
+        if not len(sequence.response_ids):
+            continue
+        if numbers and tokens + sequence.input_length > batch_tokens:
+            yield numbers
+            numbers, tokens = [], 0
+        numbers.append(number)
+        tokens += sequence.input_length
+    if numbers:
+        yield numbers
+
+
+def _free_memory() -> int:
+    """Bytes; what Linux thinks can be had without swapping. 0 where it does not say."""
+    path = Path("/proc/meminfo")
+    lines: dict[str, Any] = {}
+    if path.is_file():
+        lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024

@@ -1,0 +1,218 @@
+"""The sampling protocol: token ids in, sampled token ids and their log-probs out. One engine, one set of weights.
+
+    engine = open_sampling_engine("auto", model, max_model_len=1024, log_dir=logs)
+    samples = engine.sample([SamplingRequest(ids, seed), ...], SamplingParameters(stop_ids=(2,)), None)
+    engine.close()
+
+Log-probs come from the full softmax at the sampling temperature, before top-p / top-k / min-p truncation; where
+something is truncated, the truncated ones are given too. Letters: T tokens of one response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eopd.stages.job import ModelRef
+from eopd.stages.settings import Settings, setting
+
+EngineKind = Literal["auto", "vllm", "transformers"]
+FinishReason = Literal["stop", "length"]
+OnProgress = Callable[[int, int], None]
+"""Called with (newly sampled tokens, newly finished responses)."""
+
+MIN_TEMPERATURE = 0.01
+"""Below it vLLM silently samples at 0.01."""
+
+
+class EngineOptions(Settings):
+    """How fast and where an engine runs. None of it enters an artifact's key."""
+
+    device: str | None = setting(
+        None, "Device of the transformers engine (None: cuda if present, else cpu)", keyed=False
+    )
+    dtype: str | None = setting(None, "Overrides the model's dtype for sampling", keyed=False)
+    max_batch: int | None = setting(
+        None, "Most sequences decoded at once (None: the engine's choice)", keyed=False, ge=1
+    )
+    max_model_len: int | None = setting(
+        None,
+        "Longest prompt + response the engine is opened for, tokens (None: what the stage needs)",
+        keyed=False,
+        ge=2,
+    )
+    cpu_threads: int | None = setting(
+        None, "Threads while sampling on a CPU (null: torch's); a tiny model is fastest on one", keyed=False, ge=1
+    )
+    gpu_memory_utilization: float = setting(
+        0.85, "vLLM on a GPU: share of its memory to take", keyed=False, gt=0.0, le=1.0
+    )
+    cpu_kv_cache_gib: float = setting(1.0, "Size of the KV cache on a CPU, GiB", keyed=False, gt=0.0)
+    tensor_parallel: int = setting(1, "vLLM: GPUs that share one model", keyed=False, ge=1)
+    enforce_eager: bool | None = setting(
+        None, "vLLM: do not compile (None: compile on a GPU, never on a CPU)", keyed=False
+    )
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """One response to sample. The same prompt asked for n samples is n requests with n seeds."""
+
+    prompt_token_ids: Sequence[int]
+    seed: int  # 0 <= seed < 2^63
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """What is asked of every request of one call."""
+
+    temperature: float = 1.0  # 0 is greedy; its log-probs are those of temperature 1
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    stop_ids: tuple[int, ...] = ()  # sampling any of these ends the response, which keeps it as its last token
+    logprobs: bool = True  # False: samples carry none, which is faster
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0.0 or 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0: all), got {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens with positive probability can never be drawn."""
+        return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response of T tokens."""
+
+    token_ids: NDArray[np.int32]  # [T] with the stop token, when one was sampled, as the last
+    finish_reason: FinishReason
+    stop_token_id: int | None  # the last token when finish_reason is "stop"
+    # [T] full softmax at the sampling temperature, nats; None when not asked for, and from vLLM when it truncates
+    logprobs: NDArray[np.float32] | None = None
+    truncated_logprobs: NDArray[np.float32] | None = None  # [T] nats; None where nothing is truncated
+
+
+class SamplingEngine(Protocol):
+    """One model, ready to sample.
+
+    ``sample`` is deterministic for equal requests in equal order on one machine with equal threads (CPU). A batch
+    of other composition may differ where float rounding decides a draw.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of prompt and response together."""
+
+    def sample(
+        self,
+        requests: Sequence[SamplingRequest],
+        parameters: SamplingParameters,
+        on_progress: OnProgress | None = None,
+    ) -> list[Sample]:
+        """Sample every request; results are in the order of the requests.
+
+        Raises:
+            ValueError: a prompt with ``max_new_tokens`` does not fit ``max_tokens``, an empty prompt, or a
+                parameter the engine cannot serve.
+        """
+
+    def close(self) -> None:
+        """Free the model. The engine cannot be used again."""
+
+
+def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingParameters, max_tokens: int) -> None:
+    """Raises ValueError for the first request that an engine opened for ``max_tokens`` cannot serve."""
+    for number, request in enumerate(requests):
+        length = len(request.prompt_token_ids)
+        if length == 0:
+            raise ValueError(f"request {number} has an empty prompt: nothing predicts its first token")
+        if length + parameters.max_new_tokens > max_tokens:
+            raise ValueError(
+                f"request {number}: a prompt of {length} tokens and max_new_tokens {parameters.max_new_tokens} do not "
+                f"fit the {max_tokens} tokens the engine was opened for"
+            )
+        assert 0 <= request.seed < 2**63, request.seed
+
+
+def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
+    """Raises ValueError when a model was not made for sequences of ``max_model_len`` tokens."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{name}: {path} is missing, so this is no Hugging Face model folder")
+    longest = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    if longest is not None and max_model_len > longest:
+        raise ValueError(
+            f"{name} reads at most {longest} tokens (max_position_embeddings), but prompt and response may take "
+            f"{max_model_len}: lower max_prompt_tokens or max_new_tokens"
+        )
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed in [0, 2^63) that depends on every argument and nothing else: not on batch, part or machine."""
+    text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
+    """``auto`` is vLLM where it is installed.
+
+    Raises:
+        ValueError: vLLM is asked for and not installed.
+    """
+    found = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not found:
+        raise ValueError(
+            "engine: vllm is asked for, but vLLM is not installed. Install it or set engine: transformers."
+        )
+    if kind == "auto":
+        return "vllm" if found else "transformers"
+    return kind
+
+
+def open_sampling_engine(
+    kind: EngineKind, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions | None = None
+) -> SamplingEngine:
+    """Load ``ref`` for sampling. Only one engine should be open at a time; ``close`` it before the next.
+
+    Args:
+        max_model_len: longest prompt plus response, tokens (``options.max_model_len`` overrides it).
+        log_dir: where the engine's own log goes.
+
+    Raises:
+        ValueError: the engine is not installed, or it cannot serve this model; the message says why.
+    """
+    options = options or EngineOptions()
+    length = options.max_model_len or max_model_len
+    if resolve_engine(kind) == "vllm":
+        from eopd.stages.engines.sampling_vllm import VLLMSamplingEngine
+
+        return VLLMSamplingEngine(ref, max_model_len=length, log_dir=log_dir, options=options)
+    from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine
+
+    return TransformersSamplingEngine(ref, max_model_len=length, log_dir=log_dir, options=options)

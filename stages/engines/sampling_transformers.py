@@ -1,0 +1,268 @@
+"""Sampling with transformers: for machines without vLLM, and as its second opinion.
+
+Requests are sorted by length, left-padded and decoded together; rows that have finished are dropped. A request's
+random numbers come from its own seed, one per position, so a sample depends on its neighbours by float rounding
+only. Letters: B rows, L tokens so far, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from eopd.stages.engines.sampling import (
+    EngineOptions,
+    OnProgress,
+    Sample,
+    SamplingParameters,
+    SamplingRequest,
+    check_model_length,
+    check_requests,
+)
+from eopd.stages.engines.truncation import truncate
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import load_model, model_folder
+
+MAX_BATCH = 256
+KEEP_FRACTION = 0.75
+"""Rows are compacted when no more than this share of them is still running: a compaction copies the KV cache."""
+
+
+class TransformersSamplingEngine:
+    """A ``SamplingEngine`` on a transformers model and its KV cache."""
+
+    name = "transformers"
+
+    def __init__(self, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions) -> None:
+        check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
+        self.version = version("transformers")
+        self.max_tokens = max_model_len
+        self._cpu_threads = options.cpu_threads
+        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = ref if options.dtype is None else _with_dtype(ref, options.dtype)
+        self._model: Any = load_model(chosen, self._device)
+        self._max_batch = options.max_batch or self._rows_that_fit(options)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        requests: Sequence[SamplingRequest],
+        parameters: SamplingParameters,
+        on_progress: OnProgress | None = None,
+    ) -> list[Sample]:
+        assert self._model is not None, "the engine is closed"
+        check_requests(requests, parameters, self.max_tokens)
+        order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
+        samples: dict[int, Sample] = {}
+        with _threads(self._cpu_threads):
+            for start in range(0, len(order), self._max_batch):
+                batch = order[start : start + self._max_batch]
+                decoded = self._decode([requests[number] for number in batch], parameters, on_progress)
+                samples.update(zip(batch, decoded, strict=True))
+        return [samples[number] for number in range(len(requests))]
+
+    def close(self) -> None:
+        self._model = None
+        if self._device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def _rows_that_fit(self, options: EngineOptions) -> int:
+        """Sequences whose KV cache fits: of a GPU, half of what is free; of a CPU, the same setting as vLLM's."""
+        config = self._model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row_bytes = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize * self.max_tokens
+        room = int(options.cpu_kv_cache_gib * 2**30)
+        if self._device.startswith("cuda"):
+            room = torch.cuda.mem_get_info(self._device)[0] // 2
+        return max(1, min(MAX_BATCH, int(room // row_bytes)))
+
+    def _decode(
+        self, requests: Sequence[SamplingRequest], parameters: SamplingParameters, on_progress: OnProgress | None
+    ) -> list[Sample]:
+        """Sample one batch, all rows at once."""
+        state = _Batch.of(requests, parameters, self._device)
+        written = _Written.empty(len(requests), parameters)
+        stop_ids = torch.tensor(parameters.stop_ids, dtype=torch.int64, device=self._device)
+        cache = DynamicCache(config=self._model.config)
+        inputs, positions = state.prompt_ids, state.prompt_positions
+        for step in range(parameters.max_new_tokens):
+            out = self._model(
+                input_ids=inputs,
+                attention_mask=state.mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            drawn, full, truncated = _draw(out.logits[:, -1].float(), state.uniforms[:, step], parameters)
+            stopped = torch.isin(drawn, stop_ids)
+            written.write(state.rows, step, drawn, full, truncated, stopped)
+            if step + 1 == parameters.max_new_tokens:
+                stopped = torch.ones_like(stopped)  # cut
+            newly, drawn_count = int((stopped & ~state.finished).sum()), int((~state.finished).sum())
+            if on_progress is not None:
+                on_progress(drawn_count, newly)
+            state.finished |= stopped
+            if bool(state.finished.all()):
+                break
+            state.lengths += 1
+            keep = (~state.finished).nonzero().squeeze(1)
+            if len(keep) <= KEEP_FRACTION * len(state.finished):
+                cache.batch_select_indices(keep)
+                state, drawn = state.select(keep), drawn[keep]
+            state.mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
+            inputs, positions = drawn[:, None], (state.lengths - 1)[:, None]
+        return written.samples()
+
+
+@dataclass
+class _Batch:
+    """The rows still being decoded."""
+
+    prompt_ids: Tensor  # [B, L] int64, left-padded
+    prompt_positions: Tensor  # [B, L] int64
+    mask: Tensor  # [B, L] int64, 0 on padding
+    lengths: Tensor  # [B] tokens of prompt and response
+    uniforms: Tensor  # [B, max_new_tokens] float64 in [0, 1)
+    finished: Tensor  # [B] bool
+    rows: Tensor  # [B] number of the request
+
+    @classmethod
+    def of(cls, requests: Sequence[SamplingRequest], parameters: SamplingParameters, device: str) -> _Batch:
+        lengths = [len(request.prompt_token_ids) for request in requests]
+        ids = np.zeros((len(requests), max(lengths)), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            ids[row, -length:] = request.prompt_token_ids
+            mask[row, -length:] = 1
+        uniforms = np.stack([_uniforms(request.seed, parameters.max_new_tokens) for request in requests])
+        on_device = torch.from_numpy(mask).to(device)
+        return cls(
+            prompt_ids=torch.from_numpy(ids).to(device),
+            prompt_positions=(on_device.cumsum(1) - 1).clamp(min=0),
+            mask=on_device,
+            lengths=torch.tensor(lengths, device=device),
+            uniforms=torch.from_numpy(uniforms).to(device),
+            finished=torch.zeros(len(requests), dtype=torch.bool, device=device),
+            rows=torch.arange(len(requests), device=device),
+        )
+
+    def select(self, keep: Tensor) -> _Batch:
+        return _Batch(**{name: value[keep] for name, value in vars(self).items()})
+
+
+@dataclass
+class _Written:
+    """What was drawn so far, for every request of a batch."""
+
+    token_ids: Tensor  # [B, max_new_tokens]
+    logprobs: Tensor | None
+    truncated: Tensor | None
+    lengths: Tensor  # [B] tokens up to and with the first stop
+    stopped: Tensor  # [B] bool
+
+    @classmethod
+    def empty(cls, rows: int, parameters: SamplingParameters) -> _Written:
+        shape = (rows, parameters.max_new_tokens)
+        truncates = parameters.logprobs and parameters.truncates
+        return cls(
+            token_ids=torch.zeros(shape, dtype=torch.int32),
+            logprobs=torch.zeros(shape) if parameters.logprobs else None,
+            truncated=torch.zeros(shape) if truncates else None,
+            lengths=torch.zeros(rows, dtype=torch.int64),
+            stopped=torch.zeros(rows, dtype=torch.bool),
+        )
+
+    def write(
+        self, rows: Tensor, step: int, drawn: Tensor, full: Tensor, truncated: Tensor | None, stopped: Tensor
+    ) -> None:
+        """One position of the rows that are in the batch; those that had stopped before stay as they are."""
+        there = rows.cpu()
+        going = ~self.stopped[there]
+        there = there[going]
+        self.token_ids[there, step] = drawn.cpu()[going].int()
+        if self.logprobs is not None:
+            self.logprobs[there, step] = full.cpu()[going]
+        if self.truncated is not None and truncated is not None:
+            self.truncated[there, step] = truncated.cpu()[going]
+        self.lengths[there] = step + 1
+        self.stopped[there] = stopped.cpu()[going]
+
+    def samples(self) -> list[Sample]:
+        found = []
+        for row, (length, stopped) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True)):
+            token_ids = self.token_ids[row, :length].numpy().copy()
+            found.append(
+                Sample(
+                    token_ids=token_ids,
+                    finish_reason="stop" if stopped else "length",
+                    stop_token_id=int(token_ids[-1]) if stopped else None,
+                    logprobs=None if self.logprobs is None else self.logprobs[row, :length].numpy().copy(),
+                    truncated_logprobs=None if self.truncated is None else self.truncated[row, :length].numpy().copy(),
+                )
+            )
+        return found
+
+
+def _uniforms(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    # a bit generator's raw stream is fixed for ever, numpy's distributions are not; 53 bits make a double
+    return (np.random.PCG64(seed).random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _draw(logits: Tensor, uniforms: Tensor, parameters: SamplingParameters) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw one token a row by inverting the cumulative distribution at ``uniforms``.
+
+    Args:
+        logits: [B, V] float32.
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        Token ids [B]; their log-probs [B] under the full softmax at the temperature, nats; and under the truncated
+        one, where something is truncated.
+    """
+    tempered = logits if parameters.temperature in (0.0, 1.0) else logits / parameters.temperature
+    full = tempered.log_softmax(-1)
+    kept = full
+    if parameters.truncates:
+        kept = truncate(full, parameters.top_p, parameters.top_k, parameters.min_p).log_softmax(-1)
+    if parameters.temperature == 0.0:
+        drawn = logits.argmax(-1)
+    else:
+        cumulative = kept.double().exp().cumsum(-1)
+        # the first token whose cumulative mass exceeds u; the last token's may round to less than u
+        target = (uniforms * cumulative[:, -1])[:, None]
+        drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        drawn = torch.minimum(drawn, _last_possible(kept))
+    at = drawn[:, None]
+    return drawn, full.gather(1, at).squeeze(1), kept.gather(1, at).squeeze(1) if parameters.truncates else None
+
+
+def _last_possible(logprobs: Tensor) -> Tensor:
+    """[B] The highest id with a probability above 0."""
+    ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    return torch.where(logprobs > -torch.inf, ids, 0).amax(-1)
+
+
+def _with_dtype(ref: ModelRef, dtype: str) -> ModelRef:
+    return replace(ref, dtype=dtype)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

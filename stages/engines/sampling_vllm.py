@@ -1,0 +1,127 @@
+"""Sampling with vLLM, in this process on a CPU, in vLLM's own processes on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eopd.stages.engines.sampling import (
+    EngineOptions,
+    OnProgress,
+    Sample,
+    SamplingParameters,
+    SamplingRequest,
+    check_model_length,
+    check_requests,
+)
+from eopd.stages.engines.vllm_process import VLLMProcess
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import model_folder
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens read in one step on a CPU, where a prompt must be read whole."""
+
+
+class VLLMSamplingEngine:
+    """A ``SamplingEngine`` on vLLM.
+
+    vLLM reports one kind of log-prob: here those of the distribution that was sampled from. Where nothing is
+    truncated that is the full softmax at the sampling temperature; with top-p, top-k or min-p it is the truncated
+    one, and ``Sample.logprobs`` is None: vLLM has no exact way to give both.
+    """
+
+    name = "vllm"
+
+    def __init__(self, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions) -> None:
+        check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
+        self.max_tokens = max_model_len
+        arguments: dict[str, Any] = {
+            "max_model_len": max_model_len,
+            "logprobs_mode": "processed_logprobs",
+            "max_num_batched_tokens": max(max_model_len, PREFILL_TOKENS),
+        }
+        if options.max_batch is not None:
+            arguments["max_num_seqs"] = options.max_batch
+        self._process = VLLMProcess(ref, log=log_dir / "vllm.log", options=options, **arguments)
+        self.version = self._process.version
+
+    def sample(
+        self,
+        requests: Sequence[SamplingRequest],
+        parameters: SamplingParameters,
+        on_progress: OnProgress | None = None,
+    ) -> list[Sample]:
+        llm = self._process.llm
+        assert llm is not None, "the engine is closed"
+        check_requests(requests, parameters, self.max_tokens)
+        if not requests:
+            return []
+        with self._process.working():
+            return self._run(llm, requests, parameters, on_progress)
+
+    def _run(
+        self,
+        llm: Any,
+        requests: Sequence[SamplingRequest],
+        parameters: SamplingParameters,
+        on_progress: OnProgress | None,
+    ) -> list[Sample]:
+        llm.enqueue(
+            [{"prompt_token_ids": [int(token) for token in request.prompt_token_ids]} for request in requests],
+            [_sampling_params(parameters, request.seed) for request in requests],
+            use_tqdm=False,
+        )
+        found: list[tuple[int, Sample]] = []  # with vLLM's request number, which counts in the order given
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                completion = output.outputs[0]
+                found.append((int(output.request_id), _sample(completion, parameters)))
+                if on_progress is not None:
+                    on_progress(len(completion.token_ids), 1)
+        assert len(found) == len(requests), f"vLLM answered {len(found)} of {len(requests)} requests"
+        return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def _sampling_params(parameters: SamplingParameters, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        seed=seed,
+        max_tokens=parameters.max_new_tokens,
+        stop_token_ids=list(parameters.stop_ids),
+        ignore_eos=True,  # the stop ids are the caller's, all of them
+        logprobs=0 if parameters.logprobs else None,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _sample(completion: Any, parameters: SamplingParameters) -> Sample:
+    token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+    assert completion.finish_reason in ("stop", "length"), completion.finish_reason
+    stopped = completion.finish_reason == "stop"
+    logprobs = None
+    if parameters.logprobs:
+        flat = completion.logprobs
+        # the first entry of every position is the sampled token's
+        logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
+        assert logprobs.shape == token_ids.shape, (logprobs.shape, token_ids.shape)
+    return Sample(
+        token_ids=token_ids,
+        finish_reason=completion.finish_reason,
+        stop_token_id=int(token_ids[-1]) if stopped else None,
+        logprobs=None if parameters.truncates else logprobs,
+        truncated_logprobs=logprobs if parameters.truncates else None,
+    )

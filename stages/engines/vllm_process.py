@@ -1,0 +1,219 @@
+"""A vLLM engine as a guest: quiet, on local files only, and gone without a trace when it is closed.
+
+vLLM writes to stdout, sets environment variables, replaces ``torch.set_num_threads``, seeds the global generators
+and keeps process groups. All of that is put back by ``close``, so that training can follow in the same process and
+a second engine (the next round's weights) can be opened. Weights are never reloaded in place: on the CPU backend
+that serves neither the old nor the new ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import model_folder
+
+
+class VLLMProcess:
+    """One loaded ``vllm.LLM``. ``llm`` is used by the sampling and hidden-state engines; ``close`` ends it.
+
+    Args:
+        arguments: further arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: vLLM cannot serve the model, with its reason and the path of its log.
+    """
+
+    _open: bool = False
+
+    def __init__(self, ref: ModelRef, *, log: Path, options: EngineOptions, **arguments: Any) -> None:
+        assert not VLLMProcess._open, "close the first vLLM engine before opening a second in this process"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self.llm: Any = None
+        self._kept = _ProcessState()
+        with _output_to(log):
+            import vllm
+            from vllm.platforms import current_platform
+
+            self.version = str(vllm.__version__)
+            self.on_cpu = bool(current_platform.is_cpu())
+            chosen = options.enforce_eager
+            self._eager = self.on_cpu if chosen is None else chosen
+            self._kept.remember_environment()
+            self._handlers = _log_to(log)
+            VLLMProcess._open = True
+            try:
+                self._set_environment()
+                if self.on_cpu and options.cpu_threads is not None:
+                    torch.set_num_threads(options.cpu_threads)
+                with self.working():
+                    self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
+                if self.on_cpu:
+                    _check_head_size(self.llm.llm_engine.model_config)
+                _log_to(log)  # once more: making an engine sets vLLM's own handlers again
+            except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
+                self._put_back()
+                raise ValueError(
+                    f"vLLM {self.version} cannot serve {ref.path}: {_first_line(error)} (its log: {log}). Where this "
+                    "is a limit of vLLM and not of the model, set engine: transformers."
+                ) from error
+            except BaseException:
+                self._put_back()
+                raise
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Wrap every use of ``llm``. Keeps vLLM's own small ``torch.compile`` calls off where it runs eagerly: they
+        want a C++ compiler and seconds, and gain nothing there."""
+        if not self._eager:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def close(self) -> None:
+        """Free weights and KV cache and put the process back as it was. Closing twice does no harm."""
+        if self.llm is None:
+            return
+        with _output_to(self.log):
+            self._put_back()
+
+    def _put_back(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        self._kept.restore()
+        logging.getLogger("vllm").handlers[:] = self._handlers
+        VLLMProcess._open = False
+
+    def _set_environment(self) -> None:
+        # every file is local by now; a hub that cannot be reached must not cost minutes of retries
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if self.on_cpu:
+            # a second process would cost its own import (10 to 30 s) and a tiny model half of its speed
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+    def _arguments(self, ref: ModelRef, options: EngineOptions) -> dict[str, Any]:
+        folder = model_folder(ref.path, ref.revision)
+        shared = {
+            "model": str(folder),
+            "dtype": resolve_dtype(folder, options.dtype or ref.dtype),
+            "trust_remote_code": ref.trust_remote_code,
+            "load_format": "safetensors",  # other formats can run code
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # not the model folder's own sampling defaults
+            "enable_prefix_caching": False,
+            "enforce_eager": self._eager,
+            "tensor_parallel_size": options.tensor_parallel,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if self.on_cpu:
+            # with chunked prefill, per-request seeds crash on this backend
+            memory = {"kv_cache_memory_bytes": int(options.cpu_kv_cache_gib * 2**30)}
+            return shared | memory | {"enable_chunked_prefill": False}
+        return shared | {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
+def resolve_dtype(folder: Path, dtype: str) -> str:
+    """``auto`` is the dtype the weights were saved in: vLLM's own ``auto`` would turn float32 into bfloat16."""
+    if dtype != "auto":
+        return dtype
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _check_head_size(config: Any) -> None:
+    """On a CPU vLLM finds this out when it first attends, in the middle of the work."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, sizes = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if not config.use_mla and size not in sizes:
+        raise ValueError(f"head size {size} is none that its CPU attention has ({', '.join(map(str, sizes))})")
+
+
+class _ProcessState:
+    """What vLLM changes of its host."""
+
+    def __init__(self) -> None:
+        self._set_num_threads = torch.set_num_threads
+        self._threads = torch.get_num_threads()
+        self._random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self._affinity = os.sched_getaffinity(0)
+        self._environment = dict(os.environ)
+
+    def remember_environment(self) -> None:
+        """Taken after the import: what that sets, it sets only once."""
+        self._environment = dict(os.environ)
+
+    def restore(self) -> None:
+        torch.set_num_threads = self._set_num_threads
+        torch.set_num_threads(self._threads)
+        python, numpy, torch_state = self._random
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        for name in os.environ.keys() - self._environment.keys():
+            del os.environ[name]
+        os.environ.update(self._environment)
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):  # a thread may end while we look
+                os.sched_setaffinity(int(thread), self._affinity)
+
+
+def _log_to(path: Path) -> list[logging.Handler]:
+    """Send vLLM's logger to ``path``; returns the handlers it had."""
+    logger = logging.getLogger("vllm")
+    before = list(logger.handlers)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
+    logger.handlers[:] = [handler]
+    return before
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send file descriptors 1 and 2 to ``path``: native code, progress bars and child processes write there too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for handle in (*kept, target):
+            os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    """pydantic puts the reason on a line of its own, after "Value error, "."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    for line in lines:
+        if line.startswith("Value error, "):
+            return line.removeprefix("Value error, ").split(" [type=")[0]
+    return lines[0]

@@ -1,0 +1,261 @@
+"""The evaluate stage: sample every problem k times, verify, and sum up.
+
+Producer of the records of ``storage.evaluations``. A part of problems is one engine call; the summary is written by
+whoever finds all other parts committed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed, open_sampling_engine
+from eopd.stages.evaluate.job import EvaluateJob
+from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
+from eopd.stages.evaluate.summary import Tally, figures, overall
+from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
+from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
+from eopd.storage import evaluations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESULTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as the model reads it."""
+
+    prompt: Prompt
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class PartWork:
+    """The problems of one part, ready to sample, and the ids of those that are too long."""
+
+    benchmark: BenchmarkSettings
+    problems: list[Problem]
+    skipped: list[str]
+
+
+def run(job: EvaluateJob) -> None:
+    """Do every part of ``job.parts`` that is not committed, then the summary once it can be written.
+
+    Raises:
+        ValueError: a benchmark that is missing, malformed, changed in size, too long for ``max_prompt_tokens``
+            (``too_long: refuse``), or whose answers its verifier cannot read. All before the model is loaded.
+    """
+    cut = chunks(job.settings)
+    if job.output.parts != len(cut) + 1:
+        raise ValueError(
+            f"{job.output} has {job.output.parts} parts, but its benchmarks make {len(cut)} and a summary: a benchmark "
+            "changed since the run was planned; plan it again"
+        )
+    done = job.output.committed()
+    todo = [part for part in job.parts if part < len(cut) and part not in done]
+    if todo:
+        _sample_parts(job, cut, todo)
+    missing = [part for part in job.output.missing() if part < len(cut)]
+    if missing:
+        job.progress.line(f"evaluate: the summary waits for parts {_few(missing)}")
+    elif not job.output.is_committed(len(cut)):
+        _write_summary(job, cut)
+
+
+def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -> None:
+    from eopd.stages.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(job.policy)
+    verifiers = _open_verifiers(job, {cut[part].benchmark for part in todo})
+    try:
+        work = _prepare(job, cut, todo, tokenizer, verifiers)
+        longest = max((len(problem.token_ids) for part in work.values() for problem in part.problems), default=1)
+        responses = sum(len(part.problems) for part in work.values()) * job.settings.samples
+        engine = open_sampling_engine(
+            job.settings.engine,
+            job.policy,
+            max_model_len=longest + job.settings.max_new_tokens,
+            log_dir=job.log_dir,
+            options=job.settings.engine_options,
+        )
+        job.progress.start("evaluate", responses, unit="responses")
+        try:
+            for part, content in work.items():
+                _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier])
+        finally:
+            job.progress.close()
+            engine.close()
+    finally:
+        for verifier in verifiers.values():
+            verifier.close()
+
+
+def _open_verifiers(job: EvaluateJob, benchmarks: set[int]) -> dict[str, Verifier]:
+    names = sorted({job.settings.benchmarks[number].verifier for number in benchmarks})
+    seconds, workers = job.settings.seconds_per_answer, job.settings.verifier_workers
+    return {name: open_verifier(name, seconds=seconds, workers=workers) for name in names}
+
+
+def _prepare(
+    job: EvaluateJob,
+    cut: Sequence[Chunk],
+    todo: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    verifiers: dict[str, Verifier],
+) -> dict[int, PartWork]:
+    """Render and check every problem of the parts to do."""
+    found = {}
+    for number in sorted({cut[part].benchmark for part in todo}):
+        benchmark = job.settings.benchmarks[number]
+        settings = job.settings.prompts_of(benchmark)
+        table = load_prompts(settings)
+        for part in todo:
+            chunk = cut[part]
+            if chunk.benchmark != number:
+                continue
+            content = PartWork(benchmark, [], [])
+            for prompt in table.rows(range(chunk.start, chunk.stop)):
+                _check_answer(benchmark, prompt, verifiers[benchmark.verifier])
+                ids = render_prompt(tokenizer, prompt, settings)
+                if len(ids) <= settings.max_prompt_tokens:
+                    content.problems.append(Problem(prompt, ids))
+                elif settings.too_long == "skip":
+                    content.skipped.append(prompt.id)
+                else:
+                    raise ValueError(
+                        f"benchmark {benchmark.name}, problem {prompt.id!r}: {len(ids)} tokens, more than "
+                        f"evaluate.max_prompt_tokens = {settings.max_prompt_tokens}; raise it, or set too_long: skip"
+                    )
+            found[part] = content
+    return dict(sorted(found.items()))
+
+
+def _check_answer(benchmark: BenchmarkSettings, prompt: Prompt, verifier: Verifier) -> None:
+    assert prompt.answer is not None
+    try:
+        verifier.check_answer(prompt.answer)
+    except ValueError as error:
+        raise ValueError(f"benchmark {benchmark.name}, problem {prompt.id!r}: {error}") from error
+
+
+def _do_part(
+    job: EvaluateJob,
+    part: int,
+    content: PartWork,
+    engine: SamplingEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    verifier: Verifier,
+) -> None:
+    """One engine call, verification, commit."""
+    started = time.monotonic()
+    asked = [(problem, sample) for problem in content.problems for sample in range(job.settings.samples)]
+    requests = [
+        SamplingRequest(problem.token_ids, derive_seed(job.seed, content.benchmark.name, problem.prompt.id, sample))
+        for problem, sample in asked
+    ]
+    tokens = 0
+
+    def on_progress(new_tokens: int, finished: int) -> None:
+        nonlocal tokens
+        tokens += new_tokens
+        job.progress.advance(finished, tokens_per_s=tokens / max(time.monotonic() - started, 1e-9))
+
+    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), on_progress) if requests else []
+    texts = [_text(tokenizer, sample) for sample in samples]
+    sampled = time.monotonic()
+    verdicts = verifier.verify_many(
+        [(text, problem.prompt.answer or "") for text, (problem, _) in zip(texts, asked, strict=True)]
+    )
+    rows = [
+        _row(content.benchmark.name, problem, number, request.seed, sample, text, verdict)
+        for (problem, number), request, sample, text, verdict in zip(
+            asked, requests, samples, texts, verdicts, strict=True
+        )
+    ]
+    info: dict[str, Any] = {
+        "engine": engine.name,
+        "engine_version": engine.version,
+        "tokens": tokens,
+        "responses": len(rows),
+        "seconds": round(sampled - started, 3),
+        "verifying_seconds": round(time.monotonic() - sampled, 3),
+        "skipped": content.skipped,
+    }
+    with job.output.write_part(part, info=info) as folder:
+        evaluations.write_table(folder / evaluations.SAMPLES, evaluations.SAMPLES_SCHEMA, rows)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    ids = sample.token_ids.tolist()
+    text = tokenizer.decode(ids[:-1] if sample.stop_token_id is not None else ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def _row(
+    benchmark: str, problem: Problem, number: int, seed: int, sample: Sample, text: str, verdict: Verdict
+) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark,
+        "problem_id": problem.prompt.id,
+        "problem_index": problem.prompt.index,
+        "sample": number,
+        "answer": problem.prompt.answer,
+        "prompt_tokens": len(problem.token_ids),
+        "response_token_ids": sample.token_ids,
+        "response_text": text,
+        "logprobs": sample.logprobs,
+        "truncated_logprobs": sample.truncated_logprobs,
+        "finish_reason": sample.finish_reason,
+        "seed": seed,
+        **asdict(verdict),
+    }
+
+
+def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
+    settings = job.settings
+    tallies = [Tally() for _ in settings.benchmarks]
+    markers = [job.output.marker(part) for part in range(len(cut))]
+    for part, (chunk, marker) in enumerate(zip(cut, markers, strict=True)):
+        path = job.output.part_folder(part) / evaluations.SAMPLES
+        samples = evaluations.read_table(path, evaluations.SAMPLES_SCHEMA)
+        tallies[chunk.benchmark].add(samples, marker.info["skipped"])
+    found = {
+        benchmark.name: figures(tally, resamples=settings.resamples, confidence=settings.confidence, seed=number)
+        for number, (benchmark, tally) in enumerate(zip(settings.benchmarks, tallies, strict=True))
+    }
+    results = {
+        "record": "evaluation_results",
+        "version": RESULTS_VERSION,
+        "benchmarks": {name: one.values for name, one in found.items()},
+        "mean": overall(found, settings.confidence),
+        "settings": settings.model_dump(mode="json"),
+        "seed": job.seed,
+        "stop_ids": list(job.stop_ids),
+        "model": {"fingerprint": job.policy.fingerprint, "dtype": job.policy.dtype},
+        "engines": sorted({f"{marker.info['engine']} {marker.info['engine_version']}" for marker in markers}),
+        "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
+    }
+    inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
+    with job.output.write_part(len(cut), inputs=inputs) as folder:
+        problems = [row for tally in tallies for row in tally.problems]
+        evaluations.write_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA, problems)
+        (folder / evaluations.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+    mean = results["mean"]
+    assert isinstance(mean, dict)
+    n = settings.samples
+    job.progress.line(
+        f"evaluate: Avg@{n} {mean['avg_at_k']:.3f}, Pass@{n} {mean['pass_at_k'][str(n)]:.3f}, "
+        f"{mean['distinct_correct']:.2f} distinct correct a problem"
+    )
+
+
+def _few(parts: Sequence[int]) -> str:
+    shown = ", ".join(map(str, parts[:8]))
+    return f"{shown} and {len(parts) - 8} more" if len(parts) > 8 else shown

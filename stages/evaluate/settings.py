@@ -1,0 +1,130 @@
+"""Settings of the evaluate stage, and how its problems are cut into parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
+from eopd.stages.models.prompts import Columns, PromptSettings, count_prompts
+from eopd.stages.settings import Settings, setting
+
+VERIFIERS = ("countdown", "exact", "math")
+VerifierName = Literal["countdown", "exact", "math"]
+
+
+class ProblemColumns(Columns):
+    """Which column of a benchmark holds what; every problem needs a reference answer."""
+
+    prompt: str = setting("problem", "The problem: text (one user message), or a list of {role, content} messages")
+    id: str | None = setting("id", "A unique id (null: the row's number)")
+    answer: str | None = setting("answer", "The reference answer that the verifier reads")
+
+    @field_validator("answer")
+    @classmethod
+    def _there_is_an_answer(cls, value: str | None) -> str:
+        if value is None:
+            raise ValueError("columns.answer must name the column of reference answers: a verifier needs them")
+        return value
+
+
+class BenchmarkSettings(Settings):
+    """One set of problems with reference answers."""
+
+    name: str = setting(..., "Name in the results", min_length=1)
+    path: str = setting(..., "JSONL, Parquet, or a folder saved with save_to_disk (known by content)", keyed=False)
+    split: str | None = setting(None, "Split of a folder that holds several")
+    columns: ProblemColumns = setting(ProblemColumns, "Which column holds what")
+    verifier: VerifierName = setting("math", "Who judges: math (math-verify), countdown, or exact (equal texts)")
+    limit: int | None = setting(None, "Use the first problems only (null: all)", ge=1)
+
+
+class EvaluateSettings(Settings):
+    """Samples of every problem of every benchmark, verified."""
+
+    benchmarks: tuple[BenchmarkSettings, ...] = setting(..., "The benchmarks, by unique names", min_length=1)
+    samples: int = setting(8, "Responses to each problem (Avg@k and Pass@k have every k up to it)", ge=1)
+    temperature: float = setting(1.0, "Sampling temperature (0: greedy)", ge=0.0)
+    top_p: float = setting(
+        1.0, "Sample from the smallest set of tokens with this mass (1: all; paper: 0.8)", gt=0, le=1
+    )
+    max_new_tokens: int = setting(1024, "Longest response, tokens; a longer one is cut and rarely right", ge=1)
+    template: Literal["chat", "plain"] = setting(
+        "chat", "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted"
+    )
+    template_arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
+    system: str | None = setting(None, "System message put before the problem (chat only)")
+    suffix: str = setting("", "Text put after the problem")
+    max_prompt_tokens: int = setting(2048, "Longest prompt, tokens", ge=1)
+    too_long: Literal["skip", "refuse"] = setting(
+        "refuse", "A longer prompt is left out and counted, or refused: results without it are of other problems"
+    )
+    confidence: float = setting(0.95, "Confidence of the bootstrap intervals", gt=0.0, lt=1.0)
+    resamples: int = setting(2000, "Bootstrap resamples of the problems", ge=100)
+    rows_per_part: int = setting(
+        256, "Problems a part: the unit of resuming and of distribution, sampled in one engine call", ge=1
+    )
+    seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0)
+    verifier_workers: int = setting(2, "Processes of the math verifier", keyed=False, ge=1)
+    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateSettings:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"evaluate.benchmarks: the name {name!r} is given to {names.count(name)} of them")
+        for benchmark in self.benchmarks:
+            self.prompts_of(benchmark)
+        return self
+
+    def prompts_of(self, benchmark: BenchmarkSettings) -> PromptSettings:
+        """The benchmark as a prompt source."""
+        return PromptSettings(
+            path=benchmark.path,
+            split=benchmark.split,
+            limit=benchmark.limit,
+            columns=Columns(**benchmark.columns.model_dump()),
+            verifier=benchmark.verifier,
+            template=self.template,
+            template_arguments=self.template_arguments,
+            system=self.system,
+            suffix=self.suffix,
+            max_prompt_tokens=self.max_prompt_tokens,
+            too_long=self.too_long,
+        )
+
+    def parameters(self, stop_ids: tuple[int, ...]) -> SamplingParameters:
+        return SamplingParameters(
+            temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, stop_ids=stop_ids
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The problems of one part: rows [start, stop) of a benchmark's source."""
+
+    benchmark: int
+    start: int
+    stop: int
+
+
+def chunks(settings: EvaluateSettings, counts: Mapping[str, int] | None = None) -> list[Chunk]:
+    """The parts of an evaluation, but for the last, which is the summary: an artifact has ``len(chunks) + 1`` parts.
+
+    Args:
+        counts: problems of each benchmark by name, where they are known; otherwise its source is counted.
+
+    Raises:
+        ValueError: a source is missing or empty.
+    """
+    found = []
+    for number, benchmark in enumerate(settings.benchmarks):
+        count = counts[benchmark.name] if counts else count_prompts(settings.prompts_of(benchmark))
+        step = settings.rows_per_part
+        found += [Chunk(number, start, min(start + step, count)) for start in range(0, count, step)]
+    return found

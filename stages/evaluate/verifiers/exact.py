@@ -1,0 +1,19 @@
+"""Exact match: the whole response is the reference answer, up to Unicode form and white space."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from eopd.stages.evaluate.verifiers.verdict import Verdict
+
+
+def verify(response: str, answer: str) -> Verdict:
+    """Correct when both texts are equal after NFC normalisation with runs of white space made one space."""
+    found = _normal(response)
+    if found == _normal(answer):
+        return Verdict(True, form=found)
+    return Verdict(False, reason="another text")
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())

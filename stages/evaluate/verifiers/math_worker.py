@@ -1,0 +1,72 @@
+"""The process in which math-verify runs: one JSON line in, one JSON line out, until its input ends.
+
+Answers come from a model and may be anything. This process may hang, grow or die: its parent
+(``verifiers.mathematics``) kills it when an answer takes too long. It limits its own memory, and its own processor
+time per answer, so that it does not burn on for ever when the parent was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+MEMORY_BYTES = 4 << 30
+MAX_CHARACTERS = 20_000
+"""The answer stands at the end: of a longer response only the last so many characters are read."""
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Whatever the libraries print must not mix with the answers.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    logging.disable(logging.CRITICAL)
+    import math_verify
+
+    _say(out, {"ready": True, "version": getattr(math_verify, "__version__", "")})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        _limit_processor_time(asked["seconds"])
+        _say(out, grade(asked["response"], asked["answer"]))
+
+
+def grade(response: str, answer: str) -> dict[str, Any]:
+    """Verdict of one response. Takes any time and any memory: never call it in a process that matters."""
+    from math_verify import parse, verify
+
+    gold = parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None)
+    if not gold:
+        return {"correct": False, "reason": "the reference answer cannot be read"}
+    found = parse(response[-MAX_CHARACTERS:], parsing_timeout=None)
+    if not found:
+        return {"correct": False, "reason": "no answer found"}
+    if not verify(gold, found, timeout_seconds=None):
+        return {"correct": False, "reason": f"answered {str(found[-1])[:80]}"}
+    # Two correct derivations are the same solution when their texts are, white space aside.
+    form = hashlib.sha256(" ".join(response.split()).encode()).hexdigest()[:16]
+    return {"correct": True, "form": form}
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """From now on; past it the kernel ends this process (SIGXCPU). The parent's limit, in wall time, comes first."""
+    spent = time.process_time()
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(spent + seconds + 1.0)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _say(out: Any, what: dict[str, Any]) -> None:
+    out.write(json.dumps(what) + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()

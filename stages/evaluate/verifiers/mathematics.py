@@ -1,0 +1,147 @@
+"""Mathematics, graded by math-verify in processes that can be killed.
+
+An answer can make the algebra behind it run for ever or fill the memory, in places that no signal handler reaches.
+So every answer has a time limit, after which its process is killed and a new one started: that answer is wrong
+with a reason that says so, and all others are graded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from eopd.stages.evaluate.verifiers.verdict import Verdict
+
+WORKER = "eopd.stages.evaluate.verifiers.math_worker"
+START_SECONDS = 120.0
+TIMED_OUT = "the grader took too long"
+DIED = "the grader died"
+
+
+class WorkerDied(RuntimeError):
+    """The grading process ended by itself (out of memory, or a crash of a library)."""
+
+
+class MathVerifier:
+    """Grades (response, answer) pairs on ``workers`` processes. Close it, or use it as a context manager."""
+
+    def __init__(
+        self, *, seconds: float, workers: int, command: Sequence[str] = (sys.executable, "-m", WORKER)
+    ) -> None:
+        """
+        Args:
+            seconds: limit for one answer.
+            workers: processes; each is started when it is first needed.
+        """
+        self._seconds = seconds
+        self._command = tuple(command)
+        self._free: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        self._workers = workers
+        for _ in range(workers):
+            self._free.put(None)
+
+    def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        with ThreadPoolExecutor(self._workers) as threads:
+            return list(threads.map(self._verify, pairs))
+
+    def check_answer(self, answer: str) -> None:
+        if not answer.strip():
+            raise ValueError("the reference answer is empty")
+
+    def close(self) -> None:
+        for _ in range(self._workers):
+            worker = self._free.get()
+            if worker is not None:
+                worker.kill()
+            self._free.put(None)
+
+    def __enter__(self) -> MathVerifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _verify(self, pair: tuple[str, str]) -> Verdict:
+        response, answer = pair
+        worker = self._free.get()
+        try:
+            if worker is None:
+                worker = _Worker(self._command)
+            found = worker.ask({"response": response, "answer": answer, "seconds": self._seconds}, self._seconds)
+            return Verdict(bool(found["correct"]), form=found.get("form"), reason=found.get("reason"))
+        except TimeoutError:
+            _kill(worker)
+            worker = None
+            return Verdict(False, reason=f"{TIMED_OUT} ({self._seconds:g} s)")
+        except WorkerDied:
+            _kill(worker)
+            worker = None
+            return Verdict(False, reason=DIED)
+        finally:
+            self._free.put(worker)
+
+
+def _kill(worker: _Worker | None) -> None:
+    if worker is not None:
+        worker.kill()
+
+
+class _Worker:
+    """One grading process, started and ready."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._buffer = b""
+        try:
+            self._read(START_SECONDS)
+        except (TimeoutError, WorkerDied) as error:
+            self.kill()
+            raise RuntimeError(
+                f"the mathematics grader did not start ({error}): is math-verify installed? "
+                f"Run `{' '.join(command)} < /dev/null` to see why."
+            ) from error
+
+    def ask(self, what: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Raises TimeoutError or WorkerDied; either way the worker is of no further use."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerDied from error
+        return self._read(seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except BrokenPipeError:  # an unsent question of a process that is gone
+                continue
+
+    def _read(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
+                raise TimeoutError(f"no answer in {seconds:g} s")
+            got = os.read(self._process.stdout.fileno(), 65536)
+            if not got:
+                raise WorkerDied("it ended")
+            self._buffer += got
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        found: dict[str, Any] = json.loads(line)
+        return found

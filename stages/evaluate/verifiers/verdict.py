@@ -1,0 +1,14 @@
+"""What a verifier says of one response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``form`` is equal for two correct responses that are the same solution; ``reason`` says why one is wrong."""
+
+    correct: bool
+    form: str | None = None
+    reason: str | None = None

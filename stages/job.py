@@ -1,0 +1,57 @@
+"""What every stage is handed: a model reference and somewhere to show progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A causal LM in Hugging Face format: a local folder or a hub id.
+
+    ``fingerprint`` covers weights, config and dtype; it is what keys are made of, never the path.
+    """
+
+    path: str
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str = ""
+    tokenizer: str | None = None
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.tokenizer or self.path
+
+
+class Progress(Protocol):
+    """What a person sees of long work."""
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        """Begin a bar of ``total`` units."""
+
+    def advance(self, n: int, **figures: float) -> None:
+        """Move it by ``n`` units; ``figures`` are shown beside it."""
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+
+    def close(self) -> None:
+        """End the bar."""
+
+
+class NullProgress:
+    """Shows nothing."""
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        pass
+
+    def advance(self, n: int, **figures: float) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

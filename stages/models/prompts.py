@@ -1,0 +1,223 @@
+"""Prompts: where they come from, what a model reads of them, and which a round draws.
+
+A source is a JSONL file, a Parquet file or a folder saved with ``datasets``' ``save_to_disk``. Settings are parsed
+before anything heavy is imported: this module needs neither torch nor transformers until it renders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import model_validator
+
+from eopd.stages.engines.sampling import derive_seed
+from eopd.stages.models import prompt_sources
+from eopd.stages.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+class Columns(Settings):
+    """Which column of the source holds what."""
+
+    prompt: str = setting("prompt", "The prompt: text (one user message), or a list of {role, content} messages")
+    id: str | None = setting(None, "A unique id (null: the row's number)")
+    answer: str | None = setting(None, "Reference answer, for verifiers; anything but text is kept as JSON")
+    teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs")
+
+
+class PromptSettings(Settings):
+    """A prompt source and how the student reads its prompts."""
+
+    path: str = setting(
+        ..., "JSONL file, Parquet file, or folder saved with datasets' save_to_disk (known by content)", keyed=False
+    )
+    split: str | None = setting(None, "Split of a folder that holds several")
+    limit: int | None = setting(None, "Use the first rows only (null: all)", ge=1)
+    columns: Columns = setting(Columns, "Which column holds what")
+    verifier: str | None = setting(None, "Name of the verifier that judges answers to these prompts")
+    template: Literal["chat", "plain"] = setting(
+        "chat", "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted"
+    )
+    template_arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
+    system: str | None = setting(None, "System message put before the prompt (chat only)")
+    suffix: str = setting("", "Text put after the prompt (the last user message)")
+    max_prompt_tokens: int = setting(1024, "Longest prompt as the student reads it, tokens", ge=1)
+    too_long: Literal["skip", "refuse"] = setting("skip", "A longer prompt is skipped and counted, or refused")
+
+    @model_validator(mode="after")
+    def _plain_has_no_chat_arguments(self) -> PromptSettings:
+        if self.template == "plain" and (self.system is not None or self.template_arguments):
+            raise ValueError(
+                "prompts.system and prompts.template_arguments belong to template: chat; with template: plain write "
+                "what you need into the prompt or prompts.suffix"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a source."""
+
+    index: int  # row of the source, from 0
+    id: str
+    messages: tuple[Message, ...]
+    answer: str | None
+    teacher_prompt: str | None
+
+    @property
+    def messages_json(self) -> str:
+        return json.dumps(list(self.messages), ensure_ascii=False)
+
+
+class PromptTable:
+    """Every prompt of a source, in order."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = list(prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+    def rows(self, indices: Sequence[int]) -> list[Prompt]:
+        """Raises ValueError for a row that the source does not have."""
+        for index in indices:
+            if not 0 <= index < len(self._prompts):
+                raise ValueError(f"prompt {index} is asked for, but the source has {len(self._prompts)}")
+        return [self._prompts[index] for index in indices]
+
+
+def load_prompts(settings: PromptSettings) -> PromptTable:
+    """Read and check a whole source.
+
+    Raises:
+        ValueError: no such source, no rows, a malformed line (by number), a missing or empty column (by row, with
+            the columns there are), or an id that occurs twice.
+    """
+    names = [name for name in settings.columns.model_dump().values() if name is not None]
+    prompts: list[Prompt] = []
+    first_seen: dict[str, str] = {}
+    for row in prompt_sources.read(Path(settings.path), settings.split, names, settings.limit):
+        prompt = _prompt(row, len(prompts), settings.columns)
+        if prompt.id in first_seen:
+            raise ValueError(
+                f"{row.where}: id {prompt.id!r} is already that of {first_seen[prompt.id]}; ids must be unique "
+                "(columns.id: null numbers the rows)"
+            )
+        first_seen[prompt.id] = row.where
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{settings.path}: there are no prompts in it")
+    return PromptTable(prompts)
+
+
+def count_prompts(settings: PromptSettings) -> int:
+    """How many prompts a source has, without reading them. Raises ValueError where there are none."""
+    count = prompt_sources.count(Path(settings.path), settings.split)
+    if count == 0:
+        raise ValueError(f"{settings.path}: there are no prompts in it")
+    return min(count, settings.limit or count)
+
+
+def source_files(settings: PromptSettings) -> list[Path]:
+    """The files whose content is the source's identity, in a fixed order. Raises ValueError where there is none."""
+    return prompt_sources.files(Path(settings.path), settings.split)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: PromptSettings) -> list[int]:
+    """Token ids of a prompt as the student reads it. Its length is not checked here.
+
+    Raises:
+        ValueError: template chat without a chat template, or template plain for a conversation of several messages.
+    """
+    from eopd.stages.models.tokenizers import render_chat
+
+    if settings.template == "chat":
+        messages = [dict(message) for message in prompt.messages]
+        messages[-1]["content"] += settings.suffix
+        if settings.system is not None:
+            messages.insert(0, {"role": "system", "content": settings.system})
+        return render_chat(tokenizer, messages, settings.template_arguments)
+    if len(prompt.messages) > 1:
+        raise ValueError(
+            f"prompt {prompt.id!r} has {len(prompt.messages)} messages, which template: plain cannot write as one "
+            "text; use template: chat"
+        )
+    text = prompt.messages[0]["content"] + settings.suffix
+    return [int(token) for token in tokenizer(text)["input_ids"]]
+
+
+def draw_prompts(count: int, per_round: int, round_number: int, seed: int) -> list[int]:
+    """Rows of the prompts of one round: ``per_round`` consecutive entries of an endless shuffled deck.
+
+    The deck is one permutation of all rows after another, each with its own shuffle, so that no prompt comes twice
+    before all have come once. A round across two of them, or larger than the source, can hold a prompt twice.
+
+    Args:
+        count: prompts of the source.
+        round_number: from 0.
+    """
+    assert count > 0, count
+    assert per_round > 0, per_round
+    assert round_number >= 0, round_number
+    start = round_number * per_round
+    drawn: list[int] = []
+    for epoch in range(start // count, (start + per_round - 1) // count + 1):
+        first = max(start - epoch * count, 0)
+        last = min(start + per_round - epoch * count, count)
+        drawn.extend(_permutation(count, derive_seed(seed, "prompts", epoch))[first:last].tolist())
+    return drawn
+
+
+def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # a bit generator's raw stream is fixed for ever; numpy's shuffles and permutations are not
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+
+
+def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
+    identifier = str(index) if columns.id is None else _text(row, columns.id)
+    return Prompt(
+        index=index,
+        id=identifier,
+        messages=_messages(row, columns.prompt),
+        answer=None if columns.answer is None else _text(row, columns.answer),
+        teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
+    )
+
+
+def _text(row: prompt_sources.Row, column: str) -> str:
+    value = row.values[column]
+    if value is None:
+        raise ValueError(f"{row.where}: column {column!r} is empty")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _messages(row: prompt_sources.Row, column: str) -> tuple[Message, ...]:
+    value = row.values[column]
+    if isinstance(value, str) and value.strip():
+        return ({"role": "user", "content": value},)
+    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+        return tuple({"role": item["role"], "content": item["content"]} for item in value)
+    shown = repr(value)[:80]
+    raise ValueError(
+        f"{row.where}: column {column!r} must hold text or a list of {{role, content}} messages, and not be empty; "
+        f"got {shown}"
+    )
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)

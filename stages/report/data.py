@@ -1,0 +1,194 @@
+"""What a report is made of: plain data, JSON in and out, so that the page needs no run to be tested.
+
+Produced by ``stages.report.gather``; read by every other module of this package. Entropies, divergences and
+log-probs are in nats; rates and fractions lie between 0 and 1. ``None`` means *not measured* and is never drawn as
+zero; NaN and inf mean *measured and not finite*, and survive JSON as strings.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Estimate:
+    """A figure with its interval, for instance a paired difference between the last round and the first."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class Histogram:
+    """``counts[i]`` tokens with ``edges[i] <= entropy < edges[i + 1]`` (nats)."""
+
+    edges: list[float]
+    counts: list[int]
+
+    def __post_init__(self) -> None:
+        _check_bins("counts", self.edges, len(self.counts))
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class BinnedMean:
+    """A mean per teacher-entropy bin; ``None`` where a bin holds no token. ``counts`` are tokens a bin."""
+
+    edges: list[float]
+    means: list[float | None]
+    counts: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_bins("means", self.edges, len(self.means))
+        if self.counts is not None:
+            _check_bins("counts", self.edges, len(self.counts))
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RoundData:
+    """One round's figures. Round 0 is the first student, before any training."""
+
+    round: int
+    avg_at_k: dict[int, float] = field(default_factory=dict)
+    pass_at_k: dict[int, float] = field(default_factory=dict)
+    avg_interval: dict[int, Interval] = field(default_factory=dict)
+    pass_interval: dict[int, Interval] = field(default_factory=dict)
+    student_entropy: float | None = None
+    teacher_entropy: float | None = None
+    gate_fraction: float | None = None
+    rkl: float | None = None
+    fkl: float | None = None
+    tokens: int | None = None
+    truncation_rate: float | None = None
+    response_length: float | None = None
+    distinct_correct: float | None = None
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class StepRow:
+    """One optimiser step. ``further`` holds whatever else the objective reported."""
+
+    round: int
+    step: int
+    loss: float | None = None
+    rkl: float | None = None
+    fkl: float | None = None
+    gate_fraction: float | None = None
+    teacher_entropy: float | None = None
+    student_entropy: float | None = None
+    retained_mass: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    further: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> StepRow:
+        """From one line of a metrics file: unknown numeric keys go to ``further``, other unknown keys are left out."""
+        own = {item.name for item in fields(cls)} - {"further"}
+        known = {name: value for name, value in row.items() if name in own}
+        further = {
+            name: float(value)
+            for name, value in row.items()
+            if name not in own and isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        return cls(**known, further=further)
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RolloutView:
+    """One response, token by token. ``entropy``: the teacher's, nats; ``logprobs``: the sampled token's under the
+    student. ``verdict`` is the verifier's word, free text. Rollouts of one ``prompt`` are shown side by side.
+    """
+
+    prompt: str
+    tokens: list[str]
+    entropy: list[float | None] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    correct: bool | None = None
+    reward: float | None = None
+    verdict: str = ""
+    round: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("entropy", "logprobs"):
+            found = len(getattr(self, name))
+            if found not in (0, len(self.tokens)):
+                raise ValueError(f"{name} has {found} entries for {len(self.tokens)} tokens: give one each, or none")
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class CostRow:
+    """What one stage of one round took. ``shared``: done once and read by several runs."""
+
+    stage: str
+    round: int | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    shared: bool = False
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class RunData:
+    """One run. ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as
+    "95 % bootstrap over problems"; the gains are last minus first round, paired where they can be.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rounds: list[RoundData] = field(default_factory=list)
+    training: list[StepRow] = field(default_factory=list)
+    entropy_histogram_teacher: Histogram | None = None
+    entropy_histogram_student: Histogram | None = None
+    fkl_by_entropy_bin: BinnedMean | None = None
+    further_by_entropy_bin: dict[str, BinnedMean] = field(default_factory=dict)
+    rollouts: list[RolloutView] = field(default_factory=list)
+    cost: list[CostRow] = field(default_factory=list)
+    threshold: float | None = None
+    interval: str = ""
+    avg_gain: Estimate | None = None
+    pass_gain: Estimate | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ReportData:
+    """Everything the page shows. ``generated``: a date and time in words, printed as it is."""
+
+    title: str
+    generated: str
+    runs: list[RunData]
+
+
+def to_json(data: ReportData) -> str:
+    return TypeAdapter(ReportData).dump_json(data, indent=1).decode()
+
+
+def from_json(text: str) -> ReportData:
+    """Read back what ``to_json`` wrote.
+
+    Raises:
+        ValueError: a field is unknown, missing or of the wrong type; the message names it.
+    """
+    return TypeAdapter(ReportData).validate_json(text)
+
+
+def load(path: Path) -> ReportData:
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def _check_bins(name: str, edges: list[float], found: int) -> None:
+    if found != max(len(edges) - 1, 0):
+        raise ValueError(f"{name} has {found} entries for {len(edges)} edges: there must be one fewer than edges")
+    if any(right <= left for left, right in itertools.pairwise(edges)):
+        raise ValueError(f"edges must increase, got {edges}")

@@ -1,0 +1,239 @@
+"""What was gained, in plain words: Avg@k and Pass@k from the first evaluated round to the last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from eopd.stages.report import palette, plots, words
+from eopd.stages.report.curves import common_k
+from eopd.stages.report.data import Estimate, RoundData, RunData
+from eopd.stages.report.figure import Rows
+from eopd.stages.report.scales import Scale
+
+
+@dataclass(frozen=True)
+class Measured:
+    round: int
+    value: float
+    low: float | None
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        return words.number(self.value, "rate")
+
+    @property
+    def interval(self) -> str:
+        return words.interval(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """``name`` such as Avg@8; ``last`` is None when only one round was evaluated."""
+
+    name: str
+    first: Measured
+    last: Measured | None
+    paired: Estimate | None
+
+    @property
+    def end(self) -> Measured:
+        return self.last or self.first
+
+    @property
+    def change(self) -> str:
+        return words.change(self.difference)
+
+    @property
+    def difference(self) -> float:
+        if self.paired is not None:
+            return self.paired.value
+        return self.end.value - self.first.value
+
+    @property
+    def direction(self) -> str:
+        """rose, fell or stayed, at the three decimals that are shown."""
+        if self.last is None or not math.isfinite(self.difference) or round(self.difference, 3) == 0:
+            return "stayed"
+        return "rose" if self.difference > 0 else "fell"
+
+    @property
+    def change_interval(self) -> str:
+        if self.paired is None or self.paired.low is None or self.paired.high is None:
+            return ""
+        return f"{words.change(self.paired.low)} to {words.change(self.paired.high)}"
+
+    @property
+    def detail(self) -> str:
+        """Rounds and intervals, as one line."""
+        ends = [self.first] if self.last is None else [self.first, self.last]
+        said = [f"Round {end.round}: {end.interval}" if end.interval else f"Round {end.round}" for end in ends]
+        if self.last is None:
+            said.append("no other round was evaluated")
+        else:
+            said += [f"change: {self.change_interval}"] if self.change_interval else []
+            said.append(self.settled or "no intervals were measured")
+        return " · ".join(said)
+
+    @property
+    def settled(self) -> str:
+        """What the intervals say of the change; empty where there are none."""
+        if self.last is None:
+            return ""
+        if self.paired is not None and self.paired.low is not None and self.paired.high is not None:
+            beyond = self.paired.low > 0 or self.paired.high < 0
+            return "the interval of the change excludes zero" if beyond else "the interval of the change includes zero"
+        if None in (self.first.low, self.first.high, self.last.low, self.last.high):
+            return ""
+        return "the two intervals overlap" if overlaps(self.first, self.last) else "the two intervals do not overlap"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    name: str
+    tone: str
+    index: int
+    gains: tuple[Gain, ...]
+    facts: tuple[tuple[str, str], ...]
+    interval: str
+
+
+def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
+    ks = {which: common_k(runs, f"{which}_at_k") for which in ("avg", "pass")}
+    summaries = []
+    for index, run in enumerate(runs):
+        found = [_gain(run, which, k) for which, k in ks.items() if k is not None]
+        gains = tuple(gain for gain in found if gain is not None)
+        summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
+    return summaries
+
+
+def overlaps(one: Measured, other: Measured) -> bool:
+    assert one.low is not None
+    assert one.high is not None
+    assert other.low is not None
+    assert other.high is not None
+    return one.low <= other.high and other.low <= one.high
+
+
+def sentence(summaries: Sequence[RunSummary]) -> list[str]:
+    """The headline, as sentences."""
+    if len(summaries) == 1:
+        gains = summaries[0].gains
+        return [_said(gain) for gain in gains] or ["This run has no evaluation yet, so nothing can be said of a gain."]
+    said = []
+    names = list(dict.fromkeys(gain.name for summary in summaries for gain in summary.gains))
+    for name in names:
+        ranked = sorted(
+            ((gain, summary) for summary in summaries for gain in summary.gains if gain.name == name),
+            key=lambda pair: pair[0].end.value if math.isfinite(pair[0].end.value) else -math.inf,
+            reverse=True,
+        )
+        said.append(_ranked(name, ranked, len(summaries)))
+    return said or ["No run has an evaluation yet, so nothing can be compared."]
+
+
+def _ranked(name: str, ranked: list[tuple[Gain, RunSummary]], runs: int) -> str:
+    best, owner = ranked[0]
+    text = f"{name} ends highest in {owner.name} at {best.end.text}"
+    if best.last is not None:
+        text += f" (from {best.first.text})"
+    if len(ranked) > 1:
+        rival, other = ranked[1]
+        text += f", then {other.name} at {rival.end.text}"
+        if best.end.interval and rival.end.interval and overlaps(best.end, rival.end):
+            text += "; their intervals overlap"
+    absent = runs - len(ranked)
+    return text + (f"; {absent} not evaluated." if absent else ".")
+
+
+def _said(gain: Gain) -> str:
+    if gain.last is None:
+        return f"{gain.name} is {gain.first.text} after round {gain.first.round}; no other round was evaluated."
+    if gain.direction == "stayed":
+        return f"{gain.name} stayed at {gain.end.text}."
+    return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
+
+
+def _gain(run: RunData, which: str, k: int) -> Gain | None:
+    evaluated = [item for item in run.rounds if k in getattr(item, f"{which}_at_k")]
+    if not evaluated:
+        return None
+    name = f"{'Avg' if which == 'avg' else 'Pass'}@{k}"
+    paired = run.avg_gain if which == "avg" else run.pass_gain
+    if len(evaluated) == 1:
+        return Gain(name, _measured(evaluated[0], which, k), None, None)
+    return Gain(name, _measured(evaluated[0], which, k), _measured(evaluated[-1], which, k), paired)
+
+
+def _measured(item: RoundData, which: str, k: int) -> Measured:
+    low, high = getattr(item, f"{which}_interval").get(k, (None, None))
+    return Measured(item.round, getattr(item, f"{which}_at_k")[k], low, high)
+
+
+def _facts(run: RunData) -> tuple[tuple[str, str], ...]:
+    """The figures around the gain: what happened to diversity, and what it took."""
+    facts = []
+    for title, attribute, form in (
+        ("Student entropy", "student_entropy", "number"),
+        ("Distinct correct", "distinct_correct", "number"),
+        ("Reverse KL", "rkl", "number"),
+        ("Forward KL", "fkl", "number"),
+        ("Gate fraction", "gate_fraction", "percent"),
+    ):
+        values = [getattr(item, attribute) for item in run.rounds if getattr(item, attribute) is not None]
+        if values:
+            ends = [words.number(value, form) for value in (values[0], values[-1])]  # type: ignore[arg-type]
+            facts.append((title, " → ".join(ends) if len(values) > 1 else ends[0]))
+    tokens = [item.tokens for item in run.rounds if item.tokens is not None]
+    if tokens:
+        facts.append(("Student tokens", words.number(sum(tokens), "count")))
+    seconds = [row.seconds for row in run.cost if row.seconds is not None]
+    if seconds:
+        facts.append(("Time in all stages", words.duration(sum(seconds))))
+    return tuple(facts)
+
+
+def beside(summaries: Sequence[RunSummary]) -> Rows:
+    """The facts of several runs as one table: a row per run."""
+    titles = list(dict.fromkeys(title for summary in summaries for title, _ in summary.facts))
+    facts = [(summary.name, dict(summary.facts)) for summary in summaries]
+    body = tuple((name, *(found.get(title, words.MISSING) for title in titles)) for name, found in facts)
+    return Rows(("run", *titles), body)
+
+
+def dumbbells(summaries: Sequence[RunSummary]) -> dict[tuple[int, str], Markup]:
+    """A small drawing for each run and metric, first (hollow) to last (filled), all of one metric on one scale."""
+    drawn = {}
+    for name in {gain.name for summary in summaries for gain in summary.gains}:
+        gains = [(summary, gain) for summary in summaries for gain in summary.gains if gain.name == name]
+        ends = [end for _, gain in gains for end in (gain.first, gain.end) if math.isfinite(end.value)]
+        values = [value for end in ends for value in (end.value, end.low, end.high) if value is not None]
+        if not values:
+            continue
+        low, high = min(values), max(values)
+        air = 0.06 * (high - low) or 0.05
+        scale = Scale(low - air, high + air, 6, 234)
+        for summary, gain in gains:
+            if math.isfinite(gain.first.value) and math.isfinite(gain.end.value):
+                drawn[(summary.index, name)] = _dumbbell(summary, gain, scale)
+    return drawn
+
+
+def _dumbbell(summary: RunSummary, gain: Gain, scale: Scale) -> Markup:
+    stroke = f"s-{summary.tone}"
+    parts = ['<path class="grid" d="M4 14H236"/>']
+    if gain.last is not None:
+        parts.append(f'<path class="{stroke}" d="M{scale(gain.first.value):.1f} 14H{scale(gain.last.value):.1f}"/>')
+    for end, fill in ((gain.first, "hollow"), (gain.last, f"f-{summary.tone}")):
+        if end is None:
+            continue
+        if end.low is not None and end.high is not None:
+            area = f"M{scale(end.low):.1f} 8H{scale(end.high):.1f}V20H{scale(end.low):.1f}Z"
+            parts.append(f'<path class="f-{summary.tone} band" d="{area}"/>')
+        parts.append(plots.shape(summary.index, scale(end.value), 14, f"{stroke} {fill} dot", 4.2))
+    return Markup('<svg class="dumbbell" viewBox="0 0 240 28" aria-hidden="true">' + "".join(parts) + "</svg>")

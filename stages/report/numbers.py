@@ -1,0 +1,77 @@
+"""Every number of a report as one tidy CSV: run, section, round, x, name, value, low, high.
+
+``x`` is the optimiser step, k, or the lower edge of an entropy bin. Missing figures have no row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import fields
+
+from eopd.stages.report import words
+from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, RunData, StepRow
+
+HEAD = ("run", "section", "round", "x", "name", "value", "low", "high")
+Row = tuple[object, ...]
+_NOT_FIGURES = {"round", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval"}
+
+
+def to_csv(data: ReportData) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(HEAD)
+    for run in data.runs:
+        for row in _run(run):
+            writer.writerow((_cell(run.name), *row))
+    return out.getvalue()
+
+
+def _run(run: RunData) -> Iterator[Row]:
+    for item in run.rounds:
+        yield from _round(item)
+    for name, gain in (("avg_gain", run.avg_gain), ("pass_gain", run.pass_gain)):
+        if isinstance(gain, Estimate):
+            yield ("gain", "", "", name, gain.value, gain.low, gain.high)
+    for step in run.training:
+        yield from _figures("training", step, step.step)
+        for name, value in step.further.items():
+            yield ("training", step.round, step.step, _cell(name), value, "", "")
+    for who, histogram in (("teacher", run.entropy_histogram_teacher), ("student", run.entropy_histogram_student)):
+        if isinstance(histogram, Histogram):
+            for low, count in zip(histogram.edges, histogram.counts, strict=False):
+                yield ("entropy_histogram", "", low, who, count, "", "")
+    binned = {"fkl": run.fkl_by_entropy_bin, **run.further_by_entropy_bin}
+    for name, means in binned.items():
+        if means is not None:
+            for low, mean in zip(means.edges, means.means, strict=False):
+                if mean is not None:
+                    yield ("by_entropy_bin", "", low, _cell(name), mean, "", "")
+    for cost in run.cost:
+        for name in ("seconds", "tokens", "bytes"):
+            value = getattr(cost, name)
+            if value is not None:
+                section = "cost_shared" if cost.shared else "cost"
+                yield (section, cost.round, "", _cell(f"{cost.stage}.{name}"), value, "", "")
+
+
+def _round(item: RoundData) -> Iterator[Row]:
+    for which in ("avg", "pass"):
+        intervals = getattr(item, f"{which}_interval")
+        for k, value in sorted(getattr(item, f"{which}_at_k").items()):
+            yield ("round", item.round, k, f"{which}_at_k", value, *intervals.get(k, ("", "")))
+    yield from _figures("round", item, "")
+
+
+def _figures(section: str, item: RoundData | StepRow, x: object) -> Iterator[Row]:
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if entry.name not in _NOT_FIGURES and value is not None:
+            yield (section, item.round, x, entry.name, value, "", "")
+
+
+def _cell(text: str) -> str:
+    """Foreign text that a spreadsheet will not take for a formula."""
+    text = words.printable(text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text

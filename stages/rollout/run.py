@@ -1,0 +1,211 @@
+"""The rollout stage: one engine call a part, nothing else in flight, committed when it returns.
+
+Producer of the records of ``storage.rollouts`` and, where asked for, of ``storage.student_topk``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed, open_sampling_engine
+from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
+from eopd.stages.rollout.job import RolloutJob
+from eopd.storage.claims import claimed_parts
+from eopd.storage.rollouts import write_rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A prompt of a part, as the student reads it."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    first_sample: int  # number of its first sample: above 0 when the round has drawn it before
+
+
+def run(job: RolloutJob) -> None:
+    """Do every part of ``job.parts`` that is not committed, then what is missing of the side artifact.
+
+    Raises:
+        ValueError: bad prompts (``prompts.load_prompts``), a prompt longer than ``prompts.max_prompt_tokens`` where
+            that is refused, or a model that the engine cannot serve. Prompts are checked before a model is loaded.
+    """
+    assert len(job.prompt_indices) == job.output.parts, (len(job.prompt_indices), job.output.parts)
+    done = job.output.committed()
+    pending = [part for part in job.parts if part not in done]
+    if pending:
+        _sample_parts(job, pending)
+    if job.student_topk is not None and not job.student_topk.committed().issuperset(job.parts):
+        from eopd.stages.rollout.student_topk import find_student_topk
+
+        find_student_topk(job, job.student_topk)
+
+
+def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
+    from eopd.stages.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(job.policy)
+    draws = _prepare(job, tokenizer)
+    responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
+    longest = max(len(draw.token_ids) for part in draws for draw in part)
+    engine = open_sampling_engine(
+        job.settings.engine,
+        job.policy,
+        max_model_len=longest + job.settings.max_new_tokens,
+        log_dir=job.log_dir,
+        options=job.settings.engine_options,
+    )
+    meter = _Meter(job)
+    job.progress.start("rollout", responses, unit="responses")
+    try:
+        for part in claimed_parts(job.output, pending):
+            _do_part(job, part, draws[part], engine, tokenizer, meter)
+    finally:
+        job.progress.close()
+        engine.close()
+    job.progress.line(meter.summary())
+
+
+def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[Draw]]:
+    """Render and check every prompt of the round, per part.
+
+    All parts, also those not to be done here: so that every process opens its engine for the same length.
+    """
+    table = load_prompts(job.prompts)
+    limit = job.prompts.max_prompt_tokens
+    found: list[list[Draw]] = []
+    skipped: list[int] = []
+    for indices, firsts in zip(job.prompt_indices, _first_samples(job), strict=True):
+        found.append([])
+        for prompt, first in zip(table.rows(indices), firsts, strict=True):
+            ids = render_prompt(tokenizer, prompt, job.prompts)
+            if not ids:
+                raise ValueError(f"prompt {prompt.id!r} of {job.prompts.path} has no tokens: nothing can follow it")
+            if len(ids) <= limit:
+                found[-1].append(Draw(prompt, ids, first))
+            elif job.prompts.too_long == "skip":
+                skipped.append(len(ids))
+            else:
+                raise ValueError(
+                    f"prompt {prompt.id!r} of {job.prompts.path} has {len(ids)} tokens, more than "
+                    f"prompts.max_prompt_tokens = {limit}; raise it, or set too_long: skip"
+                )
+    if skipped:
+        drawn = sum(len(indices) for indices in job.prompt_indices)
+        told = (
+            f"{len(skipped)} of {drawn} prompts are longer than prompts.max_prompt_tokens = {limit} "
+            f"(longest: {max(skipped)})"
+        )
+        if len(skipped) == drawn:
+            raise ValueError(f"{job.prompts.path}: {told}: none is left. Raise the limit")
+        job.progress.line(f"rollout: skipped {told}")
+    return found
+
+
+def _first_samples(job: RolloutJob) -> list[list[int]]:
+    """Per part and prompt, the number of its first sample, so that (prompt, sample) never repeats in a round."""
+    seen: Counter[int] = Counter()
+    found: list[list[int]] = []
+    for indices in job.prompt_indices:
+        found.append([])
+        for index in indices:
+            found[-1].append(seen[index] * job.settings.samples_per_prompt)
+            seen[index] += 1
+    return found
+
+
+class _Meter:
+    """Counts what was sampled, for the bar and the closing line."""
+
+    def __init__(self, job: RolloutJob) -> None:
+        self._progress = job.progress
+        self.tokens = self.responses = self.stopped = 0
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def advance(self, tokens: int, finished: int) -> None:
+        self.tokens += tokens
+        self._progress.advance(finished, tokens_per_s=self.tokens / max(self._elapsed(), 1e-9))
+
+    def end(self, samples: Sequence[Sample]) -> None:
+        self.seconds = self._elapsed()
+        self.responses += len(samples)
+        self.stopped += sum(sample.finish_reason == "stop" for sample in samples)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self._began
+
+    def summary(self) -> str:
+        rate = self.tokens / max(self.seconds, 1e-9)
+        stopped = 100 * self.stopped / max(self.responses, 1)
+        return (
+            f"rollout: {self.responses:,} responses, {self.tokens:,} tokens, {stopped:.0f} % of them stopped, "
+            f"{rate:,.0f} tokens/s"
+        )
+
+
+def _do_part(
+    job: RolloutJob,
+    part: int,
+    draws: Sequence[Draw],
+    engine: SamplingEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    meter: _Meter,
+) -> None:
+    """One engine call and its commit."""
+    asked = [(draw, draw.first_sample + number) for draw in draws for number in range(job.settings.samples_per_prompt)]
+    requests = [
+        SamplingRequest(draw.token_ids, derive_seed(job.seed, draw.prompt.id, number)) for draw, number in asked
+    ]
+    meter.begin()
+    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.advance) if requests else []
+    meter.end(samples)
+    rows = [
+        _row(job, draw, number, request.seed, sample, tokenizer)
+        for (draw, number), request, sample in zip(asked, requests, samples, strict=True)
+    ]
+    stopped = sum(sample.finish_reason == "stop" for sample in samples)
+    info = {
+        "prompts": len(draws),
+        "skipped": len(job.prompt_indices[part]) - len(draws),
+        "responses": len(samples),
+        "tokens": sum(len(sample.token_ids) for sample in samples),
+        "stop_rate": stopped / len(samples) if samples else None,
+        "engine": engine.name,
+        "engine_version": engine.version,
+        "engine_options": job.settings.engine_options.model_dump(mode="json"),
+    }
+    with job.output.write_part(part, inputs={"policy": job.policy.fingerprint}, info=info) as folder:
+        write_rollouts(folder, rows)
+
+
+def _row(
+    job: RolloutJob, draw: Draw, number: int, seed: int, sample: Sample, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    return {
+        "prompt_id": draw.prompt.id,
+        "prompt_index": draw.prompt.index,
+        "sample": number,
+        "messages": draw.prompt.messages_json,
+        "answer": draw.prompt.answer,
+        "verifier": job.prompts.verifier,
+        "teacher_prompt": draw.prompt.teacher_prompt,
+        "prompt_token_ids": draw.token_ids,
+        "response_token_ids": sample.token_ids,
+        "response_text": tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True),
+        "logprobs": sample.logprobs,
+        "truncated_logprobs": sample.truncated_logprobs,
+        "finish_reason": sample.finish_reason,
+        "stop_token_id": sample.stop_token_id,
+        "seed": seed,
+    }

@@ -1,0 +1,77 @@
+"""The student's own most probable tokens at every stored response position.
+
+Found by reading the stored tokens once more, after their part is committed: so they always belong to the tokens
+that were kept, whatever engine sampled them and however often the stage was killed.
+Letters: T tokens of a block, V vocabulary, D hidden size, k ids a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import lm_head_of
+from eopd.stages.models.loading import load_model
+from eopd.stages.models.packing import Sequence as PackSequence
+from eopd.stages.models.packing import pack
+from eopd.stages.rollout.job import RolloutJob
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import claimed_parts
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.student_topk import StudentTopk, write_student_topk
+
+BATCH_TOKENS = 8192
+LOGIT_BYTES = 256 * 2**20
+"""Of one block of float32 logits."""
+
+
+def find_student_topk(job: RolloutJob, side: Artifact) -> None:
+    """Do every part of ``job.parts`` that ``side`` lacks.
+
+    Raises:
+        ValueError: ``rollout.student_topk`` is 0 or more than the vocabulary has.
+    """
+    device = job.settings.engine_options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(job.policy, device)
+    vocabulary = lm_head_of(model).vocab_size
+    k = job.settings.student_topk
+    if not 0 < k <= vocabulary:
+        raise ValueError(f"rollout.student_topk must be 1 to {vocabulary} (the vocabulary), got {k}")
+    job.progress.start("student top-k", len(job.parts), unit="parts")
+    try:
+        for part in claimed_parts(side, job.parts):
+            table = read_rollouts(job.output.part_folder(part), ["prompt_token_ids", "response_token_ids"])
+            columns = table.to_pydict()
+            pairs = zip(columns["prompt_token_ids"], columns["response_token_ids"], strict=True)
+            found = topk_of(model, [PackSequence(*pair) for pair in pairs], k, job.settings.temperature, device)
+            inputs = {"rollouts": job.output.marker(part).checksum, "policy": job.policy.fingerprint}
+            with side.write_part(part, inputs=inputs, info={"k": k}) as folder:
+                write_student_topk(folder, found)
+            job.progress.advance(1)
+    finally:
+        job.progress.close()
+
+
+@torch.inference_mode()
+def topk_of(model: Any, sequences: list[PackSequence], k: int, temperature: float, device: str = "cpu") -> StudentTopk:
+    """The ``k`` most probable ids and their log-probs (full softmax at ``temperature``) of every response token."""
+    lengths = np.array([len(sequence.response_ids) for sequence in sequences], dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.zeros((int(starts[-1]), k), dtype=np.int32)
+    logprobs = np.zeros((int(starts[-1]), k), dtype=np.float32)
+    head = lm_head_of(model).float()
+    block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
+    row_tokens = max((sequence.input_length for sequence in sequences), default=1)
+    for packed in pack(sequences, row_tokens=row_tokens, token_budget=max(BATCH_TOKENS, row_tokens)):
+        hidden = final_hidden(model, packed.to(device))
+        at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in packed.order])
+        for first in range(0, len(at), block):
+            logits = head.logits(hidden[first : first + block]) / temperature
+            best = logits.log_softmax(-1).topk(k, dim=-1)
+            rows = at[first : first + block]
+            ids[rows] = best.indices.int().cpu().numpy()
+            logprobs[rows] = best.values.cpu().numpy()
+    return StudentTopk(lengths, ids, logprobs)

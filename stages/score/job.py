@@ -1,0 +1,28 @@
+"""What the score stage is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.score.settings import ScoreSettings
+from eopd.storage.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Score rollouts with the teacher: part i of ``output`` from part i of ``rollouts``."""
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: ScoreSettings
+    progress: Progress
+    log_dir: Path
+    rollouts: Artifact
+    teacher: ModelRef
+    student_tokenizer: str  # folder or hub id: its ids must mean the same bytes as the teacher's
+    stop_ids: tuple[int, ...]  # union of student's and teacher's
+    rollout_temperature: float
+    student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too

@@ -1,0 +1,88 @@
+"""A part's rollouts as the teacher will read them: contexts, responses cut to what fits, identities for the draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eopd.stages.models.packing import Sequence
+from eopd.stages.score.context import COLUMNS, render_contexts
+from eopd.stages.score.job import ScoreJob
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.student_topk import StudentTopk, read_student_topk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PartResponses:
+    """What is to be scored of one part, in the rollouts' order."""
+
+    sequences: list[Sequence]  # responses cut to what the teacher can read
+    identities: list[tuple[int, int, int]]  # prompt index, sample, seed: what the draws are seeded by
+    names: list[str]  # for errors
+    truncated: int  # responses that were cut
+    topk: StudentTopk | None
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens to score."""
+        return sum(len(sequence.response_ids) for sequence in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        """Tokens the teacher reads of the longest sequence; 0 where there is nothing to score."""
+        return max((sequence.input_length for sequence in self.sequences if len(sequence.response_ids)), default=0)
+
+    def extra_ids(self, response: int) -> NDArray[np.int64]:
+        """[T, k] the student's own top ids at the scored positions of a response."""
+        assert self.topk is not None
+        start = int(self.topk.lengths[:response].sum())
+        return self.topk.ids[start : start + len(self.sequences[response].response_ids)].astype(np.int64)
+
+
+def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> PartResponses:
+    """Read and render a part.
+
+    A sequence longer than ``limit`` tokens is refused, or its response cut to its first tokens that fit: to none
+    where the context alone does not. The last response token is predicted and never read, so it does not count.
+
+    Raises:
+        ValueError: a context that cannot be rendered; a sequence too long; a student top-k of other lengths.
+    """
+    where = f"{job.rollouts} part {part}"
+    columns = [*COLUMNS, "prompt_index", "sample", "seed", "response_token_ids"]
+    table = read_rollouts(job.rollouts.part_folder(part), columns)
+    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where)
+    responses: list[list[int]] = table.column("response_token_ids").to_pylist()
+    numbers = [table.column(name).to_pylist() for name in ("prompt_index", "sample", "seed")]
+    prompt_ids = table.column("prompt_id").to_pylist()
+    names = [f"prompt {name!r} sample {sample}" for name, sample in zip(prompt_ids, numbers[1], strict=True)]
+    topk = _student_topk(job, part, [len(response) for response in responses])
+    sequences, truncated = [], 0
+    for context, response, name in zip(contexts, responses, names, strict=True):
+        sequence = Sequence(context, response)
+        if limit is not None and len(response) and sequence.input_length > limit:
+            if job.settings.too_long == "refuse":
+                raise ValueError(
+                    f"{where}: {name} has {sequence.input_length} tokens to read ({len(context)} of context), more "
+                    f"than the teacher's {limit}; set score.too_long: truncate to score what fits, or shorten "
+                    "rollout.max_new_tokens"
+                )
+            sequence = Sequence(context, response[: max(0, limit + 1 - len(context))])
+            truncated += 1
+        sequences.append(sequence)
+    return PartResponses(sequences, list(zip(*numbers, strict=True)), names, truncated, topk)
+
+
+def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:
+    if job.student_topk is None:
+        return None
+    found = read_student_topk(job.student_topk.part_folder(part))
+    if found.lengths.tolist() != lengths:
+        raise ValueError(f"{job.student_topk} part {part} is not of these rollouts: its responses have other lengths")
+    return found

@@ -1,0 +1,210 @@
+"""The score stage: rollouts in, the teacher's statistics of every response token out, part by part.
+
+Producer of the record of ``storage.teacher_record``. Several processes may do parts of one artifact, the same ones
+too: a part belongs to whoever claims it, and the first commit wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine, longest_readable, open_hidden_engine
+from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
+from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints
+from eopd.stages.score.check import check_first_batch
+from eopd.stages.score.context import context_name
+from eopd.stages.score.draws import row_keys
+from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.responses import PartResponses, read_part
+from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
+from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order
+from eopd.storage.claims import claimed_parts
+from eopd.storage.teacher_cache import PartHeader, write_part
+from eopd.storage.teacher_record import TeacherRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def run(job: ScoreJob) -> None:
+    """Do every part of ``job.parts`` that is not committed.
+
+    Everything that can be wrong with the input is found before the teacher is loaded. A part whose logits are not
+    finite fails by name at the end, when all other parts are done.
+
+    Raises:
+        ValueError: settings or inputs that do not belong together; a teacher that cannot be served; an engine that
+            disagrees with the full model; parts with logits that are not finite.
+    """
+    done = job.output.committed()
+    pending = [part for part in job.parts if part not in done]
+    if not pending:
+        return
+    temperature = job.settings.resolve_temperature(job.rollout_temperature)
+    tokenizer = load_tokenizer(job.teacher)
+    if job.student_tokenizer != job.teacher.tokenizer_path:
+        check_same_vocabulary(tokenizer, load_tokenizer_at(job.student_tokenizer))
+    scorer = _Scorer(job, tokenizer, temperature)
+    longest = scorer.survey(pending)
+    with _engine(job, longest) as engine:
+        scorer.score(pending, engine)
+
+
+@contextmanager
+def _engine(job: ScoreJob, longest: int) -> Iterator[HiddenEngine]:
+    settings = job.settings
+    engine = open_hidden_engine(
+        settings.engine,
+        job.teacher,
+        longest=longest,
+        log_dir=job.log_dir,
+        options=settings.engine_options,
+        dtype=settings.dtype,
+        batch_tokens=settings.batch_tokens,
+        row_tokens=settings.row_tokens,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@dataclass
+class _Scorer:
+    """One run's state."""
+
+    job: ScoreJob
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float
+
+    def __post_init__(self) -> None:
+        self.limit = self._limit()
+        self.total = self.truncated = self.done = 0
+        self.failures: list[str] = []
+
+    def _limit(self) -> int | None:
+        """Tokens the teacher can read."""
+        stated = self.job.settings.max_tokens
+        readable = longest_readable(model_folder(self.job.teacher.path, self.job.teacher.revision))
+        if stated is not None and readable is not None and stated > readable:
+            raise ValueError(f"score.max_tokens is {stated}, but {self.job.teacher.path} reads at most {readable}")
+        return stated or readable
+
+    def survey(self, parts: list[int]) -> int:
+        """Read every part once, for errors and sizes; returns the length of the longest sequence."""
+        longest = 1
+        for part in parts:
+            responses = read_part(self.job, part, self.tokenizer, self.limit)
+            longest = max(longest, responses.longest)
+            self.total += responses.tokens
+            self.truncated += responses.truncated
+        return longest
+
+    def score(self, parts: list[int], engine: HiddenEngine) -> None:
+        job = self.job
+        head = StatisticsHead(
+            engine.head, job.settings.head.rule(), temperature=self.temperature, stop_ids=job.stop_ids
+        )
+        checked = not job.settings.first_batch_check
+        began = time.monotonic()
+        job.progress.start("score", self.total)
+        try:
+            for part in claimed_parts(job.output, parts):
+                responses = read_part(job, part, self.tokenizer, self.limit)
+                if not checked:
+                    job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
+                    checked = True
+                self._do_part(part, responses, engine, head, began)
+        finally:
+            job.progress.close()
+        self._tell(time.monotonic() - began)
+
+    def _do_part(
+        self, part: int, responses: PartResponses, engine: HiddenEngine, head: StatisticsHead, began: float
+    ) -> None:
+        pieces: list[TokenStatistics] = []
+        order: list[int] = []
+        lengths: list[int] = []
+        for batch in engine.hidden(responses.sequences):
+            try:
+                pieces.append(head(batch.hidden, self._question(responses, batch)))
+            except NotFinite as error:
+                response, position = _locate(batch, error.row)
+                self.failures.append(f"part {part}: {responses.names[response]}, response token {position}")
+                return
+            order += batch.order
+            lengths += batch.lengths
+            self.done += sum(batch.lengths)
+            rate = self.done / max(time.monotonic() - began, 1e-9)
+            self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
+        stop_ids = np.asarray(self.job.stop_ids, np.int32)
+        statistics = concatenate(pieces) if pieces else empty(len(stop_ids))
+        rows = in_response_order(statistics, order, lengths, stop_ids, len(responses.sequences))
+        self._write(part, rows, responses, engine)
+
+    def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:
+        seed = self.job.settings.head.seed
+        sampled = [np.asarray(responses.sequences[number].response_ids, np.int64) for number in batch.order]
+        keys = [
+            row_keys(seed, responses.identities[number], np.arange(length))
+            for number, length in zip(batch.order, batch.lengths, strict=True)
+        ]
+        if responses.topk is None:
+            return TokenBatch(np.concatenate(sampled), np.concatenate(keys))
+        extra = np.concatenate([responses.extra_ids(number) for number in batch.order])
+        counts = np.full(len(extra), extra.shape[1], np.int64)
+        return TokenBatch(np.concatenate(sampled), np.concatenate(keys), counts, extra.reshape(-1))
+
+    def _write(self, part: int, rows: TeacherRows, responses: PartResponses, engine: HiddenEngine) -> None:
+        job = self.job
+        header = PartHeader(
+            teacher=job.teacher.fingerprint,
+            tokenizer=fingerprints(self.tokenizer).vocabulary,
+            teacher_context=context_name(job.settings.teacher_prompt),
+            temperature=self.temperature,
+            head=job.settings.head.rule(),
+            vocab_size=engine.head.vocab_size,
+            rollout_checksum=job.rollouts.marker(part).checksum,
+            stop_ids=job.stop_ids,
+            engine=engine.name,
+            engine_version=engine.version,
+            dtype=engine.dtype,
+            extra_k=0 if responses.topk is None else int(responses.topk.ids.shape[1]),
+        )
+        inputs = {"rollouts": header.rollout_checksum}
+        if job.student_topk is not None:
+            inputs["student_topk"] = job.student_topk.marker(part).checksum
+        info = {"responses": rows.responses, "tokens": rows.tokens, "truncated": responses.truncated}
+        with job.output.write_part(part, inputs=inputs, info=info) as folder:
+            write_part(folder, rows, header)
+
+    def _tell(self, seconds: float) -> None:
+        self.job.progress.line(
+            f"score: {self.done:,} tokens in {seconds:.1f} s ({self.done / max(seconds, 1e-9):,.0f} tokens/s)"
+        )
+        if self.truncated:
+            self.job.progress.line(
+                f"score: {self.truncated} responses are longer than the {self.limit} tokens the teacher reads; their "
+                "first tokens were scored"
+            )
+        if self.failures:
+            raise ValueError(
+                f"the teacher's logits are NaN or infinite; not scored: {'; '.join(self.failures[:8])}"
+                f"{' ...' if len(self.failures) > 8 else ''}. The other parts are stored. Check the teacher's weights, "
+                "or score in a wider score.dtype."
+            )
+
+
+def _locate(batch: HiddenBatch, row: int) -> tuple[int, int]:
+    """Number of the response, and position in it, of a row of a batch."""
+    for number, length in zip(batch.order, batch.lengths, strict=True):
+        if row < length:
+            return number, row
+        row -= length
+    raise AssertionError("a row beyond the batch")

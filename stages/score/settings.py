@@ -1,0 +1,133 @@
+"""Settings of the score stage."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from eopd.stages.engines.sampling import EngineKind, EngineOptions
+from eopd.stages.settings import Settings, setting
+from eopd.storage.teacher_record import DrawMode, HeadRule
+
+
+class TeacherPromptSettings(Settings):
+    """How the teacher reads a prompt. A bare word is short for ``kind``: ``teacher_prompt: same``."""
+
+    kind: Literal["same", "template", "column"] = setting(
+        "same",
+        "same: the student's prompt token ids. template: the prompt's messages through a template. column: the text "
+        "of the prompt source's teacher_prompt column, through a template.",
+    )
+    template: Literal["chat", "plain"] = setting(
+        "chat", "chat: the teacher's own chat template (a column's text is one user message); plain: text as it is"
+    )
+    arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
+    system: str | None = setting(None, "System message put before the prompt (chat only)")
+    suffix: str = setting("", "Text put after the prompt (the last user message)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_kind(self) -> TeacherPromptSettings:
+        rendered = {name for name in ("arguments", "system", "suffix") if getattr(self, name)}
+        if self.kind == "same" and rendered:
+            raise ValueError(
+                f"score.teacher_prompt: {', '.join(sorted(rendered))} has no effect with kind: same, which takes the "
+                "student's token ids as they are; set kind: template"
+            )
+        if self.template == "plain" and rendered - {"suffix"}:
+            raise ValueError("score.teacher_prompt: arguments and system belong to template: chat")
+        return self
+
+
+class HeadSettings(Settings):
+    """Which entries of the teacher's distribution are kept (``storage.teacher_record.HeadRule``)."""
+
+    k_max: int = setting(16, "Most entries kept of a token", ge=1)
+    min_prob: float = setting(0.03, "Keep ids at least this probable; also the weight of each draw", gt=0.0, le=1.0)
+    full_head_above: float = setting(
+        0.4, "Keep all k_max entries where the entropy exceeds this (nats); -1: everywhere, a fixed top-k"
+    )
+    draws: DrawMode = setting("beyond_head", "beyond_head: unbiased draws of the rest; full: of everything; none")
+    n_draws: int = setting(0, "Draws a token, with draws: full", ge=0)
+    seed: int = setting(0, "Of the draws")
+
+    @model_validator(mode="after")
+    def _is_a_rule(self) -> HeadSettings:
+        self.rule()
+        return self
+
+    def rule(self) -> HeadRule:
+        return HeadRule(self.k_max, self.min_prob, self.full_head_above, self.draws, self.n_draws, self.seed)
+
+
+class ScoreSettings(Settings):
+    """What the teacher says of every response token, and how fast that is found out."""
+
+    teacher_prompt: TeacherPromptSettings = setting(TeacherPromptSettings, "The prompt as the teacher reads it")
+    temperature: float | None = setting(
+        None, "Teacher logits are divided by it (null: the rollout's; another one is refused, see below)", gt=0.0
+    )
+    allow_other_temperature: bool = setting(
+        False, "Score at a temperature that the rollouts were not sampled at", keyed=False
+    )
+    head: HeadSettings = setting(HeadSettings, "Which entries of the distribution are kept")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Of the teacher's forward pass (auto: the teacher's own); the statistics are float32 in any case"
+    )
+    max_tokens: int | None = setting(
+        None, "Longest context + response the teacher reads, tokens (null: what its config allows)", ge=2
+    )
+    too_long: Literal["refuse", "truncate"] = setting(
+        "refuse", "A longer one: refuse its part, or score the response's first tokens that fit"
+    )
+    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+    batch_tokens: int = setting(16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1)
+    row_tokens: int = setting(
+        2048, "transformers engine: tokens of a packed row (attention costs tokens * row_tokens)", keyed=False, ge=1
+    )
+    first_batch_check: bool = setting(
+        True,
+        "Compare the first sequence's log-probs with the full model's own logits before anything is stored",
+        keyed=False,
+    )
+
+    @field_validator("engine_options")
+    @classmethod
+    def _dtype_is_keyed(cls, value: EngineOptions) -> EngineOptions:
+        if value.dtype is not None:
+            raise ValueError(
+                f"score.engine_options.dtype={value.dtype!r}: the teacher's dtype decides its scores; set score.dtype"
+            )
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """What makes scores other scores, the models and the rollouts aside: part of the artifact's key."""
+        kept = self.semantic()
+        del kept["head"]
+        return kept
+
+    def coverage(self) -> dict[str, Any]:
+        """How much of the distributions is kept; stands beside the identity."""
+        return {"head": self.head.semantic()}
+
+    def resolve_temperature(self, rollout_temperature: float) -> float:
+        """The scoring temperature.
+
+        Raises:
+            ValueError: it is not the rollouts', and ``allow_other_temperature`` is off.
+        """
+        if self.temperature is None or self.temperature == rollout_temperature:
+            return rollout_temperature
+        if not self.allow_other_temperature:
+            raise ValueError(
+                f"score.temperature is {self.temperature}, but the rollouts were sampled at {rollout_temperature}: log "
+                "ratios of the two would compare different distributions. Remove score.temperature, or set "
+                "score.allow_other_temperature: true if you mean it."
+            )
+        return self.temperature

@@ -1,0 +1,36 @@
+"""What the train stage is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.train.settings import TrainSettings
+from eopd.storage.artifacts import Artifact
+
+WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
+METRICS_FILE = "metrics.jsonl"
+TRAINING_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    output: Artifact  # the checkpoint
+    progress_states: Artifact  # resumable states on the way there; removed at the end
+    student: ModelRef  # the policy that sampled the rollouts
+    previous: Artifact | None  # checkpoint whose optimiser state carries on
+    rollouts: Artifact
+    scores: Artifact
+    settings: TrainSettings
+    round: int
+    total_steps: int  # of the schedule
+    first_step: int  # schedule position of this round's step 0
+    seed: int
+    temperature: float  # of rollouts and scores
+    truncated_rollouts: bool  # top-p, top-k or min-p cut the sampling distribution
+    student_stop_ids: tuple[int, ...]
+    teacher_stop_ids: tuple[int, ...]
+    progress: Progress
+    log_dir: Path
+    run_dir: Path  # metrics with timings, TensorBoard

@@ -1,0 +1,216 @@
+"""The optimisation of one round: round-start pass, then steps over packed micro-batches with exact resume.
+
+Everything random is a pure function of (seed, round, epoch), so a resumed job walks the same steps as an
+undisturbed one. Losses are normalised by the valid response tokens of the whole step, over micro-batches and
+processes. Letters: T tokens of a packed micro-batch, S responses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from eopd.stages.models.packing import Packed, pack
+from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.metrics import sum_metrics
+from eopd.stages.train.objectives.base import Objective, StepContext
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.optimizer import gradient_norm, scale_gradients
+from eopd.stages.train.parallel import accumulating, student_of
+from eopd.stages.train.responses import Responses, check_alignment
+from eopd.stages.train.schedule import batch_of_step, learning_rate
+from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.states import RoundStart
+from eopd.stages.train.stops import StopHandling
+from eopd.storage.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    packed: Packed
+    teacher: TeacherBatch
+    rows: np.ndarray[Any, np.dtype[np.int64]]  # [T] places in per-token arrays of the round
+    real: bool  # false: repeats another one, masked, so that every process takes part in every forward
+
+
+@dataclass(frozen=True)
+class Step:
+    number: int  # 0-based within the round
+    epoch: int
+    responses: list[int]
+    tokens: int  # valid response tokens of the step, over all processes
+    micro_batches: list[MicroBatch]
+
+
+class Loop:
+    """Steps of one round on one process."""
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        responses: Responses,
+        cache: TeacherCache,
+        stops: StopHandling,
+        accelerator: Accelerator,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        round_: int,
+        first_step: int,
+        total_steps: int,
+        temperature: float,
+    ) -> None:
+        self.student, self.optimizer, self.objective = student, optimizer, objective
+        self.responses, self.cache, self.stops = responses, cache, stops
+        self.accelerator, self.settings = accelerator, settings
+        self.seed, self.round, self.temperature = seed, round_, temperature
+        self.first_step, self.total_steps = first_step, total_steps
+        self.vocab_size = student_of(student).vocab_size
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def _packs(self, numbers: Sequence[int]) -> list[tuple[Packed, list[int]]]:
+        """Packed micro-batches of responses ``numbers``, each with its response numbers in packed order."""
+        sequences = [self.responses.sequences[number] for number in numbers]
+        packs = pack(sequences, self.settings.row_tokens, self.settings.micro_batch_tokens)
+        return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
+
+    def _micro_batch(self, packed: Packed, numbers: Sequence[int], real: bool = True) -> MicroBatch:
+        rows = self.cache.read([self.responses.locations[number] for number in numbers])
+        check_alignment(self.responses, numbers, rows)
+        device = self.accelerator.device
+        rule = self.cache.coverage.head
+        teacher = TeacherBatch.build(rows, rule, self.stops, self.objective.plan, self.vocab_size, device)
+        return MicroBatch(packed.to(device), teacher, self.responses.rows_of(numbers), real)
+
+    def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
+        """``numbers`` dealt to the processes, longest first in turn, so that their token counts are alike."""
+        longest_first = sorted(numbers, key=lambda n: (-self.responses.sequences[n].input_length, n))
+        world = self.accelerator.num_processes
+        return [longest_first[rank::world] for rank in range(world)]
+
+    def load_step(self, number: int) -> Step:
+        """Read and pack this process's share of a step. Every process gets the same number of micro-batches."""
+        settings = self.settings
+        epoch, chosen = batch_of_step(
+            len(self.responses), settings.batch_responses, number, seed=self.seed, round_=self.round
+        )
+        shares = [self._packs(share) for share in self._shares(chosen)]
+        count = max(len(share) for share in shares)
+        mine = shares[self.accelerator.process_index]
+        micro_batches = [self._micro_batch(packed, numbers) for packed, numbers in mine]
+        if len(mine) < count:
+            packed, numbers = next(share for share in shares if share)[0]
+            spare = self._micro_batch(packed, numbers, real=False)
+            micro_batches += [spare] * (count - len(mine))
+        tokens = sum(len(self.responses.sequences[n].response_ids) for n in chosen)
+        return Step(number, epoch, chosen, tokens, micro_batches)
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[Step, float]]:
+        """Steps [first, last) and the seconds the loop waited for each; the next is loaded while one trains."""
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
+            ahead = loader.submit(self.load_step, first) if first < last else None
+            for number in range(first, last):
+                began = time.perf_counter()
+                assert ahead is not None
+                step = ahead.result()
+                waited = time.perf_counter() - began
+                ahead = loader.submit(self.load_step, number + 1) if number + 1 < last else None
+                yield step, waited
+
+    # -- the round-start pass ----------------------------------------------------------------------------------
+
+    def round_start(self, on_progress: Callable[[int], None]) -> RoundStart:
+        """Log-prob and entropy of every sampled token under the round's first weights, by the trainer's forward."""
+        total = self.responses.tokens
+        logprob = torch.zeros(total, device=self.accelerator.device)
+        entropy = torch.zeros(total, device=self.accelerator.device)
+        shares = [self._packs(share) for share in self._shares(range(len(self.responses)))]
+        mine = shares[self.accelerator.process_index]
+        spare = next(share for share in shares if share)[0]
+        for turn in range(max(len(share) for share in shares)):
+            batch = self._micro_batch(*(mine[turn] if turn < len(mine) else spare))
+            mask = torch.ones(batch.packed.tokens, device=logprob.device)
+            context = StepContext(mask=mask, normaliser=1.0, temperature=self.temperature)
+            with torch.no_grad():
+                found, entropies = self.student(batch.packed, batch.teacher, context, "logprobs")
+            if turn < len(mine):
+                rows = torch.from_numpy(batch.rows).to(logprob.device)
+                logprob[rows], entropy[rows] = found.float(), entropies.float()
+                on_progress(batch.packed.tokens)
+        logprob, entropy = self.accelerator.reduce(logprob), self.accelerator.reduce(entropy)
+        return RoundStart(logprob.cpu().numpy(), entropy.cpu().numpy())
+
+    # -- one optimiser step ------------------------------------------------------------------------------------
+
+    def _context(self, batch: MicroBatch, start: RoundStart, normaliser: float, epoch: int) -> StepContext:
+        device = self.accelerator.device
+        return StepContext(
+            mask=torch.full((batch.packed.tokens,), float(batch.real), device=device),
+            normaliser=normaliser,
+            temperature=self.temperature,
+            q_old=torch.from_numpy(start.logprob[batch.rows]).to(device),
+            student_entropy_round=torch.from_numpy(start.entropy[batch.rows]).to(device),
+            entropy_threshold=self._entropy_threshold(start),
+            token_key=torch.from_numpy(batch.rows).to(device),
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    def _entropy_threshold(self, start: RoundStart) -> float | None:
+        if "entropy_threshold" not in self.objective.per_round:
+            return None
+        return float(np.quantile(start.entropy, self.objective.settings.entropy_quantile))
+
+    def take(self, step: Step, start: RoundStart) -> dict[str, float]:
+        """Forward, backward and update. Returns the step's figures, equal on every process.
+
+        Raises:
+            TrainingStopped: a loss or gradient is not finite; names the responses.
+        """
+        position = self.first_step + step.number
+        rate = learning_rate(self.settings.optimizer, position, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        # DDP averages gradients over processes; the loss is a sum over all of them
+        normaliser = step.tokens / self.accelerator.num_processes
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(step.micro_batches):
+            context = self._context(batch, start, normaliser, step.epoch)
+            last = number + 1 == len(step.micro_batches)
+            with accumulating(self.student, self.accelerator, last=last):
+                loss, figures = self.student(batch.packed, batch.teacher, context)
+                loss.backward()
+            if batch.real:
+                sum_metrics(sums, figures)
+        norm = gradient_norm(self.student)
+        totals = {name: float(self.accelerator.reduce(value)) for name, value in sorted(sums.items())}
+        self._stop_if_broken(step, totals, norm)
+        limit = self.settings.optimizer.max_grad_norm
+        if limit and norm > limit:
+            scale_gradients(self.student, limit / float(norm))
+        self.optimizer.step()
+        return {**totals, "lr": rate, "grad_norm": float(norm)}
+
+    def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: Tensor) -> None:
+        if np.isfinite(totals["loss"]) and torch.isfinite(norm):
+            return
+        names = [self.responses.names[number] for number in step.responses]
+        raise TrainingStopped(
+            f"round {self.round}, step {step.number}: loss {totals['loss'] / step.tokens:g}, gradient norm "
+            f"{float(norm):g}; not finite. Responses of the step: {', '.join(names[:40])}"
+            + (f" and {len(names) - 40} more" if len(names) > 40 else ""),
+            step=step.number,
+            responses=names,
+        )

@@ -1,0 +1,93 @@
+"""Figures of a step: sums over tokens become means; timings are kept apart, because they never repeat.
+
+What is written into artifacts must be the same after a crash and a resume, so only figures that are a function of
+the data go there; tokens/s, waiting and memory go to the run folder and TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+PER_STEP = ("tokens", "lr", "grad_norm")  # figures that are no sums over tokens
+RENAMED = {"gated": "gate_fraction", "clipped": "clip_fraction"}
+
+
+def sum_metrics(into: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
+    """Add one micro-batch's sums."""
+    for name, value in figures.items():
+        value = value.detach().double()
+        into[name] = into[name] + value if name in into else value
+
+
+def means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Sums over tokens divided by the tokens, under the names that people read."""
+    tokens = totals["tokens"]
+    found = {name: totals[name] for name in PER_STEP}
+    for name, value in totals.items():
+        if name not in PER_STEP:
+            found[RENAMED.get(name, name)] = value / tokens
+    if "ratio_squared" in found:
+        variance = found.pop("ratio_squared") - found["ratio"] ** 2
+        found["ratio_std"] = max(variance, 0.0) ** 0.5
+    return found
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Token-weighted means of every figure over the steps of a round."""
+    weights = [row["tokens"] for row in rows]
+    names = sorted({name for row in rows for name in row} - {"tokens", "step", "round", "epoch"})
+    found = {"tokens": float(sum(weights)), "steps": float(len(rows))}
+    for name in names:
+        pairs = [(row[name], weight) for row, weight in zip(rows, weights, strict=True) if name in row]
+        found[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    return found
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Recorder:
+    """Writes a line and TensorBoard scalars per step to the run folder, for people to watch."""
+
+    def __init__(self, run_dir: Path, round_: int, first_step: int, resumed_at: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._round, self._first = round_, first_step
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._forget_steps_from(resumed_at)
+        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + resumed_at)
+
+    def _forget_steps_from(self, resumed_at: int) -> None:
+        """Steps that will be taken again, and later rounds, leave the file."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run
+            if (row["round"], row["step"]) < (self._round, resumed_at):
+                kept.append(line)
+        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row), sort_keys=True) + "\n")
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"train/{name}", value, self._first + row["step"])
+
+    def close(self) -> None:
+        self._board.close()

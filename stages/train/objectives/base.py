@@ -1,0 +1,114 @@
+"""What an objective is: a pure function of (sparse student, teacher, context) that gives a loss a token.
+
+The vocabulary of a token is split into **outcomes**: K columns that the batch names (head, draws, sampled token, ids of
+the student's own; the stop tokens as one column where they are merged), and the rest as one mass.
+
+Letters: T tokens, K outcome columns (padded; an unused one has log-prob ``LOG_ZERO``). Logs are natural (nats).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.storage.needs import Need
+
+if TYPE_CHECKING:
+    from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+
+LOG_ZERO = -1e30
+"""Log of nothing: exp gives 0, and unlike -inf it makes no NaN in products and gradients."""
+
+
+@dataclass(frozen=True)
+class SparseStudent:
+    """The student at the outcomes of a batch; ``logprob``, ``rest`` and ``sampled`` carry gradient."""
+
+    logprob: Tensor  # [T, K]
+    rest: Tensor  # [T] log of the mass outside all outcomes
+    sampled: Tensor  # [T] log-prob of the sampled token
+    entropy: Tensor  # [T] over all outcomes and the whole rest, nats, without gradient
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective may know beside the two models. ``mask`` is 0 or a weight."""
+
+    mask: Tensor  # [T]
+    normaliser: float  # all valid tokens of the optimiser step, over micro-batches and ranks
+    temperature: float = 1.0
+    q_old: Tensor | None = None  # [T] log-prob of the sampled token at the round's start
+    student_entropy_round: Tensor | None = None  # [T] student entropy at the round's start
+    entropy_threshold: float | None = None  # quantile of student_entropy_round over the round (reopold)
+    token_key: Tensor | None = None  # [T] int64, one number a (response, position) (tropd)
+    teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (tropd)
+    seed: int = 0
+    epoch: int = 0
+
+    def slice(self, start: int, stop: int) -> StepContext:
+        names = ("mask", "q_old", "student_entropy_round", "token_key", "teacher_prefix")
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value[start:stop] for name, value in given.items() if value is not None})
+
+    def require(self, name: str, objective: str) -> Tensor:
+        """A tensor field that ``objective`` cannot do without; ValueError when the loop did not give it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"objective {objective!r} needs context.{name}, which was not given")
+        assert isinstance(value, Tensor)
+        return value
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """``loss`` [T] before mask and normaliser; ``parts``: named [T] figures to be summed as metrics."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SupportPlan:
+    """What a batch must hold beside the sampled token and the stops."""
+
+    head_k: int | None = 16  # head entries; None: all stored
+    draws: str = "none"  # none | beyond_head | full
+    extra: int = 0  # ids of the student's own
+    stops: bool = True  # apply stop handling
+
+
+LossFunction = Callable[[SparseStudent, "TeacherBatch", StepContext], TokenLoss]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One loss: what it needs of the cache, what a batch must hold, and the function itself.
+
+    ``per_round``: fields of StepContext that come from the round-start pass.
+    """
+
+    settings: ObjectiveSettings
+    needs: tuple[Need, ...]
+    plan: SupportPlan
+    token_loss: LossFunction
+    per_round: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+
+def outcomes(z: Tensor, z_stops: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs [T, K] and log of the rest [T] from logits at outcomes.
+
+    ``z`` [T, K'], ``z_stops`` [T, E] (merged into column 0; E may be 0), ``log_rest`` [T] log-sum-exp of all others.
+    """
+    if z_stops.shape[1]:
+        z = torch.cat([z_stops.logsumexp(dim=1, keepdim=True), z], dim=1)
+    total = torch.cat([z, log_rest[:, None]], dim=1).logsumexp(dim=1)
+    return z - total[:, None], log_rest - total

@@ -1,0 +1,83 @@
+"""Divergences between teacher p and student q on the stored support.
+
+`bucket` makes everything outside the support one outcome: then the divergence is >= 0, at most the exact one, equal
+to it when the support is the vocabulary, and the teacher is its minimum. Reverse KL and JSD exist in that form only:
+without the bucket they fall when the student moves its mass off the support.
+
+Letters: T tokens, K outcome columns. Logs are natural (nats).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eopd.stages.train.objectives.base import LOG_ZERO, SparseStudent
+from eopd.stages.train.objectives.settings import SupportMode
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.storage.teacher_record import LOGPROB_FLOOR
+
+Over = Literal["head", "known", "extra"]
+"""Which outcomes: the head, head and extra ids, or the extra ids alone."""
+
+
+def members(teacher: TeacherBatch, over: Over) -> Tensor:
+    """The outcomes [T, K] (bool) of a support."""
+    return {"head": teacher.in_head, "extra": teacher.in_extra, "known": teacher.in_head | teacher.in_extra}[over]
+
+
+def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a log(a/b) - a + b elementwise: each >= 0 in floating point too, their sum is KL(a || b) of distributions."""
+    a, d = log_a.exp(), log_b - log_a
+    near = d.abs() < 1.0
+    close = a * (torch.expm1(d.clamp(-1.0, 1.0)) - d.clamp(-1.0, 1.0))
+    return torch.where(near, close, log_b.exp() - a - a * d)
+
+
+def bucketed(student: SparseStudent, teacher: TeacherBatch, over: Over) -> tuple[Tensor, Tensor]:
+    """(log p, log q) [T, K+1] on the support, the last column being everything else; each sums to 1.
+
+    The student's tail is summed from its parts, never taken as 1 - sum, so that it is exact when it is small.
+    """
+    inside = members(teacher, over)
+    assert over != "extra", "the teacher's mass outside extra ids alone is not stored"
+    p_tail = teacher.tail if over == "head" else teacher.known_tail
+    outside = torch.cat([torch.where(inside, LOG_ZERO, student.logprob), student.rest[:, None]], dim=1)
+    q_tail = outside.logsumexp(dim=1)
+    q_tail = torch.where(q_tail < LOG_ZERO / 10, LOGPROB_FLOOR, q_tail)  # nothing at all is outside
+    log_p = torch.cat([torch.where(inside, teacher.logprob, LOG_ZERO), p_tail[:, None]], dim=1)
+    log_q = torch.cat([torch.where(inside, student.logprob, LOG_ZERO), q_tail[:, None]], dim=1)
+    return log_p, log_q
+
+
+def forward_kl(student: SparseStudent, teacher: TeacherBatch, mode: SupportMode) -> Tensor:
+    """KL(p || q) [T] by support mode; `true` may be negative, `sampled` is unbiased over the draws.
+
+    renormalised: sum p~ log(p~/q), p~ = p / sum_head p, q over the full vocabulary (EOPD). true: sum_head p log(p/q).
+    sampled: -H - sum_head p log q - c sum_draws log q (or -H - 1/N sum_draws log q where draws are full).
+    """
+    if mode == "bucket":
+        return kl_terms(*bucketed(student, teacher, "head")).sum(dim=1)
+    if mode == "sampled":
+        return -teacher.entropy - (teacher.target * student.logprob).sum(dim=1)
+    head = teacher.in_head
+    log_p = torch.where(head, teacher.logprob, LOG_ZERO)
+    if mode == "renormalised":
+        log_p = torch.where(head, log_p - log_p.logsumexp(dim=1, keepdim=True), LOG_ZERO)
+    return (log_p.exp() * (log_p - torch.where(head, student.logprob, LOG_ZERO))).sum(dim=1)
+
+
+def reverse_kl(student: SparseStudent, teacher: TeacherBatch, over: Over = "known") -> Tensor:
+    """KL(q || p) [T] over the support and one bucket."""
+    log_p, log_q = bucketed(student, teacher, over)
+    return kl_terms(log_q, log_p).sum(dim=1)
+
+
+def jensen_shannon(student: SparseStudent, teacher: TeacherBatch, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q [T], over the head and one bucket."""
+    log_p, log_q = bucketed(student, teacher, "head")
+    weight = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device)
+    log_m = torch.logaddexp(log_p + weight.log(), log_q + torch.log1p(-weight))
+    return (beta * kl_terms(log_p, log_m) + (1.0 - beta) * kl_terms(log_q, log_m)).sum(dim=1)

@@ -1,0 +1,79 @@
+"""AdamW, its state as named tensors, and the gradient norm. State is safetensors: reading it runs no code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eopd.stages.train.parallel import like, whole
+from eopd.stages.train.settings import OptimizerSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; vectors (norms, biases) are not decayed."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """``<moment>.<parameter name>`` -> tensor on the CPU, and ``step``."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        for moment in MOMENTS:
+            found[f"{moment}.{name}"] = whole(state[moment]).cpu().contiguous()
+        found["step"] = state["step"].detach().cpu().float().reshape(1)
+    return found
+
+
+def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:
+    """Put back what ``optimizer_tensors`` gave.
+
+    Raises:
+        ValueError: the state is of another model; names the first parameter that differs.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state: dict[str, Any] = {}
+        for moment in MOMENTS:
+            value = found.get(f"{moment}.{name}")
+            if value is None or value.shape != parameter.shape:
+                shape = None if value is None else tuple(value.shape)
+                raise ValueError(
+                    f"optimiser state of {name}: found {shape}, the model has {tuple(parameter.shape)}. Another model "
+                    "or another kind of training made it; set train.optimizer.carry_over=false to start anew."
+                )
+            state[moment] = like(value, parameter)
+        state["step"] = found["step"].clone().reshape(()).to(parameter.device)
+        optimizer.state[parameter] = state
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Global L2 norm of the gradients, float32 scalar; infinite or NaN when one of them is."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    return whole(norm).float()
+
+
+def scale_gradients(module: nn.Module, factor: float) -> None:
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)

@@ -1,0 +1,79 @@
+"""One student on several processes: DDP copies it, FSDP2 shards it; and its tensors put together again.
+
+Both average gradients over the processes, and the loop's normaliser allows for that (``loop.Loop.take``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from eopd.stages.train.student import Student
+
+
+def distribute(student: Student, accelerator: Accelerator, sharding: Literal["none", "fsdp"]) -> nn.Module:
+    """The module to call in every forward. Make the optimiser after this: FSDP2 replaces the parameters."""
+    if accelerator.num_processes == 1:
+        return student
+    if sharding == "none":
+        wrapped: nn.Module = accelerator.prepare_model(student)
+        return wrapped
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    blocks = set(getattr(student.model, "_no_split_modules", None) or ())
+    for module in student.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    return student
+
+
+def student_of(module: nn.Module) -> Student:
+    """The Student inside whatever ``distribute`` made of it."""
+    inner = getattr(module, "module", module)
+    assert isinstance(inner, Student)
+    return inner
+
+
+@contextmanager
+def accumulating(module: nn.Module, accelerator: Accelerator, *, last: bool) -> Iterator[None]:
+    """Exchange gradients only in the ``last`` micro-batch of a step."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        yield
+        return
+    with nullcontext() if last else accelerator.no_sync(module):
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (every process must call it); a plain one as it is. Detached."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A new tensor of ``value``, on the device, in the dtype and sharded as ``parameter``."""
+    value = value.to(device=parameter.device, dtype=parameter.dtype).clone()
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once (tied ones under their first name), whole, on the CPU. Every process must call it."""
+    return {name: whole(parameter).cpu().contiguous() for name, parameter in module.named_parameters()}
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what ``gather_weights`` gave."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(like(weights[name], parameter))

@@ -1,0 +1,94 @@
+"""A round's responses as the trainer reads them: token ids, where their scores are, and the sampler's log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eopd.stages.models.packing import Sequence as TokenSequence
+from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import DamagedPart
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import TeacherRows
+
+COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs", "truncated_logprobs")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses of a round that have at least one scored token, in the order of the rollouts."""
+
+    names: tuple[str, ...]  # "prompt id/sample"
+    sequences: tuple[TokenSequence, ...]  # response cut to its scored tokens
+    locations: tuple[tuple[int, int], ...]  # (part, row) in the teacher cache
+    sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
+    offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def rows_of(self, numbers: Sequence[int]) -> NDArray[np.int64]:
+        """Indices [T] into a per-token array of the round, for responses ``numbers`` one after the other."""
+        spans = [np.arange(self.offsets[number], self.offsets[number + 1]) for number in numbers]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+
+def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
+    """Read every part of ``rollouts`` and the lengths that were scored.
+
+    Raises:
+        ValueError: nothing to train on.
+        DamagedPart: scores that were made from other rollouts than these.
+    """
+    names, sequences, locations, sampler = [], [], [], []
+    for part in range(rollouts.parts):
+        _check_same_rollouts(rollouts, cache, part)
+        table = read_rollouts(rollouts.part_folder(part), COLUMNS).to_pydict()
+        lengths = cache.token_counts(part).tolist()
+        for row, length in enumerate(lengths):
+            if length == 0:
+                continue
+            names.append(f"{table['prompt_id'][row]}/{table['sample'][row]}")
+            context = np.asarray(table["prompt_token_ids"][row], np.int64)
+            response = np.asarray(table["response_token_ids"][row][:length], np.int64)
+            sequences.append(TokenSequence(context, response))
+            locations.append((part, row))
+            found = table["logprobs"][row]
+            sampler.append(None if found is None else np.asarray(found[:length], np.float32))
+    if not names:
+        raise ValueError(f"{rollouts} holds no response with a scored token: there is nothing to train on")
+    offsets = np.cumsum([0, *(len(sequence.response_ids) for sequence in sequences)], dtype=np.int64)
+    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets)
+
+
+def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherRows) -> None:
+    """The teacher's rows must be of exactly these tokens.
+
+    Raises:
+        DamagedPart: they are not; names the response.
+    """
+    for place, number in enumerate(numbers):
+        start, stop = rows.response_offsets[place], rows.response_offsets[place + 1]
+        expected = np.asarray(responses.sequences[number].response_ids)
+        if not np.array_equal(rows.token_ids[start:stop], expected):
+            raise DamagedPart(
+                f"response {responses.names[number]}: the teacher cache holds scores of other tokens than the rollout's"
+            )
+
+
+def _check_same_rollouts(rollouts: Artifact, cache: TeacherCache, part: int) -> None:
+    scored = cache.artifact.marker(part).inputs.get("rollouts")
+    found = rollouts.marker(part).checksum
+    if scored is not None and scored != found:
+        raise DamagedPart(
+            f"{cache.artifact} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part "
+            f"{part} has {found[:12]}. `eopd store verify --repair` re-queues the scores."
+        )

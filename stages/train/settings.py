@@ -1,0 +1,77 @@
+"""Settings of the train stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from eopd.stages.settings import Settings, setting
+from eopd.stages.train.objectives.settings import ObjectiveSettings
+
+
+class OptimizerSettings(Settings):
+    lr: float = setting(3e-6, "Peak learning rate of AdamW (paper: 3e-6).", gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "Shape of the learning rate after warm-up, over all rounds; cosine and linear end at `lr * final`."
+    )
+    final: float = setting(0.0, "Learning rate at the end, as a fraction of `lr`.", ge=0, le=1)
+    warmup_steps: int = setting(0, "Optimiser steps of linear warm-up, at the start of round 0.", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates.")
+    eps: float = setting(1e-8, "AdamW's epsilon.", gt=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors have none.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this global norm; 0: never.", ge=0)
+    carry_over: bool = setting(True, "Moments and schedule carry on from round to round; false: each starts anew.")
+
+
+class LoraSettings(Settings):
+    rank: int = setting(16, "Rank of the adapters.", ge=1)
+    alpha: float = setting(32.0, "Scale of the adapters: alpha / rank.", gt=0)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = setting("all-linear", "Modules that get an adapter.")
+
+
+class TrainSettings(Settings):
+    objective: ObjectiveSettings = setting(ObjectiveSettings, "The loss.")
+    epochs: int = setting(1, "Passes over a round's responses.", ge=1)
+    batch_responses: int = setting(32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1)
+    optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
+    lora: LoraSettings | None = setting(None, "Train low-rank adapters instead of all weights.")
+    param_dtype: Literal["float32", "bfloat16"] = setting("float32", "Precision of the trained weights.")
+    autocast: Literal["no", "bf16"] = setting("no", "Precision of the forward and backward passes.")
+    max_logprob_gap: float = setting(
+        0.2,
+        "Largest mean |log-prob of the sampler - log-prob of the trainer| at the start of a round, nats. More means "
+        "wrong weights, template or temperature, and stops the run.",
+        keyed=False,
+        gt=0,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to train.", keyed=False)
+    processes: int = setting(1, "Processes (one GPU each) that train together on this machine.", keyed=False, ge=1)
+    sharding: Literal["none", "fsdp"] = setting(
+        "none",
+        "With several processes: a copy of the student on each (none: DDP), or shards of it (fsdp: FSDP2).",
+        keyed=False,
+    )
+    micro_batch_tokens: int = setting(
+        16384, "Tokens of one forward pass on one device; longer batches are split and accumulated.", keyed=False, ge=1
+    )
+    row_tokens: int = setting(
+        1024, "Length of a packed row; a longer sequence gets a row of its own.", keyed=False, ge=8
+    )
+    head_chunk_tokens: int | None = setting(
+        None, "Rows of logits alive at once in the sparse head; None: chosen from the vocabulary.", keyed=False
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations in backward to save memory.", keyed=False)
+    checkpoint_every_steps: int = setting(
+        50, "Optimiser steps between resumable states; a killed job loses at most these.", keyed=False, ge=1
+    )
+    keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1)
+
+    @model_validator(mode="after")
+    def _precisions_agree(self) -> TrainSettings:
+        if self.param_dtype == "bfloat16" and self.autocast == "no" and self.optimizer.lr < 1e-5:
+            raise ValueError(
+                "train.param_dtype bfloat16 loses updates at train.optimizer.lr "
+                f"{self.optimizer.lr:g} (a weight moves in steps of 0.4 %); keep float32 weights and autocast: bf16"
+            )
+        return self

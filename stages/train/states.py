@@ -1,0 +1,101 @@
+"""Resumable states of a training job, under the same commit rule as everything else.
+
+Part 0 of the ``progress`` artifact holds what the round-start pass found; part s the state after optimiser step s:
+weights, optimiser moments and the metrics of every step so far. Older ones are pruned once a newer is committed,
+never the only one; all go when the checkpoint is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eopd.storage.artifacts import Artifact
+
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STEPS_FILE = "steps.jsonl"
+ROUND_START_FILE = "round_start.safetensors"
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """What the policy says of its own tokens before the round's first update."""
+
+    logprob: NDArray[np.float32]  # [T of the round] q_old, nats
+    entropy: NDArray[np.float32]  # [T of the round] nats
+
+    def save(self, folder: Path) -> None:
+        save_arrays({"logprob": self.logprob, "entropy": self.entropy}, folder / ROUND_START_FILE)
+
+
+@dataclass(frozen=True)
+class State:
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    metrics: list[dict[str, Any]]
+
+
+class States:
+    """Reads and writes the states of one training job."""
+
+    def __init__(self, artifact: Artifact, keep: int) -> None:
+        self._artifact = artifact
+        self._keep = keep
+
+    def round_start(self) -> RoundStart | None:
+        if not self._artifact.is_committed(0):
+            return None
+        found = load_arrays(self._artifact.part_folder(0) / ROUND_START_FILE)
+        return RoundStart(found["logprob"], found["entropy"])
+
+    def save_round_start(self, start: RoundStart) -> None:
+        with self._artifact.write_part(0) as folder:
+            start.save(folder)
+
+    def newest(self) -> State | None:
+        """The state after the latest committed step, or None when there is none."""
+        steps = sorted(self._artifact.committed() - {0})
+        if not steps:
+            return None
+        folder = self._artifact.part_folder(steps[-1])
+        return State(
+            step=steps[-1],
+            weights=load_file(folder / WEIGHTS_FILE),
+            optimizer=load_file(folder / OPTIMIZER_FILE),
+            metrics=read_jsonl(folder / STEPS_FILE),
+        )
+
+    def save(
+        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], metrics: list[Any]
+    ) -> None:
+        assert step > 0
+        with self._artifact.write_part(step) as folder:
+            save_file(dict(weights), folder / WEIGHTS_FILE)
+            save_file(dict(optimizer), folder / OPTIMIZER_FILE)
+            write_jsonl(folder / STEPS_FILE, metrics)
+        for old in sorted(self._artifact.committed() - {0})[: -self._keep]:
+            self._artifact.drop_part(old)
+
+    def clear(self) -> None:
+        shutil.rmtree(self._artifact.folder, ignore_errors=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")

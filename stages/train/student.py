@@ -1,0 +1,39 @@
+"""The student as a module: packed rows in, loss or log-probs out, never [T, V].
+
+Backbone, LM head and objective stand in one forward so that the hooks of DDP and FSDP2 see all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import lm_head_of
+from eopd.stages.models.packing import Packed
+from eopd.stages.train.objectives.base import Objective, StepContext
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
+
+
+class Student(nn.Module):
+    def __init__(self, model: nn.Module, objective: Objective, chunk_tokens: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+        self._chunk_tokens = chunk_tokens
+
+    def forward(
+        self, packed: Packed, batch: TeacherBatch, context: StepContext, mode: Literal["loss", "logprobs"] = "loss"
+    ) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
+        """``loss``: a scalar, and sums to log. ``logprobs``: log-prob and entropy [T] of the sampled tokens, nats."""
+        hidden = final_hidden(self.model, packed)
+        head = lm_head_of(self.model)
+        if mode == "logprobs":
+            return student_logprobs(hidden, head, batch, context, chunk_tokens=self._chunk_tokens)
+        return sparse_head_loss(hidden, head, batch, self._objective, context, chunk_tokens=self._chunk_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        return lm_head_of(self.model).vocab_size

@@ -1,0 +1,379 @@
+"""Artifacts: what every stage reads and writes, under one commit rule.
+
+An artifact is a folder ``<store>/<kind>/<key>/`` of parts. Its key is the hash of its identity: what it is made
+from and with, never how fast or where. A part's data are written to ``part-00003.<nonce>/`` and synced; the commit
+is the exclusive creation of ``part-00003.json``, which names the nonce, every file's size and SHA-256 and the
+input parts' checksums. First commit wins; the loser drops its folder. A part without its marker does not exist,
+and nothing committed is ever changed in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eopd.storage import paths
+from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+from eopd.storage.files import (
+    canonical_json,
+    create_exclusively,
+    fsync_tree,
+    naming_full_disks,
+    sha256_file,
+    sha256_text,
+)
+
+SCHEMA = 1
+KEY_LENGTH = 20
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an artifact is: the content of its key.
+
+    ``settings`` are the semantic ones only. ``inputs`` maps a role to the key of the artifact, or the fingerprint
+    of the external model or file, that plays it. ``coverage`` (scores only) is keyed apart, so that several
+    coverages stand beside one identity.
+    """
+
+    kind: str
+    version: int
+    parts: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    coverage: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.kind in paths.KINDS, self.kind
+        assert self.parts > 0, f"{self.kind} artifact of {self.parts} parts"
+
+    @cached_property
+    def base_key(self) -> str:
+        """Key of the identity without its coverage."""
+        made_of = {
+            "kind": self.kind,
+            "version": self.version,
+            "parts": self.parts,
+            "settings": self.settings,
+            "inputs": self.inputs,
+        }
+        return sha256_text(canonical_json(made_of))[:KEY_LENGTH]
+
+    @cached_property
+    def key(self) -> str:
+        if self.coverage is None:
+            return self.base_key
+        return f"{self.base_key}/{sha256_text(canonical_json(self.coverage))[:KEY_LENGTH]}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "version": self.version,
+            "parts": self.parts,
+            "settings": dict(self.settings),
+            "inputs": dict(self.inputs),
+            "coverage": None if self.coverage is None else dict(self.coverage),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], where: Path) -> Identity:
+        refuse_newer_schema(found, where)
+        try:
+            return cls(
+                kind=found["kind"],
+                version=found["version"],
+                parts=found["parts"],
+                settings=found["settings"],
+                inputs=found["inputs"],
+                coverage=found["coverage"],
+            )
+        except (KeyError, AssertionError, TypeError) as error:
+            raise WrongArtifact(f"{where} is no identity of an artifact: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The commit record of a part."""
+
+    part: int
+    nonce: str
+    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"size": bytes, "sha256": hex}
+    inputs: Mapping[str, str]
+    info: Mapping[str, Any]
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of the part's content: its file names, sizes and hashes. The nonce is not part of it."""
+        return sha256_text(canonical_json(self.files))
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(entry["size"]) for entry in self.files.values())
+
+
+class Artifact:
+    """One artifact of a store. Cheap to make: nothing is read before it is asked for."""
+
+    def __init__(self, store: Path, identity: Identity) -> None:
+        self.identity = identity
+        self.folder = store / identity.kind / identity.key
+
+    def __repr__(self) -> str:
+        return f"{self.kind}/{self.key}"
+
+    @property
+    def kind(self) -> str:
+        return self.identity.kind
+
+    @property
+    def key(self) -> str:
+        return self.identity.key
+
+    @property
+    def parts(self) -> int:
+        return self.identity.parts
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def is_committed(self, part: int) -> bool:
+        return (self.folder / paths.marker_name(part)).exists()
+
+    def committed(self) -> set[int]:
+        """Every committed part, from one listing of the folder."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return set()
+        found = {part for name in names if (part := paths.marker_part(name)) is not None}
+        return {part for part in found if part < self.parts}
+
+    def missing(self) -> list[int]:
+        done = self.committed()
+        return [part for part in range(self.parts) if part not in done]
+
+    def is_complete(self) -> bool:
+        """The one definition: every part has its marker. The manifest is a convenience for people."""
+        return len(self.committed()) == self.parts
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def marker(self, part: int) -> Marker:
+        """Raises MissingPart, DamagedPart (not a marker), WrongArtifact or NewerSchema."""
+        path = self.folder / paths.marker_name(part)
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError as error:
+            raise MissingPart(f"{self} part {part} is not committed. Run the stage that makes it.") from error
+        return parse_marker(text, self.kind, self.key, part, str(path))
+
+    def part_folder(self, part: int) -> Path:
+        """Folder of a committed part, its files' presence, kind and sizes checked against the marker."""
+        marker = self.marker(part)
+        folder = self.folder / paths.data_name(part, marker.nonce)
+        for inner in sorted({(folder / name).parent for name in marker.files} | {folder}):
+            if inner.is_symlink():
+                raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {_REPAIR}")
+        for name, entry in marker.files.items():
+            try:
+                found = (folder / name).lstat()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise DamagedPart(f"{self} part {part}: {name} is gone. {_REPAIR}") from error
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedPart(f"{self} part {part}: {name} is no plain file. {_REPAIR}")
+            if found.st_size != entry["size"]:
+                raise DamagedPart(
+                    f"{self} part {part}: {name} has {found.st_size} bytes, not {entry['size']}. {_REPAIR}"
+                )
+        return folder
+
+    def verify_part(self, part: int) -> None:
+        """Every byte of a part against its marker. Raises DamagedPart naming the first bad file."""
+        folder = self.part_folder(part)
+        for name, entry in self.marker(part).files.items():
+            if sha256_file(folder / name) != entry["sha256"]:
+                raise DamagedPart(f"{self} part {part}: the bytes of {name} changed. {_REPAIR}")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        path = self.folder / paths.MANIFEST
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise MissingPart(f"{self} is not complete: parts {self.missing()[:8]} are missing") from error
+        refuse_newer_schema(found, path)
+        return found
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write_part(
+        self, part: int, *, inputs: Mapping[str, str] | None = None, info: Mapping[str, Any] | None = None
+    ) -> Iterator[Path]:
+        """Yield an empty folder; commit what was written to it on a clean exit, drop it on an exception.
+
+        ``info`` may be a dict that the caller fills before the block ends. When another process committed the
+        part first, the folder is dropped without harm.
+        """
+        assert 0 <= part < self.parts, (part, self.parts)
+        nonce = secrets.token_hex(8)
+        folder = self.folder / paths.data_name(part, nonce)
+        won = False
+        try:
+            with naming_full_disks(folder):
+                folder.mkdir(parents=True)
+                self._record_identity()
+                yield folder
+                fsync_tree(folder)
+                marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
+                text = marker_text(marker, self.kind, self.key)
+                won = create_exclusively(self.folder / paths.marker_name(part), text)
+        finally:
+            if not won:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.finish()
+
+    def drop_part(self, part: int) -> None:
+        """Remove a committed part: its marker first, so that no reader finds a marker without data."""
+        marker = self.marker(part)
+        (self.folder / paths.marker_name(part)).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / paths.data_name(part, marker.nonce), ignore_errors=True)
+
+    def _record_identity(self) -> None:
+        path = self.folder / paths.IDENTITY
+        if not path.exists():
+            create_exclusively(path, file_text(self.identity.to_json()))
+
+    def finish(self) -> None:
+        """Write the manifest once every part is committed."""
+        path = self.folder / paths.MANIFEST
+        if path.exists() or not self.is_complete():
+            return
+        create_exclusively(path, file_text(self.manifest_content()))
+
+    def manifest_content(self, *, pruned: bool = False) -> dict[str, Any]:
+        parts = {} if pruned else {str(part): self.marker(part).checksum for part in range(self.parts)}
+        return {**self.identity.to_json(), "key": self.key, "part_checksums": parts, "pruned": pruned}
+
+
+_REPAIR = "`eopd store verify --repair` re-queues it."
+
+
+def file_text(content: Mapping[str, Any]) -> str:
+    """The one text of an identity, a marker or a manifest: `verify` compares files with it, byte by byte."""
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def marker_text(marker: Marker, kind: str, key: str) -> str:
+    content = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "key": key,
+        "part": marker.part,
+        "nonce": marker.nonce,
+        "checksum": marker.checksum,
+        "files": marker.files,
+        "inputs": marker.inputs,
+        "info": marker.info,
+    }
+    # the seal covers the whole marker; `checksum` only what the part holds
+    return file_text({**content, "seal": sha256_text(canonical_json(content))})
+
+
+def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Marker:
+    """The marker of part ``part`` of ``kind``/``key``, checked.
+
+    Raises:
+        DamagedPart: it was altered, or names a path outside its part folder.
+        WrongArtifact: it belongs to another part.
+        NewerSchema: a newer eopd wrote it.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DamagedPart(f"{where} is not JSON. {_REPAIR}") from error
+    refuse_newer_schema(found, Path(where))
+    try:
+        marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
+        owner = (found["kind"], found["key"], marker.part)
+        checksum, seal = found["checksum"], found.pop("seal")
+        sizes = [(entry["size"], entry["sha256"]) for entry in marker.files.values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedPart(f"{where} is no marker ({error!r}). {_REPAIR}") from error
+    if owner != (kind, key, part):
+        raise WrongArtifact(
+            f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
+        )
+    if paths.data_part(paths.data_name(part, str(marker.nonce))) is None:
+        raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
+    if any(not _is_inside(name) for name in marker.files):
+        raise DamagedPart(f"{where} names a file outside its part folder")
+    if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes):
+        raise DamagedPart(f"{where} names a file without its size and hash. {_REPAIR}")
+    try:
+        intact = checksum == marker.checksum and seal == sha256_text(canonical_json(found))
+    except ValueError:  # not a number
+        intact = False
+    if not intact:
+        raise DamagedPart(f"{where} was altered. {_REPAIR}")
+    return marker
+
+
+def refuse_newer_schema(found: Any, where: Path) -> None:
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(schema, int):
+        raise DamagedPart(f"{where} names no schema version")
+    if schema > SCHEMA:
+        raise NewerSchema(f"{where} has schema {schema}; this eopd reads up to {SCHEMA}. Upgrade eopd to use it.")
+
+
+def open_artifact(store: Path, kind: str, key: str) -> Artifact:
+    """An artifact that exists, from what its folder says it is.
+
+    Raises:
+        StoreError: there is none, or its identity does not hash to its key.
+    """
+    path = store / kind / key / paths.IDENTITY
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no {kind} artifact {key} in {store}") from error
+    return Artifact(store, parse_identity(text, kind, key, str(path)))
+
+
+def parse_identity(text: bytes, kind: str, key: str, where: str) -> Identity:
+    """Raises DamagedPart (not JSON), WrongArtifact (it does not hash to its key) or NewerSchema."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DamagedPart(f"{where} is not JSON") from error
+    identity = Identity.from_json(found, Path(where))
+    try:
+        owner = (identity.kind, identity.key)
+    except ValueError as error:  # not a number
+        raise DamagedPart(f"{where} holds what no identity holds: {error}") from error
+    if owner != (kind, key):
+        raise WrongArtifact(f"{where} describes {owner[0]}/{owner[1]}, not {kind}/{key}")
+    return identity
+
+
+def _listing(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }
+
+
+def _is_inside(name: str) -> bool:
+    pieces = name.split("/")
+    return bool(name) and not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(pieces)

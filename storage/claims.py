@@ -1,0 +1,58 @@
+"""Advisory claims: who is at work on a part, so that two processes do not do the same one for nothing.
+
+A claim is a kernel lock on a small file. It vanishes with its process, however that ends, so nothing has to be
+cleaned after a crash; and it only saves work: correctness is the commit rule's (``storage.artifacts``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact
+from eopd.storage.files import naming_full_disks
+
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def claim(artifact: Artifact, part: int) -> Iterator[bool]:
+    """Try to claim a part; yields whether it is ours. Never waits."""
+    with naming_full_disks(artifact.folder):
+        artifact.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(artifact.folder / paths.claim_name(part), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(handle)
+
+
+def claimed_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[int]:
+    """Yield each part of ``parts`` that still has to be done, one at a time, while it is claimed by us.
+
+    Parts that others are at work on come last: by then they are mostly done; if their worker died, they are ours.
+    Returns when every part is committed.
+    """
+    waiting = list(parts)
+    while waiting:
+        held_by_others = []
+        for part in waiting:
+            if artifact.is_committed(part):
+                continue
+            with claim(artifact, part) as ours:
+                if not ours:
+                    held_by_others.append(part)
+                elif not artifact.is_committed(part):
+                    yield part
+        waiting = held_by_others
+        if waiting:
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,110 @@
+"""What a cache holds, and whether that answers what a consumer needs.
+
+A coverage is the head rule, the draws and the extra ids that were stored. Each need is a predicate on it; what is
+not covered is refused with what is missing and how to add it, and never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eopd.storage.errors import StoreError
+from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
+from eopd.storage.teacher_record import HeadRule
+
+
+class NeedNotMet(StoreError):
+    """A cache does not hold what was asked of it. The message says what is missing and how to add it."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was stored of every token."""
+
+    head: HeadRule
+    stop_ids: tuple[int, ...] = ()
+    extra_k: int = 0  # entries of the student's own top-k a token
+    vocab_size: int = 0  # a head of this many is the whole distribution; 0: unknown
+
+    @classmethod
+    def from_mapping(cls, found: Mapping[str, Any]) -> Coverage:
+        return cls(
+            head=HeadRule(**found["head"]),
+            stop_ids=tuple(found.get("stop_ids", ())),
+            extra_k=int(found.get("extra_k", 0)),
+            vocab_size=int(found.get("vocab_size", 0)),
+        )
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {
+            "head": asdict(self.head),
+            "stop_ids": list(self.stop_ids),
+            "extra_k": self.extra_k,
+            "vocab_size": self.vocab_size,
+        }
+
+    def lacks(self, need: Need) -> str | None:
+        """None where the need is met; otherwise what is missing and the settings that add it."""
+        head = self.head
+        match need:
+            case EntropyNeed() | SampledNeed() | StopsNeed():
+                return None  # part of every record; no stop ids means that the models have none
+            case HeadNeed(k, above):
+                whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
+                if not whole and head.k_max < k:
+                    return f"heads of {k} entries; it keeps {head.k_max}. Add: score.head.k_max={k}"
+                if head.full_head_above > above:
+                    return (
+                        f"full heads where entropy > {above:g}; it has them where > {head.full_head_above:g}. "
+                        f"Add: score.head.full_head_above={above:g}"
+                    )
+                return None
+            case DrawsNeed("beyond_head", _, max_weight):
+                if head.draws != "beyond_head":
+                    return f"draws beyond the head; it has draws: {head.draws}. Add: score.head.draws=beyond_head"
+                if head.min_prob > max_weight:
+                    return (
+                        f"draws of weight at most {max_weight:g}; its draws weigh {head.min_prob:g}. "
+                        f"Add: score.head.min_prob={max_weight:g}"
+                    )
+                return None
+            case DrawsNeed(_, n, _):
+                if head.draws != "full" or head.n_draws < n:
+                    found = f"{head.n_draws} draws ({head.draws})"
+                    return (
+                        f"{n} draws a token from the full distribution; it has {found}. "
+                        f"Add: score.head.draws=full score.head.n_draws={n}"
+                    )
+                return None
+            case ExtraIdsNeed(k):
+                if self.extra_k < k:
+                    return (
+                        f"teacher log-probs at the student's top-{k}; it has {self.extra_k}. "
+                        f"Add: rollout.student_topk={k}"
+                    )
+                return None
+        raise AssertionError(need)
+
+    def require(self, needs: Sequence[Need], where: str) -> None:
+        """Raises NeedNotMet naming every need that ``where`` does not answer and the command that would."""
+        missing = [text for need in needs if (text := self.lacks(need)) is not None]
+        if missing:
+            raise NeedNotMet(
+                f"{where} lacks "
+                + "; ".join(missing)
+                + ". `eopd score --set <the above>` makes a sibling coverage beside "
+                "this one; nothing that exists changes."
+            )
+
+    def cost(self) -> tuple[int, float, int, int]:
+        """Order of coverages by what they cost to store and read, cheapest first."""
+        head = self.head
+        return (head.k_max, -head.full_head_above, head.n_draws, self.extra_k)
+
+
+def cheapest(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> str | None:
+    """Name of the cheapest coverage that answers every need, or None."""
+    able = [name for name, found in coverages.items() if all(found.lacks(need) is None for need in needs)]
+    return min(able, key=lambda name: (coverages[name].cost(), name), default=None)

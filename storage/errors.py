@@ -1,0 +1,35 @@
+"""What can go wrong with a store, grouped by what a handler would do about it."""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of everything a store reports. The message names the artifact, part or file and what to do."""
+
+
+class MissingPart(StoreError):
+    """A part has no commit marker: it was never finished. Run the stage that makes it."""
+
+
+class DamagedPart(StoreError):
+    """A committed part does not hold what its marker says. `eopd store verify --repair` re-queues it."""
+
+
+class WrongArtifact(StoreError):
+    """A folder, marker or manifest belongs to another artifact than the one asked for."""
+
+
+class NewerSchema(StoreError):
+    """Written by a newer eopd than this one. Upgrade to read it."""
+
+
+class StoreFull(StoreError):
+    """The disk, quota or bucket is full. Nothing committed is lost; free space and run the same command again."""
+
+
+class StoreUnwritable(StoreError):
+    """The store refuses writes (permissions, a read-only mount or bucket)."""
+
+
+class StoreUnreadable(StoreError):
+    """The store does not answer (network, service or file system). Try again, or use another copy."""

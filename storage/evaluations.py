@@ -1,0 +1,75 @@
+"""The evaluation record: one sampled response of a model to one problem of a benchmark, and its verdict.
+
+Produced by ``stages.evaluate``; read by its own summary and by ``stages.report``. One Parquet file a part of
+problems; the last part of the artifact holds the summary (``RESULTS``) and one row a problem (``PROBLEMS``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SAMPLES = "samples.parquet"
+PROBLEMS = "problems.parquet"
+RESULTS = "results.json"
+
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("benchmark", pa.string(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("problem_index", pa.int64(), nullable=False),  # row of the problem in its source
+        pa.field("sample", pa.int32(), nullable=False),  # 0 .. samples - 1
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),  # without stop and special tokens: what was graded
+        # log-prob of each sampled token under the full softmax at the sampling temperature, nats; null where the
+        # engine gives only the truncated distribution
+        pa.field("logprobs", pa.list_(pa.float32())),
+        # the same after top-p truncation; null where nothing is truncated
+        pa.field("truncated_logprobs", pa.list_(pa.float32())),
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop" | "length"
+        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("form", pa.string()),  # equal for correct responses that are the same solution
+        pa.field("reason", pa.string()),  # why it is not correct, in words
+        pa.field("seed", pa.int64(), nullable=False),
+    ],
+    metadata={b"eopd.record": b"evaluation_samples", b"eopd.version": b"1"},
+)
+
+PROBLEMS_SCHEMA = pa.schema(
+    [
+        pa.field("benchmark", pa.string(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("samples", pa.int32(), nullable=False),
+        pa.field("correct", pa.int32(), nullable=False),  # of the samples
+        pa.field("distinct_correct", pa.int32(), nullable=False),
+        pa.field("self_bleu", pa.float64()),  # null with fewer than two samples
+        pa.field("distinct_4", pa.float64()),  # null where no sample has four tokens
+        pa.field("response_tokens", pa.float64(), nullable=False),  # mean over the samples, stop token included
+        pa.field("truncated", pa.int32(), nullable=False),  # samples that were cut by the length limit
+    ],
+    metadata={b"eopd.record": b"evaluation_problems", b"eopd.version": b"1"},
+)
+
+
+def write_table(path: Path, schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows (possibly none) of one of the two records."""
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path, compression="zstd")
+
+
+def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one file of one of the two records.
+
+    Raises:
+        ValueError: the file holds another record or another version of it.
+    """
+    expected, found = schema.metadata, pq.read_schema(path).metadata or {}
+    for name in (b"eopd.record", b"eopd.version"):
+        if found.get(name) != expected[name]:
+            raise ValueError(f"{path}: {name.decode()} is {found.get(name)!r}, not {expected[name]!r}")
+    return pq.read_table(path, columns=list(columns) if columns is not None else None)

@@ -1,0 +1,99 @@
+"""Durable small-file operations on a local or shared POSIX file system, and canonical JSON."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eopd.storage.errors import StoreFull, StoreUnwritable
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no blanks, no NaN. Floats as Python's shortest repr."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def naming_full_disks(path: Path) -> Iterator[None]:
+    """Turn the errno of a full or unwritable store into an error that names ``path`` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull(
+                f"no space left while writing {path}. Nothing committed is lost: free space, then run the same "
+                "command again."
+            ) from error
+        if error.errno in _UNWRITABLE:
+            raise StoreUnwritable(f"cannot write {path}: {error.strerror}. Check its owner and permissions.") from error
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """fsync every file and folder below ``folder``, and itself."""
+    for here, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            handle = os.open(os.path.join(here, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync_folder(Path(here))
+
+
+def _write_beside(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def create_exclusively(path: Path, text: str) -> bool:
+    """Create ``path`` whole or not at all. False when somebody else's is there already."""
+    with naming_full_disks(path):
+        temporary = _write_beside(path, text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+    return True
+
+
+def replace_atomically(path: Path, text: str) -> None:
+    """Write ``path`` so that a reader sees the old text or the new, never a part of it."""
+    with naming_full_disks(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(_write_beside(path, text), path)
+        fsync_folder(path.parent)

@@ -1,0 +1,73 @@
+"""Fingerprints of external files and model folders: what keys say instead of a path.
+
+Hashing a large model takes a while, so digests are remembered per (path, size, mtime) in a small JSON file; the
+file is a cache and may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from eopd.storage.files import canonical_json, replace_atomically, sha256_file, sha256_text
+
+LENGTH = 20
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class Digests:
+    """SHA-256 of files, remembered between runs in ``memory`` (a JSON file; None: in this process only)."""
+
+    def __init__(self, memory: Path | None = None) -> None:
+        self._memory = memory
+        self._known: dict[str, list[object]] = {}
+        if memory is not None and memory.exists():
+            try:
+                self._known = json.loads(memory.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                self._known = {}  # a cache cut short by a crash: made anew
+        self._grown = False
+
+    def of_file(self, path: Path) -> str:
+        path = path.resolve()
+        state = path.stat()
+        stamp = [state.st_size, state.st_mtime_ns]
+        known = self._known.get(str(path))
+        if known is not None and known[:2] == stamp:
+            return str(known[2])
+        digest = sha256_file(path)
+        self._known[str(path)] = [*stamp, digest]
+        self._grown = True
+        return digest
+
+    def of_files(self, root: Path, files: Iterable[Path]) -> str:
+        """One fingerprint of several files: their names below ``root`` and their bytes."""
+        listing = {file.relative_to(root).as_posix(): self.of_file(file) for file in sorted(files)}
+        return sha256_text(canonical_json(listing))[:LENGTH]
+
+    def save(self) -> None:
+        if self._memory is not None and self._grown:
+            replace_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
+            self._grown = False
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Weights and config of a Hugging Face model folder: what decides the model's outputs, tokenizer apart."""
+    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.safetensors.index.json"))
+    return [folder / "config.json", *weights]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]

@@ -1,0 +1,134 @@
+"""What nothing needs any more. For `eopd store gc`: the plan first, the removal only of that plan.
+
+Roots are the artifacts that runs refer to; whatever they were made from is kept with them. Besides artifacts that no
+root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers
+and half-written temporary files.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.claims import claim
+from eopd.storage.errors import StoreError
+from eopd.storage.listing import keys
+
+GRACE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Removal:
+    path: Path
+    bytes: int
+    reason: str
+
+
+def reachable(store: Path, roots: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Roots (kind, key) and, through the input keys of their identities, all they were made from."""
+    by_key: dict[str, list[tuple[str, str]]] = {}
+    for kind, key in keys(store):
+        by_key.setdefault(key, []).append((kind, key))
+        by_key.setdefault(key.split("/")[0], []).append((kind, key))  # any coverage of a named identity
+    kept: set[tuple[str, str]] = set()
+    waiting = [found for root in roots for found in by_key.get(root[1], []) if found[0] == root[0]]
+    while waiting:
+        here = waiting.pop()
+        if here in kept:
+            continue
+        kept.add(here)
+        try:
+            identity = open_artifact(store, *here).identity
+        except StoreError:
+            continue  # unreadable, and so are its inputs' keys; verify reports it
+        for key in identity.inputs.values():
+            waiting += by_key.get(key, [])
+    return kept
+
+
+def plan(
+    store: Path, roots: Collection[tuple[str, str]] | None, *, grace: float = GRACE_SECONDS, now: float | None = None
+) -> list[Removal]:
+    """What may go, touching nothing.
+
+    Args:
+        roots: (kind, key) that runs refer to; None keeps every artifact and looks for left-overs only.
+        grace: seconds; what was changed more recently is kept, as is what a living worker has claimed.
+    """
+    now = time.time() if now is None else now
+    everything = set(keys(store))
+    kept = everything if roots is None else reachable(store, roots)
+    found: list[Removal] = []
+    for kind, key in sorted(everything):
+        folder = store / kind / key
+        if (kind, key) in kept:
+            found += _leftovers(store, kind, key, now - grace)
+        elif _last_change(folder) < now - grace:
+            found.append(Removal(folder, _size(folder), "no run refers to it"))
+    return found
+
+
+def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Removal]:
+    folder = store / kind / key
+    try:
+        artifact = open_artifact(store, kind, key)
+    except StoreError:
+        return
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        data = paths.data_part(name)
+        if data is not None and not _is_named(artifact, *data):
+            reason = "no marker names it"
+        elif name.endswith(".damaged"):
+            reason = "set aside by a repair"
+        elif name.startswith(".") and not path.is_dir():
+            reason = "half-written"
+        else:
+            continue
+        if _last_change(path) < before and not (data is not None and _is_claimed(artifact, data[0])):
+            yield Removal(path, _size(path), reason)
+
+
+def _is_named(artifact: Artifact, part: int, nonce: str) -> bool:
+    try:
+        return artifact.marker(part).nonce == nonce
+    except StoreError:
+        # no marker, or one that cannot be read: then it may be this folder's, and verify has to say so first
+        return artifact.is_committed(part)
+
+
+def _is_claimed(artifact: Artifact, part: int) -> bool:
+    with claim(artifact, part) as ours:
+        return not ours
+
+
+def remove(removals: Sequence[Removal]) -> int:
+    """Carry out a plan; returns bytes freed. What has vanished meanwhile is passed over."""
+    freed = 0
+    for removal in removals:
+        if removal.path.is_dir() and not removal.path.is_symlink():
+            # markers first: a reader must not find a marker whose data are going
+            for marker in removal.path.glob("part-*.json"):
+                marker.unlink(missing_ok=True)
+            shutil.rmtree(removal.path, ignore_errors=True)
+        else:
+            removal.path.unlink(missing_ok=True)
+        freed += removal.bytes
+    return freed
+
+
+def _size(path: Path) -> int:
+    if path.is_dir() and not path.is_symlink():
+        return sum(inner.lstat().st_size for inner in path.rglob("*") if not inner.is_dir())
+    return path.lstat().st_size
+
+
+def _last_change(path: Path) -> float:
+    inner = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    return max((here.lstat().st_mtime for here in inner), default=0.0)

@@ -1,0 +1,94 @@
+"""What a store holds, from its folders and markers alone. For `eopd store ls` and `show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One artifact. ``problem`` says why it cannot be used, else it is empty."""
+
+    kind: str
+    key: str
+    parts: int
+    committed: int
+    bytes: int
+    problem: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return not self.problem and self.committed == self.parts
+
+
+def keys(store: Path) -> Iterator[tuple[str, str]]:
+    """(kind, key) of every folder with an identity, sorted. A coverage's key is <identity>/<coverage>."""
+    for kind in paths.KINDS:
+        found = [*(store / kind).glob(f"*/{paths.IDENTITY}"), *(store / kind).glob(f"*/*/{paths.IDENTITY}")]
+        for path in sorted(found):
+            yield kind, path.parent.relative_to(store / kind).as_posix()
+
+
+def ls(store: Path) -> list[Listed]:
+    """Every artifact of a store, the unusable ones among them.
+
+    Raises:
+        StoreError: there is no such folder.
+    """
+    if not store.is_dir():
+        raise StoreError(f"there is no store at {store}")
+    return [_listed(store, kind, key) for kind, key in keys(store)]
+
+
+def _listed(store: Path, kind: str, key: str) -> Listed:
+    try:
+        artifact = open_artifact(store, kind, key)
+        done = sorted(artifact.committed())
+        return Listed(kind, key, artifact.parts, len(done), sum(artifact.marker(part).bytes for part in done))
+    except StoreError as error:
+        return Listed(kind, key, 0, 0, 0, str(error))
+
+
+def find(store: Path, name: str) -> Artifact:
+    """The one artifact whose key, or <kind>/<key>, starts with ``name``.
+
+    Raises:
+        StoreError: none does, or several do.
+    """
+    able = [(kind, key) for kind, key in keys(store) if key.startswith(name) or f"{kind}/{key}".startswith(name)]
+    exact = [(kind, key) for kind, key in able if name in (key, f"{kind}/{key}")]
+    able = exact or able
+    if len(able) != 1:
+        some = ", ".join(f"{kind}/{key}" for kind, key in able[:4])
+        found = f"{len(able)} artifacts: {some}" if able else "no artifact"
+        raise StoreError(f"{name!r} names {found} in {store}. `eopd store ls` lists them.")
+    return open_artifact(store, *able[0])
+
+
+def show(artifact: Artifact) -> dict[str, Any]:
+    """Identity, state and the provenance of each committed part, as plain JSON values."""
+    done = sorted(artifact.committed())
+    markers = {part: artifact.marker(part) for part in done}
+    return {
+        **artifact.identity.to_json(),
+        "key": artifact.key,
+        "folder": str(artifact.folder),
+        "missing": artifact.missing(),
+        "bytes": sum(marker.bytes for marker in markers.values()),
+        "parts_committed": {
+            str(part): {
+                "checksum": marker.checksum,
+                "bytes": marker.bytes,
+                "inputs": dict(marker.inputs),
+                **marker.info,
+            }
+            for part, marker in markers.items()
+        },
+    }

@@ -1,0 +1,96 @@
+"""Every path of the store's and the run folder's layout.
+
+<store>/<kind>/<key>/identity.json          what the key is the hash of
+<store>/<kind>/<key>/manifest.json          written when the last part is complete
+<store>/<kind>/<key>/part-00003.json        the commit marker of a part
+<store>/<kind>/<key>/part-00003.<nonce>/    its data
+<store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
+
+<runs>/<name>/config.yaml       resolved settings
+<runs>/<name>/summary.json      one row of figures per round
+<runs>/<name>/metrics.jsonl     one line per optimiser step
+<runs>/<name>/logs/             engine logs, one file a job
+<runs>/<name>/tensorboard/
+<runs>/<name>/report/index.html
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+IDENTITY = "identity.json"
+MANIFEST = "manifest.json"
+KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations")
+
+_MARKER = re.compile(r"^part-(\d{5,})\.json$")
+_DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
+_DAMAGED = re.compile(r"^part-(\d{5,})\.[0-9a-f]{16}\.damaged$")
+
+
+def part_name(part: int) -> str:
+    return f"part-{part:05d}"
+
+
+def marker_name(part: int) -> str:
+    return f"{part_name(part)}.json"
+
+
+def claim_name(part: int) -> str:
+    return f"{part_name(part)}.claim"
+
+
+def data_name(part: int, nonce: str) -> str:
+    return f"{part_name(part)}.{nonce}"
+
+
+def damaged_name(part: int, nonce: str) -> str:
+    return f"{part_name(part)}.{nonce}.damaged"
+
+
+def marker_part(name: str) -> int | None:
+    """The part number if ``name`` is a commit marker's, else None."""
+    found = _MARKER.match(name)
+    return int(found.group(1)) if found else None
+
+
+def data_part(name: str) -> tuple[int, str] | None:
+    """(part, nonce) if ``name`` is a data folder's, else None."""
+    found = _DATA.match(name)
+    return (int(found.group(1)), found.group(2)) if found else None
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where one run keeps what a person looks at. Nothing here is needed to resume; the store is."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def jobs(self) -> Path:
+        return self.folder / "jobs.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"

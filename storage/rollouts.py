@@ -1,0 +1,58 @@
+"""The rollout record: one response of one policy to one prompt, as token ids.
+
+Produced by ``stages.rollout``; read by ``stages.score``, ``stages.train`` and ``stages.report``. One Parquet
+file a part. Token ids are what was sampled, never re-tokenised text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FILE_NAME = "rollouts.parquet"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_index", pa.int64(), nullable=False),  # row of the prompt in its source
+        pa.field("sample", pa.int32(), nullable=False),  # 0 .. samples_per_prompt - 1
+        pa.field("messages", pa.string()),  # the prompt as JSON chat messages
+        pa.field("answer", pa.string()),
+        pa.field("verifier", pa.string()),
+        pa.field("teacher_prompt", pa.string()),  # the teacher's own prompt text, where the source has a column for it
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # as the student read it
+        pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_text", pa.string()),  # for people; never read back into ids
+        # log-prob of each sampled token under the full softmax at the sampling temperature, nats; null where the
+        # engine gives only the truncated distribution
+        pa.field("logprobs", pa.list_(pa.float32())),
+        # the same after top-p / top-k / min-p truncation; null where nothing is truncated
+        pa.field("truncated_logprobs", pa.list_(pa.float32())),
+        pa.field("finish_reason", pa.string(), nullable=False),  # "stop" | "length"
+        pa.field("stop_token_id", pa.int32()),  # last response token when it is a stop id, else null
+        pa.field("seed", pa.int64(), nullable=False),
+    ],
+    metadata={b"eopd.record": b"rollouts", b"eopd.version": b"1"},
+)
+
+
+def write_rollouts(folder: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write one part's rollouts (possibly none) to ``folder``."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    pq.write_table(table, folder / FILE_NAME, compression="zstd")
+
+
+def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one part.
+
+    Raises:
+        ValueError: the file holds another record or another version of it.
+    """
+    path = folder / FILE_NAME
+    found = pq.read_schema(path).metadata or {}
+    if found.get(b"eopd.record") != b"rollouts" or found.get(b"eopd.version") != b"1":
+        raise ValueError(f"{path} is no rollout record of version 1 (metadata {found.get(b'eopd.version')!r})")
+    return pq.read_table(path, columns=list(columns) if columns is not None else None)

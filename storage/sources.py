@@ -1,0 +1,37 @@
+"""Where scores are read from: a local artifact, or anything else that can vouch for its parts in the same way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from zarr.abc.store import Store
+
+from eopd.storage.artifacts import Artifact, Marker
+from eopd.storage.zarr_inline import FolderStore
+
+
+class ScoreSource(Protocol):
+    """Parts of one artifact, each with its commit marker."""
+
+    @property
+    def parts(self) -> int: ...
+
+    def committed(self) -> set[int]: ...
+
+    def marker(self, part: int) -> Marker:
+        """Raises MissingPart, DamagedPart, WrongArtifact or NewerSchema."""
+        ...
+
+
+class StoreSource(ScoreSource, Protocol):
+    """A source that is no folder: it opens a part's files by itself."""
+
+    def part_store(self, part: int) -> Store: ...
+
+
+def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
+    """The files of a committed part, their presence and sizes checked against its marker, and the marker."""
+    marker = source.marker(part)
+    if isinstance(source, Artifact):
+        return FolderStore(source.part_folder(part)), marker
+    return source.part_store(part), marker  # type: ignore[attr-defined]

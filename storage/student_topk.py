@@ -1,0 +1,69 @@
+"""The student's own most probable tokens at every response position: a side artifact of rollouts, part by part.
+
+Produced by ``stages.rollout`` from the stored tokens and the policy that sampled them; read by ``stages.score``,
+which asks the teacher for the same ids. One Parquet file a part.
+Letters: S responses, T response tokens, k ids a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+FILE_NAME = "student_topk.parquet"
+_METADATA = {b"eopd.record": b"student_topk", b"eopd.version": b"1"}
+
+
+@dataclass(frozen=True)
+class StudentTopk:
+    """Ids and log-probs of the responses of one rollout part, in its order."""
+
+    lengths: NDArray[np.int32]  # [S] tokens of each response
+    ids: NDArray[np.int32]  # [T, k] most probable first
+    logprobs: NDArray[np.float32]  # [T, k] full softmax at the sampling temperature, nats
+
+    def __post_init__(self) -> None:
+        assert self.ids.shape == self.logprobs.shape, (self.ids.shape, self.logprobs.shape)
+        assert self.ids.shape[0] == int(self.lengths.sum()), (self.ids.shape, int(self.lengths.sum()))
+
+
+def write_student_topk(folder: Path, found: StudentTopk) -> None:
+    """Write one part's ids (possibly of no response) to ``folder``."""
+    offsets = np.concatenate([[0], np.cumsum(found.lengths)]).astype(np.int32)
+    k = found.ids.shape[1]
+    columns = {
+        "ids": _nested(offsets, pa.array(found.ids.reshape(-1)), k),
+        "logprobs": _nested(offsets, pa.array(found.logprobs.reshape(-1)), k),
+    }
+    table = pa.table(columns).replace_schema_metadata({**_METADATA, b"eopd.k": str(k).encode()})
+    pq.write_table(table, folder / FILE_NAME, compression="zstd")
+
+
+def read_student_topk(folder: Path) -> StudentTopk:
+    """Read one part.
+
+    Raises:
+        ValueError: the file holds another record or another version of it.
+    """
+    path = folder / FILE_NAME
+    table = pq.read_table(path)
+    metadata = table.schema.metadata or {}
+    if any(metadata.get(name) != value for name, value in _METADATA.items()):
+        raise ValueError(f"{path} is no student top-k record of version 1 (metadata {metadata.get(b'eopd.version')!r})")
+    k = int(metadata[b"eopd.k"])
+    ids, logprobs = (table.column(name).combine_chunks() for name in ("ids", "logprobs"))
+    return StudentTopk(
+        lengths=np.diff(ids.offsets.to_numpy()).astype(np.int32),
+        ids=ids.flatten().flatten().to_numpy().reshape(-1, k),
+        logprobs=logprobs.flatten().flatten().to_numpy().reshape(-1, k),
+    )
+
+
+def _nested(offsets: NDArray[np.int32], values: pa.Array, k: int) -> pa.Array:
+    """[S] lists of tokens, each a list of ``k``."""
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.FixedSizeListArray.from_arrays(values, k))

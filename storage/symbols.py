@@ -1,0 +1,99 @@
+"""Whole numbers as a byte-sized symbol and some raw bits: what compresses, apart from what does not.
+
+A number's leading one, and the ``extra`` bits after it, are its symbol; zstd finds their statistics. The bits below
+are as good as random: they are kept raw, packed, and never compressed. Numbers below 2^(extra + 1) are their own
+symbol and have no raw bits. So
+
+    raw    = max(bit_length(v) - 1 - extra, 0)
+    symbol = v                            where raw = 0
+             (raw << extra) + (v >> raw)  elsewhere
+
+and back: raw = max((symbol >> extra) - 1, 0); v = ((symbol - (raw << extra)) << raw) + raw bits.
+
+Letters: N numbers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eopd.storage.teacher_record import Int64
+
+Symbols = NDArray[np.uint8]
+MAX_RAW = 24
+
+
+@lru_cache(maxsize=8)
+def _tables(extra: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Raw bits [256] and value with raw bits 0 [256] of every symbol."""
+    symbol = np.arange(256, dtype=np.int64)
+    raw = np.maximum((symbol >> extra) - 1, 0)
+    usable = np.minimum(raw, MAX_RAW)
+    value = (symbol - (raw << extra)) << usable
+    return usable.astype(np.uint8), np.minimum(value, np.iinfo(np.int32).max).astype(np.int32)
+
+
+def split(values: NDArray[Any], extra: int) -> tuple[Symbols, NDArray[np.uint8], NDArray[np.uint32]]:
+    """[N] numbers >= 0 -> symbols, counts of raw bits and the raw bits. Raises ValueError where one does not fit."""
+    if values.size and (values.min() < 0 or values.max() >= largest(extra)):
+        raise ValueError(f"numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
+    words = values.astype(np.int64)
+    length = np.frexp(words.astype(np.float64))[1]
+    raw = np.maximum(length - 1 - extra, 0)
+    symbol = (raw << extra) + (words >> raw)
+    return symbol.astype(np.uint8), raw.astype(np.uint8), (words & ((1 << raw) - 1)).astype(np.uint32)
+
+
+def largest(extra: int) -> int:
+    """Every number below this has a symbol."""
+    return 1 << min(MAX_RAW, (256 >> extra) - 2 + extra)
+
+
+def raw_counts(symbols: Symbols, extra: int) -> NDArray[np.uint8]:
+    return _tables(extra)[0][symbols]
+
+
+def join(symbols: Symbols, extra: int, bits: NDArray[np.uint8], at: Int64) -> NDArray[np.int32]:
+    """Numbers [N] from their symbols and the places ``at`` [N] (bits) of their raw bits in ``bits``.
+
+    ``bits`` ends with four bytes that belong to nobody, so that a window of four bytes starts at every byte.
+    """
+    raw, base = _tables(extra)
+    values = base[symbols]
+    counts = raw[symbols]
+    if not counts.any():
+        return values
+    windows = np.ndarray((len(bits) - 3,), "<u4", buffer=bits.data, strides=(1,))
+    words = windows[at >> 3] >> (at & 7).astype(np.uint32)
+    masks = _MASKS[counts]
+    return values | (words & masks).astype(np.int32)
+
+
+_MASKS = ((1 << np.arange(MAX_RAW + 1, dtype=np.int64)) - 1).astype(np.uint32)
+
+
+def pack(raw: NDArray[np.uint32], at: Int64, counts: NDArray[np.uint8], total: int) -> NDArray[np.uint8]:
+    """Write raw bits at their places (bits, ascending, not overlapping) into ``total`` bytes, lowest bit first."""
+    kept = counts > 0
+    raw, at, counts = raw[kept].astype(np.uint64), at[kept], counts[kept]
+    words = np.zeros(total // 8 + 2, np.uint64)
+    if len(at):
+        word, shift = at >> 6, (at & 63).astype(np.uint64)
+        starts = np.flatnonzero(np.diff(word, prepend=-1))
+        words[word[starts]] = np.bitwise_or.reduceat(raw << shift, starts)
+        over = np.flatnonzero(shift + counts > 64)  # at most one a word
+        words[word[over] + 1] |= raw[over] >> (np.uint64(64) - shift[over])
+    return words.astype("<u8").view(np.uint8)[:total]
+
+
+def zigzag(values: NDArray[Any]) -> NDArray[Any]:
+    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ..."""
+    return np.where(values < 0, -2 * values - 1, 2 * values)
+
+
+def unzigzag(values: NDArray[Any]) -> NDArray[Any]:
+    return np.where(values & 1, -((values + 1) >> 1), values >> 1)

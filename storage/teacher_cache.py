@@ -1,0 +1,237 @@
+"""The teacher cache: parts of scores, written once and read at random by any number of experiments.
+
+``write_part`` encodes one part into a Zarr v3 group; ``TeacherCache`` reads responses of any part in any order, in
+bounded memory, and never returns numbers that a checksum does not vouch for.
+
+Letters: S responses, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from eopd.storage.chunk_cache import ChunkCache
+from eopd.storage.codec import FORMAT_VERSION, Layout, PartArrays
+from eopd.storage.coverage import Coverage
+from eopd.storage.decode import decode
+from eopd.storage.encode import encode
+from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
+from eopd.storage.needs import Need
+from eopd.storage.ragged import offsets_of
+from eopd.storage.sources import ScoreSource, open_store
+from eopd.storage.teacher_record import HeadRule, Int64, TeacherRows
+from eopd.storage.zarr_part import ARRAYS, ZarrPart, naming_damage, write_group
+
+RECORD = "eopd.scores"
+DEFAULT_MEMORY = 256 << 20
+OPEN_PARTS = 1_024
+GROUP_TOKENS = 16_384
+"""Responses are decoded in groups of about this many tokens: small enough for a processor's cache."""
+
+
+@dataclass(frozen=True)
+class PartHeader:
+    """What a part says of itself, in the attributes of its group."""
+
+    teacher: str  # fingerprint
+    tokenizer: str  # fingerprint of id -> token bytes
+    teacher_context: str  # how the teacher's prompt is rendered
+    temperature: float
+    head: HeadRule
+    vocab_size: int
+    rollout_checksum: str  # of the rollouts part that was scored
+    stop_ids: tuple[int, ...] = ()
+    engine: str = ""
+    engine_version: str = ""
+    dtype: str = ""  # of the teacher's forward pass
+    extra_k: int = 0  # ids of the student's own top-k a token
+    schema: int = FORMAT_VERSION
+
+    @property
+    def coverage(self) -> Coverage:
+        return Coverage(self.head, self.stop_ids, self.extra_k, self.vocab_size)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.head, self.stop_ids)
+
+    def to_attributes(self) -> dict[str, Any]:
+        return {"record": RECORD, **asdict(self), "stop_ids": list(self.stop_ids)}
+
+    @classmethod
+    def from_attributes(cls, found: dict[str, Any], where: str) -> PartHeader:
+        """Raises WrongArtifact (no score record), NewerSchema, DamagedPart (a field is missing)."""
+        if found.get("record") != RECORD:
+            raise WrongArtifact(f"{where} is no part of a teacher cache (record {found.get('record')!r})")
+        schema = found.get("schema")
+        if not isinstance(schema, int) or schema < 1:
+            raise DamagedPart(f"{where} names no schema version (found {schema!r})")
+        if schema > FORMAT_VERSION:
+            raise NewerSchema(
+                f"{where} has cache format {schema}; this eopd reads up to {FORMAT_VERSION}. Upgrade eopd."
+            )
+        fields = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        try:
+            fields["head"] = HeadRule(**fields["head"])
+            fields["stop_ids"] = tuple(fields["stop_ids"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedPart(f"{where} has attributes that are no header: {error}") from error
+
+
+def write_part(folder: Path, rows: TeacherRows, header: PartHeader) -> None:
+    """Write ``rows`` as one part into an existing empty folder (an artifact's staging folder).
+
+    Raises:
+        ValueError: the rows disagree with the header, or are no distributions (``encode.encode``).
+    """
+    if tuple(rows.stop_ids.tolist()) != tuple(header.stop_ids):
+        raise ValueError(f"stop_ids of the rows {rows.stop_ids.tolist()} are not the header's {list(header.stop_ids)}")
+    layout = header.layout
+    columns = [list(column) for column in layout.columns]
+    write_group(folder, encode(rows, layout), {**header.to_attributes(), "columns": columns})
+
+
+class _Part:
+    """An opened part, its header and where each response lies."""
+
+    def __init__(self, source: ScoreSource, number: int) -> None:
+        store, marker = open_store(source, number)
+        self.zarr = ZarrPart(store, marker, f"{source} part {number}")
+        self.header = PartHeader.from_attributes(self.zarr.attributes, self.zarr.where)
+        self.responses = self.zarr.responses
+        self.offsets = {name: offsets_of(self.responses[:, i]) for i, name in enumerate(ARRAYS)}
+        for name in ARRAYS:
+            if self.offsets[name][-1] != self.zarr.length[name]:
+                raise DamagedPart(f"{self.zarr.where}: the table of responses is not that of {name}")
+
+
+class TeacherCache:
+    """Random access to the scores of one artifact. Cheap to make: nothing is read before it is asked for.
+
+    Args:
+        artifact: of kind ``scores``; an ``Artifact`` or anything that is a ``ScoreSource``.
+        memory: bytes of decoded chunks that may be kept.
+        threads: how many groups of responses are read and decoded at a time.
+    """
+
+    def __init__(self, artifact: ScoreSource, memory: int = DEFAULT_MEMORY, threads: int = 2) -> None:
+        self.artifact = artifact
+        self.chunks = ChunkCache(memory)
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._parts: OrderedDict[int, _Part] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def coverage(self) -> Coverage:
+        """Raises MissingPart where nothing is committed."""
+        return self.header(min(self.artifact.committed(), default=0)).coverage
+
+    def require(self, needs: Sequence[Need]) -> None:
+        """Raises NeedNotMet naming what is missing and the command that adds it."""
+        self.coverage.require(needs, repr(self.artifact))
+
+    def header(self, part: int) -> PartHeader:
+        return self._part(part).header
+
+    def response_count(self, part: int) -> int:
+        return len(self._part(part).responses)
+
+    def token_counts(self, part: int) -> Int64:
+        """[S] scored tokens of each response."""
+        return self._part(part).responses[:, 0].astype(np.int64)
+
+    def read_part(self, part: int) -> TeacherRows:
+        return self.read([(part, row) for row in range(self.response_count(part))])
+
+    def read(self, responses: Sequence[tuple[int, int]]) -> TeacherRows:
+        """The rows of ``responses`` (part, row in the part), in this order; repeats are allowed.
+
+        Raises:
+            MissingPart, DamagedPart, NewerSchema, WrongArtifact; ValueError: a row that a part does not have.
+        """
+        wanted = np.asarray(responses, np.int64).reshape(-1, 2)
+        parts, rows = wanted[:, 0], wanted[:, 1]
+        opened = {int(part): self._part(int(part)) for part in np.unique(parts)}
+        table = np.zeros((len(rows), 2), np.uint32)
+        starts = {name: np.zeros(len(rows), np.int64) for name in ARRAYS}
+        for number, part in opened.items():
+            mine = parts == number
+            if rows[mine].min() < 0 or rows[mine].max() >= len(part.responses):
+                raise ValueError(
+                    f"{part.zarr.where} has rows 0 .. {len(part.responses) - 1}, asked for {rows[mine].max()}"
+                )
+            table[mine] = part.responses[rows[mine]]
+            for name in ARRAYS:
+                starts[name][mine] = part.offsets[name][rows[mine]]
+        groups = self._groups(table[:, 0], [opened[int(part)].header.layout for part in parts])
+
+        def group(bounds: tuple[int, int]) -> TeacherRows:
+            some = slice(*bounds)
+            here = {int(part): opened[int(part)].zarr for part in np.unique(parts[some])}
+            planes = {
+                name: self.chunks.gather(here, parts[some], starts[name][some], table[some, i], name)
+                for i, name in enumerate(ARRAYS)
+            }
+            layout = opened[int(parts[some][0])].header.layout
+            with naming_damage(f"{self.artifact} (parts {sorted(here)})"):
+                return decode(PartArrays(table[some], planes["tokens"], planes["entries"]), layout)
+
+        if len(groups) == 1 or self._threads < 2:
+            return concatenate([group(bounds) for bounds in groups])
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="teacher-cache")
+        return concatenate(list(self._pool.map(group, groups)))
+
+    @staticmethod
+    def _groups(tokens: Any, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
+        """Bounds of runs of responses of one layout and about GROUP_TOKENS tokens."""
+        bounds, low, held = [], 0, 0
+        for i, count in enumerate(tokens):
+            if i > low and (held >= GROUP_TOKENS or layouts[i] != layouts[low]):
+                bounds.append((low, i))
+                low, held = i, 0
+            held += int(count)
+        if not len(tokens):
+            raise ValueError("read needs at least one response")
+        return [*bounds, (low, len(tokens))]
+
+    def _part(self, number: int) -> _Part:
+        with self._lock:
+            found = self._parts.get(number)
+            if found is None:
+                found = self._parts[number] = _Part(self.artifact, number)
+                if len(self._parts) > OPEN_PARTS:
+                    self._parts.popitem(last=False)
+            else:
+                self._parts.move_to_end(number)
+            return found
+
+
+def concatenate(pieces: Sequence[TeacherRows]) -> TeacherRows:
+    """The responses of several rows, one after the other.
+
+    Raises:
+        ValueError: they have different stop ids.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    if any(not np.array_equal(piece.stop_ids, pieces[0].stop_ids) for piece in pieces):
+        raise ValueError("responses of caches with different stop ids cannot be read together")
+    joined: dict[str, Any] = {"stop_ids": pieces[0].stop_ids}
+    for name in TeacherRows.__dataclass_fields__:
+        values = [getattr(piece, name) for piece in pieces]
+        if name.endswith("_offsets"):
+            joined[name] = offsets_of(np.concatenate([np.diff(value) for value in values]))
+        elif name != "stop_ids":
+            joined[name] = np.concatenate(values)
+    return TeacherRows(**joined)

@@ -1,0 +1,84 @@
+"""The score record: what the teacher says of every response token, decoded.
+
+Produced by ``stages.score``; read by ``stages.train``, ``stages.report`` and the `eopd store` commands.
+On disk it is encoded by ``storage.codec`` and found by ``storage.teacher_cache``.
+
+Letters: S responses, T scored response tokens, E stop ids, K* head entries, N* draws, X* extra ids.
+Logs are natural (nats).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOGPROB_FLOOR = -50.0
+"""Log-probs and log-masses are never stored below this (nats): exp(-50) is 0 to every consumer, and finite."""
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+DrawMode = Literal["none", "beyond_head", "full"]
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """Which entries of the teacher's distribution are kept of each token (teacher cache: the coverage).
+
+    The head of a token is its ``k_max`` most probable ids where entropy > ``full_head_above``; elsewhere those
+    with p >= ``min_prob``, at least one and at most ``k_max``. ``full_head_above = -1`` is a fixed top-k.
+    Draws ``beyond_head`` sample the rest systematically, each draw of weight ``min_prob``, repeats kept; draws
+    ``full`` are ``n_draws`` ids with replacement from the whole distribution (sampled KD).
+    """
+
+    k_max: int = 16
+    min_prob: float = 0.03
+    full_head_above: float = 0.4
+    draws: DrawMode = "beyond_head"
+    n_draws: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k_max < 1:
+            raise ValueError(f"head.k_max must be at least 1, got {self.k_max}")
+        if not 0.0 < self.min_prob <= 1.0:
+            raise ValueError(f"head.min_prob must be in (0, 1], got {self.min_prob}")
+        if (self.draws == "full") != (self.n_draws > 0):
+            raise ValueError(f"head.n_draws goes with draws: full (draws={self.draws!r}, n_draws={self.n_draws})")
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """Teacher statistics of S responses, T tokens in all, in the order asked for.
+
+    A response longer than the teacher could read has fewer rows here than tokens: the first ones.
+    """
+
+    response_offsets: Int64  # [S+1] rows of response s are [offsets[s], offsets[s+1])
+    token_ids: Int32  # [T] as sampled by the student
+    entropy: Float32  # [T] over the full vocabulary, nats
+    sampled_logprob: Float32  # [T]
+    sampled_rank: Int32  # [T] 0 is the most probable
+    stop_ids: Int32  # [E] union of both models' stop ids, ascending
+    stop_logprobs: Float32  # [T, E] floored at LOGPROB_FLOOR
+    head_offsets: Int64  # [T+1]
+    head_ids: Int32  # [K*] most probable first
+    head_logprobs: Float32  # [K*] true full-vocabulary log-probs
+    tail_logmass: Float32  # [T] log of the mass outside the head
+    draw_offsets: Int64  # [T+1]
+    draw_ids: Int32  # [N*] repeats kept
+    extra_offsets: Int64  # [T+1]
+    extra_ids: Int32  # [X*] ids the caller named (the student's own top-k), empty when none
+    extra_logprobs: Float32  # [X*]
+
+    @property
+    def responses(self) -> int:
+        return len(self.response_offsets) - 1
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)

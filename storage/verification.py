@@ -1,0 +1,107 @@
+"""Every byte of a store against what was committed. For `eopd store verify` and `verify --repair`.
+
+Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
+Manifests: what the markers add up to. Markers, identities and manifests have one text each, so a changed blank shows.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact, file_text, marker_text, open_artifact
+from eopd.storage.errors import DamagedPart, MissingPart, StoreError
+from eopd.storage.files import fsync_folder
+from eopd.storage.listing import keys
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was committed."""
+
+    kind: str
+    key: str
+    part: int | None  # None: the identity or the manifest
+    path: Path  # what `repair` renames
+    problem: str
+
+
+def verify(store: Path, only: Sequence[tuple[str, str]] | None = None, *, repair: bool = False) -> list[Damage]:
+    """Check every artifact of a store, or ``only`` those (kind, key).
+
+    ``repair`` renames the marker of each damaged part to ``.damaged``, so that the next plan does it again, and
+    damaged identities and manifests, which the next commit writes again. It deletes nothing (`gc` does).
+    """
+    found = []
+    for kind, key in keys(store) if only is None else only:
+        damages = list(_artifact(store, kind, key))
+        if repair:
+            for damage in damages:
+                _set_aside(damage)
+        found += damages
+    return found
+
+
+def _artifact(store: Path, kind: str, key: str) -> Iterator[Damage]:
+    folder = store / kind / key
+    try:
+        artifact = open_artifact(store, kind, key)
+    except (StoreError, UnicodeDecodeError) as error:
+        yield Damage(kind, key, None, folder / paths.IDENTITY, str(error))
+        return
+    if (folder / paths.IDENTITY).read_text("utf-8") != file_text(artifact.identity.to_json()):
+        yield Damage(kind, key, None, folder / paths.IDENTITY, f"{folder / paths.IDENTITY} was edited")
+    damaged = False
+    for part in sorted(artifact.committed()):
+        try:
+            check_part(artifact, part)
+        except StoreError as error:
+            damaged = True
+            yield Damage(kind, key, part, folder / paths.marker_name(part), str(error))
+    if not damaged:
+        yield from _manifest(artifact)
+
+
+def check_part(artifact: Artifact, part: int) -> None:
+    """Raises StoreError naming the first thing wrong with a committed part."""
+    artifact.verify_part(part)
+    path = artifact.folder / paths.marker_name(part)
+    marker = artifact.marker(part)
+    if path.read_text("utf-8") != marker_text(marker, artifact.kind, artifact.key):
+        raise DamagedPart(f"{path} was edited. `eopd store verify --repair` re-queues the part.")
+    folder = artifact.folder / paths.data_name(part, marker.nonce)
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if strangers := sorted(there - set(marker.files)):
+        raise DamagedPart(f"{artifact} part {part}: {strangers[0]} was added to {folder}")
+
+
+def _manifest(artifact: Artifact) -> Iterator[Damage]:
+    path = artifact.folder / paths.MANIFEST
+    try:
+        pruned = artifact.manifest.get("pruned") is True
+        right = path.read_text("utf-8") == file_text(artifact.manifest_content(pruned=pruned))
+        problem = "" if right else f"{path} is not what the markers add up to"
+    except MissingPart:
+        problem = ""  # not complete yet, or its last writer died before the manifest; nothing is lost
+    except (StoreError, ValueError) as error:
+        problem = f"{path}: {error}"
+    if problem:
+        yield Damage(artifact.kind, artifact.key, None, path, problem)
+
+
+def _set_aside(damage: Damage) -> None:
+    if damage.part is None:
+        target = damage.path.with_name(f"{damage.path.name}.{secrets.token_hex(8)}.damaged")
+    else:
+        target = damage.path.with_name(paths.damaged_name(damage.part, secrets.token_hex(8)))
+    if damage.path.exists():
+        os.replace(damage.path, target)
+    # the manifest lists a part that has to be done again
+    manifest = damage.path.with_name(paths.MANIFEST)
+    if damage.part is not None and manifest.exists():
+        os.replace(manifest, manifest.with_name(f"{paths.MANIFEST}.{secrets.token_hex(8)}.damaged"))
+    fsync_folder(damage.path.parent)

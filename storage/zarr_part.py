@@ -1,0 +1,134 @@
+"""One part of the cache as a Zarr v3 group: written whole, opened from metadata that its marker vouches for.
+
+Shards keep a part to a handful of files. Every chunk ends with its CRC32C, which is checked when it is decoded. The
+metadata files have no checksum of their own: their hashes are in the marker, and they are compared before they are
+believed (docs/cache-format.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from eopd.storage.artifacts import Marker
+from eopd.storage.codec import PartArrays
+from eopd.storage.errors import DamagedPart
+from eopd.storage.zarr_inline import FolderStore, open_array
+
+TOKEN_CHUNK = 4_096
+ENTRY_CHUNK = 16_384
+CHUNKS_PER_SHARD = 512
+ARRAYS = ("tokens", "entries")
+_METADATA = "zarr.json"
+_REPAIR = "`eopd store verify --repair` re-queues it."
+
+
+def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
+    """Write the arrays of a part and the attributes of its group into an existing empty folder."""
+    group = zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3, overwrite=False)
+    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, ("column", "token"))
+    _create(group, "entries", arrays.entries, ENTRY_CHUNK, ("plane", "entry"))
+    table = arrays.responses
+    whole = (max(len(table), 1), table.shape[1])
+    stored = group.create_array(
+        "responses",
+        shape=table.shape,
+        chunks=whole,
+        shards=whole,
+        dtype=table.dtype,
+        compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=4), Crc32cCodec()],
+        filters=None,
+        config={"write_empty_chunks": True},
+        dimension_names=("response", "tokens and entries"),
+    )
+    stored[:] = table
+
+
+def _create(group: zarr.Group, name: str, planes: NDArray[np.uint8], chunk: int, names: tuple[str, str]) -> None:
+    count, length = planes.shape
+    chunk = max(128, min(chunk, length))
+    shard = min(CHUNKS_PER_SHARD, -(-max(length, 1) // chunk)) * chunk
+    # Blosc's blocks are one plane each: a plane is compressed by itself, with its own statistics. Bit shuffling
+    # costs 2 to 6 % here: symbols are skewed as bytes, and their bits are not
+    compressor = BloscCodec(cname="zstd", clevel=5, shuffle="noshuffle", typesize=1, blocksize=chunk)
+    array = group.create_array(
+        name,
+        shape=planes.shape,
+        chunks=(count, chunk),
+        shards=(count, shard),
+        dtype=np.uint8,
+        serializer=BytesCodec(),
+        compressors=[compressor, Crc32cCodec()],
+        filters=None,
+        config={"write_empty_chunks": True},
+        dimension_names=names,
+    )
+    if length:
+        array[:] = planes
+
+
+class ZarrPart:
+    """An opened part: attributes, the table of responses, and its two big arrays to read ranges of.
+
+    Raises:
+        DamagedPart: a metadata file is not the one that was committed, or something cannot be decoded.
+    """
+
+    def __init__(self, store: Store, marker: Marker, where: str) -> None:
+        self.where = where
+        self._inline = isinstance(store, FolderStore)
+        with naming_damage(where):
+            self.attributes: dict[str, Any] = self._metadata(store, marker, _METADATA)["attributes"]
+            arrays = {
+                name: open_array(store, name, self._metadata(store, marker, f"{name}/{_METADATA}"))
+                for name in ("responses", *ARRAYS)
+            }
+            self.responses: NDArray[np.uint32] = self._run(arrays.pop("responses").getitem(slice(None)))
+        self._arrays = arrays
+        self.chunk = {name: int(array.chunks[1]) for name, array in arrays.items()}
+        self.length = {name: int(array.shape[1]) for name, array in arrays.items()}
+        self.planes = {name: int(array.shape[0]) for name, array in arrays.items()}
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """[planes, stop - start] of the array ``name``."""
+        with naming_damage(self.where):
+            found: NDArray[np.uint8] = self._run(self._arrays[name].getitem((slice(None), slice(start, stop))))
+        return found
+
+    def _metadata(self, store: Store, marker: Marker, name: str) -> dict[str, Any]:
+        stored = self._run(store.get(name, default_buffer_prototype()))
+        text = b"" if stored is None else stored.to_bytes()
+        if name not in marker.files or hashlib.sha256(text).hexdigest() != marker.files[name]["sha256"]:
+            raise DamagedPart(f"{self.where}: the bytes of {name} changed. {_REPAIR}")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if not self._inline:
+            return sync(coroutine)
+        try:
+            coroutine.send(None)  # a folder's reads never wait, so the first step is the last
+        except StopIteration as done:
+            return done.value
+        raise AssertionError("a local read waited")
+
+
+@contextmanager
+def naming_damage(where: str) -> Iterator[None]:
+    """What Zarr and its codecs raise on bytes that they cannot believe, as DamagedPart."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError, IndexError, FileNotFoundError, TypeError, AssertionError) as error:
+        raise DamagedPart(f"{where} cannot be decoded ({error}). {_REPAIR}") from error

@@ -1,0 +1,136 @@
+"""Every stage on real files: in order, alone, twice, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import World, checksums, commit_times, eopd
+
+
+def test_a_run_leaves_a_report_and_a_summary(world: World, undisturbed: str) -> None:
+    folder = world.runs(undisturbed)
+    page = (folder / "report" / "index.html").read_text()
+    assert undisturbed in page
+    rows = json.loads((folder / "summary.json").read_text())["rounds"]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        for figure in ("avg_at_2", "pass_at_2", "student_entropy", "gate_fraction", "rkl", "fkl"):
+            assert math.isfinite(row[figure]), (row["round"], figure)
+        assert 0 <= row["avg_at_2"] <= row["pass_at_2"] <= 1
+        assert 0 <= row["gate_fraction"] <= 1
+        assert row["student_entropy"] > 0
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["round"], row["step"]) for row in steps] == [(r, s) for r in range(2) for s in range(8)]
+    assert list((folder / "tensorboard").glob("events*"))
+    jobs = [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
+    assert [(job["stage"], job["round"]) for job in jobs][:4] == [
+        ("evaluate", 0),
+        ("rollout", 0),
+        ("score", 0),
+        ("train", 0),
+    ]
+
+
+def test_a_second_run_does_nothing(world: World, undisturbed: str) -> None:
+    before = commit_times(world.store(undisturbed))
+    result = eopd("run", world.config(undisturbed))
+    assert commit_times(world.store(undisturbed)) == before
+    assert result.stderr.count("complete already") == 9
+
+
+def test_each_stage_alone_gives_the_same_artifacts(world: World, undisturbed: str) -> None:
+    """Stage by stage, each in its own process, scoring in shares, under another store and run name."""
+    config = world.config("alone")
+    for round_ in (0, 1):
+        eopd("rollout", config, "--round", round_)
+        eopd("score", config, "--round", round_, "--parts", "2/2")
+        eopd("score", config, "--round", round_, "--parts", "1/2")
+        eopd("train", config, "--round", round_)
+        eopd("evaluate", config, "--round", round_)
+    eopd("evaluate", config, "--round", 2)
+    assert checksums(world.store("alone")) == checksums(world.store(undisturbed))
+
+
+def test_the_checkpoint_loads_as_it_is(world: World, undisturbed: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = [path.parent for path in world.store(undisturbed).glob("checkpoints/*/part-00000.*/model.safetensors")]
+    assert len(folders) == 2
+    first = AutoModelForCausalLM.from_pretrained(world.folder / "student")
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), first.parameters(), strict=True)]
+        assert all(moved)
+
+
+def test_two_experiments_share_what_is_the_same(world: World, undisturbed: str) -> None:
+    """Another objective on the same store: rollouts and scores of round 0 are found, not made."""
+    store = world.store(undisturbed)
+    config = world.config("other", store=str(store), rounds=1, train={"objective": {"name": "opd"}})
+    before = commit_times(store)
+    result = eopd("run", config)
+    for stage in ("rollout 0", "score 0", "evaluate 0"):
+        assert f"{stage}: complete already" in result.stderr
+    made = set(commit_times(store)) - set(before)
+    assert {name.split("/")[0] for name in made} == {"checkpoints", "evaluations"}
+    assert {name: time for name, time in commit_times(store).items() if name in before} == before
+
+
+def test_plan_changes_nothing_and_tells_what_is_there(world: World, undisturbed: str) -> None:
+    result = eopd("plan", world.config("planned"))
+    assert result.stdout.count("missing") == 9
+    assert not world.store("planned").joinpath("rollouts").exists()
+    result = eopd("plan", world.config(undisturbed))
+    assert result.stdout.count("complete") == 9
+
+
+def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:
+    result = eopd("score", world.config("early"), check=False)
+    assert result.returncode == 1
+    assert "Run `eopd rollout CONFIG --round 0` first" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": {"path": "/nowhere/x.jsonl"}}, "/nowhere/x.jsonl"),
+        ({"student": {"path": "/nowhere/model"}}, "there is no folder /nowhere/model"),
+        ({"teacher": {"path": "Some/Model-8B"}}, "hf download Some/Model-8B"),
+    ],
+)
+def test_missing_inputs_are_named_before_heavy_work(world: World, changes: dict[str, object], words: str) -> None:
+    result = eopd("run", world.config("missing", **changes), check=False)
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_weights_under_the_rollouts_stop_training(world: World, undisturbed: str, tmp_path: Path) -> None:
+    """Sampler and trainer must mean the same policy: here the trainer's temperature is not the sampler's."""
+    from dataclasses import replace
+
+    from eopd.pipeline.config import load_config
+    from eopd.pipeline.inspect import gather_facts
+    from eopd.pipeline.plan import make_plan
+    from eopd.pipeline.runner import Runner, train_job
+    from eopd.stages.job import NullProgress
+    from eopd.stages.train.errors import TrainingStopped
+    from eopd.stages.train.run import run
+    from eopd.storage.artifacts import Artifact, Identity
+
+    settings = load_config(str(world.config(undisturbed)))
+    facts = gather_facts(settings)
+    runner = Runner(settings, facts, make_plan(settings, facts), NullProgress())
+    job = train_job(runner, runner.plan.job("train", 0))
+    elsewhere = Artifact(tmp_path, Identity("checkpoints", 1, 2))
+    states = Artifact(tmp_path, Identity("progress", 1, 10))
+    with pytest.raises(TrainingStopped, match="sampler's log-probs and the trainer's differ by"):
+        run(replace(job, output=elsewhere, progress_states=states, temperature=0.25, run_dir=tmp_path))
+    assert not elsewhere.committed()

@@ -1,0 +1,135 @@
+"""Settings: typed, with errors that name the key and the nearest right one; every committed config loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config
+from eopd.stages.settings import Settings
+
+MINIMAL = """
+name: x
+student: {path: ./student}
+teacher: {path: some/teacher}
+prompts: {path: ../prompts.jsonl}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "x.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+COMMITTED = sorted(path for path in CONFIG_FOLDER.rglob("*.yaml") if path.name != "base.yaml")
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_every_committed_config_loads(path: Path) -> None:
+    settings = load_config(str(path))
+    assert settings.name
+    assert settings.rounds >= 1
+
+
+def test_there_are_committed_configs() -> None:
+    names = {path.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for path in COMMITTED}
+    assert {"quickstart", "gsm8k-demo", "paper/qwen3-0.6b", "paper/qwen3-1.7b", "paper/qwen3-4b"} <= names
+    assert find_config("quickstart").name == "quickstart.yaml"
+
+
+def test_the_paper_presets_are_the_papers() -> None:
+    for size in ("0.6b", "1.7b", "4b"):
+        settings = load_config(f"paper/qwen3-{size}")
+        objective, optimizer = settings.train.objective, settings.train.optimizer
+        assert (objective.name, objective.tau, objective.alpha, objective.k) == ("eopd", 0.8, 1.0, 16)
+        assert (objective.advantage, objective.ratio, objective.clip_eps) == ("old", "ppo", 0.2)
+        assert (objective.support, objective.rkl, objective.stops) == ("renormalised", "sampled", "remap")
+        assert (optimizer.lr, optimizer.schedule, optimizer.max_grad_norm) == (3e-6, "cosine", 1.0)
+        assert (settings.rollout.prompts_per_round, settings.train.batch_responses) == (128, 32)
+        assert settings.teacher.path == "Qwen/Qwen3-8B"
+
+
+def test_paths_are_relative_to_the_file_that_states_them(minimal: Path, tmp_path: Path) -> None:
+    settings = load_config(str(minimal))
+    assert settings.student.path == str(tmp_path / "student")
+    assert settings.prompts.path == str(tmp_path.parent / "prompts.jsonl")
+    assert settings.teacher.path == "some/teacher"
+
+
+def test_overrides(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_config(str(minimal), ["train.optimizer.lr=1e-5", "rounds=3", "student.path=./elsewhere", "seed=7"])
+    assert settings.train.optimizer.lr == 1e-5
+    assert settings.rounds == 3
+    assert settings.student.path == str(tmp_path / "elsewhere")
+
+
+def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: ./x.yaml\nname: child\nstudent: {dtype: bfloat16}\n")
+    settings = load_config(str(child))
+    assert settings.name == "child"
+    assert settings.student.path == str(tmp_path / "student")
+    assert settings.student.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.optimizer.lrr=1", "unknown setting 'train.optimizer.lrr'. Did you mean train.optimizer.lr?"),
+        ("rollout.temprature=1", "Did you mean rollout.temperature?"),
+        ("tran.epochs=2", "Did you mean train?"),
+        ("train.epochs=many", "'train.epochs' is 'many'"),
+        ("train.epochs=0", "greater than or equal to 1"),
+        ("train.objective.name=eopdd", "nearest: 'eopd'"),
+        ("train.objective.name=mc_opd", "refused"),
+        ("name=../x", "setting 'name'"),
+        ("rounds", "expected key=value"),
+        ("name.deeper=1", "is a value, not a group"),
+    ],
+)
+def test_wrong_settings_are_named(minimal: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(minimal), [override])
+    assert words in str(caught.value)
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean quickstart"):
+        load_config("quikstart")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(str(broken))
+    loop = tmp_path / "loop.yaml"
+    loop.write_text("extends: ./loop.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(str(loop))
+    orphan = tmp_path / "orphan.yaml"
+    orphan.write_text("extends: ./gone.yaml\n")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(str(orphan))
+
+
+def settings_classes(base: type[Settings]) -> set[type[Settings]]:
+    found = set(base.__subclasses__())
+    return found.union(*(settings_classes(kind) for kind in found))
+
+
+def test_every_setting_is_documented() -> None:
+    for kind in settings_classes(Settings):
+        assert issubclass(kind, BaseModel)
+        for name, field in kind.model_fields.items():
+            assert field.description, f"{kind.__name__}.{name} has no description"
+
+
+def test_where_and_how_fast_are_not_keyed(minimal: Path) -> None:
+    one = load_config(str(minimal))
+    other = load_config(str(minimal), ["train.micro_batch_tokens=128", "store=elsewhere", "name=y", "train.device=cpu"])
+    changed = load_config(str(minimal), ["train.epochs=2"])
+    assert one.train.semantic() == other.train.semantic()
+    assert one.train.semantic() != changed.train.semantic()

@@ -1,0 +1,127 @@
+"""The plan: keys follow meaning, jobs come in order, and nothing is read or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from eopd.pipeline.config import ConfigError, RunSettings, parse_settings
+from eopd.pipeline.models import ModelFacts
+from eopd.pipeline.plan import BenchmarkFacts, Facts, Plan, Stage, make_plan, steps_of_round
+
+RAW = {
+    "name": "x",
+    "rounds": 3,
+    "student": {"path": "s"},
+    "teacher": {"path": "t"},
+    "prompts": {"path": "p.jsonl"},
+    "rollout": {"prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4},
+    "train": {"batch_responses": 8, "epochs": 2},
+    "evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "rows_per_part": 5},
+}
+
+
+def facts(student: str = "s0", teacher: str = "t0", prompts: int = 25) -> Facts:
+    def model(fingerprint: str, stop: int) -> ModelFacts:
+        return ModelFacts(Path("m"), Path("m"), fingerprint, "tok", (stop,))
+
+    return Facts(model(student, 2), model(teacher, 5), prompts, "prompts", (BenchmarkFacts("b", 11, "bench"),))
+
+
+def settings(**changes: object) -> RunSettings:
+    raw = {key: value for key, value in RAW.items()}
+    for key, value in changes.items():
+        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+    return parse_settings(raw, "test")
+
+
+def keys(plan: Plan, stage: Stage) -> list[str]:
+    return [job.output.key for job in plan.jobs if job.stage == stage]
+
+
+BASE = make_plan(settings(), facts())
+
+
+def test_jobs_come_after_what_they_read() -> None:
+    done: set[str] = set()
+    for job in BASE.jobs:
+        assert all(identity.key in done for identity in job.inputs), job.name
+        done.add(job.output.key)
+    assert [job.name for job in BASE.jobs[:6]] == [
+        "evaluate 0",
+        "rollout 0",
+        "score 0",
+        "train 0",
+        "evaluate 1",
+        "rollout 1",
+    ]
+    assert len(BASE.jobs) == 3 * 4 + 1
+
+
+def test_parts() -> None:
+    rollout = BASE.job("rollout", 0)
+    assert [len(part) for part in rollout.prompt_indices] == [4, 4, 2]
+    assert BASE.job("score", 0).output.parts == 3
+    assert BASE.job("evaluate", 0).output.parts == 3 + 1
+    assert steps_of_round(settings(), facts()) == 2 * 3
+
+
+def test_no_prompt_twice_in_an_epoch() -> None:
+    drawn = [i for round_ in range(3) for part in BASE.job("rollout", round_).prompt_indices for i in part]
+    assert sorted(drawn[:25]) == list(range(25))
+    assert all(0 <= i < 25 for i in drawn)
+
+
+def test_a_small_source_bounds_a_round() -> None:
+    plan = make_plan(settings(), facts(prompts=6))
+    assert sorted(i for part in plan.job("rollout", 1).prompt_indices for i in part) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "other_facts", "changed"),
+    [
+        ({"seed": 1}, {}, {"rollout", "score", "train", "evaluate"}),
+        ({"name": "y", "store": "z", "launcher": {"kind": "inline"}}, {}, set()),
+        ({"rollout": {"temperature": 0.7}}, {}, {"rollout", "score", "train"}),
+        ({"rollout": {"engine": "transformers"}, "score": {"batch_tokens": 99}}, {}, set()),
+        ({"score": {"head": {"k_max": 64}}}, {}, {"score", "train"}),
+        ({"score": {"teacher_prompt": "template"}}, {}, {"score", "train"}),
+        ({"train": {"objective": {"tau": 0.4}}}, {}, {"train"}),
+        ({"train": {"micro_batch_tokens": 99, "device": "cpu"}}, {}, set()),
+        ({"train": {"optimizer": {"schedule": "constant"}}, "rounds": 3}, {}, {"train"}),
+        ({"evaluate": {"samples": 4}}, {}, {"evaluate"}),
+        ({}, {"teacher": "t1"}, {"score", "train"}),
+        ({}, {"student": "s1"}, {"rollout", "score", "train", "evaluate"}),
+    ],
+)
+def test_first_round_keys_follow_meaning(
+    changes: dict[str, object], other_facts: dict[str, str], changed: set[str]
+) -> None:
+    other = make_plan(settings(**changes), facts(**other_facts))  # type: ignore[arg-type]
+    stages: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate")
+    found = {stage for stage in stages if keys(BASE, stage)[0] != keys(other, stage)[0]}
+    assert found == changed
+
+
+def test_a_later_round_depends_on_training() -> None:
+    other = make_plan(settings(train={"objective": {"tau": 0.4}}), facts())
+    assert keys(BASE, "rollout")[0] == keys(other, "rollout")[0]
+    assert keys(BASE, "rollout")[1] != keys(other, "rollout")[1]
+
+
+def test_a_coverage_is_a_sibling_of_the_same_identity() -> None:
+    wide = make_plan(settings(score={"head": {"k_max": 64}}), facts())
+    ours, theirs = BASE.job("score", 0).output, wide.job("score", 0).output
+    assert ours.base_key == theirs.base_key
+    assert ours.key != theirs.key
+
+
+def test_more_rounds_of_a_constant_rate_begin_with_the_same_ones() -> None:
+    constant = {"optimizer": {"schedule": "constant"}}
+    short, long = (make_plan(settings(train=constant, rounds=n), facts()) for n in (2, 5))
+    assert keys(short, "train") == keys(long, "train")[:2]
+
+
+def test_an_unknown_round_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no train job of round 7; its rounds are \[0, 1, 2\]"):
+        BASE.job("train", 7)

@@ -1,0 +1,141 @@
+"""Made-up report data for the tests of the report stage. Nothing here was measured by anything."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from eopd.stages.report.data import (
+    BinnedMean,
+    CostRow,
+    Estimate,
+    Histogram,
+    ReportData,
+    RolloutView,
+    RoundData,
+    RunData,
+    StepRow,
+)
+
+EDGES = [round(0.1 * step, 1) for step in range(31)]
+
+
+def made_up_rounds(seed: int, rounds: int = 6, gain: float = 0.24, start: float = 0.221) -> list[RoundData]:
+    rng = random.Random(seed)
+    found = []
+    for number in range(rounds):
+        reach = 1 - math.exp(-number / 2)
+        avg = start + gain * reach + rng.uniform(-0.008, 0.008)
+        ks = {k: 1 - (1 - avg) ** (k**0.78) for k in range(1, 9)}
+        found.append(
+            RoundData(
+                round=number,
+                avg_at_k=dict.fromkeys(ks, avg),
+                pass_at_k=ks,
+                avg_interval=dict.fromkeys(ks, (avg - 0.022, avg + 0.022)),
+                pass_interval={k: (value - 0.03, min(value + 0.03, 1.0)) for k, value in ks.items()},
+                student_entropy=0.52 - 0.2 * reach + rng.uniform(-0.01, 0.01),
+                teacher_entropy=None if number == 0 else 0.34 - 0.06 * reach,
+                gate_fraction=None if number == 0 else 0.152 - 0.04 * reach,
+                rkl=None if number == 0 else 0.44 * math.exp(-number / 3) + 0.05,
+                fkl=None if number == 0 else 0.61 * math.exp(-number / 4) + 0.09,
+                tokens=None if number == 0 else 51_200 + rng.randrange(4000),
+                truncation_rate=0.04 * math.exp(-number / 2),
+                response_length=25.4 + rng.uniform(-1, 1),
+                distinct_correct=1.28 + 0.6 * reach,
+            )
+        )
+    return found
+
+
+def made_up_training(seed: int, rounds: int = 5, steps: int = 64) -> list[StepRow]:
+    rng = random.Random(seed)
+    rows = []
+    for step in range(rounds * steps):
+        decay = math.exp(-step / (rounds * steps) * 1.6)
+        rows.append(
+            StepRow(
+                round=1 + step // steps,
+                step=step % steps,
+                loss=0.7 * decay + rng.gauss(0, 0.03),
+                rkl=0.42 * decay + rng.gauss(0, 0.02),
+                fkl=0.6 * decay + rng.gauss(0, 0.03),
+                gate_fraction=min(max(0.14 * decay + 0.03 + rng.gauss(0, 0.008), 0), 1),
+                teacher_entropy=0.3 * decay + 0.05 + rng.gauss(0, 0.01),
+                student_entropy=0.4 * decay + 0.08 + rng.gauss(0, 0.01),
+                retained_mass=0.994 + rng.gauss(0, 0.001),
+                grad_norm=abs(1.1 * decay + rng.gauss(0, 0.1)),
+                tokens_per_s=21_000 + rng.gauss(0, 900),
+                further={"clip_fraction": abs(0.08 * decay + rng.gauss(0, 0.005))},
+            )
+        )
+    return rows
+
+
+def made_up_histogram(seed: int, scale: float) -> Histogram:
+    rng = random.Random(seed)
+    counts = [int(40_000 * math.exp(-edge / scale) * rng.uniform(0.8, 1.2)) for edge in EDGES[:-1]]
+    counts[0] *= 6
+    return Histogram(EDGES, counts)
+
+
+def made_up_rollout(seed: int, tokens: int = 40, prompt: str = "") -> RolloutView:
+    rng = random.Random(seed)
+    words = ["24", " = ", "(", "3", " + ", "5", ")", " * ", "3", "\n", "8", " - ", "7", " then ", "<b>", "1"]
+    chosen = [rng.choice(words) for _ in range(tokens)]
+    entropy: list[float | None] = [rng.expovariate(2.2) if rng.random() < 0.35 else rng.random() * 0.05 for _ in chosen]
+    return RolloutView(
+        prompt=prompt or f"Reach 24 from 3, 5, 8 and {seed % 5 + 1}.",
+        tokens=[*chosen, "<|im_end|>"],
+        entropy=[*entropy, 0.001],
+        logprobs=[-rng.expovariate(1.5) for _ in range(tokens + 1)],
+        correct=rng.random() < 0.5,
+        reward=None,
+        round=5,
+    )
+
+
+def made_up_cost(rounds: int = 5, shared: bool = False) -> list[CostRow]:
+    rows = [CostRow("evaluate", 0, 6.1, 52_000, 310_000, shared)]
+    for number in range(1, rounds + 1):
+        first = shared and number == 1
+        rows += [
+            CostRow("rollout", number, 7.9, 52_300, 1_300_000, first),
+            CostRow("score", number, 3.4, 52_300, 8_900_000, first),
+            CostRow("train", number, 19.2, 209_200, 3_400_000),
+            CostRow("evaluate", number, 6.3, 51_700, 310_000),
+        ]
+    return rows
+
+
+def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, shared: bool = False) -> RunData:
+    rounds = made_up_rounds(seed, gain=gain)
+    gained = rounds[-1].avg_at_k[8] - rounds[0].avg_at_k[8]
+    return RunData(
+        name=name,
+        settings={
+            "rounds": 5,
+            "train": {"objective": name, "lr": 5e-4, "tau": 0.8 + 0.1 * seed},
+            "rollout": {"samples_per_prompt": 4, "temperature": 1.0},
+        },
+        rounds=rounds,
+        training=made_up_training(seed),
+        entropy_histogram_teacher=made_up_histogram(seed, 0.45),
+        entropy_histogram_student=made_up_histogram(seed + 50, 0.6),
+        fkl_by_entropy_bin=BinnedMean(EDGES[::3], [0.02 + 0.15 * edge**1.5 for edge in EDGES[::3][:-2]] + [None]),
+        rollouts=[made_up_rollout(seed * 100 + index, 30 + 7 * (index % 5)) for index in range(12)],
+        cost=made_up_cost(shared=shared),
+        threshold=0.8,
+        interval="95 % bootstrap over problems",
+        avg_gain=Estimate(gained, gained - 0.025, gained + 0.025) if seed == 1 else None,
+    )
+
+
+def made_up_report(runs: int = 1) -> ReportData:
+    names = ["eopd", "opd", "fkl", "jsd", "tropd", "lightning"]
+    chosen = [
+        made_up_run(names[index % 6] + ("" if index < 6 else f"-{index}"), index + 1, 0.24 - 0.03 * index, runs > 1)
+        for index in range(runs)
+    ]
+    title = "Countdown with made-up numbers" if runs == 1 else f"{runs} objectives on made-up numbers"
+    return ReportData(title=title, generated="1 January 2001, 00:00", runs=chosen)

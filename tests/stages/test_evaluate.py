@@ -1,0 +1,252 @@
+"""The evaluate stage on a real model: parts, verdicts, summary, and errors before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from eopd.stages.evaluate import run as stage
+from eopd.stages.evaluate.job import EvaluateJob
+from eopd.stages.evaluate.passk import pass_at_k
+from eopd.stages.evaluate.settings import EvaluateSettings, chunks
+from eopd.stages.evaluate.summary import Tally, figures
+from eopd.stages.evaluate.verifiers.countdown import verify
+from eopd.stages.job import ModelRef, NullProgress
+from eopd.storage import evaluations
+from eopd.storage.artifacts import Artifact, Identity
+
+COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
+STUDENT = ModelRef(path=str(COUNTDOWN / "student"), dtype="float32", fingerprint="student")
+STOPS = (1, 4)
+
+
+class Lines(NullProgress):
+    """Keeps what a person would see."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.finished = 0
+
+    def advance(self, n: int, **figures: float) -> None:
+        self.finished += n
+
+    def line(self, text: str) -> None:
+        self.seen.append(text)
+
+
+def settings_for(**changes: Any) -> EvaluateSettings:
+    benchmark = {"name": "countdown", "path": str(COUNTDOWN / "evaluate.jsonl"), "verifier": "countdown", "limit": 12}
+    values: dict[str, Any] = {
+        "benchmarks": [benchmark],
+        "samples": 4,
+        "max_new_tokens": 24,
+        "template": "plain",
+        "rows_per_part": 5,
+        "engine": "transformers",
+    }
+    return EvaluateSettings(**(values | changes))
+
+
+def job_for(
+    folder: Path, settings: EvaluateSettings, parts: Sequence[int] | None = None, planned: int | None = None
+) -> EvaluateJob:
+    count = planned if planned is not None else len(chunks(settings)) + 1
+    output = Artifact(folder / "store", Identity("evaluations", 1, count, settings.semantic(), {"policy": "student"}))
+    chosen = range(count) if parts is None else parts
+    return EvaluateJob(output, chosen, settings, Lines(), folder / "logs", STUDENT, STOPS, seed=7)
+
+
+def results_of(job: EvaluateJob) -> dict[str, Any]:
+    folder = job.output.part_folder(job.output.parts - 1)
+    found: dict[str, Any] = json.loads((folder / evaluations.RESULTS).read_text())
+    return found
+
+
+def samples_of(job: EvaluateJob) -> list[dict[str, Any]]:
+    rows = []
+    for part in range(job.output.parts - 1):
+        path = job.output.part_folder(part) / evaluations.SAMPLES
+        rows += evaluations.read_table(path, evaluations.SAMPLES_SCHEMA).to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
+    folder = tmp_path_factory.mktemp("evaluate")
+    exact = folder / "exact.jsonl"
+    exact.write_text('{"question": "1,2=3:", "gold": "1+2=3"}\n{"question": "2,2=4:", "gold": "none of these"}\n')
+    benchmarks = [
+        *settings_for().model_dump()["benchmarks"],
+        {
+            "name": "exact",
+            "path": str(exact),
+            "verifier": "exact",
+            "columns": {"prompt": "question", "answer": "gold", "id": None},
+        },
+    ]
+    job = job_for(folder, settings_for(benchmarks=benchmarks))
+    stage.run(job)
+    return job
+
+
+def test_parts_hold_every_sample_of_every_problem_once(evaluated: EvaluateJob) -> None:
+    assert evaluated.output.is_complete()
+    assert evaluated.output.parts == 3 + 1 + 1
+    rows = samples_of(evaluated)
+    names = [(row["benchmark"], row["problem_index"], row["sample"]) for row in rows]
+    assert names == [("countdown", p, s) for p in range(12) for s in range(4)] + [
+        ("exact", p, s) for p in range(2) for s in range(4)
+    ]
+    assert len({row["seed"] for row in rows}) == len(rows)
+    assert isinstance(evaluated.progress, Lines)
+    assert evaluated.progress.finished == len(rows)
+    for row in rows:
+        ids = row["response_token_ids"]
+        assert len(row["logprobs"]) == len(ids)
+        assert max(row["logprobs"]) <= 0
+        assert row["truncated_logprobs"] is None
+        assert (row["finish_reason"] == "stop") == (ids[-1] in STOPS)
+        assert not set(ids[:-1]) & set(STOPS)
+        if row["benchmark"] == "countdown":
+            assert row["correct"] == verify(row["response_text"], row["answer"]).correct
+            assert (row["form"] is None) == (not row["correct"])
+
+
+def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
+    rows = [row for row in samples_of(evaluated) if row["benchmark"] == "countdown"]
+    found = results_of(evaluated)
+    one = found["benchmarks"]["countdown"]
+    correct = [sum(row["correct"] for row in rows if row["problem_index"] == p) for p in range(12)]
+    assert one["avg_at_k"] == pytest.approx(sum(correct) / 48)
+    assert one["pass_at_k"] == {
+        str(k): pytest.approx(np.mean([pass_at_k(4, c, k) for c in correct])) for k in range(1, 5)
+    }
+    assert one["pass_at_k"]["1"] == pytest.approx(one["avg_at_k"])
+    assert one["avg_interval"][0] <= one["avg_at_k"] <= one["avg_interval"][1]
+    logprobs = [value for row in rows for value in row["logprobs"]]
+    assert one["token_entropy"] == pytest.approx(-np.mean(logprobs), rel=1e-5)
+    lengths = [len(row["response_token_ids"]) for row in rows]
+    assert one["response_tokens"]["mean"] == pytest.approx(np.mean(lengths))
+    assert one["response_tokens"]["total"] == sum(lengths)
+    assert one["stop_rate"] == pytest.approx(np.mean([row["finish_reason"] == "stop" for row in rows]))
+    assert one["stop_rate"] + one["truncation_rate"] == pytest.approx(1.0)
+    other = found["benchmarks"]["exact"]
+    assert found["mean"]["avg_at_k"] == pytest.approx((one["avg_at_k"] + other["avg_at_k"]) / 2)
+    assert found["settings"]["samples"] == 4
+    assert found["model"]["fingerprint"] == "student"
+    folder = evaluated.output.part_folder(evaluated.output.parts - 1)
+    problems = evaluations.read_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA).to_pylist()
+    assert [row["correct"] for row in problems[:12]] == correct
+    assert (
+        evaluated.output.marker(evaluated.output.parts - 1).inputs["part-00000"] == evaluated.output.marker(0).checksum
+    )
+
+
+def test_a_complete_evaluation_does_no_work_and_a_second_one_gives_the_same_bytes(
+    evaluated: EvaluateJob, tmp_path: Path
+) -> None:
+    again = replace(evaluated, progress=Lines(), policy=replace(STUDENT, path="/nowhere"))
+    stage.run(again)
+    elsewhere = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), log_dir=tmp_path / "logs")
+    stage.run(elsewhere)
+    for part in range(evaluated.output.parts):
+        assert elsewhere.output.marker(part).checksum == evaluated.output.marker(part).checksum, part
+
+
+def test_parts_can_be_done_apart_and_the_summary_waits_for_all(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), progress=Lines(), parts=[4, 2])
+    stage.run(job)
+    assert job.output.committed() == {2}
+    assert isinstance(job.progress, Lines)
+    assert "waits for parts 0, 1, 3" in job.progress.seen[-1]
+    stage.run(replace(job, parts=[0, 1, 3]))
+    assert job.output.is_complete()
+    assert results_of(job) == results_of(evaluated)
+
+
+def test_top_p_is_applied_and_the_entropy_is_of_what_was_sampled_from(tmp_path: Path) -> None:
+    job = job_for(tmp_path, settings_for(top_p=0.5, rows_per_part=12))
+    stage.run(job)
+    rows = samples_of(job)
+    truncated = [value for row in rows for value in row["truncated_logprobs"]]
+    full = [value for row in rows for value in row["logprobs"]]
+    assert all(a >= b - 1e-5 for a, b in zip(truncated, full, strict=True))
+    assert results_of(job)["benchmarks"]["countdown"]["token_entropy"] == pytest.approx(-np.mean(truncated), rel=1e-5)
+    assert np.mean(truncated) > np.mean(full) + 0.05
+
+
+def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None:
+    refusing = job_for(tmp_path, settings_for(max_prompt_tokens=8))
+    with pytest.raises(ValueError, match=r"countdown/evaluate/\d+'?: 10 tokens.*too_long: skip"):
+        stage.run(replace(refusing, policy=replace(STUDENT, fingerprint="never loaded")))
+    skipping = job_for(tmp_path, settings_for(max_prompt_tokens=8, too_long="skip"))
+    stage.run(skipping)
+    one = results_of(skipping)["benchmarks"]["countdown"]
+    assert one["problems"] + len(one["skipped"]) == 12
+    assert 0 < one["problems"] < 12
+
+
+def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "a", "problem": "1,2=3:", "answer": "1,2=3"}\n{"id": "b", "problem": "x", "answer": "3"}\n')
+    job = job_for(tmp_path, settings_for(benchmarks=[{"name": "bad", "path": str(bad), "verifier": "countdown"}]))
+    with pytest.raises(ValueError, match=r"benchmark bad, problem 'b': .*numbers=target"):
+        stage.run(job)
+    assert not job.output.committed()
+
+
+def test_a_benchmark_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 9 parts, but its benchmarks make 3"):
+        stage.run(job_for(tmp_path, settings_for(), planned=9))
+
+
+def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:
+    with pytest.raises(ValueError, match="2 prompts were too long"):
+        figures(Tally(skipped=["a", "b"]), resamples=100, confidence=0.95, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmarks": []}, "at least 1"),
+        ({"samples": 0}, "greater than or equal to 1"),
+        ({"top_p": 0.0}, "greater than 0"),
+        ({"suffx": "x"}, "Extra inputs"),
+        ({"template_arguments": {"enable_thinking": False}}, "belong to template: chat"),
+        ({"benchmarks": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "the name 'a' is given to 2"),
+        ({"benchmarks": [{"name": "a", "path": "x", "verifier": "maths"}]}, "'countdown', 'exact' or 'math'"),
+        ({"benchmarks": [{"name": "a", "path": "x", "columns": {"answer": None}}]}, "reference answers"),
+    ],
+)
+def test_settings_refuse_what_makes_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        settings_for(**changes)
+
+
+def test_paths_and_speed_are_not_part_of_the_identity() -> None:
+    first = settings_for()
+    moved = first.model_dump()
+    moved["benchmarks"][0]["path"] = "/elsewhere.jsonl"
+    moved["verifier_workers"] = 7
+    assert EvaluateSettings(**moved).semantic() == first.semantic()
+    assert settings_for(samples=5).semantic() != first.semantic()
+    assert settings_for(seconds_per_answer=1.0).semantic() != first.semantic()
+
+
+@pytest.mark.vllm
+def test_vllm_evaluates_the_same_model_about_as_well(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = job_for(tmp_path, settings_for(engine="vllm", samples=16, rows_per_part=64))
+    stage.run(job)
+    found = results_of(job)
+    one, reference = found["benchmarks"]["countdown"], results_of(evaluated)["benchmarks"]["countdown"]
+    assert found["engines"][0].startswith("vllm")
+    assert one["token_entropy"] == pytest.approx(reference["token_entropy"], rel=0.2)
+    assert one["avg_at_k"] == pytest.approx(reference["avg_at_k"], abs=0.2)
+    assert one["stop_rate"] > 0.9

@@ -1,0 +1,96 @@
+"""The LM head's traits against each architecture's own logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import ARCHITECTURES, LMHead, lm_head_of
+from eopd.stages.models.packing import Sequence, pack
+from tests.stages.tiny_models import CONFIGS, tiny_model
+
+
+def test_every_known_architecture_has_a_tiny_model() -> None:
+    built = {type(tiny_model(name)).__name__ for name in CONFIGS}
+    assert built == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_packing_equal_the_model(name: str) -> None:
+    model = tiny_model(name)
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for context, response in [(5, 9), (12, 1), (1, 20), (30, 14), (3, 3), (2, 0)]:
+        ids = torch.randint(3, 300, (context + response,), generator=generator).tolist()
+        sequences.append(Sequence(ids[:context], ids[context:]))
+    head = lm_head_of(model)
+    seen = []
+    with torch.no_grad():
+        for packed in pack(sequences, row_tokens=48, token_budget=96):
+            logits = head.logits(final_hidden(model, packed))
+            parts = logits.split(packed.lengths)
+            for number, part in zip(packed.order, parts, strict=True):
+                sequence = sequences[number]
+                ids = torch.tensor([[*sequence.context_ids, *sequence.response_ids]])
+                own = model(ids).logits[0, len(sequence.context_ids) - 1 : -1].float()
+                torch.testing.assert_close(part, own, atol=1e-5 * max(1.0, float(own.abs().max())), rtol=0)
+                assert own.std() > 0.05, "flat logits would hide a forgotten trait"
+                seen.append(number)
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere", "phi"])
+def test_a_forgotten_trait_would_be_seen(name: str) -> None:
+    model = tiny_model(name)
+    head = lm_head_of(model)
+    [packed] = pack([Sequence([5, 6], [7, 8, 9])], 16)
+    with torch.no_grad():
+        hidden = final_hidden(model, packed)
+        bare = replace(head, scale=1.0, softcap=None, bias=None)
+        assert (head.logits(hidden) - bare.logits(hidden)).abs().max() > 0.05
+
+
+def test_gradients_reach_hidden_and_weight() -> None:
+    model = tiny_model("gemma2")
+    head = lm_head_of(model)
+    hidden = torch.randn(3, 64, requires_grad=True)
+    head.logits(hidden).sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    assert torch.isfinite(head.weight.grad).all()
+
+
+def test_bfloat16_is_accumulated_in_float32() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(50, 256).bfloat16()
+    hidden = torch.randn(4, 256).bfloat16()
+    logits = LMHead(weight, None, 1.0, None, 50).logits(hidden)
+    exact = hidden.double() @ weight.double().T
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_unknown_architecture_is_refused_by_name() -> None:
+    class StrangeForCausalLM(type(tiny_model("llama"))):  # type: ignore[misc]
+        pass
+
+    model = tiny_model("llama")
+    model.__class__ = StrangeForCausalLM
+    with pytest.raises(ValueError, match="StrangeForCausalLM"):
+        lm_head_of(model)
+
+
+def test_an_output_layer_that_is_not_linear_is_refused() -> None:
+    model = tiny_model("llama")
+    model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(ValueError, match="Sequential"):
+        lm_head_of(model)
+
+
+def test_rows_that_are_not_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="64 rows"):
+        LMHead(torch.zeros(64, 8), None, 1.0, None, 60)

@@ -1,0 +1,189 @@
+"""Prompt sources, templates and the draw of a round."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from eopd.stages.models.prompts import (
+    PromptSettings,
+    count_prompts,
+    draw_prompts,
+    load_prompts,
+    render_prompt,
+    source_files,
+)
+from tests.stages.tiny_tokenizer import tiny_tokenizer
+
+ROWS: list[dict[str, Any]] = [
+    {"name": "a", "problem": "What is two?", "solution": "2", "hint": "It is two."},
+    {"name": "b", "problem": "What is four?", "solution": "4", "hint": "It is four."},
+    {"name": "c", "problem": "What is five?", "solution": "5", "hint": "It is five."},
+]
+COLUMNS = {"id": "name", "prompt": "problem", "answer": "solution", "teacher_prompt": "hint"}
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, Any]] = ROWS) -> Path:
+    if kind == "jsonl":
+        path = folder / "prompts.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    elif kind == "parquet":
+        path = folder / "prompts.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    else:
+        from datasets import Dataset, DatasetDict
+
+        path = folder / "saved"
+        data = Dataset.from_list(rows)
+        if kind == "splits":
+            DatasetDict({"train": data, "test": data}).save_to_disk(str(path))
+        else:
+            data.save_to_disk(str(path), num_shards=2)
+    return path
+
+
+def prompts(path: Path, **changes: Any) -> PromptSettings:
+    return PromptSettings(**({"path": str(path), "columns": COLUMNS} | changes))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder", "splits"])
+def test_every_kind_of_source_gives_the_same_prompts(tmp_path: Path, kind: str) -> None:
+    asked = prompts(write(tmp_path, kind), split="train" if kind == "splits" else None)
+    table = load_prompts(asked)
+    assert count_prompts(asked) == len(table) == 3
+    assert [prompt.id for prompt in table] == ["a", "b", "c"]
+    second = table.rows([1])[0]
+    assert (second.index, second.answer, second.teacher_prompt) == (1, "4", "It is four.")
+    assert second.messages == ({"role": "user", "content": "What is four?"},)
+    assert json.loads(second.messages_json) == [{"role": "user", "content": "What is four?"}]
+    assert all(file.is_file() for file in source_files(asked))
+    limited = asked.model_copy(update={"limit": 2})
+    assert count_prompts(limited) == len(load_prompts(limited)) == 2
+
+
+def test_source_files_change_with_the_content_only(tmp_path: Path) -> None:
+    folder = write(tmp_path, "folder")
+    listed = source_files(prompts(folder))
+    assert listed[0].name == "state.json"
+    assert {file.suffix for file in listed[1:]} == {".arrow"}
+    assert len(listed) == 3
+
+
+def test_ids_may_be_row_numbers_and_prompts_conversations(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"}]
+    path = write(tmp_path, "jsonl", [{"prompt": talk}, {"prompt": "One?"}])
+    table = load_prompts(PromptSettings(path=str(path)))
+    assert [prompt.id for prompt in table] == ["0", "1"]
+    assert list(table[0].messages) == talk
+    with pytest.raises(ValueError, match="2 messages, which template: plain"):
+        render_prompt(tiny_tokenizer(), table[0], PromptSettings(path=str(path), template="plain"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            '{"problem": "x", "name": "a", "solution": "1", "hint": "h"}\n{"problem": \n',
+            r"prompts\.jsonl line 2 is not",
+        ),
+        ('{"problem": "x", "name": "a", "solution": "1"}\n', "line 1 has no column 'hint'; it has name, problem, sol"),
+        ("[1, 2]\n", "line 1 is not a JSON object but list"),
+        ('{"problem": "  ", "name": "a", "solution": "1", "hint": "h"}\n', "line 1: column 'problem' must hold text"),
+        ('{"problem": 7, "name": "a", "solution": "1", "hint": "h"}\n', "line 1: column 'problem' must hold text"),
+        ('{"problem": "x", "name": "a", "solution": null, "hint": "h"}\n', "line 1: column 'solution' is empty"),
+        ("\n\n", "there are no prompts in it"),
+        ("", r"prompts\.jsonl is empty"),
+        ('{"name": "\udcff"}\n', "line 1 is not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=told):
+        load_prompts(prompts(path))
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl", [*ROWS, ROWS[1]])
+    with pytest.raises(ValueError, match=r"line 4: id 'b' is already that of .* line 2"):
+        load_prompts(prompts(path))
+
+
+def test_a_source_that_is_not_there_or_not_readable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.jsonl does not exist"):
+        count_prompts(prompts(tmp_path / "nothing.jsonl"))
+    (tmp_path / "prompts.csv").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"cannot tell its format from '\.csv'"):
+        source_files(prompts(tmp_path / "prompts.csv"))
+    (tmp_path / "broken.parquet").write_text("no")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        count_prompts(prompts(tmp_path / "broken.parquet"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"it has no state\.json"):
+        load_prompts(prompts(tmp_path / "folder"))
+    with pytest.raises(ValueError, match="has no column 'hint'"):
+        load_prompts(prompts(write(tmp_path, "parquet", [{"name": "a", "problem": "x", "solution": "y"}])))
+
+
+def test_a_folder_copied_in_part_and_a_wrong_split_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, "splits")
+    with pytest.raises(ValueError, match=r"prompts\.split is None, but .* has the splits train, test"):
+        count_prompts(prompts(folder))
+    next((folder / "train").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="was not copied whole"):
+        count_prompts(prompts(folder, split="train"))
+
+
+def test_templates(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl")
+    tokenizer = tiny_tokenizer()
+    first = load_prompts(prompts(path))[0]
+
+    def text(**changes: Any) -> str:
+        return str(tokenizer.decode(render_prompt(tokenizer, first, prompts(path, **changes))))
+
+    assert text(template="plain", suffix=" Think.") == "What is two? Think."
+    assert text(suffix="!") == "<turn>user: What is two?!</turn><turn>assistant: "
+    assert text(system="Be brief.").startswith("<turn>system: Be brief.</turn><turn>user: ")
+    assert text(template_arguments={"enable_thinking": False}).endswith("()</turn>")
+    with pytest.raises(ValueError, match="no chat template"):
+        render_prompt(tiny_tokenizer(chat=False), first, prompts(path))
+    with pytest.raises(ValidationError, match="belong to template: chat"):
+        prompts(path, template="plain", system="Be brief.")
+
+
+def test_rows_outside_the_source_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompt 3 is asked for, but the source has 3"):
+        load_prompts(prompts(write(tmp_path, "jsonl"))).rows([0, 3])
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 40), per_round=st.integers(1, 60), rounds=st.integers(1, 6), seed=st.integers(0, 2**40))
+def test_no_prompt_comes_twice_before_all_have_come_once(count: int, per_round: int, rounds: int, seed: int) -> None:
+    drawn = [index for number in range(rounds) for index in draw_prompts(count, per_round, number, seed)]
+    assert len(drawn) == rounds * per_round
+    for start in range(0, len(drawn), count):
+        epoch = drawn[start : start + count]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(count))
+    assert drawn == [index for number in range(rounds) for index in draw_prompts(count, per_round, number, seed)]
+
+
+def test_draws_differ_by_seed_and_epoch_and_are_even() -> None:
+    assert draw_prompts(1000, 1000, 0, 1) != draw_prompts(1000, 1000, 0, 2)
+    assert draw_prompts(1000, 1000, 0, 1) != draw_prompts(1000, 1000, 1, 1)
+    firsts = Counter(draw_prompts(4, 1, 0, seed)[0] for seed in range(2000))
+    assert all(400 < firsts[index] < 600 for index in range(4))
+
+
+def test_the_draw_is_the_same_for_ever() -> None:
+    assert draw_prompts(8, 8, 0, 0) == [7, 4, 0, 1, 3, 6, 2, 5]  # recorded: keys of rounds rest on it

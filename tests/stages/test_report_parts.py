@@ -1,0 +1,315 @@
+"""The pieces under the report page: data, words, scales, headline, tables, files. All data are made up."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eopd.stages.report import headline, numbers, raster, tables, words
+from eopd.stages.report.curves import by_step, common_k
+from eopd.stages.report.data import (
+    BinnedMean,
+    CostRow,
+    Estimate,
+    Histogram,
+    ReportData,
+    RolloutView,
+    RoundData,
+    RunData,
+    StepRow,
+    from_json,
+    load,
+    to_json,
+)
+from eopd.stages.report.distributions import share_above
+from eopd.stages.report.figure import Axis, Figure, Line, Point, rows, thin
+from eopd.stages.report.job import ReportJob
+from eopd.stages.report.palette import heat
+from eopd.stages.report.run import run
+from eopd.stages.report.scales import Scale, log_ticks, tick_labels, ticks, value_range
+from tests.stages.made_up_report import made_up_report, made_up_run
+
+
+def test_data_survive_json(tmp_path: Path) -> None:
+    data = made_up_report(2)
+    assert from_json(to_json(data)) == data
+    path = tmp_path / "data.json"
+    path.write_text(to_json(data), encoding="utf-8")
+    assert load(path).runs[1].rounds[3].pass_at_k == data.runs[1].rounds[3].pass_at_k
+
+
+def test_what_is_not_finite_survives_json() -> None:
+    data = ReportData("t", "g", [RunData("r", rounds=[RoundData(0, rkl=math.inf, fkl=math.nan)])])
+    back = from_json(to_json(data)).runs[0].rounds[0]
+    assert back.rkl == math.inf
+    assert back.fkl is not None
+    assert math.isnan(back.fkl)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"title": "t", "generated": "g", "runs": [], "colour": 1}', "colour"),
+        ('{"title": "t", "runs": []}', "generated"),
+        ('{"title": "t", "generated": "g", "runs": [{"name": "r", "rounds": [{"round": "x"}]}]}', "rounds.0.round"),
+    ],
+)
+def test_wrong_json_is_refused_by_name(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+        from_json(text)
+
+
+def test_lengths_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 entries for 1 tokens"):
+        RolloutView("p", ["a"], [0.1, 0.2])
+    with pytest.raises(ValueError, match="counts has 2 entries for 2 edges"):
+        Histogram([0.0, 1.0], [1, 2])
+    with pytest.raises(ValueError, match="edges must increase"):
+        BinnedMean([0.0, 0.0], [1.0])
+
+
+def test_step_rows_keep_further_figures() -> None:
+    row = StepRow.of({"round": 1, "step": 4, "loss": 0.5, "clip": 2, "what": "text", "flag": True})
+    assert row == StepRow(1, 4, loss=0.5, further={"clip": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "form"),
+    [
+        ("0.221", 0.2214, "rate"),
+        ("−0.050", -0.05, "rate"),
+        ("4.2 %", 0.0417, "percent"),
+        ("51\u202f204", 51_204, "count"),
+        ("1.05M", 1_046_000, "count"),
+        ("0.0417", 0.04172, "number"),
+        ("12.3", 12.345, "number"),
+        ("1\u202f234", 1234.0, "count"),
+        ("1.23e-06", 1.23e-6, "number"),
+        ("0", 0.0, "number"),
+        ("not measured", None, "rate"),
+        ("not finite", math.nan, "rate"),
+    ],
+)
+def test_numbers_as_people_read_them(text: str, value: float | None, form: words.Form) -> None:
+    assert words.number(value, form) == text
+
+
+def test_other_words() -> None:
+    assert words.change(0.2111) == "+0.211"
+    assert words.change(-0.2) == "−0.200"
+    assert words.change(0.0001) == "0.000"
+    assert words.duration(3.21) == "3.2 s"
+    assert words.duration(59) == "59 s"
+    assert words.duration(125) == "2 min 05 s"
+    assert words.duration(7320) == "2 h 02 min"
+    assert words.duration(None) == "not measured"
+    assert words.size(1_234_000) == "1.23 MB"
+    assert words.size(5e15) == "5e+03 TB"
+    assert words.interval(0.1, 0.2) == "0.100–0.200"
+    assert words.interval(None, 0.2) == ""
+    assert words.printable("a\x00b\u202ec\ud800\x7f") == "a␀b⟨U+202E⟩c\ufffd␡"
+    assert words.printable("abcdef", 4) == "abc…"
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 6))
+def test_ticks_lie_inside_and_are_even(low: float, span: float, count: int) -> None:
+    found = ticks(low, low + span, count)
+    assert 1 <= len(found) <= count + 2
+    assert all(low - 1e-6 * span <= value <= low + span * (1 + 1e-6) for value in found)
+    labels = tick_labels(found, "number")
+    assert len(labels) == len(found)
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20))
+def test_a_value_axis_holds_its_values(values: list[float]) -> None:
+    low, high = value_range(values)
+    assert low < high
+    assert low <= min(values)
+    assert max(values) <= high
+
+
+def test_scales() -> None:
+    assert Scale(0, 10, 100, 200)(5) == 150
+    assert Scale(1, 100, 0, 2, log=True)(10) == pytest.approx(1)
+    assert Scale(0.1, 100, 0, 3, log=True)(0) == 0
+    assert value_range([0.2, 0.9], 0, 1)[1] <= 1
+    assert value_range([0.95, 0.96], 0, 1)[0] > 0.9
+    assert value_range([0.0]) == (0, 1)
+    assert value_range([1.0], 0, 1)[1] == 1
+    assert log_ticks(1, 8, 2) == [1, 2, 4, 8]
+    assert ticks(0, 2, 5, whole=True) == [0, 1, 2]
+    assert tick_labels([0.001, 0.1], "percent", log=True) == ["0.1 %", "10 %"]
+    assert tick_labels([20_000, 40_000], "count") == ["20k", "40k"]
+    assert tick_labels([0, 2e-7], "number")[1] == "2.0e-07"
+    assert tick_labels([], "number") == []
+    assert [heat(value) for value in (0, 0.05, 0.79, 0.8, 9)] == [0, 1, 3, 4, 6]
+
+
+def test_thinning_keeps_means_and_ranges() -> None:
+    points = [Point(x, None if x < 20 else math.nan if x == 25 else float(x)) for x in range(1000)]
+    thinned = thin(points, 100)
+    assert len(thinned) == 100
+    assert thinned[0].y is None
+    assert thinned[1].y is None
+    assert thinned[2] == Point(25, pytest.approx((sum(range(20, 30)) - 25) / 9), 20, 29)
+    assert thinned[99].y == pytest.approx(994.5)
+    assert thin(points, 1000) == tuple(points)
+
+
+def test_the_table_behind_a_figure() -> None:
+    lines = (
+        Line("a", (Point(0, None), Point(1, 0.5, 0.4, 0.6)), "c0"),
+        Line("b", (Point(1, math.inf),), "c1"),
+    )
+    figure = Figure("f", "F", "", Axis("round", "count", whole=True), Axis("y", "rate"), lines)
+    found = rows(figure)
+    assert found.head == ("round", "a", "b")
+    assert found.body == (("0", "not measured", "not measured"), ("1", "0.500 (0.400–0.600)", "not finite"))
+
+
+def gain_of(first: RoundData, last: RoundData, paired: Estimate | None = None) -> headline.RunSummary:
+    return headline.summarise([RunData("r", rounds=[first, last], avg_gain=paired)])[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "paired", "sentence", "settled"),
+    [
+        (0.2, 0.4, None, "Avg@4 rose from 0.200 to 0.400.", "the two intervals do not overlap"),
+        (0.4, 0.2, None, "Avg@4 fell from 0.400 to 0.200.", "the two intervals do not overlap"),
+        (0.4, 0.42, None, "Avg@4 rose from 0.400 to 0.420.", "the two intervals overlap"),
+        (0.4, 0.4001, None, "Avg@4 stayed at 0.400.", "the two intervals overlap"),
+        (0.4, 0.42, Estimate(0.02, 0.01, 0.03), "Avg@4 rose from 0.400 to 0.420.", "of the change excludes zero"),
+        (0.4, 0.42, Estimate(0.02, -0.01, 0.05), "Avg@4 rose from 0.400 to 0.420.", "of the change includes zero"),
+    ],
+)
+def test_the_headline_says_what_was_gained(
+    first: float, last: float, paired: Estimate | None, sentence: str, settled: str
+) -> None:
+    rounds = [
+        RoundData(number, {4: value}, avg_interval={4: (value - 0.05, value + 0.05)})
+        for number, value in enumerate((first, last))
+    ]
+    summary = gain_of(rounds[0], rounds[1], paired)
+    assert headline.sentence([summary]) == [sentence]
+    assert settled in summary.gains[0].detail
+
+
+def test_one_evaluation_is_no_gain() -> None:
+    summary = headline.summarise([RunData("r", rounds=[RoundData(3, {8: 0.25})])])[0]
+    assert headline.sentence([summary]) == ["Avg@8 is 0.250 after round 3; no other round was evaluated."]
+    assert summary.gains[0].last is None
+
+
+def test_ranking_names_runs_that_were_not_evaluated() -> None:
+    runs = [
+        RunData("low", rounds=[RoundData(0, {8: 0.1}, avg_interval={8: (0.0, 0.2)})]),
+        RunData("high", rounds=[RoundData(0, {8: 0.2}), RoundData(1, {8: 0.5}, avg_interval={8: (0.1, 0.6)})]),
+        RunData("none"),
+    ]
+    said = headline.sentence(headline.summarise(runs))
+    assert said == [
+        "Avg@8 ends highest in high at 0.500 (from 0.200), then low at 0.100; their intervals overlap; 1 not evaluated."
+    ]
+
+
+def test_runs_are_compared_at_the_largest_k_they_share() -> None:
+    runs = [
+        RunData("a", rounds=[RoundData(0, {1: 0.1, 8: 0.2})]),
+        RunData("b", rounds=[RoundData(0, {1: 0.1, 4: 0.2})]),
+    ]
+    assert common_k(runs, "avg_at_k") == 1
+    assert common_k(runs, "pass_at_k") is None
+
+
+def test_steps_that_begin_again_each_round_follow_one_another() -> None:
+    training = [StepRow(round_, step, loss=1.0) for round_ in (1, 2) for step in range(3)]
+    drawn, missing = by_step([RunData("r", training=training)])
+    assert drawn[0].xs() == [1, 2, 3, 4, 5, 6]
+    assert [at for at, _ in drawn[0].rules] == [4]
+    assert "gradient norm" in missing
+
+
+def test_share_above_the_gate() -> None:
+    histogram = Histogram([0.0, 0.8, 2.0], [3, 1])
+    assert share_above(histogram, 0.8) == 0.25
+    assert share_above(histogram, 0.5) is None
+    assert share_above(Histogram([0.0, 0.8], [0]), 0.8) is None
+
+
+def test_costs_add_up_and_mark_shared_work() -> None:
+    rows_ = [
+        CostRow("score", 1, 2.0, 100, 1000, shared=True),
+        CostRow("score", 2, 2.0, 300, 1000),
+        CostRow("train", 1, 4.0),
+        CostRow("train", 2, None, 50),
+    ]
+    cost = tables.costs([RunData("r", cost=rows_)])[0]
+    score, train = cost.stages
+    assert (cost.total, cost.own) == ("8.0 s", "6.0 s")
+    assert (score.seconds, score.tokens, score.speed, score.size) == ("4.0 s", "400", "100", "2 kB")
+    assert (score.share, score.shared) == (0.5, "1 of 2 shared")
+    assert (train.speed, train.size, train.shared) == ("not measured", "not measured", "")
+    assert tables.costs([RunData("r")]) == []
+
+
+def test_settings_are_flattened_and_compared() -> None:
+    one = {"train": {"lr": 1e-5, "gate": {}}, "ks": [1, 8]}
+    assert tables.flatten(one) == {"train.lr": "1e-05", "train.gate": "{}", "ks": "[1, 8]"}
+    found = tables.settings([RunData("a", settings=one), RunData("b", settings={"ks": [1, 8]})])
+    assert found.differing == (("train.lr", ("1e-05", "not set")), ("train.gate", ("{}", "not set")))
+
+
+def test_csv_holds_every_number_once() -> None:
+    data = made_up_report(1)
+    found = list(csv.DictReader(numbers.to_csv(data).splitlines()))
+    rounds = [row for row in found if row["section"] == "round" and row["name"] == "avg_at_k" and row["x"] == "8"]
+    assert [float(row["value"]) for row in rounds] == [item.avg_at_k[8] for item in data.runs[0].rounds]
+    assert float(rounds[0]["low"]) == data.runs[0].rounds[0].avg_interval[8][0]
+    assert len([row for row in found if row["section"] == "training" and row["name"] == "loss"]) == 320
+    assert len([row for row in found if row["name"] == "clip_fraction"]) == 320
+    assert not [row for row in found if row["value"] in ("", "None")]
+    assert len([row for row in found if row["name"] == "gate_fraction" and row["section"] == "round"]) == 5
+    risky = numbers.to_csv(ReportData("t", "g", [RunData("=1+1", rounds=[RoundData(0, rkl=1.0)])]))
+    assert "'=1+1,round" in risky
+
+
+def test_run_writes_page_numbers_and_figures(tmp_path: Path) -> None:
+    job = ReportJob(tmp_path / "report", made_up_report(2), tmp_path / "logs")
+    page = run(job)
+    assert page == tmp_path / "report" / "index.html"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    figures = tmp_path / "report" / "figures"
+    names = {path.stem for path in figures.glob("*.svg")}
+    assert names == {path.stem for path in figures.glob("*.png")}
+    assert {"avg-at-k", "pass-at-k", "entropy", "gate-fraction", "rkl", "fkl", "step-rkl", "fkl-by-entropy"} <= names
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in figures.glob("*.png"))
+
+    bare = made_up_run()
+    run(replace(job, data=ReportData("t", "g", [RunData("only", rounds=bare.rounds[:2])])))
+    assert "step-rkl" not in {path.stem for path in figures.iterdir()}
+    assert not list((tmp_path / "report").rglob(".*")), "no temporary file stays"
+    assert "only" in page.read_text(encoding="utf-8")
+
+
+def test_what_the_plotting_library_says_goes_to_a_file(tmp_path: Path) -> None:
+    unusual = [RunData(name, rounds=[RoundData(0, rkl=1.0)]) for name in ("\U000130b8", "_$\\frac{")]
+    run(ReportJob(tmp_path / "report", ReportData("t", "g", unusual), tmp_path / "logs"))
+    assert "missing" in (tmp_path / "logs" / "report.log").read_text(encoding="utf-8")
+
+
+def test_png_is_drawn_with_the_series_colour() -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    import io
+
+    points = tuple(Point(x, 0.5) for x in range(30))
+    figure = Figure("f", "F", "note", Axis("x"), Axis("y", "rate"), (Line("a", points, "c1"),), rules=((3.0, "here"),))
+    image = image_module.open(io.BytesIO(raster.png(figure))).convert("RGB")
+    colours = {colour for _, colour in image.getcolors(1 << 24)}
+    assert (0xBF, 0x53, 0x12) in colours
+    assert (0xFB, 0xFA, 0xF7) in colours

@@ -1,0 +1,271 @@
+"""The rollout stage with real tiny models: what it commits, and that interruptions do not show."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from eopd.stages.engines.sampling import derive_seed
+from eopd.stages.job import ModelRef, NullProgress
+from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.rollout.job import RolloutJob
+from eopd.stages.rollout.run import run
+from eopd.stages.rollout.settings import RolloutSettings
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.student_topk import StudentTopk, read_student_topk, write_student_topk
+from tests.stages import sampled_oracle
+from tests.stages.tiny_models import save_tiny
+from tests.stages.tiny_tokenizer import save_tokenizer
+
+PARTS = [[3, 0], [5, 1], [2, 3]]  # prompt 3 is drawn twice
+STOPS = (2, 40, 41, 42, 43, 44, 45)
+
+
+class Recorded(NullProgress):
+    """Keeps what was shown; can fail when a bar has moved so far."""
+
+    def __init__(self, fail_at: int = 10**9) -> None:
+        self.lines: list[str] = []
+        self.totals: dict[str, int] = {}
+        self.moved = 0
+        self.fail_at = fail_at
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        self.totals[what] = total
+
+    def advance(self, n: int, **figures: float) -> None:
+        self.moved += n
+        if self.moved >= self.fail_at:
+            raise KeyboardInterrupt
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelRef, PreTrainedModel]:
+    folder = tmp_path_factory.mktemp("policy")
+    model = save_tiny("qwen3", folder)
+    save_tokenizer(folder)
+    return ModelRef(str(folder), fingerprint="f" * 64), model
+
+
+def make_job(folder: Path, policy: ModelRef, *, rollout: dict[str, Any] | None = None, **prompts: Any) -> RolloutJob:
+    folder.mkdir(exist_ok=True)
+    rows = [{"id": f"p{i}", "prompt": "What is two plus two? " * (i + 1), "answer": str(i)} for i in range(6)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chosen = {"samples_per_prompt": 3, "temperature": 0.8, "max_new_tokens": 12, "engine": "transformers"}
+    columns = {"id": "id", "answer": "answer"}
+    return RolloutJob(
+        output=Artifact(folder, Identity("rollouts", 1, len(PARTS))),
+        parts=range(len(PARTS)),
+        settings=RolloutSettings(**(chosen | (rollout or {}))),
+        progress=Recorded(),
+        log_dir=folder,
+        policy=policy,
+        prompts=PromptSettings(
+            **({"path": str(folder / "prompts.jsonl"), "columns": columns, "verifier": "x"} | prompts)
+        ),
+        prompt_indices=PARTS,
+        stop_ids=STOPS,
+        seed=7,
+    )
+
+
+def with_side(job: RolloutJob, k: int = 5) -> RolloutJob:
+    settings = job.settings.model_copy(update={"student_topk": k})
+    side = Artifact(job.output.folder.parent.parent, Identity("student_topk", 1, len(PARTS), {"k": k}))
+    return replace(job, settings=settings, student_topk=side)
+
+
+def checksums(artifact: Artifact | None) -> list[str]:
+    assert artifact is not None
+    return [artifact.marker(part).checksum for part in range(artifact.parts)]
+
+
+def rows_of(job: RolloutJob, part: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_rollouts(job.output.part_folder(part)).to_pylist()
+    return rows
+
+
+def test_a_part_holds_the_samples_of_its_prompts(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
+    job = make_job(tmp_path, policy[0])
+    run(job)
+    assert job.output.is_complete()
+    for part, indices in enumerate(PARTS):
+        rows = rows_of(job, part)
+        assert [row["prompt_index"] for row in rows] == [index for index in indices for _ in range(3)]
+        for row in rows:
+            assert row["prompt_id"] == f"p{row['prompt_index']}"
+            assert (row["answer"], row["verifier"]) == (str(row["prompt_index"]), "x")
+            assert row["seed"] == derive_seed(7, row["prompt_id"], row["sample"])
+            assert row["truncated_logprobs"] is None
+            stop = row["stop_token_id"]
+            assert (stop in STOPS) == (row["finish_reason"] == "stop")
+            ids = row["response_token_ids"]
+            assert not set(ids[:-1]) & set(STOPS)
+            full = sampled_oracle.tempered(policy[1], row["prompt_token_ids"], ids, 0.8)
+            np.testing.assert_allclose(row["logprobs"], sampled_oracle.at(full, ids), atol=1e-4)
+    info = job.output.marker(1).info
+    assert (info["prompts"], info["skipped"], info["responses"], info["engine"]) == (2, 0, 6, "transformers")
+    assert info["tokens"] == sum(len(row["response_token_ids"]) for row in rows_of(job, 1))
+    assert info["stop_rate"] == sum(row["finish_reason"] == "stop" for row in rows_of(job, 1)) / 6
+    progress = job.progress
+    assert isinstance(progress, Recorded)
+    assert progress.totals == {"rollout": 18}
+    assert progress.moved == 18
+    assert "18 responses" in progress.lines[-1]
+
+
+def test_a_prompt_drawn_twice_is_sampled_anew(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
+    job = make_job(tmp_path, policy[0])
+    run(job)
+    twice = [row for part in range(3) for row in rows_of(job, part) if row["prompt_index"] == 3]
+    assert [row["sample"] for row in twice] == [0, 1, 2, 3, 4, 5]
+    assert len({tuple(row["response_token_ids"]) for row in twice}) == 6
+
+
+def test_parts_are_the_same_bytes_however_they_are_done(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
+) -> None:
+    whole = with_side(make_job(tmp_path / "whole", policy[0]))
+    run(whole)
+    pieces = with_side(make_job(tmp_path / "pieces", policy[0]))
+    run(replace(pieces, parts=[2]))
+    assert pieces.output.committed() == {2}
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(pieces, progress=Recorded(fail_at=8)))  # in the second of the two parts that are left
+    assert pieces.output.committed() == {0, 2}
+    nonce = pieces.output.marker(0).nonce
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(pieces, progress=Recorded(fail_at=7)))  # six responses of part 1, then the first side part
+    assert pieces.output.is_complete()
+    run(pieces)
+    assert checksums(pieces.output) == checksums(whole.output)
+    assert checksums(pieces.student_topk) == checksums(whole.student_topk)
+    assert pieces.output.marker(0).nonce == nonce
+    assert not [folder for folder in pieces.output.folder.glob("part-*.*") if folder.is_dir() and not _named(folder)]
+
+
+def _named(folder: Path) -> bool:
+    marker = folder.parent / f"{folder.name.split('.')[0]}.json"
+    return bool(json.loads(marker.read_text())["nonce"] == folder.suffix[1:])
+
+
+def test_the_students_own_top_k(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
+    job = with_side(make_job(tmp_path, policy[0]))
+    run(job)
+    assert job.student_topk is not None
+    assert job.student_topk.marker(0).inputs["rollouts"] == job.output.marker(0).checksum
+    found, rows = read_student_topk(job.student_topk.part_folder(0)), rows_of(job, 0)
+    assert found.lengths.tolist() == [len(row["response_token_ids"]) for row in rows]
+    full = np.concatenate(
+        [sampled_oracle.tempered(policy[1], r["prompt_token_ids"], r["response_token_ids"], 0.8) for r in rows]
+    )
+    expected = np.sort(full, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(found.logprobs, expected, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(full, found.ids, 1), expected, atol=1e-4)
+
+
+def test_a_side_artifact_can_be_asked_for_later(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
+    job = make_job(tmp_path, policy[0])
+    run(job)
+    before = checksums(job.output)
+    later = with_side(job)
+    run(later)
+    assert later.student_topk is not None
+    assert later.student_topk.is_complete()
+    assert checksums(later.output) == before
+    with pytest.raises(ValueError, match="student_topk must be 1 to 320"):
+        run(with_side(job, 321))
+
+
+def test_longer_prompts_are_skipped_and_counted_or_refused(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
+) -> None:
+    job = make_job(tmp_path / "skip", policy[0], template="plain", max_prompt_tokens=20)
+    run(job)
+    lengths = [len(rows_of(job, part)) for part in range(3)]
+    infos = [job.output.marker(part).info for part in range(3)]
+    skipped = [info["skipped"] for info in infos]
+    assert lengths == [3 * info["prompts"] for info in infos]
+    assert skipped == [1, 1, 2]  # prompts 3, 5, 2 and 3 again
+    assert lengths[2] == 0
+    assert infos[2]["stop_rate"] is None
+    assert isinstance(job.progress, Recorded)
+    assert job.progress.lines[0].startswith("rollout: skipped 4 of 6 prompts are longer than")
+    refusing = make_job(tmp_path / "refuse", policy[0], template="plain", max_prompt_tokens=20, too_long="refuse")
+    with pytest.raises(ValueError, match=r"prompt 'p3' of .* tokens, more than prompts\.max_prompt_tokens = 20"):
+        run(refusing)
+    none_left = make_job(tmp_path / "none", policy[0], template="plain", max_prompt_tokens=2)
+    with pytest.raises(ValueError, match=r"6 of 6 prompts are longer .* none is left"):
+        run(none_left)
+    assert not refusing.output.committed()
+    assert not none_left.output.committed()
+
+
+def test_bad_prompts_are_found_before_a_model_is_loaded(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_tokenizer(bare)  # a tokenizer and no model: loading one would fail otherwise
+    job = make_job(tmp_path, ModelRef(str(bare)))
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "x", "answer": "1"}\nno\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        run(job)
+    assert not job.output.committed()
+
+
+def test_nothing_is_loaded_when_nothing_is_missing(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
+    job = make_job(tmp_path, policy[0])
+    run(job)
+    (tmp_path / "prompts.jsonl").unlink()
+    run(replace(job, policy=ModelRef("./nowhere")))
+
+
+def test_the_side_record_keeps_its_shape_and_refuses_strangers(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    lengths = np.array([2, 0, 3], dtype=np.int32)
+    written = StudentTopk(lengths, random.integers(0, 9, (5, 2), np.int32), random.random((5, 2), np.float32))
+    write_student_topk(tmp_path, written)
+    found = read_student_topk(tmp_path)
+    np.testing.assert_array_equal(found.lengths, lengths)
+    np.testing.assert_array_equal(found.ids, written.ids)
+    np.testing.assert_array_equal(found.logprobs, written.logprobs)
+    none = StudentTopk(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros((0, 2), np.float32))
+    write_student_topk(tmp_path, none)
+    assert read_student_topk(tmp_path).ids.shape == (0, 2)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"ids": [1]}), tmp_path / "student_topk.parquet")
+    with pytest.raises(ValueError, match="is no student top-k record"):
+        read_student_topk(tmp_path)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_with_vllm_a_part_sampled_alone_is_the_same_bytes(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
+) -> None:
+    options = {"engine": "vllm", "engine_options": {"cpu_kv_cache_gib": 0.25, "cpu_threads": 1}, "top_p": 0.9}
+    whole = make_job(tmp_path / "whole", policy[0], rollout=options)
+    run(whole)
+    alone = make_job(tmp_path / "alone", policy[0], rollout=options)
+    run(replace(alone, parts=[2]))
+    assert alone.output.marker(2).checksum == whole.output.marker(2).checksum
+    assert whole.output.marker(0).info["engine"] == "vllm"
+    for row in rows_of(whole, 0):
+        full = sampled_oracle.tempered(policy[1], row["prompt_token_ids"], row["response_token_ids"], 0.8)
+        cut = sampled_oracle.at(sampled_oracle.truncated(full, top_p=0.9), row["response_token_ids"])
+        assert row["logprobs"] is None
+        np.testing.assert_allclose(row["truncated_logprobs"], cut, atol=1e-3)

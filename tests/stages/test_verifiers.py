@@ -1,0 +1,191 @@
+"""Verifiers on right, wrong and hostile answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eopd.stages.evaluate.settings import VERIFIERS
+from eopd.stages.evaluate.verifiers import countdown, exact, mathematics
+from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
+from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
+
+RIGHT = [
+    ("9-7=2,2*2=4,4*4=16", "4,7,9,2=16"),
+    ("4+7=11,11+9=20", "9,4,7=20"),
+    (" 4 + 7 = 11 \n 11 + 9 = 20 \n", "9,4,7=20"),
+    ("3-5=-2,-2+9=7", "3,5,9=7"),
+    ("4-4=0,0*4=0", "4,4,4=0"),
+]
+WRONG = [
+    ("", "4,7,9=20", "steps"),
+    ("4+7=11", "4,7,9=20", "steps"),  # a number left over
+    ("4+7=11,11+9=20,20+4=24", "4,7,9=24", "steps"),  # one used twice
+    ("4+4=8,8+9=17", "4,7,9=17", "not at hand"),  # reused
+    ("4+7=11,4+9=13", "4,7,9=13", "not at hand"),  # reused in the second step
+    ("4+7=12,12+9=21", "4,7,9=21", "arithmetic"),
+    ("4+7=11,11+9=20", "4,7,9=21", "ends at"),
+    ("20", "20,1=20", "not a step"),
+    ("9/3=3,3+4=7", "9,3,4=7", "not a step"),
+    ("4+7=11,,11+9=20", "4,7,9=20", "steps"),
+    ("(4+7)=11,11+9=20", "4,7,9=20", "not a step"),
+    ("4+7=11.0,11+9=20", "4,7,9=20", "not a step"),
+]
+HOSTILE = [
+    "__import__('os').system('touch /tmp/x')+7=11,11+9=20",
+    "9**9**9**9=1,1+9=20",
+    "(" * 100_000 + "4" + ")" * 100_000,
+    "4+7=11," * 1_000_000,
+    "\u0664+\u0667=\u0661\u0661,\u0661\u0661+\u0669=\u0662\u0660",  # Arabic-Indic digits
+    "\uff14+\uff17=\uff11\uff11,\uff11\uff11+\uff19=\uff12\uff10",  # full-width digits
+    "\u00b2+7=9,9+9=18",  # a superscript, which str.isdigit accepts
+    "4+7=11\x00,11+9=20",
+    "9" * 5000 + "+1=2,2+9=11",
+    "-" * 5000,
+    "4+7=11,11+9=" + "0" * 4000 + "20",
+    "4+7=11\u2028,11+9=\u202e20",
+]
+
+
+@pytest.mark.parametrize(("response", "answer"), RIGHT)
+def test_countdown_accepts(response: str, answer: str) -> None:
+    verdict = countdown.verify(response, answer)
+    assert verdict.correct, verdict.reason
+    assert verdict.form
+
+
+@pytest.mark.parametrize(("response", "answer", "why"), WRONG)
+def test_countdown_refuses(response: str, answer: str, why: str) -> None:
+    verdict = countdown.verify(response, answer)
+    assert not verdict.correct
+    assert verdict.reason is not None
+    assert why in verdict.reason
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_countdown_survives_hostile_answers_at_once(response: str) -> None:
+    started = time.monotonic()
+    assert not countdown.verify(response, "4,7,9=20").correct
+    assert time.monotonic() - started < 0.5
+
+
+@given(st.text(alphabet="0123456789+-*=,\n ()./eE_'٣", max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_countdown_never_raises_on_a_response(response: str) -> None:
+    verdict = countdown.verify(response, "1,2,3=6")
+    assert verdict.correct == (verdict.reason is None)
+
+
+def test_countdown_form_is_the_solution_not_its_spelling() -> None:
+    def form(response: str) -> str | None:
+        return countdown.verify(response, "2,3,4=14").form
+
+    assert form("3+4=7,7*2=14") == form("4+3=7,2*7=14")
+    assert form("3+4=7,7*2=14") is not None
+    assert form("3*4=12,12+2=14") not in (None, form("3+4=7,7*2=14"))
+
+
+@pytest.mark.parametrize("answer", ["", "4,7,9", "4,7=x", "7=7", "4,7,9=20:", "٤,7=11", "1," * 5000 + "1=2"])
+def test_countdown_names_a_malformed_reference(answer: str) -> None:
+    with pytest.raises(ValueError, match="numbers=target"):
+        countdown.verify("4+7=11", answer)
+
+
+def test_exact_ignores_unicode_form_and_white_space_only() -> None:
+    assert exact.verify("  caf\u00e9\n 3 ", "cafe\u0301 3").correct
+    assert not exact.verify("Cafe 3", "cafe 3").correct
+    assert not exact.verify("", "3").correct
+
+
+def test_registry_knows_the_names_that_settings_allow() -> None:
+    assert sorted(NAMES) == sorted(VERIFIERS)
+    with pytest.raises(ValueError, match="countdown, exact, math"):
+        open_verifier("maths")
+    verifier = open_verifier("countdown")
+    with pytest.raises(ValueError, match="numbers=target"):
+        verifier.check_answer("24")
+    assert [v.correct for v in verifier.verify_many([("4+7=11", "4,7=11"), ("7-4=3", "4,7=11")])] == [True, False]
+
+
+MATH_RIGHT = [
+    (r"So the answer is \boxed{\frac{1}{2}}.", "0.5"),
+    (r"Thus $\boxed{(3, \pi/2)}$", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+    ("The final answer is 27", "27"),
+    (r"It takes \$5 each, so \boxed{1,234}", "1234"),
+]
+MATH_WRONG = [
+    (r"\boxed{\frac{1}{3}}", "0.5"),
+    ("I do not know", "27"),
+    ("", "27"),
+    (r"\boxed{__import__('os').system('exit 1')}", "27"),
+    (r"\boxed{" + "{" * 3000, "27"),
+    (r"\boxed{" + r"\frac{1}{" * 400 + "2" + "}" * 400 + "}", "27"),
+    ("\\boxed{\x00\ud7ff٢٧}", "28"),
+]
+MATH_HANGING = r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.fixture(scope="module")
+def math_verifier():  # type: ignore[no-untyped-def]
+    with MathVerifier(seconds=4.0, workers=1) as verifier:
+        yield verifier
+
+
+def test_math_grades_as_people_would(math_verifier: MathVerifier) -> None:
+    verdicts = math_verifier.verify_many([*MATH_RIGHT, *MATH_WRONG])
+    assert [v.correct for v in verdicts] == [True] * len(MATH_RIGHT) + [False] * len(MATH_WRONG)
+    assert all((v.form is not None) == v.correct for v in verdicts)
+
+
+def test_math_outlives_an_answer_that_hangs(math_verifier: MathVerifier) -> None:
+    started = time.monotonic()
+    verdicts = math_verifier.verify_many([(r"\boxed{2}", "2"), (MATH_HANGING, "27"), (r"\boxed{3}", "3")])
+    assert [v.correct for v in verdicts] == [True, False, True]
+    assert (verdicts[1].reason or "").startswith(mathematics.TIMED_OUT)
+    assert time.monotonic() - started < 60
+
+
+STUBBORN = """
+import sys, time, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    if 'hang' in line:
+        while True: time.sleep(1)
+    if 'die' in line:
+        sys.exit(3)
+    print('{"correct": true, "form": "x"}', flush=True)
+"""
+
+
+def test_a_worker_that_hangs_or_dies_costs_its_own_answer_only() -> None:
+    with MathVerifier(seconds=0.5, workers=2, command=(sys.executable, "-c", STUBBORN)) as verifier:
+        asked = ["fine", "hang", "fine", "die", "fine", "hang", "fine"]
+        verdicts = verifier.verify_many([(response, "1") for response in asked])
+    assert [v.correct for v in verdicts] == [response == "fine" for response in asked]
+    reasons = {response: v.reason or "" for response, v in zip(asked, verdicts, strict=True)}
+    assert reasons["hang"].startswith(mathematics.TIMED_OUT)
+    assert reasons["die"] == mathematics.DIED
+
+
+def test_a_grader_left_alone_ends_by_itself() -> None:
+    asked = {"response": MATH_HANGING, "answer": "27", "seconds": 0.5}
+    done = subprocess.run(
+        [sys.executable, "-m", mathematics.WORKER], input=json.dumps(asked) + "\n", capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGXCPU
+    assert json.loads(done.stdout)["ready"]
+
+
+def test_a_grader_that_does_not_start_says_so() -> None:
+    broken = MathVerifier(seconds=1.0, workers=1, command=(sys.executable, "-c", "raise SystemExit(1)"))
+    with broken, pytest.raises(RuntimeError, match="did not start"):
+        broken.verify_many([("1", "1")])

@@ -1,0 +1,174 @@
+"""The commit rule, as a crash, a rival and a vandal would test it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.claims import claim, claimed_parts
+from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+
+
+@pytest.fixture()
+def artifact(tmp_path: Path) -> Artifact:
+    return Artifact(tmp_path, Identity("rollouts", 1, 3, {"n": 1}, {"policy": "abc"}))
+
+
+def write(artifact: Artifact, part: int, text: str = "data") -> None:
+    with artifact.write_part(part, inputs={"up": "x"}, info={"tokens": 3}) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file.txt").write_text(text)
+
+
+def test_a_part_exists_only_once_its_marker_does(artifact: Artifact) -> None:
+    with artifact.write_part(0) as folder:
+        (folder / "f").write_text("x")
+        assert not artifact.is_committed(0)
+        assert artifact.missing() == [0, 1, 2]
+    assert artifact.is_committed(0)
+    assert artifact.missing() == [1, 2]
+    assert (artifact.part_folder(0) / "f").read_text() == "x"
+
+
+def test_the_manifest_appears_with_the_last_part(artifact: Artifact) -> None:
+    write(artifact, 2)
+    write(artifact, 0)
+    with pytest.raises(MissingPart, match=r"parts \[1\]"):
+        _ = artifact.manifest
+    write(artifact, 1)
+    assert artifact.is_complete()
+    assert artifact.manifest["part_checksums"]["1"] == artifact.marker(1).checksum
+
+
+def test_an_exception_leaves_nothing(artifact: Artifact) -> None:
+    def fail() -> None:
+        with artifact.write_part(0) as folder:
+            (folder / "f").write_text("x")
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
+    assert not artifact.is_committed(0)
+    assert not [name for name in os.listdir(artifact.folder) if paths.data_part(name)]
+
+
+def test_first_commit_wins_and_the_loser_leaves_no_trace(artifact: Artifact) -> None:
+    with artifact.write_part(0) as slow:
+        (slow / "f").write_text("slow")
+        with artifact.write_part(0) as fast:
+            (fast / "f").write_text("fast")
+    assert (artifact.part_folder(0) / "f").read_text() == "fast"
+    assert len([name for name in os.listdir(artifact.folder) if paths.data_part(name)]) == 1
+
+
+def test_the_key_is_of_what_the_artifact_is(tmp_path: Path) -> None:
+    one = Identity("scores", 1, 3, {"a": 1, "b": [1.5]}, {"teacher": "t"}, coverage={"k": 16})
+    same = Identity("scores", 1, 3, {"b": [1.5], "a": 1}, {"teacher": "t"}, coverage={"k": 16})
+    wider = Identity("scores", 1, 3, {"a": 1, "b": [1.5]}, {"teacher": "t"}, coverage={"k": 64})
+    other = Identity("scores", 1, 3, {"a": 1, "b": [1.5]}, {"teacher": "u"}, coverage={"k": 16})
+    assert one.key == same.key
+    assert one.base_key == wider.base_key
+    assert one.key != wider.key
+    assert one.base_key != other.base_key
+
+
+def test_damage_is_named(artifact: Artifact) -> None:
+    write(artifact, 0)
+    file = artifact.part_folder(0) / "sub" / "file.txt"
+    file.write_text("dAta")  # same size
+    artifact.part_folder(0)
+    with pytest.raises(DamagedPart, match=r"part 0: the bytes of sub/file.txt changed"):
+        artifact.verify_part(0)
+    file.write_text("longer than before")
+    with pytest.raises(DamagedPart, match=r"sub/file.txt has 18 bytes, not 4"):
+        artifact.part_folder(0)
+    file.unlink()
+    with pytest.raises(DamagedPart, match=r"sub/file.txt is gone"):
+        artifact.part_folder(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"schema": 99}, NewerSchema, "Upgrade eopd"),
+        ({"key": "f" * 20}, WrongArtifact, "is the marker of"),
+        ({"part": 2}, WrongArtifact, "is the marker of"),
+        ({"nonce": "../../etc"}, DamagedPart, "outside the artifact"),
+        ({"files": {"../x": {"size": 1, "sha256": "0"}}}, DamagedPart, "outside its part folder"),
+        ({"files": {"/etc/passwd": {"size": 1, "sha256": "0"}}}, DamagedPart, "outside its part folder"),
+        ({"files": {"f": {"size": 1, "sha256": "0"}}}, DamagedPart, "was altered"),
+    ],
+)
+def test_a_marker_is_not_believed_blindly(
+    artifact: Artifact, change: dict[str, object], error: type[Exception], words: str
+) -> None:
+    write(artifact, 0)
+    marker = artifact.folder / paths.marker_name(0)
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    with pytest.raises(error, match=words):
+        artifact.part_folder(0)
+
+
+def test_an_identity_must_hash_to_its_key(artifact: Artifact, tmp_path: Path) -> None:
+    write(artifact, 0)
+    assert open_artifact(tmp_path, "rollouts", artifact.key).identity == artifact.identity
+    path = artifact.folder / paths.IDENTITY
+    path.write_text(path.read_text().replace('"abc"', '"abd"'))
+    with pytest.raises(WrongArtifact, match="describes rollouts"):
+        open_artifact(tmp_path, "rollouts", artifact.key)
+    with pytest.raises(StoreError, match="there is no rollouts artifact nothing"):
+        open_artifact(tmp_path, "rollouts", "nothing")
+
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.claims import claimed_parts
+artifact = Artifact(Path(sys.argv[1]), Identity("rollouts", 1, 40))
+for part in claimed_parts(artifact, range(40)):
+    with artifact.write_part(part, info={"by": os.getpid()}) as folder:
+        (folder / "f").write_text(f"part {part}")
+        time.sleep(0.01)
+        if sys.argv[2] == "die" and part % 5 == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_share_the_parts_and_survive_each_other(tmp_path: Path) -> None:
+    kinds = ["die", "die", "live", "live"]
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), kind]) for kind in kinds]
+    codes = [worker.wait(60) for worker in workers]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]
+    artifact = Artifact(tmp_path, Identity("rollouts", 1, 40))
+    assert artifact.is_complete()
+    authors = {artifact.marker(part).info["by"] for part in range(40)}
+    assert {workers[2].pid, workers[3].pid} & authors
+    for part in range(40):
+        artifact.verify_part(part)
+        assert (artifact.part_folder(part) / "f").read_text() == f"part {part}"
+
+
+def test_a_claimed_part_comes_last(artifact: Artifact) -> None:
+    with claim(artifact, 0) as ours:
+        assert ours
+        parts = claimed_parts(artifact, [0, 1])
+        assert next(parts) == 1
+        write(artifact, 1)
+        write(artifact, 0)  # its holder commits
+        assert list(parts) == []
+
+
+def test_a_dropped_part_is_gone_whole(artifact: Artifact) -> None:
+    write(artifact, 0)
+    folder = artifact.part_folder(0)
+    artifact.drop_part(0)
+    assert not artifact.is_committed(0)
+    assert not folder.exists()

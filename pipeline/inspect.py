@@ -27,8 +27,10 @@ def gather_facts(settings: RunSettings) -> Facts:
     teacher = inspect_model("teacher", settings.teacher, digests)
     count, fingerprint = _source("prompts", settings.prompts, digests)
     benchmarks = []
-    for number, benchmark in enumerate(settings.evaluate.benchmarks if settings.evaluate else ()):
-        rows, digest = _source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), digests)
+    evaluate = settings.evaluate
+    for number, benchmark in enumerate(evaluate.benchmarks if evaluate else ()):
+        assert evaluate is not None
+        rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
     digests.save()
     return Facts(student, teacher, count, fingerprint, tuple(benchmarks))

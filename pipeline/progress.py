@@ -56,8 +56,9 @@ class TerminalProgress:
             return
         done = self._bar.tasks[0].completed + n
         rate = done / max(time.monotonic() - self._began, 1e-9)
-        shown = {"figures": _figures(figures)} if figures else {}
-        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} {self._unit}/s", **shown)
+        if figures:
+            self._bar.update(self._task, figures=_figures(figures))
+        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} {self._unit}/s")
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

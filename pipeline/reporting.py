@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eopd.pipeline.runner import Runner
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.files import replace_atomically
+
+if TYPE_CHECKING:
+    from eopd.stages.report.gather import RoundArtifacts
 
 
 def write_report(runner: Runner) -> Path:
@@ -38,13 +42,13 @@ def write_report(runner: Runner) -> Path:
     return run(ReportJob(runner.paths.report, report, runner.paths.logs))
 
 
-def _rounds(runner: Runner) -> list[object]:
+def _rounds(runner: Runner) -> list[RoundArtifacts]:
     from eopd.stages.report.gather import RoundArtifacts
 
-    outputs = {(job.stage, job.round): job.output for job in runner.plan.jobs}
+    outputs: dict[tuple[str, int], Identity] = {(job.stage, job.round): job.output for job in runner.plan.jobs}
 
     def complete(stage: str, round_: int) -> Artifact | None:
-        identity: Identity | None = outputs.get((stage, round_))  # type: ignore[call-overload]
+        identity = outputs.get((stage, round_))
         artifact = runner.artifact(identity) if identity else None
         return artifact if artifact is not None and artifact.is_complete() else None
 

@@ -27,6 +27,8 @@ class Coverage:
     stop_ids: tuple[int, ...] = ()
     extra_k: int = 0  # entries of the student's own top-k a token
     vocab_size: int = 0  # a head of this many is the whole distribution; 0: unknown
+    entropy: bool = True  # False: imported from a capture that has none, and estimated
+    sampled: bool = True  # False: imported, and known only where the head holds the sampled token
 
     @classmethod
     def from_mapping(cls, found: Mapping[str, Any]) -> Coverage:
@@ -35,6 +37,8 @@ class Coverage:
             stop_ids=tuple(found.get("stop_ids", ())),
             extra_k=int(found.get("extra_k", 0)),
             vocab_size=int(found.get("vocab_size", 0)),
+            entropy=bool(found.get("entropy", True)),
+            sampled=bool(found.get("sampled", True)),
         )
 
     def to_mapping(self) -> dict[str, Any]:
@@ -43,14 +47,20 @@ class Coverage:
             "stop_ids": list(self.stop_ids),
             "extra_k": self.extra_k,
             "vocab_size": self.vocab_size,
+            "entropy": self.entropy,
+            "sampled": self.sampled,
         }
 
     def lacks(self, need: Need) -> str | None:
         """None where the need is met; otherwise what is missing and the settings that add it."""
         head = self.head
         match need:
-            case EntropyNeed() | SampledNeed() | StopsNeed():
-                return None  # part of every record; no stop ids means that the models have none
+            case EntropyNeed():
+                return None if self.entropy else "full-vocabulary entropy: it was imported without. Score it instead"
+            case SampledNeed():
+                return None if self.sampled else "the sampled tokens' log-probs: imported without. Score it instead"
+            case StopsNeed():
+                return None if self.sampled else "stop log-probs: it was imported without. Score it instead"
             case HeadNeed(k, above):
                 whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
                 if not whole and head.k_max < k:

@@ -6,6 +6,8 @@ Letters: S responses, T tokens, N numbers.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ from eopd.storage.codec import (
 from eopd.storage.ragged import differences, interleave, offsets_of, sort_rows, take_ranges
 from eopd.storage.teacher_record import LOGPROB_FLOOR, Int64, TeacherRows
 
+Section = tuple[Integers, Integers]
 _Piece = tuple[symbols.Symbols, NDArray[np.uint8], NDArray[np.uint32]]
 
 
@@ -38,14 +41,14 @@ def encode(rows: TeacherRows, layout: Layout) -> PartArrays:
         ValueError: a field has the wrong length, an id outside 0 .. 2^24 - 1, or values that are no distribution.
     """
     check(rows)
-    place = _sampled_place(rows)
-    ids, id_counts = _ids(rows, place == 0)
-    columns, codes, code_counts = _columns_and_codes(rows, layout, place)
-    streams = [(columns[name], extra) for name, extra in layout.columns]
-    pieces = [symbols.split(values, extra) for values, extra in [*streams, (ids, ID_EXTRA), (codes, CODE_EXTRA)]]
+    fields = _Fields.of(rows, layout)
+    ids, id_counts = _by_response(fields.ids, rows.response_offsets)
+    codes, code_counts = _by_response(fields.codes, rows.response_offsets)
+    columns = [(fields.columns[name], extra) for name, extra in layout.columns]
+    pieces = [symbols.split(values, extra) for values, extra in [*columns, (ids, ID_EXTRA), (codes, CODE_EXTRA)]]
 
     tokens = np.diff(rows.response_offsets)
-    numbers = np.stack([tokens] * len(streams) + [id_counts, code_counts])
+    numbers = np.stack([tokens] * len(columns) + [id_counts, code_counts])
     entries = np.maximum(id_counts, -(-_raw_bits(pieces, numbers) // (8 * RAW_PLANES)))
     raw = _packed(pieces, numbers, entries)
     ends = offsets_of(entries)
@@ -73,43 +76,59 @@ def _sampled_place(rows: TeacherRows) -> Int64:
     return np.where(inside & same, rank + 1, 0)
 
 
-def _ids(rows: TeacherRows, miss: NDArray[np.bool_]) -> tuple[Integers, Int64]:
-    draws = differences(sort_rows(rows.draw_ids, rows.draw_offsets), rows.draw_offsets)
-    sections = [
-        (rows.head_ids, np.diff(rows.head_offsets)),
-        (interleave(rows.token_ids[miss], rows.sampled_rank[miss]), 2 * miss),
-        (draws, np.diff(rows.draw_offsets)),
-        (rows.extra_ids, np.diff(rows.extra_offsets)),
-    ]
-    return _by_response(sections, rows.response_offsets)
+@dataclass(frozen=True)
+class _Fields:
+    """Everything that is stored, as whole numbers: a number a token, or a section (values, how many a token)."""
+
+    columns: dict[str, Integers]
+    ids: dict[str, Section]
+    codes: dict[str, Section]
+
+    @classmethod
+    def of(cls, rows: TeacherRows, layout: Layout) -> _Fields:
+        place = _sampled_place(rows)
+        miss = place == 0
+        head_codes, tail = quantise.encode_rows(rows.head_logprobs, rows.head_offsets, rows.tail_logmass)
+        head, draws, extras = (
+            np.diff(offsets) for offsets in (rows.head_offsets, rows.draw_offsets, rows.extra_offsets)
+        )
+        later = np.ones(len(head_codes), bool)
+        later[rows.head_offsets[:-1]] = False
+        top = head_codes[rows.head_offsets[:-1]]
+        entropy = quantise.encode_entropy(rows.entropy)
+        residual = tail - tail_guess(entropy, top)
+        columns: dict[str, Integers] = {
+            "head_size": head,
+            "sampled": place,
+            "draws": symbols.zigzag(draws - draw_guess(tail, layout.draw_weight)),
+            "extras": extras,
+            "entropy": entropy,
+            "top": top,
+            "tail": np.where(top == 0, symbols.zigzag(residual), residual),
+        }
+        columns |= {f"stop_{e}": code for e, code in enumerate(_stop_codes(rows).T)}
+        ids = {
+            "head_ids": (rows.head_ids, head),
+            "miss_ids": (interleave(rows.token_ids[miss], rows.sampled_rank[miss]), 2 * miss),
+            "draw_ids": (differences(sort_rows(rows.draw_ids, rows.draw_offsets), rows.draw_offsets), draws),
+            "extra_ids": (rows.extra_ids, extras),
+        }
+        codes = {
+            "head_logprobs": (differences(head_codes, rows.head_offsets)[later], head - 1),
+            "miss_logprobs": (quantise.encode_logprob(rows.sampled_logprob[miss]), miss.astype(np.int64)),
+            "extra_logprobs": (quantise.encode_logprob(rows.extra_logprobs), extras),
+        }
+        return cls(columns, ids, codes)
 
 
-def _columns_and_codes(rows: TeacherRows, layout: Layout, place: Int64) -> tuple[dict[str, Integers], Integers, Int64]:
-    head_codes, tail = quantise.encode_rows(rows.head_logprobs, rows.head_offsets, rows.tail_logmass)
-    first = rows.head_offsets[:-1]
-    top = head_codes[first]
-    later = np.ones(len(head_codes), bool)
-    later[first] = False
-    entropy = quantise.encode_entropy(rows.entropy)
-    residual = tail - tail_guess(entropy, top)
-    columns: dict[str, Integers] = {
-        "head_size": np.diff(rows.head_offsets),
-        "sampled": place,
-        "draws": symbols.zigzag(np.diff(rows.draw_offsets) - draw_guess(tail, layout.draw_weight)),
-        "extras": np.diff(rows.extra_offsets),
-        "entropy": entropy,
-        "top": top,
-        "tail": np.where(top == 0, symbols.zigzag(residual), residual),
-    }
-    columns |= {f"stop_{e}": code for e, code in enumerate(_stop_codes(rows).T)}
-    miss = place == 0
-    sections = [
-        (differences(head_codes, rows.head_offsets)[later], np.diff(rows.head_offsets) - 1),
-        (quantise.encode_logprob(rows.sampled_logprob[miss]), miss.astype(np.int64)),
-        (quantise.encode_logprob(rows.extra_logprobs), np.diff(rows.extra_offsets)),
-    ]
-    codes, counts = _by_response(sections, rows.response_offsets)
-    return columns, codes, counts
+def streams(rows: TeacherRows, layout: Layout) -> Iterator[tuple[str, Integers, int]]:
+    """Name, numbers and ``extra`` of every field as it is stored: what takes how much room."""
+    fields = _Fields.of(rows, layout)
+    for name, extra in layout.columns:
+        yield name, fields.columns[name], extra
+    for sections, extra in ((fields.ids, ID_EXTRA), (fields.codes, CODE_EXTRA)):
+        for name, (values, _) in sections.items():
+            yield name, values, extra
 
 
 def _stop_codes(rows: TeacherRows) -> Integers:
@@ -121,17 +140,17 @@ def _stop_codes(rows: TeacherRows) -> Integers:
     return np.where(kept, quantise.encode_logprob(rows.stop_logprobs) + 1, 0)
 
 
-def _by_response(sections: list[tuple[Integers, Integers]], response_offsets: Int64) -> tuple[Integers, Int64]:
-    """Sections (values, counts a token) as one stream, response by response; and numbers of each response [S]."""
+def _by_response(sections: dict[str, Section], response_offsets: Int64) -> tuple[Integers, Int64]:
+    """Sections as one stream, response by response; and numbers of each response [S]."""
     starts, lengths, base = [], [], 0
-    for values, per_token in sections:
+    for values, per_token in sections.values():
         offsets = offsets_of(per_token)[response_offsets]
         starts.append(offsets[:-1] + base)
         lengths.append(np.diff(offsets))
         base += len(values)
     per_response = np.stack(lengths, axis=1)
     order = take_ranges(np.stack(starts, axis=1).reshape(-1), per_response.reshape(-1))
-    joined = np.concatenate([np.asarray(values, np.int64) for values, _ in sections])
+    joined = np.concatenate([np.asarray(values, np.int64) for values, _ in sections.values()])
     return joined[order], per_response.sum(axis=1)
 
 

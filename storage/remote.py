@@ -98,6 +98,15 @@ def names(bucket: Bucket, folder: str) -> list[str]:
     return [entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]]
 
 
+def folders(bucket: Bucket, folder: str) -> list[str]:
+    """Names of what looks like a folder directly in ``folder``."""
+    import obstore
+
+    with naming_refusals(bucket, folder):
+        found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/")
+    return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
+
+
 class RemoteArtifact:
     """One artifact in a bucket, read-only: a ``ScoreSource``."""
 

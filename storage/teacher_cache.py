@@ -53,11 +53,13 @@ class PartHeader:
     engine_version: str = ""
     dtype: str = ""  # of the teacher's forward pass
     extra_k: int = 0  # ids of the student's own top-k a token
+    has_entropy: bool = True  # False: imported from a capture that has none, and estimated
+    has_sampled: bool = True  # False: imported, and known only where the head holds the sampled token
     schema: int = FORMAT_VERSION
 
     @property
     def coverage(self) -> Coverage:
-        return Coverage(self.head, self.stop_ids, self.extra_k, self.vocab_size)
+        return Coverage(self.head, self.stop_ids, self.extra_k, self.vocab_size, self.has_entropy, self.has_sampled)
 
     @property
     def layout(self) -> Layout:

@@ -42,8 +42,10 @@ def verify(store: Path, only: Sequence[tuple[str, str]] | None = None, *, repair
         if repair:
             for damage in damages:
                 _set_aside(damage)
+            if damages and (store / kind / key / paths.IDENTITY).exists():
+                open_artifact(store, kind, key).finish()
         found += damages
-    return found
+    return found if only is not None else found + list(_without_identity(store))
 
 
 def _artifact(store: Path, kind: str, key: str) -> Iterator[Damage]:
@@ -81,16 +83,31 @@ def check_part(artifact: Artifact, part: int) -> None:
 
 def _manifest(artifact: Artifact) -> Iterator[Damage]:
     path = artifact.folder / paths.MANIFEST
-    try:
-        pruned = artifact.manifest.get("pruned") is True
-        right = path.read_text("utf-8") == file_text(artifact.manifest_content(pruned=pruned))
-        problem = "" if right else f"{path} is not what the markers add up to"
-    except MissingPart:
-        problem = ""  # not complete yet, or its last writer died before the manifest; nothing is lost
-    except (StoreError, ValueError) as error:
-        problem = f"{path}: {error}"
+    problem = ""
+    if path.exists():
+        try:
+            pruned = artifact.manifest.get("pruned") is True
+            if path.read_text("utf-8") != file_text(artifact.manifest_content(pruned=pruned)):
+                problem = f"{path} is not what the markers add up to"
+        except MissingPart as error:
+            problem = f"{path} lists a part whose marker is gone: {error}"
+        except (StoreError, ValueError) as error:
+            problem = f"{path}: {error}"
+    elif artifact.is_complete():
+        problem = f"{path} is gone"
     if problem:
         yield Damage(artifact.kind, artifact.key, None, path, problem)
+
+
+def _without_identity(store: Path) -> Iterator[Damage]:
+    """Folders with committed parts and nothing that says what they are."""
+    for kind in paths.KINDS:
+        folders = {path.parent for depth in ("*", "*/*") for path in (store / kind).glob(f"{depth}/part-*.json")}
+        for folder in sorted(folders):
+            if not (folder / paths.IDENTITY).exists():
+                key = folder.relative_to(store / kind).as_posix()
+                problem = f"{folder / paths.IDENTITY} is gone; the next commit, or a copy, writes it again"
+                yield Damage(kind, key, None, folder / paths.IDENTITY, problem)
 
 
 def _set_aside(damage: Damage) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ ENTRY_CHUNK = 16_384
 CHUNKS_PER_SHARD = 512
 ARRAYS = ("tokens", "entries")
 _METADATA = "zarr.json"
+_CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
+_LARGEST_CHUNK = 1 << 27
 _REPAIR = "`eopd store verify --repair` re-queues it."
 
 
@@ -92,7 +95,7 @@ class ZarrPart:
         with naming_damage(where):
             self.attributes: dict[str, Any] = self._metadata(store, marker, _METADATA)["attributes"]
             arrays = {
-                name: open_array(store, name, self._metadata(store, marker, f"{name}/{_METADATA}"))
+                name: open_array(store, name, self._checked(self._metadata(store, marker, f"{name}/{_METADATA}"), name))
                 for name in ("responses", *ARRAYS)
             }
             self.responses: NDArray[np.uint32] = self._run(arrays.pop("responses").getitem(slice(None)))
@@ -114,6 +117,19 @@ class ZarrPart:
             raise DamagedPart(f"{self.where}: the bytes of {name} changed. {_REPAIR}")
         found: dict[str, Any] = json.loads(text)
         return found
+
+    def _checked(self, metadata: dict[str, Any], name: str) -> dict[str, Any]:
+        """A cache may come from anywhere: only the format's own codecs, and chunks that fit in memory."""
+        (sharding,) = metadata["codecs"]
+        inner = sharding["configuration"]
+        for codec in (sharding, *inner["codecs"], *inner["index_codecs"]):
+            if codec["name"] not in _CODECS:
+                raise DamagedPart(f"{self.where}: {name} asks for the codec {codec['name']!r}, which no part has")
+        chunk = math.prod(inner["chunk_shape"])
+        per_shard = math.prod(metadata["chunk_grid"]["configuration"]["chunk_shape"]) // max(chunk, 1)
+        if not (0 < chunk <= _LARGEST_CHUNK and per_shard <= _LARGEST_CHUNK):
+            raise DamagedPart(f"{self.where}: {name} has chunks of {inner['chunk_shape']}, {per_shard} a shard")
+        return metadata
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if not self._inline:

@@ -1,4 +1,4 @@
-"""Jobs on this machine: in this process, in a sub-process that gives its memory back, or in several training together."""
+"""Jobs on this machine: in this process, in a sub-process that gives its memory back, or in several at once."""
 
 from __future__ import annotations
 

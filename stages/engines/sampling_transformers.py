@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from eopd.stages.engines.roomy_cache import roomy_cache
 from eopd.stages.engines.sampling import (
     EngineOptions,
     OnProgress,
@@ -93,7 +93,7 @@ class TransformersSamplingEngine:
         state = _Batch.of(requests, parameters, self._device)
         written = _Written.empty(len(requests), parameters)
         stop_ids = torch.tensor(parameters.stop_ids, dtype=torch.int64, device=self._device)
-        cache = DynamicCache(config=self._model.config)
+        cache = roomy_cache(self._model.config)
         inputs, positions = state.prompt_ids, state.prompt_positions
         for step in range(parameters.max_new_tokens):
             out = self._model(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.models.packing import Sequence
+from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
 
 MOST_TOKENS = 128
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
@@ -16,6 +18,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 rounding; a forgotten soft-cap, scale, bias, mask or sliding window moves far more mass than that."""
 
 
+@torch.inference_mode()
+@torch.inference_mode()
 def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> str:
     """Compare distributions on the shortest sequence; returns a line saying what was found.
 
@@ -32,7 +36,11 @@ def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> 
         return "not checked against the full model's logits: it does not fit this machine's memory, or is quantised"
     [batch] = list(engine.hidden([shortest]))
     found = engine.head.logits(batch.hidden.to(engine.head.weight.device))
-    distance = _total_variation(found, own)
+    # what is not finite in both is the model's own fault, and is reported by the part that holds it
+    finite = torch.isfinite(found.cpu()).all(1) | torch.isfinite(own.cpu()).all(1)
+    if not finite.any():
+        return "not checked against the full model's logits: both are NaN or infinite"
+    distance = _total_variation(found.cpu()[finite], own.cpu()[finite])
     tolerance = TOLERANCE[engine.dtype]
     mean, largest = float(distance.mean()), float(distance.max())
     if not mean <= tolerance:
@@ -45,7 +53,37 @@ def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> 
     return f"checked against the full model's logits: total variation distance {mean:.1e} on {len(distance)} tokens"
 
 
+def first_not_finite(
+    engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence], suspects: SequenceOf[int]
+) -> tuple[int, int]:
+    """Which of ``suspects``, read together with NaN or infinite logits, is the cause: (its number, response token).
+
+    Attention multiplies what it masks by 0, and 0 * NaN is NaN: one bad token spoils its whole row, neighbours and
+    earlier tokens too. So each is read alone, and the first bad position found by reading ever closer prefixes.
+    """
+    for number in suspects:
+        length = len(sequences[number].response_ids)
+        if not _is_finite(engine, head, sequences[number], length):
+            good, bad = 0, length
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                good, bad = (middle, bad) if _is_finite(engine, head, sequences[number], middle) else (good, middle)
+            return number, bad - 1
+    return suspects[0], 0  # gone when read alone: named by the first of them
+
+
+def _is_finite(engine: HiddenEngine, head: StatisticsHead, sequence: Sequence, length: int) -> bool:
+    prefix = Sequence(sequence.context_ids, sequence.response_ids[:length])
+    [batch] = list(engine.hidden([prefix]))
+    ids = np.asarray(prefix.response_ids, np.int64)
+    try:
+        head(batch.hidden, TokenBatch(ids, ids.astype(np.uint64)))
+    except NotFinite:
+        return False
+    return True
+
+
 def _total_variation(found: Tensor, own: Tensor) -> Tensor:
     """[T] half the sum of absolute differences of two softmaxes; NaN logits give NaN."""
-    p, q = (torch.softmax(logits.double().cpu(), 1) for logits in (found, own))
+    p, q = (torch.softmax(logits.double(), 1) for logits in (found, own))
     return (p - q).abs().sum(1) / 2

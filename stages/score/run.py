@@ -17,7 +17,7 @@ import numpy as np
 from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine, longest_readable, open_hidden_engine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints
-from eopd.stages.score.check import check_first_batch
+from eopd.stages.score.check import check_first_batch, first_not_finite
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
@@ -134,8 +134,8 @@ class _Scorer:
         for batch in engine.hidden(responses.sequences):
             try:
                 pieces.append(head(batch.hidden, self._question(responses, batch)))
-            except NotFinite as error:
-                response, position = _locate(batch, error.row)
+            except NotFinite:
+                response, position = first_not_finite(engine, head, responses.sequences, batch.order)
                 self.failures.append(f"part {part}: {responses.names[response]}, response token {position}")
                 return
             order += batch.order
@@ -199,12 +199,3 @@ class _Scorer:
                 f"{' ...' if len(self.failures) > 8 else ''}. The other parts are stored. Check the teacher's weights, "
                 "or score in a wider score.dtype."
             )
-
-
-def _locate(batch: HiddenBatch, row: int) -> tuple[int, int]:
-    """Number of the response, and position in it, of a row of a batch."""
-    for number, length in zip(batch.order, batch.lengths, strict=True):
-        if row < length:
-            return number, row
-        row -= length
-    raise AssertionError("a row beyond the batch")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 PER_STEP = ("tokens", "lr", "grad_norm")  # figures that are no sums over tokens
-RENAMED = {"gated": "gate_fraction", "clipped": "clip_fraction"}
+RENAMED = {"gate": "gate_fraction"}
 
 
 def sum_metrics(into: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:

@@ -57,9 +57,7 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
             if length == 0:
                 continue
             names.append(f"{table['prompt_id'][row]}/{table['sample'][row]}")
-            context = np.asarray(table["prompt_token_ids"][row], np.int64)
-            response = np.asarray(table["response_token_ids"][row][:length], np.int64)
-            sequences.append(TokenSequence(context, response))
+            sequences.append(TokenSequence(table["prompt_token_ids"][row], table["response_token_ids"][row][:length]))
             locations.append((part, row))
             found = table["logprobs"][row]
             sampler.append(None if found is None else np.asarray(found[:length], np.float32))

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.train.errors import TrainingStopped
@@ -109,7 +110,7 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
     return Accelerator(cpu=use_cpu, mixed_precision=settings.autocast)
 
 
-def _load(job: TrainJob, accelerator: Accelerator) -> torch.nn.Module:
+def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     settings = job.settings
     reference = type(job.student)(**{**vars(job.student), "dtype": settings.param_dtype})
     model = load_model(reference, accelerator.device)

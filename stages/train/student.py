@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import lm_head_of
@@ -18,9 +19,9 @@ from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
 
 
 class Student(nn.Module):
-    def __init__(self, model: nn.Module, objective: Objective, chunk_tokens: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, objective: Objective, chunk_tokens: int | None) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self._objective = objective
         self._chunk_tokens = chunk_tokens
 

@@ -21,13 +21,15 @@ from torch.autograd.function import once_differentiable
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.train.head_products import HeadProducts, local_parameter
 from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, TokenLoss, outcomes
+from eopd.stages.train.objectives.divergence import forward_kl, reverse_kl
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 WORKSPACE_BYTES = 256 * 2**20
 """Logits alive at once, unless ``chunk_tokens`` says otherwise."""
 
-GROUP_BYTES = 4 * 2**20
-"""Rows handled together between reading and writing the workspace on the CPU: they stay in its cache."""
+GROUP_BYTES = 16 * 2**20
+"""Rows handled together between reading and writing the workspace on the CPU: few enough to stay in a cache, many
+enough that threads do not wait for each other more than they work."""
 
 
 def default_chunk_tokens(vocab_size: int, itemsize: int = 4) -> int:
@@ -182,7 +184,8 @@ def _take_rest(logits: Tensor) -> _Rest:
         torch.sub(part, largest[start : start + group, None], out=shifted)
         torch.exp(shifted, out=part)
         torch.sum(part, dim=1, out=total[start : start + group])
-        moment[start : start + group] = torch.linalg.vecdot(part, shifted)
+        torch.mul(part, shifted, out=shifted)
+        torch.sum(shifted, dim=1, out=moment[start : start + group])
     return _Rest(largest.double(), total.double(), moment.double())
 
 
@@ -306,6 +309,9 @@ def _figures(student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, t
         # The largest single logit of the rest, as a log-prob: its share of the rest is 1 / total.
         rival = torch.maximum(student.logprob.amax(dim=1), student.rest - taken.rest.total.log())
         figures["top1_agreement"] = (at_best >= rival) & (best > LOG_ZERO)
+        with torch.no_grad():  # whatever is trained on: how far the models are apart, head and one bucket
+            figures["rkl"] = reverse_kl(student, teacher, "head")
+            figures["fkl"] = forward_kl(student, teacher, "bucket")
     return figures
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.end_to_end.conftest import World, eopd
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_processes_give_the_single_process_loss_curve(world: World, undisturbed: str, sharding: str) -> None:
     name = f"two-{sharding}"

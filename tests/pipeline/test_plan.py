@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from eopd.pipeline.config import ConfigError, RunSettings, parse_settings
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.plan import BenchmarkFacts, Facts, Plan, Stage, make_plan, steps_of_round
@@ -29,7 +30,7 @@ def facts(student: str = "s0", teacher: str = "t0", prompts: int = 25) -> Facts:
 
 
 def settings(**changes: object) -> RunSettings:
-    raw = {key: value for key, value in RAW.items()}
+    raw = dict(RAW)
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
     return parse_settings(raw, "test")

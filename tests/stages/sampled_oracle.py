@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
+Tokens = Sequence[int] | NDArray[np.int32]
 
 
 @torch.inference_mode()
-def tempered(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Float64:
+def tempered(model: Any, prompt: Sequence[int], response: Tokens, temperature: float) -> Float64:
     """[T, V] log-softmax at ``temperature`` of the positions that predict each response token."""
     ids = torch.tensor([[*prompt, *[int(token) for token in response]]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
@@ -21,9 +22,10 @@ def tempered(model: Any, prompt: Sequence[int], response: Sequence[int], tempera
     return found
 
 
-def at(logprobs: Float64, response: Sequence[int]) -> Float64:
+def at(logprobs: Float64, response: Tokens) -> Float64:
     """[T] of the response's own tokens."""
-    return logprobs[np.arange(len(response)), np.asarray(response)]
+    found: Float64 = logprobs[np.arange(len(response)), np.asarray(response)]
+    return found
 
 
 def truncated(logprobs: Float64, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Float64:
@@ -34,7 +36,8 @@ def truncated(logprobs: Float64, top_p: float = 1.0, top_k: int = 0, min_p: floa
         kept = [v for v in np.argsort(-probs, kind="stable") if probs[v] >= min_p * probs.max()]
         if top_k:
             kept = kept[:top_k]
-        total, mass, nucleus = sum(probs[v] for v in kept), 0.0, []
+        total, mass = sum(probs[v] for v in kept), 0.0
+        nucleus: list[int] = []
         for v in kept:
             if nucleus and mass >= top_p:
                 break

@@ -62,7 +62,12 @@ def make_job(folder: Path, policy: ModelRef, *, rollout: dict[str, Any] | None =
     folder.mkdir(exist_ok=True)
     rows = [{"id": f"p{i}", "prompt": "What is two plus two? " * (i + 1), "answer": str(i)} for i in range(6)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    chosen = {"samples_per_prompt": 3, "temperature": 0.8, "max_new_tokens": 12, "engine": "transformers"}
+    chosen: dict[str, Any] = {
+        "samples_per_prompt": 3,
+        "temperature": 0.8,
+        "max_new_tokens": 12,
+        "engine": "transformers",
+    }
     columns = {"id": "id", "answer": "answer"}
     return RolloutJob(
         output=Artifact(folder, Identity("rollouts", 1, len(PARTS))),

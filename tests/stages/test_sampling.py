@@ -52,9 +52,11 @@ def open_engine(folder: Path, **options: Any) -> SamplingEngine:
 
 
 def same(one: Sample, other: Sample) -> bool:
-    arrays = [(one.token_ids, other.token_ids), (one.logprobs, other.logprobs)]
-    arrays.append((one.truncated_logprobs, other.truncated_logprobs))
-    return all((a is None and b is None) or a.tobytes() == b.tobytes() for a, b in arrays if a is not None or b is None)
+    def bytes_of(sample: Sample) -> list[bytes | None]:
+        arrays = (sample.token_ids, sample.logprobs, sample.truncated_logprobs)
+        return [None if array is None else array.tobytes() for array in arrays]
+
+    return bytes_of(one) == bytes_of(other)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -176,13 +180,8 @@ def test_chunks_fit_the_workspace() -> None:
     assert default_chunk_tokens(10**8) == 32
 
 
-def _two_processes(rank: int, kind: str, port: int) -> None:
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _check_two_processes(kind: str, rank: int) -> None:
+    """The gradient of two processes, each with half of the tokens, equals the whole's on one."""
     case = make_case(7, tokens=24, vocab=50)
     ids = torch.arange(24) % 50
     objective, batch = build(case)
@@ -215,14 +214,19 @@ def _two_processes(rank: int, kind: str, port: int) -> None:
     for (name, one), other in zip(alone.named_parameters(), together.parameters(), strict=True):
         found = other.grad.full_tensor() if isinstance(other.grad, DTensor) else other.grad
         assert torch.allclose(one.grad, found, atol=1e-6), f"{kind}: {name}"
+
+
+def _two_processes(rank: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for kind in ("ddp", "fsdp2", "fsdp2-head-apart"):
+        _check_two_processes(kind, rank)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-head-apart"])
-def test_two_processes_give_the_gradient_of_one(kind: str) -> None:
-    import socket
-
+@pytest.mark.timeout(120)
+def test_ddp_and_fsdp2_give_the_gradient_of_one_process() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (kind, port), nprocs=2)
+    torch.multiprocessing.spawn(_two_processes, (port,), nprocs=2)

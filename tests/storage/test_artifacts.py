@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim, claimed_parts
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
 
 
-@pytest.fixture()
+@pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
     return Artifact(tmp_path, Identity("rollouts", 1, 3, {"n": 1}, {"policy": "abc"}))
 

@@ -1,0 +1,147 @@
+"""What a cache holds in figures, so that k and tau are chosen from evidence. For `eopd store stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from eopd.storage import symbols
+from eopd.storage.codec import Layout
+from eopd.storage.encode import streams
+from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import TeacherRows
+
+ENTROPY_EDGES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 25.0)
+KS = (1, 2, 4, 8, 12, 16, 24, 32, 50, 64, 100)
+TAUS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+_BLOCK = 16_384
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Figures of the parts that were looked at."""
+
+    parts: int
+    responses: int
+    tokens: int
+    bytes_per_token: float  # of the files, everything included
+    bytes_by_field: dict[str, float]  # bytes a token, compressed field by field; adds up to a little less
+    entropy_mean: float  # nats
+    entropy_median: float
+    entropy_counts: list[int]  # between ENTROPY_EDGES
+    retained_mass: dict[int, float]  # of the k most probable entries, as far as stored: a lower bound
+    retained_mass_gated: dict[int, float]  # the same where entropy > 0.8
+    gate_fraction: dict[float, float]  # tokens with entropy > tau
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "entropy_edges": list(ENTROPY_EDGES)}
+
+    def text(self, width: int = 50) -> str:
+        """Tables and a histogram for a terminal."""
+        lines = [
+            f"{self.tokens:,} tokens in {self.responses:,} responses of {self.parts} parts; "
+            f"{self.bytes_per_token:.2f} bytes a token",
+            "",
+            "bytes a token by field",
+            *(f"  {name:<16}{value:8.3f}" for name, value in sorted(self.bytes_by_field.items(), key=lambda x: -x[1])),
+            "",
+            f"teacher entropy, nats (mean {self.entropy_mean:.3f}, median {self.entropy_median:.3f})",
+        ]
+        most = max(self.entropy_counts, default=1) or 1
+        for low, high, count in zip(ENTROPY_EDGES[:-1], ENTROPY_EDGES[1:], self.entropy_counts, strict=True):
+            share = count / max(self.tokens, 1)
+            lines.append(f"  {low:5.2f} - {high:5.2f} {share:7.2%} {'#' * round(width * count / most)}")
+        lines += ["", "k    mass kept    where entropy > 0.8"]
+        for k, mass in self.retained_mass.items():
+            lines.append(f"  {k:<4} {mass:.4f}      {self.retained_mass_gated[k]:.4f}")
+        lines += ["", "tau  tokens gated"]
+        lines += [f"  {tau:<4} {share:.2%}" for tau, share in self.gate_fraction.items()]
+        return "\n".join(lines)
+
+
+def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats:
+    """Read ``parts`` (all committed ones) and count. Memory: one part at a time.
+
+    Raises:
+        MissingPart, DamagedPart; ValueError: nothing is committed.
+    """
+    wanted = sorted(cache.artifact.committed()) if parts is None else list(parts)
+    if not wanted:
+        raise ValueError(f"{cache.artifact} has no committed part to look at")
+    entropies, masses, fields = [], [], dict[str, float]()
+    stored = responses = 0
+    for part in wanted:
+        rows = cache.read_part(part)
+        stored += cache.artifact.marker(part).bytes
+        responses += rows.responses
+        entropies.append(rows.entropy)
+        masses.append(_mass_by_k(rows))
+        for name, size in field_bytes(rows, cache.header(part).layout).items():
+            fields[name] = fields.get(name, 0.0) + size
+    entropy, mass = np.concatenate(entropies), np.concatenate(masses, axis=1)
+    tokens = len(entropy)
+    gated = entropy > 0.8
+    k_max = cache.coverage.head.k_max
+    shown = [k for k in KS if k <= k_max] or [1]
+    return CacheStats(
+        parts=len(wanted),
+        responses=responses,
+        tokens=tokens,
+        bytes_per_token=stored / max(tokens, 1),
+        bytes_by_field={name: size / max(tokens, 1) for name, size in fields.items()},
+        entropy_mean=float(entropy.mean()) if tokens else 0.0,
+        entropy_median=float(np.median(entropy)) if tokens else 0.0,
+        entropy_counts=np.histogram(entropy, ENTROPY_EDGES)[0].tolist(),
+        retained_mass={k: _mean(mass[KS.index(k)]) for k in shown},
+        retained_mass_gated={k: _mean(mass[KS.index(k)][gated]) for k in shown},
+        gate_fraction={tau: _mean(entropy > tau) for tau in TAUS},
+    )
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
+    """[len(KS), T] mass of each token's first k entries"""
+    if not rows.tokens:
+        return np.zeros((len(KS), 0), np.float32)
+    p = np.exp(rows.head_logprobs.astype(np.float64))
+    sizes = np.diff(rows.head_offsets)
+    place = np.arange(len(p)) - np.repeat(rows.head_offsets[:-1], sizes)
+    found = [np.add.reduceat(np.where(place < k, p, 0.0), rows.head_offsets[:-1]) for k in KS]
+    return np.asarray(found, np.float32)
+
+
+def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
+    """Bytes of each field when it is compressed by itself, much as a part compresses it."""
+    out = {}
+    for name, values, extra in streams(rows, layout):
+        symbol, counts, _ = symbols.split(values, extra)
+        codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.NOSHUFFLE, blocksize=_BLOCK)
+        out[name] = float(counts.sum()) / 8 + (len(codec.encode(np.ascontiguousarray(symbol))) if len(symbol) else 0)
+    return out
+
+
+def plot(found: CacheStats, path: Path) -> None:
+    """The entropy histogram as an image, log-scaled in entropy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    shares = np.asarray(found.entropy_counts) / max(found.tokens, 1)
+    axes.bar(range(len(shares)), shares, width=0.9)
+    axes.set_xticks(np.arange(len(ENTROPY_EDGES)) - 0.5, [f"{edge:g}" for edge in ENTROPY_EDGES], rotation=45)
+    axes.set_xlabel("teacher entropy (nats)")
+    axes.set_ylabel("share of tokens")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,120 @@
+"""Loading, tokenizers and their fingerprints: what is refused, and what counts as the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
+from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints, id_to_bytes, render_chat, stop_ids
+from tests.stages.tiny_models import save_teacher, save_tiny, tiny_tokenizer
+
+
+def test_a_missing_folder_and_a_missing_hub_id_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"model folder '/no/such/model' does not exist: check the path"):
+        load_model(ModelRef("/no/such/model"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"model 'Qwen/Qwen3-8B' .*neither a local folder nor.*hf download Qwen/Qwen3-8B"
+    ):
+        load_model(ModelRef("Qwen/Qwen3-8B"))
+
+
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors file"):
+        load_model(ModelRef(str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load_model(ModelRef(str(tmp_path)))
+
+
+def test_dtype(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    assert load_model(ModelRef(str(tmp_path))).dtype == torch.float32
+    assert load_model(ModelRef(str(tmp_path), dtype="bfloat16")).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype 'int4'"):
+        load_model(ModelRef(str(tmp_path), dtype="int4"))
+
+
+def test_gemma_2_is_loaded_with_the_attention_that_caps(tmp_path: Path) -> None:
+    save_tiny("gemma2", tmp_path)
+    assert load_model(ModelRef(str(tmp_path))).config._attn_implementation == "eager"
+
+
+def test_bytes_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    tokenizer = load_tokenizer_at(str(tmp_path))
+    table = id_to_bytes(tokenizer)
+    assert len(table) == 300
+    assert table[2] == b"<|end|>"
+    text = "see é\n\x00 it"
+    ids = tokenizer(text)["input_ids"]
+    assert b"".join(table[number] for number in ids) == text.encode()
+    assert {bytes([byte]) for byte in range(256)} <= set(table.values())
+
+
+def test_bytes_of_a_sentencepiece_style_tokenizer() -> None:
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "\u2581the": 2, "a": 3}
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>"])
+    table = id_to_bytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert table == {0: b"<unk>", 1: b"\n", 2: b" the", 3: b"a"}
+
+
+def test_vocabularies_that_differ_in_special_tokens_templates_and_length_agree(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "a")
+    tiny_tokenizer(tmp_path / "b", template=None)
+    tiny_tokenizer(tmp_path / "c", swapped=True)
+    a, b, c = (load_tokenizer_at(str(tmp_path / name)) for name in "abc")
+    b.add_tokens(["<|more|>"])
+    check_same_vocabulary(a, b)
+    with pytest.raises(ValueError, match=r"teacher and student differ at 2 ids, first at id 259: b'ee' against b'et'"):
+        check_same_vocabulary(a, c)
+
+
+def test_the_three_fingerprints_tell_apart_what_they_are_for(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "a")
+    tiny_tokenizer(tmp_path / "b", template="{{ messages }}")
+    tiny_tokenizer(tmp_path / "c", swapped=True)
+    a, b, c = (fingerprints(load_tokenizer_at(str(tmp_path / name)), stops=(2,)) for name in "abc")
+    assert (a.vocabulary, a.special) == (b.vocabulary, b.special)
+    assert a.template != b.template
+    assert a.vocabulary != c.vocabulary
+    assert (a.special, a.template) == (c.special, c.template)
+    assert fingerprints(load_tokenizer_at(str(tmp_path / "a")), stops=(2, 3)).special != a.special
+
+
+def test_stop_ids_come_from_every_place(tmp_path: Path) -> None:
+    save_teacher("llama", tmp_path)
+    assert stop_ids(ModelRef(str(tmp_path))) == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert stop_ids(ModelRef(str(tmp_path))) == (2, 7, 9)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+def test_rendering_equals_apply_chat_template(tmp_path: Path, arguments: dict[str, bool]) -> None:
+    tiny_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(ModelRef("/nowhere", tokenizer=str(tmp_path)))
+    messages = [{"role": "system", "content": "be é"}, {"role": "user", "content": "teste <|end|> it"}]
+    own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments)["input_ids"]
+    assert render_chat(tokenizer, messages, arguments) == own
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        render_chat(tokenizer, messages)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer could be read"):
+        load_tokenizer(ModelRef(str(tmp_path)))

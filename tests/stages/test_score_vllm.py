@@ -1,0 +1,92 @@
+"""The vLLM engine: hidden states equal transformers' on tiny models, refusals, and a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eopd.stages.engines.hidden import open_hidden_engine
+from eopd.stages.job import ModelRef
+from eopd.stages.models.packing import Sequence
+from eopd.stages.models.stored_head import stored_lm_head
+from eopd.stages.score.run import run
+from eopd.storage.teacher_cache import TeacherCache
+from tests.stages.score_case import random_responses, response_row, rollouts, score_job
+from tests.stages.tiny_models import CONFIGS, REQUIRED, save_teacher, tiny_model
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = [(5, 9), (12, 1), (1, 20), (30, 14), (3, 0), (3, 3)]
+OTHERS = ("gemma", "gemma3", "granitemoe", "mixtral", "phi3", "qwen2_moe")
+
+
+def _sequences() -> list[Sequence]:
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for context, response in LENGTHS:
+        ids = torch.randint(3, 300, (context + response,), generator=generator).tolist()
+        sequences.append(Sequence(ids[:context], ids[context:]))
+    return sequences
+
+
+@pytest.mark.parametrize("name", [*REQUIRED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    save_teacher(name, tmp_path)
+    sequences = _sequences()
+    engine = open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path, batch_tokens=50)
+    seen = []
+    for batch in engine.hidden(sequences):
+        for number, hidden in zip(batch.order, batch.hidden.split(batch.lengths), strict=True):
+            own = engine.own_logits(sequences[number])
+            assert own is not None
+            found = engine.head.logits(hidden)
+            torch.testing.assert_close(found, own, atol=1e-5 * max(1.0, float(own.abs().max())), rtol=0)
+            seen.append(number)
+    engine.close()
+    assert sorted(seen) == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("name", ["cohere2", "phi"])
+def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    save_teacher(name, tmp_path)
+    architecture = type(tiny_model(name)).__name__
+    with pytest.raises(ValueError, match=f"{architecture}' is refused with engine vllm.*engine: transformers"):
+        open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
+
+
+def test_a_run_equals_the_transformers_engines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_teacher("qwen3", tmp_path / "teacher")
+    data = [*random_responses(9), response_row(9, []), response_row(10, [2])]
+    source = rollouts(tmp_path, [data[:5], data[5:]])
+    by_vllm = score_job(tmp_path, tmp_path / "teacher", source, name="v", engine="vllm", batch_tokens=64)
+    capfd.readouterr()
+    run(by_vllm)
+    assert capfd.readouterr() == ("", ""), "vLLM's output goes to its log"
+    assert (tmp_path / "logs" / "vllm-score.log").stat().st_size > 0
+    assert "checked against" in by_vllm.progress.lines[0]  # type: ignore[attr-defined]
+    by_transformers = score_job(tmp_path, tmp_path / "teacher", source, name="t")
+    run(by_transformers)
+    one, other = (TeacherCache(job.output) for job in (by_vllm, by_transformers))
+    assert one.header(0).engine == "vllm"
+    for part in (0, 1):
+        a, b = one.read_part(part), other.read_part(part)
+        np.testing.assert_array_equal(a.response_offsets, b.response_offsets)
+        np.testing.assert_array_equal(a.head_ids, b.head_ids)
+        np.testing.assert_array_equal(a.draw_ids, b.draw_ids)
+        np.testing.assert_allclose(a.entropy, b.entropy, atol=4e-4)
+        np.testing.assert_allclose(a.sampled_logprob, b.sampled_logprob, atol=1 / 128)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_stored_head_is_the_models(name: str, tmp_path: Path) -> None:
+    from eopd.stages.models.lm_head import lm_head_of
+
+    model = save_teacher(name, tmp_path)
+    stored, own = stored_lm_head(tmp_path, "float32"), lm_head_of(model)
+    assert (stored.scale, stored.softcap, stored.vocab_size) == (own.scale, own.softcap, own.vocab_size)
+    assert torch.equal(stored.weight, own.weight)
+    assert (stored.bias is None) == (own.bias is None)
+    assert stored.bias is None or torch.equal(stored.bias, own.bias)  # type: ignore[arg-type]

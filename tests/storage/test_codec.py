@@ -1,0 +1,201 @@
+"""What is stored comes back: exactly where it is a number of things, within the stated errors where it is a log."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eopd.storage import codec, quantise, symbols
+from eopd.storage.codec import STOP_FLOOR, Layout, RawBits
+from eopd.storage.decode import decode
+from eopd.storage.encode import encode
+from eopd.storage.ragged import differences, offsets_of, sort_rows, sums, take_ranges
+from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
+
+from .making import STOPS, dense, rows_of
+
+EXACT = ("response_offsets", "token_ids", "sampled_rank", "stop_ids", "head_offsets", "head_ids", "draw_offsets")
+EXACT += ("extra_offsets", "extra_ids")
+
+
+def round_trip(rows: TeacherRows, head: HeadRule) -> TeacherRows:
+    layout = Layout.of(head, rows.stop_ids.tolist())
+    return decode(encode(rows, layout), layout)
+
+
+def assert_same(found: TeacherRows, rows: TeacherRows) -> None:
+    for name in EXACT:
+        np.testing.assert_array_equal(getattr(found, name), getattr(rows, name), err_msg=name)
+        assert getattr(found, name).dtype == getattr(rows, name).dtype, name
+    np.testing.assert_array_equal(found.draw_ids, sort_rows(rows.draw_ids, rows.draw_offsets))
+    for name in ("head_logprobs", "tail_logmass", "sampled_logprob", "extra_logprobs"):
+        error = np.abs(getattr(found, name).astype(np.float64) - getattr(rows, name))
+        assert error.max(initial=0.0) <= quantise.MAX_ERROR, (name, error.max())
+        assert getattr(found, name).dtype == np.float32
+    assert np.abs(found.entropy - rows.entropy).max(initial=0.0) <= quantise.MAX_ENTROPY_ERROR
+    assert_stops(found, rows)
+    if rows.tokens:
+        head_mass = np.add.reduceat(np.exp(found.head_logprobs.astype(np.float64)), found.head_offsets[:-1])
+        np.testing.assert_allclose(head_mass + np.exp(found.tail_logmass.astype(np.float64)), 1.0, atol=1e-6)
+
+
+def assert_stops(found: TeacherRows, rows: TeacherRows) -> None:
+    last = np.zeros(rows.tokens, bool)
+    last[rows.response_offsets[1:][np.diff(rows.response_offsets) > 0] - 1] = True
+    kept = (rows.stop_logprobs >= STOP_FLOOR) | last[:, None]
+    assert np.abs(found.stop_logprobs - rows.stop_logprobs)[kept].max(initial=0.0) <= quantise.MAX_ERROR
+    assert (found.stop_logprobs[~kept] == LOGPROB_FLOOR).all()
+
+
+rules = st.one_of(
+    st.builds(
+        HeadRule,
+        k_max=st.integers(1, 40),
+        min_prob=st.sampled_from([0.003, 0.03, 0.5, 1.0]),
+        full_head_above=st.sampled_from([-1.0, 0.0, 0.4, 3.0]),
+        draws=st.sampled_from(["none", "beyond_head"]),
+    ),
+    st.builds(HeadRule, k_max=st.integers(1, 8), draws=st.just("full"), n_draws=st.integers(1, 60)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    head=rules,
+    seed=st.integers(0, 2**20),
+    lengths=st.lists(st.integers(0, 30), min_size=0, max_size=6),
+    vocabulary=st.sampled_from([8, 33, 700]),
+    extra_k=st.integers(0, 5),
+    sharpness=st.sampled_from([0.01, 1.0, 4.0, 40.0]),
+    stops=st.sampled_from([(), (5,), STOPS]),
+)
+def test_round_trip(
+    head: HeadRule,
+    seed: int,
+    lengths: list[int],
+    vocabulary: int,
+    extra_k: int,
+    sharpness: float,
+    stops: tuple[int, ...],
+) -> None:
+    rows = rows_of(dense(seed, lengths, vocabulary, sharpness), head, stops=stops, extra_k=extra_k, seed=seed)
+    assert_same(round_trip(rows, head), rows)
+
+
+def test_a_head_of_the_whole_vocabulary_leaves_no_tail() -> None:
+    head = HeadRule(k_max=64, full_head_above=-1.0)
+    rows = rows_of(dense(0, [50], 64), head)
+    found = round_trip(rows, head)
+    assert (found.tail_logmass == LOGPROB_FLOOR).all()
+    assert_same(found, rows)
+
+
+def test_ids_up_to_the_largest() -> None:
+    head = HeadRule(k_max=3)
+    rows = rows_of(dense(1, [20], 30), head)
+    moved = {name: getattr(rows, name) * 500_000 for name in ("token_ids", "head_ids", "draw_ids")}
+    big = TeacherRows(**{**vars(rows), **moved})
+    assert_same(round_trip(big, head), big)
+    with pytest.raises(ValueError, match="head_ids must be in 0"):
+        encode(TeacherRows(**{**vars(rows), "head_ids": rows.head_ids + codec.MAX_ID}), Layout.of(head, STOPS))
+
+
+def test_a_token_that_ties_with_another_keeps_its_rank_and_logprob() -> None:
+    """Ranks among equals are a matter of taste; a stored rank that is not the place in the head becomes a miss."""
+    head = HeadRule(k_max=4, full_head_above=-1.0, draws="none")
+    rows = rows_of(dense(2, [9], 12), head)
+    rank = rows.sampled_rank.copy()
+    rank[rank < 3] += 1
+    odd = TeacherRows(**{**vars(rows), "sampled_rank": rank})
+    assert_same(round_trip(odd, head), odd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: {"entropy": rows.entropy[:-1]}, "entropy has"),
+        (lambda rows: {"entropy": rows.entropy - 1.0}, "entropy must be"),
+        (lambda rows: {"entropy": np.full_like(rows.entropy, np.nan)}, "entropy must be"),
+        (lambda rows: {"tail_logmass": np.zeros_like(rows.tail_logmass)}, "sum to"),
+        (lambda rows: {"tail_logmass": np.full_like(rows.tail_logmass, np.nan)}, "not finite"),
+        (lambda rows: {"head_logprobs": -rows.head_logprobs}, "at most 0"),
+        (lambda rows: {"head_logprobs": rows.head_logprobs[::-1].copy()}, "not sorted"),
+        (lambda rows: {"head_offsets": np.maximum.accumulate(np.r_[0, 0, rows.head_offsets[2:]])}, "empty head"),
+        (lambda rows: {"draw_ids": -1 - rows.draw_ids}, "draw_ids must be"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(change: object, message: str) -> None:
+    head = HeadRule()
+    rows = rows_of(dense(3, [30, 12], 100), head)
+    assert callable(change)
+    with pytest.raises(ValueError, match=message):
+        encode(TeacherRows(**{**vars(rows), **change(rows)}), Layout.of(head, STOPS))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**20), width=st.integers(2, 40), scale=st.floats(0.01, 8.0))
+def test_the_balancing_offset_balances(seed: int, width: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    values = -np.sort(rng.exponential(scale, (50, width)), axis=1)
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    scaled, weights = values * quantise.STEPS_PER_NAT, np.exp(values)
+    offset = quantise.balancing_offset(scaled, weights)
+    assert ((offset >= 0) & (offset <= 1)).all()
+    moved = scaled + offset[:, None]
+    # at a change of code the rounding may fall either way: nudge
+    means = [np.abs((weights * (np.rint(moved + e) - moved)).sum(axis=1)) for e in (-1e-9, 0.0, 1e-9)]
+    assert np.min(means, axis=0).max() < 1e-6
+
+
+@given(st.lists(st.integers(0, (1 << 24) - 1), max_size=60), st.integers(0, 3))
+def test_symbols(values: list[int], extra: int) -> None:
+    numbers = np.asarray(values, np.int64)
+    symbol, counts, raw = symbols.split(numbers, extra)
+    places = offsets_of(counts)[:-1]
+    total = int(-(-counts.sum(dtype=np.int64) // 8))
+    packed = symbols.pack(raw, places, counts, total)
+    assert len(packed) == total
+    np.testing.assert_array_equal(symbols.raw_counts(symbol, extra), counts)
+    found = symbols.join(symbol, extra, np.concatenate([packed, np.zeros(4, np.uint8)]), places)
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_a_number_too_large_for_its_symbol_is_refused() -> None:
+    with pytest.raises(ValueError, match="numbers must be in"):
+        symbols.split(np.asarray([1 << 24]), 3)
+    with pytest.raises(ValueError, match="numbers must be in"):
+        symbols.split(np.asarray([-1]), 3)
+
+
+@given(st.lists(st.lists(st.integers(0, 1000), max_size=5), max_size=8))
+def test_ragged(rows: list[list[int]]) -> None:
+    flat = np.asarray([value for row in rows for value in row], np.int64)
+    offsets = offsets_of(np.asarray([len(row) for row in rows], np.int64))
+    np.testing.assert_array_equal(sums(differences(flat, offsets), offsets), flat)
+    np.testing.assert_array_equal(sort_rows(flat, offsets), [value for row in rows for value in sorted(row)])
+    np.testing.assert_array_equal(flat[take_ranges(offsets[:-1], np.diff(offsets))], flat)
+
+
+def test_zigzag() -> None:
+    values = np.arange(-300, 300)
+    np.testing.assert_array_equal(symbols.unzigzag(symbols.zigzag(values)), values)
+    np.testing.assert_array_equal(np.sort(symbols.zigzag(values)), np.arange(600))
+
+
+def test_guesses_do_not_sit_where_platforms_could_round_apart() -> None:
+    """They are computed in floating point on both sides: no value may be within 1e-7 of a change."""
+    codes = np.arange(quantise.MAX_CODE + 1)
+    for weight in (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.5, 1.0):
+        value = np.exp(-codes / quantise.STEPS_PER_NAT) / weight + 1e-6
+        assert np.abs(value - np.rint(value)).min() > 1e-10
+    assert codec.draw_guess(np.asarray([0]), 0.0).tolist() == [0]
+
+
+def test_raw_bits_follow_the_entries() -> None:
+    bits = RawBits(np.asarray([2, 0, 1]))
+    first = bits.place(np.asarray([3, 1, 5], np.uint8), np.asarray([2, 0, 1]))
+    np.testing.assert_array_equal(first, [0, 3, 32])
+    second = bits.place(np.asarray([2, 2], np.uint8), np.asarray([1, 0, 1]))
+    np.testing.assert_array_equal(second, [4, 37])

@@ -1,0 +1,311 @@
+"""`eopd store ls|show|stats|verify|gc|copy|export|import`, as library functions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eopd.storage import garbage, listing, paths, statistics
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.claims import claim
+from eopd.storage.coverage import NeedNotMet
+from eopd.storage.errors import DamagedPart, MissingPart, StoreError
+from eopd.storage.exchange import export_parquet, import_topk, imported_header
+from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
+from eopd.storage.stacked import StackedStores
+from eopd.storage.teacher_cache import TeacherCache, write_part
+from eopd.storage.teacher_record import HeadRule
+from eopd.storage.transfer import copy
+from eopd.storage.verification import verify
+
+from .making import dense, header, rows_of, scores
+from .test_teacher_cache import assert_identical
+
+
+def other(store: Path, kind: str, inputs: dict[str, str], parts: int = 1, name: str = "x") -> Artifact:
+    artifact = Artifact(store, Identity(kind, 1, parts, {"name": name}, inputs))
+    for part in range(parts):
+        with artifact.write_part(part) as folder:
+            (folder / "data").write_text(name)
+    return artifact
+
+
+# -- ls, show, stats -------------------------------------------------------------------------------------------
+
+
+def test_listing(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    rollouts = other(tmp_path, "rollouts", {})
+    found = {entry.key: entry for entry in listing.ls(tmp_path)}
+    assert found[artifact.key].complete
+    assert found[artifact.key].bytes == sum(artifact.marker(part).bytes for part in range(2))
+    assert listing.find(tmp_path, artifact.key[:6]).key == artifact.key
+    assert listing.find(tmp_path, f"rollouts/{rollouts.key}").key == rollouts.key
+    with pytest.raises(StoreError, match="names no artifact"):
+        listing.find(tmp_path, "zzz")
+    with pytest.raises(StoreError, match="names 2 artifacts"):
+        listing.find(tmp_path, "")
+    with pytest.raises(StoreError, match="there is no store"):
+        listing.ls(tmp_path / "nowhere")
+    shown = listing.show(artifact)
+    assert shown["missing"] == []
+    assert shown["parts_committed"]["1"]["inputs"] == {"rollouts": "rollouts"}
+    (artifact.folder / paths.IDENTITY).write_text("{")
+    assert "not JSON" in {entry.key: entry for entry in listing.ls(tmp_path)}[artifact.key].problem
+
+
+def test_stats(tmp_path: Path) -> None:
+    artifact, written = scores(tmp_path, head=HeadRule(k_max=8, full_head_above=-1.0), lengths=[400, 300])
+    found = statistics.stats(TeacherCache(artifact))
+    entropy = np.concatenate([rows.entropy for rows in written])
+    assert found.tokens == len(entropy) == sum(found.entropy_counts)
+    assert found.entropy_mean == pytest.approx(entropy.mean(), abs=2e-4)
+    assert found.gate_fraction[0.8] == pytest.approx((entropy > 0.8).mean(), abs=2e-3)
+    mass = np.mean([np.exp(rows.head_logprobs).reshape(-1, 8).sum(axis=1) for rows in written])
+    assert found.retained_mass[8] == pytest.approx(mass, abs=2e-3)
+    assert list(found.retained_mass) == [1, 2, 4, 8]
+    stored = sum(artifact.marker(part).bytes for part in range(2))
+    assert found.bytes_per_token * found.tokens == pytest.approx(stored)
+    assert 0.3 < sum(found.bytes_by_field.values()) / found.bytes_per_token < 1.1
+    assert "gated" in found.text()
+    assert found.to_json()["entropy_edges"][0] == 0.0
+    statistics.plot(found, tmp_path / "histogram.png")
+    assert (tmp_path / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    empty = Artifact(tmp_path, Identity("scores", 1, 1, {"none": 1}))
+    with pytest.raises(ValueError, match="no committed part"):
+        statistics.stats(TeacherCache(empty))
+
+
+# -- verify ----------------------------------------------------------------------------------------------------
+
+
+def test_verify_finds_any_flip_and_repair_queues_the_part_again(tmp_path: Path) -> None:
+    artifact, written = scores(tmp_path)
+    assert verify(tmp_path) == []
+    rng = np.random.default_rng(1)
+    files = sorted(path for path in artifact.folder.rglob("*") if path.is_file())
+    kinds = {path.name.split(".")[-1] for path in files}
+    assert kinds == {"json", "0"}
+    for trial in range(100):
+        path = files[trial % len(files)]
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+        assert verify(tmp_path), f"{path} was flipped and not found"
+        path.write_bytes(whole)
+    for path in files:
+        for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+            whole = path.read_bytes()
+            damage(path)
+            assert verify(tmp_path), f"{path} was cut or deleted and not found"
+            path.write_bytes(whole)
+    assert verify(tmp_path) == []
+
+    shard = next(artifact.part_folder(1).glob("entries/c/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    (damage_found,) = verify(tmp_path, repair=True)
+    assert (damage_found.part, damage_found.key) == (1, artifact.key)
+    assert artifact.missing() == [1]
+    assert list(artifact.folder.glob("*.damaged"))
+    with artifact.write_part(1, inputs={"rollouts": "rollouts"}) as folder:
+        write_part(folder, written[1], header(HeadRule(), 300))
+    assert artifact.is_complete()
+    assert verify(tmp_path) == []
+
+
+def test_verify_reports_strangers_and_edits(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    (artifact.part_folder(0) / "extra.py").write_text("import os")
+    (found,) = verify(tmp_path, [("scores", artifact.key)])
+    assert "extra.py was added" in found.problem
+    (artifact.part_folder(0) / "extra.py").unlink()
+    marker = artifact.folder / paths.marker_name(0)
+    marker.write_text(marker.read_text() + "\n")
+    (found,) = verify(tmp_path)
+    assert "was edited" in found.problem
+
+
+def test_a_damaged_identity_is_written_again(tmp_path: Path) -> None:
+    artifact, written = scores(tmp_path, parts=1)
+    path = artifact.folder / paths.IDENTITY
+    path.write_text(path.read_text().replace('"parts": 1', '"parts": 2'))
+    (found,) = verify(tmp_path, repair=True)
+    assert "not scores" in found.problem
+    assert not path.exists()
+    again = Artifact(tmp_path, artifact.identity)
+    assert TeacherCache(again).read_part(0).tokens == written[0].tokens
+
+
+# -- gc --------------------------------------------------------------------------------------------------------
+
+
+def test_gc_keeps_what_roots_reach(tmp_path: Path) -> None:
+    rollouts = other(tmp_path, "rollouts", {})
+    kept = other(tmp_path, "checkpoints", {"rollouts": rollouts.key}, name="kept")
+    gone = other(tmp_path, "checkpoints", {"rollouts": rollouts.key}, name="gone")
+    left, _ = scores(tmp_path)
+    plan = garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0)
+    assert {removal.path for removal in plan} == {gone.folder, left.folder}
+    assert gone.is_complete(), "a plan removes nothing"
+    assert garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=3600.0) == []
+    assert garbage.plan(tmp_path, None, grace=-1.0) == []
+    assert garbage.remove(plan) == sum(removal.bytes for removal in plan) > 0
+    assert not gone.folder.exists()
+    assert rollouts.is_complete()
+    assert kept.is_complete()
+
+
+def test_gc_removes_what_no_marker_names(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    killed = artifact.folder / paths.data_name(1, "0" * 16)
+    killed.mkdir()
+    (killed / "half").write_text("x")
+    working = Artifact(tmp_path, Identity("rollouts", 1, 2))
+    working.folder.mkdir(parents=True)
+    working._record_identity()
+    (working.folder / paths.data_name(0, "1" * 16)).mkdir()
+    with claim(working, 0) as ours:
+        assert ours
+        plan = garbage.plan(tmp_path, None, grace=-1.0)
+        assert [removal.path for removal in plan] == [killed]
+    shard = artifact.part_folder(0) / "entries" / "c" / "0" / "0"
+    shard.write_bytes(b"")
+    verify(tmp_path, repair=True)
+    plan = garbage.plan(tmp_path, None, grace=-1.0)
+    reasons = sorted(removal.reason for removal in plan)
+    assert reasons == ["no marker names it"] * 3 + ["set aside by a repair"] * 2
+    garbage.remove(plan)
+    assert artifact.missing() == [0]
+    assert TeacherCache(artifact).read([(1, 0)]).responses == 1
+
+
+# -- copy and stacks -------------------------------------------------------------------------------------------
+
+
+def test_copy(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path / "here", parts=3)
+    assert copy(artifact, tmp_path / "there", parts=[1]) == [1]
+    there = open_artifact(tmp_path / "there", "scores", artifact.key)
+    assert there.missing() == [0, 2]
+    assert copy(artifact, tmp_path / "there") == [0, 2]
+    assert copy(artifact, tmp_path / "there") == []
+    assert there.manifest["part_checksums"] == artifact.manifest["part_checksums"]
+    assert verify(tmp_path / "there") == []
+    assert_identical(TeacherCache(there).read_part(2), TeacherCache(artifact).read_part(2))
+
+
+def test_damage_is_not_copied(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path / "here")
+    shard = artifact.part_folder(0) / "entries" / "c" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedPart, match="changed"):
+        copy(artifact, tmp_path / "there")
+    assert Artifact(tmp_path / "there", artifact.identity).committed() == set()
+
+
+def test_stacked_stores(tmp_path: Path) -> None:
+    team, private = tmp_path / "team", tmp_path / "private"
+    small, _ = scores(team, head=HeadRule(k_max=8))
+    large, _ = scores(team, head=HeadRule(k_max=32))
+    assert small.identity.base_key == large.identity.base_key
+    stack = StackedStores([private, team])
+    assert stack.find(small.identity).folder == small.folder
+    new = Identity("scores", 1, 2, {"test": 2})
+    assert stack.find(new).folder == private / "scores" / new.key
+    base = small.identity.base_key
+    assert stack.find_scores(base, [HeadNeed(4, 0.8)]).key == small.key
+    assert stack.find_scores(base, [HeadNeed(16, 0.8), EntropyNeed()]).key == large.key
+    with pytest.raises(NeedNotMet, match="heads of 64 entries; it keeps 32"):
+        stack.find_scores(base, [HeadNeed(64, 0.8)])
+    with pytest.raises(MissingPart, match="no complete scores"):
+        stack.find_scores("0" * 20, [])
+    with pytest.raises(ValueError, match="first of stacked stores"):
+        StackedStores([])
+    os.chmod(team, 0o555)
+    assert TeacherCache(stack.find_scores(base, [])).read([(0, 0)]).responses == 1
+    os.chmod(team, 0o755)
+
+
+# -- export and import -----------------------------------------------------------------------------------------
+
+
+def test_export(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    cache = TeacherCache(artifact)
+    tokens = export_parquet(cache, tmp_path / "scores.parquet")
+    table = pq.read_table(tmp_path / "scores.parquet")
+    rows = cache.read_part(1)
+    assert tokens == sum(len(some) for some in table["token_ids"].to_pylist())
+    last = table.slice(4, 4).to_pylist()
+    assert [row["part"] for row in last] == [1] * 4
+    low, high = rows.response_offsets[1:3]
+    assert last[1]["token_ids"] == rows.token_ids[low:high].tolist()
+    assert last[1]["head_ids"][3] == rows.head_ids[rows.head_offsets[low + 3] : rows.head_offsets[low + 4]].tolist()
+    np.testing.assert_allclose(last[1]["entropy"], rows.entropy[low:high])
+
+
+def capture(path: Path, shifted: bool) -> tuple[pa.Table, np.ndarray]:
+    found = dense(5, [12, 7], 60)
+    order = np.argsort(-found.logprobs, axis=1)[:, :10]
+    values = np.take_along_axis(found.logprobs, order, axis=1)
+    records, low = [], 0
+    for length in found.lengths:
+        some = slice(low, low + length)
+        ids = found.tokens[some].tolist()
+        pad = [0] * 10
+        lists = (order[some][:, ::-1].tolist(), values[some][:, ::-1].tolist())  # in no order that we know of
+        if shifted:
+            ids, lists = [1, *ids], (lists[0] + [pad], lists[1] + [[-99.0] * 10])
+        records.append({"input_ids": ids, "top_indices": lists[0], "top_values": lists[1]})
+        low += length
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, path)
+    return table, found.logprobs
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_import(tmp_path: Path, shifted: bool) -> None:
+    _, logprobs = capture(tmp_path / "capture.parquet", shifted)
+    rows = import_topk(tmp_path / "capture.parquet", shifted=shifted)
+    assert np.diff(rows.response_offsets).tolist() == [12, 7]
+    described = imported_header(rows, teacher="t", tokenizer="k", vocab_size=60, source="capture.parquet")
+    artifact = Artifact(tmp_path, Identity("scores", 1, 1))
+    with artifact.write_part(0) as folder:
+        write_part(folder, rows, described)
+    cache = TeacherCache(artifact)
+    found = cache.read_part(0)
+    exact = -np.sort(-logprobs, axis=1)[:, :10].reshape(-1)
+    np.testing.assert_allclose(found.head_logprobs, exact, atol=1 / 256)
+    cache.require([HeadNeed(10)])
+    for need, message in ((EntropyNeed(), "full-vocabulary entropy"), (SampledNeed(), "sampled tokens' log-probs")):
+        with pytest.raises(NeedNotMet, match=message):
+            cache.require([need])
+
+
+def test_what_cannot_be_imported(tmp_path: Path) -> None:
+    table, _ = capture(tmp_path / "capture.parquet", False)
+    with pytest.raises(ValueError, match="no column 'ids'"):
+        import_topk(tmp_path / "capture.parquet", ids="ids")
+    heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
+    pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
+    with pytest.raises(ValueError, match="are these log-probs"):
+        import_topk(tmp_path / "heavy.parquet", shifted=False)
+    short = table.set_column(2, "top_values", pa.array([[[0.0]] * 3, [[0.0]] * 7]))
+    pq.write_table(short, tmp_path / "short.parquet")
+    with pytest.raises(ValueError, match="12 tokens and 3 lists"):
+        import_topk(tmp_path / "short.parquet", shifted=False)
+
+
+def test_a_copied_folder_works_where_it_lands(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    moved = open_artifact(tmp_path / "b", "scores", artifact.key)
+    assert_identical(TeacherCache(moved).read_part(0), TeacherCache(artifact).read_part(0))
+    assert rows_of(dense(0, [1], 20), HeadRule()).tokens == 1

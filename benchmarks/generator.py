@@ -92,6 +92,7 @@ class Distributions:
     logprob: Float  # [T, R] descending
     far_mass: Float  # [T]
     entropy: Float  # [T] nats
+    log_z: Float  # [T] log-probs beyond the explicit ranks are -a log(r + SHIFT) - log_z
     vocabulary: int
 
 
@@ -108,7 +109,7 @@ def distributions(rng: np.random.Generator, exponent: Float, vocabulary: int = V
     far_mass = far_sum * np.exp(-log_z)
     # -sum p log p beyond: p = w / Z with w = (r + SHIFT)^-a, so -p log p = p (a log(r + SHIFT) + log Z)
     entropy = -(np.exp(logprob) * logprob).sum(axis=1) + far_moment * np.exp(-log_z) + far_mass * log_z
-    return Distributions(exponent, logprob, far_mass, entropy, vocabulary)
+    return Distributions(exponent, logprob, far_mass, entropy, log_z, vocabulary)
 
 
 def far_ranks(exponent: Float, quantile: Float, vocabulary: int) -> NDArray[np.int64]:
@@ -153,7 +154,9 @@ def lengths(rng: np.random.Generator, tokens: int) -> NDArray[np.int64]:
     return found
 
 
-def generate(tokens: int, head: HeadRule, seed: int = 0, ids: Ids = "uniform", vocabulary: int = VOCABULARY) -> TeacherRows:
+def generate(
+    tokens: int, head: HeadRule, seed: int = 0, ids: Ids = "uniform", vocabulary: int = VOCABULARY
+) -> TeacherRows:
     """Teacher rows of ``tokens`` tokens under a head rule (draws: none or beyond_head)."""
     rng = np.random.default_rng(seed)
     pieces = [_block(rng, min(16_384, tokens - low), head, ids, vocabulary) for low in range(0, tokens, 16_384)]
@@ -186,7 +189,9 @@ def _block(rng: np.random.Generator, tokens: int, head: HeadRule, ids: Ids, voca
     tail = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, p).sum(axis=1) + found.far_mass
     rank, logprob = _sampled(rng, found)
     token = np.where(
-        rank < head.k_max, top_ids[np.arange(tokens), np.minimum(rank, head.k_max - 1)], draw_ids(rng, tokens, ids, vocabulary)
+        rank < head.k_max,
+        top_ids[np.arange(tokens), np.minimum(rank, head.k_max - 1)],
+        draw_ids(rng, tokens, ids, vocabulary),
     )
     draws, owner = _systematic(rng, found, size, tail, head) if head.draws == "beyond_head" else (None, None)
     drawn = np.zeros(0, np.int32)
@@ -219,16 +224,14 @@ def _sampled(rng: np.random.Generator, found: Distributions) -> tuple[NDArray[np
     flat = np.exp(STUDENT * found.logprob)
     a = np.maximum(STUDENT * found.exponent, table.exponent[0])
     beyond = np.exp(np.interp(a, table.exponent, np.log(np.maximum(table.far_sum, 1e-300))))
-    # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT; Z from the first far rank's smooth continuation
-    log_z = -found.exponent * np.log(EXPLICIT + SHIFT) - found.logprob[:, -1]
-    beyond *= np.exp(-STUDENT * log_z)
+    beyond *= np.exp(-STUDENT * found.log_z)  # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT
     ends = np.cumsum(flat, axis=1)
     u = rng.random(len(flat)) * (ends[:, -1] + beyond)
     rank = (ends < u[:, None]).sum(axis=1)
     far = np.flatnonzero(rank == EXPLICIT)
     logprob = found.logprob[np.arange(len(rank)), np.minimum(rank, EXPLICIT - 1)]
     rank[far] = far_ranks(a[far], rng.random(len(far)), found.vocabulary)
-    logprob[far] = -found.exponent[far] * np.log(rank[far] + 1 + SHIFT) - log_z[far]
+    logprob[far] = -found.exponent[far] * np.log(rank[far] + 1 + SHIFT) - found.log_z[far]
     return rank, logprob
 
 

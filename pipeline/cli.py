@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.pipeline.store_cli import app as store_app
+
 if TYPE_CHECKING:
     from eopd.pipeline.plan import PlannedJob, Stage
     from eopd.pipeline.runner import Runner
@@ -20,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(store_app, name="store")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Settings: a YAML file, or a name such as quickstart.")]
 Set = Annotated[
@@ -106,17 +110,16 @@ def _describe(runner: Runner, job: PlannedJob) -> str:
 
 def _open(config: str, overrides: list[str] | None) -> Runner:
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.inspect import gather_facts
     from eopd.pipeline.launchers.local import rank
-    from eopd.pipeline.plan import make_plan
+    from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import make_progress
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import NullProgress
 
     settings = load_config(config, overrides or ())
-    facts = gather_facts(settings)
+    facts, plan_ = plan_run(settings)
     progress = make_progress() if rank() == 0 else NullProgress()
-    return Runner(settings, facts, make_plan(settings, facts), progress)
+    return Runner(settings, facts, plan_, progress)
 
 
 def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:

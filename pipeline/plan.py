@@ -11,7 +11,7 @@ is done, and two runs that ask for the same thing name the same folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,15 +86,21 @@ class Plan:
         return None if round_ == 0 else self.job("train", round_ - 1).output
 
 
-def make_plan(settings: RunSettings, facts: Facts) -> Plan:
-    """Every job of every round, in order."""
+def make_plan(
+    settings: RunSettings, facts: Facts, serving: Callable[[Identity], Identity] = lambda asked: asked
+) -> Plan:
+    """Every job of every round, in order.
+
+    Args:
+        serving: what stands in for scores that are asked for: themselves, or a coverage that holds as much and exists.
+    """
     jobs: list[PlannedJob] = []
     policy: Identity | None = None
     if settings.evaluate is not None:
         jobs.append(_evaluate_job(settings, facts, 0, policy))
     for round_ in range(settings.rounds):
         rollout = _rollout_job(settings, facts, round_, policy)
-        score = _score_job(settings, facts, round_, rollout)
+        score = _score_job(settings, facts, round_, rollout, serving)
         train = _train_job(settings, facts, round_, policy, rollout, score)
         jobs += [rollout, score, train]
         policy = train.output
@@ -161,7 +167,9 @@ def _rollout_job(settings: RunSettings, facts: Facts, round_: int, policy: Ident
     return PlannedJob("rollout", round_, identity, (policy,) if policy else (), side, parts)
 
 
-def _score_job(settings: RunSettings, facts: Facts, round_: int, rollout: PlannedJob) -> PlannedJob:
+def _score_job(
+    settings: RunSettings, facts: Facts, round_: int, rollout: PlannedJob, serving: Callable[[Identity], Identity]
+) -> PlannedJob:
     temperature = settings.score.temperature
     identity = Identity(
         kind="scores",
@@ -179,7 +187,7 @@ def _score_job(settings: RunSettings, facts: Facts, round_: int, rollout: Planne
         },
         coverage={**settings.score.coverage(), "extra": rollout.side.key if rollout.side else None},
     )
-    return PlannedJob("score", round_, identity, (rollout.output,), rollout.side)
+    return PlannedJob("score", round_, serving(identity), (rollout.output,), rollout.side)
 
 
 def _train_job(

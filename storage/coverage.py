@@ -61,6 +61,8 @@ class Coverage:
                 return None if self.sampled else "the sampled tokens' log-probs: imported without. Score it instead"
             case StopsNeed():
                 return None if self.sampled else "stop log-probs: it was imported without. Score it instead"
+            case HeadNeed(1, _):
+                return None  # every rule keeps the most probable entry of every token
             case HeadNeed(k, above):
                 whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
                 if not whole and head.k_max < k:
@@ -118,3 +120,11 @@ def cheapest(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> str | 
     """Name of the cheapest coverage that answers every need, or None."""
     able = [name for name, found in coverages.items() if all(found.lacks(need) is None for need in needs)]
     return min(able, key=lambda name: (coverages[name].cost(), name), default=None)
+
+
+def needs_of(rule: HeadRule) -> tuple[Need, ...]:
+    """What a coverage must answer to hold all that one made by ``rule`` would hold."""
+    head: tuple[Need, ...] = (HeadNeed(rule.k_max, rule.full_head_above),)
+    if rule.draws == "none":
+        return head
+    return (*head, DrawsNeed(rule.draws, n=rule.n_draws, max_weight=rule.min_prob))

@@ -14,7 +14,7 @@ from typing import Any
 
 from eopd.storage.errors import StoreFull, StoreUnwritable
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 

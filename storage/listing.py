@@ -92,3 +92,9 @@ def show(artifact: Artifact) -> dict[str, Any]:
             for part, marker in markers.items()
         },
     }
+
+
+def coverages(store: Path, identity: str) -> list[Artifact]:
+    """Every coverage of the scores with this identity key that a store knows of."""
+    folders = sorted((store / "scores" / identity).glob(f"*/{paths.IDENTITY}"))
+    return [open_artifact(store, "scores", f"{identity}/{path.parent.name}") for path in folders]

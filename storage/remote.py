@@ -70,9 +70,10 @@ def get(bucket: Bucket, path: str) -> bytes:
 
 
 def put(bucket: Bucket, path: str, content: bytes) -> None:
+    """Raises StoreUnwritable (no permission, no such bucket) or StoreUnreadable."""
     import obstore
 
-    with naming_refusals(bucket, path):
+    with _naming_missing_buckets(bucket), naming_refusals(bucket, path):
         obstore.put(bucket, path, content)
 
 
@@ -82,11 +83,19 @@ def put_if_absent(bucket: Bucket, path: str, content: bytes) -> bool:
     from obstore.exceptions import AlreadyExistsError
 
     try:
-        with naming_refusals(bucket, path):
+        with _naming_missing_buckets(bucket), naming_refusals(bucket, path):
             obstore.put(bucket, path, content, mode="create")
     except AlreadyExistsError:
         return False
     return True
+
+
+@contextmanager
+def _naming_missing_buckets(bucket: Bucket) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreUnwritable(f"there is no {bucket}: {error.args[0].splitlines()[0]}") from error
 
 
 def names(bucket: Bucket, folder: str) -> list[str]:

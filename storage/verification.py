@@ -36,7 +36,7 @@ def verify(store: Path, only: Sequence[tuple[str, str]] | None = None, *, repair
     ``repair`` renames the marker of each damaged part to ``.damaged``, so that the next plan does it again, and
     damaged identities and manifests, which the next commit writes again. It deletes nothing (`gc` does).
     """
-    found = []
+    found = list(_without_identity(store)) if only is None else []
     for kind, key in keys(store) if only is None else only:
         damages = list(_artifact(store, kind, key))
         if repair:
@@ -45,7 +45,7 @@ def verify(store: Path, only: Sequence[tuple[str, str]] | None = None, *, repair
             if damages and (store / kind / key / paths.IDENTITY).exists():
                 open_artifact(store, kind, key).finish()
         found += damages
-    return found if only is not None else found + list(_without_identity(store))
+    return found
 
 
 def _artifact(store: Path, kind: str, key: str) -> Iterator[Damage]:

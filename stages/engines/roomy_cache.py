@@ -18,6 +18,9 @@ GROWTH = 1.5
 class RoomyLayer(DynamicLayer):
     """A full-attention layer. ``keys`` and ``values`` are views of the filled part, [B, heads, length, size]."""
 
+    keys: Any  # tensors; None before the first update
+    values: Any
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._rooms: tuple[Tensor, Tensor] | None = None

@@ -46,11 +46,10 @@ class TransformersSamplingEngine:
         check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
         self.version = version("transformers")
         self.max_tokens = max_model_len
-        self._cpu_threads = options.cpu_threads
+        self._options = options
         self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = ref if options.dtype is None else _with_dtype(ref, options.dtype)
         self._model: Any = load_model(chosen, self._device)
-        self._max_batch = options.max_batch or self._rows_that_fit(options)
 
     @torch.inference_mode()
     def sample(
@@ -63,9 +62,10 @@ class TransformersSamplingEngine:
         check_requests(requests, parameters, self.max_tokens)
         order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
         samples: dict[int, Sample] = {}
-        with _threads(self._cpu_threads):
-            for start in range(0, len(order), self._max_batch):
-                batch = order[start : start + self._max_batch]
+        with _threads(self._options.cpu_threads):
+            rows = self._options.max_batch or self._rows_that_fit(requests, parameters)
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
                 decoded = self._decode([requests[number] for number in batch], parameters, on_progress)
                 samples.update(zip(batch, decoded, strict=True))
         return [samples[number] for number in range(len(requests))]
@@ -75,13 +75,17 @@ class TransformersSamplingEngine:
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _rows_that_fit(self, options: EngineOptions) -> int:
-        """Sequences whose KV cache fits: of a GPU, half of what is free; of a CPU, the same setting as vLLM's."""
+    def _rows_that_fit(self, requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
+        """Sequences whose KV cache fits: on a GPU into half of what is free, on a CPU into the same as vLLM's.
+
+        On a CPU it depends on nothing but the call, which therefore gives the same bytes in any process.
+        """
+        longest = max((len(request.prompt_token_ids) for request in requests), default=0) + parameters.max_new_tokens
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row_bytes = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize * self.max_tokens
-        room = int(options.cpu_kv_cache_gib * 2**30)
+        row_bytes = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize * longest
+        room = int(self._options.cpu_kv_cache_gib * 2**30)
         if self._device.startswith("cuda"):
             room = torch.cuda.mem_get_info(self._device)[0] // 2
         return max(1, min(MAX_BATCH, int(room // row_bytes)))

@@ -64,6 +64,7 @@ class VLLMProcess:
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
+                _log_back([])
                 _log_to(log)  # once more: making an engine sets vLLM's own handlers again
             except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
                 self._put_back()
@@ -101,7 +102,7 @@ class VLLMProcess:
         gc.collect()
         cleanup_dist_env_and_memory()
         self._kept.restore()
-        logging.getLogger("vllm").handlers[:] = self._handlers
+        _log_back(self._handlers)
         VLLMProcess._open = False
 
     def _set_environment(self) -> None:
@@ -188,6 +189,14 @@ def _log_to(path: Path) -> list[logging.Handler]:
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s: %(message)s"))
     logger.handlers[:] = [handler]
     return before
+
+
+def _log_back(handlers: list[logging.Handler]) -> None:
+    logger = logging.getLogger("vllm")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    logger.handlers[:] = handlers
 
 
 @contextmanager

@@ -65,14 +65,18 @@ def ids_at(blocks: LogitBlocks, group_mass: Tensor, points: Tensor, counts: Tens
         points: [C, N] of which the first ``counts`` of a row are used; ascending or not.
     """
     ends = group_mass.cumsum(1)
+    # rounding may put a point at the very end of its row, where no group begins
+    total = ends[:, -1:]
+    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
     groups = torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[1] - 1)
     wanted = torch.arange(points.shape[1], device=points.device) < counts[:, None]
     rows, places = wanted.nonzero(as_tuple=True)
     group = groups[rows, places]
+    if blocks.group == 1:
+        return group
     within = points[rows, places] - (ends[rows, group] - group_mass[rows, group])
     mass = (blocks.in_groups(rows, group) - blocks.maximum[rows, None]).exp_().double()
     filled = mass.cumsum(1)
-    # rounding may leave a point at or past the end of its group: it then belongs to the last id that has mass
-    last = (filled < filled[:, -1:]).sum(1)
-    place = torch.minimum((filled <= within[:, None]).sum(1), last)
+    # and the same in its group
+    place = torch.minimum((filled <= within[:, None]).sum(1), (filled < filled[:, -1:]).sum(1))
     return group * mass.shape[1] + place

@@ -50,7 +50,7 @@ def run(job: ScoreJob) -> None:
     tokenizer = load_tokenizer(job.teacher)
     if job.student_tokenizer != job.teacher.tokenizer_path:
         check_same_vocabulary(tokenizer, load_tokenizer_at(job.student_tokenizer))
-    scorer = _Scorer(job, tokenizer, temperature)
+    scorer = Scorer(job, tokenizer, temperature)
     longest = scorer.survey(pending)
     with _engine(job, longest) as engine:
         scorer.score(pending, engine)
@@ -76,8 +76,8 @@ def _engine(job: ScoreJob, longest: int) -> Iterator[HiddenEngine]:
 
 
 @dataclass
-class _Scorer:
-    """One run's state."""
+class Scorer:
+    """One run's state. ``survey`` first, then ``score`` with an engine that is open."""
 
     job: ScoreJob
     tokenizer: PreTrainedTokenizerBase

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.score.draws import UInt64, ids_at, systematic_points, uniforms
-from eopd.stages.score.logit_blocks import GROUP, LogitBlocks
+from eopd.stages.score.logit_blocks import LogitBlocks, group_size
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
 
-CPU_BLOCK_BYTES = 2 << 20
-CPU_CHUNK_BYTES = 160 << 20
+CPU_BLOCK_BYTES = 4 << 20
+CPU_CHUNK_BYTES = 320 << 20
 CUDA_CHUNK_BYTES = 512 << 20
 MOST_ROWS = 1024
 
@@ -166,11 +166,7 @@ class StatisticsHead:
         rank = (top_values > logit[:, None]).sum(1)
         beyond = (~among.any(1) & (rank == top_ids.shape[1])).nonzero()[:, 0]
         if len(beyond):
-            # only groups whose largest logit exceeds the sampled one hold any
-            rows, groups = (blocks.group_max[beyond] > logit[beyond, None]).nonzero(as_tuple=True)
-            rows = beyond[rows]
-            greater = (blocks.in_groups(rows, groups) > logit[rows, None]).sum(1)
-            rank[beyond] = torch.zeros_like(rank).index_add_(0, rows, greater)[beyond]
+            rank[beyond] = blocks.count_above(beyond, logit[beyond])
         return torch.where(ids < vocabulary, rank, vocabulary)
 
     def _extra(self, batch: TokenBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
@@ -189,9 +185,12 @@ class StatisticsHead:
         blocks = self._blocks
         rows, places = kept.nonzero(as_tuple=True)
         taken = ids[rows, places]
-        blocks.blank(rows, taken)
         mass = blocks.group_sum.double()
-        groups = taken // GROUP
+        if blocks.group == 1:
+            mass[rows, taken] = 0.0
+            return mass.sum(1), mass
+        blocks.blank(rows, taken)
+        groups = taken // blocks.group
         left = (blocks.in_groups(rows, groups) - blocks.maximum[rows, None]).exp_()
         mass[rows, groups] = left.sum(1, dtype=torch.float64)  # a group named twice gets the same value twice
         return mass.sum(1), mass
@@ -213,14 +212,15 @@ class StatisticsHead:
 
 def _layout(vocabulary: int, on_cpu: bool, chunk_rows: int | None, block: int | None) -> tuple[int, int]:
     """Rows of a chunk and columns of a block. On a CPU a block of a chunk fits its cache; a GPU takes whole rows."""
-    padded = -(-vocabulary // GROUP) * GROUP
+    group = group_size(vocabulary)
+    padded = -(-vocabulary // group) * group
     if chunk_rows is None:
         budget = CPU_CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES
-        chunk_rows = max(16, min(MOST_ROWS, budget // (4 * padded)))
+        chunk_rows = max(16, min(MOST_ROWS, budget // (4 * padded) // 64 * 64))
     if block is None:
-        block = max(512, CPU_BLOCK_BYTES // (4 * chunk_rows) // GROUP * GROUP) if on_cpu else padded
+        block = max(512, CPU_BLOCK_BYTES // (4 * chunk_rows)) if on_cpu else padded
     assert chunk_rows > 0
-    return chunk_rows, min(-(-block // GROUP) * GROUP, padded)
+    return chunk_rows, min(-(-block // group) * group, padded)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

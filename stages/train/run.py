@@ -51,9 +51,19 @@ def run(job: TrainJob) -> None:
     if job.output.is_complete():
         return
     accelerator = _accelerator(job.settings)
-    with _sole_trainer(job, accelerator) as needed:
+    with _threads(job.settings.cpu_threads), _sole_trainer(job, accelerator) as needed:
         if needed:
             _train(job, accelerator)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

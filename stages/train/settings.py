@@ -46,6 +46,12 @@ class TrainSettings(Settings):
         gt=0,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to train.", keyed=False)
+    cpu_threads: int | None = setting(
+        None,
+        "Threads of the training process on a CPU (None: torch's choice). Tiny models are fastest with 1.",
+        keyed=False,
+        ge=1,
+    )
     processes: int = setting(1, "Processes (one GPU each) that train together on this machine.", keyed=False, ge=1)
     sharding: Literal["none", "fsdp"] = setting(
         "none",

@@ -68,8 +68,8 @@ def sparse_head_loss(
         wanted and head.weight.requires_grad,
         wanted and head.bias is not None and head.bias.requires_grad,
     )
+    pass_ = _Pass(hidden.detach(), head, context.temperature, needs, chunk_tokens)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        pass_ = _Pass(hidden.detach(), head, context.temperature, needs, chunk_tokens)
         for start, stop in pass_.chunks():
             pass_.chunk_loss(start, stop, batch.slice(start, stop), objective, context.slice(start, stop))
     loss = pass_.loss.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -89,8 +89,8 @@ def student_logprobs(
     _check_tokens(hidden, batch)
     logprobs = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
     entropies = torch.empty_like(logprobs)
+    pass_ = _Pass(hidden.detach(), _whole(head), context.temperature, _Wanted(False, False, False), chunk_tokens)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        pass_ = _Pass(hidden.detach(), _whole(head), context.temperature, _Wanted(False, False, False), chunk_tokens)
         for start, stop in pass_.chunks():
             teacher = batch.slice(start, stop)
             student = _student(_take(pass_.logits(start, stop), teacher), teacher)
@@ -205,8 +205,9 @@ class _Pass:
         self.products = HeadProducts.of(head, hidden)
         self.hidden, self.head, self.temperature, self.needs = hidden, head, temperature, needs
         dtype, device = self.products.dtype, hidden.device
-        rows = chunk_tokens or default_chunk_tokens(head.vocab_size, dtype.itemsize)
-        self.rows = max(1, min(rows, len(hidden)))
+        most = chunk_tokens or default_chunk_tokens(head.vocab_size, dtype.itemsize)
+        chunks = max(1, -(-len(hidden) // most))
+        self.rows = max(1, -(-len(hidden) // chunks))  # equal chunks: a short last one costs as many passes
         self.workspace = torch.empty(self.rows, head.vocab_size, dtype=dtype, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics: dict[str, Tensor] = {}

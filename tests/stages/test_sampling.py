@@ -47,7 +47,11 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def open_engine(folder: Path, **options: Any) -> SamplingEngine:
     return open_sampling_engine(
-        "transformers", ModelRef(str(folder)), max_model_len=64, log_dir=folder, options=EngineOptions(**options)
+        "transformers",
+        ModelRef(str(folder)),
+        max_model_len=64,
+        log_dir=folder,
+        options=EngineOptions(**({"cpu_threads": 1} | options)),
     )
 
 

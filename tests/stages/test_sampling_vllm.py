@@ -43,7 +43,7 @@ def requests(samples: int = 6, seed: int = 0) -> list[SamplingRequest]:
 
 
 def open_engine(folder: Path, **options: Any) -> SamplingEngine:
-    chosen = EngineOptions(cpu_kv_cache_gib=0.25, **options)
+    chosen = EngineOptions(cpu_kv_cache_gib=0.25, cpu_threads=1, **options)
     return open_sampling_engine("vllm", ModelRef(str(folder)), max_model_len=64, log_dir=folder, options=chosen)
 
 
@@ -133,7 +133,7 @@ def test_closing_leaves_no_trace_and_a_second_engine_serves_its_own_weights(
     torch.manual_seed(0)
     random.seed(0)
     before = _process_state()
-    fresh = open_engine(tmp_path, cpu_threads=1)
+    fresh = open_engine(tmp_path)
     held = resident_mib()
     samples = fresh.sample(requests(1), SamplingParameters(temperature=0.0, max_new_tokens=12))
     fresh.close()

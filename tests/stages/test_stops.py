@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eopd.stages.train.objectives.base import LOG_ZERO, SupportPlan
-from eopd.stages.train.objectives.teacher_batch import TAIL_RESOLUTION, TeacherBatch
+from eopd.stages.train.objectives.layout import TAIL_RESOLUTION
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling, class_entropy, swap_stops
 from eopd.storage.teacher_record import HeadRule
 from tests.stages.dense_oracle import rows_of

@@ -118,7 +118,8 @@ MATH_RIGHT = [
     (r"So the answer is \boxed{\frac{1}{2}}.", "0.5"),
     (r"Thus $\boxed{(3, \pi/2)}$", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"\boxed{x^2+2x+1}", "(x+1)^2"),
-    ("The final answer is 27", "27"),
+    ("The final answer is 27", "27\n"),
+    (r"So $\boxed{(-\infty,0) \cup \{1\}}$", r"$(-\infty, 0) \cup\{1\}$."),
     (r"It takes \$5 each, so \boxed{1,234}", "1234"),
 ]
 MATH_WRONG = [

@@ -42,7 +42,9 @@ def grade(response: str, answer: str) -> dict[str, Any]:
     """Verdict of one response. Takes any time and any memory: never call it in a process that matters."""
     from math_verify import parse, verify
 
-    gold = parse(f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None)
+    answer = answer.strip()
+    marked = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    gold = parse(marked, parsing_timeout=None) or parse(answer, parsing_timeout=None)
     if not gold:
         return {"correct": False, "reason": "the reference answer cannot be read"}
     found = parse(response[-MAX_CHARACTERS:], parsing_timeout=None)

@@ -16,16 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SupportPlan
-from eopd.stages.train.stops import StopHandling, class_entropy, swap_stops
-from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
+from eopd.stages.train.objectives.base import SupportPlan
+from eopd.stages.train.objectives.layout import Layout
+from eopd.stages.train.stops import StopHandling, swap_stops
+from eopd.storage.teacher_record import HeadRule, TeacherRows
 
-Array = NDArray[np.float64]
 Index = NDArray[np.int64]
-Bools = NDArray[np.bool_]
-
-TAIL_RESOLUTION = 1.0 / 256.0
-"""A difference of a tail's mass smaller than this fraction of it is the cache's rounding, not a mass."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,14 @@ class TeacherBatch:
             merged = stops.merged
             if stops.mode == "remap":
                 rows = swap_stops(rows, stops)
-        layout = _Layout(rows, rule, plan, vocab_size, merged, stops)
-        return layout.batch(torch.device(device))
+        stop_logprobs = stops.stop_logprobs(rows) if merged else np.zeros((rows.tokens, 0))
+        arrays = Layout(rows, rule, plan, vocab_size, merged, stop_logprobs).arrays()
+        offsets, width = arrays.pop("support_offsets"), arrays.pop("width")
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+            for name, array in arrays.items()
+        }
+        return cls(support_offsets=offsets, width=int(width), **tensors)
 
 
 def teacherless_rows(token_ids: NDArray[np.int32], response_offsets: Index) -> TeacherRows:
@@ -128,196 +130,3 @@ def teacherless_rows(token_ids: NDArray[np.int32], response_offsets: Index) -> T
         extra_ids=none32,
         extra_logprobs=nothing,
     )
-
-
-@dataclass
-class _Entries:
-    """Ragged (token, id, value) triples."""
-
-    token: Index
-    ids: Index
-    value: Array
-
-    def where(self, keep: Bools) -> _Entries:
-        return _Entries(self.token[keep], self.ids[keep], self.value[keep])
-
-
-def _entries(offsets: Index, ids: NDArray[np.int32], value: NDArray[np.float32] | float) -> _Entries:
-    token = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    values = np.broadcast_to(np.asarray(value, dtype=np.float64), ids.shape)
-    return _Entries(token, ids.astype(np.int64), values)
-
-
-class _Layout:
-    """One use: turns rows into outcomes. Sums of probabilities are in float64."""
-
-    def __init__(
-        self,
-        rows: TeacherRows,
-        rule: HeadRule,
-        plan: SupportPlan,
-        vocab: int,
-        merged: tuple[int, ...],
-        stops: StopHandling,
-    ) -> None:
-        self.rows, self.rule, self.plan, self.vocab, self.merged = rows, rule, plan, vocab, merged
-        self.stop_logprobs = stops.stop_logprobs(rows) if merged else np.zeros((rows.tokens, 0))
-        self.tail_mass = np.exp(rows.tail_logmass.astype(np.float64))
-        self.stop_logprob = np.full(rows.tokens, LOG_ZERO)  # of the merged outcome, where it is in the head
-        self.head = self._head()
-
-    def _is_stop(self, ids: Index) -> Bools:
-        return np.isin(ids, np.asarray(self.merged, dtype=np.int64))
-
-    def _to_tail(self, entries: _Entries) -> None:
-        np.add.at(self.tail_mass, entries.token, np.exp(entries.value))
-
-    def _head(self) -> _Entries:
-        """Head without stops and strangers, at most ``head_k`` outcomes a token; the merged stop goes to
-        ``stop_logprob`` where it belongs to the head: a member is there, or its sum exceeds the smallest entry."""
-        rows, k = self.rows, self.plan.head_k
-        head = _entries(rows.head_offsets, rows.head_ids, rows.head_logprobs)
-        smallest = np.full(rows.tokens, np.inf)
-        np.minimum.at(smallest, head.token, head.value)
-        is_stop = self._is_stop(head.ids)
-        members, head = head.where(is_stop), head.where(~is_stop)
-        strangers = head.ids >= self.vocab
-        self._to_tail(head.where(strangers))
-        head = head.where(~strangers)
-
-        inside, outside = self._stop_masses(members)
-        with np.errstate(divide="ignore"):
-            total = np.log(inside + outside)
-        joins = (inside > 0) | (total > smallest) if self.merged else np.zeros(rows.tokens, dtype=bool)
-        # Rank of each entry among its token's outcomes, the merged stop included.
-        first = np.searchsorted(head.token, np.arange(rows.tokens))
-        rank = np.arange(len(head.token)) - first[head.token] + (joins[head.token] & (total[head.token] >= head.value))
-        stop_rank = np.bincount(head.token, weights=head.value > total[head.token], minlength=rows.tokens)
-        if k is not None:
-            self._to_tail(head.where(rank >= k))
-            head = head.where(rank < k)
-            joins &= stop_rank < k
-        self.tail_mass = np.where(
-            joins,
-            np.maximum(self.tail_mass - outside, TAIL_RESOLUTION * self.tail_mass * (outside > 0)),
-            self.tail_mass + inside,
-        )
-        self.stop_logprob = np.where(joins, total, LOG_ZERO)
-        return head
-
-    def _stop_masses(self, members: _Entries) -> tuple[Array, Array]:
-        """Mass [T] of merged stops inside the stored head, and of those in its tail."""
-        inside = np.zeros(self.rows.tokens)
-        np.add.at(inside, members.token, np.exp(members.value))
-        column = np.searchsorted(np.asarray(self.merged, dtype=np.int64), members.ids)
-        beyond = np.exp(self.stop_logprobs)
-        beyond[members.token, column] = 0.0
-        return inside, beyond.sum(axis=1)
-
-    def _draws(self) -> _Entries:
-        """Draws with their weights; what is in the head or out of the student's vocabulary is dropped."""
-        if self.plan.draws == "none":
-            return _entries(np.zeros(self.rows.tokens + 1, np.int64), np.zeros(0, np.int32), 0.0)
-        if self.rule.draws != self.plan.draws:
-            raise ValueError(f"the objective reads draws {self.plan.draws!r}, the cache holds {self.rule.draws!r}")
-        weight = self.rule.min_prob if self.rule.draws == "beyond_head" else 1.0 / self.rule.n_draws
-        return _entries(self.rows.draw_offsets, self.rows.draw_ids, weight)
-
-    def batch(self, device: torch.device) -> TeacherBatch:
-        rows, tokens, merged = self.rows, self.rows.tokens, bool(self.merged)
-        head, draws = self.head, self._draws()
-        extra = _entries(rows.extra_offsets, rows.extra_ids, rows.extra_logprobs)
-        extra = extra.where((extra.ids < self.vocab) & (self.plan.extra > 0))
-        sampled = _entries(np.arange(tokens + 1), rows.token_ids, rows.sampled_logprob)
-        stop_draws = np.bincount(draws.token, weights=draws.value * self._is_stop(draws.ids), minlength=tokens)
-        sampled_stop, extra_stop = self._is_stop(sampled.ids), extra.token[self._is_stop(extra.ids)]
-        draws = draws.where(~self._is_stop(draws.ids) & (draws.ids < self.vocab))
-        extra = extra.where(~self._is_stop(extra.ids))
-
-        place = _Placement(tokens, self.vocab, [head, draws, extra, sampled.where(~sampled_stop)])
-        width = place.width + merged
-
-        def mark(entries: _Entries) -> Bools:
-            out: Bools = np.zeros((tokens, width), dtype=bool)
-            out[entries.token, place.column(entries) + merged] = True
-            return out
-
-        logprob = np.full((tokens, width), LOG_ZERO)
-        logprob[extra.token, place.column(extra) + merged] = extra.value
-        logprob[head.token, place.column(head) + merged] = head.value
-        in_head, in_extra = mark(head), mark(extra)
-        target = np.zeros((tokens, width))
-        np.add.at(target, (draws.token, place.column(draws) + merged), draws.value)
-        if merged:
-            total = np.logaddexp.reduce(self.stop_logprobs, axis=1)
-            in_head[:, 0] = self.stop_logprob > LOG_ZERO
-            in_extra[extra_stop, 0] = True
-            logprob[:, 0] = np.where(in_head[:, 0], self.stop_logprob, np.where(in_extra[:, 0], total, LOG_ZERO))
-            full = self.plan.draws == "full"
-            target[:, 0] = stop_draws if full else np.where(in_head[:, 0], 0.0, stop_draws)
-        logprob, tail, known_tail = self._normalise(logprob, in_head, in_extra)
-        if self.plan.draws == "beyond_head":
-            target += np.where(in_head, np.exp(logprob), 0.0)
-
-        entropy, sampled_logprob = rows.entropy.astype(np.float64), rows.sampled_logprob.astype(np.float64)
-        if merged:
-            entropy = class_entropy(entropy, self.stop_logprobs)
-            sampled_logprob = np.where(sampled_stop, np.logaddexp.reduce(self.stop_logprobs, axis=1), sampled_logprob)
-        sampled_column = np.zeros(tokens, np.int64)
-        sampled_column[~sampled_stop] = place.column(sampled.where(~sampled_stop)) + merged
-
-        def put(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-
-        return TeacherBatch(
-            support_ids=put(place.ids),
-            support_slots=put(place.slots),
-            support_offsets=place.offsets,
-            stop_columns=put(np.asarray([i for i in self.merged if i < self.vocab], dtype=np.int64)),
-            width=place.width,
-            logprob=put(logprob),
-            in_head=put(in_head),
-            in_extra=put(in_extra),
-            target=put(target),
-            tail=put(tail),
-            known_tail=put(known_tail),
-            entropy=put(entropy),
-            sampled=put(sampled_logprob),
-            sampled_column=put(sampled_column),
-        )
-
-    def _normalise(self, logprob: Array, in_head: Bools, in_extra: Bools) -> tuple[Array, Array, Array]:
-        """Head and tail made to sum to 1, so that no rounding makes a divergence negative; then the same for
-        head and extra: (logprob, tail, known tail)."""
-        mass = np.where(in_head, np.exp(logprob), 0.0).sum(axis=1)
-        floor = np.exp(LOGPROB_FLOOR)
-        tail = np.maximum(self.tail_mass, floor)
-        shift = np.log(mass + tail)
-        logprob = np.where(in_head | in_extra, logprob - shift[:, None], LOG_ZERO)
-        log_tail = np.log(tail) - shift
-        beyond = np.where(in_extra & ~in_head, np.exp(logprob), 0.0).sum(axis=1)
-        if not beyond.any():
-            return logprob, log_tail, log_tail
-        tail = np.exp(log_tail)
-        left = np.maximum(tail - beyond, TAIL_RESOLUTION * tail * (beyond > 0))
-        # The extra entries give way where they and the smallest tail would exceed the tail's mass.
-        scale = np.log(np.maximum(tail - left, floor)) - np.log(np.maximum(beyond, floor))
-        logprob = np.where(in_extra & ~in_head, logprob + scale[:, None], logprob)
-        return logprob, log_tail, np.log(np.maximum(left, floor))
-
-
-class _Placement:
-    """Unique (token, id) pairs of several lists of entries, each with a column within its token."""
-
-    def __init__(self, tokens: int, vocab: int, lists: list[_Entries]) -> None:
-        self._vocab = vocab
-        self._keys = np.unique(np.concatenate([e.token * vocab + e.ids for e in lists]))
-        token, self.ids = np.divmod(self._keys, vocab)
-        self.offsets: Index = np.searchsorted(token, np.arange(tokens + 1))
-        self._column = np.arange(len(token)) - self.offsets[token]
-        self.width = int(np.diff(self.offsets).max(initial=0))
-        self.slots: Index = token * self.width + self._column
-
-    def column(self, entries: _Entries) -> Index:
-        found: Index = self._column[np.searchsorted(self._keys, entries.token * self._vocab + entries.ids)]
-        return found

@@ -1,0 +1,42 @@
+"""From settings to the plan of a run in its store: facts gathered, coverages found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eopd.pipeline.config import RunSettings
+from eopd.pipeline.inspect import gather_facts
+from eopd.pipeline.plan import Facts, Plan, make_plan
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.coverage import Coverage, cheapest, needs_of
+from eopd.storage.errors import StoreError
+from eopd.storage.listing import coverages
+
+
+def plan_run(settings: RunSettings) -> tuple[Facts, Plan]:
+    """Facts and plan. Scores that a wider coverage in the store answers are planned as that coverage."""
+    facts = gather_facts(settings)
+    store = Path(settings.store)
+    return facts, make_plan(settings, facts, lambda identity: serving_coverage(store, identity))
+
+
+def serving_coverage(store: Path, identity: Identity) -> Identity:
+    """``identity``, or the cheapest complete sibling that holds all that it would hold.
+
+    What has been begun as asked is finished as asked: a run never changes its mind half-way.
+    """
+    if identity.coverage is None or Artifact(store, identity).committed():
+        return identity
+    able: dict[str, Coverage] = {}
+    found: dict[str, Identity] = {}
+    for artifact in coverages(store, identity.base_key):
+        mapping = artifact.identity.coverage
+        if mapping is None or not artifact.is_complete() or mapping.get("extra") != identity.coverage.get("extra"):
+            continue
+        try:
+            able[artifact.key] = Coverage.from_mapping(mapping)
+        except (StoreError, KeyError, TypeError, ValueError):
+            continue  # a coverage of another kind of record, such as an imported capture
+        found[artifact.key] = artifact.identity
+    best = cheapest(able, needs_of(Coverage.from_mapping(identity.coverage).head))
+    return identity if best is None else found[best]

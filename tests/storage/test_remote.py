@@ -1,0 +1,187 @@
+"""Caches in object storage, against a local server that speaks S3."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from eopd.storage import paths
+from eopd.storage.artifacts import open_artifact
+from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.needs import HeadNeed
+from eopd.storage.remote import RemoteArtifact, open_bucket
+from eopd.storage.stacked import StackedStores
+from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import HeadRule
+from eopd.storage.transfer import copy
+from eopd.storage.verification import verify
+
+from .making import scores
+from .test_teacher_cache import assert_identical
+
+pytest.importorskip("obstore", reason="obstore is not installed")
+moto = pytest.importorskip("moto.server", reason="moto[server], a local S3 server, is not installed")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
+    import boto3
+
+    name = f"b{abs(hash(request.node.name))}"
+    client = boto3.client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    client.create_bucket(Bucket=name)
+    return opened(endpoint, f"s3://{name}/team")
+
+
+def opened(endpoint: str, url: str, **options: Any) -> Any:
+    settings = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "aws_region": "us-east-1"}
+    return open_bucket(
+        url,
+        config={**settings, "aws_endpoint": endpoint},
+        client_options={"allow_http": True, "timeout": "5s"},
+        retry_config={"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=2)},
+        **options,
+    )
+
+
+def test_a_cache_copied_to_a_bucket_is_read_there(tmp_path: Path, bucket: Any) -> None:
+    artifact, _ = scores(tmp_path / "here", parts=3, lengths=[5, 400, 0, 60])
+    remote = RemoteArtifact(bucket, "scores", artifact.key)
+    with pytest.raises(StoreError, match="there is no scores artifact"):
+        _ = remote.identity
+    assert copy(artifact, bucket, parts=[1]) == [1]
+    with pytest.raises(MissingPart, match="part 0 is not committed"):
+        TeacherCache(RemoteArtifact(bucket, "scores", artifact.key)).read([(0, 0)])
+    assert copy(artifact, bucket) == [0, 2]
+    assert copy(artifact, bucket) == []
+    remote = RemoteArtifact(bucket, "scores", artifact.key)
+    assert remote.is_complete()
+    cache, local = TeacherCache(remote), TeacherCache(artifact)
+    wanted = [(2, 1), (0, 0), (1, 3), (2, 1)]
+    assert_identical(cache.read(wanted), local.read(wanted))
+    assert cache.coverage == local.coverage
+
+    assert copy(remote, tmp_path / "back") == [0, 1, 2]
+    back = open_artifact(tmp_path / "back", "scores", artifact.key)
+    assert verify(tmp_path / "back") == []
+    assert_identical(TeacherCache(back).read_part(1), local.read_part(1))
+
+
+def test_a_team_bucket_behind_a_private_store(tmp_path: Path, bucket: Any) -> None:
+    artifact, _ = scores(tmp_path / "here", head=HeadRule(k_max=8))
+    copy(artifact, bucket)
+    stack = StackedStores([tmp_path / "private", bucket])
+    found = stack.find_scores(artifact.identity.base_key, [HeadNeed(4, 0.8)])
+    assert isinstance(found, RemoteArtifact)
+    assert isinstance(stack.find(artifact.identity), RemoteArtifact)
+    assert TeacherCache(found).read([(0, 1)]).responses == 1
+
+
+def test_what_can_be_wrong_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
+    import obstore
+
+    artifact, _ = scores(tmp_path)
+    copy(artifact, bucket)
+    remote = RemoteArtifact(bucket, "scores", artifact.key)
+    shard = f"{remote.folder}/{paths.data_name(0, remote.marker(0).nonce)}/entries/c/0/0"
+    whole = bytes(obstore.get(bucket, shard).bytes())
+    obstore.put(bucket, shard, whole[:40])
+    with pytest.raises((DamagedPart, StoreUnreadable)):
+        TeacherCache(remote).read_part(0)
+    obstore.put(bucket, shard, bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(DamagedPart):
+        TeacherCache(remote).read_part(0)
+    with pytest.raises(DamagedPart, match="changed"):
+        copy(remote, tmp_path / "back")
+    obstore.delete(bucket, shard)
+    with pytest.raises(DamagedPart, match="gone"):
+        TeacherCache(remote).read_part(0)
+    obstore.put(bucket, shard, whole)
+    marker = f"{remote.folder}/{paths.marker_name(0)}"
+    obstore.put(bucket, marker, bytes(obstore.get(bucket, marker).bytes()).replace(b"entries", b"../tri/"))
+    with pytest.raises(DamagedPart, match="outside its part folder"):
+        TeacherCache(remote).read_part(0)
+    assert TeacherCache(remote).read_part(1).responses == 4
+
+
+def test_the_first_commit_in_a_bucket_wins(tmp_path: Path, bucket: Any) -> None:
+    artifact, _ = scores(tmp_path)
+    copy(artifact, bucket)
+    remote = RemoteArtifact(bucket, "scores", artifact.key)
+    nonce = remote.marker(0).nonce
+    assert remote.is_complete()
+    from eopd.storage.remote import put_if_absent
+
+    assert not put_if_absent(bucket, f"{remote.folder}/{paths.marker_name(0)}", b"{}")
+    assert remote.marker(0).nonce == nonce
+
+
+def test_a_bucket_that_is_not_there(tmp_path: Path, endpoint: str) -> None:
+    artifact, _ = scores(tmp_path)
+    with pytest.raises(StoreUnwritable, match="there is no"):
+        copy(artifact, opened(endpoint, "s3://nobody-made-this/x"))
+    with pytest.raises(StoreUnreadable):
+        RemoteArtifact(opened("http://127.0.0.1:9", "s3://b/x"), "scores", artifact.key).marker(0)
+    with pytest.raises(StoreError, match="cannot open"):
+        open_bucket("gopher://x")
+
+
+class ReadOnly(BaseHTTPRequestHandler):
+    """What S3 answers where the policy has neither s3:PutObject nor, below /secret, s3:GetObject."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+
+    def do_GET(self) -> None:
+        self.answer(403 if "secret" in self.path else 404, b"<Error><Code>AccessDenied</Code></Error>")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_read_only_bucket(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ReadOnly)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    artifact, _ = scores(tmp_path)
+    with pytest.raises(StoreUnwritable, match=r"refuses access to scores/.*Check the credentials"):
+        copy(artifact, opened(endpoint, "s3://team/x"))
+    with pytest.raises(StoreUnwritable, match="refuses access"):
+        RemoteArtifact(opened(endpoint, "s3://team/secret"), "scores", artifact.key).marker(0)
+    server.shutdown()
+    server.server_close()
+    assert artifact.is_complete()
+
+
+def test_a_folder_through_obstore(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path / "here")
+    (tmp_path / "there").mkdir()
+    there = open_bucket(f"file://{tmp_path / 'there'}")
+    assert copy(artifact, there) == [0, 1]
+    assert verify(tmp_path / "there") == []
+    found = TeacherCache(RemoteArtifact(there, "scores", artifact.key))
+    assert_identical(found.read_part(1), TeacherCache(artifact).read_part(1))

@@ -20,8 +20,9 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from eopd.storage.verification import verify
 PART_TOKENS = 200_000
 BATCH = 256
 MEMORY = 256 << 20
+STEPS = ("bytes", "write", "read", "open", "scale", "flips", "gradient")
 PEERS = {"distillkit_recommended": 344, "distillkit_budget": 127, "sampled_kd_50": 36}  # bytes a token, published
 
 
@@ -190,6 +192,38 @@ def measure_open(root: Path, parts: int = 20_000) -> dict[str, Any]:
     return {f"open_{parts}_parts_s": round(statistics.median(times), 4), "open_memory_mb": round(grown, 1)}
 
 
+def measure_scale(root: Path, sizes: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)) -> dict[str, Any]:
+    """What grows with a cache, and by how much: for docs/cache-format.md."""
+    rows = []
+    for tokens in sizes:
+        artifact = build(root / f"scale{tokens}", tokens)
+        files = [path for path in artifact.folder.rglob("*") if path.is_file()]
+        start = time.perf_counter()
+        cache = TeacherCache(artifact, memory=16 << 20)
+        assert artifact.is_complete()
+        cache.read([(0, 0)])
+        opened = time.perf_counter() - start
+        fresh = TeacherCache(artifact)
+        tracemalloc.start()
+        for part in range(artifact.parts):
+            fresh.token_counts(part)
+        each = tracemalloc.get_traced_memory()[0] / artifact.parts
+        tracemalloc.stop()
+        rows.append(
+            {
+                "tokens": tokens,
+                "parts": artifact.parts,
+                "files": len(files),
+                "gigabytes": round(sum(path.stat().st_size for path in files) / 1e9, 4),
+                "open_s": round(opened, 4),
+                "kilobytes_an_open_part": round(each / 1e3, 1),
+            }
+        )
+        say(str(rows[-1]))
+        shutil.rmtree(artifact.folder)
+    return {"scale": rows}
+
+
 # -- damage ----------------------------------------------------------------------------------------------------
 
 
@@ -208,10 +242,8 @@ def measure_flips(root: Path, trials: int = 1_000) -> dict[str, Any]:
         whole = path.read_bytes()
         _damage(path, whole, rng)
         found += bool(verify(root / "flips"))
-        try:
+        with suppress(StoreError):
             lies += not _same(TeacherCache(artifact).read_part(0), right)
-        except StoreError:
-            pass
         path.write_bytes(whole)
     assert not verify(root / "flips")
     say(f"flips: {found} of {trials} found, {lies} reads wrong")
@@ -238,14 +270,14 @@ def _same(found: TeacherRows, right: TeacherRows) -> bool:
 
 
 def measure_gradient(tokens: int) -> dict[str, Any]:
-    found = gradient.angles(tokens)
-    unique = found.pop("sampled50_unique_ids")
-    say(f"angles: {found}")
+    found = gradient.compare(tokens)
+    say(f"angles: {found.degrees}")
     return {
-        "gradient_angle_degrees": {name: round(value, 3) for name, value in found.items()},
-        "gradient_cache_over_sampled50": round(found["cache"] / found["sampled50"], 4),
+        "gradient_angle_degrees": {name: round(value, 3) for name, value in found.degrees.items()},
+        "gradient_relative_error": {name: round(value, 4) for name, value in found.relative_error.items()},
+        "gradient_cache_over_sampled50": round(found.degrees["cache"] / found.degrees["sampled50"], 4),
         "gradient_tokens": tokens,
-        "sampled50_bytes": round(3 * unique, 1),  # an id and a count each, 3 bytes
+        "sampled50_bytes": round(3 * found.sampled50_unique_ids, 1),  # an id and a count each, 3 bytes
     }
 
 
@@ -255,6 +287,7 @@ def measure(names: list[str], tokens: int, batches: int, gradient_tokens: int, r
         "write": lambda: measure_write(root),
         "read": lambda: measure_read(root, tokens, batches),
         "open": lambda: measure_open(root),
+        "scale": lambda: measure_scale(root),
         "flips": lambda: measure_flips(root),
         "gradient": lambda: measure_gradient(gradient_tokens),
     }
@@ -266,9 +299,7 @@ def measure(names: list[str], tokens: int, batches: int, gradient_tokens: int, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="*", default=[], choices=["bytes", "write", "read", "open", "flips", "gradient"]
-    )
+    parser.add_argument("--only", nargs="*", default=[], choices=STEPS)
     parser.add_argument("--tokens", type=int, default=10_000_000, help="size of the cache that is read from")
     parser.add_argument("--batches", type=int, default=12, help="batches of 256 responses a run")
     parser.add_argument("--gradient-tokens", type=int, default=16_384)

@@ -68,3 +68,10 @@ def alternate(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
             if number:
                 seconds[name].append(time.perf_counter() - began)
     return {name: median(values) for name, values in seconds.items()}
+
+
+def describe(*packages: str) -> dict[str, Any]:
+    """``machine()`` with the versions of ``packages`` beside the usual ones, for documents that are flat."""
+    found = machine()
+    found["versions"] |= {name: _version(name) for name in packages}
+    return found

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from benchmarks import student_head
-from benchmarks.machine import describe
+from benchmarks.machine import machine
 
 PARTS: dict[str, Callable[[student_head.Size], dict[str, Any]]] = {
     "oracle": lambda size: student_head.oracle(),
@@ -35,8 +33,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=student_head.Size.repeats)
     given = parser.parse_args()
     size = student_head.Size(given.tokens, given.vocab, given.dim, given.repeats)
-    document: dict[str, Any] = {"settings": asdict(size) | {"threads": torch.get_num_threads()}}
-    document |= describe("torch", "numpy")
+    document: dict[str, Any] = {"benchmark": "training", "settings": asdict(size), "machine": machine()}
     for part in given.parts.split(","):
         if part not in PARTS:
             parser.error(f"--parts {part!r} is unknown; known: {', '.join(PARTS)}")

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 def setting(default: Any, description: str, *, keyed: bool = True, **constraints: Any) -> Any:
     """A documented field. ``default=...`` makes it required; ``keyed=False`` keeps it out of artifact keys."""
+    extra: Any = {"keyed": keyed}
     if isinstance(default, (dict, list)) or (isinstance(default, type) and issubclass(default, BaseModel)):
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
-        return Field(default_factory=factory, description=description, json_schema_extra={"keyed": keyed}, **constraints)
-    return Field(default=default, description=description, json_schema_extra={"keyed": keyed}, **constraints)
+        return Field(default_factory=factory, description=description, json_schema_extra=extra, **constraints)
+    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
 
 
 class Settings(BaseModel):

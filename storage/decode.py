@@ -118,8 +118,9 @@ class _Sections:
 
     def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
         """The numbers of each section, responses one after the other."""
-        starts = offsets_of(self._lengths.reshape(-1))[:-1].reshape(self._lengths.shape)
-        return [values[take_ranges(starts[:, i], self._lengths[:, i])] for i in range(starts.shape[1])]
+        sections = self._lengths.shape[1]
+        starts = offsets_of(self._lengths.reshape(-1))[:-1].reshape(-1, sections)
+        return [values[take_ranges(starts[:, i], self._lengths[:, i])] for i in range(sections)]
 
 
 def _heads(top: Integers, deltas: Integers, offsets: Int64, tail_codes: Integers) -> tuple[Float32, Float32]:

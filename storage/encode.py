@@ -164,15 +164,11 @@ def _raw_bits(pieces: list[_Piece], numbers: Int64) -> Int64:
 
 def _packed(pieces: list[_Piece], numbers: Int64, entries: Int64) -> Planes:
     bits = RawBits(entries)
-    places = [bits.place(counts, some) for (_, counts, _), some in zip(pieces, numbers, strict=True)]
-    # packing wants ascending places: response by response, in each stream by stream
-    ends = offsets_of(numbers.sum(axis=1))[:-1, None]
-    starts = np.cumsum(numbers, axis=1) - numbers + ends
-    order = take_ranges(starts.T.reshape(-1), numbers.T.reshape(-1))
-    at = np.concatenate(places)[order]
-    counts = np.concatenate([counts for _, counts, _ in pieces])[order]
-    raw = np.concatenate([raw for *_, raw in pieces])[order]
-    return symbols.pack(raw, at, counts, int(RAW_PLANES * entries.sum()))
+    total = int(RAW_PLANES * entries.sum())
+    words = symbols.empty_words(total)
+    for (_, counts, raw), per_response in zip(pieces, numbers, strict=True):
+        symbols.pack(words, raw, bits.place(counts, per_response), counts)
+    return symbols.packed_bytes(words, total)
 
 
 def check(rows: TeacherRows) -> None:

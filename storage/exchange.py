@@ -96,7 +96,10 @@ def import_topk(
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema)}")
     table = pq.read_table(path, columns=[ids, top_ids, top_logprobs]).combine_chunks()
     cut = 1 if shifted else 0
-    tokens, found, logprobs, lengths = [], [], [], []
+    tokens: list[int] = []
+    found: list[Any] = []
+    logprobs: list[Any] = []
+    lengths: list[int] = []
     for sequence, some_ids, some in zip(*(table.column(name) for name in (ids, top_ids, top_logprobs)), strict=True):
         predicted = sequence.as_py()[cut:]
         kept_ids, kept = some_ids.as_py()[: len(predicted)], some.as_py()[: len(predicted)]

@@ -76,17 +76,25 @@ def join(symbols: Symbols, extra: int, bits: NDArray[np.uint8], at: Int64) -> ND
 _MASKS = ((1 << np.arange(MAX_RAW + 1, dtype=np.int64)) - 1).astype(np.uint32)
 
 
-def pack(raw: NDArray[np.uint32], at: Int64, counts: NDArray[np.uint8], total: int) -> NDArray[np.uint8]:
-    """Write raw bits at their places (bits, ascending, not overlapping) into ``total`` bytes, lowest bit first."""
-    kept = counts > 0
+def empty_words(total: int) -> NDArray[np.uint64]:
+    """Room for ``total`` bytes of raw bits, to be filled by ``pack``."""
+    return np.zeros(total // 8 + 2, np.uint64)
+
+
+def pack(words: NDArray[np.uint64], raw: NDArray[np.uint32], at: Int64, counts: NDArray[np.uint8]) -> None:
+    """Add raw bits [N] at their places (bits, ascending, not overlapping) to ``words``, lowest bit first."""
+    kept = np.flatnonzero(counts)
+    if not len(kept):
+        return
     raw, at, counts = raw[kept].astype(np.uint64), at[kept], counts[kept]
-    words = np.zeros(total // 8 + 2, np.uint64)
-    if len(at):
-        word, shift = at >> 6, (at & 63).astype(np.uint64)
-        starts = np.flatnonzero(np.diff(word, prepend=-1))
-        words[word[starts]] = np.bitwise_or.reduceat(raw << shift, starts)
-        over = np.flatnonzero(shift + counts > 64)  # at most one a word
-        words[word[over] + 1] |= raw[over] >> (np.uint64(64) - shift[over])
+    word, shift = at >> 6, (at & 63).astype(np.uint64)
+    starts = np.flatnonzero(np.diff(word, prepend=-1))
+    words[word[starts]] |= np.bitwise_or.reduceat(raw << shift, starts)
+    over = np.flatnonzero(shift + counts > 64)  # at most one a word
+    words[word[over] + 1] |= raw[over] >> (np.uint64(64) - shift[over])
+
+
+def packed_bytes(words: NDArray[np.uint64], total: int) -> NDArray[np.uint8]:
     return words.astype("<u8").view(np.uint8)[:total]
 
 

@@ -1,6 +1,6 @@
 """Make everything of the Countdown example: problems, the teacher, the weak student.
 
-    python -m examples.countdown.make                     # into this folder (about 15 minutes on one core)
+    python -m examples.countdown.make                     # into this folder (about 20 minutes on one core)
     python -m examples.countdown.make --out /tmp/mine --only problems --four-numbers 1.0 --evaluate 2000
     python -m examples.countdown.make --only measure      # print the table of the README
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +22,10 @@ from eopd.stages.score.check import check_first_batch, first_not_finite
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.part_writer import PartWriter, held_parts
 from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order
-from eopd.storage.claims import claimed_parts
 from eopd.storage.teacher_cache import PartHeader, write_part
 from eopd.storage.teacher_record import TeacherRows
 
@@ -107,6 +108,7 @@ class Scorer:
         return longest
 
     def score(self, parts: list[int], engine: HiddenEngine) -> None:
+        """Do the parts. While one is encoded and written, the next is read by the teacher."""
         job = self.job
         head = StatisticsHead(
             engine.head, job.settings.head.rule(), temperature=self.temperature, stop_ids=job.stop_ids
@@ -114,20 +116,26 @@ class Scorer:
         checked = not job.settings.first_batch_check
         began = time.monotonic()
         job.progress.start("score", self.total)
-        try:
-            for part in claimed_parts(job.output, parts):
-                responses = read_part(job, part, self.tokenizer, self.limit)
-                if not checked:
-                    job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
-                    checked = True
-                self._do_part(part, responses, engine, head, began)
-        finally:
-            job.progress.close()
+        with closing(PartWriter()) as writer:
+            try:
+                for part, claimed in held_parts(job.output, parts):
+                    with claimed:
+                        responses = read_part(job, part, self.tokenizer, self.limit)
+                        if not checked:
+                            job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
+                            checked = True
+                        rows = self._rows(part, responses, engine, head, began)
+                        if rows is not None:
+                            writer.write(partial(self._write, part, rows, responses, engine), claimed.pop_all())
+                writer.finish()
+            finally:
+                job.progress.close()
         self._tell(time.monotonic() - began)
 
-    def _do_part(
+    def _rows(
         self, part: int, responses: PartResponses, engine: HiddenEngine, head: StatisticsHead, began: float
-    ) -> None:
+    ) -> TeacherRows | None:
+        """The part's record; None where logits are not finite, which is noted."""
         pieces: list[TokenStatistics] = []
         order: list[int] = []
         lengths: list[int] = []
@@ -137,7 +145,7 @@ class Scorer:
             except NotFinite:
                 response, position = first_not_finite(engine, head, responses.sequences, batch.order)
                 self.failures.append(f"part {part}: {responses.names[response]}, response token {position}")
-                return
+                return None
             order += batch.order
             lengths += batch.lengths
             self.done += sum(batch.lengths)
@@ -145,8 +153,7 @@ class Scorer:
             self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
         stop_ids = np.asarray(self.job.stop_ids, np.int32)
         statistics = concatenate(pieces) if pieces else empty(len(stop_ids))
-        rows = in_response_order(statistics, order, lengths, stop_ids, len(responses.sequences))
-        self._write(part, rows, responses, engine)
+        return in_response_order(statistics, order, lengths, stop_ids, len(responses.sequences))
 
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:
         seed = self.job.settings.head.seed

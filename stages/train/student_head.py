@@ -19,17 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eopd.stages.models.lm_head import LMHead
+from eopd.stages.train.chunk_logits import Taken, group_rows, sparse_student, take
 from eopd.stages.train.head_products import HeadProducts, local_parameter
-from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, TokenLoss, outcomes
+from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.divergence import forward_kl, reverse_kl
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 WORKSPACE_BYTES = 256 * 2**20
 """Logits alive at once, unless ``chunk_tokens`` says otherwise."""
-
-GROUP_BYTES = 16 * 2**20
-"""Rows handled together between reading and writing the workspace on the CPU: few enough to stay in a cache, many
-enough that threads do not wait for each other more than they work."""
 
 
 def default_chunk_tokens(vocab_size: int, itemsize: int = 4) -> int:
@@ -93,7 +90,7 @@ def student_logprobs(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for start, stop in pass_.chunks():
             teacher = batch.slice(start, stop)
-            student = _student(_take(pass_.logits(start, stop), teacher), teacher)
+            student = sparse_student(take(pass_.logits(start, stop), teacher), teacher)
             logprobs[start:stop], entropies[start:stop] = student.sampled, student.entropy
     return logprobs, entropies
 
@@ -121,79 +118,6 @@ class _Wanted:
 
     def __iter__(self) -> Iterator[bool]:
         return iter((self.hidden, self.weight, self.bias))
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """The workspace after ``_take_rest``: exp(logit - largest); sums of it, float64 [C]."""
-
-    largest: Tensor
-    total: Tensor  # sum of exp(logit - largest)
-    moment: Tensor  # sum of exp(logit - largest) * (logit - largest)
-
-    @property
-    def log_mass(self) -> Tensor:
-        return self.largest + self.total.log()
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """What is left of a chunk's logits once the workspace holds exp(logit - largest)."""
-
-    places: Tensor  # [N] of the wanted ids in the workspace, flattened
-    z: Tensor  # [C, K'] logits at them, float64; LOG_ZERO where a column is unused
-    z_stops: Tensor  # [C, E] logits of merged stops
-    log_rest: Tensor  # [C] log-sum-exp of all others
-    rest: _Rest
-
-
-def _take(logits: Tensor, teacher: TeacherBatch) -> _Taken:
-    """Read the wanted ids out of ``logits`` [C, V], which become exp(logit - largest) with 0 in those places."""
-    places = teacher.row_of_support() * logits.shape[1] + teacher.support_ids
-    flat = logits.view(-1)
-    z = torch.full((len(logits), teacher.width), LOG_ZERO, dtype=torch.float64, device=logits.device)
-    z.view(-1)[teacher.support_slots] = flat[places].double()
-    z_stops = logits[:, teacher.stop_columns].double()
-    flat[places] = LOG_ZERO
-    logits[:, teacher.stop_columns] = LOG_ZERO
-    rest = _take_rest(logits)
-    return _Taken(places, z, z_stops, rest.log_mass, rest)
-
-
-def _student(taken: _Taken, teacher: TeacherBatch) -> SparseStudent:
-    logprob, log_rest = outcomes(taken.z, taken.z_stops, taken.log_rest)
-    sampled = logprob.gather(1, teacher.sampled_column[:, None])[:, 0]
-    return SparseStudent(logprob, log_rest, sampled, _entropy(logprob.detach(), log_rest.detach(), taken.rest))
-
-
-def _group_rows(logits: Tensor) -> int:
-    return max(1, GROUP_BYTES // (logits.shape[1] * logits.element_size()))
-
-
-def _take_rest(logits: Tensor) -> _Rest:
-    """``logits`` [C, V], wanted ids set to LOG_ZERO, become exp(logit - largest) in place."""
-    rows, vocab = logits.shape
-    group = rows if logits.is_cuda else _group_rows(logits)
-    largest = logits.new_empty(rows)
-    total, moment = torch.empty_like(largest), torch.empty_like(largest)
-    spare = logits.new_empty(min(group, rows), vocab)
-    for start in range(0, rows, group):
-        part = logits[start : start + group]
-        shifted = spare[: len(part)]
-        torch.amax(part, dim=1, out=largest[start : start + group])
-        torch.sub(part, largest[start : start + group, None], out=shifted)
-        torch.exp(shifted, out=part)
-        torch.sum(part, dim=1, out=total[start : start + group])
-        torch.mul(part, shifted, out=shifted)
-        torch.sum(shifted, dim=1, out=moment[start : start + group])
-    return _Rest(largest.double(), total.double(), moment.double())
-
-
-def _entropy(logprob: Tensor, log_rest: Tensor, rest: _Rest) -> Tensor:
-    """Entropy [C] from outcomes [C, K] and the rest's sums."""
-    inside = -(logprob.exp() * logprob).sum(dim=1)
-    mean_log = log_rest + rest.moment / rest.total - rest.total.log()  # mean of log q under q within the rest
-    return inside - log_rest.exp() * mean_log
 
 
 class _Pass:
@@ -234,12 +158,12 @@ class _Pass:
     ) -> None:
         """Adds the loss, metrics and gradients of tokens [start, stop)."""
         logits = self.logits(start, stop)
-        taken = _take(logits, teacher)
+        taken = take(logits, teacher)
         leaves = (taken.z, taken.z_stops, taken.log_rest)
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_(any(self.needs))
-            student = _student(taken, teacher)
+            student = sparse_student(taken, teacher)
             tokens = objective.token_loss(student, teacher, context)
             mask = context.mask.double()
             loss = (torch.where(mask > 0, tokens.loss, 0.0) * mask).sum() / context.normaliser
@@ -254,7 +178,7 @@ class _Pass:
             self._add_gradients(start, stop, logits)
 
     def _turn_into_gradient(
-        self, logits: Tensor, teacher: TeacherBatch, taken: _Taken, grads: tuple[Tensor, ...]
+        self, logits: Tensor, teacher: TeacherBatch, taken: Taken, grads: tuple[Tensor, ...]
     ) -> None:
         """The workspace, exp(logit - largest), becomes the gradient of the products before scale and soft-capping."""
         factor, cap = self.head.scale / self.temperature, self.head.softcap
@@ -266,7 +190,7 @@ class _Pass:
         if cap is None:
             logits.mul_(share * factor)
         else:
-            rows = _group_rows(logits)
+            rows = group_rows(logits)
             for start in range(0, len(logits), rows):
                 part, largest = logits[start : start + rows], taken.rest.largest[start : start + rows, None]
                 # The logit is read back from its exponential; where that underflowed the gradient is 0 anyway.
@@ -293,7 +217,7 @@ class _Pass:
         )
 
 
-def _figures(student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, taken: _Taken) -> dict[str, Tensor]:
+def _figures(student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, taken: Taken) -> dict[str, Tensor]:
     """Figures [C] that every objective reports, and its own."""
     figures = {
         "tokens": torch.ones_like(tokens.loss),

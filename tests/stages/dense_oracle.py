@@ -174,7 +174,7 @@ def dense(case: Case, mode: str, hidden: Tensor, weight: Tensor, bias: Tensor | 
         p = p[:, said]
     apart = [i for i in range(wide) if i not in merged]
     entropy_columns = [p[:, apart]] + ([p[:, merged].logsumexp(1, keepdim=True)] if merged else [])
-    entropy = -sum((x.exp() * x).sum(dim=1) for x in entropy_columns)
+    entropy = -torch.stack([(x.exp() * x).sum(dim=1) for x in entropy_columns]).sum(dim=0)
     kept = [i for i in apart if i < case.vocab]
     lost = p[:, [i for i in apart if i >= case.vocab]]
     column = [len(kept) + bool(merged)] * wide
@@ -294,6 +294,7 @@ def _reopold(d: Dense, case: Case, s: ObjectiveSettings) -> Tensor:
     context, weight = case.context, s.floor_lambda
     assert context.student_entropy_round is not None
     assert context.q_old is not None
+    assert context.entropy_threshold is not None
     floor = np.log(weight) / (1 - weight) if s.floor_form == "mixture" else np.log(weight / (1 - weight))
     advantage = torch.clamp(p - (context.q_old if s.advantage == "old" else q), min=float(floor))
     return (context.student_entropy_round > context.entropy_threshold) * policy(d, case, s, advantage)
@@ -379,7 +380,7 @@ def oracle(case: Case, s: ObjectiveSettings) -> tuple[Tensor, Tensor, Tensor, Te
     d = dense(case, "none" if s.name == "sft" else s.stops, hidden, weight, bias)
     losses = token_loss(d, case, s)
     loss = (losses * case.context.mask.double()).sum() / case.context.normaliser
-    loss.backward()
+    torch.autograd.backward(loss)
     assert hidden.grad is not None
     assert weight.grad is not None
     largest = float((hidden @ weight.T).detach().abs().max()) * abs(case.head.scale) / case.context.temperature

@@ -28,9 +28,7 @@ def test_linear_and_constant() -> None:
     assert learning_rate(OptimizerSettings(lr=2.0, schedule="constant"), 999, 10) == 2.0
 
 
-@given(
-    responses=st.integers(1, 200), batch=st.integers(1, 64), seed=st.integers(0, 2**31), round_=st.integers(0, 9)
-)
+@given(responses=st.integers(1, 200), batch=st.integers(1, 64), seed=st.integers(0, 2**31), round_=st.integers(0, 9))
 def test_an_epoch_takes_every_response_once(responses: int, batch: int, seed: int, round_: int) -> None:
     steps = steps_per_round(responses, batch, epochs=2)
     assert steps == 2 * math.ceil(responses / batch)

@@ -138,3 +138,12 @@ def test_teacher_ids_that_the_student_lacks_fall_to_the_tail() -> None:
     assert batch.support_ids.max() < 10
     head = np.exp(rows.head_logprobs[rows.head_ids < 10]).sum()
     assert batch.tail.exp().item() == pytest.approx(1 - head, abs=1e-6)
+
+
+def test_stops_that_the_student_lacks_altogether_are_no_outcome() -> None:
+    teacher = (torch.randn(3, 12, dtype=torch.float64)).log_softmax(dim=1)
+    stops = StopHandling("class", (), (10, 11))
+    rows = rows_of(teacher, torch.tensor([0, 1, 2]), RULE, stops.union, np.zeros((3, 0), int), 0)
+    batch = TeacherBatch.build(rows, RULE, stops, SupportPlan(), 10)
+    assert len(batch.stop_columns) == 0
+    assert batch.logprob.shape[1] == batch.width

@@ -31,9 +31,8 @@ def members(teacher: TeacherBatch, over: Over) -> Tensor:
 def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
     """a log(a/b) - a + b elementwise: each >= 0 in floating point too, their sum is KL(a || b) of distributions."""
     a, d = log_a.exp(), log_b - log_a
-    near = d.abs() < 1.0
-    close = a * (torch.expm1(d.clamp(-1.0, 1.0)) - d.clamp(-1.0, 1.0))
-    return torch.where(near, close, log_b.exp() - a - a * d)
+    near = d.clamp(-1.0, 1.0)
+    return torch.where(near == d, a * (torch.expm1(near) - near), log_b.exp() - a - a * d)
 
 
 def bucketed(student: SparseStudent, teacher: TeacherBatch, over: Over) -> tuple[Tensor, Tensor]:

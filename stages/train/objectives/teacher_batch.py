@@ -94,7 +94,7 @@ class TeacherBatch:
         merged: tuple[int, ...] = ()
         if plan.stops:
             stops.require(rows)
-            merged = stops.merged
+            merged = stops.merged if any(i < vocab_size for i in stops.merged) else ()
             if stops.mode == "remap":
                 rows = swap_stops(rows, stops)
         stop_logprobs = stops.stop_logprobs(rows) if merged else np.zeros((rows.tokens, 0))

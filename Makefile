@@ -12,7 +12,9 @@ quickstart: setup
 	@.venv/bin/eopd run quickstart
 
 test: setup
-	@$(PY) -m pytest --cov --cov-report=term:skip-covered --cov-report=xml -q
+	@rm -rf .coverage && mkdir .coverage
+	@OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 --dist loadscope
+	@$(PY) -m coverage combine -q && $(PY) -m coverage report --skip-covered --sort=cover
 
 check: setup
 	@.venv/bin/ruff check .

@@ -113,6 +113,7 @@ def train(store: Path, scores: str, student: str, output: Path, steps: int, batc
         learning_rate=rate,
         logging_steps=max(steps // 10, 1),
         report_to=[],
+        dataloader_pin_memory=False,
         remove_unused_columns=False,  # the batch's own columns are no arguments of the model
         save_strategy="no",
     )

@@ -60,7 +60,7 @@ def stats(
     name: Name,
     store: Store = Path("store"),
     parts: Annotated[int | None, typer.Option(help="Look at the first N parts only.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image (.svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """What scores hold: bytes by field, entropy, mass kept by k, tokens gated by tau. Choose k and tau from this."""

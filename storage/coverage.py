@@ -67,7 +67,7 @@ class Coverage:
                 whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
                 if not whole and head.k_max < k:
                     return f"heads of {k} entries; it keeps {head.k_max}. Add: score.head.k_max={k}"
-                if k > 1 and head.full_head_above > above:  # every head has its first entry
+                if head.full_head_above > above:
                     return (
                         f"full heads where entropy > {above:g}; it has them where > {head.full_head_above:g}. "
                         f"Add: score.head.full_head_above={above:g}"

@@ -41,8 +41,8 @@ _REPAIR = "`eopd store verify --repair` re-queues it."
 def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
     """Write the arrays of a part and the attributes of its group into an existing empty folder."""
     group = zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3, overwrite=False)
-    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, ("column", "token"))
-    _create(group, "entries", arrays.entries, ENTRY_CHUNK, ("plane", "entry"))
+    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, 7, ("column", "token"))
+    _create(group, "entries", arrays.entries, ENTRY_CHUNK, 5, ("plane", "entry"))
     table = arrays.responses
     whole = (max(len(table), 1), table.shape[1])
     stored = group.create_array(
@@ -59,13 +59,15 @@ def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any])
     stored[:] = table
 
 
-def _create(group: zarr.Group, name: str, planes: NDArray[np.uint8], chunk: int, names: tuple[str, str]) -> None:
+def _create(
+    group: zarr.Group, name: str, planes: NDArray[np.uint8], chunk: int, level: int, names: tuple[str, str]
+) -> None:
     count, length = planes.shape
     chunk = max(128, min(chunk, length))
     shard = min(CHUNKS_PER_SHARD, -(-max(length, 1) // chunk)) * chunk
     # Blosc's blocks are one plane each: a plane is compressed by itself, with its own statistics. Bit shuffling
     # costs 2 to 6 % here: symbols are skewed as bytes, and their bits are not
-    compressor = BloscCodec(cname="zstd", clevel=5, shuffle="noshuffle", typesize=1, blocksize=chunk)
+    compressor = BloscCodec(cname="zstd", clevel=level, shuffle="noshuffle", typesize=1, blocksize=chunk)
     array = group.create_array(
         name,
         shape=planes.shape,

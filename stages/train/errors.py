@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: the message says where and why. Nothing committed is lost."""
+    """Training cannot go on: the message says where and why. Nothing committed is lost.
 
-    def __init__(self, message: str, *, step: int | None = None, responses: Sequence[str] = ()) -> None:
+    ``figures``: numbers of a step that broke, for its reproduction; ``folder``: where that was saved.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        step: int | None = None,
+        responses: Sequence[str] = (),
+        figures: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         super().__init__(message)
         self.step = step
         self.responses = tuple(responses)
+        self.figures = figures
+        self.folder = folder

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
 from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.failures import broken_tensors
 from eopd.stages.train.metrics import sum_metrics
 from eopd.stages.train.objectives.base import Objective, StepContext
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
@@ -37,6 +38,7 @@ from eopd.storage.teacher_cache import TeacherCache
 class MicroBatch:
     packed: Packed
     teacher: TeacherBatch
+    numbers: tuple[int, ...]  # its responses
     rows: np.ndarray[Any, np.dtype[np.int64]]  # [T] places in per-token arrays of the round
     real: bool  # false: repeats another one, masked, so that every process takes part in every forward
 
@@ -91,7 +93,7 @@ class Loop:
         device = self.accelerator.device
         rule = self.cache.coverage.head
         teacher = TeacherBatch.build(rows, rule, self.stops, self.objective.plan, self.vocab_size, device)
-        return MicroBatch(packed.to(device), teacher, self.responses.rows_of(numbers), real)
+        return MicroBatch(packed.to(device), teacher, tuple(numbers), self.responses.rows_of(numbers), real)
 
     def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
         """``numbers`` dealt to the processes, longest first in turn, so that their token counts are alike."""
@@ -186,31 +188,46 @@ class Loop:
         # DDP averages gradients over processes; the loss is a sum over all of them
         normaliser = step.tokens / self.accelerator.num_processes
         sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         for number, batch in enumerate(step.micro_batches):
             context = self._context(batch, start, normaliser, step.epoch)
             last = number + 1 == len(step.micro_batches)
             with accumulating(self.student, self.accelerator, last=last):
                 loss, figures = self.student(batch.packed, batch.teacher, context)
                 loss.backward()
+            losses.append(loss.detach())
             if batch.real:
                 sum_metrics(sums, figures)
         norm = gradient_norm(self.student)
         totals = {name: float(self.accelerator.reduce(value)) for name, value in sorted(sums.items())}
-        self._stop_if_broken(step, totals, norm)
+        self._stop_if_broken(step, totals, norm, losses)
         limit = self.settings.optimizer.max_grad_norm
         if limit and norm > limit:
             scale_gradients(self.student, limit / float(norm))
         self.optimizer.step()
         return {**totals, "lr": rate, "grad_norm": float(norm)}
 
-    def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: Tensor) -> None:
+    def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: Tensor, losses: list[Tensor]) -> None:
         if np.isfinite(totals["loss"]) and torch.isfinite(norm):
             return
-        names = [self.responses.names[number] for number in step.responses]
+        names = self.responses.names
+        chosen = [names[number] for number in step.responses]
+        shares = [
+            {"responses": [names[number] for number in batch.numbers], "loss": float(loss)}
+            for batch, loss in zip(step.micro_batches, losses, strict=True)
+            if batch.real
+        ]
         raise TrainingStopped(
             f"round {self.round}, step {step.number}: loss {totals['loss'] / step.tokens:g}, gradient norm "
-            f"{float(norm):g}; not finite. Responses of the step: {', '.join(names[:40])}"
-            + (f" and {len(names) - 40} more" if len(names) > 40 else ""),
+            f"{float(norm):g}; not finite. Responses of the step: {', '.join(chosen[:40])}"
+            + (f" and {len(chosen) - 40} more" if len(chosen) > 40 else ""),
             step=step.number,
-            responses=names,
+            responses=chosen,
+            figures={
+                "epoch": step.epoch,
+                "grad_norm": float(norm),
+                "sums_over_tokens": totals,
+                "micro_batches_of_the_first_process": shares,
+                "not_finite": broken_tensors(student_of(self.student)),
+            },
         )

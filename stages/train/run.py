@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.job import METRICS_FILE, OPTIMIZER, TRAINING_FILE, WEIGHTS, TrainJob
-from eopd.stages.train.loop import Loop
+from eopd.stages.train.failures import save_failure
+from eopd.stages.train.loop import Loop, Step
 from eopd.stages.train.metrics import Recorder, means, peak_memory_bytes, summarise
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -188,7 +189,7 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
     job.progress.advance(int(sum(row["tokens"] for row in rows)))
     for step, waited in loop.steps(len(rows), total):
         began = time.perf_counter()
-        figures = means(loop.take(step, start))
+        figures = means(_take(job, loop, states, step, start))
         row = {"round": job.round, "step": step.number, "epoch": step.epoch, **figures}
         rows.append(row)
         seconds = time.perf_counter() - began + waited
@@ -206,6 +207,23 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
     job.progress.close()
     if recorder is not None:
         recorder.close()
+
+
+def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundStart) -> dict[str, float]:
+    """One step; one that breaks leaves its reproduction in the run folder."""
+    try:
+        return loop.take(step, start)
+    except TrainingStopped as stopped:
+        if stopped.figures is None or not loop.accelerator.is_main_process:
+            raise
+        folder = save_failure(job, stopped, loop.responses, states)
+        raise TrainingStopped(
+            f"{stopped}. Reproduction: {folder}",
+            step=stopped.step,
+            responses=stopped.responses,
+            figures=stopped.figures,
+            folder=folder,
+        ) from stopped
 
 
 def _save_state(loop: Loop, states: States, step: int, rows: list[dict[str, Any]]) -> None:

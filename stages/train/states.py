@@ -65,14 +65,20 @@ class States:
         with self._artifact.write_part(0) as folder:
             start.save(folder)
 
+    def newest_step(self) -> int | None:
+        return max(self._artifact.committed() - {0}, default=None)
+
+    def folder(self, step: int) -> Path:
+        return self._artifact.part_folder(step)
+
     def newest(self) -> State | None:
         """The state after the latest committed step, or None when there is none."""
-        steps = sorted(self._artifact.committed() - {0})
-        if not steps:
+        step = self.newest_step()
+        if step is None:
             return None
-        folder = self._artifact.part_folder(steps[-1])
+        folder = self.folder(step)
         return State(
-            step=steps[-1],
+            step=step,
             weights=load_file(folder / WEIGHTS_FILE),
             optimizer=load_file(folder / OPTIMIZER_FILE),
             metrics=read_jsonl(folder / STEPS_FILE),

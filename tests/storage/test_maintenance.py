@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -75,8 +76,11 @@ def test_stats(tmp_path: Path) -> None:
     assert 0.3 < sum(found.bytes_by_field.values()) / found.bytes_per_token < 1.1
     assert "gated" in found.text()
     assert found.to_json()["entropy_edges"][0] == 0.0
-    statistics.plot(found, tmp_path / "histogram.png")
-    assert (tmp_path / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    statistics.plot(found, tmp_path / "histogram.svg")
+    bars = ElementTree.parse(tmp_path / "histogram.svg").findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == len(found.entropy_counts)
+    with pytest.raises(ValueError, match=r"must end in \.svg"):
+        statistics.plot(found, tmp_path / "histogram.png")
     empty = Artifact(tmp_path, Identity("scores", 1, 1, {"none": 1}))
     with pytest.raises(ValueError, match="no committed part"):
         statistics.stats(TeacherCache(empty))

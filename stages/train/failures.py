@@ -1,0 +1,114 @@
+"""What a failed step leaves for the person who looks into it: everything that the step was a function of.
+
+<run>/failures/round-R-step-S/failure.json     seed, settings, figures, which tensors are not finite, where to start
+<run>/failures/round-R-step-S/responses.jsonl  the step's responses: token ids, and where their teacher rows are
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.job import TrainJob
+from eopd.stages.train.responses import Responses
+from eopd.stages.train.states import States, write_jsonl
+from eopd.storage.files import fsync_folder, fsync_tree, naming_full_disks
+
+FAILURE_FILE = "failure.json"
+RESPONSES_FILE = "responses.jsonl"
+NAMES_KEPT = 50  # of tensors: after an overflow all of a model's are broken
+
+
+def broken_tensors(module: nn.Module) -> dict[str, list[str]]:
+    """Names of the first parameters (``weights``) and gradients that are not finite; of shards, this process's."""
+    weights, gradients = [], []
+    for name, parameter in module.named_parameters():
+        if not _is_finite(parameter):
+            weights.append(name)
+        if parameter.grad is not None and not _is_finite(parameter.grad):
+            gradients.append(name)
+    return {"weights": weights[:NAMES_KEPT], "gradients": gradients[:NAMES_KEPT]}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(local.detach().isfinite().all())
+
+
+def save_failure(job: TrainJob, stopped: TrainingStopped, responses: Responses, states: States) -> Path:
+    """Write the failed step's folder, whole or not at all; an earlier one of the same step is replaced."""
+    assert stopped.step is not None
+    folder = job.run_dir / "failures" / f"round-{job.round}-step-{stopped.step}"
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    with naming_full_disks(folder):
+        staging.mkdir(parents=True)
+        try:
+            _write(staging, job, stopped, responses, states)
+            fsync_tree(staging)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        fsync_folder(folder.parent)
+    return folder
+
+
+def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Responses, states: States) -> None:
+    found = {
+        "message": str(stopped),
+        "round": job.round,
+        "step": stopped.step,
+        "seed": job.seed,
+        "temperature": job.temperature,
+        "rollouts": str(job.rollouts.folder),
+        "scores": str(job.scores.folder),
+        "weights": _weights(job, states),
+        "figures": stopped.figures,
+        "settings": job.settings.model_dump(mode="json"),
+    }
+    text = json.dumps(_plain(found), indent=1, sort_keys=True, allow_nan=False)
+    (folder / FAILURE_FILE).write_text(text + "\n", encoding="utf-8")
+    numbers = {name: number for number, name in enumerate(responses.names)}
+    rows = []
+    for name in stopped.responses:
+        sequence, (part, row) = responses.sequences[numbers[name]], responses.locations[numbers[name]]
+        rows.append(
+            {
+                "name": name,
+                "part": part,
+                "row": row,
+                "prompt_token_ids": list(sequence.context_ids),
+                "response_token_ids": list(sequence.response_ids),
+            }
+        )
+    write_jsonl(folder / RESPONSES_FILE, rows)
+
+
+def _weights(job: TrainJob, states: States) -> dict[str, Any]:
+    """Where the same command starts from: it takes the steps from there to the failed one again, bit for bit."""
+    step = states.newest_step()
+    return {
+        "student": job.student.path,
+        "fingerprint": job.student.fingerprint,
+        "state_after_step": step or 0,
+        "state": None if step is None else str(states.folder(step)),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

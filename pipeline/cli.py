@@ -81,8 +81,10 @@ def run(config: Config, set_: Set = None) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
     from eopd.pipeline.launchers.local import launch
     from eopd.pipeline.reporting import write_report
+    from eopd.stages.train.extras import require_extras
 
     runner = _open(config, set_)
+    require_extras(runner.settings.train)
     _write_resolved(runner)
     for job in runner.plan.jobs:
         if runner.is_done(job):

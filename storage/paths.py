@@ -11,6 +11,8 @@
 <runs>/<name>/metrics.jsonl     one line per optimiser step
 <runs>/<name>/logs/             engine logs, one file a job
 <runs>/<name>/tensorboard/
+<runs>/<name>/failures/         what a step that was not finite was made of
+<runs>/<name>/trackers.json     ids of the run in W&B or Trackio
 <runs>/<name>/report/index.html
 """
 

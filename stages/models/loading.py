@@ -68,7 +68,7 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
     config = AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code, local_files_only=True)
     # of transformers' attention implementations for any device, only "eager" caps attention logits (Gemma 2)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    with _no_progress_bars():
+    with no_progress_bars():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             attn_implementation="eager" if capped else None,
@@ -81,7 +81,7 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Loading weights is part of longer work that has a bar of its own."""
     from transformers.utils import logging
 

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
+from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.failures import broken_tensors
 from eopd.stages.train.metrics import sum_metrics
@@ -71,12 +72,14 @@ class Loop:
         first_step: int,
         total_steps: int,
         temperature: float,
+        ema: Ema | None = None,
     ) -> None:
         self.student, self.optimizer, self.objective = student, optimizer, objective
         self.responses, self.cache, self.stops = responses, cache, stops
         self.accelerator, self.settings = accelerator, settings
         self.seed, self.round, self.temperature = seed, round_, temperature
         self.first_step, self.total_steps = first_step, total_steps
+        self.ema = ema
         self.vocab_size = student_of(student).vocab_size
 
     # -- data --------------------------------------------------------------------------------------------------
@@ -178,7 +181,8 @@ class Loop:
         """Forward, backward and update. Returns the step's figures, equal on every process.
 
         Raises:
-            TrainingStopped: a loss or gradient is not finite; names the responses.
+            TrainingStopped: a loss or gradient is not finite (names the responses), or the policy has moved further
+                from the one that sampled than ``max_staleness``; the weights are as they were before the step.
         """
         position = self.first_step + step.number
         rate = learning_rate(self.settings.optimizer, position, self.total_steps)
@@ -201,10 +205,13 @@ class Loop:
         norm = gradient_norm(self.student)
         totals = {name: float(self.accelerator.reduce(value)) for name, value in sorted(sums.items())}
         self._stop_if_broken(step, totals, norm, losses)
+        self._stop_if_stale(step, totals)
         limit = self.settings.optimizer.max_grad_norm
         if limit and norm > limit:
             scale_gradients(self.student, limit / float(norm))
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
         return {**totals, "lr": rate, "grad_norm": float(norm)}
 
     def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: Tensor, losses: list[Tensor]) -> None:
@@ -230,4 +237,17 @@ class Loop:
                 "micro_batches_of_the_first_process": shares,
                 "not_finite": broken_tensors(student_of(self.student)),
             },
+        )
+
+    def _stop_if_stale(self, step: Step, totals: dict[str, float]) -> None:
+        limit = self.settings.max_staleness
+        k1, k3 = (totals[f"staleness_{name}"] / step.tokens for name in ("k1", "k3"))
+        if limit is None or k3 <= limit:
+            return
+        raise TrainingStopped(
+            f"round {self.round}, step {step.number}: the policy has moved {k3:.4g} nats a token from the one that "
+            f"sampled these responses (KL by the k3 estimate; by k1 {k1:.4g}), more than train.max_staleness={limit:g}."
+            " Take fewer or smaller steps a round (train.epochs, train.optimizer.lr, rollout.prompts_per_round), or "
+            "raise the limit: the same command then goes on from the last state",
+            step=step.number,
         )

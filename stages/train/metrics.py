@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from eopd.stages.train.settings import Tracker
+from eopd.stages.train.trackers import Trackers
 
 PER_STEP = ("tokens", "lr", "grad_norm")  # figures that are no sums over tokens
 RENAMED = {"gate": "gate_fraction"}
@@ -61,17 +64,26 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Recorder:
     """Writes a line and TensorBoard scalars per step to the run folder, for people to watch."""
 
-    def __init__(self, run_dir: Path, round_: int, first_step: int, resumed_at: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        round_: int,
+        first_step: int,
+        resumed_at: int,
+        trackers: Sequence[Tracker] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._round, self._first = round_, first_step
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._forget_steps_from(resumed_at)
+        self._recorded = self._forget_steps_from(resumed_at)
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + resumed_at)
+        self._trackers = Trackers(trackers, run_dir, config or {})
 
-    def _forget_steps_from(self, resumed_at: int) -> None:
-        """Steps that will be taken again, and later rounds, leave the file."""
+    def _forget_steps_from(self, resumed_at: int) -> int:
+        """Steps that will be taken again, and later rounds, leave the file. Returns how many stay."""
         if not self._path.exists():
-            return
+            return 0
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
@@ -81,13 +93,18 @@ class Recorder:
             if (row["round"], row["step"]) < (self._round, resumed_at):
                 kept.append(line)
         self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return len(kept)
 
     def record(self, row: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row), sort_keys=True) + "\n")
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"train/{name}", value, self._first + row["step"])
+        figures = {name: value for name, value in row.items() if isinstance(value, float)}
+        for name, value in figures.items():
+            self._board.add_scalar(f"train/{name}", value, self._first + row["step"])
+        # the trackers drop a step below the last: count on over the rounds, whatever the schedule does
+        self._trackers.record({**figures, "round": row["round"]}, self._recorded)
+        self._recorded += 1
 
     def close(self) -> None:
+        self._trackers.close()
         self._board.close()

@@ -59,21 +59,26 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A new tensor of ``value``, on the device, in the dtype and sharded as ``parameter``."""
-    value = value.to(device=parameter.device, dtype=parameter.dtype).clone()
+def like(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor of ``value``, on the device, in the dtype (unless given) and sharded as ``parameter``."""
+    value = value.detach().to(device=parameter.device, dtype=dtype or parameter.dtype).clone()
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
     """Every parameter once (tied ones under their first name), whole, on the CPU. Every process must call it."""
-    return {name: whole(parameter).cpu().contiguous() for name, parameter in module.named_parameters()}
+    return {
+        name: whole(parameter).cpu().contiguous()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or not trained_only
+    }
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back what ``gather_weights`` gave."""
+    """Put back the trained weights that ``gather_weights`` gave; frozen ones are as they were loaded."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(like(weights[name], parameter))
+            if parameter.requires_grad:
+                parameter.copy_(like(weights[name], parameter))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence as TokenSequence
+from eopd.stages.train.objectives.base import Objective
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.rollouts import read_rollouts
@@ -27,6 +28,7 @@ class Responses:
     locations: tuple[tuple[int, int], ...]  # (part, row) in the teacher cache
     sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
     offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
+    truncated_known: bool  # every response carries log-probs of the truncated distribution it was drawn from
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,6 +51,7 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
         DamagedPart: scores that were made from other rollouts than these.
     """
     names, sequences, locations, sampler = [], [], [], []
+    truncated_known = True
     for part in range(rollouts.parts):
         _check_same_rollouts(rollouts, cache, part)
         table = read_rollouts(rollouts.part_folder(part), COLUMNS).to_pydict()
@@ -61,10 +64,28 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
             locations.append((part, row))
             found = table["logprobs"][row]
             sampler.append(None if found is None else np.asarray(found[:length], np.float32))
+            truncated_known = truncated_known and table["truncated_logprobs"][row] is not None
     if not names:
         raise ValueError(f"{rollouts} holds no response with a scored token: there is nothing to train on")
     offsets = np.cumsum([0, *(len(sequence.response_ids) for sequence in sequences)], dtype=np.int64)
-    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets)
+    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets, truncated_known)
+
+
+def refuse_unknown_sampling(objective: Objective, responses: Responses, truncated: bool) -> None:
+    """A ratio q / q_old needs the distribution that was drawn from: the truncated one where something truncates.
+
+    Raises:
+        ValueError: the objective uses q_old, top-p, top-k or min-p cut the distribution, and the rollouts do not say
+            what was left of it.
+    """
+    if not truncated or "q_old" not in objective.per_round or responses.truncated_known:
+        return
+    raise ValueError(
+        f"objective {objective.name!r} weighs tokens by the policy that drew them, but rollout.top_p, rollout.top_k or "
+        "rollout.min_p cut that policy's distribution and the rollouts hold no truncated_logprobs. Sample with "
+        "rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without log-probs of the "
+        "round's start (train.objective.advantage=current with train.objective.ratio=none, or a divergence)."
+    )
 
 
 def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherRows) -> None:

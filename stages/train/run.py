@@ -5,38 +5,37 @@ eopd train CONFIG --round R
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from eopd.stages.models.loading import load_model, model_folder
+from eopd.stages.models.loading import load_model
+from eopd.stages.train.checkpoint import carry_over, commit
+from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
-from eopd.stages.train.job import METRICS_FILE, OPTIMIZER, TRAINING_FILE, WEIGHTS, TrainJob
+from eopd.stages.train.extras import require_extras
 from eopd.stages.train.failures import save_failure
+from eopd.stages.train.job import WEIGHTS, TrainJob
 from eopd.stages.train.loop import Loop, Step
-from eopd.stages.train.metrics import Recorder, means, peak_memory_bytes, summarise
+from eopd.stages.train.lora import add_adapters
+from eopd.stages.train.metrics import Recorder, means, peak_memory_bytes
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
-from eopd.stages.train.responses import Responses, load_responses
+from eopd.stages.train.responses import Responses, load_responses, refuse_unknown_sampling
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainSettings
-from eopd.stages.train.states import OPTIMIZER_FILE, RoundStart, States, write_jsonl
+from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.storage.claims import claim
-from eopd.storage.fingerprints import tokenizer_files
 from eopd.storage.teacher_cache import TeacherCache
 
 CLAIM_POLL_SECONDS = 1.0
@@ -47,6 +46,7 @@ def run(job: TrainJob) -> None:
 
     Raises:
         NeedNotMet: the objective asks for what the scores do not hold.
+        ValueError: settings that cannot work with each other or with these rollouts; before a model is loaded.
         TrainingStopped: sampler and trainer disagree, or a loss is not finite.
     """
     if job.output.is_complete():
@@ -84,12 +84,15 @@ def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
 
 def _train(job: TrainJob, accelerator: Accelerator) -> None:
     settings = job.settings
+    require_extras(settings)
     cache = TeacherCache(job.scores)
     objective = make_objective(settings.objective)
     cache.require(objective.needs)
     responses = load_responses(job.rollouts, cache)
+    refuse_unknown_sampling(objective, responses, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
-    student = Student(_load(job, accelerator), objective, settings.head_chunk_tokens)
+    model, autocast = _load(job, accelerator), settings.autocast == "bf16"
+    student = Student(model, objective, settings.head_chunk_tokens, autocast=autocast)
     module = distribute(student, accelerator, settings.sharding)
     loop = Loop(
         module,
@@ -105,12 +108,13 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         first_step=job.first_step,
         total_steps=job.total_steps,
         temperature=job.temperature,
+        ema=None if settings.ema is None else Ema(student_of(module), settings.ema),
     )
     states = States(job.progress_states, settings.keep_progress)
     start = _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)
     _steps(job, loop, states, start, rows)
-    _commit(job, loop, rows, start)
+    commit(job, loop, rows, start)
     if accelerator.is_main_process:
         states.clear()
     accelerator.wait_for_everyone()
@@ -118,7 +122,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
 
 def _accelerator(settings: TrainSettings) -> Accelerator:
     use_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    return Accelerator(cpu=use_cpu, mixed_precision=settings.autocast)
+    return Accelerator(cpu=use_cpu)  # precision is the Student's: accelerate would only see to what it wraps itself
 
 
 def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
@@ -131,6 +135,8 @@ def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    if settings.lora is not None:
+        model = add_adapters(model, settings.lora, job.seed, job.round)
     return model
 
 
@@ -166,17 +172,17 @@ def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses
 
 
 def _resume(job: TrainJob, loop: Loop, states: States) -> list[dict[str, Any]]:
-    """Load the newest state of this round, or the optimiser state of the round before. Returns the steps taken."""
+    """Load the newest state of this round, or what carries over from the one before. Returns the steps taken."""
     inner = student_of(loop.student)
     state = states.newest()
     if state is not None:
         load_weights(inner, state.weights)
         load_optimizer_tensors(inner, loop.optimizer, state.optimizer)
+        if loop.ema is not None:
+            loop.ema.load(state.ema)
         job.progress.line(f"train {job.round}: resumed after step {state.step}")
         return state.metrics
-    if job.previous is not None and job.settings.optimizer.carry_over:
-        found = load_file(job.previous.part_folder(OPTIMIZER) / OPTIMIZER_FILE)
-        load_optimizer_tensors(inner, loop.optimizer, found)
+    carry_over(job, loop)
     return []
 
 
@@ -184,7 +190,8 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
     settings, accelerator = job.settings, loop.accelerator
     total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
     main = accelerator.is_main_process
-    recorder = Recorder(job.run_dir, job.round, job.first_step, len(rows)) if main else None
+    shown = settings.model_dump(mode="json")
+    recorder = Recorder(job.run_dir, job.round, job.first_step, len(rows), settings.trackers, shown) if main else None
     job.progress.start(f"train {job.round}", loop.responses.tokens * settings.epochs)
     job.progress.advance(int(sum(row["tokens"] for row in rows)))
     for step, waited in loop.steps(len(rows), total):
@@ -228,39 +235,8 @@ def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundSta
 
 def _save_state(loop: Loop, states: States, step: int, rows: list[dict[str, Any]]) -> None:
     inner = student_of(loop.student)
-    weights, moments = gather_weights(inner), optimizer_tensors(inner, loop.optimizer)
+    weights, moments = gather_weights(inner, trained_only=True), optimizer_tensors(inner, loop.optimizer)
+    averages = {} if loop.ema is None else loop.ema.tensors()
     if loop.accelerator.is_main_process:
-        states.save(step, weights, moments, rows)
+        states.save(step, weights, moments, averages, rows)
     loop.accelerator.wait_for_everyone()
-
-
-def _commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart) -> None:
-    """Optimiser first, weights last: who finds the weights finds the round finished."""
-    inner = student_of(loop.student)
-    weights, moments = gather_weights(inner.model), optimizer_tensors(inner, loop.optimizer)
-    if not loop.accelerator.is_main_process:
-        return
-    if not job.output.is_committed(OPTIMIZER):
-        with job.output.write_part(OPTIMIZER) as folder:
-            save_file(moments, folder / OPTIMIZER_FILE)
-            start.save(folder)
-    summary = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
-    if not job.output.is_committed(WEIGHTS):
-        with job.output.write_part(WEIGHTS, info={"steps": len(rows)}) as folder:
-            inner.model.save_pretrained(folder, state_dict=weights)
-            _copy_tokenizer(job, folder)
-            write_jsonl(folder / METRICS_FILE, rows)
-            (folder / TRAINING_FILE).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    job.progress.line(
-        f"train {job.round}: {len(rows)} steps, {int(summary['tokens']):,} tokens, loss {summary['loss']:.4f}"
-    )
-
-
-def _copy_tokenizer(job: TrainJob, folder: Path) -> None:
-    """The student's tokenizer and generation settings as they are, so that the folder loads on its own."""
-    source = model_folder(job.student.tokenizer_path)
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, folder / file.name)
-    generation = model_folder(job.student.path) / "generation_config.json"
-    if generation.exists() and not (folder / generation.name).exists():
-        shutil.copyfile(generation, folder / generation.name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from eopd.stages.settings import Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
+
+Tracker = Literal["wandb", "trackio"]
 
 
 class OptimizerSettings(Settings):
@@ -27,7 +29,16 @@ class OptimizerSettings(Settings):
 class LoraSettings(Settings):
     rank: int = setting(16, "Rank of the adapters.", ge=1)
     alpha: float = setting(32.0, "Scale of the adapters: alpha / rank.", gt=0)
-    target_modules: tuple[str, ...] | Literal["all-linear"] = setting("all-linear", "Modules that get an adapter.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = setting(
+        "all-linear", "Linear layers that get an adapter, by the end of their names; the LM head never does."
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_something(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if not value:
+            raise ValueError("names no module: there would be nothing to train")
+        return value
 
 
 class TrainSettings(Settings):
@@ -36,12 +47,25 @@ class TrainSettings(Settings):
     batch_responses: int = setting(32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1)
     optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
     lora: LoraSettings | None = setting(None, "Train low-rank adapters instead of all weights.")
+    ema: float | None = setting(
+        None,
+        "Also keep an average of the weights, this decay a step; saved as `ema/` beside the optimiser's state.",
+        gt=0,
+        lt=1,
+    )
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", "Precision of the trained weights.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the forward and backward passes.")
     max_logprob_gap: float = setting(
         0.2,
         "Largest mean |log-prob of the sampler - log-prob of the trainer| at the start of a round, nats. More means "
         "wrong weights, template or temperature, and stops the run.",
+        keyed=False,
+        gt=0,
+    )
+    max_staleness: float | None = setting(
+        None,
+        "Stop when the policy's KL to the one that sampled the round exceeds this, nats a token (figure "
+        "`staleness_k3`: mean of r - 1 - log r over a step's tokens, r = q/q_old). None: never.",
         keyed=False,
         gt=0,
     )
@@ -71,6 +95,9 @@ class TrainSettings(Settings):
     checkpoint_every_steps: int = setting(
         50, "Optimiser steps between resumable states; a killed job loses at most these.", keyed=False, ge=1
     )
+    trackers: tuple[Tracker, ...] = setting(
+        (), "Where figures go beside TensorBoard and metrics.jsonl: wandb, trackio (installed by you).", keyed=False
+    )
     keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1)
 
     @model_validator(mode="after")
@@ -81,3 +108,19 @@ class TrainSettings(Settings):
                 f"{self.optimizer.lr:g} (a weight moves in steps of 0.4 %); keep float32 weights and autocast: bf16"
             )
         return self
+
+    @model_validator(mode="after")
+    def _averages_have_a_meaning(self) -> TrainSettings:
+        if self.ema is not None and self.lora is not None:
+            raise ValueError(
+                f"train.ema={self.ema:g} with train.lora is refused: every round begins with new adapters, of which no "
+                "average over the rounds exists; unset one of them"
+            )
+        return self
+
+    def semantic(self) -> dict[str, Any]:
+        """``ema`` came later than the first checkpoints: unset, it leaves their keys as they were."""
+        kept = super().semantic()
+        if self.ema is None:
+            del kept["ema"]
+        return kept

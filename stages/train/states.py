@@ -1,8 +1,8 @@
 """Resumable states of a training job, under the same commit rule as everything else.
 
 Part 0 of the ``progress`` artifact holds what the round-start pass found; part s the state after optimiser step s:
-weights, optimiser moments and the metrics of every step so far. Older ones are pruned once a newer is committed,
-never the only one; all go when the checkpoint is committed.
+trained weights, optimiser moments, averaged weights where asked for, and the metrics of every step so far. Older ones
+are pruned once a newer is committed, never the only one; all go when the checkpoint is committed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from eopd.storage.artifacts import Artifact
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 STEPS_FILE = "steps.jsonl"
 ROUND_START_FILE = "round_start.safetensors"
 
@@ -45,6 +46,7 @@ class State:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor]  # empty where no average is kept
     metrics: list[dict[str, Any]]
 
 
@@ -81,16 +83,24 @@ class States:
             step=step,
             weights=load_file(folder / WEIGHTS_FILE),
             optimizer=load_file(folder / OPTIMIZER_FILE),
+            ema=load_file(folder / EMA_FILE) if (folder / EMA_FILE).exists() else {},
             metrics=read_jsonl(folder / STEPS_FILE),
         )
 
     def save(
-        self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], metrics: list[Any]
+        self,
+        step: int,
+        weights: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor],
+        metrics: list[Any],
     ) -> None:
         assert step > 0
         with self._artifact.write_part(step) as folder:
             save_file(dict(weights), folder / WEIGHTS_FILE)
             save_file(dict(optimizer), folder / OPTIMIZER_FILE)
+            if ema:
+                save_file(dict(ema), folder / EMA_FILE)
             write_jsonl(folder / STEPS_FILE, metrics)
         for old in sorted(self._artifact.committed() - {0})[: -self._keep]:
             self._artifact.drop_part(old)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,21 +20,27 @@ from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
 
 
 class Student(nn.Module):
-    def __init__(self, model: PreTrainedModel, objective: Objective, chunk_tokens: int | None) -> None:
+    """``autocast``: forward and backward in bfloat16 where that is safe, whatever wraps this module."""
+
+    def __init__(
+        self, model: PreTrainedModel, objective: Objective, chunk_tokens: int | None, *, autocast: bool = False
+    ) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
         self._objective = objective
         self._chunk_tokens = chunk_tokens
+        self._autocast = autocast
 
     def forward(
         self, packed: Packed, batch: TeacherBatch, context: StepContext, mode: Literal["loss", "logprobs"] = "loss"
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
         """``loss``: a scalar, and sums to log. ``logprobs``: log-prob and entropy [T] of the sampled tokens, nats."""
-        hidden = final_hidden(self.model, packed)
-        head = lm_head_of(self.model)
-        if mode == "logprobs":
-            return student_logprobs(hidden, head, batch, context, chunk_tokens=self._chunk_tokens)
-        return sparse_head_loss(hidden, head, batch, self._objective, context, chunk_tokens=self._chunk_tokens)
+        with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self._autocast):
+            hidden = final_hidden(self.model, packed)
+            head = lm_head_of(self.model)
+            if mode == "logprobs":
+                return student_logprobs(hidden, head, batch, context, chunk_tokens=self._chunk_tokens)
+            return sparse_head_loss(hidden, head, batch, self._objective, context, chunk_tokens=self._chunk_tokens)
 
     @property
     def vocab_size(self) -> int:

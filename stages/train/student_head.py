@@ -170,7 +170,7 @@ class _Pass:
             if any(self.needs):
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         self.loss += loss.detach()
-        for name, value in _figures(student, teacher, tokens, taken).items():
+        for name, value in _figures(student, teacher, tokens, taken, context).items():
             total = (torch.where(mask > 0, value.detach().double(), 0.0) * mask).sum()
             self.metrics[name] = self.metrics[name] + total if name in self.metrics else total
         if any(self.needs):
@@ -217,7 +217,9 @@ class _Pass:
         )
 
 
-def _figures(student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, taken: Taken) -> dict[str, Tensor]:
+def _figures(
+    student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, taken: Taken, context: StepContext
+) -> dict[str, Tensor]:
     """Figures [C] that every objective reports, and its own."""
     figures = {
         "tokens": torch.ones_like(tokens.loss),
@@ -237,6 +239,9 @@ def _figures(student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, t
         with torch.no_grad():  # whatever is trained on: how far the models are apart, head and one bucket
             figures["rkl"] = reverse_kl(student, teacher, "head")
             figures["fkl"] = forward_kl(student, teacher, "bucket")
+    if context.q_old is not None:  # KL(q_old || q), estimated on its own samples: log 1/r, and r - 1 - log r
+        moved = student.sampled.detach() - context.q_old
+        figures["staleness_k1"], figures["staleness_k3"] = -moved, moved.expm1() - moved
     return figures
 
 

@@ -1,4 +1,4 @@
-"""A disk that fills up in mid-run: the run stops with a message, nothing committed is lost, and goes on once there is room."""
+"""A disk that fills up in mid-run: a message, nothing committed is lost, and on it goes once there is room."""
 
 from __future__ import annotations
 

@@ -57,14 +57,12 @@ def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: P
         open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
 
 
-def test_a_run_equals_the_transformers_engines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:
     save_teacher("qwen3", tmp_path / "teacher")
     data = [*random_responses(9), response_row(9, []), response_row(10, [2])]
     source = rollouts(tmp_path, [data[:5], data[5:]])
     by_vllm = score_job(tmp_path, tmp_path / "teacher", source, name="v", engine="vllm", batch_tokens=64)
-    capfd.readouterr()
     run(by_vllm)
-    assert capfd.readouterr() == ("", ""), "vLLM's output goes to its log"
     assert (tmp_path / "logs" / "vllm-score.log").stat().st_size > 0
     assert "checked against" in by_vllm.progress.lines[0]  # type: ignore[attr-defined]
     by_transformers = score_job(tmp_path, tmp_path / "teacher", source, name="t")

@@ -33,7 +33,9 @@ def broken_student(world: Path, folder: Path) -> ModelRef:
 
 
 def test_infinite_weights_leave_a_reproduction(world: Path, tmp_path: Path) -> None:
-    job = train_job(world, "infinite", student=broken_student(world, tmp_path / "student"), micro_batch_tokens=16)
+    job = train_job(
+        world, "infinite", student=broken_student(world, tmp_path / "student"), row_tokens=16, micro_batch_tokens=16
+    )
     with pytest.raises(TrainingStopped, match="round 0, step 0: loss nan") as raised:
         run(job)
     folder = job.run_dir / "failures" / "round-0-step-0"

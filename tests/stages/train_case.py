@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
-from eopd.stages.train.job import TrainJob
+from eopd.stages.train.job import METRICS_FILE, WEIGHTS, TrainJob
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact, Identity
 from tests.stages.score_case import STOPS, random_responses, rollouts, score_job
@@ -93,3 +94,9 @@ def part_bytes(artifact: Artifact, part: int) -> dict[str, bytes]:
     """File name -> content of a committed part."""
     folder = artifact.part_folder(part)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_rows(job: TrainJob) -> list[dict[str, Any]]:
+    """Figures of every step, from the finished checkpoint."""
+    text = (job.output.part_folder(WEIGHTS) / METRICS_FILE).read_text()
+    return [json.loads(line) for line in text.splitlines()]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,16 +31,29 @@ from .making import scores
 from .test_teacher_cache import assert_identical
 
 pytest.importorskip("obstore", reason="obstore is not installed")
-moto = pytest.importorskip("moto.server", reason="moto[server], a local S3 server, is not installed")
+pytest.importorskip("boto3", reason="boto3 is not installed")
+if importlib.util.find_spec("moto") is None:
+    pytest.skip("moto[server], a local S3 server, is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    """A local S3 server, in a process of its own: what it imports would get in the way of other tests here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture

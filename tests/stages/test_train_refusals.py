@@ -1,0 +1,64 @@
+"""What is refused before a model is loaded, with the settings to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eopd.stages.score.run import run as score
+from eopd.stages.train.run import run
+from tests.stages.score_case import random_responses, rollouts, score_job
+from tests.stages.train_case import RESPONSES, make_world, train_job
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+CURRENT = {"advantage": "current", "ratio": "none"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "truncated", "refused"),
+    [
+        ({"name": "opd"}, True, True),
+        ({"name": "eopd"}, True, True),
+        ({"name": "lightning_opd"}, True, True),
+        ({"name": "reopold"}, True, True),
+        ({"name": "opd"}, False, False),
+        ({"name": "opd", **CURRENT}, True, False),
+        ({"name": "eopd", "rkl": "topk"}, True, False),
+        ({"name": "fkl"}, True, False),
+        ({"name": "sft"}, True, False),
+    ],
+)
+def test_a_ratio_needs_the_distribution_that_was_drawn_from(
+    world: Path, objective: dict[str, Any], truncated: bool, refused: bool
+) -> None:
+    name = f"{'-'.join(map(str, objective.values()))}-{truncated}"
+    job = train_job(world, name, objective=objective, truncated_rollouts=truncated, epochs=1)
+    if not refused:
+        run(job)
+        assert job.output.is_complete()
+        return
+    with pytest.raises(ValueError, match=r"rollout\.top_p, rollout\.top_k or rollout\.min_p cut .* truncated_logprobs"):
+        run(job)
+    assert not job.output.folder.joinpath("identity.json").exists()
+    assert not job.progress_states.committed()
+
+
+def test_truncated_logprobs_make_it_known(world: Path, tmp_path: Path) -> None:
+    rows = random_responses(RESPONSES, seed=3, most=12)
+    for row in rows:
+        row["truncated_logprobs"] = [-0.5] * len(row["response_token_ids"])
+    source = rollouts(tmp_path, [rows[:5], rows[5:]])
+    scores = score_job(tmp_path, world / "teacher", source)
+    score(scores)
+    job = train_job(world, "known", truncated_rollouts=True, rollouts=source, scores=scores.output, epochs=1)
+    run(job)
+    assert job.output.is_complete()

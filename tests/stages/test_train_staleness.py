@@ -1,0 +1,87 @@
+"""How far the policy has moved from the one that sampled: against a dense forward pass, and as a limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import lm_head_of
+from eopd.stages.models.loading import load_model
+from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.job import OPTIMIZER, WEIGHTS
+from eopd.stages.train.responses import load_responses
+from eopd.stages.train.run import run
+from eopd.stages.train.schedule import batch_of_step
+from eopd.storage.teacher_cache import TeacherCache
+from tests.stages.score_case import STOPS
+from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
+
+LR = {"lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+def logprobs(model: torch.nn.Module, sequences: list[Sequence]) -> torch.Tensor:
+    """Log-prob of every response token [T], float64; the stop tokens are one outcome."""
+    found = []
+    for sequence in sequences:
+        (packed,) = pack([sequence], 64)
+        with torch.no_grad():
+            q = lm_head_of(model).logits(final_hidden(model, packed)).double().log_softmax(dim=1)
+        q[:, list(STOPS)] = q[:, list(STOPS)].logsumexp(dim=1, keepdim=True)
+        found.append(q.gather(1, packed.target_ids[:, None])[:, 0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("objective", ["eopd", "fkl", "sft"])
+def test_staleness_is_that_of_a_dense_forward_pass(world: Path, objective: str) -> None:
+    job = train_job(world, f"dense-{objective}", objective={"name": objective}, optimizer=LR)
+    with pytest.raises(Killed):
+        run(replace(job, progress=KillAfter(1)))
+    state = load_file(job.progress_states.part_folder(1) / "weights.safetensors")
+    run(job)
+    rows = read_rows(job)
+    assert abs(rows[0]["staleness_k1"]) < 1e-6
+    assert 0 <= rows[0]["staleness_k3"] < 1e-9
+
+    model = load_model(job.student)
+    responses = load_responses(job.rollouts, TeacherCache(job.scores))
+    chosen = [responses.sequences[n] for n in batch_of_step(len(responses), 4, 1, seed=job.seed, round_=0)[1]]
+    before = logprobs(model, chosen)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"model.{name}"])
+    moved = logprobs(model, chosen) - before
+    assert rows[1]["staleness_k1"] == pytest.approx(-moved.mean().item(), rel=1e-3, abs=1e-5)
+    assert rows[1]["staleness_k3"] == pytest.approx((moved.exp() - 1 - moved).mean().item(), rel=1e-3, abs=1e-5)
+    assert rows[1]["staleness_k3"] > 1e-4
+
+
+def test_a_limit_stops_with_the_numbers_and_a_higher_one_goes_on(world: Path) -> None:
+    free = train_job(world, "free", optimizer=LR)
+    run(free)
+    second, third = (row["staleness_k3"] for row in read_rows(free)[1:3])
+    limit = (second + third) / 2
+    assert second < third
+    job = train_job(world, "limited", optimizer=LR, max_staleness=limit)
+    expected = rf"round 0, step 2: .* {third:.4g} nats .* train\.max_staleness={limit:g}".replace("+", r"\+")
+    with pytest.raises(TrainingStopped, match=expected) as raised:
+        run(job)
+    assert raised.value.folder is None
+    assert not (job.run_dir / "failures").exists()
+    assert sorted(job.progress_states.committed()) == [0, 2]
+    run(train_job(world, "limited", optimizer=LR, max_staleness=1e3))
+    for part in (WEIGHTS, OPTIMIZER):
+        assert part_bytes(job.output, part) == part_bytes(free.output, part)
+    assert job.settings.semantic() == free.settings.semantic()

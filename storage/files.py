@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from eopd.storage.errors import StoreFull, StoreUnwritable
 
@@ -37,15 +40,25 @@ def naming_full_disks(path: Path) -> Iterator[None]:
     """Turn the errno of a full or unwritable store into an error that names ``path`` and says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number in _FULL:
             raise StoreFull(
                 f"no space left while writing {path}. Nothing committed is lost: free space, then run the same "
                 "command again."
             ) from error
-        if error.errno in _UNWRITABLE:
-            raise StoreUnwritable(f"cannot write {path}: {error.strerror}. Check its owner and permissions.") from error
+        if number in _UNWRITABLE:
+            reason = os.strerror(number)
+            raise StoreUnwritable(f"cannot write {path}: {reason}. Check its owner and permissions.") from error
         raise
+
+
+def _errno(error: OSError | SafetensorError) -> int:
+    """Of an OSError; safetensors only writes it into its message, as "(os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else 0
 
 
 def fsync_folder(folder: Path) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,16 +71,16 @@ def _threads(count: int | None) -> Iterator[None]:
 @contextmanager
 def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
     """Hold the claim on the checkpoint (in the main process, for all of them); whether there is work to do."""
-    with ExitStack() as held:
-        needed = [False]
-        if accelerator.is_main_process:
-            while not job.output.is_complete():
-                if held.enter_context(claim(job.output, WEIGHTS)):
-                    needed = [not job.output.is_complete()]
-                    break
-                time.sleep(CLAIM_POLL_SECONDS)
-        broadcast_object_list(needed)
-        yield needed[0]
+    needed = [False]
+    while accelerator.is_main_process and not job.output.is_complete():
+        with claim(job.output, WEIGHTS) as ours:
+            if ours and not job.output.is_complete():
+                broadcast_object_list([True])
+                yield True
+                return
+        time.sleep(CLAIM_POLL_SECONDS)
+    broadcast_object_list(needed)
+    yield needed[0]
 
 
 def _train(job: TrainJob, accelerator: Accelerator) -> None:
@@ -127,8 +128,7 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
 
 def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     settings = job.settings
-    reference = type(job.student)(**{**vars(job.student), "dtype": settings.param_dtype})
-    model = load_model(reference, accelerator.device)
+    model = load_model(replace(job.student, dtype=settings.param_dtype), accelerator.device)
     for module in model.modules():  # an importance ratio needs the policy itself, not a random thinning of it
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -1,0 +1,33 @@
+"""The committed demo on real text: random tiny models, 64 GSM8K problems, AIME 2024; vLLM where it is installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import eopd
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROBLEMS = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+
+
+@pytest.mark.skipif(not PROBLEMS.exists(), reason="the GSM8K problems are not beside this checkout (../shared/data)")
+def test_every_stage_runs_on_a_pair_of_ones_own(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    make = [sys.executable, "-m", "examples.gsm8k.make", "--data", PROBLEMS, "--out", models]
+    subprocess.run([*map(str, make)], cwd=ROOT, check=True, capture_output=True)
+    places = {"student.path": models / "student", "teacher.path": models / "teacher"}
+    places |= {"store": tmp_path / "store", "runs": tmp_path / "runs", "launcher.kind": "inline"}
+    overrides = [part for name, value in places.items() for part in ("--set", f"{name}={value}")]
+    result = eopd("run", "gsm8k-demo", *overrides)
+    for stage in ("rollout 0", "score 0", "train 0", "evaluate 1"):
+        assert f"{stage}: done in" in result.stderr
+    rows = json.loads((tmp_path / "runs" / "gsm8k-demo" / "summary.json").read_text())["rounds"]
+    assert rows[1]["gate_fraction"] > 0.9  # a random teacher is unsure of everything
+    results = sorted((tmp_path / "store" / "evaluations").glob("*/part-*/results.json"))
+    assert len(results) == 2
+    assert all(json.loads(path.read_text())["benchmarks"]["aime24"]["problems"] == 30 for path in results)

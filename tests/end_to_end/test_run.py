@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_the_checkpoint_loads_as_it_is(world: World, undisturbed: str) -> None:
 
 def test_two_experiments_share_what_is_the_same(world: World, undisturbed: str) -> None:
     """Another objective on the same store: rollouts and scores of round 0 are found, not made."""
-    store = world.store(undisturbed)
+    store = world.folder / "shared" / "store"
+    shutil.copytree(world.store(undisturbed), store)  # a store is a folder: a copy is as good
     config = world.config("other", store=str(store), rounds=1, train={"objective": {"name": "opd"}})
     before = commit_times(store)
     result = eopd("run", config)

@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact
@@ -42,17 +42,27 @@ def claimed_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[int]:
     Parts that others are at work on come last: by then they are mostly done; if their worker died, they are ours.
     Returns when every part is committed.
     """
+    for part, held in held_parts(artifact, parts):
+        with held:
+            yield part
+
+
+def held_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[tuple[int, ExitStack]]:
+    """As ``claimed_parts``, with the claim for the caller to close: when the part is committed."""
     waiting = list(parts)
     while waiting:
         held_by_others = []
         for part in waiting:
             if artifact.is_committed(part):
                 continue
-            with claim(artifact, part) as ours:
-                if not ours:
-                    held_by_others.append(part)
-                elif not artifact.is_committed(part):
-                    yield part
+            held = ExitStack()
+            if not held.enter_context(claim(artifact, part)):
+                held.close()
+                held_by_others.append(part)
+            elif artifact.is_committed(part):
+                held.close()
+            else:
+                yield part, held
         waiting = held_by_others
         if waiting:
             time.sleep(POLL_SECONDS)

@@ -2,34 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-
-from eopd.storage.artifacts import Artifact
-from eopd.storage.claims import POLL_SECONDS, claim
-
-
-def held_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[tuple[int, ExitStack]]:
-    """As ``storage.claims.claimed_parts``, with the claim for the caller to close: when the part is committed."""
-    waiting = list(parts)
-    while waiting:
-        held_by_others = []
-        for part in waiting:
-            if artifact.is_committed(part):
-                continue
-            held = ExitStack()
-            if not held.enter_context(claim(artifact, part)):
-                held.close()
-                held_by_others.append(part)
-            elif artifact.is_committed(part):
-                held.close()
-            else:
-                yield part, held
-        waiting = held_by_others
-        if waiting:
-            time.sleep(POLL_SECONDS)
 
 
 class PartWriter:

@@ -48,5 +48,5 @@ else
 fi
 rm -f .venv/.eopd-*
 .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode "$@" \
-    --constraint "$constraints" --override "$overrides" --editable ".[$engine,dev,peft,objectstore]"
+    --constraint "$constraints" --override "$overrides" --editable ".[$engine,dev,peft,objectstore,ray]"
 touch "$stamp"

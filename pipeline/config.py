@@ -51,6 +51,10 @@ class RunSettings(Settings):
     store: str = setting("store", "Folder of the artifact store. Runs that share it share work.", keyed=False)
     runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)
     rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1)
+    refresh: int = setting(1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1)
+    lag: int = setting(
+        0, "Rounds by which the policy that samples is late: with 1, a round's rollouts overlap training.", ge=0
+    )
     student: ModelSettings = setting(..., "The model that learns.")
     teacher: ModelSettings = setting(..., "The model it learns from.")
     prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")

@@ -11,8 +11,9 @@ is done, and two runs that ask for the same thing name the same folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from eopd.pipeline.config import ConfigError, RunSettings
@@ -57,27 +58,58 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Which prompts a round samples. Drawn when asked for, so that a plan of many large rounds takes no memory."""
+
+    prompt_count: int
+    per_round: int
+    round: int
+    seed: int
+    rows_per_part: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Prompts of each part."""
+        whole, rest = divmod(self.per_round, self.rows_per_part)
+        return [self.rows_per_part] * whole + [rest] * (rest > 0)
+
+    def parts(self) -> list[list[int]]:
+        """Rows of the prompt source, per part."""
+        indices = draw_prompts(self.prompt_count, self.per_round, self.round, self.seed)
+        return [indices[start : start + self.rows_per_part] for start in range(0, len(indices), self.rows_per_part)]
+
+
+@dataclass(frozen=True)
 class PlannedJob:
     stage: Stage
     round: int
     output: Identity
     inputs: tuple[Identity, ...] = ()
     side: Identity | None = None  # the student's own top-k, beside its rollouts
-    prompt_indices: tuple[tuple[int, ...], ...] = ()  # of a rollout, per part
+    draw: Draw | None = None  # of a rollout
 
     @property
     def name(self) -> str:
         return f"{self.stage} {self.round}"
+
+    @property
+    def prompt_indices(self) -> list[list[int]]:
+        """Rows of the prompt source that a rollout samples, per part."""
+        return self.draw.parts() if self.draw is not None else []
 
 
 @dataclass(frozen=True)
 class Plan:
     jobs: tuple[PlannedJob, ...]  # in an order in which each finds its inputs done
 
+    @cached_property
+    def _by_name(self) -> dict[tuple[Stage, int], PlannedJob]:
+        return {(job.stage, job.round): job for job in self.jobs}
+
     def job(self, stage: Stage, round_: int) -> PlannedJob:
-        for job in self.jobs:
-            if (job.stage, job.round) == (stage, round_):
-                return job
+        found = self._by_name.get((stage, round_))
+        if found is not None:
+            return found
         rounds = sorted({job.round for job in self.jobs if job.stage == stage})
         raise ConfigError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
 
@@ -96,14 +128,16 @@ def make_plan(
     """
     jobs: list[PlannedJob] = []
     policy: Identity | None = None
+    policies: list[Identity | None] = [None]  # the student at the start of each round
     if settings.evaluate is not None:
         jobs.append(_evaluate_job(settings, facts, 0, policy))
     for round_ in range(settings.rounds):
-        rollout = _rollout_job(settings, facts, round_, policy)
+        rollout = _rollout_job(settings, facts, round_, policies[sampling_round(settings, round_)])
         score = _score_job(settings, facts, round_, rollout, serving)
         train = _train_job(settings, facts, round_, policy, rollout, score)
         jobs += [rollout, score, train]
         policy = train.output
+        policies.append(policy)
         if settings.evaluate is not None:
             jobs.append(_evaluate_job(settings, facts, round_ + 1, policy))
     return Plan(tuple(jobs))
@@ -112,6 +146,11 @@ def make_plan(
 def prompts_per_round(settings: RunSettings, facts: Facts) -> int:
     """As set, or the whole prompt set where that is smaller."""
     return min(settings.rollout.prompts_per_round, facts.prompt_count)
+
+
+def sampling_round(settings: RunSettings, round_: int) -> int:
+    """Round at whose start the student was that samples ``round_``: renewed every ``refresh`` rounds, ``lag`` late."""
+    return max(0, round_ // settings.refresh * settings.refresh - settings.lag)
 
 
 def sampling_seed(settings: RunSettings, round_: int) -> int:
@@ -129,13 +168,10 @@ def _policy_key(facts: Facts, policy: Identity | None) -> str:
     return facts.student.fingerprint if policy is None else policy.key
 
 
-def _parts_of(indices: Sequence[int], rows: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(indices[start : start + rows]) for start in range(0, len(indices), rows))
-
-
 def _rollout_job(settings: RunSettings, facts: Facts, round_: int, policy: Identity | None) -> PlannedJob:
-    indices = draw_prompts(facts.prompt_count, prompts_per_round(settings, facts), round_, settings.seed)
-    parts = _parts_of(indices, settings.rollout.rows_per_part)
+    rows = settings.rollout.rows_per_part
+    draw = Draw(facts.prompt_count, prompts_per_round(settings, facts), round_, settings.seed, rows)
+    parts = draw.parts()
     sampling = settings.rollout.semantic()
     topk = settings.rollout.student_topk
     identity = Identity(
@@ -164,7 +200,7 @@ def _rollout_job(settings: RunSettings, facts: Facts, round_: int, policy: Ident
             settings={"k": topk},
             inputs={"rollouts": identity.key},
         )
-    return PlannedJob("rollout", round_, identity, (policy,) if policy else (), side, parts)
+    return PlannedJob("rollout", round_, identity, (policy,) if policy else (), side, draw)
 
 
 def _score_job(

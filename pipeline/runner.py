@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
 from eopd.pipeline.models import ModelFacts
-from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_seed, steps_of_round
+from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.paths import RunPaths
@@ -81,11 +81,10 @@ class Runner:
             missing = [p for p in artifact.missing() if not by_part or p in parts]
             if not missing:
                 continue
-            maker = {"rollouts": "rollout", "scores": "score", "checkpoints": "train"}[identity.kind]
-            round_ = job.round if identity.kind != "checkpoints" else job.round - 1
+            maker = next(made for made in self.plan.jobs if made.output.key == identity.key)
             raise ConfigError(
                 f"{job.name} needs {artifact}, of which parts {missing[:8]} are missing. "
-                f"Run `eopd {maker} CONFIG --round {round_}` first, or `eopd run CONFIG` for everything."
+                f"Run `eopd {maker.stage} CONFIG --round {maker.round}` first, or `eopd run CONFIG` for everything."
             )
 
     # -- what the stages are handed ----------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def _start_rollout(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> Non
             settings=runner.settings.rollout,
             progress=runner.progress,
             log_dir=runner.paths.logs,
-            policy=runner.student(job.round),
+            policy=runner.student(sampling_round(runner.settings, job.round)),
             prompts=runner.settings.prompts,
             prompt_indices=job.prompt_indices,
             stop_ids=runner.facts.stop_ids,
@@ -190,6 +189,7 @@ def train_job(runner: Runner, job: PlannedJob) -> TrainJob:
         scores=scores,
         settings=settings.train,
         round=job.round,
+        age=job.round - sampling_round(settings, job.round),
         total_steps=steps * (settings.rounds if carries else 1),
         first_step=steps * job.round if carries else 0,
         seed=settings.seed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -183,6 +184,7 @@ def draw_prompts(count: int, per_round: int, round_number: int, seed: int) -> li
     return drawn
 
 
+@lru_cache(maxsize=2)  # a round lies in one epoch or two, and the next one goes on where it ended
 def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     # a bit generator's raw stream is fixed for ever; numpy's shuffles and permutations are not
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")

@@ -18,7 +18,7 @@ TRAINING_FILE = "training.json"
 class TrainJob:
     output: Artifact  # the checkpoint
     progress_states: Artifact  # resumable states on the way there; removed at the end
-    student: ModelRef  # the policy that sampled the rollouts
+    student: ModelRef  # the policy at the round's start; where `age` is 0, the one that sampled the rollouts
     previous: Artifact | None  # checkpoint whose optimiser state carries on
     rollouts: Artifact
     scores: Artifact
@@ -34,3 +34,4 @@ class TrainJob:
     progress: Progress
     log_dir: Path
     run_dir: Path  # metrics with timings, TensorBoard
+    age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start

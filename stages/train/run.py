@@ -145,11 +145,30 @@ def _round_start(job: TrainJob, loop: Loop, states: States, responses: Responses
     if start is None:
         job.progress.start(f"train {job.round}: log-probs at the round's start", responses.tokens)
         start = loop.round_start(job.progress.advance)
-        _compare_with_sampler(job, start, responses)
+        if job.age:
+            start = _as_sampled(job, start, responses)
+        else:
+            _compare_with_sampler(job, start, responses)
         if loop.accelerator.is_main_process:
             states.save_round_start(start)
         job.progress.close()
     return start
+
+
+def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses) -> RoundStart:
+    """For rollouts of an older policy: q_old is what that policy said of its tokens when it sampled them."""
+    if any(sampled is None for sampled in responses.sampler_logprobs):
+        raise TrainingStopped(
+            f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so no "
+            "importance ratio can be formed. Set lag=0 and refresh=1, or sample with an engine that gives log-probs."
+        )
+    sampled = np.concatenate([found for found in responses.sampler_logprobs if found is not None])
+    moved = float((sampled - start.logprob).mean())
+    job.progress.line(
+        f"train {job.round}: the policy that sampled is {job.age} rounds old; its KL to this one, by its samples: "
+        f"{moved:.4g} nats a token"
+    )
+    return RoundStart(sampled.astype(np.float32), start.entropy)
 
 
 def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses) -> None:

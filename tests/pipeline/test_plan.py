@@ -41,6 +41,12 @@ def keys(plan: Plan, stage: Stage) -> list[str]:
 
 
 BASE = make_plan(settings(), facts())
+KEYS = {
+    "rollout 1": "64c3adeae880f7998265",
+    "score 1": "8466811a8b5a89581031/71818986fbe3e3ea8e7d",
+    "train 1": "20c8c902f93cbf4181ab",
+    "evaluate 1": "e806347af81a8ea3b536",
+}
 
 
 def test_jobs_come_after_what_they_read() -> None:
@@ -121,6 +127,64 @@ def test_more_rounds_of_a_constant_rate_begin_with_the_same_ones() -> None:
     constant = {"optimizer": {"schedule": "constant"}}
     short, long = (make_plan(settings(train=constant, rounds=n), facts()) for n in (2, 5))
     assert keys(short, "train") == keys(long, "train")[:2]
+
+
+def test_keys_are_those_of_every_earlier_version() -> None:
+    """A plan of today must find the artifacts of yesterday: these keys were printed by the first version."""
+    found = {job.name: job.output.key for job in BASE.jobs if job.round == 1}
+    assert found == KEYS
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampled"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"lag": 1}, [0, 0, 1, 2, 3, 4]),
+        ({"refresh": 2}, [0, 0, 2, 2, 4, 4]),
+        ({"refresh": 3, "lag": 2}, [0, 0, 0, 1, 1, 1]),
+        ({"refresh": 6}, [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_which_policy_samples(schedule: dict[str, object], sampled: list[int]) -> None:
+    plan = make_plan(settings(rounds=6, **schedule), facts())
+    for round_, policy in enumerate(sampled):
+        rollout = plan.job("rollout", round_)
+        expected = "s0" if policy == 0 else plan.job("train", policy - 1).output.key
+        assert rollout.output.inputs["policy"] == expected
+        assert rollout.inputs == (() if policy == 0 else (plan.job("train", policy - 1).output,))
+        # training itself always goes on from the newest student
+        newest = "s0" if round_ == 0 else plan.job("train", round_ - 1).output.key
+        assert plan.job("train", round_).output.inputs["student"] == newest
+
+
+def test_a_late_policy_leaves_rollouts_free_of_the_training_before() -> None:
+    plan = make_plan(settings(rounds=3, lag=1), facts())
+    assert plan.job("train", 1).output not in plan.job("rollout", 2).inputs
+    assert plan.job("train", 0).output in plan.job("rollout", 2).inputs
+
+
+def test_rollouts_of_one_policy_in_several_rounds_are_different_ones() -> None:
+    plan = make_plan(settings(rounds=3, refresh=3), facts())
+    assert len(set(keys(plan, "rollout"))) == 3
+
+
+@pytest.mark.parametrize(("prompts", "per_round", "rounds"), [(25, 10, 8), (7, 3, 21), (6, 6, 4), (100, 33, 10)])
+def test_epochs_over_the_prompts(prompts: int, per_round: int, rounds: int) -> None:
+    """Across every epoch's end: each epoch holds every prompt once, in an order of its own."""
+    plan = make_plan(
+        settings(rounds=rounds, rollout={"prompts_per_round": per_round, "rows_per_part": 4}), facts(prompts=prompts)
+    )
+    deck = [i for r in range(rounds) for part in plan.job("rollout", r).prompt_indices for i in part]
+    assert len(deck) == rounds * per_round
+    epochs = [tuple(deck[start : start + prompts]) for start in range(0, len(deck), prompts)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch)
+    whole = [epoch for epoch in epochs if len(epoch) == prompts]
+    assert len(set(whole)) == len(whole) > 1
+    sizes = [len(part) for part in plan.job("rollout", 1).prompt_indices]
+    draw = plan.job("rollout", 1).draw
+    assert draw is not None
+    assert draw.sizes == sizes
 
 
 def test_an_unknown_round_is_refused() -> None:

@@ -1,0 +1,148 @@
+"""What a run takes on disk, before any of it is there: checkpoints from the model's shapes, data from what is known.
+
+    sizes = checkpoint_bytes(read_shapes(folder), settings.train)
+    peak = peak_bytes(sizes, data, Keep(weights=2, optimizer=1))
+
+Nothing here loads a model: shapes are in the headers of its safetensors files. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.config import ConfigError
+from eopd.stages.score.settings import HeadSettings
+from eopd.stages.train.settings import LoraSettings, TrainSettings
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOMENTS = 2  # of AdamW: means of the gradient and of its square
+LONGEST_HEADER = 100 << 20  # bytes; what safetensors itself reads
+
+ROLLOUT_TOKEN = 12.0  # id, log-prob and text of a token in Parquet, before compression
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_out")
+
+
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """Of one round's checkpoint, and of a resumable state while the round trains."""
+
+    weights: int
+    optimizer: int
+    state: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many of the newest checkpoints keep their weights and their optimiser state; None: all do.
+
+    The newest one is never pruned: the next round trains from it.
+    """
+
+    weights: int | None = None
+    optimizer: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.weights is None or self.weights >= 1, self
+        assert self.optimizer is None or self.optimizer >= 1, self
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model folder, from the headers of its weights.
+
+    Raises:
+        ConfigError: a file of weights is not safetensors; names it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, entry in _header(path).items():
+            if name != "__metadata__":
+                shapes[name] = tuple(int(size) for size in entry["shape"])
+    return shapes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            found: dict[str, Any] = json.loads(file.read(length))
+    except (struct.error, ValueError) as error:
+        raise ConfigError(f"{path} is no safetensors file ({error}); download or save the model again") from error
+    return found
+
+
+def parameter_count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def adapter_count(shapes: Shapes, lora: LoraSettings) -> int:
+    """Parameters of the low-rank adapters: rank * (in + out) of every matrix that gets one."""
+    sizes = 0
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if len(shape) != 2 or any(part in EMBEDDINGS for part in layer.split(".")):
+            continue
+        if lora.target_modules == "all-linear" or layer.endswith(lora.target_modules):
+            sizes += lora.rank * (shape[0] + shape[1])
+    return sizes
+
+
+def checkpoint_bytes(shapes: Shapes, train: TrainSettings) -> CheckpointBytes:
+    """Bytes of a checkpoint's two parts and of a resumable state; the tokenizer and log-probs in it are left out."""
+    size = BYTES[train.param_dtype]
+    weights = parameter_count(shapes) * size
+    trained = weights if train.lora is None else adapter_count(shapes, train.lora) * size
+    average = 0 if train.ema is None else parameter_count(shapes) * BYTES["float32"]
+    moments = MOMENTS * trained
+    adapter = 0 if train.lora is None else trained
+    return CheckpointBytes(weights, moments + average + adapter, trained + moments + average)
+
+
+def peak_bytes(
+    checkpoint: CheckpointBytes, data: Sequence[int], keep: Keep = Keep(), states: int = 1, trained: int = 0
+) -> int:
+    """Bytes of a run's own artifacts at their worst moment: a round's checkpoint committed, nothing pruned yet.
+
+    Args:
+        data: of each round, its rollouts, scores and evaluations when they are complete.
+        keep: what pruning leaves.
+        states: resumable states kept while a round trains; the next one is written before the oldest goes.
+        trained: rounds whose checkpoints are there (or pruned) already; the peak is that of the rounds after them.
+    """
+    peak = so_far = 0
+    for round_, added in enumerate(data):
+        so_far += added
+        before = _kept(round_, keep.weights) * checkpoint.weights + _kept(round_, keep.optimizer) * checkpoint.optimizer
+        writing = checkpoint.weights + checkpoint.optimizer + states * checkpoint.state
+        while_training = max(writing, (states + 1) * checkpoint.state)
+        if round_ >= trained:
+            peak = max(peak, so_far + before + while_training)
+    return max(
+        peak,
+        so_far
+        + _kept(len(data), keep.weights) * checkpoint.weights
+        + _kept(len(data), keep.optimizer) * checkpoint.optimizer,
+    )
+
+
+def _kept(made: int, limit: int | None) -> int:
+    return made if limit is None else min(made, limit)
+
+
+def score_token_bytes(head: HeadSettings) -> float:
+    """Bytes of one scored token, at most: the worst case of `python -m benchmarks.cache` (docs/cache-format.md).
+
+    Measured with uniform ids over 151,936: 30.0, 45.4 and 76.4 at k_max 16, 32 and 64 where heads follow the
+    entropy, 44.1, 102.7 and 151.6 at fixed heads of 12, 32 and 50. Small vocabularies take less.
+    """
+    entry = 2.9 if head.full_head_above < 0 else 0.97
+    return 15.0 + entry * head.k_max + 3.0 * head.n_draws

@@ -1,11 +1,13 @@
 """Advisory claims: who is at work on a part, so that two processes do not do the same one for nothing.
 
 A claim is a kernel lock on a small file. It vanishes with its process, however that ends, so nothing has to be
-cleaned after a crash; and it only saves work: correctness is the commit rule's (``storage.artifacts``).
+cleaned after a crash; and it only saves work: correctness is the commit rule's (``storage.artifacts``). Where a file
+system has no locks (Lustre mounted without ``-o flock``), everybody's claim is granted.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -17,6 +19,7 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.files import naming_full_disks
 
 POLL_SECONDS = 0.5
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
@@ -31,6 +34,9 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield True
     finally:
         os.close(handle)

@@ -97,7 +97,9 @@ def create_exclusively(path: Path, text: str) -> bool:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return False
+            # NFS repeats a request whose answer was lost, and the second finds what the first made: then it is ours
+            if temporary.stat().st_nlink == 1:
+                return False
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)

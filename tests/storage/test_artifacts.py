@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -173,3 +175,27 @@ def test_a_dropped_part_is_gone_whole(artifact: Artifact) -> None:
     artifact.drop_part(0)
     assert not artifact.is_committed(0)
     assert not folder.exists()
+
+
+def test_a_commit_whose_answer_was_lost_is_ours(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS: the server links, the answer is lost, the repeated request says that the name exists."""
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    write(artifact, 0, "ours")
+    monkeypatch.undo()
+    assert (artifact.part_folder(0) / "sub" / "file.txt").read_text() == "ours"
+
+
+def test_without_locks_every_claim_is_granted(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "no locks on this file system")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with claim(artifact, 0) as one, claim(artifact, 0) as other:
+        assert one
+        assert other

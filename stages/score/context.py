@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from eopd.stages.models.tokenizers import render_chat
-from eopd.stages.score.settings import TeacherPromptSettings
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, render_teacher_prompt
 from eopd.storage.files import canonical_json
 
 if TYPE_CHECKING:
@@ -49,7 +46,7 @@ def render_contexts(
                     f"{where}: prompt {prompt_id!r} has no {missing}, of which its teacher context is made"
                 )
             if source not in rendered:
-                rendered[source] = _render(source, settings, tokenizer, f"{where}: prompt {prompt_id!r}")
+                rendered[source] = render_teacher_prompt(source, settings, tokenizer, f"{where}: prompt {prompt_id!r}")
             contexts.append(rendered[source])
     for prompt_id, context in zip(rollouts.column("prompt_id").to_pylist(), contexts, strict=True):
         if not context:
@@ -58,26 +55,3 @@ def render_contexts(
                 "token; use a teacher_prompt that writes at least one token"
             )
     return contexts
-
-
-def _render(source: str, settings: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    messages: list[dict[str, str]] = [{"role": "user", "content": source}]
-    if settings.kind == "template":
-        messages = json.loads(source)
-    if settings.template == "plain":
-        return _plain(messages, settings.suffix, tokenizer, where)
-    messages[-1]["content"] += settings.suffix
-    if settings.system is not None:
-        messages.insert(0, {"role": "system", "content": settings.system})
-    return render_chat(tokenizer, messages, settings.arguments)
-
-
-def _plain(
-    messages: Sequence[dict[str, str]], suffix: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[int]:
-    if len(messages) != 1:
-        raise ValueError(
-            f"{where} has {len(messages)} messages, which score.teacher_prompt.template: plain cannot write as one "
-            "text; use template: chat"
-        )
-    return [int(number) for number in tokenizer(messages[0]["content"] + suffix)["input_ids"]]

@@ -7,41 +7,9 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.settings import Settings, setting
 from eopd.storage.teacher_record import DrawMode, HeadRule
-
-
-class TeacherPromptSettings(Settings):
-    """How the teacher reads a prompt. A bare word is short for ``kind``: ``teacher_prompt: same``."""
-
-    kind: Literal["same", "template", "column"] = setting(
-        "same",
-        "same: the student's prompt token ids. template: the prompt's messages through a template. column: the text "
-        "of the prompt source's teacher_prompt column, through a template.",
-    )
-    template: Literal["chat", "plain"] = setting(
-        "chat", "chat: the teacher's own chat template (a column's text is one user message); plain: text as it is"
-    )
-    arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
-    system: str | None = setting(None, "System message put before the prompt (chat only)")
-    suffix: str = setting("", "Text put after the prompt (the last user message)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_word(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _fields_belong_to_the_kind(self) -> TeacherPromptSettings:
-        rendered = {name for name in ("arguments", "system", "suffix") if getattr(self, name)}
-        if self.kind == "same" and rendered:
-            raise ValueError(
-                f"score.teacher_prompt: {', '.join(sorted(rendered))} has no effect with kind: same, which takes the "
-                "student's token ids as they are; set kind: template"
-            )
-        if self.template == "plain" and rendered - {"suffix"}:
-            raise ValueError("score.teacher_prompt: arguments and system belong to template: chat")
-        return self
 
 
 class HeadSettings(Settings):

@@ -1,0 +1,55 @@
+"""Settings of the alignment measurement. Keyed apart from the evaluation: asking for it changes no evaluation's key."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+from pydantic import field_validator
+
+from eopd.stages.engines.sampling import EngineKind, EngineOptions
+from eopd.stages.settings import Settings, setting
+
+Responses = Literal["own", "first"]
+EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)
+
+
+class AlignmentSettings(Settings):
+    """Exact divergences between teacher and student on the evaluation's samples, by teacher entropy."""
+
+    responses: tuple[Responses, ...] = setting(
+        ("own",),
+        "Whose samples are read: own (of the student that is measured: on-policy), first (of the run's first student: "
+        "one fixed set for all rounds, and for all runs that start from it)",
+        min_length=1,
+    )
+    samples: int = setting(1, "Samples of each problem that are read: the first ones", ge=1)
+    limit: int | None = setting(None, "Problems of each benchmark that are read: the first ones (null: all)", ge=1)
+    tau: float = setting(0.8, "Threshold of high entropy, nats; always an edge of a bin", gt=0.0)
+    bins: tuple[float, ...] = setting(
+        EDGES, "Inner edges of the bins of teacher entropy, nats, increasing; the outer ones are 0 and ln V"
+    )
+    temperature: float = setting(1.0, "Both models' logits are divided by it", gt=0.0)
+    merge_stops: bool = setting(
+        True, "Both models' stop ids are one outcome, as objective.stops: class has it; false: outcomes of their own"
+    )
+    engine: EngineKind = setting(
+        "transformers", "Who runs both models' forward passes. Both models are in memory at once.", keyed=False
+    )
+    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the student runs", keyed=False)
+    teacher_engine_options: EngineOptions = setting(EngineOptions, "How fast and where the teacher runs", keyed=False)
+    batch_tokens: int = setting(8192, "Tokens read by both models before their heads are compared", keyed=False, ge=1)
+
+    @field_validator("responses")
+    @classmethod
+    def _once_each(cls, value: tuple[Responses, ...]) -> tuple[Responses, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"evaluate.alignment.responses names one twice: {list(value)}")
+        return value
+
+    @field_validator("bins")
+    @classmethod
+    def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(edge <= 0 for edge in value) or any(high <= low for low, high in itertools.pairwise(value)):
+            raise ValueError(f"evaluate.alignment.bins must be positive and increasing, got {list(value)}")
+        return value

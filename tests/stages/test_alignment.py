@@ -1,0 +1,200 @@
+"""Teacher against student by entropy bin: against a dense float64 oracle, on real (tiny) models."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eopd.stages.evaluate.alignment import divergence
+from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
+from eopd.stages.evaluate.alignment.divergence import TokenFigures, compare
+from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment, read_pairs
+from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.packing import Sequence
+from tests.stages.tiny_models import VOCAB, tiny_model
+
+
+def head(vocabulary: int, width: int, seed: int, **changes: Any) -> LMHead:
+    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(seed))
+    return replace(LMHead(weight, None, 1.0, None, vocabulary), **changes)
+
+
+def states(tokens: int, width: int, seed: int) -> Tensor:
+    """Some sharp rows, some flat ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, width, generator=generator) * torch.linspace(0.05, 2.0, tokens)[:, None]
+
+
+def oracle(logits_p: Tensor, logits_q: Tensor, merged: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """Written out from the definitions, float64, one row of probabilities at a time."""
+    found: dict[str, list[float]] = {item: [] for item in TokenFigures.__dataclass_fields__}
+    for row_p, row_q in zip(logits_p.double(), logits_q.double(), strict=True):
+        sides = []
+        for row in (row_p, row_q):
+            probs = torch.softmax(row, 0)
+            stops = [number for number in merged if number < len(probs)]
+            outcomes = {number: float(prob) for number, prob in enumerate(probs) if number not in stops}
+            if stops:
+                outcomes[stops[0]] = float(probs[stops].sum())
+            sides.append(outcomes)
+        p, q = sides
+        shared = p.keys() & q.keys()
+        mass_p, mass_q = (math.fsum(side[number] for number in shared) for side in sides)
+        for name, side, mass in (("teacher", p, mass_p), ("student", q, mass_q)):
+            found[f"{name}_entropy"].append(-math.fsum(v * math.log(v) for v in side.values() if v > 0))
+            found[f"{name}_outside"].append(math.fsum(side.values()) - mass)
+        pairs = [(p[number] / mass_p, q[number] / mass_q) for number in shared]
+        found["fkl"].append(math.fsum(a * math.log(a / b) for a, b in pairs if a > 0))
+        found["rkl"].append(math.fsum(b * math.log(b / a) for a, b in pairs if b > 0))
+        found["agreement"].append(float(max(p, key=p.__getitem__) == max(q, key=q.__getitem__)))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+
+def assert_equal(found: TokenFigures, expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    for name, values in expected.items():
+        assert getattr(found, name) == pytest.approx(values.numpy(), abs=tolerance), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("merged", [(), (3,), (3, 40, 7)])
+@pytest.mark.parametrize("student_rows", [50, 61, 45])
+def test_figures_are_those_of_the_dense_oracle(student_rows: int, merged: tuple[int, ...], temperature: float) -> None:
+    """Over several chunks, with equal and with differently padded vocabularies, a bias and a soft cap."""
+    bias = torch.linspace(-1, 1, 50)
+    heads = head(50, 16, 1, bias=bias, softcap=8.0), head(student_rows, 12, 2, scale=0.8)
+    hidden = states(23, 16, 3), states(23, 12, 4)
+    found = compare((hidden[0], heads[0]), (hidden[1], heads[1]), temperature=temperature, merged=merged, chunk_rows=5)
+    logits = [one.logits(many).double() / temperature for one, many in zip(heads, hidden, strict=True)]
+    assert_equal(found, oracle(logits[0], logits[1], merged))
+    assert (found.teacher_outside > 0).all() == (student_rows < 50)
+    assert (found.student_outside > 0).all() == (student_rows > 50)
+    assert found.fkl.min() > 0
+    assert 0 < found.agreement.sum() < 23 or student_rows != 50
+
+
+def test_a_model_does_not_differ_from_itself_and_wide_chunks_change_nothing() -> None:
+    own = states(9, 16, 3) * 20, head(50, 16, 1)
+    found = compare(own, own)
+    assert found.fkl == pytest.approx(np.zeros(9), abs=1e-12)
+    assert found.rkl == pytest.approx(np.zeros(9), abs=1e-12)
+    assert found.agreement.tolist() == [1.0] * 9
+    other = states(9, 12, 4), head(50, 12, 2)
+    whole, pieces = compare(own, other), compare(own, other, chunk_rows=2)
+    for name in TokenFigures.__dataclass_fields__:
+        assert getattr(whole, name) == pytest.approx(getattr(pieces, name), rel=1e-6, abs=1e-9)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 3 tokens, the student's of 4"):
+        compare((states(3, 8, 0), head(50, 8, 0)), (states(4, 8, 0), head(50, 8, 0)))
+    broken = states(3, 8, 0)
+    broken[1, 0] = math.nan
+    with pytest.raises(ValueError, match="the student's logits are not finite"):
+        compare((states(3, 8, 0), head(50, 8, 0)), (broken, head(50, 8, 0)))
+    with pytest.raises(ValueError, match="no response has a token"):
+        summarise(np.zeros((0, 3, len(SUMMED))), [], EntropyBins.of((1.0,), 0.8, 50))
+
+
+def test_bins_split_at_tau_and_hold_every_token() -> None:
+    bins = EntropyBins.of((0.4, 1.2, 9.0), 0.8, 50)
+    assert bins.edges == (0.0, 0.4, 0.8, 1.2, math.log(50))
+    entropy = np.asarray([0.0, 0.4, 0.41, 0.8, 0.8000001, 1.3, math.log(50), math.log(50) + 1e-6])
+    zero = np.zeros(8)
+    figures = TokenFigures(zero, zero, entropy, np.linspace(0, 2, 8), zero, zero, zero)
+    sums = bins.sums(figures)
+    assert sums[:, 0].tolist() == [2, 2, 1, 3]
+    assert sums[bins.gated, 0].sum() == (entropy > 0.8).sum()
+    assert sums[:, SUMMED.index("student_above")].sum() == (np.linspace(0, 2, 8) > 0.8).sum()
+    assert EntropyBins.of((0.4,), 8.0, 50).gated == slice(2, 2)  # no token can exceed tau
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """Other architectures, hidden sizes and paddings."""
+    return tiny_model("llama", seed=1), tiny_model("qwen3", seed=2, vocab_size=VOCAB - 10, hidden_size=32)
+
+
+def sequences(count: int, context: int = 3) -> list[Sequence]:
+    rng = np.random.default_rng(5)
+    lengths = [int(n) for n in rng.integers(0, 30, count)]
+    return [Sequence(rng.integers(3, 300, context + n % 2).tolist(), rng.integers(3, 300, n).tolist()) for n in lengths]
+
+
+def own_logits(model: Any, sequence: Sequence) -> Tensor:
+    ids = torch.tensor([[*sequence.context_ids, *sequence.response_ids[:-1]]])
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids).logits[0, len(sequence.context_ids) - 1 :]
+    return logits
+
+
+def test_models_in_memory_are_measured_as_their_own_logits_say(models: tuple[Any, Any]) -> None:
+    """Packed, in several batches, with contexts that differ between the models; each sequence once."""
+    teacher, student = models
+    own = sequences(17)
+    theirs = [Sequence([1, 5, *sequence.context_ids], sequence.response_ids) for sequence in own]
+    read = dict(read_pairs(LoadedModel(teacher), LoadedModel(student), theirs, own, batch_tokens=60))
+    assert sorted(read) == [number for number, sequence in enumerate(own) if sequence.response_ids]
+    expected = []
+    for number, figures in read.items():
+        dense = oracle(own_logits(teacher, theirs[number]), own_logits(student, own[number]))
+        assert_equal(figures, dense, 1e-4)
+        expected.append(dense)
+    student.train()
+    found = measure_alignment(
+        teacher, student, own, teacher_sequences=theirs, tau=4.0, edges=(3.0, 4.5), batch_tokens=100
+    )
+    assert student.training
+    student.eval()
+    flat = {name: torch.cat([dense[name] for dense in expected]) for name in expected[0]}
+    high = flat["teacher_entropy"] > 4.0
+    assert 5 < high.sum() < len(high) - 5
+    assert found.all.tokens == len(high) == sum(one.tokens for one in found.bins)
+    assert found.all.fkl == pytest.approx(float(flat["fkl"].mean()), abs=1e-4)
+    assert found.above.tokens == int(high.sum())
+    assert found.above.share == pytest.approx(float(high.double().mean()))
+    assert found.above.rkl == pytest.approx(float(flat["rkl"][high].mean()), abs=1e-4)
+    assert found.below.agreement == pytest.approx(float(flat["agreement"][~high].mean()))
+    assert found.all.student_above == pytest.approx(float((flat["student_entropy"] > 4.0).double().mean()))
+    low, upper = found.all.intervals["fkl"]
+    assert low < found.all.fkl < upper
+    assert found.teacher_outside > 0 == found.student_outside
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["bins"][0]["tokens"] == found.bins[0].tokens
+
+
+def test_intervals_are_over_problems_not_tokens() -> None:
+    """Responses of a problem that agree among themselves hold no more news than one of them."""
+    bins = EntropyBins.of((1.0,), 0.8, 50)
+    rng = np.random.default_rng(0)
+    sums = np.zeros((40, bins.count, len(SUMMED)))
+    sums[:, 0, 0] = 10
+    sums[:, 0, 1] = 10 * rng.random(40)
+    alone = summarise(sums, list(range(40)), bins)
+    copies = summarise(np.concatenate([sums] * 4), list(range(40)) * 4, bins)
+    assert copies.all.intervals["fkl"] == pytest.approx(alone.all.intervals["fkl"])
+    assert copies.problems == 40
+    assert copies.responses == 160
+    width = alone.all.intervals["fkl"][1] - alone.all.intervals["fkl"][0]
+    assert width == pytest.approx(2 * 1.96 * sums[:, 0, 1].std() / 10 / math.sqrt(40), rel=0.1)
+    assert alone.bins[2].fkl is None
+    assert alone.bins[2].tokens == 0
+
+
+def test_memory_is_bounded_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    logits = LMHead.logits
+
+    def counting(self: LMHead, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(divergence, "CHUNK_VALUES", 50 * 4)
+    monkeypatch.setattr(LMHead, "logits", counting)
+    compare((states(10, 8, 0), head(40, 8, 0)), (states(10, 8, 1), head(50, 8, 1)))
+    assert rows == [4, 4, 4, 4, 2, 2]

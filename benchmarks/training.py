@@ -1,7 +1,8 @@
-"""Training from the cache: the sparse head's errors, memory and time.
+"""Training from the cache: the sparse head's errors, memory and time; the loop against TRL's, and its waits for data.
 
     python -m benchmarks.training                                  # everything, T = 2,048, V = 151,936, D = 1,024
     python -m benchmarks.training --parts oracle,memory --tokens 512
+    python -m benchmarks.training --parts trl --steps 8            # needs TRL: pip install 'eopd[peers]'
 
 The last line is one JSON document.
 """
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks import student_head
-from benchmarks.machine import machine
+from benchmarks import against_trl, loader, student_head
+from benchmarks.machine import describe
 
-PARTS: dict[str, Callable[[student_head.Size], dict[str, Any]]] = {
-    "oracle": lambda size: student_head.oracle(),
-    "memory": student_head.memory,
-    "time": student_head.times,
+PARTS: dict[str, Callable[[student_head.Size, argparse.Namespace], dict[str, Any]]] = {
+    "oracle": lambda size, given: student_head.oracle(),
+    "memory": lambda size, given: student_head.memory(size),
+    "time": lambda size, given: student_head.times(size),
+    "trl": lambda size, given: against_trl.measure(given.steps, given.runs),
+    "loader": lambda size, given: loader.measure(given.loader_steps),
 }
 
 
@@ -31,13 +34,22 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=student_head.Size.vocab)
     parser.add_argument("--dim", type=int, default=student_head.Size.dim)
     parser.add_argument("--repeats", type=int, default=student_head.Size.repeats)
+    parser.add_argument("--steps", type=int, default=13, help="optimiser steps of a run of the trl part")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each side of the trl part, in turns")
+    parser.add_argument("--loader-steps", type=int, default=100, help="optimiser steps of a run of the loader part")
     given = parser.parse_args()
-    size = student_head.Size(given.tokens, given.vocab, given.dim, given.repeats)
-    document: dict[str, Any] = {"benchmark": "training", "settings": asdict(size), "machine": machine()}
-    for part in given.parts.split(","):
+    parts = given.parts.split(",")
+    for part in parts:
         if part not in PARTS:
             parser.error(f"--parts {part!r} is unknown; known: {', '.join(PARTS)}")
-        found = PARTS[part](size)
+    size = student_head.Size(given.tokens, given.vocab, given.dim, given.repeats)
+    document: dict[str, Any] = {
+        "benchmark": "training",
+        "settings": asdict(size),
+        "machine": describe("trl", "accelerate"),
+    }
+    for part in parts:
+        found = PARTS[part](size, given)
         print(part, json.dumps(found), flush=True)
         document |= found
     print(json.dumps(document))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,9 @@ from eopd.pipeline.store_cli import app as store_app
 
 if TYPE_CHECKING:
     from eopd.pipeline.plan import PlannedJob, Stage
+    from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
+    from eopd.stages.job import Progress
 
 app = typer.Typer(
     help="Offline-teacher distillation of language models: the teacher runs once, its scores are stored, training "
@@ -38,7 +41,12 @@ EvaluatedRound = Annotated[
 ]
 Parts = Annotated[
     str | None,
-    typer.Option("--parts", metavar="I/N", help="Work on share I of N of the parts (1/4 .. 4/4), beside other jobs."),
+    typer.Option(
+        "--parts",
+        metavar="PARTS",
+        help="Work on some of the parts, beside other jobs: share I of N of them as I/N (1/4 .. 4/4), or their "
+        "numbers, as 3,7,11.",
+    ),
 ]
 
 
@@ -79,18 +87,16 @@ def report(config: Config, set_: Set = None) -> None:
 @app.command()
 def run(config: Config, set_: Set = None) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
-    from eopd.pipeline.launchers.local import launch
+    from eopd.pipeline.launchers.start import bring_to_end
+    from eopd.pipeline.progress import make_display
     from eopd.pipeline.reporting import write_report
     from eopd.stages.train.extras import require_extras
 
-    runner = _open(config, set_)
+    display = make_display()
+    runner = _open(config, set_, display)
     require_extras(runner.settings.train)
     _write_resolved(runner)
-    for job in runner.plan.jobs:
-        if runner.is_done(job):
-            runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
-        else:
-            launch(runner, job)
+    bring_to_end([(runner, job) for job in runner.plan.jobs], runner.settings, display)
     page = write_report(runner)
     runner.progress.line(f"report: {page}")
 
@@ -110,43 +116,61 @@ def _describe(runner: Runner, job: PlannedJob) -> str:
     return f"{job.name:<12} {state:<18} {artifact}"
 
 
-def _open(config: str, overrides: list[str] | None) -> Runner:
+def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.launchers.local import rank
     from eopd.pipeline.planning import plan_run
-    from eopd.pipeline.progress import make_progress
+    from eopd.pipeline.progress import make_display
     from eopd.pipeline.runner import Runner
-    from eopd.stages.job import NullProgress
 
     settings = load_config(config, overrides or ())
     facts, plan_ = plan_run(settings)
-    progress = make_progress() if rank() == 0 else NullProgress()
+    progress = worker_progress() or (display or make_display()).open()
     return Runner(settings, facts, plan_, progress)
 
 
+def worker_progress() -> Progress | None:
+    """Of a process that another one started: its events, or nothing where the first of several speaks for all."""
+    from eopd.pipeline.launchers.local import rank
+    from eopd.pipeline.progress import EVENTS_VARIABLE, EventProgress
+    from eopd.stages.job import NullProgress
+
+    if rank() > 0:
+        return NullProgress()
+    events = os.environ.get(EVENTS_VARIABLE)
+    return EventProgress(Path(events)) if events else None
+
+
 def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
-    from eopd.pipeline.launchers.local import train_together, trains_together
+    from eopd.pipeline.launchers.base import Task
+    from eopd.pipeline.launchers.local import stage_command, trains_together
 
     runner = _open(config, overrides)
-    _write_resolved(runner)
     job = runner.plan.job(stage, round_)
     chosen = _share(parts, job.output.parts)
-    if not runner.is_done(job) and trains_together(runner, job):
-        train_together(runner, job)
-    elif not runner.run(job, chosen):
+    _write_resolved(runner)
+    task = Task(runner, job, tuple(chosen or range(job.output.parts)))
+    if not runner.is_done(job) and trains_together(task):
+        os.execv(sys.executable, [sys.executable, *stage_command(task)])
+    if not runner.run(job, chosen):
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
 def _share(text: str | None, parts: int) -> list[int] | None:
-    """Part numbers of share i/n, or None for all of them."""
+    """Part numbers of share "i/n" or of a list "3,7,11"; None for all of them."""
     from eopd.pipeline.config import ConfigError
 
     if text is None:
         return None
     share, slash, shares = text.partition("/")
-    if not (slash and share.isdigit() and shares.isdigit() and 1 <= int(share) <= int(shares)):
-        raise ConfigError(f"--parts {text!r}: expected I/N with 1 <= I <= N, such as 2/4")
-    return list(range(int(share) - 1, parts, int(shares)))
+    if slash and share.isdigit() and shares.isdigit() and 1 <= int(share) <= int(shares):
+        return list(range(int(share) - 1, parts, int(shares)))
+    numbers = text.split(",")
+    if slash or not all(number.isdigit() and int(number) < parts for number in numbers):
+        raise ConfigError(
+            f"--parts {text!r}: expected I/N with 1 <= I <= N, such as 2/4, or numbers of parts (0 to {parts - 1}), "
+            "such as 0,3,7"
+        )
+    return sorted({int(number) for number in numbers})
 
 
 def _write_resolved(runner: Runner) -> None:
@@ -166,16 +190,34 @@ def main() -> None:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+    from eopd.pipeline.launchers.base import EXIT_INTERRUPTED
+    from eopd.storage.stopping import Stopped
+
     try:
         app()
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt):
         sys.stderr.write("interrupted; everything committed is kept, run the same command to go on\n")
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        code = _tell_end(error)
         if os.environ.get("EOPD_DEBUG") or not _is_for_people(error):
             raise
         sys.stderr.write(f"eopd: {error}\n")
-        sys.exit(1)
+        sys.exit(code)
+
+
+def _tell_end(error: Exception) -> int:
+    """Tell whoever started this process why it ends; returns the exit code that says so."""
+    from eopd.pipeline.launchers.base import EXIT_FAILED, EXIT_FULL
+    from eopd.pipeline.progress import EventProgress
+    from eopd.storage.errors import StoreFull
+
+    full = isinstance(error, StoreFull)
+    progress = worker_progress()
+    if isinstance(progress, EventProgress):
+        message = str(error) if _is_for_people(error) else f"{type(error).__name__}: {error}"
+        progress.end("full" if full else "failed", message)
+    return EXIT_FULL if full else EXIT_FAILED
 
 
 def _is_for_people(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError, field_validator
 
+from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.rollout.settings import RolloutSettings
@@ -37,12 +38,6 @@ class ModelSettings(Settings):
     revision: str | None = setting(None, "Hub commit or tag. Fixed weights come from a commit.", keyed=False)
     tokenizer: str | None = setting(None, "Folder or hub id of the tokenizer when it is not in `path`.", keyed=False)
     trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
-
-
-class LauncherSettings(Settings):
-    kind: Literal["inline", "local"] = setting(
-        "local", "inline: every stage in this process. local: a sub-process per stage (frees GPU memory).", keyed=False
-    )
 
 
 class RunSettings(Settings):

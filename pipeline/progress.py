@@ -1,14 +1,20 @@
-"""What a person sees while a stage works: a bar on a terminal, a line now and then elsewhere."""
+"""What a person sees while stages work: bars on a terminal, a line now and then elsewhere.
+
+Workers in other processes write what they would show to a file, one JSON event a line; ``replay`` shows it here.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     SpinnerColumn,
     TaskID,
     TaskProgressColumn,
@@ -16,57 +22,96 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
+
+from eopd.stages.job import Progress
 
 LINE_EVERY_SECONDS = 15.0
+EVENT_EVERY_SECONDS = 0.2
+EVENTS_VARIABLE = "EOPD_PROGRESS"
+"""Names the file that a worker's events go to."""
 
 
-def make_progress() -> TerminalProgress | LineProgress:
-    return TerminalProgress() if sys.stderr.isatty() else LineProgress()
+class Display(Protocol):
+    """Where several jobs show how they get on at once."""
+
+    def open(self) -> Progress:
+        """A place of its own for one job."""
 
 
-class TerminalProgress:
-    """A rich progress bar on stderr."""
+def make_display() -> Display:
+    return TerminalDisplay() if sys.stderr.isatty() else LineDisplay()
+
+
+class TerminalDisplay:
+    """rich progress bars on stderr, one a job, gone when nothing runs."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._began = 0.0
+        self._bars: Bars | None = None
+
+    def open(self) -> TerminalProgress:
+        return TerminalProgress(self)
+
+    def bars(self) -> Bars:
+        if self._bars is None:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[figures]}", style="dim"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bars = Bars(*columns, console=self.console, transient=True)
+            self._bars.start()
+        return self._bars
+
+    def remove(self, task: TaskID) -> None:
+        bars = self.bars()
+        bars.remove_task(task)
+        if not bars.tasks:
+            bars.stop()
+            self._bars = None
+
+
+class TerminalProgress:
+    """One bar of a display."""
+
+    def __init__(self, display: TerminalDisplay) -> None:
+        self._display = display
+        self._task: TaskID | None = None
+        self._began, self._done = 0.0, 0
         self._unit = "tokens"
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         self.close()
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TextColumn("{task.fields[figures]}", style="dim"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=self.console, transient=True)
-        self._task = self._bar.add_task(what, total=max(total, 1), rate="", figures="")
-        self._began, self._unit = time.monotonic(), unit
-        self._bar.start()
+        self._task = self._display.bars().add_task(what, total=max(total, 1), rate="", figures="")
+        self._began, self._done, self._unit = time.monotonic(), 0, unit
 
     def advance(self, n: int, **figures: float) -> None:
-        if self._bar is None:
+        if self._task is None:
             return
-        done = self._bar.tasks[0].completed + n
-        rate = done / max(time.monotonic() - self._began, 1e-9)
+        self._done += n
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
         if figures:
-            self._bar.update(self._task, figures=_figures(figures))
-        self._bar.update(self._task, advance=n, rate=f"{rate:,.0f} {self._unit}/s")
+            self._display.bars().update(self._task, figures=_figures(figures))
+        self._display.bars().update(self._task, advance=n, rate=f"{rate:,.0f} {self._unit}/s")
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._display.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._task is not None:
+            self._display.remove(self._task)
+            self._task = None
+
+
+class LineDisplay:
+    def open(self) -> LineProgress:
+        return LineProgress()
 
 
 class LineProgress:
@@ -100,6 +145,90 @@ class LineProgress:
 
     def close(self) -> None:
         self._total = 0
+
+
+class EventProgress:
+    """A worker's: events to a file that whoever started it reads. A file that cannot be written stops no work."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._moved, self._told = 0, 0.0
+        self._figures: dict[str, float] = {}
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        self._tell(start=[what, total, unit])
+
+    def advance(self, n: int, **figures: float) -> None:
+        self._moved += n
+        self._figures |= figures
+        if time.monotonic() - self._told >= EVENT_EVERY_SECONDS:
+            self._flush()
+
+    def line(self, text: str) -> None:
+        self._tell(line=text)
+
+    def close(self) -> None:
+        self._tell(close=True)
+
+    def end(self, kind: str, message: str) -> None:
+        """Why the worker ends: an outcome's kind, and what a person should read."""
+        self._tell(end=[kind, message])
+
+    def _flush(self) -> None:
+        moved, self._moved = self._moved, 0
+        self._told = time.monotonic()
+        self._write({"advance": moved, "figures": self._figures})
+
+    def _tell(self, **event: Any) -> None:
+        if self._moved:
+            self._flush()
+        self._write(event)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+class Replay:
+    """Shows the events of one worker's file as they come. ``end``: (kind, message) of how it ended, if it said so."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path, self._progress = path, progress
+        self._read = 0
+        self.end: tuple[Any, str] | None = None
+
+    def catch_up(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read()
+        except FileNotFoundError:
+            return
+        whole, newline, _ = new.rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        for line in whole.splitlines():
+            event = json.loads(line)
+            if "end" in event:
+                kind, message = event["end"]
+                self.end = (kind, message)
+            else:
+                replay(event, self._progress)
+
+    def close(self) -> None:
+        self.catch_up()
+        self._progress.close()
+
+
+def replay(event: dict[str, Any], progress: Progress) -> None:
+    """Show one event of an ``EventProgress``."""
+    if "start" in event:
+        progress.start(*event["start"])
+    elif "advance" in event:
+        progress.advance(event["advance"], **event["figures"])
+    elif "line" in event:
+        progress.line(event["line"])
+    elif "close" in event:
+        progress.close()
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -1,40 +1,151 @@
-"""Jobs on this machine: in this process, in a sub-process that gives its memory back, or in several at once."""
+"""Jobs on this machine: sub-processes that give their memory back, one on each GPU, or a few on the CPU.
+
+A worker is the command of its stage, as a person would give it on any machine. It runs in a session of its own, so
+that Ctrl-C reaches it once and through us; if we are killed, the kernel asks it to stop after the part in hand.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
 
-from eopd.pipeline.config import ConfigError
-from eopd.pipeline.plan import PlannedJob
-from eopd.pipeline.runner import Runner
+from eopd.pipeline.config import RunSettings
+from eopd.pipeline.launchers.base import EXIT_FULL, EXIT_INTERRUPTED, Kind, Outcome, Task
+from eopd.pipeline.plan import Stage
+from eopd.pipeline.progress import EVENTS_VARIABLE, Display, Replay
 
-
-def launch(runner: Runner, job: PlannedJob) -> None:
-    """Run ``job`` to its end as the settings say.
-
-    Raises:
-        ConfigError: the sub-process failed; it has said why.
-    """
-    if trains_together(runner, job):
-        train_together(runner, job)
-    elif runner.settings.launcher.kind == "inline":
-        runner.run(job)
-    else:
-        _call(job, [sys.executable, *_stage_command(runner, job)])
+POLL_SECONDS = 0.05
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
-def trains_together(runner: Runner, job: PlannedJob) -> bool:
+class Process(Protocol):
+    """What the pool needs of a process; ``subprocess.Popen`` is one."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, sig: int) -> None: ...
+    def wait(self) -> int: ...
+
+
+Spawn = Callable[[list[str], Mapping[str, str], IO[bytes]], Process]
+"""Starts ``python ARGUMENTS`` with an environment, its output going to a file."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    task: Task
+    process: Process
+    gpus: tuple[str, ...]
+    slot: int
+    log: Path
+    log_start: int  # bytes that were in the log before
+    replay: Replay
+
+
+class LocalPool:
+    """Processes of this machine."""
+
+    def __init__(self, settings: RunSettings, display: Display, spawn: Spawn | None = None) -> None:
+        gpus = settings.launcher.gpus
+        self._gpus = visible_gpus() if gpus is None else [str(gpu) for gpu in gpus]
+        self._settings = settings
+        self._display = display
+        self._spawn = spawn or spawn_process
+        self._workers: list[Worker] = []
+        self._events = Path(tempfile.mkdtemp(prefix="eopd-"))
+        self._started = 0
+
+    def room(self, stage: Stage) -> int:
+        if not self._gpus:
+            return max(self._settings.launcher.workers - len(self._workers), 0)
+        free = len(self._free_gpus()) // self._gpus_of(stage)
+        if free == 0 and not self._workers:
+            return 1  # asks for more than there are: let it run, and say so itself
+        return free
+
+    def start(self, task: Task) -> None:
+        gpus = tuple(self._free_gpus()[: self._gpus_of(task.job.stage)])
+        slot = min(set(range(len(self._workers) + 1)) - {worker.slot for worker in self._workers})
+        task.runner.paths.logs.mkdir(parents=True, exist_ok=True)
+        log = task.runner.paths.logs / f"{task.job.stage}-{task.job.round}.worker-{slot}.log"
+        self._started += 1
+        events = self._events / f"{self._started}.jsonl"
+        environment = {**os.environ, EVENTS_VARIABLE: str(events)}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        with log.open("ab") as output:
+            start = output.tell()
+            process = self._spawn(stage_command(task), environment, output)
+        replay = Replay(events, self._display.open())
+        self._workers.append(Worker(task, process, gpus, slot, log, start, replay))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        until = time.monotonic() + seconds
+        while True:
+            ended = [worker for worker in self._workers if worker.process.poll() is not None]
+            for worker in self._workers:
+                worker.replay.catch_up()
+            if ended or time.monotonic() >= until:
+                return [self._outcome(worker) for worker in ended]
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        try:
+            for worker in self._workers:
+                worker.process.send_signal(signal.SIGINT)
+            while self._workers:
+                self.wait(1.0)
+        finally:
+            for worker in self._workers:
+                worker.process.send_signal(signal.SIGKILL)
+                worker.process.wait()
+            shutil.rmtree(self._events, ignore_errors=True)
+
+    def _outcome(self, worker: Worker) -> Outcome:
+        self._workers.remove(worker)
+        worker.replay.close()
+        code = worker.process.wait()
+        kind, message = worker.replay.end or (_kind_of(code), "")
+        if kind == "done" or code == 0:
+            return Outcome(worker.task, "done")
+        return Outcome(worker.task, kind, f"{message or _last_words(worker, code)} (log: {worker.log})")
+
+    def _free_gpus(self) -> list[str]:
+        busy = {gpu for worker in self._workers for gpu in worker.gpus}
+        return [gpu for gpu in self._gpus if gpu not in busy]
+
+    def _gpus_of(self, stage: Stage) -> int:
+        settings = self._settings
+        if stage == "train":
+            return settings.train.processes
+        if stage == "evaluate":
+            return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
+        return (settings.rollout if stage == "rollout" else settings.score).engine_options.tensor_parallel
+
+
+def stage_command(task: Task) -> list[str]:
+    """Arguments of ``python`` that do ``task``; training in several processes goes through torchrun."""
+    command = ["-m", "eopd.pipeline.cli", *task.arguments()]
+    processes = task.runner.settings.train.processes
+    if task.job.stage != "train" or processes == 1:
+        return command
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+
+
+def trains_together(task: Task) -> bool:
     """Whether this is the process that has to start the several ones of a training job."""
-    return job.stage == "train" and runner.settings.train.processes > 1 and "WORLD_SIZE" not in os.environ
-
-
-def train_together(runner: Runner, job: PlannedJob) -> None:
-    """Start ``train.processes`` processes of one training job through torchrun."""
-    processes = str(runner.settings.train.processes)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    _call(job, [sys.executable, *torchrun, *_stage_command(runner, job)])
+    return task.job.stage == "train" and task.runner.settings.train.processes > 1 and "WORLD_SIZE" not in os.environ
 
 
 def rank() -> int:
@@ -42,12 +153,47 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _stage_command(runner: Runner, job: PlannedJob) -> list[str]:
-    return ["-m", "eopd.pipeline.cli", job.stage, str(runner.paths.config), "--round", str(job.round)]
+def visible_gpus() -> list[str]:
+    """Names of this machine's GPUs, without importing torch: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    listed = subprocess.run([smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, check=False)
+    return listed.stdout.decode().split() if listed.returncode == 0 else []
 
 
-def _call(job: PlannedJob, command: list[str]) -> None:
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        ended = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        raise ConfigError(f"{job.name} {ended}. What was committed is kept; the same command goes on from there.")
+def spawn_process(arguments: list[str], environment: Mapping[str, str], output: IO[bytes]) -> Process:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
+    )
+
+
+def ask_to_stop_when_orphaned() -> None:
+    """In a child: SIGTERM from the kernel when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _kind_of(code: int) -> Kind:
+    if code == 0:
+        return "done"
+    if code == EXIT_FULL:
+        return "full"
+    return "lost" if code < 0 or code == EXIT_INTERRUPTED else "failed"
+
+
+def _last_words(worker: Worker, code: int) -> str:
+    """How a process ended that did not say so itself."""
+    ended = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    with worker.log.open("rb") as file:
+        file.seek(worker.log_start)
+        lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
+    return f"{ended}; its last line: {lines[-1].strip()}" if lines else ended

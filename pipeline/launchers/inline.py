@@ -1,0 +1,56 @@
+"""Jobs in this process, one after the other: nothing is imported or loaded twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import traceback
+
+from eopd.pipeline.launchers.base import Kind, Outcome, Task
+from eopd.pipeline.launchers.local import stage_command, trains_together
+from eopd.pipeline.plan import Stage
+from eopd.storage.errors import StoreFull
+
+
+class InlinePool:
+    """A pool of one: a task that was started runs while its end is waited for."""
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+
+    def room(self, stage: Stage) -> int:
+        return 1 if self._task is None else 0
+
+    def start(self, task: Task) -> None:
+        assert self._task is None
+        self._task = task
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        task, self._task = self._task, None
+        if task is None:
+            time.sleep(seconds)
+            return []
+        kind, message = run_here(task)
+        return [Outcome(task, kind, message)]
+
+    def close(self) -> None:
+        self._task = None
+
+
+def run_here(task: Task) -> tuple[Kind, str]:
+    """Do ``task`` in this process; its kind of end and what to tell a person of it."""
+    if trains_together(task):
+        code = subprocess.run([sys.executable, *stage_command(task)], check=False).returncode
+        return ("failed", f"its processes ended with exit code {code}") if code else ("done", "")
+    try:
+        task.runner.run(task.job, task.parts)
+    except StoreFull as error:
+        return "full", str(error)
+    except Exception as error:  # whatever a stage raises, it is the scheduler that decides what becomes of the run
+        task.runner.progress.close()
+        log = task.runner.paths.logs / f"{task.job.stage}-{task.job.round}.log"
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        return "failed", f"{str(error) or type(error).__name__} (log: {log})"
+    return "done", ""

@@ -1,0 +1,69 @@
+"""A wish to stop that is granted between two pieces of work, never in the middle of one.
+
+The wish belongs to the process, as the signals that bring it do. Whoever works on something that should be committed
+first says so with ``in_hand``; whoever is between two such things calls ``check``.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_wished = threading.Event()
+_lock = threading.Lock()
+_in_hand = 0
+
+
+class Stopped(BaseException):
+    """The process was asked to stop, and everything it had in hand is committed. No error: nothing handles it."""
+
+
+def stop_wished() -> bool:
+    return _wished.is_set()
+
+
+def check() -> None:
+    """Raises Stopped when the process was asked to stop."""
+    if _wished.is_set():
+        raise Stopped
+
+
+@contextmanager
+def in_hand() -> Iterator[None]:
+    """Until this ends there is something to finish before stopping."""
+    global _in_hand
+    with _lock:
+        _in_hand += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_hand -= 1
+
+
+@contextmanager
+def stopping_on_signals(tell: Callable[[], None], *, patient: bool = False) -> Iterator[None]:
+    """SIGINT and SIGTERM stop what runs inside: once what is in hand is done, or, the second time, at once.
+
+    Args:
+        tell: called when the first one comes and there is something to finish.
+        patient: there is always something to finish (for who has others to stop).
+    """
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        again = _wished.is_set()
+        _wished.set()
+        if again or not (patient or _in_hand):
+            raise Stopped
+        tell()
+
+    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _wished.clear()

@@ -75,6 +75,12 @@ def evaluate(config: Config, round_: EvaluatedRound = 0, parts: Parts = None, se
 
 
 @app.command()
+def align(config: Config, round_: EvaluatedRound = 0, parts: Parts = None, set_: Set = None) -> None:
+    """Compare teacher and student on an evaluation's samples, by teacher entropy (evaluate.alignment)."""
+    _stage("align", config, round_, parts, set_)
+
+
+@app.command()
 def report(config: Config, set_: Set = None) -> None:
     """Write the HTML report of a run, from whatever is complete."""
     from eopd.pipeline.reporting import write_report

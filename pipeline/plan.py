@@ -25,11 +25,11 @@ from eopd.storage.artifacts import Identity
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import LENGTH
 
-Stage = Literal["rollout", "score", "train", "evaluate"]
-STAGES: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate")
+Stage = Literal["rollout", "score", "train", "evaluate", "align"]
+STAGES: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate", "align")
 
 # A stage's version enters its keys. Raise it when the stage makes other bytes from the same settings.
-VERSIONS = {"rollouts": 1, "student_topk": 1, "scores": 1, "checkpoints": 1, "evaluations": 1}
+VERSIONS = {"rollouts": 1, "student_topk": 1, "scores": 1, "checkpoints": 1, "evaluations": 1, "alignments": 1}
 
 WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
 
@@ -129,8 +129,8 @@ def make_plan(
     jobs: list[PlannedJob] = []
     policy: Identity | None = None
     policies: list[Identity | None] = [None]  # the student at the start of each round
-    if settings.evaluate is not None:
-        jobs.append(_evaluate_job(settings, facts, 0, policy))
+    first = _measuring_jobs(settings, facts, 0, policy, None)
+    jobs += first
     for round_ in range(settings.rounds):
         rollout = _rollout_job(settings, facts, round_, policies[sampling_round(settings, round_)])
         score = _score_job(settings, facts, round_, rollout, serving)
@@ -138,8 +138,7 @@ def make_plan(
         jobs += [rollout, score, train]
         policy = train.output
         policies.append(policy)
-        if settings.evaluate is not None:
-            jobs.append(_evaluate_job(settings, facts, round_ + 1, policy))
+        jobs += _measuring_jobs(settings, facts, round_ + 1, policy, first[0] if first else None)
     return Plan(tuple(jobs))
 
 
@@ -257,6 +256,52 @@ def _train_job(
     )
     inputs = (rollout.output, score.output) + ((policy,) if policy else ())
     return PlannedJob("train", round_, identity, inputs)
+
+
+def _measuring_jobs(
+    settings: RunSettings, facts: Facts, round_: int, policy: Identity | None, first: PlannedJob | None
+) -> list[PlannedJob]:
+    """What is asked of the student of a round: nothing, an evaluation, or that and an alignment.
+
+    Args:
+        first: the evaluation of the run's first student; None where this is it.
+    """
+    if settings.evaluate is None:
+        return []
+    evaluate = _evaluate_job(settings, facts, round_, policy)
+    if settings.evaluate.alignment is None:
+        return [evaluate]
+    return [evaluate, _align_job(settings, facts, round_, policy, evaluate.output, (first or evaluate).output)]
+
+
+def _align_job(
+    settings: RunSettings, facts: Facts, round_: int, policy: Identity | None, own: Identity, first: Identity
+) -> PlannedJob:
+    assert settings.evaluate is not None
+    assert settings.evaluate.alignment is not None
+    named = {"own": own, "first": first}
+    read = {whose: named[whose] for whose in settings.evaluate.alignment.responses}
+    identity = Identity(
+        kind="alignments",
+        version=VERSIONS["alignments"],
+        parts=sum(evaluation.parts - 1 for evaluation in read.values()) + 1,
+        settings={
+            "alignment": settings.evaluate.alignment.semantic(),
+            "teacher_prompt": settings.score.teacher_prompt.semantic(),
+            "resamples": settings.evaluate.resamples,
+            "confidence": settings.evaluate.confidence,
+            "stop_ids": list(facts.stop_ids),
+        },
+        inputs={
+            **{f"{whose} evaluation": evaluation.key for whose, evaluation in read.items()},
+            "student": _policy_key(facts, policy),
+            "student_tokenizer": facts.student.tokenizer_fingerprint,
+            "teacher": facts.teacher.fingerprint,
+            "teacher_tokenizer": facts.teacher.tokenizer_fingerprint,
+        },
+    )
+    inputs = tuple({evaluation.key: evaluation for evaluation in read.values()}.values())
+    return PlannedJob("align", round_, identity, inputs + ((policy,) if policy else ()))
 
 
 def _evaluate_job(settings: RunSettings, facts: Facts, round_: int, policy: Identity | None) -> PlannedJob:

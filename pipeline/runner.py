@@ -222,9 +222,37 @@ def _start_evaluate(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> No
     )
 
 
+def _start_align(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
+    from eopd.stages.evaluate.alignment.job import AlignmentJob
+    from eopd.stages.evaluate.alignment.run import run
+
+    evaluate = runner.settings.evaluate
+    assert evaluate is not None
+    assert evaluate.alignment is not None
+    rounds = {"own": job.round, "first": 0}
+    run(
+        AlignmentJob(
+            output=runner.artifact(job.output),
+            parts=parts,
+            settings=evaluate,
+            progress=runner.progress,
+            log_dir=runner.paths.logs,
+            sources=tuple(
+                (whose, runner.artifact(runner.plan.job("evaluate", rounds[whose]).output))
+                for whose in evaluate.alignment.responses
+            ),
+            student=runner.student(job.round),
+            teacher=runner.teacher(),
+            teacher_prompt=runner.settings.score.teacher_prompt,
+            stop_ids=runner.facts.stop_ids,
+        )
+    )
+
+
 START: dict[str, Callable[[Runner, PlannedJob, Sequence[int]], None]] = {
     "rollout": _start_rollout,
     "score": _start_score,
     "train": _start_train,
     "evaluate": _start_evaluate,
+    "align": _start_align,
 }

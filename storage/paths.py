@@ -24,7 +24,7 @@ from pathlib import Path
 
 IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
-KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations")
+KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")

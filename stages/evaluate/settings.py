@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
+from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, count_prompts
 from eopd.stages.settings import Settings, setting
 
@@ -69,6 +70,10 @@ class EvaluateSettings(Settings):
     )
     seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0)
     verifier_workers: int = setting(2, "Processes of the math verifier", keyed=False, ge=1)
+    # keyed apart: an artifact of its own, so that asking for it leaves every evaluation as it is
+    alignment: AlignmentSettings | None = setting(
+        None, "Teacher against student on these samples, by teacher entropy (null: not measured)", keyed=False
+    )
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
 
@@ -80,6 +85,10 @@ class EvaluateSettings(Settings):
                 raise ValueError(f"evaluate.benchmarks: the name {name!r} is given to {names.count(name)} of them")
         for benchmark in self.benchmarks:
             self.prompts_of(benchmark)
+        if self.alignment is not None and self.alignment.samples > self.samples:
+            raise ValueError(
+                f"evaluate.alignment.samples is {self.alignment.samples}, but evaluate.samples only {self.samples}"
+            )
         return self
 
     def prompts_of(self, benchmark: BenchmarkSettings) -> PromptSettings:

@@ -190,3 +190,29 @@ def test_epochs_over_the_prompts(prompts: int, per_round: int, rounds: int) -> N
 def test_an_unknown_round_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no train job of round 7; its rounds are \[0, 1, 2\]"):
         BASE.job("train", 7)
+
+
+def test_alignment_comes_beside_evaluations_and_changes_none_of_their_keys() -> None:
+    asked = settings(evaluate={"alignment": {"responses": ["own", "first"]}})
+    plan = make_plan(asked, facts())
+    assert [job.output.key for job in plan.jobs if job.stage != "align"] == [job.output.key for job in BASE.jobs]
+    last = plan.job("align", 3)
+    assert last.inputs == (
+        plan.job("evaluate", 3).output,
+        plan.job("evaluate", 0).output,
+        plan.job("train", 2).output,
+    )
+    assert last.output.parts == 2 * 3 + 1
+    assert plan.job("align", 0).inputs == (plan.job("evaluate", 0).output,)
+    assert len(set(keys(plan, "align"))) == 4
+    done: set[str] = set()
+    for job in plan.jobs:
+        assert all(identity.key in done for identity in job.inputs), job.name
+        done.add(job.output.key)
+    other = make_plan(asked, facts(teacher="t1"))
+    assert other.job("evaluate", 0).output.key == plan.job("evaluate", 0).output.key
+    assert other.job("align", 0).output.key != plan.job("align", 0).output.key
+    context = make_plan(
+        settings(evaluate={"alignment": {"responses": ["own", "first"]}}, score={"teacher_prompt": "template"}), facts()
+    )
+    assert context.job("align", 0).output.key != plan.job("align", 0).output.key

@@ -1,0 +1,32 @@
+"""What the alignment measurement is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings
+from eopd.storage.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class AlignmentJob:
+    """Read the samples of complete evaluations with teacher and student.
+
+    ``output`` has a part for every part of samples of every evaluation in ``sources``, in their order, and one more
+    for the summary, which is written by whoever finds all others committed.
+    """
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: EvaluateSettings  # with ``alignment``
+    progress: Progress
+    log_dir: Path
+    sources: tuple[tuple[str, Artifact], ...]  # whose responses (own, first), and the evaluation that holds them
+    student: ModelRef
+    teacher: ModelRef
+    teacher_prompt: TeacherPromptSettings
+    stop_ids: tuple[int, ...]

@@ -1,0 +1,173 @@
+"""The alignment job: teacher and student read an evaluation's samples, part by part; then a summary.
+
+Producer of the record of ``storage.alignments``. Both models are in memory at once; a part's sums are committed before
+the next part is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+
+from eopd.stages.engines.hidden import HiddenEngine, longest_readable, open_hidden_engine
+from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
+from eopd.stages.evaluate.alignment.job import AlignmentJob
+from eopd.stages.evaluate.alignment.reading import read_pairs
+from eopd.stages.evaluate.alignment.responses import ResponseReader, Responses
+from eopd.stages.evaluate.alignment.settings import AlignmentSettings
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import load_tokenizer, model_folder
+from eopd.stages.models.tokenizers import check_same_vocabulary
+from eopd.storage import alignments
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import claimed_parts
+
+RESULTS_VERSION = 1
+Part = tuple[str, Artifact, int]  # whose responses, their evaluation, its part
+
+
+def run(job: AlignmentJob) -> None:
+    """Do every part of ``job.parts`` that is not committed, then the summary once it can be written.
+
+    Raises:
+        ValueError: a problem that cannot be rendered; tokenizers that differ in their tokens; an unknown architecture;
+            logits that are not finite.
+    """
+    layout = _layout(job)
+    assert job.output.parts == len(layout) + 1, (job.output.parts, len(layout))
+    done = job.output.committed()
+    todo = [part for part in job.parts if part < len(layout) and part not in done]
+    if todo:
+        _measure(job, layout, todo)
+    missing = [part for part in job.output.missing() if part < len(layout)]
+    if missing:
+        job.progress.line(f"align: the summary waits for {len(missing)} of {len(layout)} parts")
+    elif not job.output.is_committed(len(layout)):
+        _write_summary(job, layout)
+
+
+def _layout(job: AlignmentJob) -> list[Part]:
+    return [(whose, found, part) for whose, found in job.sources for part in range(found.parts - 1)]
+
+
+def _settings(job: AlignmentJob) -> AlignmentSettings:
+    assert job.settings.alignment is not None
+    return job.settings.alignment
+
+
+def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> None:
+    tokenizers = load_tokenizer(job.student), load_tokenizer(job.teacher)
+    if job.student.tokenizer_path != job.teacher.tokenizer_path:
+        check_same_vocabulary(tokenizers[1], tokenizers[0])
+    limits = tuple(longest_readable(model_folder(ref.path, ref.revision)) for ref in (job.student, job.teacher))
+    reader = ResponseReader(job, *tokenizers, (limits[0], limits[1]))
+    found = {part: reader.read(*layout[part][1:]) for part in todo}
+    longest = max(responses.longest for responses in found.values())
+    settings = _settings(job)
+    with ExitStack() as stack:
+        job.progress.start("align", sum(responses.tokens for responses in found.values()))
+        stack.callback(job.progress.close)
+        teacher = _open(job, job.teacher, settings.teacher_engine_options, longest, stack)
+        student = _open(job, job.student, settings.engine_options, longest, stack)
+        for part in claimed_parts(job.output, list(todo)):
+            _do_part(job, part, layout[part], found[part], teacher, student)
+
+
+def _open(job: AlignmentJob, ref: ModelRef, options: EngineOptions, longest: int, stack: ExitStack) -> HiddenEngine:
+    settings = _settings(job)
+    engine = open_hidden_engine(
+        settings.engine,
+        ref,
+        longest=longest,
+        log_dir=job.log_dir,
+        options=options,
+        batch_tokens=settings.batch_tokens,
+    )
+    stack.enter_context(closing(engine))
+    return engine
+
+
+def _do_part(
+    job: AlignmentJob, part: int, source: Part, responses: Responses, teacher: HiddenEngine, student: HiddenEngine
+) -> None:
+    """Read one part with both models and commit its sums."""
+    settings = _settings(job)
+    bins = EntropyBins.of(settings.bins, settings.tau, teacher.head.vocab_size)
+    began, tokens = time.monotonic(), 0
+    rows: list[dict[str, Any]] = []
+    for number, figures in read_pairs(
+        teacher,
+        student,
+        responses.teacher,
+        responses.student,
+        settings.temperature,
+        job.stop_ids if settings.merge_stops else (),
+        batch_tokens=settings.batch_tokens,
+    ):
+        names = dict(zip(("benchmark", "problem_id", "sample"), responses.names[number], strict=True))
+        sums = bins.sums(figures)
+        rows += [
+            {**names, "bin": place, **dict(zip(SUMMED, sums[place].tolist(), strict=True))}
+            for place in np.flatnonzero(sums[:, 0]).tolist()
+        ]
+        tokens += figures.tokens
+        job.progress.advance(figures.tokens, tokens_per_s=tokens / max(time.monotonic() - began, 1e-9))
+    info = {
+        "responses": source[0],
+        "edges": list(bins.edges),
+        "tokens": tokens,
+        "cut": responses.cut,
+        "seconds": round(time.monotonic() - began, 3),
+        "engines": [f"{engine.name} {engine.version} {engine.dtype}" for engine in (student, teacher)],
+    }
+    with job.output.write_part(part, inputs={"samples": source[1].marker(source[2]).checksum}, info=info) as folder:
+        alignments.write_sums(folder / alignments.SUMS, rows)
+
+
+def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
+    settings = _settings(job)
+    markers = [job.output.marker(part) for part in range(len(layout))]
+    bins = EntropyBins(tuple(markers[0].info["edges"]), settings.tau)
+    found: dict[str, Any] = {}
+    for whose in dict.fromkeys(source[0] for source in layout):
+        parts = [part for part, source in enumerate(layout) if source[0] == whose]
+        sums, problems = _read(job.output, parts, bins)
+        said = summarise(sums, problems, bins, resamples=job.settings.resamples, confidence=job.settings.confidence)
+        found[whose] = {**said.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
+        job.progress.line(
+            f"align: {said.all.tokens:,} tokens of {whose} responses: FKL {said.all.fkl:.3f}, RKL {said.all.rkl:.3f} "
+            f"nats a token, {said.above.share:.1%} above {said.tau:g}"
+        )
+    results = {
+        "record": "alignment_results",
+        "version": RESULTS_VERSION,
+        "responses": found,
+        "settings": settings.model_dump(mode="json"),
+        "teacher_prompt": job.teacher_prompt.model_dump(mode="json"),
+        "stop_ids": list(job.stop_ids),
+        "student": {"fingerprint": job.student.fingerprint, "dtype": job.student.dtype},
+        "teacher": {"fingerprint": job.teacher.fingerprint, "dtype": job.teacher.dtype},
+        "engines": sorted({engine for marker in markers for engine in marker.info["engines"]}),
+        "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
+    }
+    inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
+    with job.output.write_part(len(layout), inputs=inputs) as folder:
+        text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)
+        (folder / alignments.RESULTS).write_text(text, encoding="utf-8")
+
+
+def _read(output: Artifact, parts: Sequence[int], bins: EntropyBins) -> tuple[np.ndarray[Any, Any], list[object]]:
+    """Sums [R, B, F] of all responses that have a token, and the problem of each."""
+    sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
+    for part in parts:
+        for row in alignments.read_sums(output.part_folder(part) / alignments.SUMS).to_pylist():
+            key = (row["benchmark"], row["problem_id"], row["sample"])
+            sums.setdefault(key, np.zeros((bins.count, len(SUMMED))))[row["bin"]] = [row[name] for name in SUMMED]
+    problems: list[object] = [key[:2] for key in sums]
+    return np.asarray(list(sums.values())).reshape(len(sums), bins.count, len(SUMMED)), problems

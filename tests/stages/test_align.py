@@ -1,0 +1,186 @@
+"""The alignment job on the Countdown pair: parts, resume, two sources, and errors before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from eopd.stages.evaluate import run as evaluating
+from eopd.stages.evaluate.alignment.bins import SUMMED
+from eopd.stages.evaluate.alignment.job import AlignmentJob
+from eopd.stages.evaluate.alignment.reading import measure_alignment
+from eopd.stages.evaluate.alignment.run import run
+from eopd.stages.evaluate.alignment.settings import AlignmentSettings
+from eopd.stages.evaluate.job import EvaluateJob
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import load_model, load_tokenizer
+from eopd.stages.models.packing import Sequence
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings
+from eopd.storage import alignments
+from eopd.storage.artifacts import Artifact, Identity
+from tests.stages.test_evaluate import COUNTDOWN, STOPS, STUDENT, Lines, job_for, samples_of, settings_for
+
+TEACHER = ModelRef(path=str(COUNTDOWN / "teacher"), dtype="float32", fingerprint="teacher")
+ALIGNMENT = {"samples": 2, "batch_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
+    job = job_for(tmp_path_factory.mktemp("align"), settings_for(alignment=ALIGNMENT))
+    evaluating.run(job)
+    return job
+
+
+def align(evaluated: EvaluateJob, store: Path, sources: tuple[str, ...] = ("own",), **alignment: Any) -> AlignmentJob:
+    settings = settings_for(alignment={**ALIGNMENT, "responses": sources, **alignment})
+    count = len(sources) * (evaluated.output.parts - 1) + 1
+    asked = settings.alignment.semantic() if settings.alignment else {}
+    output = Artifact(store, Identity("alignments", 1, count, asked))
+    return AlignmentJob(
+        output,
+        range(count),
+        settings,
+        Lines(),
+        store / "logs",
+        tuple((whose, evaluated.output) for whose in sources),
+        STUDENT,
+        TEACHER,
+        TeacherPromptSettings(),
+        STOPS,
+    )
+
+
+def results_of(job: AlignmentJob) -> dict[str, Any]:
+    path = job.output.part_folder(job.output.parts - 1) / alignments.RESULTS
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def aligned(evaluated: EvaluateJob, tmp_path_factory: pytest.TempPathFactory) -> AlignmentJob:
+    job = align(evaluated, tmp_path_factory.mktemp("aligned"))
+    run(job)
+    return job
+
+
+def test_the_summary_is_what_the_two_models_say_of_the_samples(evaluated: EvaluateJob, aligned: AlignmentJob) -> None:
+    """Through storage, parts and engines: the same as both models in memory on the same token ids."""
+    tokenizer = load_tokenizer(STUDENT)
+    problems = {}
+    for line in (COUNTDOWN / "evaluate.jsonl").read_text().splitlines()[:12]:
+        row = json.loads(line)
+        problems[row["id"]] = tokenizer(row["problem"])["input_ids"]
+    rows = [row for row in samples_of(evaluated) if row["sample"] < 2]
+    sequences = [Sequence(problems[row["problem_id"]], row["response_token_ids"]) for row in rows]
+    expected = measure_alignment(
+        load_model(TEACHER), load_model(STUDENT), sequences, problems=[row["problem_id"] for row in rows], merged=STOPS
+    )
+    found = results_of(aligned)["responses"]["own"]
+    assert found["all"]["tokens"] == sum(len(row["response_token_ids"]) for row in rows)
+    assert found["problems"] == 12
+    assert found["responses"] == 24
+    assert found["edges"] == list(expected.edges)
+    for mine, theirs in zip(
+        (found["all"], found["above"], found["below"], *found["bins"]),
+        (expected.all, expected.above, expected.below, *expected.bins),
+        strict=True,
+    ):
+        assert mine["tokens"] == theirs.tokens
+        for name in ("fkl", "rkl", "agreement", "student_entropy", "student_above"):
+            assert mine[name] == pytest.approx(getattr(theirs, name), abs=1e-5), name
+    assert found["above"]["tokens"] > 5
+    assert found["all"]["fkl"] > 0.01
+
+
+def test_the_record_says_what_it_was_made_from(evaluated: EvaluateJob, aligned: AlignmentJob) -> None:
+    found = results_of(aligned)
+    assert found["settings"]["samples"] == 2
+    assert found["teacher"]["fingerprint"] == "teacher"
+    assert found["engines"][0].startswith("transformers")
+    assert aligned.output.marker(1).inputs == {"samples": evaluated.output.marker(1).checksum}
+    table = alignments.read_sums(aligned.output.part_folder(0) / alignments.SUMS)
+    assert set(SUMMED) < set(table.column_names)
+    assert min(table.column("tokens").to_pylist()) >= 1
+    assert isinstance(aligned.progress, Lines)
+    assert "nats a token" in aligned.progress.seen[-1]
+
+
+def test_parts_can_be_done_apart_and_add_up_to_the_same_bytes(
+    evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path
+) -> None:
+    job = align(evaluated, tmp_path)
+    run(replace(job, parts=[3, 2]))
+    assert job.output.committed() == {2}
+    assert isinstance(job.progress, Lines)
+    assert "waits for 2 of 3 parts" in job.progress.seen[-1]
+    run(replace(job, parts=[0, 1]))
+    assert job.output.is_complete()
+    run(replace(job, student=replace(STUDENT, path="/nowhere")))  # nothing to do, nothing is loaded
+    assert results_of(job)["responses"] == results_of(aligned)["responses"]
+
+
+def test_fewer_problems_and_a_fixed_set_beside_its_own(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = align(evaluated, tmp_path, ("own", "first"), samples=1, limit=7)
+    run(job)
+    found = results_of(job)["responses"]
+    assert found["own"]["problems"] == found["own"]["responses"] == 7
+    assert found["own"] == found["first"]  # the first student is its own fixed set
+
+
+def test_the_teacher_reads_its_own_template(evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path) -> None:
+    job = replace(
+        align(evaluated, tmp_path, samples=1), teacher_prompt=TeacherPromptSettings(kind="template", suffix=" ")
+    )
+    with pytest.raises(ValueError, match="chat template"):
+        run(replace(job, teacher=replace(TEACHER, tokenizer=str(COUNTDOWN / "student"))))
+    run(job)
+    assert results_of(job)["responses"]["own"]["all"]["fkl"] != results_of(aligned)["responses"]["own"]["all"]["fkl"]
+
+
+def test_responses_longer_than_a_model_reads_are_cut_and_counted(
+    evaluated: EvaluateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eopd.stages.evaluate.alignment.run.longest_readable", lambda folder: 16)
+    job = align(evaluated, tmp_path)
+    run(job)
+    found = results_of(job)["responses"]["own"]
+    rows = [row for row in samples_of(evaluated) if row["sample"] < 2]
+    kept = [min(len(row["response_token_ids"]), 17 - row["prompt_tokens"]) for row in rows]
+    assert found["cut"] == sum(len(row["response_token_ids"]) > n for row, n in zip(rows, kept, strict=True)) > 0
+    assert found["all"]["tokens"] == sum(kept)
+
+
+def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = replace(align(evaluated, tmp_path), teacher_prompt=TeacherPromptSettings(kind="column"))
+    with pytest.raises(ValueError, match=r"names no columns\.teacher_prompt"):
+        run(job)
+    assert not job.output.committed()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau": 0.0}, "greater than 0"),
+        ({"bins": [0.4, 0.2]}, "increasing"),
+        ({"bins": [0.0, 0.2]}, "positive"),
+        ({"responses": []}, "at least 1"),
+        ({"responses": ["own", "own"]}, "twice"),
+        ({"engine_options": {"dtype": "bfloat16"}}, r"set student\.dtype or teacher\.dtype"),
+    ],
+)
+def test_settings_refuse_what_makes_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AlignmentSettings(**changes)
+
+
+def test_more_samples_than_there_are_is_refused_and_evaluations_keep_their_keys() -> None:
+    with pytest.raises(ValidationError, match=r"alignment\.samples is 5, but evaluate.samples only 4"):
+        settings_for(alignment={"samples": 5})
+    assert settings_for(alignment=ALIGNMENT).semantic() == settings_for().semantic()
+    moved = AlignmentSettings(engine="vllm", batch_tokens=7)
+    assert moved.semantic() == AlignmentSettings().semantic()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.launchers.base import Outcome, Pool, Task
 from eopd.pipeline.launchers.settings import FaultSettings
-from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.plan import SUMMED_UP, PlannedJob
 from eopd.pipeline.runner import Runner
 from eopd.storage import stopping
 from eopd.storage.artifacts import Identity
@@ -73,7 +73,7 @@ class Scheduler:
             room = self._pool.room(node.job.stage)
             parts = self._ready(node) if room else []
             summary = node.job.output.parts - 1
-            if node.job.stage == "evaluate" and (node.running or (room > 1 and len(parts) > 1)):
+            if node.job.stage in SUMMED_UP and (node.running or (room > 1 and len(parts) > 1)):
                 parts = [part for part in parts if part != summary]  # whoever ends last writes it
             for share in _shares(parts, room if node.job.stage != "train" else 1):
                 node.running |= set(share)

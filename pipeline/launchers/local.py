@@ -129,6 +129,10 @@ class LocalPool:
         settings = self._settings
         if stage == "train":
             return settings.train.processes
+        if stage == "align":
+            alignment = settings.evaluate.alignment if settings.evaluate else None
+            both = (alignment.engine_options, alignment.teacher_engine_options) if alignment else ()
+            return max((options.tensor_parallel for options in both), default=1)  # they share the devices
         if stage == "evaluate":
             return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
         return (settings.rollout if stage == "rollout" else settings.score).engine_options.tensor_parallel

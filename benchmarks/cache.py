@@ -33,8 +33,9 @@ from benchmarks import gradient
 from benchmarks.generator import STOP_IDS, VOCABULARY, Ids, generate
 from benchmarks.machine import describe
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity, Marker, marker_text, open_artifact
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import StoreError
+from eopd.storage.markers import Marker, marker_text
 from eopd.storage.teacher_cache import PartHeader, TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from eopd.storage.verification import verify

@@ -43,6 +43,7 @@ def ls(store: Store = Path("store")) -> None:
     found = listing.ls(store)
     for item in found:
         state = item.problem or ("complete" if item.complete else f"{item.committed} of {item.parts} parts")
+        state += f", {item.pruned} pruned" if item.pruned else ""
         _say(f"{item.kind + '/' + item.key:<56} {item.parts:>6} parts {_size(item.bytes):>10}  {state}")
     _say(f"{len(found)} artifacts, {_size(sum(item.bytes for item in found))}")
 

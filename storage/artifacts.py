@@ -4,7 +4,7 @@ An artifact is a folder ``<store>/<kind>/<key>/`` of parts. Its key is the hash 
 from and with, never how fast or where. A part's data are written to ``part-00003.<nonce>/`` and synced; the commit
 is the exclusive creation of ``part-00003.json``, which names the nonce, every file's size and SHA-256 and the
 input parts' checksums. First commit wins; the loser drops its folder. A part without its marker does not exist,
-and nothing committed is ever changed in place.
+and nothing committed is ever changed in place; its data may be given up as a whole (``storage.pruning``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart, StoreError, WrongArtifact
 from eopd.storage.files import (
     canonical_json,
     create_exclusively,
@@ -31,8 +31,17 @@ from eopd.storage.files import (
     sha256_file,
     sha256_text,
 )
+from eopd.storage.markers import (
+    REMADE,
+    REPAIR,
+    SCHEMA,
+    Marker,
+    file_text,
+    marker_text,
+    parse_marker,
+    refuse_newer_schema,
+)
 
-SCHEMA = 1
 KEY_LENGTH = 20
 
 
@@ -101,26 +110,6 @@ class Identity:
             raise WrongArtifact(f"{where} is no identity of an artifact: {error!r}") from error
 
 
-@dataclass(frozen=True)
-class Marker:
-    """The commit record of a part."""
-
-    part: int
-    nonce: str
-    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"size": bytes, "sha256": hex}
-    inputs: Mapping[str, str]
-    info: Mapping[str, Any]
-
-    @cached_property
-    def checksum(self) -> str:
-        """Of the part's content: its file names, sizes and hashes. The nonce is not part of it."""
-        return sha256_text(canonical_json(self.files))
-
-    @property
-    def bytes(self) -> int:
-        return sum(int(entry["size"]) for entry in self.files.values())
-
-
 class Artifact:
     """One artifact of a store. Cheap to make: nothing is read before it is asked for."""
 
@@ -149,59 +138,91 @@ class Artifact:
         return (self.folder / paths.marker_name(part)).exists()
 
     def committed(self) -> set[int]:
-        """Every committed part, from one listing of the folder."""
+        """Every part that can be read, from one listing of the folder."""
+        return self._states()[0]
+
+    def pruned(self) -> set[int]:
+        """Parts that were committed and whose data were given up since."""
+        return self._states()[1]
+
+    def missing(self) -> list[int]:
+        """Parts that have never been made, or have to be made again."""
+        committed, pruned = self._states()
+        return [part for part in range(self.parts) if part not in committed and part not in pruned]
+
+    def is_complete(self) -> bool:
+        """The one definition: every part was committed, and nothing is left to do.
+
+        A part that was pruned since counts. Its data are gone: who reads it finds ``PrunedPart``, and a plan in which
+        something still has to read it calls it back first (``storage.pruning.revive``), which makes it missing. The
+        manifest is a convenience for people.
+        """
+        return not self.missing()
+
+    def _states(self) -> tuple[set[int], set[int]]:
+        """(committed, pruned). A part with a marker is committed, whatever stands beside it."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
-            return set()
-        found = {part for name in names if (part := paths.marker_part(name)) is not None}
-        return {part for part in found if part < self.parts}
-
-    def missing(self) -> list[int]:
-        done = self.committed()
-        return [part for part in range(self.parts) if part not in done]
-
-    def is_complete(self) -> bool:
-        """The one definition: every part has its marker. The manifest is a convenience for people."""
-        return len(self.committed()) == self.parts
+            return set(), set()
+        committed = {part for name in names if (part := paths.marker_part(name)) is not None and part < self.parts}
+        pruned = {part for name in names if (part := paths.tombstone_part(name)) is not None and part < self.parts}
+        return committed, pruned - committed
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def marker(self, part: int) -> Marker:
-        """Raises MissingPart, DamagedPart (not a marker), WrongArtifact or NewerSchema."""
+        """Raises MissingPart, PrunedPart, DamagedPart (not a marker), WrongArtifact or NewerSchema."""
         path = self.folder / paths.marker_name(part)
         try:
             text = path.read_bytes()
         except FileNotFoundError as error:
+            if (self.folder / paths.tombstone_name(part)).exists():
+                raise PrunedPart(f"{self} part {part} was pruned: its data are gone. {REMADE}") from error
             raise MissingPart(f"{self} part {part} is not committed. Run the stage that makes it.") from error
         return parse_marker(text, self.kind, self.key, part, str(path))
 
+    def remains(self, part: int) -> Marker:
+        """The marker of a part that is committed; of a pruned one, that of what is left of it."""
+        try:
+            return self.marker(part)
+        except PrunedPart:
+            path = self.folder / paths.tombstone_name(part)
+            return parse_marker(path.read_bytes(), self.kind, self.key, part, str(path))
+
     def part_folder(self, part: int) -> Path:
         """Folder of a committed part, its files' presence, kind and sizes checked against the marker."""
-        marker = self.marker(part)
+        return self._checked_folder(self.marker(part))
+
+    def remaining_folder(self, part: int) -> Path:
+        """As ``part_folder``; of a pruned part, the folder with the files that were kept."""
+        return self._checked_folder(self.remains(part))
+
+    def _checked_folder(self, marker: Marker) -> Path:
+        part = marker.part
         folder = self.folder / paths.data_name(part, marker.nonce)
         for inner in sorted({(folder / name).parent for name in marker.files} | {folder}):
             if inner.is_symlink():
-                raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {_REPAIR}")
+                raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {REPAIR}")
         for name, entry in marker.files.items():
             try:
                 found = (folder / name).lstat()
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise DamagedPart(f"{self} part {part}: {name} is gone. {_REPAIR}") from error
+                raise DamagedPart(f"{self} part {part}: {name} is gone. {REPAIR}") from error
             if not stat.S_ISREG(found.st_mode):
-                raise DamagedPart(f"{self} part {part}: {name} is no plain file. {_REPAIR}")
+                raise DamagedPart(f"{self} part {part}: {name} is no plain file. {REPAIR}")
             if found.st_size != entry["size"]:
                 raise DamagedPart(
-                    f"{self} part {part}: {name} has {found.st_size} bytes, not {entry['size']}. {_REPAIR}"
+                    f"{self} part {part}: {name} has {found.st_size} bytes, not {entry['size']}. {REPAIR}"
                 )
         return folder
 
     def verify_part(self, part: int) -> None:
-        """Every byte of a part against its marker. Raises DamagedPart naming the first bad file."""
-        folder = self.part_folder(part)
-        for name, entry in self.marker(part).files.items():
+        """Every byte of a part (of what is left of it) against its marker; DamagedPart names the first bad file."""
+        folder = self.remaining_folder(part)
+        for name, entry in self.remains(part).files.items():
             if sha256_file(folder / name) != entry["sha256"]:
-                raise DamagedPart(f"{self} part {part}: the bytes of {name} changed. {_REPAIR}")
+                raise DamagedPart(f"{self} part {part}: the bytes of {name} changed. {REPAIR}")
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -260,80 +281,15 @@ class Artifact:
             return
         create_exclusively(path, file_text(self.manifest_content()))
 
-    def manifest_content(self, *, pruned: bool = False) -> dict[str, Any]:
-        parts = {} if pruned else {str(part): self.marker(part).checksum for part in range(self.parts)}
-        return {**self.identity.to_json(), "key": self.key, "part_checksums": parts, "pruned": pruned}
-
-
-_REPAIR = "`eopd store verify --repair` re-queues it."
-
-
-def file_text(content: Mapping[str, Any]) -> str:
-    """The one text of an identity, a marker or a manifest: `verify` compares files with it, byte by byte."""
-    return json.dumps(content, indent=1, sort_keys=True)
-
-
-def marker_text(marker: Marker, kind: str, key: str) -> str:
-    content = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "key": key,
-        "part": marker.part,
-        "nonce": marker.nonce,
-        "checksum": marker.checksum,
-        "files": marker.files,
-        "inputs": marker.inputs,
-        "info": marker.info,
-    }
-    # the seal covers the whole marker; `checksum` only what the part holds
-    return file_text({**content, "seal": sha256_text(canonical_json(content))})
-
-
-def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Marker:
-    """The marker of part ``part`` of ``kind``/``key``, checked.
-
-    Raises:
-        DamagedPart: it was altered, or names a path outside its part folder.
-        WrongArtifact: it belongs to another part.
-        NewerSchema: a newer eopd wrote it.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DamagedPart(f"{where} is not JSON. {_REPAIR}") from error
-    refuse_newer_schema(found, Path(where))
-    try:
-        marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
-        owner = (found["kind"], found["key"], marker.part)
-        checksum, seal = found["checksum"], found.pop("seal")
-        sizes = [(entry["size"], entry["sha256"]) for entry in marker.files.values()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedPart(f"{where} is no marker ({error!r}). {_REPAIR}") from error
-    if owner != (kind, key, part):
-        raise WrongArtifact(
-            f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
-        )
-    if paths.data_part(paths.data_name(part, str(marker.nonce))) is None:
-        raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
-    if any(not _is_inside(name) for name in marker.files):
-        raise DamagedPart(f"{where} names a file outside its part folder")
-    if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes):
-        raise DamagedPart(f"{where} names a file without its size and hash. {_REPAIR}")
-    try:
-        intact = checksum == marker.checksum and seal == sha256_text(canonical_json(found))
-    except ValueError:  # not a number
-        intact = False
-    if not intact:
-        raise DamagedPart(f"{where} was altered. {_REPAIR}")
-    return marker
-
-
-def refuse_newer_schema(found: Any, where: Path) -> None:
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if not isinstance(schema, int):
-        raise DamagedPart(f"{where} names no schema version")
-    if schema > SCHEMA:
-        raise NewerSchema(f"{where} has schema {schema}; this eopd reads up to {SCHEMA}. Upgrade eopd to use it.")
+    def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
+        """``part_checksums`` are those of the parts as they were committed; ``pruned`` those to be named as pruned."""
+        named = self.pruned() if pruned is None else pruned
+        markers = {str(part): self.remains(part) for part in range(self.parts)}
+        sums = {
+            part: marker.info.get("pruned", {}).get("checksum", marker.checksum) for part, marker in markers.items()
+        }
+        content = {**self.identity.to_json(), "key": self.key, "part_checksums": sums, "pruned": bool(named)}
+        return {**content, "pruned_parts": sorted(named)} if named else content
 
 
 def open_artifact(store: Path, kind: str, key: str) -> Artifact:
@@ -372,8 +328,3 @@ def _listing(folder: Path) -> dict[str, dict[str, Any]]:
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
     }
-
-
-def _is_inside(name: str) -> bool:
-    pieces = name.split("/")
-    return bool(name) and not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(pieces)

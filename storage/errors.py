@@ -11,6 +11,10 @@ class MissingPart(StoreError):
     """A part has no commit marker: it was never finished. Run the stage that makes it."""
 
 
+class PrunedPart(MissingPart):
+    """A part was finished and its data were given up since. The plan makes it again where something needs it."""
+
+
 class DamagedPart(StoreError):
     """A committed part does not hold what its marker says. `eopd store verify --repair` re-queues it."""
 

@@ -19,6 +19,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.errors import StoreError
 from eopd.storage.listing import keys
+from eopd.storage.pruning import left_over
 
 GRACE_SECONDS = 3600.0
 
@@ -80,11 +81,18 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
         artifact = open_artifact(store, kind, key)
     except StoreError:
         return
+    pruned = artifact.pruned()
     for name in sorted(os.listdir(folder)):
         path = folder / name
         data = paths.data_part(name)
+        tombstone = paths.tombstone_part(name)
         if data is not None and not _is_named(artifact, *data):
             reason = "no marker names it"
+        elif data is not None and data[0] in pruned:
+            yield from _after_pruning(artifact, data[0], before)
+            continue
+        elif tombstone is not None and artifact.is_committed(tombstone):
+            reason = "of a part that was made again"
         elif name.endswith(".damaged"):
             reason = "set aside by a repair"
         elif name.startswith(".") and not path.is_dir():
@@ -95,12 +103,22 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
             yield Removal(path, _size(path), reason)
 
 
+def _after_pruning(artifact: Artifact, part: int, before: float) -> Iterator[Removal]:
+    try:
+        paths_left = left_over(artifact, part)
+    except StoreError:
+        return  # what is to stay cannot be told; verify reports it
+    for path in paths_left:
+        if _last_change(path) < before:
+            yield Removal(path, _size(path), "left by an interrupted pruning")
+
+
 def _is_named(artifact: Artifact, part: int, nonce: str) -> bool:
     try:
-        return artifact.marker(part).nonce == nonce
+        return artifact.remains(part).nonce == nonce
     except StoreError:
         # no marker, or one that cannot be read: then it may be this folder's, and verify has to say so first
-        return artifact.is_committed(part)
+        return part in artifact.committed() | artifact.pruned()
 
 
 def _is_claimed(artifact: Artifact, part: int) -> bool:
@@ -114,8 +132,9 @@ def remove(removals: Sequence[Removal]) -> int:
     for removal in removals:
         if removal.path.is_dir() and not removal.path.is_symlink():
             # markers first: a reader must not find a marker whose data are going
-            for marker in removal.path.glob("part-*.json"):
-                marker.unlink(missing_ok=True)
+            for pattern in ("part-*.json", "part-*.pruned"):
+                for marker in removal.path.glob(pattern):
+                    marker.unlink(missing_ok=True)
             shutil.rmtree(removal.path, ignore_errors=True)
         else:
             removal.path.unlink(missing_ok=True)

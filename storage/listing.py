@@ -22,10 +22,11 @@ class Listed:
     committed: int
     bytes: int
     problem: str = ""
+    pruned: int = 0  # parts whose data were given up
 
     @property
     def complete(self) -> bool:
-        return not self.problem and self.committed == self.parts
+        return not self.problem and self.committed + self.pruned == self.parts
 
 
 def keys(store: Path) -> Iterator[tuple[str, str]]:
@@ -50,8 +51,9 @@ def ls(store: Path) -> list[Listed]:
 def _listed(store: Path, kind: str, key: str) -> Listed:
     try:
         artifact = open_artifact(store, kind, key)
-        done = sorted(artifact.committed())
-        return Listed(kind, key, artifact.parts, len(done), sum(artifact.marker(part).bytes for part in done))
+        done, pruned = artifact.committed(), artifact.pruned()
+        size = sum(artifact.remains(part).bytes for part in done | pruned)
+        return Listed(kind, key, artifact.parts, len(done), size, pruned=len(pruned))
     except StoreError as error:
         return Listed(kind, key, 0, 0, 0, str(error))
 
@@ -74,8 +76,8 @@ def find(store: Path, name: str) -> Artifact:
 
 def show(artifact: Artifact) -> dict[str, Any]:
     """Identity, state and the provenance of each committed part, as plain JSON values."""
-    done = sorted(artifact.committed())
-    markers = {part: artifact.marker(part) for part in done}
+    done, gone = sorted(artifact.committed()), sorted(artifact.pruned())
+    markers = {part: artifact.remains(part) for part in (*done, *gone)}
     return {
         **artifact.identity.to_json(),
         "key": artifact.key,
@@ -90,6 +92,15 @@ def show(artifact: Artifact) -> dict[str, Any]:
                 **marker.info,
             }
             for part, marker in markers.items()
+            if part in done
+        },
+        "parts_pruned": {
+            str(part): {
+                "bytes_left": markers[part].bytes,
+                "files_left": sorted(markers[part].files),
+                **markers[part].info,
+            }
+            for part in gone
         },
     }
 

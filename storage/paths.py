@@ -4,6 +4,8 @@
 <store>/<kind>/<key>/manifest.json          written when the last part is complete
 <store>/<kind>/<key>/part-00003.json        the commit marker of a part
 <store>/<kind>/<key>/part-00003.<nonce>/    its data
+<store>/<kind>/<key>/part-00003.pruned      in the marker's place once its data were given up
+<store>/.runs/                              which runs use the store
 <store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
 
 <runs>/<name>/config.yaml       resolved settings
@@ -24,9 +26,11 @@ from pathlib import Path
 
 IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
+RUNS = ".runs"
 KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
+_TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
 _DAMAGED = re.compile(r"^part-(\d{5,})\.[0-9a-f]{16}\.damaged$")
 
@@ -37,6 +41,10 @@ def part_name(part: int) -> str:
 
 def marker_name(part: int) -> str:
     return f"{part_name(part)}.json"
+
+
+def tombstone_name(part: int) -> str:
+    return f"{part_name(part)}.pruned"
 
 
 def claim_name(part: int) -> str:
@@ -54,6 +62,12 @@ def damaged_name(part: int, nonce: str) -> str:
 def marker_part(name: str) -> int | None:
     """The part number if ``name`` is a commit marker's, else None."""
     found = _MARKER.match(name)
+    return int(found.group(1)) if found else None
+
+
+def tombstone_part(name: str) -> int | None:
+    """The part number if ``name`` is that of a pruned part, else None."""
+    found = _TOMBSTONE.match(name)
     return int(found.group(1)) if found else None
 
 

@@ -18,8 +18,9 @@ from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteReque
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Identity, Marker, parse_identity, parse_marker
+from eopd.storage.artifacts import Identity, parse_identity
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.markers import Marker, parse_marker
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from zarr.abc.store import Store
 
-from eopd.storage.artifacts import Artifact, Marker
+from eopd.storage.artifacts import Artifact
+from eopd.storage.markers import Marker
 from eopd.storage.zarr_inline import FolderStore
 
 

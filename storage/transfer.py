@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Marker, file_text, marker_text
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
+from eopd.storage.markers import Marker, file_text, marker_text
 from eopd.storage.remote import RemoteArtifact, get, put, put_if_absent
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """Every byte of a store against what was committed. For `eopd store verify` and `verify --repair`.
 
 Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
-Manifests: what the markers add up to. Markers, identities and manifests have one text each, so a changed blank shows.
+Manifests: what the markers add up to. Of a pruned part, the files that were kept. Markers, identities and manifests
+have one text each, so a changed blank shows.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, file_text, marker_text, open_artifact
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError
 from eopd.storage.files import fsync_folder
 from eopd.storage.listing import keys
+from eopd.storage.markers import file_text, marker_text
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,28 @@ def _artifact(store: Path, kind: str, key: str) -> Iterator[Damage]:
     if (folder / paths.IDENTITY).read_text("utf-8") != file_text(artifact.identity.to_json()):
         yield Damage(kind, key, None, folder / paths.IDENTITY, f"{folder / paths.IDENTITY} was edited")
     damaged = False
-    for part in sorted(artifact.committed()):
+    committed, pruned = artifact.committed(), artifact.pruned()
+    for part in sorted(committed | pruned):
+        name = paths.marker_name(part) if part in committed else paths.tombstone_name(part)
         try:
             check_part(artifact, part)
         except StoreError as error:
             damaged = True
-            yield Damage(kind, key, part, folder / paths.marker_name(part), str(error))
+            yield Damage(kind, key, part, folder / name, str(error))
     if not damaged:
         yield from _manifest(artifact)
 
 
 def check_part(artifact: Artifact, part: int) -> None:
-    """Raises StoreError naming the first thing wrong with a committed part."""
+    """Raises StoreError naming the first thing wrong with a committed part, or with what is left of a pruned one."""
     artifact.verify_part(part)
-    path = artifact.folder / paths.marker_name(part)
-    marker = artifact.marker(part)
+    pruned = not artifact.is_committed(part)
+    path = artifact.folder / (paths.tombstone_name(part) if pruned else paths.marker_name(part))
+    marker = artifact.remains(part)
     if path.read_text("utf-8") != marker_text(marker, artifact.kind, artifact.key):
         raise DamagedPart(f"{path} was edited. `eopd store verify --repair` re-queues the part.")
+    if pruned:
+        return  # what a kill kept from going is no damage: `gc` names it
     folder = artifact.folder / paths.data_name(part, marker.nonce)
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     if strangers := sorted(there - set(marker.files)):
@@ -86,8 +93,9 @@ def _manifest(artifact: Artifact) -> Iterator[Damage]:
     problem = ""
     if path.exists():
         try:
-            pruned = artifact.manifest.get("pruned") is True
-            if path.read_text("utf-8") != file_text(artifact.manifest_content(pruned=pruned)):
+            # pruning says so here last of all: a kill before that leaves a manifest that names fewer parts
+            named = artifact.pruned() & set(artifact.manifest.get("pruned_parts", ()))
+            if path.read_text("utf-8") != file_text(artifact.manifest_content(named)):
                 problem = f"{path} is not what the markers add up to"
         except MissingPart as error:
             problem = f"{path} lists a part whose marker is gone: {error}"
@@ -102,7 +110,8 @@ def _manifest(artifact: Artifact) -> Iterator[Damage]:
 def _without_identity(store: Path) -> Iterator[Damage]:
     """Folders with committed parts and nothing that says what they are."""
     for kind in paths.KINDS:
-        folders = {path.parent for depth in ("*", "*/*") for path in (store / kind).glob(f"{depth}/part-*.json")}
+        markers = [f"{depth}/part-*.{end}" for depth in ("*", "*/*") for end in ("json", "pruned")]
+        folders = {path.parent for pattern in markers for path in (store / kind).glob(pattern)}
         for folder in sorted(folders):
             if not (folder / paths.IDENTITY).exists():
                 key = folder.relative_to(store / kind).as_posix()

@@ -23,9 +23,9 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from eopd.storage.artifacts import Marker
 from eopd.storage.codec import PartArrays
 from eopd.storage.errors import DamagedPart
+from eopd.storage.markers import Marker
 from eopd.storage.zarr_inline import FolderStore, open_array
 
 TOKEN_CHUNK = 4_096

@@ -137,7 +137,7 @@ def _figures_of(number: int, rounds: Sequence[RoundArtifacts]) -> dict[str, Any]
 
 
 def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
-    path = checkpoint.part_folder(0) / "metrics.jsonl"
+    path = checkpoint.remaining_folder(0) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity, file_text, marker_text
+from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.codec import FORMAT_VERSION
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+from eopd.storage.markers import file_text, marker_text
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.teacher_cache import PartHeader, TeacherCache, concatenate, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -187,8 +188,8 @@ def one(tmp_path: Path) -> Artifact:
 
 def reseal(artifact: Artifact, part: int, name: str, content: bytes) -> None:
     """Replace a file of a part and make its marker agree: what a careful forger would do."""
-    from eopd.storage.artifacts import Marker
     from eopd.storage.files import sha256_file
+    from eopd.storage.markers import Marker
 
     marker = artifact.marker(part)
     path = artifact.folder / paths.data_name(part, marker.nonce) / name

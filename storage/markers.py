@@ -1,0 +1,115 @@
+"""The texts of a store: identities, commit markers and manifests, as they are written and as they are read back.
+
+A marker is the commit record of a part: it names the nonce of the part's folder, every file's size and SHA-256, and
+the checksums of the input parts, and carries a seal over all of that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eopd.storage import paths
+from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
+from eopd.storage.files import canonical_json, sha256_text
+
+SCHEMA = 1
+REPAIR = "`eopd store verify --repair` re-queues it."
+REMADE = "`eopd run` makes it again if something that is not done needs it."
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The commit record of a part."""
+
+    part: int
+    nonce: str
+    files: Mapping[str, Mapping[str, Any]]  # relative path -> {"size": bytes, "sha256": hex}
+    inputs: Mapping[str, str]
+    info: Mapping[str, Any]
+
+    @cached_property
+    def checksum(self) -> str:
+        """Of the part's content: its file names, sizes and hashes. The nonce is not part of it."""
+        return sha256_text(canonical_json(self.files))
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(entry["size"]) for entry in self.files.values())
+
+
+def file_text(content: Mapping[str, Any]) -> str:
+    """The one text of an identity, a marker or a manifest: `verify` compares files with it, byte by byte."""
+    return json.dumps(content, indent=1, sort_keys=True)
+
+
+def marker_text(marker: Marker, kind: str, key: str) -> str:
+    content = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "key": key,
+        "part": marker.part,
+        "nonce": marker.nonce,
+        "checksum": marker.checksum,
+        "files": marker.files,
+        "inputs": marker.inputs,
+        "info": marker.info,
+    }
+    # the seal covers the whole marker; `checksum` only what the part holds
+    return file_text({**content, "seal": sha256_text(canonical_json(content))})
+
+
+def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Marker:
+    """The marker of part ``part`` of ``kind``/``key``, checked.
+
+    Raises:
+        DamagedPart: it was altered, or names a path outside its part folder.
+        WrongArtifact: it belongs to another part.
+        NewerSchema: a newer eopd wrote it.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DamagedPart(f"{where} is not JSON. {REPAIR}") from error
+    refuse_newer_schema(found, Path(where))
+    try:
+        marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
+        owner = (found["kind"], found["key"], marker.part)
+        checksum, seal = found["checksum"], found.pop("seal")
+        sizes = [(entry["size"], entry["sha256"]) for entry in marker.files.values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedPart(f"{where} is no marker ({error!r}). {REPAIR}") from error
+    if owner != (kind, key, part):
+        raise WrongArtifact(
+            f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
+        )
+    if paths.data_part(paths.data_name(part, str(marker.nonce))) is None:
+        raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
+    if any(not _is_inside(name) for name in marker.files):
+        raise DamagedPart(f"{where} names a file outside its part folder")
+    if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes):
+        raise DamagedPart(f"{where} names a file without its size and hash. {REPAIR}")
+    try:
+        intact = checksum == marker.checksum and seal == sha256_text(canonical_json(found))
+    except ValueError:  # not a number
+        intact = False
+    if not intact:
+        raise DamagedPart(f"{where} was altered. {REPAIR}")
+    return marker
+
+
+def refuse_newer_schema(found: Any, where: Path) -> None:
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(schema, int):
+        raise DamagedPart(f"{where} names no schema version")
+    if schema > SCHEMA:
+        raise NewerSchema(f"{where} has schema {schema}; this eopd reads up to {SCHEMA}. Upgrade eopd to use it.")
+
+
+def _is_inside(name: str) -> bool:
+    pieces = name.split("/")
+    return bool(name) and not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(pieces)

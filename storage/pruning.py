@@ -1,0 +1,70 @@
+"""Giving up the data of committed parts that nothing needs any more, and calling them back.
+
+A pruned part has a tombstone, ``part-00001.pruned``, in its marker's place: the marker as it was, but naming only the
+files that stay (small ones that people still read), with the size and checksum of what was there. Four steps: the
+tombstone is written, the marker goes, the data go, the manifest says so. A kill before the second leaves the part as
+committed as ever; after it the part is pruned, and what is left to do is done by the next ``prune`` or `eopd store gc`.
+
+What may go is the pipeline's to decide (``eopd.pipeline.pruning``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from eopd.storage import paths
+from eopd.storage.artifacts import Artifact
+from eopd.storage.files import fsync_folder, replace_atomically
+from eopd.storage.markers import file_text, marker_text
+
+
+def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
+    """Give up the files of a part whose names are ``dropped``; returns their bytes.
+
+    A part that is pruned already may lose more. A part of which nothing is dropped stays as it is.
+
+    Raises:
+        MissingPart: it was never committed.
+    """
+    marker = artifact.remains(part)
+    kept = {name: entry for name, entry in marker.files.items() if not dropped(name)}
+    freed = 0
+    if len(kept) < len(marker.files):
+        was = marker.info.get("pruned") or {"bytes": marker.bytes, "checksum": marker.checksum}
+        tombstone = replace(marker, files=kept, info={**marker.info, "pruned": was})
+        text = marker_text(tombstone, artifact.kind, artifact.key)
+        replace_atomically(artifact.folder / paths.tombstone_name(part), text)
+        freed = marker.bytes - tombstone.bytes
+        (artifact.folder / paths.marker_name(part)).unlink(missing_ok=True)
+        fsync_folder(artifact.folder)
+    if part in artifact.pruned():  # also when a kill left it half done
+        for path in left_over(artifact, part):
+            path.unlink(missing_ok=True)
+        _say_so(artifact)
+    return freed
+
+
+def left_over(artifact: Artifact, part: int) -> list[Path]:
+    """Files in a pruned part's folder that a kill kept from going."""
+    marker = artifact.remains(part)
+    folder = artifact.folder / paths.data_name(part, marker.nonce)
+    there = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return [path for path in there if path.relative_to(folder).as_posix() not in marker.files]
+
+
+def revive(artifact: Artifact, part: int) -> None:
+    """Make a pruned part missing, so that the stage that makes it does so again."""
+    nonce = artifact.remains(part).nonce
+    (artifact.folder / paths.MANIFEST).unlink(missing_ok=True)
+    (artifact.folder / paths.tombstone_name(part)).unlink(missing_ok=True)
+    fsync_folder(artifact.folder)
+    shutil.rmtree(artifact.folder / paths.data_name(part, nonce), ignore_errors=True)
+
+
+def _say_so(artifact: Artifact) -> None:
+    path, text = artifact.folder / paths.MANIFEST, file_text(artifact.manifest_content())
+    if artifact.is_complete() and (not path.exists() or path.read_text("utf-8") != text):
+        replace_atomically(path, text)

@@ -1,0 +1,160 @@
+"""Giving up the data of parts: what stays, what a kill between the steps leaves, and calling a part back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eopd.storage import garbage, listing, paths, pruning
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.errors import DamagedPart, PrunedPart
+from eopd.storage.pruning import prune, revive
+from eopd.storage.verification import verify
+
+FILES = {"model": b"w" * 1000, "sub/figures": b"f" * 10}
+
+
+def make(store: Path) -> Artifact:
+    artifact = Artifact(store, Identity("checkpoints", 1, 2, {"name": "x"}))
+    for part in range(2):
+        commit(artifact, part)
+    return artifact
+
+
+def commit(artifact: Artifact, part: int) -> None:
+    with artifact.write_part(part, info={"steps": 3}) as folder:
+        for name, content in FILES.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content + bytes([part]))
+
+
+def large(name: str) -> bool:
+    return name == "model"
+
+
+def test_a_pruned_part_keeps_its_small_files_and_says_so(tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    sums = artifact.manifest["part_checksums"]
+    assert prune(artifact, 1, large) == 1001
+    assert artifact.is_complete()
+    assert (artifact.committed(), artifact.pruned(), artifact.missing()) == ({0}, {1}, [])
+    with pytest.raises(PrunedPart, match=r"part 1 was pruned.*eopd run"):
+        artifact.part_folder(1)
+    assert (artifact.remaining_folder(1) / "sub" / "figures").read_bytes() == FILES["sub/figures"] + b"\1"
+    assert not (artifact.remaining_folder(1) / "model").exists()
+    assert artifact.manifest["pruned"] is True
+    assert artifact.manifest["pruned_parts"] == [1]
+    assert artifact.manifest["part_checksums"] == sums
+    (row,) = listing.ls(tmp_path)
+    assert (row.complete, row.committed, row.pruned, row.bytes) == (True, 1, 1, 1012 + 11)
+    shown = listing.show(open_artifact(tmp_path, "checkpoints", artifact.key))
+    assert shown["missing"] == []
+    assert list(shown["parts_committed"]) == ["0"]
+    assert shown["parts_pruned"]["1"]["files_left"] == ["sub/figures"]
+    assert shown["parts_pruned"]["1"]["pruned"] == {"bytes": 1012, "checksum": sums["1"]}
+    assert shown["parts_pruned"]["1"]["steps"] == 3
+    assert verify(tmp_path) == []
+    assert garbage.plan(tmp_path, None, grace=-1.0) == []
+
+    assert prune(artifact, 1, large) == 0
+    assert prune(artifact, 1, lambda name: True) == 11
+    assert artifact.manifest["part_checksums"] == sums
+    assert verify(tmp_path) == []
+    assert prune(artifact, 0, lambda name: name == "nothing") == 0
+    assert artifact.committed() == {0}
+
+
+def test_damage_of_what_was_kept_is_found(tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    prune(artifact, 1, large)
+    (artifact.remaining_folder(1) / "sub" / "figures").write_bytes(b"g" * 11)
+    with pytest.raises(DamagedPart, match=r"sub/figures changed"):
+        artifact.verify_part(1)
+    (found,) = verify(tmp_path, repair=True)
+    assert found.part == 1
+    assert artifact.missing() == [1]
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_kill_between_any_two_steps_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process ends before the step-th change of the folder: the same command finishes what was begun."""
+    artifact = make(tmp_path)
+    left = step
+
+    class Killed(Exception):
+        pass
+
+    def dying(change: Callable[..., None]) -> Callable[..., None]:
+        def instead(*arguments: object, **options: object) -> None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            change(*arguments, **options)
+
+        return instead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dying(os.replace))
+        patched.setattr(Path, "unlink", dying(Path.unlink))
+        try:
+            prune(artifact, 1, large)
+        except Killed:
+            assert step < 4
+        else:
+            assert step == 4
+    assert artifact.is_complete()
+    if 1 in artifact.committed():
+        assert (artifact.part_folder(1) / "model").exists()
+        artifact.verify_part(1)
+    else:
+        artifact.verify_part(1)
+        assert (artifact.remaining_folder(1) / "sub" / "figures").exists()
+    assert verify(tmp_path) == []
+    left_over = garbage.plan(tmp_path, None, grace=-1.0)
+    assert {removal.path.name for removal in left_over} <= {"model", "part-00001.pruned"} | {
+        path.name for path in artifact.folder.glob(".*")
+    }
+    prune(artifact, 1, large)
+    assert artifact.pruned() == {1}
+    assert artifact.manifest["pruned_parts"] == [1]
+    assert not list(artifact.folder.rglob("model"))[1:]
+    garbage.remove(garbage.plan(tmp_path, None, grace=-1.0))
+    assert artifact.pruned() == {1}
+    assert verify(tmp_path) == []
+
+
+def test_a_part_called_back_is_made_and_pruned_again(tmp_path: Path) -> None:
+    artifact = make(tmp_path)
+    prune(artifact, 1, large)
+    before = artifact.remaining_folder(1)
+    revive(artifact, 1)
+    assert not before.exists()
+    assert artifact.missing() == [1]
+    assert not artifact.is_complete()
+    assert verify(tmp_path) == []
+    commit(artifact, 1)
+    assert artifact.manifest["pruned"] is False
+    artifact.verify_part(1)
+    assert prune(artifact, 1, large) == 1001
+    assert verify(tmp_path) == []
+    assert not (artifact.folder / paths.marker_name(1)).exists()
+
+
+def test_the_marker_wins_over_an_older_tombstone(tmp_path: Path) -> None:
+    """Killed after the tombstone was written: the part is there; gc drops the tombstone, pruning renews it."""
+    artifact = make(tmp_path)
+    prune(artifact, 1, large)
+    tombstone = artifact.folder / paths.tombstone_name(1)
+    old = tombstone.read_bytes()
+    revive(artifact, 1)
+    commit(artifact, 1)
+    tombstone.write_bytes(old)
+    assert artifact.committed() == {0, 1}
+    assert [removal.path for removal in garbage.plan(tmp_path, None, grace=-1.0)] == [tombstone]
+    pruning.prune(artifact, 1, large)
+    assert artifact.remains(1).nonce in {path.name.split(".")[1] for path in artifact.folder.glob("part-00001.*")}
+    assert verify(tmp_path) == []

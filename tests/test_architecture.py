@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "math_verify", "matplotlib"}
-SHARED = {"eopd.stages.models", "eopd.stages.engines", "eopd.stages.settings", "eopd.stages.job"}
+SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "job", "intervals")}
 # what `pipeline` may import at module level: settings and pure functions that need no torch
 LIGHT = ("settings", "eopd.stages.job", "eopd.stages.models.prompts", "eopd.stages.train.schedule")
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from eopd.stages.evaluate import diversity, passk
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
+from eopd.stages.intervals import intervals, resampled_means
 
 Row = dict[str, Any]
 
@@ -93,7 +94,7 @@ def figures(tally: Tally, *, resamples: int, confidence: float, seed: int) -> Fi
     correct = [row["correct"] for row in tally.problems]
     distinct = np.asarray([row["distinct_correct"] for row in tally.problems], dtype=np.float64)
     columns = np.column_stack([passk.pass_at_all(n, correct), np.asarray(correct) / n, distinct])
-    resampled = passk.resampled_means(columns, resamples=resamples, seed=seed)
+    resampled = resampled_means(columns, resamples=resamples, seed=seed)
     lengths = np.asarray(tally.lengths)
     responses = len(lengths)
     values = {
@@ -134,7 +135,7 @@ def _point(values: Row) -> list[float]:
 
 def _headline(point: passk.Floats, resampled: passk.Floats, confidence: float) -> Row:
     n = len(point) - 2
-    bounds = [[interval.low, interval.high] for interval in passk.intervals(resampled, confidence)]
+    bounds = [[interval.low, interval.high] for interval in intervals(resampled, confidence)]
     return {
         "avg_at_k": float(point[n]),
         "avg_interval": bounds[n],

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.evaluate.alignment.divergence import TokenFigures
-from eopd.stages.evaluate.passk import intervals
+from eopd.stages.intervals import intervals
 
 Floats = NDArray[np.float64]
 SUMMED = (

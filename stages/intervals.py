@@ -1,0 +1,121 @@
+"""Intervals: bootstrap over problems, Student's t over seeds. Needs numpy only; shared by evaluation, report and study.
+
+Letters: P problems, M columns (figures), B bootstrap resamples, S seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval, in the unit of what it is of (probabilities, not percent)."""
+
+    low: float
+    high: float
+
+
+def resampled_means(
+    values: Floats, *, resamples: int = 2000, seed: int = 0, weights: Sequence[float] | None = None
+) -> Floats:
+    """Means of the columns of ``values`` [P, M] over bootstrap resamples of the problems: [B, M].
+
+    All columns share the resampled problems. Pass differences of two runs on the same problems for a paired test.
+
+    Args:
+        weights: of each problem [P] in the mean (default: equal).
+
+    Raises:
+        ValueError: no problem.
+    """
+    if values.ndim != 2 or len(values) == 0:
+        raise ValueError(f"a bootstrap needs values [P, M] of at least one problem, got shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    problems = len(values)
+    counts = rng.multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
+    if weights is None:
+        means: Floats = counts @ values / problems
+        return means
+    weighted = counts * np.asarray(weights, np.float64)
+    return np.asarray(weighted @ values / weighted.sum(axis=1, keepdims=True))
+
+
+def intervals(means: Floats, confidence: float = 0.95) -> list[Interval]:
+    """Percentile intervals of the M columns of resampled means [B, M].
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
+    _check(confidence)
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(means, [tail, 100.0 - tail], axis=0)
+    return [Interval(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Of the mean of independent values, such as one figure a seed, or one paired difference a seed.
+
+    Exact where they are normal. None with fewer than two values: one seed says nothing of its spread.
+    """
+    _check(confidence)
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = t_quantile(0.5 + confidence / 2.0, len(values) - 1) * error
+    return Interval(mean - half, mean + half)
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Of mean(second) - mean(first), independent values of unequal spread (Welch 1947); degrees of freedom rounded
+    down. None where either has fewer than two values.
+    """
+    _check(confidence)
+    if min(len(first), len(second)) < 2:
+        return None
+    parts = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
+    difference, error = float(np.mean(second) - np.mean(first)), math.sqrt(sum(parts))
+    if error == 0.0:
+        return Interval(difference, difference)
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (first, second), strict=True))
+    half = t_quantile(0.5 + confidence / 2.0, max(1, int(freedom))) * error
+    return Interval(difference - half, difference + half)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t with a whole number of degrees of freedom, for probabilities in [0.5, 1)."""
+    assert 0.5 <= probability < 1.0, probability
+    assert freedom >= 1, freedom
+    low, high = 0.0, math.pi / 2.0  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(80):
+        middle = (low + high) / 2.0
+        if _mass_within(middle, freedom) < 2.0 * probability - 1.0:
+            low = middle
+        else:
+            high = middle
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _mass_within(angle: float, freedom: int) -> float:
+    """P(|T| <= sqrt(freedom) * tan(angle)): Abramowitz and Stegun 26.7.3 and 26.7.4, finite sums."""
+    odd = freedom % 2
+    cosine = math.cos(angle)
+    term = cosine if odd else 1.0
+    total = 0.0
+    for power in range(1 if odd else 0, freedom - 1, 2):
+        total += term
+        term *= cosine * cosine * (power + 1) / (power + 2)
+    inside = total * math.sin(angle)
+    return 2.0 / math.pi * (angle + inside) if odd else inside
+
+
+def _check(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.pipeline.plan_cli import Config, Set, plan
 from eopd.pipeline.store_cli import app as store_app
 
 if TYPE_CHECKING:
-    from eopd.pipeline.plan import PlannedJob, Stage
+    from eopd.pipeline.plan import Stage
     from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import Progress
@@ -28,13 +29,6 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Settings: a YAML file, or a name such as quickstart.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a setting, as in train.optimizer.lr=1e-5. Repeatable."
-    ),
-]
 Round = Annotated[int, typer.Option("--round", "-r", min=0, help="Round to work on, counted from 0.")]
 EvaluatedRound = Annotated[
     int, typer.Option("--round", "-r", min=0, help="Which student: 0 is the first, R the one trained in round R - 1.")
@@ -107,19 +101,7 @@ def run(config: Config, set_: Set = None) -> None:
     runner.progress.line(f"report: {page}")
 
 
-@app.command()
-def plan(config: Config, set_: Set = None) -> None:
-    """Show every job, its key and what is missing of it. Changes nothing."""
-    runner = _open(config, set_)
-    for job in runner.plan.jobs:
-        sys.stdout.write(_describe(runner, job) + "\n")
-
-
-def _describe(runner: Runner, job: PlannedJob) -> str:
-    artifact = runner.artifact(job.output)
-    done = len(artifact.committed())
-    state = "complete" if done == artifact.parts else "missing" if done == 0 else f"{done} of {artifact.parts} parts"
-    return f"{job.name:<12} {state:<18} {artifact}"
+app.command()(plan)
 
 
 def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:

@@ -91,11 +91,31 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunSettings:
     Raises:
         ConfigError: a file, key or value is wrong.
     """
+    raw, source = load_raw(name, overrides)
+    return parse_settings(raw, source)
+
+
+def load_raw(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """As ``load_config``, but the mapping before it is checked, and the file it is from."""
     path = find_config(name)
     raw = _read_yaml(path, seen=())
     for override in overrides:
         _apply_override(raw, override)
-    return parse_settings(raw, source=str(path))
+    return raw, str(path)
+
+
+def read_list(path: Path, key: str) -> list[Any]:
+    """The list under ``key`` of a YAML file, its paths relative to the file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or no list there.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    found = _read_yaml(path, seen=()).get(key)
+    if not isinstance(found, list) or not found:
+        raise ConfigError(f"{path} must hold a list under `{key}:`")
+    return found
 
 
 def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
@@ -122,7 +142,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    return _merge(_read_yaml(Path(base), (*seen, path)), raw)
+    return merge(_read_yaml(Path(base), (*seen, path)), raw)
 
 
 def _resolve_paths(value: Any, folder: Path) -> Any:
@@ -135,11 +155,11 @@ def _resolve_paths(value: Any, folder: Path) -> Any:
     return value
 
 
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

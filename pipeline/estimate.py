@@ -54,6 +54,9 @@ class Keep:
         assert self.optimizer is None or self.optimizer >= 1, self
 
 
+KEEP_ALL = Keep()
+
+
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model folder, from the headers of its weights.
 
@@ -108,7 +111,7 @@ def checkpoint_bytes(shapes: Shapes, train: TrainSettings) -> CheckpointBytes:
 
 
 def peak_bytes(
-    checkpoint: CheckpointBytes, data: Sequence[int], keep: Keep = Keep(), states: int = 1, trained: int = 0
+    checkpoint: CheckpointBytes, data: Sequence[int], keep: Keep = KEEP_ALL, states: int = 1, trained: int = 0
 ) -> int:
     """Bytes of a run's own artifacts at their worst moment: a round's checkpoint committed, nothing pruned yet.
 

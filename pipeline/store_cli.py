@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.pipeline.words import size
+
 if TYPE_CHECKING:
     from eopd.storage.artifacts import Artifact
     from eopd.storage.remote import RemoteArtifact
@@ -27,14 +29,6 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 @app.command()
 def ls(store: Store = Path("store")) -> None:
     """Every artifact: parts, size, state."""
@@ -44,8 +38,8 @@ def ls(store: Store = Path("store")) -> None:
     for item in found:
         state = item.problem or ("complete" if item.complete else f"{item.committed} of {item.parts} parts")
         state += f", {item.pruned} pruned" if item.pruned else ""
-        _say(f"{item.kind + '/' + item.key:<56} {item.parts:>6} parts {_size(item.bytes):>10}  {state}")
-    _say(f"{len(found)} artifacts, {_size(sum(item.bytes for item in found))}")
+        _say(f"{item.kind + '/' + item.key:<56} {item.parts:>6} parts {size(item.bytes):>10}  {state}")
+    _say(f"{len(found)} artifacts, {size(sum(item.bytes for item in found))}")
 
 
 @app.command()
@@ -107,12 +101,12 @@ def gc(
 
     removals = garbage.plan(store, None if runs is None else _roots(runs, store))
     for removal in removals:
-        _say(f"{_size(removal.bytes):>10}  {removal.path}  ({removal.reason})")
+        _say(f"{size(removal.bytes):>10}  {removal.path}  ({removal.reason})")
     total = sum(removal.bytes for removal in removals)
     if not yes:
-        _say(f"{len(removals)} removals would free {_size(total)}; nothing was removed (--yes does it)")
+        _say(f"{len(removals)} removals would free {size(total)}; nothing was removed (--yes does it)")
         return
-    _say(f"freed {_size(garbage.remove(removals))}")
+    _say(f"freed {size(garbage.remove(removals))}")
 
 
 def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:

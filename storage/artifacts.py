@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -110,6 +110,19 @@ class Identity:
             raise WrongArtifact(f"{where} is no identity of an artifact: {error!r}") from error
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What one listing of an artifact's folder shows: numbers of parts."""
+
+    committed: set[int]
+    pruned: set[int]  # committed once, their data given up since
+    hinted: set[int]  # committed empty, perhaps: the marker knows (``Artifact.set_aside``)
+
+    @property
+    def made(self) -> set[int]:
+        return self.committed | self.pruned
+
+
 class Artifact:
     """One artifact of a store. Cheap to make: nothing is read before it is asked for."""
 
@@ -137,18 +150,39 @@ class Artifact:
     def is_committed(self, part: int) -> bool:
         return (self.folder / paths.marker_name(part)).exists()
 
+    def standing(self) -> Standing:
+        """Every part's state, from one listing of the folder. With a marker it is committed, whatever is beside it."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            names = []
+        committed = self._parts_in(names, ".json", paths.marker_part)
+        pruned = self._parts_in(names, ".pruned", paths.tombstone_part)
+        return Standing(committed, pruned - committed, self._parts_in(names, ".set_aside", paths.set_aside_part))
+
+    def _parts_in(self, names: Collection[str], suffix: str, part_of: Callable[[str], int | None]) -> set[int]:
+        # the suffix first: a folder of a thousand parts holds three thousand names
+        found = {part for name in names if name.endswith(suffix) and (part := part_of(name)) is not None}
+        return {part for part in found if part < self.parts}
+
     def committed(self) -> set[int]:
-        """Every part that can be read, from one listing of the folder."""
-        return self._states()[0]
+        """Every part that can be read."""
+        return self.standing().committed
 
     def pruned(self) -> set[int]:
         """Parts that were committed and whose data were given up since."""
-        return self._states()[1]
+        return self.standing().pruned
+
+    def set_aside(self, standing: Standing | None = None) -> dict[int, str]:
+        """Parts that were committed empty after failing too often, and why: info ``set_aside`` of their markers."""
+        standing = standing or self.standing()
+        reasons = {part: self.marker(part).info.get("set_aside") for part in standing.hinted & standing.committed}
+        return {part: str(reason) for part, reason in sorted(reasons.items()) if reason is not None}
 
     def missing(self) -> list[int]:
         """Parts that have never been made, or have to be made again."""
-        committed, pruned = self._states()
-        return [part for part in range(self.parts) if part not in committed and part not in pruned]
+        made = self.standing().made
+        return [part for part in range(self.parts) if part not in made]
 
     def is_complete(self) -> bool:
         """The one definition: every part was committed, and nothing is left to do.
@@ -157,17 +191,7 @@ class Artifact:
         something still has to read it calls it back first (``storage.pruning.revive``), which makes it missing. The
         manifest is a convenience for people.
         """
-        return not self.missing()
-
-    def _states(self) -> tuple[set[int], set[int]]:
-        """(committed, pruned). A part with a marker is committed, whatever stands beside it."""
-        try:
-            names = os.listdir(self.folder)
-        except FileNotFoundError:
-            return set(), set()
-        committed = {part for name in names if (part := paths.marker_part(name)) is not None and part < self.parts}
-        pruned = {part for name in names if (part := paths.tombstone_part(name)) is not None and part < self.parts}
-        return committed, pruned - committed
+        return len(self.standing().made) == self.parts
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -242,7 +266,8 @@ class Artifact:
     ) -> Iterator[Path]:
         """Yield an empty folder; commit what was written to it on a clean exit, drop it on an exception.
 
-        ``info`` may be a dict that the caller fills before the block ends. When another process committed the
+        ``info`` may be a dict that the caller fills before the block ends; a ``set_aside`` in it is the reason why the
+        part is committed empty, and leaves a hint in the folder for listings. When another process committed the
         part first, the folder is dropped without harm.
         """
         assert 0 <= part < self.parts, (part, self.parts)
@@ -256,6 +281,8 @@ class Artifact:
                 yield folder
                 fsync_tree(folder)
                 marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
+                if "set_aside" in marker.info:
+                    create_exclusively(self.folder / paths.set_aside_name(part), "")
                 text = marker_text(marker, self.kind, self.key)
                 won = create_exclusively(self.folder / paths.marker_name(part), text)
         finally:

@@ -5,6 +5,7 @@
 <store>/<kind>/<key>/part-00003.json        the commit marker of a part
 <store>/<kind>/<key>/part-00003.<nonce>/    its data
 <store>/<kind>/<key>/part-00003.pruned      in the marker's place once its data were given up
+<store>/<kind>/<key>/part-00003.set_aside   a hint that it was committed empty; its marker says whether and why
 <store>/.runs/                              which runs use the store
 <store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
 
@@ -31,6 +32,7 @@ KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evalu
 
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
+_SET_ASIDE = re.compile(r"^part-(\d{5,})\.set_aside$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
 _DAMAGED = re.compile(r"^part-(\d{5,})\.[0-9a-f]{16}\.damaged$")
 
@@ -51,6 +53,10 @@ def claim_name(part: int) -> str:
     return f"{part_name(part)}.claim"
 
 
+def set_aside_name(part: int) -> str:
+    return f"{part_name(part)}.set_aside"
+
+
 def data_name(part: int, nonce: str) -> str:
     return f"{part_name(part)}.{nonce}"
 
@@ -68,6 +74,12 @@ def marker_part(name: str) -> int | None:
 def tombstone_part(name: str) -> int | None:
     """The part number if ``name`` is that of a pruned part, else None."""
     found = _TOMBSTONE.match(name)
+    return int(found.group(1)) if found else None
+
+
+def set_aside_part(name: str) -> int | None:
+    """The part number if ``name`` is a hint that the part was committed empty, else None."""
+    found = _SET_ASIDE.match(name)
     return int(found.group(1)) if found else None
 
 

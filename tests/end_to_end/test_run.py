@@ -86,10 +86,10 @@ def test_two_experiments_share_what_is_the_same(world: World, undisturbed: str) 
 
 def test_plan_changes_nothing_and_tells_what_is_there(world: World, undisturbed: str) -> None:
     result = eopd("plan", world.config("planned"))
-    assert result.stdout.count("missing") == 9
+    assert result.stdout.count(" missing ") == 9
     assert not world.store("planned").joinpath("rollouts").exists()
     result = eopd("plan", world.config(undisturbed))
-    assert result.stdout.count("complete") == 9
+    assert result.stdout.count(" complete ") == 9
 
 
 def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:

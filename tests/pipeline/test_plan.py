@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from eopd.pipeline.config import ConfigError, RunSettings, parse_settings
-from eopd.pipeline.models import ModelFacts
-from eopd.pipeline.plan import BenchmarkFacts, Facts, Plan, Stage, make_plan, steps_of_round
-
-RAW = {
-    "name": "x",
-    "rounds": 3,
-    "student": {"path": "s"},
-    "teacher": {"path": "t"},
-    "prompts": {"path": "p.jsonl"},
-    "rollout": {"prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4},
-    "train": {"batch_responses": 8, "epochs": 2},
-    "evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "rows_per_part": 5},
-}
-
-
-def facts(student: str = "s0", teacher: str = "t0", prompts: int = 25) -> Facts:
-    def model(fingerprint: str, stop: int) -> ModelFacts:
-        return ModelFacts(Path("m"), Path("m"), fingerprint, "tok", (stop,))
-
-    return Facts(model(student, 2), model(teacher, 5), prompts, "prompts", (BenchmarkFacts("b", 11, "bench"),))
-
-
-def settings(**changes: object) -> RunSettings:
-    raw = dict(RAW)
-    for key, value in changes.items():
-        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
-    return parse_settings(raw, "test")
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.plan import Plan, Stage, make_plan, steps_of_round
+from tests.pipeline.plan_case import make_facts as facts
+from tests.pipeline.plan_case import make_settings as settings
 
 
 def keys(plan: Plan, stage: Stage) -> list[str]:

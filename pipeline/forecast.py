@@ -1,0 +1,162 @@
+"""What the jobs of a plan will take: tokens, bytes, seconds, and the disk at its worst moment. Pure arithmetic.
+
+Tokens a response and bytes a token come from parts that are committed; where a stage has none yet, tokens are what
+the settings allow *at most* and bytes those of the codec's worst case. Seconds come from finished jobs or not at all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eopd.pipeline.config import RunSettings
+from eopd.pipeline.estimate import KEEP_ALL, ROLLOUT_TOKEN, CheckpointBytes, Keep, peak_bytes, score_token_bytes
+from eopd.pipeline.plan import STAGES, Facts, PlannedJob, Stage, prompts_per_round
+from eopd.pipeline.rates import Rate, Sizes
+from eopd.pipeline.survey import JobState
+
+SIDE_ENTRY = 4.0  # bytes of an entry of the student's own top-k, before compression
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What a forecast must know of one run."""
+
+    settings: RunSettings
+    facts: Facts
+    checkpoint: CheckpointBytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job with what it takes as a whole; ``seconds`` are those of what is missing, None where not known yet."""
+
+    state: JobState
+    tokens: int
+    bytes: int
+    at_most: bool  # nothing like it was measured: tokens and bytes are bounds
+    seconds: float | None
+
+    @property
+    def stage(self) -> Stage:
+        return self.state.job.stage
+
+    @property
+    def round(self) -> int:
+        return self.state.job.round
+
+
+def responses_of(job: PlannedJob, spec: RunSpec) -> int:
+    """Responses that a rollout samples, a score reads or an evaluation judges."""
+    if job.stage == "evaluate":
+        evaluate = spec.settings.evaluate
+        assert evaluate is not None
+        return evaluate.samples * sum(benchmark.count for benchmark in spec.facts.benchmarks)
+    return prompts_per_round(spec.settings, spec.facts) * spec.settings.rollout.samples_per_prompt
+
+
+def forecast(
+    states: Sequence[JobState],
+    specs: Mapping[str, RunSpec],
+    sizes: Mapping[str, Sizes],
+    rates: Mapping[Stage, Rate],
+) -> list[Row]:
+    """A row for every state, in the same order. ``sizes``: artifact key -> sums over some of its parts."""
+    by_stage: dict[Stage, Sizes] = defaultdict(Sizes)
+    for state in states:
+        by_stage[state.job.stage] += sizes.get(state.job.output.key, Sizes())
+    rows: list[Row] = []
+    tokens_of: dict[str, tuple[int, bool]] = {}  # rollouts -> their tokens, and whether that is a bound
+    for state in states:
+        job, spec = state.job, specs[state.runs[0]]
+        own, stage = sizes.get(job.output.key, Sizes()), by_stage[job.stage]
+        if job.stage == "train":
+            tokens, at_most = tokens_of[job.inputs[0].key]
+            tokens *= spec.settings.train.epochs
+            size = float(spec.checkpoint.weights + spec.checkpoint.optimizer)
+        else:
+            if job.stage == "score" and not own.tokens:
+                tokens, at_most = tokens_of[job.inputs[0].key]
+            else:
+                tokens, at_most = _tokens(job, spec, own if own.responses else stage)
+            size = tokens * _bytes_per_token(job, spec, own if own.tokens else stage)
+        if job.stage == "rollout":
+            tokens_of[job.output.key] = (tokens, at_most)
+        rate = rates.get(job.stage)
+        left = tokens * state.missing / state.parts
+        seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
+        rows.append(Row(state, tokens, round(size), at_most, seconds))
+    return rows
+
+
+def _tokens(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:
+    responses = responses_of(job, spec)
+    if measured.responses:
+        return round(responses * measured.tokens / measured.responses), False
+    settings = spec.settings.evaluate if job.stage == "evaluate" else spec.settings.rollout
+    assert settings is not None
+    return responses * settings.max_new_tokens, True
+
+
+def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
+    if measured.tokens:
+        found = measured.bytes / measured.tokens
+    elif job.stage == "score":
+        found = score_token_bytes(spec.settings.score.head)
+    else:
+        found = ROLLOUT_TOKEN
+    side = SIDE_ENTRY * spec.settings.rollout.student_topk if job.stage == "rollout" else 0.0
+    return found + side
+
+
+def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep = KEEP_ALL) -> int:
+    """Bytes of all artifacts of these runs at their worst moment, should each run reach its own at the same time."""
+    total = 0
+    for run, spec in specs.items():
+        rounds = spec.settings.rounds
+        data, trained = [0] * rounds, 0
+        for row in rows:
+            if row.state.runs[0] != run:
+                continue
+            if row.stage != "train":
+                data[min(row.round, rounds - 1)] += row.bytes
+            elif row.state.is_done:
+                trained += 1
+        total += peak_bytes(spec.checkpoint, data, keep, spec.settings.train.keep_progress, trained)
+    return total
+
+
+@dataclass(frozen=True)
+class Total:
+    """Of one stage, or of all: jobs by state, and what they take."""
+
+    jobs: int
+    done: int
+    parts: int
+    missing: int  # parts
+    tokens: int
+    bytes: int
+    at_most: bool
+    seconds: float  # of what is missing and has a rate
+    unknown: int  # jobs that are missing and have none
+
+
+def totals(rows: Sequence[Row]) -> dict[Stage | str, Total]:
+    """By stage, and ``all``."""
+    found: dict[Stage | str, Total] = {}
+    for name in (*STAGES, "all"):
+        chosen = [row for row in rows if name in (row.stage, "all")]
+        if chosen:
+            found[name] = Total(
+                jobs=len(chosen),
+                done=sum(row.state.is_done for row in chosen),
+                parts=sum(row.state.parts for row in chosen),
+                missing=sum(row.state.missing for row in chosen),
+                tokens=sum(row.tokens for row in chosen),
+                bytes=sum(row.bytes for row in chosen),
+                at_most=any(row.at_most for row in chosen),
+                seconds=sum(row.seconds or 0.0 for row in chosen),
+                unknown=sum(row.seconds is None for row in chosen),
+            )
+    return found

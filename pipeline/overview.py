@@ -1,0 +1,99 @@
+"""Everything that `eopd plan` and `eopd status` show of one run or of a sweep, gathered from the store once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.estimate import checkpoint_bytes, read_shapes
+from eopd.pipeline.forecast import Row, RunSpec, Total, forecast, peak_disk, totals
+from eopd.pipeline.plan import STAGES, Stage
+from eopd.pipeline.rates import Rate, measure_rates, sample_sizes
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.survey import read_makers, store_listing, survey
+
+
+@dataclass(frozen=True)
+class Overview:
+    runs: tuple[str, ...]
+    store: Path
+    rows: tuple[Row, ...]
+    rates: dict[Stage, Rate]
+    peak_bytes: int  # of these runs' own artifacts
+    free_bytes: int  # at the store
+    asked: int  # jobs that the runs ask for, each run counted by itself
+
+    @property
+    def totals(self) -> dict[Stage | str, Total]:
+        return totals(self.rows)
+
+    @property
+    def present_bytes(self) -> int:
+        return sum(row.bytes * row.state.done // row.state.parts for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runs": list(self.runs),
+            "store": str(self.store),
+            "jobs": [_job_json(row) for row in self.rows],
+            "jobs_asked_for": self.asked,
+            "totals": {name: vars(total) for name, total in self.totals.items()},
+            "rates": {stage: vars(rate) for stage, rate in self.rates.items()},
+            "disk": {"peak": self.peak_bytes, "present": self.present_bytes, "free": self.free_bytes},
+        }
+
+
+def _job_json(row: Row) -> dict[str, Any]:
+    state = row.state
+    return {
+        "runs": list(state.runs),
+        "stage": row.stage,
+        "round": row.round,
+        "artifact": f"{state.job.output.kind}/{state.job.output.key}",
+        "state": state.state,
+        "made_by": state.maker or None,
+        "parts": state.parts,
+        "done": state.done,
+        "set_aside": {str(part): reason for part, reason in state.set_aside.items()},
+        "tokens": row.tokens,
+        "bytes": row.bytes,
+        "at_most": row.at_most,
+        "seconds_left": row.seconds,
+    }
+
+
+def look(runners: Sequence[Runner]) -> Overview:
+    """Survey, sizes, rates and forecast of runs that share a store and a folder of runs. Changes nothing."""
+    first = runners[0]
+    store, folder = first.store, Path(first.settings.runs)
+    names = [runner.settings.name for runner in runners]
+    states = survey(
+        {runner.settings.name: runner.plan for runner in runners}, store_listing(store), read_makers(folder, names)
+    )
+    specs = {runner.settings.name: _spec(runner) for runner in runners}
+    models: dict[Stage, str] = dict.fromkeys(STAGES, first.settings.student.path)
+    models["score"] = first.settings.teacher.path
+    rates = measure_rates(store, folder, names, models)
+    rows = forecast(states, specs, sample_sizes(store, states), rates)
+    return Overview(
+        runs=tuple(names),
+        store=store,
+        rows=tuple(rows),
+        rates=rates,
+        peak_bytes=peak_disk(rows, specs),
+        free_bytes=shutil.disk_usage(_existing(store)).free,
+        asked=sum(len(runner.plan.jobs) for runner in runners),
+    )
+
+
+def _spec(runner: Runner) -> RunSpec:
+    shapes = read_shapes(runner.facts.student.folder)
+    return RunSpec(runner.settings, runner.facts, checkpoint_bytes(shapes, runner.settings.train))
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,112 @@
+"""What of a plan is there: one state per job, from listings of the store's folders alone. No part is read.
+
+A survey may cover the plans of several runs (a sweep): a job that several of them ask for has one key and appears once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eopd.pipeline.plan import Plan, PlannedJob
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.paths import RunPaths
+
+State = Literal["complete", "shared", "partly", "missing"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a listing of an artifact's folder shows."""
+
+    committed: Collection[int] = frozenset()
+    pruned: Collection[int] = frozenset()  # committed once, their data given up since
+    set_aside: Mapping[int, str] = field(default_factory=dict)  # committed empty after failing too often: why
+
+
+Listing = Callable[[Identity], Found]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job of the plan. Only counts are kept, so that a survey of many parts stays small."""
+
+    job: PlannedJob
+    runs: tuple[str, ...]  # that ask for it; the first is the one that would do it
+    state: State
+    done: int  # parts, those that were pruned since among them
+    pruned: int = 0
+    set_aside: Mapping[int, str] = field(default_factory=dict)
+    maker: str = ""  # of a shared one: the run that did it, where one of `runs` has noted that
+
+    @property
+    def parts(self) -> int:
+        return self.job.output.parts
+
+    @property
+    def missing(self) -> int:
+        return self.parts - self.done
+
+    @property
+    def is_done(self) -> bool:
+        return self.state in ("complete", "shared")
+
+
+def store_listing(store: Path) -> Listing:
+    """The listing of a real store."""
+
+    def listing(identity: Identity) -> Found:
+        artifact = Artifact(store, identity)
+        standing = artifact.standing()
+        return Found(standing.committed, standing.pruned, artifact.set_aside(standing))
+
+    return listing
+
+
+def survey(plans: Mapping[str, Plan], listing: Listing, done_by: Mapping[str, str]) -> list[JobState]:
+    """State of every job of the plans of ``run name -> plan``, each key once, in the order of the first that asks.
+
+    Args:
+        done_by: artifact key -> run that noted doing it (``read_makers``).
+    """
+    wanted: dict[str, tuple[PlannedJob, list[str]]] = {}
+    for run, plan in plans.items():
+        for job in plan.jobs:
+            wanted.setdefault(f"{job.output.kind}/{job.output.key}", (job, []))[1].append(run)
+    return [_state(job, runs, listing(job.output), done_by) for job, runs in wanted.values()]
+
+
+def _state(job: PlannedJob, runs: Sequence[str], found: Found, done_by: Mapping[str, str]) -> JobState:
+    done = len(found.committed) + len(found.pruned)
+    if done < job.output.parts:
+        return JobState(job, tuple(runs), "partly" if done else "missing", done, len(found.pruned), found.set_aside)
+    maker = done_by.get(job.output.key, "")
+    state: State = "complete" if maker in runs else "shared"
+    shared_by = maker if state == "shared" else ""
+    return JobState(job, tuple(runs), state, done, len(found.pruned), found.set_aside, shared_by)
+
+
+def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a run's ``jobs.jsonl``; one cut short by a crash is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and "key" in found:
+            yield found
+
+
+def read_makers(runs: Path, first: Sequence[str]) -> dict[str, str]:
+    """Artifact key -> the run below ``runs`` whose ``jobs.jsonl`` says that it did it; runs in ``first`` win."""
+    found: dict[str, str] = {}
+    others = sorted(path.parent.name for path in runs.glob("*/jobs.jsonl"))
+    for run in [*first, *(name for name in others if name not in first)]:
+        for line in read_jobs(RunPaths(runs / run).jobs):
+            found.setdefault(str(line["key"]), run)
+    return found

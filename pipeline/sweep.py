@@ -1,0 +1,48 @@
+"""Sweeps: several runs as changes to one config, over one store, so that what they have in common is done once.
+
+    # sweep.yaml                              eopd run study.yaml --sweep sweep.yaml
+    sweep:
+      - {name: opd, train: {objective: {name: opd}}}
+      - {name: fkl, train: {objective: {name: fkl}}}
+
+Each entry is merged over the config group by group, as `extends` does; its run is called <config's name>-<name>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.config import ConfigError, RunSettings, load_raw, merge, parse_settings, read_list
+
+SHARED = ("store", "runs")
+
+
+def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[RunSettings]:
+    """Settings of every run of the sweep. ``overrides`` change the config before the entries do.
+
+    Raises:
+        ConfigError: the file is no list of named changes, two have one name, or one moves away from the common store.
+    """
+    raw, source = load_raw(config, overrides)
+    base = parse_settings(raw, source)
+    found: list[RunSettings] = []
+    for number, entry in enumerate(read_list(Path(file), "sweep")):
+        where = f"{file}: entry {number + 1}"
+        change = _change(entry, where)
+        name = change.pop("name")
+        settings = parse_settings(merge(raw, {**change, "name": f"{base.name}-{name}"}), f"{where} ({name})")
+        if settings.name in [other.name for other in found]:
+            raise ConfigError(f"{where}: the name {name!r} is taken by an earlier entry")
+        found.append(settings)
+    return found
+
+
+def _change(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ConfigError(f"{where} must be settings with a name, such as {{name: opd, train: {{epochs: 2}}}}")
+    for field in SHARED:
+        if field in entry:
+            raise ConfigError(f"{where}: {field!r} is common to all runs of a sweep; set it in the config")
+    return dict(entry)

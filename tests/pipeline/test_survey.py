@@ -1,0 +1,180 @@
+"""What `eopd plan` says of a store: states, who made what, tokens, bytes, time, disk; on real markers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eopd.pipeline.forecast import peak_disk
+from eopd.pipeline.overview import Overview, look
+from eopd.pipeline.plan import make_plan
+from eopd.pipeline.plan_table import make_console, plan_table
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.survey import Found, read_jobs, survey
+from tests.pipeline.plan_case import commit, make_facts, make_runner, make_settings, note_job
+
+PARAMETERS = 1000
+
+
+@pytest.fixture(autouse=True)
+def student(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(PARAMETERS)}, tmp_path / "model.safetensors")
+
+
+def states(overview: Overview) -> dict[str, str]:
+    return {row.state.job.name: row.state.state for row in overview.rows}
+
+
+def text(overview: Overview, *, every_job: bool = False) -> str:
+    console = make_console(160)
+    with console.capture() as captured:
+        console.print(plan_table(overview, every_job=every_job))
+    return captured.get()
+
+
+def done_round_0(runner: Runner) -> None:
+    """Round 0 sampled and scored, half of its evaluation; 40 tokens a response."""
+    rollout, score = runner.plan.job("rollout", 0), runner.plan.job("score", 0)
+    responses = [8, 8, 4]
+    for job in (rollout, score):
+        for part, count in enumerate(responses):
+            commit(runner, job, [part], responses=count, tokens=40 * count)
+        note_job(runner, job, seconds=80.0)
+    commit(runner, runner.plan.job("evaluate", 0), [0, 2], responses=8, tokens=80)
+
+
+def test_nothing_is_there(tmp_path: Path) -> None:
+    overview = look([make_runner(tmp_path)])
+    assert set(states(overview).values()) == {"missing"}
+    assert not (tmp_path / "store").exists()
+    rollout = overview.rows[1]
+    assert (rollout.tokens, rollout.at_most, rollout.seconds) == (20 * 1024, True, None)
+    shown = text(overview)
+    assert "not known yet" in shown
+    assert "≤ 61.4k" in shown  # three rounds, folded
+
+
+def test_states_tokens_and_time(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    done_round_0(runner)
+    overview = look([runner])
+    found = states(overview)
+    assert [found[name] for name in ("rollout 0", "score 0", "evaluate 0", "train 0")] == [
+        "complete",
+        "complete",
+        "partly",
+        "missing",
+    ]
+    rows = {row.state.job.name: row for row in overview.rows}
+    # measured: 40 tokens a response, 20 responses a round; two epochs of training
+    assert rows["rollout 2"].tokens == rows["score 1"].tokens == 20 * 40
+    assert rows["train 0"].tokens == 2 * 20 * 40
+    assert not rows["rollout 1"].at_most
+    assert rows["rollout 1"].bytes == 3 * 1000
+    # 80 s for 800 tokens, of one worker
+    assert rows["rollout 0"].seconds == 0
+    assert rows["score 1"].seconds == pytest.approx(80.0)
+    assert rows["train 0"].seconds is None
+    # 11 problems, 8 samples each, 10 tokens a response
+    assert rows["evaluate 0"].tokens == 11 * 8 * 10
+    assert overview.rates["score"].source == "this run, 1 job"
+    # weights, and two moments of each: float32
+    assert rows["train 0"].bytes == 3 * 4 * PARAMETERS
+    total = overview.totals["all"]
+    assert (total.jobs, total.done) == (13, 2)
+    assert total.missing == total.parts - 3 - 3 - 2
+
+
+def test_a_part_done_job_takes_what_is_left_of_it(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    done_round_0(runner)
+    commit(runner, runner.plan.job("score", 1), [0, 1], responses=8, tokens=320)
+    row = next(row for row in look([runner]).rows if row.state.job.name == "score 1")
+    assert (row.state.state, row.state.done) == ("partly", 2)
+    assert row.seconds == pytest.approx(80.0 / 3)
+
+
+def test_what_another_run_made_is_called_shared_with_its_name(tmp_path: Path) -> None:
+    first = make_runner(tmp_path, name="first")
+    done_round_0(first)
+    second = make_runner(tmp_path, name="second", train={"epochs": 3})
+    overview = look([second])
+    rows = {row.state.job.name: row for row in overview.rows}
+    assert (rows["score 0"].state.state, rows["score 0"].state.maker) == ("shared", "first")
+    assert "shared (by first)" in text(overview)
+    # what it takes is known from the run that made it: the same teacher and student
+    first.paths.config.write_text(json.dumps(first.settings.model_dump(mode="json")))
+    rate = look([second]).rates["score"]
+    assert (rate.seconds_per_token, rate.source) == (pytest.approx(0.1), "run first, 1 job")
+    # of other models, nothing is known
+    other = make_runner(tmp_path, name="third", teacher={"path": "bigger"})
+    assert "score" not in look([other]).rates
+    assert "rollout" in look([other]).rates
+
+
+def test_a_part_that_was_set_aside_is_named(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    rollout = runner.plan.job("rollout", 0)
+    commit(runner, rollout, [0, 1], responses=8, tokens=320)
+    commit(runner, rollout, [2], set_aside="it failed 3 times: a bad prompt")
+    note_job(runner, rollout, 10.0)
+    overview = look([runner])
+    assert overview.rows[1].state.set_aside == {2: "it failed 3 times: a bad prompt"}
+    shown = text(overview)
+    assert "set aside: 2" in shown
+    assert "rollout 0 part 2: it failed 3 times: a bad prompt" in shown
+    # done again after a repair: the hint is still there, the marker says otherwise
+    artifact = runner.artifact(rollout.output)
+    artifact.drop_part(2)
+    commit(runner, rollout, [2], responses=4, tokens=160)
+    assert look([runner]).rows[1].state.set_aside == {}
+
+
+def test_a_survey_is_pure_and_keeps_no_parts() -> None:
+    plan = make_plan(make_settings(), make_facts())
+    asked: list[str] = []
+
+    def listing(identity: object) -> Found:
+        asked.append(identity.key)  # type: ignore[attr-defined]
+        return Found(frozenset({0, 1}))
+
+    found = survey({"x": plan}, listing, {})
+    assert len(asked) == len(found) == len(plan.jobs)
+    assert found[1].done == 2
+    assert found[1].missing == 1
+
+
+def test_many_rounds_are_folded_by_state(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, rounds=200, rollout={"prompts_per_round": 4, "rows_per_part": 4})
+    for round_ in range(3):
+        for stage in ("rollout", "score", "train"):
+            job = runner.plan.job(stage, round_)  # type: ignore[arg-type]
+            commit(runner, job, responses=8, tokens=80)
+            note_job(runner, job, 1.0)
+    overview = look([runner])
+    folded, every = text(overview), text(overview, every_job=True)
+    assert folded.count("\n") < 25
+    assert re.search(r"0-2 +rollout +complete +3/3", folded)
+    assert re.search(r"3-199 +score +missing +0/197", folded)
+    assert every.count("\n") > 800
+
+
+def test_the_peak_on_disk_is_that_of_the_last_round_unpruned(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    done_round_0(runner)
+    overview = look([runner])
+    data = sum(row.bytes for row in overview.rows if row.stage != "train")
+    checkpoint = 3 * 4 * PARAMETERS
+    assert overview.peak_bytes == data + 3 * checkpoint + checkpoint  # and one resumable state beside the last
+    assert overview.present_bytes == 3000 + 3000 + 880 * 2000 // 160 // 2  # 2 of 4 parts of the evaluation
+    assert peak_disk(overview.rows, {}) == 0
+
+
+def test_a_line_cut_short_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"stage": "score", "key": "k", "seconds": 1.0, "parts": 1}\n{"stage": "sc')
+    assert [line["key"] for line in read_jobs(tmp_path / "jobs.jsonl")] == ["k"]

@@ -17,6 +17,8 @@ from eopd.pipeline.rates import Rate, Sizes
 from eopd.pipeline.survey import JobState
 
 SIDE_ENTRY = 4.0  # bytes of an entry of the student's own top-k, before compression
+ALIGNED_TOKEN = 1.0  # bytes of an alignment, which keeps sums of responses, per token that it reads
+SAMPLED = ("rollouts", "evaluations")  # artifacts whose tokens other stages read
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Row:
 
 
 def responses_of(job: PlannedJob, spec: RunSpec) -> int:
-    """Responses that a rollout samples, a score reads or an evaluation judges."""
+    """Responses that a rollout or an evaluation samples."""
     if job.stage == "evaluate":
         evaluate = spec.settings.evaluate
         assert evaluate is not None
@@ -67,22 +69,21 @@ def forecast(
     for state in states:
         by_stage[state.job.stage] += sizes.get(state.job.output.key, Sizes())
     rows: list[Row] = []
-    tokens_of: dict[str, tuple[int, bool]] = {}  # rollouts -> their tokens, and whether that is a bound
+    tokens_of: dict[str, tuple[int, bool]] = {}  # of what was sampled: tokens, and whether that is a bound
     for state in states:
         job, spec = state.job, specs[state.runs[0]]
         own, stage = sizes.get(job.output.key, Sizes()), by_stage[job.stage]
+        if job.output.kind in SAMPLED:
+            tokens, at_most = _sampled(job, spec, own if own.responses else stage)
+            tokens_of[job.output.key] = (tokens, at_most)
+        else:
+            read = [tokens_of[identity.key] for identity in job.inputs if identity.kind in SAMPLED]
+            tokens, at_most = sum(count for count, _ in read), any(bound for _, bound in read)
         if job.stage == "train":
-            tokens, at_most = tokens_of[job.inputs[0].key]
             tokens *= spec.settings.train.epochs
             size = float(spec.checkpoint.weights + spec.checkpoint.optimizer)
         else:
-            if job.stage == "score" and not own.tokens:
-                tokens, at_most = tokens_of[job.inputs[0].key]
-            else:
-                tokens, at_most = _tokens(job, spec, own if own.responses else stage)
             size = tokens * _bytes_per_token(job, spec, own if own.tokens else stage)
-        if job.stage == "rollout":
-            tokens_of[job.output.key] = (tokens, at_most)
         rate = rates.get(job.stage)
         left = tokens * state.missing / state.parts
         seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
@@ -90,7 +91,7 @@ def forecast(
     return rows
 
 
-def _tokens(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:
+def _sampled(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:
     responses = responses_of(job, spec)
     if measured.responses:
         return round(responses * measured.tokens / measured.responses), False
@@ -105,7 +106,7 @@ def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
     elif job.stage == "score":
         found = score_token_bytes(spec.settings.score.head)
     else:
-        found = ROLLOUT_TOKEN
+        found = ALIGNED_TOKEN if job.stage == "align" else ROLLOUT_TOKEN
     side = SIDE_ENTRY * spec.settings.rollout.student_topk if job.stage == "rollout" else 0.0
     return found + side
 

@@ -60,9 +60,12 @@ def read_sizes(artifact: Artifact, parts: Iterable[int]) -> Sizes:
             marker = artifact.marker(part)
         except StoreError:
             continue
-        responses, tokens = (int(marker.info.get(name) or 0) for name in ("responses", "tokens"))
-        total += Sizes(1, responses, tokens, marker.bytes)
+        total += Sizes(1, _count(marker.info.get("responses")), _count(marker.info.get("tokens")), marker.bytes)
     return total
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def sample_sizes(store: Path, states: Sequence[JobState]) -> dict[str, Sizes]:
@@ -136,8 +139,8 @@ def _rates(store: Path, runs: Sequence[RunPaths], source: str) -> dict[Stage, Ra
 
 def _tokens_of(store: Path, stage: Stage, key: str, parts: int) -> float:
     """Tokens of a finished job (of ``parts`` of it), from a few of its markers; 0 where they are gone."""
-    kind = {"rollout": "rollouts", "score": "scores", "train": "rollouts", "evaluate": "evaluations"}[stage]
-    epochs = 1
+    kinds = {"rollout": "rollouts", "score": "scores", "train": "rollouts", "evaluate": "evaluations"}
+    kind, epochs = kinds.get(stage, "alignments"), 1
     try:
         if stage == "train":
             identity = open_artifact(store, "checkpoints", key).identity

@@ -41,11 +41,12 @@ def split(values: NDArray[Any], extra: int) -> tuple[Symbols, NDArray[np.uint8],
     """[N] numbers >= 0 -> symbols, counts of raw bits and the raw bits. Raises ValueError where one does not fit."""
     if values.size and (values.min() < 0 or values.max() >= largest(extra)):
         raise ValueError(f"numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
-    words = values.astype(np.int64)
-    length = np.frexp(words.astype(np.float64))[1]
-    raw = np.maximum(length - 1 - extra, 0)
-    symbol = (raw << extra) + (words >> raw)
-    return symbol.astype(np.uint8), raw.astype(np.uint8), (words & ((1 << raw) - 1)).astype(np.uint32)
+    words = values.astype(np.uint32)
+    # a float's exponent is the place of the leading one; up to 2^24 every whole number is a float32
+    leading = (words.astype(np.float32).view(np.uint32) >> 23).astype(np.int16) - 127
+    raw = np.maximum(leading - extra, 0).astype(np.uint8)
+    symbol = (raw << extra) + (words >> raw).astype(np.uint8)
+    return symbol, raw, words & _MASKS[raw]
 
 
 def largest(extra: int) -> int:

@@ -41,8 +41,8 @@ _REPAIR = "`eopd store verify --repair` re-queues it."
 def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
     """Write the arrays of a part and the attributes of its group into an existing empty folder."""
     group = zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3, overwrite=False)
-    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, 7, ("column", "token"))
-    _create(group, "entries", arrays.entries, ENTRY_CHUNK, 5, ("plane", "entry"))
+    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, 4, ("column", "token"))
+    _create(group, "entries", arrays.entries, ENTRY_CHUNK, 2, ("plane", "entry"))
     table = arrays.responses
     whole = (max(len(table), 1), table.shape[1])
     stored = group.create_array(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.models.packing import Sequence
-from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
+from eopd.stages.score.statistics import StatisticsHead
+from eopd.stages.score.token_batch import NotFinite, TokenBatch
 
 MOST_TOKENS = 128
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}

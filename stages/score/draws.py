@@ -72,8 +72,6 @@ def ids_at(blocks: LogitBlocks, group_mass: Tensor, points: Tensor, counts: Tens
     wanted = torch.arange(points.shape[1], device=points.device) < counts[:, None]
     rows, places = wanted.nonzero(as_tuple=True)
     group = groups[rows, places]
-    if blocks.group == 1:
-        return group
     within = points[rows, places] - (ends[rows, group] - group_mass[rows, group])
     mass = (blocks.in_groups(rows, group) - blocks.maximum[rows, None]).exp_().double()
     filled = mass.cumsum(1)

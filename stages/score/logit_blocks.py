@@ -3,7 +3,7 @@
 Memory traffic, not arithmetic, is what a large vocabulary costs after its matrix product. So the product is made
 block by block of ``W`` ids, and each block is reduced while it still lies in the processor's cache. Kept of it are
 the logits, and per group of neighbouring ids the largest logit and the sum of exponentials; from these the top
-entries and the draws find the few groups they must look into. Groups of a small vocabulary are single ids.
+entries and the draws find the few groups they must look into.
 
 Letters: C rows of a chunk, V vocabulary, D hidden size, W ids of a block, N blocks, G groups.
 """
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
 
-WIDE_GROUP = 64
-SMALL_VOCABULARY = 4096
-"""Up to this size the groups are single ids: looking for a few groups would cost more than looking at every id."""
+GROUP = 64
+"""Neighbouring ids that are kept account of together."""
 BLANK = -1e30
 """Logit of ids that do not exist or are taken out: exp is 0, and 0 * BLANK is 0 where 0 * -inf would be NaN."""
 
@@ -26,12 +25,11 @@ class LogitBlocks:
     """Logits of up to ``rows`` tokens at a time, divided by the temperature. Buffers are reused between chunks."""
 
     def __init__(self, head: LMHead, temperature: float, rows: int, block: int) -> None:
-        self.group = group_size(head.vocab_size)
-        assert block % self.group == 0
+        assert block % GROUP == 0
         device = head.weight.device
         self.head, self.rows, self.block, self.temperature = head, rows, block, temperature
         self.blocks = -(-head.vocab_size // block)
-        groups = self.blocks * block // self.group
+        groups = self.blocks * block // GROUP
         self.z = torch.full((self.blocks, rows, block), BLANK, device=device)  # [N, C, W]
         self._scratch = torch.empty(rows, block, device=device)
         self._group_max = torch.empty(rows, groups, device=device)
@@ -46,18 +44,18 @@ class LogitBlocks:
         """
         count = self.count = hidden.shape[0]
         assert count <= self.rows
-        per_block = self.block // self.group
+        per_block = self.block // GROUP
         maximum = torch.full((count,), -torch.inf, device=hidden.device)
         maxima, dots = [], []
         for number in range(self.blocks):
             z = self.z[number, :count]
             self._product(hidden, number, z)
             groups = slice(number * per_block, (number + 1) * per_block)
-            group_max = z if self.group == 1 else z.view(count, per_block, self.group).amax(2)
+            group_max = z.view(count, per_block, GROUP).amax(2)
             maximum = torch.maximum(maximum, group_max.amax(1))
             exp = torch.sub(z, maximum[:, None], out=self._scratch[:count]).exp_()
             self._group_max[:count, groups] = group_max
-            self._group_sum[:count, groups] = exp if self.group == 1 else exp.view(count, per_block, self.group).sum(2)
+            self._group_sum[:count, groups] = exp.view(count, per_block, GROUP).sum(2)
             dots.append(exp.mul_(z).sum(1))
             maxima.append(maximum)
         self.maximum = maximum  # [C]
@@ -107,9 +105,9 @@ class LogitBlocks:
 
     def in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
         """Logits [..., ids of a group] of the groups at (row, group) pairs."""
-        per_block = self.block // self.group
+        per_block = self.block // GROUP
         where = (groups // per_block * self.rows + rows) * per_block + groups % per_block
-        return self.z.view(-1, self.group)[where]
+        return self.z.view(-1, GROUP)[where]
 
     def blank(self, rows: Tensor, ids: Tensor) -> None:
         """Take ids out of this chunk's distribution."""
@@ -134,13 +132,6 @@ class LogitBlocks:
         They all lie in the k groups with the largest maxima, so only those are searched.
         """
         values, groups = self.group_max.topk(min(k, self.group_max.shape[1]), dim=1)
-        if self.group == 1:
-            return values, groups
         rows = torch.arange(self.count, device=groups.device)[:, None]
         values, places = self.in_groups(rows, groups).flatten(1).topk(k, dim=1)
-        return values, groups.gather(1, places // self.group) * self.group + places % self.group
-
-
-def group_size(vocabulary: int) -> int:
-    """Neighbouring ids that are kept account of together."""
-    return 1 if vocabulary <= SMALL_VOCABULARY else WIDE_GROUP
+        return values, groups.gather(1, places // GROUP) * GROUP + places % GROUP

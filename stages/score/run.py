@@ -24,7 +24,8 @@ from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
 from eopd.stages.score.part_writer import PartWriter
 from eopd.stages.score.responses import PartResponses, read_part
-from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
+from eopd.stages.score.statistics import StatisticsHead
+from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order
 from eopd.storage.claims import held_parts
 from eopd.storage.teacher_cache import PartHeader, write_part

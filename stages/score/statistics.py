@@ -10,43 +10,18 @@ entries, E stop ids, X* extra ids.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.score.draws import UInt64, ids_at, systematic_points, uniforms
-from eopd.stages.score.logit_blocks import LogitBlocks, group_size
+from eopd.stages.score.block_rows import BlockRows
+from eopd.stages.score.threads import map_one_thread_each
+from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty
-from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
-
-CPU_BLOCK_BYTES = 4 << 20
-CPU_CHUNK_BYTES = 320 << 20
-CUDA_CHUNK_BYTES = 512 << 20
-MOST_ROWS = 1024
-
-
-class NotFinite(ValueError):
-    """The teacher's logits of a token are NaN or infinite. ``row`` counts within the call's T tokens."""
-
-    def __init__(self, row: int) -> None:
-        super().__init__(f"the teacher's logits of row {row} are NaN or infinite")
-        self.row = row
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What is asked about T hidden states."""
-
-    sampled_ids: NDArray[np.int64]  # [T] token whose log-prob and rank are wanted
-    keys: UInt64  # [T] identity of each row, for its draws (draws.row_keys)
-    extra_counts: NDArray[np.int64] | None = None  # [T] extra ids of each token; None: no extra ids
-    extra_ids: NDArray[np.int64] | None = None  # [X*]
+from eopd.stages.score.whole_rows import MOST_IDS, WholeRows
+from eopd.storage.teacher_record import HeadRule
 
 
 class StatisticsHead:
@@ -56,7 +31,8 @@ class StatisticsHead:
         head: the LM head. On a CPU low-precision weights are turned into float32 once, here.
         temperature: logits are divided by it; positive.
         stop_ids: ids whose log-probs every token gets, ascending.
-        chunk_rows, block: how many rows and vocabulary columns are worked on at once (default: by memory and cache).
+        chunk_rows, block: how many rows are worked on at once, and columns of a large vocabulary (None: by memory and
+            cache).
     """
 
     def __init__(
@@ -73,10 +49,15 @@ class StatisticsHead:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self._on_cpu = head.weight.device.type == "cpu"
         self.head = head.float() if self._on_cpu else head
-        self.rule, self.stop_ids = rule, stop_ids
-        rows, block = _layout(head.vocab_size, self._on_cpu, chunk_rows, block)
-        self._blocks = LogitBlocks(self.head, temperature, rows, block)
-        self._stops = torch.tensor(stop_ids, dtype=torch.int64, device=head.weight.device)
+        self.stop_ids = stop_ids
+        self._whole: WholeRows | None = None
+        self._blocks: BlockRows | None = None
+        if self._on_cpu and head.vocab_size <= MOST_IDS:
+            self._whole = WholeRows(self.head, rule, temperature, stop_ids)
+            self._rows = chunk_rows or self._whole.rows
+        else:
+            self._blocks = BlockRows(self.head, rule, temperature, stop_ids, chunk_rows, block)
+            self._rows = self._blocks.rows
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
@@ -87,141 +68,21 @@ class StatisticsHead:
         Raises:
             NotFinite: logits of a row are NaN or infinite.
         """
-        tokens = hidden.shape[0]
-        assert tokens == len(batch.sampled_ids) == len(batch.keys)
+        assert hidden.shape[0] == len(batch.sampled_ids) == len(batch.keys)
         weight = self.head.weight
         hidden = hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
-        ends = None if batch.extra_counts is None else np.cumsum(batch.extra_counts)
-        pieces = []
-        for start in range(0, tokens, self._blocks.rows):
-            stop = min(start + self._blocks.rows, tokens)
-            part = TokenBatch(batch.sampled_ids[start:stop], batch.keys[start:stop])
-            if ends is not None:
-                assert batch.extra_counts is not None
-                assert batch.extra_ids is not None
-                extra = slice(ends[start - 1] if start else 0, ends[stop - 1])
-                part = TokenBatch(part.sampled_ids, part.keys, batch.extra_counts[start:stop], batch.extra_ids[extra])
-            try:
-                pieces.append(self._chunk(hidden[start:stop], part))
-            except NotFinite as error:
-                raise NotFinite(start + error.row) from None
+        chunks = [(start, hidden[start : start + self._rows], part) for start, part in batch.chunks(self._rows)]
+        if self._whole is not None:
+            pieces = map_one_thread_each(partial(_statistics, self._whole), chunks)
+        else:
+            assert self._blocks is not None
+            pieces = [_statistics(self._blocks, chunk) for chunk in chunks]
         return concatenate(pieces) if pieces else empty(len(self.stop_ids))
 
-    def _chunk(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
-        blocks, device = self._blocks, hidden.device
-        blocks.compute(hidden)
-        bad = (~torch.isfinite(blocks.entropy)).nonzero()
-        if len(bad):
-            raise NotFinite(int(bad[0]))
-        sampled = torch.as_tensor(batch.sampled_ids, device=device)
-        rows = torch.arange(blocks.count, device=device)
-        sampled_logit = self._logits_at(rows, sampled)
-        stops = self._logprobs(self._logits_at(rows[:, None], self._stops[None, :]), blocks.lse[:, None])
-        extra_counts, extra_ids, extra = self._extra(batch)
-        values, ids = blocks.top(min(self.rule.k_max, self.head.vocab_size))
-        logprobs = values.double() - blocks.lse[:, None]
-        kept = self._kept(logprobs)
-        rank = self._rank(sampled_logit, sampled, values, ids)
-        # what follows takes the head out of the blocks
-        drawn_first = self._full_draws(batch.keys) if self.rule.draws == "full" else None
-        tail, group_mass = self._tail(ids, kept)
-        draw_counts, draw_ids = drawn_first or self._draws_beyond(batch.keys, tail, group_mass)
-        floor = LOGPROB_FLOOR
-        return TokenStatistics(
-            token_ids=batch.sampled_ids.astype(np.int32),
-            entropy=_array(blocks.entropy.clamp(min=0.0).float()),
-            sampled_logprob=_array(self._logprobs(sampled_logit, blocks.lse)),
-            sampled_rank=_array(rank.int()),
-            stop_logprobs=_array(stops),
-            tail_logmass=_array((tail / blocks.total).log().clamp(min=floor, max=0.0).float()),
-            head_counts=_array(kept.sum(1)),
-            head_ids=_array(ids[kept].int()),
-            head_logprobs=_array(logprobs[kept].clamp(min=floor, max=0.0).float()),
-            draw_counts=_array(draw_counts),
-            draw_ids=_array(draw_ids.int()),
-            extra_counts=extra_counts,
-            extra_ids=extra_ids.astype(np.int32),
-            extra_logprobs=_array(extra),
-        )
 
-    def _logits_at(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Logits at (row, id), broadcast; -inf for ids that the vocabulary lacks."""
-        known = ids < self.head.vocab_size
-        logits = self._blocks.at(rows, ids.clamp(max=self.head.vocab_size - 1))
-        return torch.where(known, logits, -math.inf)
-
-    def _logprobs(self, logits: Tensor, lse: Tensor) -> Tensor:
-        return (logits.double() - lse).clamp_(min=LOGPROB_FLOOR, max=0.0).float()
-
-    def _kept(self, logprobs: Tensor) -> Tensor:
-        """[C, K] which of the top entries are in the head: a prefix of each row."""
-        kept = logprobs >= math.log(self.rule.min_prob)
-        kept[:, 0] = True
-        return kept | (self._blocks.entropy > self.rule.full_head_above)[:, None]
-
-    def _rank(self, logit: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:
-        """[C] how many ids are more probable than the sampled one."""
-        blocks, vocabulary = self._blocks, self.head.vocab_size
-        among = top_ids == ids[:, None]
-        rank = (top_values > logit[:, None]).sum(1)
-        beyond = (~among.any(1) & (rank == top_ids.shape[1])).nonzero()[:, 0]
-        if len(beyond):
-            rank[beyond] = blocks.count_above(beyond, logit[beyond])
-        return torch.where(ids < vocabulary, rank, vocabulary)
-
-    def _extra(self, batch: TokenBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
-        if batch.extra_counts is None or batch.extra_ids is None:
-            return np.zeros(self._blocks.count, np.int64), np.zeros(0, np.int64), torch.zeros(0)
-        device = self.head.weight.device
-        rows = torch.repeat_interleave(torch.as_tensor(batch.extra_counts, device=device))
-        logits = self._logits_at(rows, torch.as_tensor(batch.extra_ids, device=device))
-        return batch.extra_counts, batch.extra_ids, self._logprobs(logits, self._blocks.lse[rows])
-
-    def _tail(self, ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the head out of the blocks: (its rest's mass [C], by group [C, G]), float64, units of exp(z - m).
-
-        Summed from the rest's own logits: 1 minus the head's mass would be rounding noise where the teacher is sure.
-        """
-        blocks = self._blocks
-        rows, places = kept.nonzero(as_tuple=True)
-        taken = ids[rows, places]
-        mass = blocks.group_sum.double()
-        if blocks.group == 1:
-            mass[rows, taken] = 0.0
-            return mass.sum(1), mass
-        blocks.blank(rows, taken)
-        groups = taken // blocks.group
-        left = (blocks.in_groups(rows, groups) - blocks.maximum[rows, None]).exp_()
-        mass[rows, groups] = left.sum(1, dtype=torch.float64)  # a group named twice gets the same value twice
-        return mass.sum(1), mass
-
-    def _draws_beyond(self, keys: UInt64, tail: Tensor, group_mass: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rule.draws == "none":
-            return torch.zeros(len(tail), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        uniform = torch.as_tensor(uniforms(keys, 1)[:, 0], device=tail.device)
-        points, counts = systematic_points(uniform, tail, self.rule.min_prob * self._blocks.total)
-        return counts, ids_at(self._blocks, group_mass, points, counts)
-
-    def _full_draws(self, keys: UInt64) -> tuple[Tensor, Tensor]:
-        """``n_draws`` independent draws with replacement from the whole distribution."""
-        mass = self._blocks.group_sum.double()
-        points = torch.as_tensor(uniforms(keys, self.rule.n_draws), device=mass.device) * mass.sum(1)[:, None]
-        counts = torch.full((len(mass),), self.rule.n_draws, device=mass.device)
-        return counts, ids_at(self._blocks, mass, points, counts)
-
-
-def _layout(vocabulary: int, on_cpu: bool, chunk_rows: int | None, block: int | None) -> tuple[int, int]:
-    """Rows of a chunk and columns of a block. On a CPU a block of a chunk fits its cache; a GPU takes whole rows."""
-    group = group_size(vocabulary)
-    padded = -(-vocabulary // group) * group
-    if chunk_rows is None:
-        budget = CPU_CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES
-        chunk_rows = max(16, min(MOST_ROWS, budget // (4 * padded) // 64 * 64))
-    if block is None:
-        block = max(512, CPU_BLOCK_BYTES // (4 * chunk_rows)) if on_cpu else padded
-    assert chunk_rows > 0
-    return chunk_rows, min(-(-block // group) * group, padded)
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    return tensor.cpu().numpy()
+def _statistics(rows: WholeRows | BlockRows, chunk: tuple[int, Tensor, TokenBatch]) -> TokenStatistics:
+    start, hidden, batch = chunk
+    try:
+        return rows(hidden, batch)
+    except NotFinite as error:
+        raise NotFinite(start + error.row) from None

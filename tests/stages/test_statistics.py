@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.score import logit_blocks
+from eopd.stages.score import statistics
 from eopd.stages.score.draws import row_keys, uniforms
-from eopd.stages.score.statistics import NotFinite, StatisticsHead, TokenBatch
+from eopd.stages.score.statistics import StatisticsHead
+from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, in_response_order, take
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
 from tests.stages.dense_teacher import dense
@@ -23,11 +24,11 @@ from tests.stages.dense_teacher import dense
 D = 24
 
 
-@pytest.fixture(autouse=True, params=["single", "wide"])
-def groups(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small vocabularies keep account of single ids, large ones of groups: both are tested on small ones."""
-    if request.param == "wide":
-        monkeypatch.setattr(logit_blocks, "SMALL_VOCABULARY", 0)
+@pytest.fixture(autouse=True, params=["whole rows", "blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small vocabularies are worked on in whole rows, large ones in blocks: both are tested on small ones."""
+    if request.param == "blocks":
+        monkeypatch.setattr(statistics, "MOST_IDS", 0)
 
 
 def _head(vocabulary: int, seed: int = 0, **traits: Any) -> LMHead:
@@ -165,6 +166,28 @@ def test_chunks_and_blocks_change_nothing(draws: Any) -> None:
         else:
             np.testing.assert_array_equal(a, b, err_msg=field.name)
     assert one.draw_counts.sum() > 500
+
+
+@pytest.mark.parametrize("draws", ["beyond_head", "full"])
+def test_whole_rows_and_blocks_agree_on_any_number_of_threads(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden = _head(700), _hidden(300)
+    rule = HeadRule(16, 0.01, 0.4, draws, 20 if draws == "full" else 0, seed=3)
+    batch = _batch(head, hidden, extra=2)
+    found = []
+    threads = torch.get_num_threads()
+    for most, used in [(4096, 1), (4096, 3), (0, 1)]:
+        monkeypatch.setattr(statistics, "MOST_IDS", most)
+        torch.set_num_threads(used)
+        found.append(StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=64)(hidden, batch))
+        assert torch.get_num_threads() == used
+    torch.set_num_threads(threads)
+    for field in dataclasses.fields(TokenStatistics):
+        one, three, blocks = (getattr(one, field.name) for one in found)
+        np.testing.assert_array_equal(one, three, err_msg=field.name)
+        if one.dtype == np.float32:
+            np.testing.assert_allclose(one, blocks, atol=2e-5)
+        else:
+            np.testing.assert_array_equal(one, blocks, err_msg=field.name)
 
 
 def test_reordering_responses_keeps_every_row_together() -> None:

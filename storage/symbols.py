@@ -45,8 +45,9 @@ def split(values: NDArray[Any], extra: int) -> tuple[Symbols, NDArray[np.uint8],
     # a float's exponent is the place of the leading one; up to 2^24 every whole number is a float32
     leading = (words.astype(np.float32).view(np.uint32) >> 23).astype(np.int16) - 127
     raw = np.maximum(leading - extra, 0).astype(np.uint8)
-    symbol = (raw << extra) + (words >> raw).astype(np.uint8)
-    return symbol, raw, words & _MASKS[raw]
+    symbol = ((raw << extra) + (words >> raw)).astype(np.uint8)
+    bits: NDArray[np.uint32] = words & _MASKS[raw]
+    return symbol, raw, bits
 
 
 def largest(extra: int) -> int:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.pipeline.plan_cli import Config, Set, plan
+from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
 from eopd.pipeline.store_cli import app as store_app
 
 if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
-    from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import Progress
 
@@ -85,7 +84,7 @@ def report(config: Config, set_: Set = None) -> None:
 
 
 @app.command()
-def run(config: Config, set_: Set = None) -> None:
+def run(config: Config, set_: Set = None, sweep: Sweep = None) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
     from eopd.pipeline.launchers.start import bring_to_end
     from eopd.pipeline.progress import make_display
@@ -93,27 +92,25 @@ def run(config: Config, set_: Set = None) -> None:
     from eopd.stages.train.extras import require_extras
 
     display = make_display()
-    runner = _open(config, set_, display)
-    require_extras(runner.settings.train)
-    _write_resolved(runner)
-    bring_to_end([(runner, job) for job in runner.plan.jobs], runner.settings, display)
-    page = write_report(runner)
-    runner.progress.line(f"report: {page}")
+    runners = open_runners(config, set_, sweep, lambda: worker_progress() or display.open())
+    for runner in runners:
+        require_extras(runner.settings.train)
+        _write_resolved(runner)
+    work = [(runner, job) for runner in runners for job in runner.plan.jobs]
+    bring_to_end(work, runners[0].settings, display)
+    for runner in runners:
+        page = write_report(runner)
+        runner.progress.line(f"report: {page}")
 
 
 app.command()(plan)
 
 
-def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:
-    from eopd.pipeline.config import load_config
-    from eopd.pipeline.planning import plan_run
+def _open(config: str, overrides: list[str] | None) -> Runner:
     from eopd.pipeline.progress import make_display
-    from eopd.pipeline.runner import Runner
 
-    settings = load_config(config, overrides or ())
-    facts, plan_ = plan_run(settings)
-    progress = worker_progress() or (display or make_display()).open()
-    return Runner(settings, facts, plan_, progress)
+    (runner,) = open_runners(config, overrides, None, lambda: worker_progress() or make_display().open())
+    return runner
 
 
 def worker_progress() -> Progress | None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
+from eopd.pipeline.plan_cli import Config, Set, plan
 from eopd.pipeline.store_cli import app as store_app
 
 if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
+    from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import Progress
 
@@ -84,21 +85,28 @@ def report(config: Config, set_: Set = None) -> None:
 
 
 @app.command()
-def run(config: Config, set_: Set = None, sweep: Sweep = None) -> None:
+def run(
+    config: Config,
+    set_: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With launcher.kind=slurm: print the scripts, submit nothing.")
+    ] = False,
+) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
-    from eopd.pipeline.launchers.start import bring_to_end
+    from eopd.pipeline.launchers.start import bring_to_end, show_submission
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.reporting import write_report
     from eopd.stages.train.extras import require_extras
 
     display = make_display()
-    runners = open_runners(config, set_, sweep, lambda: worker_progress() or display.open())
-    for runner in runners:
-        require_extras(runner.settings.train)
-        _write_resolved(runner)
-    work = [(runner, job) for runner in runners for job in runner.plan.jobs]
-    bring_to_end(work, runners[0].settings, display)
-    for runner in runners:
+    runner = _open(config, set_, display)
+    require_extras(runner.settings.train)
+    work = [(runner, job) for job in runner.plan.jobs]
+    if dry_run:
+        sys.stdout.write(show_submission(work, runner.settings))
+        return
+    _write_resolved(runner)
+    if bring_to_end(work, runner.settings, display):
         page = write_report(runner)
         runner.progress.line(f"report: {page}")
 
@@ -106,11 +114,16 @@ def run(config: Config, set_: Set = None, sweep: Sweep = None) -> None:
 app.command()(plan)
 
 
-def _open(config: str, overrides: list[str] | None) -> Runner:
+def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:
+    from eopd.pipeline.config import load_config
+    from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import make_display
+    from eopd.pipeline.runner import Runner
 
-    (runner,) = open_runners(config, overrides, None, lambda: worker_progress() or make_display().open())
-    return runner
+    settings = load_config(config, overrides or ())
+    facts, plan_ = plan_run(settings)
+    progress = worker_progress() or (display or make_display()).open()
+    return Runner(settings, facts, plan_, progress)
 
 
 def worker_progress() -> Progress | None:

@@ -133,10 +133,10 @@ class LineProgress:
             return
         self._spoken = now
         rate = self._done / max(now - self._began, 1e-9)
-        left = max(self._total - self._done, 0) / max(rate, 1e-9)
+        left = f"about {max(self._total - self._done, 0) / rate:.0f} s left " if self._done else ""
         self.line(
             f"  {self._what}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, "
-            f"about {left:.0f} s left {_figures(figures)}".rstrip()
+            f"{left}{_figures(figures)}".rstrip(", ")
         )
 
     def line(self, text: str) -> None:

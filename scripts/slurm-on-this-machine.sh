@@ -73,11 +73,11 @@ start() {
     head -c 1024 /dev/urandom >"$folder/munge.key"
     chmod 600 "$folder/munge.key"
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
-        --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" >&2 2>"$folder/munged.err"
+        --log-file="$folder/munged.log" --seed-file="$folder/munge.seed" &>"$folder/start.log"
     export SLURM_CONF=$folder/slurm.conf
     write_config >"$SLURM_CONF"
-    slurmctld >&2
-    for name in $nodes; do slurmd -N "$name" >&2; done
+    slurmctld &>>"$folder/start.log"
+    for name in $nodes; do slurmd -N "$name" &>>"$folder/start.log"; done
     for _ in $(seq 100); do idle && break || sleep 0.2; done
     idle
     trap - ERR
@@ -85,14 +85,14 @@ start() {
 }
 
 stop() {
-    local file pid
+    local pids pid
     if [ -e "$folder/slurmctld.pid" ]; then
         SLURM_CONF=$folder/slurm.conf timeout 10 scancel --user=root --full --signal=KILL 2>/dev/null || true
     fi
-    for file in "$folder"/slurmd.*.pid "$folder/slurmctld.pid" "$folder/munged.pid"; do
-        pid=$(cat "$file" 2>/dev/null) || continue
-        kill "$pid" 2>/dev/null || continue
-        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+    pids=$(cat "$folder"/slurmd.*.pid "$folder/slurmctld.pid" "$folder/munged.pid" 2>/dev/null || true)
+    for pid in $pids; do kill "$pid" 2>/dev/null || true; done
+    for pid in $pids; do
+        for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
         kill -KILL "$pid" 2>/dev/null || true
     done
     rm -rf "$folder"

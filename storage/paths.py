@@ -13,6 +13,7 @@
 <runs>/<name>/summary.json      one row of figures per round
 <runs>/<name>/metrics.jsonl     one line per optimiser step
 <runs>/<name>/logs/             engine logs, one file a job
+<runs>/<name>/slurm/            scripts of job arrays; submitted.json: ids of those in the queue
 <runs>/<name>/tensorboard/
 <runs>/<name>/failures/         what a step that was not finite was made of
 <runs>/<name>/trackers.json     ids of the run in W&B or Trackio
@@ -114,6 +115,10 @@ class RunPaths:
     @property
     def logs(self) -> Path:
         return self.folder / "logs"
+
+    @property
+    def slurm(self) -> Path:
+        return self.folder / "slurm"
 
     @property
     def tensorboard(self) -> Path:

@@ -64,8 +64,8 @@ class Pool(Protocol):
 class Launcher(Protocol):
     """Something that runs a plan without the scheduler, such as a batch system with dependencies of its own."""
 
-    def launch(self, work: Sequence[tuple[Runner, PlannedJob]]) -> None:
-        """Bring all of it to its end."""
+    def launch(self, work: Sequence[tuple[Runner, PlannedJob]]) -> bool:
+        """Bring all of it to its end; False when it goes on without us."""
 
 
 def few_parts(parts: Sequence[int]) -> str:

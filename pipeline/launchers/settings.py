@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from eopd.pipeline.launchers.slurm.settings import SlurmSettings
 from eopd.stages.settings import Settings, setting
 
 
@@ -32,9 +33,10 @@ class FaultSettings(Settings):
 
 
 class LauncherSettings(Settings):
-    kind: Literal["inline", "local"] = setting(
+    kind: Literal["inline", "local", "slurm"] = setting(
         "local",
-        "inline: every stage in this process. local: sub-processes (which give their memory back), one a GPU.",
+        "inline: every stage in this process. local: sub-processes (which give their memory back), one a GPU. slurm: "
+        "job arrays on a cluster.",
         keyed=False,
     )
     gpus: list[int] | None = setting(
@@ -42,3 +44,4 @@ class LauncherSettings(Settings):
     )
     workers: int = setting(1, "local, without GPUs: how many tasks run at once.", keyed=False, ge=1)
     faults: FaultSettings = setting(FaultSettings, "What is done when a job fails.", keyed=False)
+    slurm: SlurmSettings = setting(SlurmSettings, "What the slurm launcher asks for.", keyed=False)

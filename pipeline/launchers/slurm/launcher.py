@@ -1,0 +1,165 @@
+"""Brings a plan to its end through Slurm: all of it is submitted at once, as job arrays that wait for each other.
+
+Nothing has to stay up for the work to go on: tasks put themselves back into the queue, and the store says what is
+done. Whoever follows only shows how it gets on, and submits anew what was lost when the queue has run dry.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.launchers.base import few_parts
+from eopd.pipeline.launchers.settings import LauncherSettings
+from eopd.pipeline.launchers.slurm import queue
+from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of, missing_count, missing_parts
+from eopd.pipeline.launchers.slurm.script import Place, dependency, log_path, render, script_path
+from eopd.pipeline.launchers.slurm.watch import Watch
+from eopd.stages.job import Progress
+from eopd.storage.files import replace_atomically
+
+SUBMITTED = "submitted.json"
+NAMED_FAILURES = 5
+
+
+class SlurmLauncher:
+    def __init__(self, settings: LauncherSettings, progress: Progress) -> None:
+        self._settings, self._slurm, self._progress = settings, settings.slurm, progress
+
+    def launch(self, work: Work) -> bool:
+        """Submit what is missing and, unless ``slurm.wait`` is off, follow it to its end. Whether it has ended.
+
+        Raises:
+            ConfigError: Slurm refused the first job, or the queue has run dry and what is missing did not become
+                less; names the failed tasks and their logs.
+            KeyboardInterrupt: whoever follows has left; the jobs go on.
+        """
+        queued = self._queued(work)
+        if queued:
+            self._progress.line(f"slurm: jobs {_ids(queued)} of an earlier submission are in the queue")
+            if not self._slurm.wait:
+                return False
+            self._follow(work, queued)
+        while arrays := arrays_of(work, self._slurm):
+            before = missing_count(work)
+            submitted = self._submit(arrays)
+            if not self._slurm.wait:
+                self._progress.line(
+                    f"slurm: submitted {len(submitted)} arrays (jobs {_ids(submitted)}); the same command follows them"
+                )
+                return False
+            self._follow(work, submitted)
+            self._check_progress(work, submitted, before)
+        return True
+
+    def _submit(self, arrays: Sequence[Array]) -> dict[int, Array]:
+        """Submit in order; when Slurm takes no more (limits on queued jobs), what is left waits for the next time."""
+        submitted: dict[int, Array] = {}
+        ids: dict[Array, int] = {}
+        for array in arrays:
+            path = script_path(array)
+            array.runner.paths.logs.mkdir(parents=True, exist_ok=True)
+            text = render(array, self._slurm, self._settings.faults.attempts, Place.here(self._slurm))
+            replace_atomically(path, text)
+            try:
+                job = queue.submit(path, dependency(array, ids))
+            except queue.NotAccepted as refused:
+                if not submitted:
+                    raise
+                self._progress.line(
+                    f"slurm: took {len(submitted)} of {len(arrays)} arrays, the rest comes later: {refused}"
+                )
+                break
+            ids[array] = job
+            submitted[job] = array
+        for folder in {array.runner.paths.slurm for array in submitted.values()}:
+            own = [job for job, array in submitted.items() if array.runner.paths.slurm == folder]
+            replace_atomically(folder / SUBMITTED, json.dumps({"jobs": own}) + "\n")
+        return submitted
+
+    def _queued(self, work: Work) -> list[int]:
+        """Jobs of an earlier submission that have not ended."""
+        jobs: set[int] = set()
+        for folder in {runner.paths.slurm for runner, _ in work}:
+            with suppress(FileNotFoundError):
+                jobs.update(json.loads((folder / SUBMITTED).read_text(encoding="utf-8"))["jobs"])
+        states = queue.look(jobs) if jobs else {}
+        if states is None:
+            raise ConfigError(
+                f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue. "
+                "Try again when it does."
+            )
+        return sorted({job for (job, _), state in states.items() if not state.ended})
+
+    def _follow(self, work: Work, jobs: Iterable[int]) -> None:
+        """Show how ``jobs`` get on until none is in the queue."""
+        jobs = list(jobs)
+        watch = Watch(work, self._progress)
+        try:
+            while watch.look(queue.look(jobs)):
+                time.sleep(self._slurm.poll_seconds)
+        except KeyboardInterrupt:
+            self._progress.close()
+            self._leave(jobs)
+            raise
+        finally:
+            self._progress.close()
+
+    def _leave(self, jobs: Sequence[int]) -> None:
+        ids = " ".join(map(str, jobs))
+        with suppress(KeyboardInterrupt, EOFError):
+            if sys.stdin.isatty() and input("\nCancel the jobs as well? [y/N] ").strip().lower() in {"y", "yes"}:
+                queue.cancel(jobs)
+                self._progress.line("slurm: cancelled; parts in hand are committed first")
+                return
+        self._progress.line(
+            f"slurm: the jobs go on without this command. The same command follows them; `scancel {ids}` cancels them."
+        )
+
+    def _check_progress(self, work: Work, submitted: Mapping[int, Array], before: int) -> None:
+        """The queue has run dry. Name what failed; raises ConfigError when nothing at all was gained."""
+        failed = list(self._failures(submitted))
+        for line in failed[:NAMED_FAILURES]:
+            self._progress.line(f"slurm: {line}")
+        if len(failed) > NAMED_FAILURES:
+            self._progress.line(f"slurm: and {len(failed) - NAMED_FAILURES} more tasks")
+        left = missing_count(work)
+        if left and left >= before:
+            what = failed[0] if failed else "no task has failed; were they cancelled?"
+            raise ConfigError(
+                f"{left} parts are missing, and running them again gained nothing: {what}. What was committed is "
+                "kept; the same command goes on from there."
+            )
+        if left:
+            self._progress.line(f"slurm: {left} parts are missing; submitting them again")
+
+    def _failures(self, submitted: Mapping[int, Array]) -> Iterable[str]:
+        """Tasks that began and left parts undone."""
+        states = queue.look(submitted) or {}
+        for job, array in submitted.items():
+            missing = missing_parts(array.runner, array.job)
+            for index, parts in array.chunks.items():
+                undone = [part for part in parts if part in missing]
+                log = log_path(array, str(job), str(index))
+                if undone and log.exists():
+                    known = states.get((job, index))
+                    state = known.state if known else queue.ended_as(job, index)
+                    what = f"{array.job.name}, {few_parts(undone)}"
+                    yield f"{what}: task {job}_{index} {state}: {last_line(log)} (log: {log})"
+
+
+def last_line(log: Path) -> str:
+    """What a task said last."""
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - 4096, 0))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "no output"
+
+
+def _ids(jobs: Iterable[int]) -> str:
+    return ", ".join(map(str, jobs))

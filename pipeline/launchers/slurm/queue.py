@@ -1,0 +1,76 @@
+"""Slurm's commands: submit, look, cancel."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+
+
+class NotAccepted(ConfigError):
+    """Slurm refused a job; the message is Slurm's."""
+
+
+@dataclass(frozen=True)
+class TaskState:
+    state: str  # Slurm's word, such as PENDING
+    reason: str  # why it waits, or "None"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+def submit(script: Path, dependency: str | None) -> int:
+    """Id of the new job array."""
+    after = [f"--dependency={dependency}"] if dependency else []
+    result = _call(["sbatch", "--parsable", *after, str(script)])
+    if result.returncode:
+        raise NotAccepted(f"sbatch {script}: {result.stderr.strip()}")
+    return int(result.stdout.strip().partition(";")[0])
+
+
+def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
+    """State of every array task of ``jobs`` that Slurm still remembers; None when Slurm does not answer.
+
+    Ended ones are remembered for a few minutes (MinJobAge).
+    """
+    wanted = set(jobs)
+    result = _call(["squeue", "--me", "--states=all", "--array", "--noheader", "--format=%F|%K|%T|%r"])
+    if result.returncode:
+        return None
+    found = {}
+    for line in result.stdout.splitlines():
+        job, index, state, reason = line.strip().split("|", 3)
+        if int(job) in wanted:
+            found[int(job), int(index)] = TaskState(state, reason)
+    return found
+
+
+def ended_as(job: int, index: int) -> str:
+    """How a task ended that the queue has forgotten, from the accounting where the cluster keeps one."""
+    result = _call(["sacct", f"--jobs={job}_{index}", "--allocations", "--noheader", "--parsable2", "--format=State"])
+    states = result.stdout.split("\n") if result.returncode == 0 else []
+    return states[0].strip() or "unknown" if states else "unknown"
+
+
+def cancel(jobs: Iterable[int]) -> None:
+    _call(["scancel", *map(str, jobs)])
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"launcher.kind is slurm, but there is no {command[0]} here. Run this on a login node; "
+            "`eopd run CONFIG --dry-run` shows the scripts anywhere."
+        ) from error

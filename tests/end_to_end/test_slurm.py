@@ -1,0 +1,108 @@
+"""Runs through a real Slurm: a controller and two nodes on this machine, from Debian's packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import World, checksums, command, environment, eopd
+
+CLUSTER = Path(__file__).resolve().parent.parent.parent / "scripts" / "slurm-on-this-machine.sh"
+SLURM = {"kind": "slurm", "slurm": {"parts_per_task": 2, "poll_seconds": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """SLURM_CONF names a running cluster of four CPUs."""
+    if os.getuid() != 0 or not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))):
+        pytest.skip("needs root and Debian's packages slurm-wlm and munge")
+    started = subprocess.run(
+        [CLUSTER, "start"], env={**os.environ, "SLURM_CPUS": "2"}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    folder = started.stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{folder}/slurm.conf")
+        yield
+    subprocess.run([CLUSTER, "stop", folder], check=True)
+    assert not Path(folder).exists()
+
+
+def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: str, cluster: None) -> None:
+    """Cancelled task, killed worker, time limit, whoever follows gone: the artifacts are those of a quiet local run."""
+    config = world.config("slurm", launcher=SLURM)
+    no_evaluation = ("--set", "evaluate=null")
+    handed_over = eopd("run", config, *no_evaluation, "--set", "launcher.slurm.wait=false")
+    assert "submitted 6 arrays" in handed_over.stderr
+
+    follower = follow(config, *no_evaluation)
+    task = variables(worker_of(world, "rollout", follower))
+    follower.send_signal(signal.SIGINT)
+    said = follower.communicate()[1]
+    assert follower.returncode == 130
+    assert "of an earlier submission are in the queue" in said
+    assert "scancel" in said
+
+    follower = follow(config, *no_evaluation)
+    slurm("scancel", "--signal=KILL", f"{task['SLURM_ARRAY_JOB_ID']}_{task['SLURM_ARRAY_TASK_ID']}")
+    os.kill(worker_of(world, "score", follower), signal.SIGKILL)
+    slurm("scancel", "--batch", "--signal=USR1", variables(worker_of(world, "train", follower))["SLURM_JOB_ID"])
+    said = follower.communicate()[1]
+    assert follower.returncode == 0, said
+    theirs = checksums(world.store(undisturbed))
+    assert checksums(world.store("slurm")) == {
+        name: checksum for name, checksum in theirs.items() if not name.startswith("evaluations")
+    }
+    assert "train 1: done" in said
+    assert "ended with code 137: back into the queue" in logs(world, "score-0")
+    assert "the time limit is near: back into the queue" in logs(world, "train-0")
+    assert "CANCELLED" in logs(world, "rollout-0")
+
+
+def test_what_fails_for_good_is_named_with_its_log(world: World, cluster: None) -> None:
+    config = world.config("unable", launcher=SLURM, prompts={"max_prompt_tokens": 2})
+    chosen = ("--set", "evaluate=null", "--set", "rounds=1", "--set", "launcher.faults.attempts=1")
+    result = eopd("run", config, *chosen, check=False)
+    assert result.returncode == 1
+    assert "rollout 0, parts 0, 1: task" in result.stderr
+    assert "longer than prompts.max_prompt_tokens = 2" in result.stderr
+    assert "rollout-0.slurm-" in result.stderr
+
+
+def follow(config: Path, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("run", config, *arguments), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def slurm(*arguments: str) -> None:
+    subprocess.run(arguments, check=True)
+
+
+def logs(world: World, array: str) -> str:
+    return "".join(path.read_text() for path in world.runs("slurm").glob(f"logs/{array}.slurm-*.log"))
+
+
+def worker_of(world: World, stage: str, run: subprocess.Popen[str]) -> int:
+    """Process id of a task of ``stage`` that is at work."""
+    while run.poll() is None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_text().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if {"eopd.pipeline.cli", stage, str(world.runs("slurm") / "config.yaml")} <= set(words):
+                return int(folder.name)
+        time.sleep(0.05)
+    raise AssertionError(f"the run ended before a {stage} task was seen: {run.communicate()[1]}")
+
+
+def variables(process: int) -> dict[str, str]:
+    entries = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)

@@ -189,10 +189,11 @@ def main() -> None:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     from eopd.pipeline.launchers.base import EXIT_INTERRUPTED
-    from eopd.storage.stopping import Stopped
+    from eopd.storage.stopping import Stopped, stopping_on_signals
 
     try:
-        app()
+        with stopping_on_signals(_tell_stop):
+            app()
     except (Stopped, KeyboardInterrupt):
         sys.stderr.write("interrupted; everything committed is kept, run the same command to go on\n")
         sys.exit(EXIT_INTERRUPTED)
@@ -204,13 +205,17 @@ def main() -> None:
         sys.exit(code)
 
 
+def _tell_stop() -> None:
+    sys.stderr.write("stopping: what is in hand is finished first; a second interruption stops at once\n")
+
+
 def _tell_end(error: Exception) -> int:
     """Tell whoever started this process why it ends; returns the exit code that says so."""
     from eopd.pipeline.launchers.base import EXIT_FAILED, EXIT_FULL
     from eopd.pipeline.progress import EventProgress
-    from eopd.storage.errors import StoreFull
+    from eopd.storage.files import is_full
 
-    full = isinstance(error, StoreFull)
+    full = is_full(error)
     progress = worker_progress()
     if isinstance(progress, EventProgress):
         message = str(error) if _is_for_people(error) else f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.files import naming_full_disks
 from eopd.storage.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Runner:
         done = self.artifact(job.output).is_complete()
         return done and (job.side is None or job.stage != "rollout" or self.artifact(job.side).is_complete())
 
+    def states(self, job: PlannedJob) -> Artifact:
+        """Resumable states of a training job, by optimiser step."""
+        return self.artifact(Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key}))
+
     def run(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
         """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.
 
@@ -61,7 +66,8 @@ class Runner:
         self.paths.logs.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         START[job.stage](self, job, chosen)
-        seconds, made = time.monotonic() - began, len(output.committed()) - len(committed)
+        made = len((output.committed() - committed) & set(chosen))
+        seconds = time.monotonic() - began
         self.progress.close()
         self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
         if made:
@@ -71,7 +77,7 @@ class Runner:
     def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:
         """One line a job that did something: what it cost. For the report's table and for estimates."""
         line = {"stage": job.stage, "round": job.round, "key": job.output.key, "seconds": seconds, "parts": parts}
-        with self.paths.jobs.open("a", encoding="utf-8") as file:
+        with naming_full_disks(self.paths.jobs), self.paths.jobs.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _check_inputs(self, job: PlannedJob, parts: Sequence[int]) -> None:
@@ -179,10 +185,9 @@ def train_job(runner: Runner, job: PlannedJob) -> TrainJob:
     previous = runner.plan.policy(job.round)
     carries = settings.train.optimizer.carry_over
     steps = steps_of_round(settings, facts)
-    states = Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key})
     return TrainJob(
         output=runner.artifact(job.output),
-        progress_states=runner.artifact(states),
+        progress_states=runner.states(job),
         student=runner.student(job.round),
         previous=runner.artifact(previous) if previous else None,
         rollouts=rollouts,

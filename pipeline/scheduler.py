@@ -1,8 +1,8 @@
 """Brings planned jobs to their end through a pool of workers: what is ready is started, what fails is tried again.
 
 A job is ready when its inputs are there (a part of scores: when its part of the rollouts is). Jobs with equal
-outputs are one job. Everything is read from the store's commit markers, so that other processes may do parts of the
-same jobs at the same time, and a scheduler that was killed goes on where the store is.
+outputs are one job. Everything is read from the store's commit markers and claims, so that other processes may do
+parts of the same jobs at the same time, and a scheduler that was killed goes on where the store is.
 """
 
 from __future__ import annotations
@@ -10,46 +10,40 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Literal
 
 from eopd.pipeline.config import ConfigError
-from eopd.pipeline.launchers.base import Outcome, Pool, Task
+from eopd.pipeline.fullness import Pause
+from eopd.pipeline.launchers.base import Outcome, Pool, Task, few_parts
 from eopd.pipeline.launchers.settings import FaultSettings
-from eopd.pipeline.plan import SUMMED_UP, PlannedJob
+from eopd.pipeline.node import Node
+from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.retries import Batch, judge
 from eopd.pipeline.runner import Runner
 from eopd.storage import stopping
-from eopd.storage.artifacts import Identity
+from eopd.storage.errors import StoreFull
 
 WAIT_SECONDS = 0.5
-
-
-@dataclass
-class Node:
-    """A job that is not complete."""
-
-    runner: Runner
-    job: PlannedJob
-    running: set[int] = field(default_factory=set)
-    failures: int = 0
-    not_before: float = 0.0
 
 
 def run_jobs(work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: FaultSettings) -> None:
     """Do every job that is not complete, in the order given where there is a choice.
 
     Raises:
-        ConfigError: a job failed for good; all that could be done without it is done.
+        ConfigError: parts failed for good; all that could be done without them is done. Names them.
         Stopped: the process was asked to stop; the parts in hand are committed.
     """
-    try:
-        Scheduler(work, pool, policy).run()
-    finally:
-        pool.close()
+    with stopping.in_hand():
+        try:
+            Scheduler(work, pool, policy).run()
+        finally:
+            pool.close()
 
 
 class Scheduler:
     def __init__(self, work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: FaultSettings) -> None:
         self._pool, self._policy = pool, policy
+        self._pause: Pause | None = None
         self._nodes: dict[tuple[str, str], Node] = {}
         for runner, job in work:
             if runner.is_done(job):
@@ -60,65 +54,110 @@ class Scheduler:
     def run(self) -> None:
         while self._nodes:
             stopping.check()
-            self._start_what_is_ready()
+            if self._pause is not None and self._pause.is_over():
+                self._pause = None
+            hopeful = self._start_what_is_ready()
             for outcome in self._pool.wait(WAIT_SECONDS):
                 self._take_in(outcome)
-            for key in [key for key, node in self._nodes.items() if not node.running and node.runner.is_done(node.job)]:
-                del self._nodes[key]
+                hopeful = True
+            for key, node in list(self._nodes.items()):
+                if not node.running and node.runner.is_done(node.job):
+                    del self._nodes[key]
+                    hopeful = True
+            if not hopeful:
+                raise ConfigError(self._what_failed())
 
-    def _start_what_is_ready(self) -> None:
+    def _start_what_is_ready(self) -> bool:
+        """Whether anything runs or may come to run."""
+        hopeful = self._pause is not None
         for node in self._nodes.values():
-            if time.monotonic() < node.not_before:
-                continue
-            room = self._pool.room(node.job.stage)
-            parts = self._ready(node) if room else []
-            summary = node.job.output.parts - 1
-            if node.job.stage in SUMMED_UP and (node.running or (room > 1 and len(parts) > 1)):
-                parts = [part for part in parts if part != summary]  # whoever ends last writes it
-            for share in _shares(parts, room if node.job.stage != "train" else 1):
-                node.running |= set(share)
-                self._pool.start(Task(node.runner, node.job, tuple(share)))
+            if node.poisoned and self._policy.poisoned == "set_aside":
+                hopeful = node.settle() or hopeful
+            batches = [] if node.is_broken() else node.batches()
+            hopeful = hopeful or bool(batches) or node.running
+            room = self._pool.room(node.job.stage) if batches and self._pause is None else 0
+            for batch in self._fitting(node, batches, room):
+                self._start(node, batch)
+        return hopeful
 
-    def _ready(self, node: Node) -> list[int]:
-        """Parts that are missing, not being worked on, and whose inputs are committed."""
-        job, output = node.job, node.runner.artifact(node.job.output)
-        done = output.committed()
-        if job.side is not None and job.stage == "rollout":
-            done &= node.runner.artifact(job.side).committed()
-        missing = [part for part in range(output.parts) if part not in done]
-        if job.stage == "train" and node.running:
-            return []
-        for identity in job.inputs:
-            made = node.runner.artifact(identity).committed()
-            if job.stage == "score" and identity.kind == "rollouts":
-                missing = [part for part in missing if part in made and _side_is_there(node, part)]
-            elif len(made) < identity.parts:
-                return []
-        return [part for part in missing if part not in node.running]
+    def _fitting(self, node: Node, batches: Sequence[Batch], room: int) -> list[Batch]:
+        """Up to ``room`` batches to start now; what was never tried is divided over the room there is."""
+        now = time.monotonic()
+        free = [batch for batch in batches if batch.not_before <= now] if room else []
+        parts = node.not_held([part for batch in free for part in batch.parts])
+        found: list[Batch] = []
+        for batch in free:
+            able = tuple(part for part in batch.parts if part in parts)
+            if not able:
+                continue
+            if batch.failures or batch.losses or node.job.stage == "train":
+                found.append(Batch(able, batch.failures, batch.losses))
+            else:
+                found += [Batch(share) for share in shares(able, room - len(found))]
+        return found[:room]
+
+    def _start(self, node: Node, batch: Batch) -> None:
+        if self._pause is not None:
+            return
+        task = Task(node.runner, node.job, batch.parts)
+        try:
+            self._pool.start(task)
+        except StoreFull as full:
+            self._hold_up(task, str(full))
+            return
+        node.begin(batch)
+
+    def _hold_up(self, task: Task, message: str) -> None:
+        if self._pause is None:
+            self._pause = Pause(task.runner, message, self._policy.full_poll_seconds)
+        else:
+            self._pause.renew()
 
     def _take_in(self, outcome: Outcome) -> None:
         task = outcome.task
         node = self._nodes[task.job.output.kind, task.job.output.key]
-        node.running -= set(task.parts)
-        if outcome.kind == "done":
-            node.failures = 0
+        batch, progress = node.end(task.parts)
+        missing = set(node.missing())
+        left = tuple(part for part in task.parts if part in missing)
+        if not left:
             return
-        node.failures += 1
-        told = f"{task.name}: {outcome.kind}: {outcome.message}"
-        if node.failures >= self._policy.attempts:
-            raise ConfigError(f"{told}. What was committed is kept; the same command goes on from there.")
-        wait = min(self._policy.backoff_seconds * 2 ** (node.failures - 1), self._policy.backoff_limit_seconds)
-        node.not_before = time.monotonic() + wait
-        node.runner.progress.line(f"{told}; trying again in {wait:.0f} s")
+        whole = task.job.stage == "train"
+        left = task.parts if whole else left
+        if outcome.kind == "full":
+            node.again.append(Batch(left, batch.failures, batch.losses))
+            self._hold_up(task, outcome.message)
+            return
+        kind: Literal["failed", "lost"] = "lost" if outcome.kind == "lost" else "failed"
+        message = outcome.message
+        if outcome.kind == "done":
+            message = f"{few_parts(left)} not committed. Was {node.runner.paths.config} changed by another run?"
+        now = time.monotonic()
+        verdict = judge(batch, left, kind, self._policy, now, progress=progress, whole=whole)
+        name = Task(task.runner, task.job, left).name
+        told = f"{name} {'lost its worker' if kind == 'lost' else 'failed'}: {message}"
+        if verdict.poisoned is not None:
+            node.poisoned[verdict.poisoned] = message
+            told += f"\n  given up after {self._policy.attempts} failures; the rest goes on as far as it can without it"
+        else:
+            node.again += verdict.again
+            wait = max(again.not_before for again in verdict.again) - now
+            told += f"\n  trying again in {wait:.0f} s"
+        node.runner.progress.line(told)
+
+    def _what_failed(self) -> str:
+        failed = [
+            f"{Task(node.runner, node.job, (part,)).name}: {message}"
+            for node in self._nodes.values()
+            for part, message in node.poisoned.items()
+        ]
+        unsure = ", ".join(node.job.name for node in list(self._nodes.values())[:4])
+        told = "; ".join(failed) or f"nothing more can be done for {unsure}: their inputs are not made by this plan"
+        hint = " launcher.faults.poisoned=set_aside goes on without parts that fail." if failed else ""
+        return f"{told}. What was committed is kept: the same command tries again.{hint}"
 
 
-def _shares(parts: Sequence[int], count: int) -> list[list[int]]:
+def shares(parts: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """At most ``count`` runs of neighbouring parts, as equal as can be."""
     count = min(count, len(parts))
-    edges = [round(len(parts) * number / count) for number in range(count + 1)] if count else [0]
-    return [list(parts[start:stop]) for start, stop in itertools.pairwise(edges)]
-
-
-def _side_is_there(node: Node, part: int) -> bool:
-    side: Identity | None = node.job.side
-    return side is None or node.runner.artifact(side).is_committed(part)
+    edges = [round(len(parts) * number / count) for number in range(count + 1)] if count > 0 else [0]
+    return [tuple(parts[start:stop]) for start, stop in itertools.pairwise(edges)]

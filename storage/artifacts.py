@@ -290,6 +290,11 @@ class Artifact:
                 shutil.rmtree(folder, ignore_errors=True)
         self.finish()
 
+    def set_aside(self, part: int, reason: str) -> None:
+        """Commit a part that holds nothing and says why; `eopd store verify --repair` re-queues it."""
+        with self.write_part(part, info={"set_aside": reason}):
+            pass
+
     def drop_part(self, part: int) -> None:
         """Remove a committed part: its marker first, so that no reader finds a marker without data."""
         marker = self.marker(part)

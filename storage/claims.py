@@ -10,15 +10,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
-from eopd.storage import paths
+from eopd.storage import paths, stopping
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import naming_full_disks
 
 POLL_SECONDS = 0.5
+TELL_EVERY_SECONDS = 60.0
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -37,28 +39,64 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        yield True
+        with suppress(OSError):  # the name is a courtesy: a full disk must not stop what may be free to go on
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, _own_name().encode(), 0)
+        with stopping.in_hand():
+            yield True
     finally:
         os.close(handle)
 
 
-def claimed_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[int]:
+def holder(artifact: Artifact, part: int) -> str | None:
+    """Who is at work on a part, for people ("process 412 on node7 since 12:03:11"); None: nobody."""
+    try:
+        handle = os.open(artifact.folder / paths.claim_name(part), os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(handle, 256, 0).decode(errors="replace") or "another process"
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(handle)
+    return None
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%H:%M:%S')}"
+
+
+def claimed_parts(artifact: Artifact, parts: Sequence[int], tell: Callable[[str], None] | None = None) -> Iterator[int]:
     """Yield each part of ``parts`` that still has to be done, one at a time, while it is claimed by us.
 
     Parts that others are at work on come last: by then they are mostly done; if their worker died, they are ours.
     Returns when every part is committed.
+
+    Args:
+        tell: hears whom we wait for, when that is all there is to do, and again every minute.
+
+    Raises:
+        Stopped: between two parts, where the process was asked to stop.
     """
-    for part, held in held_parts(artifact, parts):
+    for part, held in held_parts(artifact, parts, tell):
         with held:
             yield part
 
 
-def held_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[tuple[int, ExitStack]]:
+def held_parts(
+    artifact: Artifact, parts: Sequence[int], tell: Callable[[str], None] | None = None
+) -> Iterator[tuple[int, ExitStack]]:
     """As ``claimed_parts``, with the claim for the caller to close: when the part is committed."""
     waiting = list(parts)
+    patience = Patience(tell)
     while waiting:
         held_by_others = []
         for part in waiting:
+            stopping.check()
             if artifact.is_committed(part):
                 continue
             held = ExitStack()
@@ -71,4 +109,27 @@ def held_parts(artifact: Artifact, parts: Sequence[int]) -> Iterator[tuple[int, 
                 yield part, held
         waiting = held_by_others
         if waiting:
-            time.sleep(POLL_SECONDS)
+            patience.wait_for(artifact, waiting)
+
+
+class Patience:
+    """Waiting for others without looking like a hang."""
+
+    def __init__(self, tell: Callable[[str], None] | None) -> None:
+        self._tell = tell
+        self._told, self._told_at = "", 0.0
+
+    def wait_for(self, artifact: Artifact, parts: Sequence[int]) -> None:
+        """Sleep a moment; now and then say who holds ``parts``."""
+        self.say(artifact, parts)
+        time.sleep(POLL_SECONDS)
+
+    def say(self, artifact: Artifact, parts: Sequence[int]) -> None:
+        if self._tell is None:
+            return
+        holders = sorted({found for part in parts[:16] if (found := holder(artifact, part)) is not None})
+        told, now = f"{'; '.join(holders)}", time.monotonic()
+        if holders and (told != self._told or now - self._told_at > TELL_EVERY_SECONDS):
+            self._told, self._told_at = told, now
+            shown = ", ".join(map(str, parts[:8])) + (" ..." if len(parts) > 8 else "")
+            self._tell(f"{artifact.kind}: waiting for part{'s' if len(parts) > 1 else ''} {shown}, held by {told}")

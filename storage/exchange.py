@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eopd.storage.ragged import offsets_of
+from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import PartHeader, TeacherCache
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
 
@@ -39,7 +40,7 @@ def export_parquet(cache: TeacherCache, path: Path, parts: Iterable[int] | None 
     """Write the responses of ``parts`` (all committed ones) to one Parquet file; returns how many tokens."""
     tokens = 0
     with pq.ParquetWriter(path, EXPORT_SCHEMA, compression="zstd") as writer:
-        for part in sorted(cache.artifact.committed()) if parts is None else parts:
+        for part in filled_parts(cache.artifact) if parts is None else parts:
             rows = cache.read_part(part)
             writer.write_table(_table(rows, part))
             tokens += rows.tokens

@@ -53,6 +53,15 @@ def naming_full_disks(path: Path) -> Iterator[None]:
         raise
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that no space (or quota) is left."""
+    while error is not None:
+        if isinstance(error, StoreFull) or (isinstance(error, (OSError, SafetensorError)) and _errno(error) in _FULL):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _errno(error: OSError | SafetensorError) -> int:
     """Of an OSError; safetensors only writes it into its message, as "(os error 28)"."""
     if isinstance(error, OSError):

@@ -38,6 +38,12 @@ class Marker:
         return sha256_text(canonical_json(self.files))
 
     @property
+    def set_aside(self) -> str | None:
+        """Why the part holds nothing: it could not be made, and the run went on without it. None: it holds data."""
+        reason = self.info.get("set_aside")
+        return None if reason is None else str(reason)
+
+    @property
     def bytes(self) -> int:
         return sum(int(entry["size"]) for entry in self.files.values())
 

@@ -30,6 +30,21 @@ class StoreSource(ScoreSource, Protocol):
     def part_store(self, part: int) -> Store: ...
 
 
+def filled_parts(source: ScoreSource) -> list[int]:
+    """The committed parts that hold data, in order: all but those that were set aside."""
+    return [part for part in sorted(source.committed()) if source.marker(part).set_aside is None]
+
+
+def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -> bool:
+    """Whether a part of ``source`` was set aside; then what is made from it, ``part`` of ``output``, is too."""
+    reason = source.marker(source_part).set_aside
+    if reason is None:
+        return False
+    if not output.is_committed(part):
+        output.set_aside(part, f"its {source.kind} were set aside: {reason.split(': ', 1)[-1]}")
+    return True
+
+
 def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
     """The files of a committed part, their presence and sizes checked against its marker, and the marker."""
     marker = source.marker(part)

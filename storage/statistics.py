@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from eopd.storage import symbols
 from eopd.storage.codec import Layout
 from eopd.storage.encode import streams
+from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 
@@ -71,7 +72,7 @@ def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats
     Raises:
         MissingPart, DamagedPart; ValueError: nothing is committed.
     """
-    wanted = sorted(cache.artifact.committed()) if parts is None else list(parts)
+    wanted = filled_parts(cache.artifact) if parts is None else list(parts)
     if not wanted:
         raise ValueError(f"{cache.artifact} has no committed part to look at")
     entropies, masses, fields = [], [], dict[str, float]()

@@ -45,18 +45,16 @@ def in_hand() -> Iterator[None]:
 
 
 @contextmanager
-def stopping_on_signals(tell: Callable[[], None], *, patient: bool = False) -> Iterator[None]:
+def stopping_on_signals(tell: Callable[[], None]) -> Iterator[None]:
     """SIGINT and SIGTERM stop what runs inside: once what is in hand is done, or, the second time, at once.
 
-    Args:
-        tell: called when the first one comes and there is something to finish.
-        patient: there is always something to finish (for who has others to stop).
+    ``tell`` is called when the first one comes and there is something to finish.
     """
 
     def heed(number: int, frame: FrameType | None) -> None:
         again = _wished.is_set()
         _wished.set()
-        if again or not (patient or _in_hand):
+        if again or not _in_hand:
             raise Stopped
         tell()
 

@@ -26,7 +26,7 @@ from eopd.storage.encode import encode
 from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
 from eopd.storage.needs import Need
 from eopd.storage.ragged import offsets_of
-from eopd.storage.sources import ScoreSource, open_store
+from eopd.storage.sources import ScoreSource, filled_parts, open_store
 from eopd.storage.teacher_record import HeadRule, Int64, TeacherRows
 from eopd.storage.zarr_part import ARRAYS, ZarrPart, naming_damage, write_group
 
@@ -136,7 +136,7 @@ class TeacherCache:
     @property
     def coverage(self) -> Coverage:
         """Raises MissingPart where nothing is committed."""
-        return self.header(min(self.artifact.committed(), default=0)).coverage
+        return self.header(next(iter(filled_parts(self.artifact)), 0)).coverage
 
     def require(self, needs: Sequence[Need]) -> None:
         """Raises NeedNotMet naming what is missing and the command that adds it."""

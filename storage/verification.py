@@ -80,6 +80,8 @@ def check_part(artifact: Artifact, part: int) -> None:
     marker = artifact.remains(part)
     if path.read_text("utf-8") != marker_text(marker, artifact.kind, artifact.key):
         raise DamagedPart(f"{path} was edited. `eopd store verify --repair` re-queues the part.")
+    if marker.set_aside is not None:
+        raise DamagedPart(f"{artifact} part {part} was set aside, and holds nothing: {marker.set_aside}")
     if pruned:
         return  # what a kill kept from going is no damage: `gc` names it
     folder = artifact.folder / paths.data_name(part, marker.nonce)

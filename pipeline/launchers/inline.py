@@ -10,7 +10,7 @@ import traceback
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
 from eopd.pipeline.launchers.local import stage_command, trains_together
 from eopd.pipeline.plan import Stage
-from eopd.storage.errors import StoreFull
+from eopd.storage.files import is_full
 
 
 class InlinePool:
@@ -45,10 +45,10 @@ def run_here(task: Task) -> tuple[Kind, str]:
         return ("failed", f"its processes ended with exit code {code}") if code else ("done", "")
     try:
         task.runner.run(task.job, task.parts)
-    except StoreFull as error:
-        return "full", str(error)
     except Exception as error:  # whatever a stage raises, it is the scheduler that decides what becomes of the run
         task.runner.progress.close()
+        if is_full(error):
+            return "full", str(error)
         log = task.runner.paths.logs / f"{task.job.stage}-{task.job.round}.log"
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)

@@ -23,8 +23,11 @@ from eopd.pipeline.config import RunSettings
 from eopd.pipeline.launchers.base import EXIT_FULL, EXIT_INTERRUPTED, Kind, Outcome, Task
 from eopd.pipeline.plan import Stage
 from eopd.pipeline.progress import EVENTS_VARIABLE, Display, Replay
+from eopd.storage.files import naming_full_disks
 
 POLL_SECONDS = 0.05
+PATIENCE_SECONDS = 5.0
+"""For workers to clean up after themselves, when they are stopped at once."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -84,7 +87,7 @@ class LocalPool:
         environment = {**os.environ, EVENTS_VARIABLE: str(events)}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with log.open("ab") as output:
+        with naming_full_disks(log), log.open("ab") as output:
             start = output.tell()
             process = self._spawn(stage_command(task), environment, output)
         replay = Replay(events, self._display.open())
@@ -107,10 +110,19 @@ class LocalPool:
             while self._workers:
                 self.wait(1.0)
         finally:
-            for worker in self._workers:
-                worker.process.send_signal(signal.SIGKILL)
-                worker.process.wait()
+            self._stop_at_once()
             shutil.rmtree(self._events, ignore_errors=True)
+
+    def _stop_at_once(self) -> None:
+        """A second signal ends a worker without its part; who does not heed it is killed."""
+        for worker in self._workers:
+            worker.process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while self._workers and time.monotonic() < until:
+            self.wait(POLL_SECONDS)
+        for worker in self._workers:
+            worker.process.send_signal(signal.SIGKILL)
+            worker.process.wait()
 
     def _outcome(self, worker: Worker) -> Outcome:
         self._workers.remove(worker)

@@ -20,6 +20,7 @@ from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
 from eopd.storage import evaluations
+from eopd.storage.claims import claimed_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,8 @@ def run(job: EvaluateJob) -> None:
     missing = [part for part in job.output.missing() if part < len(cut)]
     if missing:
         job.progress.line(f"evaluate: the summary waits for parts {_few(missing)}")
-    elif not job.output.is_committed(len(cut)):
+        return
+    for _ in claimed_parts(job.output, [len(cut)], job.progress.line):
         _write_summary(job, cut)
 
 
@@ -86,7 +88,8 @@ def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -
         )
         job.progress.start("evaluate", responses, unit="responses")
         try:
-            for part, content in work.items():
+            for part in claimed_parts(job.output, list(work), job.progress.line):
+                content = work[part]
                 _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier])
         finally:
             job.progress.close()
@@ -222,7 +225,10 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
     settings = job.settings
     tallies = [Tally() for _ in settings.benchmarks]
     markers = [job.output.marker(part) for part in range(len(cut))]
-    for part, (chunk, marker) in enumerate(zip(cut, markers, strict=True)):
+    left_out = [part for part, marker in enumerate(markers) if marker.set_aside is not None]
+    filled = [part for part in range(len(cut)) if part not in left_out]
+    for part in filled:
+        chunk, marker = cut[part], markers[part]
         path = job.output.part_folder(part) / evaluations.SAMPLES
         samples = evaluations.read_table(path, evaluations.SAMPLES_SCHEMA)
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
@@ -239,9 +245,14 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
         "seed": job.seed,
         "stop_ids": list(job.stop_ids),
         "model": {"fingerprint": job.policy.fingerprint, "dtype": job.policy.dtype},
-        "engines": sorted({f"{marker.info['engine']} {marker.info['engine_version']}" for marker in markers}),
+        "engines": sorted({f"{info['engine']} {info['engine_version']}" for info in (markers[p].info for p in filled)}),
         "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
     }
+    if left_out:
+        results["left_out"] = [  # problems of parts that were set aside: rows [start, stop) of a benchmark
+            {"benchmark": settings.benchmarks[chunk.benchmark].name, "start": chunk.start, "stop": chunk.stop}
+            for chunk in (cut[part] for part in left_out)
+        ]
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(len(cut), inputs=inputs) as folder:
         problems = [row for tally in tallies for row in tally.problems]

@@ -28,6 +28,7 @@ from eopd.stages.report.data import (
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.rollouts import read_rollouts
+from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
@@ -197,7 +198,7 @@ def _histogram(values: np.ndarray[Any, Any]) -> Histogram:
 def _teacher_histogram(scores: Artifact | None) -> Histogram:
     assert scores is not None
     cache = TeacherCache(scores)
-    return _histogram(np.concatenate([cache.read_part(part).entropy for part in range(scores.parts)]))
+    return _histogram(np.concatenate([cache.read_part(part).entropy for part in filled_parts(scores)]))
 
 
 def _student_histogram(checkpoint: Artifact | None) -> Histogram:
@@ -218,11 +219,14 @@ def _views(found: RoundArtifacts, tokenizer_folder: str) -> list[RolloutView]:
     assert found.rollouts is not None
     assert found.scores is not None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    rows = read_rollouts(found.rollouts.part_folder(0)).slice(0, ROLLOUTS_SHOWN).to_pylist()
+    part = next(iter(filled_parts(found.scores)), None)
+    if part is None:
+        return []
+    rows = read_rollouts(found.rollouts.part_folder(part)).slice(0, ROLLOUTS_SHOWN).to_pylist()
     teacher = TeacherCache(found.scores)
     views = []
     for number, row in enumerate(rows):
-        scored = teacher.read([(0, number)])
+        scored = teacher.read([(part, number)])
         ids = row["response_token_ids"][: scored.tokens]
         views.append(
             RolloutView(

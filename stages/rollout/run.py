@@ -65,7 +65,7 @@ def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
     meter = _Meter(job)
     job.progress.start("rollout", responses, unit="responses")
     try:
-        for part in claimed_parts(job.output, pending):
+        for part in claimed_parts(job.output, pending, job.progress.line):
             _do_part(job, part, draws[part], engine, tokenizer, meter)
     finally:
         job.progress.close()

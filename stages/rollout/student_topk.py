@@ -21,6 +21,7 @@ from eopd.stages.rollout.job import RolloutJob
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import read_rollouts
+from eopd.storage.sources import passes_on
 from eopd.storage.student_topk import StudentTopk, write_student_topk
 
 BATCH_TOKENS = 8192
@@ -42,7 +43,9 @@ def find_student_topk(job: RolloutJob, side: Artifact) -> None:
         raise ValueError(f"rollout.student_topk must be 1 to {vocabulary} (the vocabulary), got {k}")
     job.progress.start("student top-k", len(job.parts), unit="parts")
     try:
-        for part in claimed_parts(side, job.parts):
+        for part in claimed_parts(side, job.parts, job.progress.line):
+            if passes_on(job.output, part, side, part):
+                continue
             table = read_rollouts(job.output.part_folder(part), ["prompt_token_ids", "response_token_ids"])
             columns = table.to_pydict()
             pairs = zip(columns["prompt_token_ids"], columns["response_token_ids"], strict=True)

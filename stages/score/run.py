@@ -28,6 +28,7 @@ from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order
 from eopd.storage.claims import held_parts
+from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import PartHeader, write_part
 from eopd.storage.teacher_record import TeacherRows
 
@@ -46,7 +47,7 @@ def run(job: ScoreJob) -> None:
             disagrees with the full model; parts with logits that are not finite.
     """
     done = job.output.committed()
-    pending = [part for part in job.parts if part not in done]
+    pending = [part for part in job.parts if part not in done and not passes_on(job.rollouts, part, job.output, part)]
     if not pending:
         return
     temperature = job.settings.resolve_temperature(job.rollout_temperature)
@@ -120,7 +121,7 @@ class Scorer:
         job.progress.start("score", self.total)
         with closing(PartWriter()) as writer:
             try:
-                for part, claimed in held_parts(job.output, parts):
+                for part, claimed in held_parts(job.output, parts, job.progress.line):
                     with claimed:
                         responses = read_part(job, part, self.tokenizer, self.limit)
                         if not checked:

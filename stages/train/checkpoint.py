@@ -25,6 +25,7 @@ from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensor
 from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import OPTIMIZER_FILE, RoundStart, write_jsonl
 from eopd.storage.fingerprints import tokenizer_files
+from eopd.storage.sources import filled_parts
 
 ADAPTER_FOLDER = "adapter"
 EMA_FOLDER = "ema"
@@ -59,9 +60,13 @@ def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundSt
                 _save_model(job, inner.model, _named_in_model(averages), folder / EMA_FOLDER)
     if job.settings.lora is not None:
         weights = merged_weights(inner.model, weights)
-    summary = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
+    left_out = [part for part in range(job.scores.parts) if part not in filled_parts(job.scores)]
+    summary: dict[str, Any] = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
+    info: dict[str, Any] = {"steps": len(rows)}
+    if left_out:  # a checkpoint that saw less than its key says must say so
+        info["left_out"] = summary["left_out"] = left_out
     if not job.output.is_committed(WEIGHTS):
-        with job.output.write_part(WEIGHTS, info={"steps": len(rows)}) as folder:
+        with job.output.write_part(WEIGHTS, info=info) as folder:
             _save_model(job, inner.model, weights, folder)
             write_jsonl(folder / METRICS_FILE, rows)
             (folder / TRAINING_FILE).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")

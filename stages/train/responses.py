@@ -13,6 +13,7 @@ from eopd.stages.train.objectives.base import Objective
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.rollouts import read_rollouts
+from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 
@@ -44,7 +45,7 @@ class Responses:
 
 
 def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
-    """Read every part of ``rollouts`` and the lengths that were scored.
+    """Read every part of ``rollouts`` and the lengths that were scored; parts that were set aside are left out.
 
     Raises:
         ValueError: nothing to train on.
@@ -52,7 +53,7 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
     """
     names, sequences, locations, sampler = [], [], [], []
     truncated_known = True
-    for part in range(rollouts.parts):
+    for part in filled_parts(cache.artifact):
         _check_same_rollouts(rollouts, cache, part)
         table = read_rollouts(rollouts.part_folder(part), COLUMNS).to_pydict()
         lengths = cache.token_counts(part).tolist()

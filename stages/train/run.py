@@ -36,10 +36,9 @@ from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
-from eopd.storage.claims import claim
+from eopd.storage import stopping
+from eopd.storage.claims import Patience, claim
 from eopd.storage.teacher_cache import TeacherCache
-
-CLAIM_POLL_SECONDS = 1.0
 
 
 def run(job: TrainJob) -> None:
@@ -55,7 +54,8 @@ def run(job: TrainJob) -> None:
     accelerator = _accelerator(job.settings)
     with _threads(job.settings.cpu_threads), _sole_trainer(job, accelerator) as needed:
         if needed:
-            _train(job, accelerator)
+            with stopping.in_hand():  # in every process: they stop together, at the end of a step
+                _train(job, accelerator)
 
 
 @contextmanager
@@ -72,13 +72,15 @@ def _threads(count: int | None) -> Iterator[None]:
 def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
     """Hold the claim on the checkpoint (in the main process, for all of them); whether there is work to do."""
     needed = [False]
+    patience = Patience(job.progress.line)
     while accelerator.is_main_process and not job.output.is_complete():
         with claim(job.output, WEIGHTS) as ours:
             if ours and not job.output.is_complete():
                 broadcast_object_list([True])
                 yield True
                 return
-        time.sleep(CLAIM_POLL_SECONDS)
+        stopping.check()
+        patience.wait_for(job.output, [WEIGHTS])
     broadcast_object_list(needed)
     yield needed[0]
 
@@ -228,11 +230,22 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
             recorder.record({**row, **timing})
         job.progress.advance(step.tokens, loss=figures["loss"], gate=figures.get("gate_fraction", 0.0))
         taken = step.number + 1
-        if taken % settings.checkpoint_every_steps == 0 and taken < total:
+        due = taken % settings.checkpoint_every_steps == 0
+        stopped = taken < total and _stop_wished(accelerator)
+        if taken < total and (due or stopped):
             _save_state(loop, states, taken, rows)
+        if stopped:
+            job.progress.line(f"train {job.round}: stopped after step {taken}, whose state is kept")
+            raise stopping.Stopped
     job.progress.close()
     if recorder is not None:
         recorder.close()
+
+
+def _stop_wished(accelerator: Accelerator) -> bool:
+    """Whether any of the processes was asked to stop; the same answer in all of them."""
+    wished = torch.tensor(float(stopping.stop_wished()), device=accelerator.device)
+    return float(accelerator.reduce(wished)) > 0
 
 
 def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundStart) -> dict[str, float]:

@@ -27,6 +27,7 @@ from eopd.stages.models.tokenizers import check_same_vocabulary
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.sources import passes_on
 
 RESULTS_VERSION = 1
 Part = tuple[str, Artifact, int]  # whose responses, their evaluation, its part
@@ -43,12 +44,14 @@ def run(job: AlignmentJob) -> None:
     assert job.output.parts == len(layout) + 1, (job.output.parts, len(layout))
     done = job.output.committed()
     todo = [part for part in job.parts if part < len(layout) and part not in done]
+    todo = [part for part in todo if not passes_on(layout[part][1], layout[part][2], job.output, part)]
     if todo:
         _measure(job, layout, todo)
     missing = [part for part in job.output.missing() if part < len(layout)]
     if missing:
         job.progress.line(f"align: the summary waits for {len(missing)} of {len(layout)} parts")
-    elif not job.output.is_committed(len(layout)):
+        return
+    for _ in claimed_parts(job.output, [len(layout)], job.progress.line):
         _write_summary(job, layout)
 
 
@@ -75,7 +78,7 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
         stack.callback(job.progress.close)
         teacher = _open(job, job.teacher, settings.teacher_engine_options, longest, stack)
         student = _open(job, job.student, settings.engine_options, longest, stack)
-        for part in claimed_parts(job.output, list(todo)):
+        for part in claimed_parts(job.output, list(todo), job.progress.line):
             _do_part(job, part, layout[part], found[part], teacher, student)
 
 
@@ -133,10 +136,11 @@ def _do_part(
 def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
     settings = _settings(job)
     markers = [job.output.marker(part) for part in range(len(layout))]
-    bins = EntropyBins(tuple(markers[0].info["edges"]), settings.tau)
+    filled = [part for part, marker in enumerate(markers) if marker.set_aside is None]
+    bins = EntropyBins(tuple(markers[filled[0]].info["edges"]), settings.tau)
     found: dict[str, Any] = {}
     for whose in dict.fromkeys(source[0] for source in layout):
-        parts = [part for part, source in enumerate(layout) if source[0] == whose]
+        parts = [part for part in filled if layout[part][0] == whose]
         sums, problems = _read(job.output, parts, bins)
         said = summarise(sums, problems, bins, resamples=job.settings.resamples, confidence=job.settings.confidence)
         found[whose] = {**said.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
@@ -153,9 +157,11 @@ def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
         "stop_ids": list(job.stop_ids),
         "student": {"fingerprint": job.student.fingerprint, "dtype": job.student.dtype},
         "teacher": {"fingerprint": job.teacher.fingerprint, "dtype": job.teacher.dtype},
-        "engines": sorted({engine for marker in markers for engine in marker.info["engines"]}),
+        "engines": sorted({engine for part in filled for engine in markers[part].info["engines"]}),
         "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
     }
+    if len(filled) < len(layout):
+        results["left_out"] = [part for part in range(len(layout)) if part not in filled]
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(len(layout), inputs=inputs) as folder:
         text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)

@@ -1,0 +1,65 @@
+"""What becomes of parts whose task did not end well. Pure: no clock, no store.
+
+A task of several parts that fails is tried again whole, then in halves, so that the part to blame ends up alone; a
+part that has failed ``attempts`` times is poisoned. A lost worker says nothing of its parts: they are tried again
+without blame, until so many were lost without any progress that the parts must be suspected after all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eopd.pipeline.launchers.settings import FaultSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parts that were tried together and are to be tried again together."""
+
+    parts: tuple[int, ...]
+    failures: int = 0  # tasks in a row that failed over these parts
+    losses: int = 0  # workers in a row that were lost over them
+    not_before: float = 0.0  # seconds, of the scheduler's clock
+
+
+@dataclass(frozen=True)
+class Verdict:
+    again: tuple[Batch, ...] = ()
+    poisoned: int | None = None
+
+
+def judge(
+    batch: Batch,
+    left: tuple[int, ...],
+    kind: Literal["failed", "lost"],
+    policy: FaultSettings,
+    now: float,
+    *,
+    progress: bool,
+    whole: bool,
+) -> Verdict:
+    """What to do about the parts ``left`` of ``batch`` whose task ended as ``kind``.
+
+    Args:
+        progress: something was committed meanwhile, so that what happened before is forgiven.
+        whole: the parts are one piece of work (training) that cannot be divided.
+    """
+    losses, failures = (0, 0) if progress else (batch.losses, batch.failures)
+    if kind == "lost" and losses < policy.losses:
+        return Verdict((Batch(left, failures, losses + 1, now + backoff(policy, losses + 1)),))
+    failures += 1
+    alone = whole or len(left) == 1
+    if alone and failures >= policy.attempts:
+        return Verdict(poisoned=left[0])
+    later = now + backoff(policy, failures)
+    if alone or failures == 1 < policy.attempts:
+        return Verdict((Batch(left, failures, not_before=later),))
+    middle = len(left) // 2
+    known = min(failures, policy.attempts - 1)  # a part is only condemned for what it does alone
+    return Verdict(tuple(Batch(half, known, not_before=later) for half in (left[:middle], left[middle:])))
+
+
+def backoff(policy: FaultSettings, times: int) -> float:
+    """Seconds to wait after something went wrong ``times`` times in a row."""
+    return min(policy.backoff_seconds * 2.0 ** (times - 1), policy.backoff_limit_seconds)

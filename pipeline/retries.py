@@ -54,10 +54,10 @@ def judge(
         return Verdict(poisoned=left[0])
     later = now + backoff(policy, failures)
     if alone or failures == 1 < policy.attempts:
-        return Verdict((Batch(left, failures, not_before=later),))
+        return Verdict((Batch(left, failures, losses, later),))
     middle = len(left) // 2
     known = min(failures, policy.attempts - 1)  # a part is only condemned for what it does alone
-    return Verdict(tuple(Batch(half, known, not_before=later) for half in (left[:middle], left[middle:])))
+    return Verdict(tuple(Batch(half, known, losses, later) for half in (left[:middle], left[middle:])))
 
 
 def backoff(policy: FaultSettings, times: int) -> float:

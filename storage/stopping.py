@@ -6,6 +6,7 @@ first says so with ``in_hand``; whoever is between two such things calls ``check
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,15 @@ from types import FrameType
 _wished = threading.Event()
 _lock = threading.Lock()
 _in_hand = 0
+
+
+def _forget() -> None:
+    global _in_hand
+    _in_hand = 0
+    _wished.clear()
+
+
+os.register_at_fork(after_in_child=_forget)  # a forked process has its own work and its own end
 
 
 class Stopped(BaseException):

@@ -13,9 +13,9 @@ from eopd.storage.errors import StoreError
 from eopd.storage.listing import coverages
 
 
-def plan_run(settings: RunSettings) -> tuple[Facts, Plan]:
-    """Facts and plan. Scores that a wider coverage in the store answers are planned as that coverage."""
-    facts = gather_facts(settings)
+def plan_run(settings: RunSettings, facts: Facts | None = None) -> tuple[Facts, Plan]:
+    """Facts (gathered, unless given) and plan. Scores that a wider coverage in the store answers are planned as it."""
+    facts = facts or gather_facts(settings)
     store = Path(settings.store)
     return facts, make_plan(settings, facts, lambda identity: serving_coverage(store, identity))
 

@@ -61,7 +61,7 @@ def store_listing(store: Path) -> Listing:
     def listing(identity: Identity) -> Found:
         artifact = Artifact(store, identity)
         standing = artifact.standing()
-        return Found(standing.committed, standing.pruned, artifact.set_aside(standing))
+        return Found(standing.committed, standing.pruned, artifact.reasons_aside(standing))
 
     return listing
 

@@ -116,7 +116,7 @@ class Standing:
 
     committed: set[int]
     pruned: set[int]  # committed once, their data given up since
-    hinted: set[int]  # committed empty, perhaps: the marker knows (``Artifact.set_aside``)
+    hinted: set[int]  # committed empty, perhaps: the marker knows (``Artifact.reasons_aside``)
 
     @property
     def made(self) -> set[int]:
@@ -150,6 +150,9 @@ class Artifact:
     def is_committed(self, part: int) -> bool:
         return (self.folder / paths.marker_name(part)).exists()
 
+    def _is_made(self, part: int) -> bool:
+        return self.is_committed(part) or (self.folder / paths.tombstone_name(part)).exists()
+
     def standing(self) -> Standing:
         """Every part's state, from one listing of the folder. With a marker it is committed, whatever is beside it."""
         try:
@@ -173,11 +176,11 @@ class Artifact:
         """Parts that were committed and whose data were given up since."""
         return self.standing().pruned
 
-    def set_aside(self, standing: Standing | None = None) -> dict[int, str]:
-        """Parts that were committed empty after failing too often, and why: info ``set_aside`` of their markers."""
+    def reasons_aside(self, standing: Standing | None = None) -> dict[int, str]:
+        """Parts that were set aside (``set_aside``), and why."""
         standing = standing or self.standing()
-        reasons = {part: self.marker(part).info.get("set_aside") for part in standing.hinted & standing.committed}
-        return {part: str(reason) for part, reason in sorted(reasons.items()) if reason is not None}
+        reasons = {part: self.marker(part).set_aside for part in sorted(standing.hinted & standing.committed)}
+        return {part: reason for part, reason in reasons.items() if reason is not None}
 
     def missing(self) -> list[int]:
         """Parts that have never been made, or have to be made again."""
@@ -279,12 +282,11 @@ class Artifact:
                 folder.mkdir(parents=True)
                 self._record_identity()
                 yield folder
-                fsync_tree(folder)
                 marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
                 if "set_aside" in marker.info:
                     create_exclusively(self.folder / paths.set_aside_name(part), "")
                 text = marker_text(marker, self.kind, self.key)
-                won = create_exclusively(self.folder / paths.marker_name(part), text)
+                won = create_exclusively(self.folder / paths.marker_name(part), text, lambda: fsync_tree(folder))
         finally:
             if not won:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -309,7 +311,8 @@ class Artifact:
     def finish(self) -> None:
         """Write the manifest once every part is committed."""
         path = self.folder / paths.MANIFEST
-        if path.exists() or not self.is_complete():
+        # one look at the last part first: who works through a thousand parts need not list all of them each time
+        if not self._is_made(self.parts - 1) or path.exists() or not self.is_complete():
             return
         create_exclusively(path, file_text(self.manifest_content()))
 

@@ -26,8 +26,10 @@ from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
 
 MOST_IDS = 4096
 """Up to this vocabulary whole rows are worked on; beyond it blocks of columns (``LogitBlocks``)."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 GROUP = 16
+LAST = 1.0 - 2.0**-40
+TINY = 1e-300
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -53,14 +55,15 @@ class WholeRows:
         logits = self._logits(hidden)
         values, ids = largest(logits, min(self.rule.k_max, self.head.vocab_size))
         with np.errstate(invalid="ignore"):
-            shifted = logits - values[:, :1]
-            mass = np.exp(shifted)
+            logits -= values[:, :1]  # from here on relative to the row's largest
+            values = values - values[:, :1]
+            mass = torch.exp(torch.from_numpy(logits)).numpy()
             total = mass.sum(1).astype(np.float64)
-            entropy = np.log(total) - (mass * shifted).sum(1) / total
+            lse = np.log(total)
+            entropy = lse - np.einsum("cv,cv->c", mass, logits) / total
         bad = np.flatnonzero(~np.isfinite(entropy))
         if len(bad):
             raise NotFinite(int(bad[0]))
-        lse = values[:, 0] + np.log(total)
         logprobs = values - lse[:, None]
         kept = self._kept(logprobs, entropy)
         sampled = self._at(logits, np.arange(len(logits)), batch.sampled_ids)
@@ -128,7 +131,7 @@ class WholeRows:
         rank = (values > sampled[:, None]).sum(1)
         among = (ids == sampled_ids[:, None]).any(1)
         beyond = np.flatnonzero(~among & (rank == ids.shape[1]))
-        rank[beyond] = (logits[beyond] > sampled[beyond, None]).sum(1)
+        rank[beyond] = _count_above(logits[beyond], sampled[beyond].astype(np.float32))
         return np.where(sampled_ids < self.head.vocab_size, rank, self.head.vocab_size)
 
     def _draws_beyond(
@@ -139,19 +142,15 @@ class WholeRows:
             return np.zeros(len(mass), np.int64), np.zeros(0, np.int32)
         uniform, weight = uniforms(keys, 1)[:, 0], self.rule.min_prob * total
         counts = np.maximum(np.ceil(tail / weight - uniform), 0.0).astype(np.int64)
-        starts = np.cumsum(counts) - counts
-        drawn = np.empty(int(counts.sum()), np.int32)
-        for rows in _of_similar_size(counts):
-            steps = np.arange(int(counts[rows].max()))
-            ids = _ids_under(mass[rows], weight[rows, None] * (uniform[rows, None] + steps))
-            used = steps < counts[rows, None]
-            drawn[(starts[rows, None] + steps)[used]] = ids[used]
-        return counts, drawn
+        rows = np.repeat(np.arange(len(mass)), counts)
+        number = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return counts, _ids_under(mass, rows, weight[rows] * (uniform[rows] + number))
 
     def _full_draws(self, keys: UInt64, mass: Float32) -> tuple[Int64, NDArray[np.int32]]:
         """``n_draws`` independent draws with replacement from the whole distribution."""
+        counts = np.full(len(mass), self.rule.n_draws)
         points = uniforms(keys, self.rule.n_draws) * mass.sum(1, dtype=np.float64)[:, None]
-        return np.full(len(mass), self.rule.n_draws), _ids_under(mass, points).reshape(-1).astype(np.int32)
+        return counts, _ids_under(mass, np.repeat(np.arange(len(mass)), counts), points.reshape(-1))
 
 
 def largest(logits: Float32, k: int) -> tuple[Float32, Int64]:
@@ -180,33 +179,33 @@ def _without(mass: Float32, ids: Int64, kept: NDArray[np.bool_]) -> Float64:
     return left
 
 
-def _of_similar_size(counts: Int64) -> list[Int64]:
-    """Numbers of the rows that have any, in groups whose counts differ at most fourfold: little of a table is empty."""
-    size = np.where(counts > 0, (np.frexp(counts)[1] + 1) // 2, 0)
-    return [np.flatnonzero(size == group) for group in np.unique(size) if group]
+def _count_above(logits: Float32, bounds: Float32) -> Int64:
+    """[N] how many of each row [N, V] exceed its bound [N]. Counted in float32: sums of booleans are slow."""
+    above = torch.empty(logits.shape)
+    torch.gt(torch.from_numpy(logits), torch.from_numpy(bounds)[:, None], out=above)
+    return above.sum(1).long().numpy()
 
 
-def _ids_under(mass: Float32, points: Float64) -> Int64:
-    """Ids [C, N] in which points [C, N] lie when the masses of a row [C, V] are laid end to end.
+def _ids_under(mass: Float32, rows: Int64, points: Float64) -> NDArray[np.int32]:
+    """Ids [N] in which points [N] of ``rows`` [N] lie when the masses of a row [C, V] are laid end to end.
 
-    First among groups of neighbouring ids, then in the group that was found.
+    First among groups of neighbouring ids, of all rows at once: row r takes the interval [r, r + 1). Then in the
+    group that was found.
     """
-    padded = functional.pad(torch.from_numpy(mass), (0, -mass.shape[1] % GROUP)).view(len(mass), -1, GROUP)
-    ends = padded.sum(2).double().cumsum(1)
-    # rounding may put a point at the very end of its row or group, where nothing begins
-    at = torch.minimum(torch.from_numpy(points), _just_below(ends[:, -1:]))
-    groups = torch.searchsorted(ends, at, right=True).clamp_(max=ends.shape[1] - 1)
-    rows = torch.arange(len(mass))[:, None]
-    filled = padded[rows, groups].double().cumsum(2)
-    inside = filled[:, :, -1]
-    within = torch.minimum((at - (ends.gather(1, groups) - inside)).clamp_(min=0.0), _just_below(inside))
-    places = torch.searchsorted(filled, within[:, :, None], right=True)[:, :, 0].clamp_(max=GROUP - 1)
-    ids: Int64 = (groups * GROUP + places).numpy()
+    groups = functional.pad(torch.from_numpy(mass), (0, -mass.shape[1] % GROUP)).view(len(mass), -1, GROUP)
+    ends = groups.sum(2).double().cumsum(1).numpy()
+    total = np.maximum(ends[:, -1], TINY)
+    numbered = np.arange(len(mass))
+    borders = np.append(0.0, (ends / total[:, None] + numbered[:, None]).reshape(-1))
+    # rounding may put a point at the very end of its row, where nothing begins
+    at = rows + np.minimum(points / total[rows], LAST)
+    found = np.searchsorted(borders, at, side="right") - 1
+    filled = groups.view(-1, GROUP)[torch.from_numpy(found)].double().cumsum(1).numpy()
+    # and the same in its group
+    within = np.minimum((at - borders[found]) * total[rows], filled[:, -1] * LAST)
+    places = (filled <= within[:, None]).sum(1)
+    ids: NDArray[np.int32] = (found % groups.shape[1] * GROUP + places).astype(np.int32)
     return ids
-
-
-def _just_below(totals: Tensor) -> Tensor:
-    return torch.nextafter(totals, torch.zeros_like(totals))
 
 
 def _floored(logprobs: NDArray[Any]) -> Float32:

@@ -16,7 +16,7 @@ from eopd.storage.teacher_record import Int64
 def offsets_of(counts: NDArray[Any]) -> Int64:
     """[N] counts -> [N+1] offsets"""
     offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    np.cumsum(np.asarray(counts, np.int64), out=offsets[1:])  # cast first: a sum that casts is three times slower
     return offsets
 
 

@@ -4,9 +4,10 @@
     python -m benchmarks.cache --only bytes read    # some of it
     python -m benchmarks.cache --tokens 1000000     # a smaller cache to read from
 
-The last line printed is one JSON document. Everything is synthetic: benchmarks/generator.py says how it is
-calibrated. ``bytes_per_token`` is of ids that are uniform over the vocabulary, which no text has: an upper bound;
-``bytes_per_token_zipf`` is of ids as frequent as in text.
+The last line printed is one JSON document; --save also keeps it in benchmarks/results. All but ``real`` is synthetic:
+benchmarks/generator.py says how it is calibrated. ``bytes_per_token`` is of ids that are uniform over the vocabulary,
+which no text has: an upper bound; ``bytes_per_token_zipf`` is of ids as frequent as in text; ``bytes_per_token_real``
+of a small language model on GSM8K (benchmarks/cache_real.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import gradient
+from benchmarks.cache_real import measure_real
 from benchmarks.generator import STOP_IDS, VOCABULARY, Ids, generate
 from benchmarks.machine import describe
 from eopd.storage import paths
@@ -43,7 +45,9 @@ from eopd.storage.verification import verify
 PART_TOKENS = 200_000
 BATCH = 256
 MEMORY = 256 << 20
-STEPS = ("bytes", "write", "read", "open", "scale", "flips", "gradient")
+STEPS = ("bytes", "write", "read", "open", "scale", "flips", "gradient", "real")
+RESULTS = Path(__file__).parent / "results" / "cache-cpu.json"
+SCALE = (100_000, 1_000_000, 10_000_000)
 PEERS = {"distillkit_recommended": 344, "distillkit_budget": 127, "sampled_kd_50": 36}  # bytes a token, published
 
 
@@ -193,7 +197,7 @@ def measure_open(root: Path, parts: int = 20_000) -> dict[str, Any]:
     return {f"open_{parts}_parts_s": round(statistics.median(times), 4), "open_memory_mb": round(grown, 1)}
 
 
-def measure_scale(root: Path, sizes: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)) -> dict[str, Any]:
+def measure_scale(root: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     """What grows with a cache, and by how much: for docs/cache-format.md."""
     rows = []
     for tokens in sizes:
@@ -282,20 +286,26 @@ def measure_gradient(tokens: int) -> dict[str, Any]:
     }
 
 
-def measure(names: list[str], tokens: int, batches: int, gradient_tokens: int, root: Path) -> dict[str, Any]:
+def measure(chosen: argparse.Namespace, root: Path) -> dict[str, Any]:
+    tokens = chosen.tokens
     steps = {
         "bytes": lambda: measure_bytes(root),
         "write": lambda: measure_write(root),
-        "read": lambda: measure_read(root, tokens, batches),
+        "read": lambda: measure_read(root, tokens, chosen.batches),
         "open": lambda: measure_open(root),
-        "scale": lambda: measure_scale(root),
+        "scale": lambda: measure_scale(root, tuple(size for size in SCALE if size <= tokens)),
         "flips": lambda: measure_flips(root),
-        "gradient": lambda: measure_gradient(gradient_tokens),
+        "gradient": lambda: measure_gradient(chosen.gradient_tokens),
+        "real": lambda: measure_real(root, chosen.models, chosen.data, chosen.real_responses),
     }
     found: dict[str, Any] = {}
-    for name in names or list(steps):
+    seconds = {}
+    for name in chosen.only or list(steps):
+        start = time.perf_counter()
         found |= steps[name]()
-    return found
+        seconds[name] = round(time.perf_counter() - start, 1)
+        say(f"{name}: {seconds[name]} s")
+    return {**found, "seconds": seconds}
 
 
 def main() -> None:
@@ -304,13 +314,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_000_000, help="size of the cache that is read from")
     parser.add_argument("--batches", type=int, default=12, help="batches of 256 responses a run")
     parser.add_argument("--gradient-tokens", type=int, default=16_384)
+    parser.add_argument("--models", type=Path, default=Path("runs/gsm8k-pair"), help="the GSM8K pair; made if missing")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"), help="its problems")
+    parser.add_argument("--real-responses", type=int, default=1_000, help="samples of the pair's student")
     parser.add_argument("--folder", help="where to put the temporary cache")
+    parser.add_argument("--save", action="store_true", help=f"keep the document in {RESULTS.name}")
     chosen = parser.parse_args()
     machine = describe("numpy", "zarr", "numcodecs", "eopd")
     with workspace(chosen.folder) as root:
-        found = measure(chosen.only, chosen.tokens, chosen.batches, chosen.gradient_tokens, root)
+        found = measure(chosen, root)
     settings = {"head": asdict(HeadRule()), "vocabulary": VOCABULARY, "batch": BATCH, "part_tokens": PART_TOKENS}
-    print(json.dumps({**found, "peers_bytes_per_token": PEERS, "settings": settings, **machine}))
+    document = json.dumps({**found, "peers_bytes_per_token": PEERS, "settings": settings, **machine})
+    if chosen.save:
+        RESULTS.write_text(document + "\n", encoding="utf-8")
+    print(document)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.stages.evaluate.settings import EvaluateSettings
@@ -43,7 +43,18 @@ class ModelSettings(Settings):
 class RunSettings(Settings):
     name: str = setting(..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = setting(0, "Seed of prompt order, sampling and training order.")
-    store: str = setting("store", "Folder of the artifact store. Runs that share it share work.", keyed=False)
+    store: str = setting(
+        "store",
+        "Folder of the artifact store. Runs that share it share work. A list is this folder and, behind it, the "
+        "read_only_stores.",
+        keyed=False,
+    )
+    read_only_stores: list[str] = setting(
+        [],
+        "Stores that are only read, searched in this order after `store`: folders, or URLs of buckets (s3://, gs://, "
+        "az://, file://), whose scores are read by byte range.",
+        keyed=False,
+    )
     runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)
     rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1)
     refresh: int = setting(1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1)
@@ -58,6 +69,28 @@ class RunSettings(Settings):
     train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
     evaluate: EvaluateSettings | None = setting(None, "How students are measured. None: not at all.")
     launcher: LauncherSettings = setting(LauncherSettings, "How stages are started.", keyed=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_store_is_written(cls, raw: Any) -> Any:
+        """``store: [mine, theirs, ...]`` is ``store: mine`` and ``read_only_stores: [theirs, ...]``."""
+        if isinstance(raw, dict) and isinstance(raw.get("store"), list):
+            if raw.get("read_only_stores"):
+                raise ValueError("give `store` as a list, or `read_only_stores`, not both")
+            if not raw["store"]:
+                raise ValueError("`store` is an empty list; its first entry is the folder that is written to")
+            return {**raw, "store": raw["store"][0], "read_only_stores": raw["store"][1:]}
+        return raw
+
+    @field_validator("store")
+    @classmethod
+    def _a_folder_is_written(cls, store: str) -> str:
+        if "://" in store:
+            raise ValueError(
+                f"a run writes to a folder, and reads buckets behind it: store: [store, {store}]. `eopd store copy "
+                f"scores/KEY {store} --inputs` puts what it made there"
+            )
+        return store
 
     @field_validator("name")
     @classmethod

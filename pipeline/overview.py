@@ -66,18 +66,20 @@ def _job_json(row: Row) -> dict[str, Any]:
 
 
 def look(runners: Sequence[Runner]) -> Overview:
-    """Survey, sizes, rates and forecast of runs that share a store and a folder of runs. Changes nothing."""
+    """Survey, sizes, rates and forecast of runs that share their stores and a folder of runs. Changes nothing."""
     first = runners[0]
     store, folder = first.store, Path(first.settings.runs)
     names = [runner.settings.name for runner in runners]
     states = survey(
-        {runner.settings.name: runner.plan for runner in runners}, store_listing(store), read_makers(folder, names)
+        {runner.settings.name: runner.plan for runner in runners},
+        store_listing(first.artifact),
+        read_makers(folder, names),
     )
     specs = {runner.settings.name: _spec(runner) for runner in runners}
     models: dict[Stage, str] = dict.fromkeys(STAGES, first.settings.student.path)
     models["score"] = first.settings.teacher.path
     rates = measure_rates(store, folder, names, models)
-    rows = forecast(states, specs, sample_sizes(store, states), rates)
+    rows = forecast(states, specs, sample_sizes(first.artifact, states), rates)
     return Overview(
         runs=tuple(names),
         store=store,

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from eopd.pipeline.config import RunSettings
 from eopd.pipeline.inspect import gather_facts
 from eopd.pipeline.plan import Facts, Plan, make_plan
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.coverage import Coverage, cheapest, needs_of
 from eopd.storage.errors import StoreError
-from eopd.storage.listing import coverages
+from eopd.storage.stacked import StackedStores
 
 
 def plan_run(settings: RunSettings, facts: Facts | None = None) -> tuple[Facts, Plan]:
-    """Facts (gathered, unless given) and plan. Scores that a wider coverage in the store answers are planned as it."""
+    """Facts (gathered, unless given) and plan. A wider coverage in one of the stores serves scores that are asked for."""
+    stores = StackedStores.at(settings.store, settings.read_only_stores)
     facts = facts or gather_facts(settings)
-    store = Path(settings.store)
-    return facts, make_plan(settings, facts, lambda identity: serving_coverage(store, identity))
+    return facts, make_plan(settings, facts, lambda identity: serving_coverage(stores, identity))
 
 
-def serving_coverage(store: Path, identity: Identity) -> Identity:
+def serving_coverage(stores: StackedStores, identity: Identity) -> Identity:
     """``identity``, or the cheapest complete sibling that holds all that it would hold.
 
     What has been begun as asked is finished as asked: a run never changes its mind half-way.
     """
-    if identity.coverage is None or Artifact(store, identity).committed():
+    if identity.coverage is None or Artifact(stores.private, identity).committed():
         return identity
     able: dict[str, Coverage] = {}
     found: dict[str, Identity] = {}
-    for artifact in coverages(store, identity.base_key):
+    for artifact in stores.coverages(identity.base_key):
         mapping = artifact.identity.coverage
-        if mapping is None or not artifact.is_complete() or mapping.get("extra") != identity.coverage.get("extra"):
+        if mapping is None or mapping.get("extra") != identity.coverage.get("extra"):
             continue
         try:
             able[artifact.key] = Coverage.from_mapping(mapping)

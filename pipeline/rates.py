@@ -7,7 +7,7 @@ and of each stage's jobs only the latest ones.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 
 from eopd.pipeline.plan import STAGES, Stage
 from eopd.pipeline.survey import JobState, read_jobs
-from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import StoreError
 from eopd.storage.paths import RunPaths
 
@@ -68,7 +68,7 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def sample_sizes(store: Path, states: Sequence[JobState]) -> dict[str, Sizes]:
+def sample_sizes(find: Callable[[Identity], Artifact], states: Sequence[JobState]) -> dict[str, Sizes]:
     """Artifact key -> sums over some of its committed parts, for jobs spread evenly over those that have any."""
     by_stage: dict[Stage, list[JobState]] = defaultdict(list)
     for state in states:
@@ -78,7 +78,7 @@ def sample_sizes(store: Path, states: Sequence[JobState]) -> dict[str, Sizes]:
     for begun in by_stage.values():
         per_job = max(1, min(MARKERS_PER_JOB, MARKERS_PER_STAGE // len(begun)))
         for state in _spread(begun, MARKERS_PER_STAGE):
-            artifact = Artifact(store, state.job.output)
+            artifact = find(state.job.output)
             parts = range(artifact.parts) if state.is_done else sorted(artifact.committed())
             found[artifact.key] = read_sizes(artifact, _spread(parts, per_job))
     return found

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.files import naming_full_disks
 from eopd.storage.paths import RunPaths
+from eopd.storage.stacked import StackedStores
 
 if TYPE_CHECKING:
     from eopd.stages.train.job import TrainJob
@@ -40,8 +42,13 @@ class Runner:
     def paths(self) -> RunPaths:
         return RunPaths(Path(self.settings.runs) / self.settings.name)
 
+    @cached_property
+    def stores(self) -> StackedStores:
+        return StackedStores.at(self.settings.store, self.settings.read_only_stores)
+
     def artifact(self, identity: Identity) -> Artifact:
-        return Artifact(self.store, identity)
+        """Where this artifact is, or is to be made."""
+        return self.stores.find(identity)
 
     def is_done(self, job: PlannedJob) -> bool:
         done = self.artifact(job.output).is_complete()

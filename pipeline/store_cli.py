@@ -12,8 +12,7 @@ import typer
 from eopd.pipeline.words import size
 
 if TYPE_CHECKING:
-    from eopd.storage.artifacts import Artifact
-    from eopd.storage.remote import RemoteArtifact
+    from obstore.store import ObjectStore as Bucket
 
 app = typer.Typer(
     help="Look after a store: what it holds, whether it is sound, what nothing needs any more.",
@@ -22,6 +21,7 @@ app = typer.Typer(
 )
 
 Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+Place = Annotated[str, typer.Option("--store", help="Folder of the store, or URL of a bucket such as s3://team/store.")]
 Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/key; its beginning is enough.")]
 
 
@@ -30,11 +30,11 @@ def _say(text: str) -> None:
 
 
 @app.command()
-def ls(store: Store = Path("store")) -> None:
+def ls(store: Place = "store") -> None:
     """Every artifact: parts, size, state."""
     from eopd.storage import listing
 
-    found = listing.ls(store)
+    found = listing.ls(_opened(store))
     for item in found:
         state = item.problem or ("complete" if item.complete else f"{item.committed} of {item.parts} parts")
         state += f", {item.pruned} pruned" if item.pruned else ""
@@ -43,17 +43,17 @@ def ls(store: Store = Path("store")) -> None:
 
 
 @app.command()
-def show(name: Name, store: Store = Path("store")) -> None:
+def show(name: Name, store: Place = "store") -> None:
     """Identity, inputs and parts of one artifact, as JSON."""
     from eopd.storage import listing
 
-    _say(json.dumps(listing.show(listing.find(store, name)), indent=1))
+    _say(json.dumps(listing.show(listing.find(_opened(store), name)), indent=1))
 
 
 @app.command()
 def stats(
     name: Name,
-    store: Store = Path("store"),
+    store: Place = "store",
     parts: Annotated[int | None, typer.Option(help="Look at the first N parts only.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image (.svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -62,7 +62,7 @@ def stats(
     from eopd.storage import listing, statistics
     from eopd.storage.teacher_cache import TeacherCache
 
-    artifact = listing.find(store, name if "/" in name else f"scores/{name}")
+    artifact = listing.find(_opened(store), name if "/" in name else f"scores/{name}")
     chosen = sorted(artifact.committed())[:parts]
     found = statistics.stats(TeacherCache(artifact), chosen)
     _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
@@ -117,6 +117,11 @@ def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
     roots: set[tuple[str, str]] = set()
     for config in sorted(runs.glob("*/config.yaml")):
         settings = load_config(str(config))
+        if store.resolve() in [Path(place).resolve() for place in settings.read_only_stores]:
+            raise ValueError(
+                f"{store} is only read by {config}: what others made in it is not this run's to remove. Collect it "
+                "where its own runs are, or leave out --runs to remove left-overs of killed jobs only"
+            )
         if Path(settings.store).resolve() != store.resolve():
             continue
         for job in plan_run(settings)[1].jobs:
@@ -130,44 +135,43 @@ def copy(
     target: Annotated[
         str, typer.Argument(help="Folder of another store, or a bucket's URL such as s3://bucket/store.")
     ],
-    store: Annotated[str, typer.Option("--store", help="Folder or URL of the store to copy from.")] = "store",
+    store: Place = "store",
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="Also what it was made from: a run can then train from the copy.")
+    ] = False,
 ) -> None:
     """Copy an artifact to another store; run again to continue. Reads and writes folders and buckets."""
+    from eopd.storage import garbage, listing
     from eopd.storage.transfer import copy as copy_artifact
 
-    source = _open_anywhere(store, name)
-    copied = copy_artifact(source, _place(target))  # type: ignore[arg-type]
-    _say(f"{source}: {len(copied)} parts copied to {target}")
+    source = _opened(store)
+    found = listing.find(source, name)
+    wanted = {(found.kind, found.key)}
+    if inputs:
+        wanted = garbage.reachable(source, wanted)
+    for kind, key in sorted(wanted):
+        artifact = listing.open_in(source, kind, key)
+        _say(f"{artifact}: {len(copy_artifact(artifact, _opened(target)))} parts copied to {target}")
 
 
-def _place(place: str) -> object:
-    from eopd.storage.remote import open_bucket
+def _opened(place: str) -> Path | Bucket:
+    from eopd.storage.places import open_place
 
-    return open_bucket(place) if "://" in place else Path(place)
-
-
-def _open_anywhere(store: str, name: str) -> Artifact | RemoteArtifact:
-    from eopd.storage import listing
-    from eopd.storage.remote import RemoteArtifact, open_bucket
-
-    if "://" not in store:
-        return listing.find(Path(store), name)
-    kind, _, key = name.partition("/")
-    return RemoteArtifact(open_bucket(store), kind, key)
+    return open_place(place)
 
 
 @app.command()
 def export(
     name: Name,
     path: Annotated[Path, typer.Argument(help="Parquet file to write.")],
-    store: Store = Path("store"),
+    store: Place = "store",
 ) -> None:
     """Write scores as one Parquet table (ids, log-probs, entropy per token) that other trainers and `datasets` read."""
     from eopd.storage import listing
     from eopd.storage.exchange import export_parquet
     from eopd.storage.teacher_cache import TeacherCache
 
-    tokens = export_parquet(TeacherCache(listing.find(store, name if "/" in name else f"scores/{name}")), path)
+    tokens = export_parquet(TeacherCache(listing.find(_opened(store), name if "/" in name else f"scores/{name}")), path)
     _say(f"{path}: {tokens:,} tokens")
 
 

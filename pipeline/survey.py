@@ -55,11 +55,11 @@ class JobState:
         return self.state in ("complete", "shared")
 
 
-def store_listing(store: Path) -> Listing:
-    """The listing of a real store."""
+def store_listing(find: Callable[[Identity], Artifact]) -> Listing:
+    """The listing of real stores: of the artifact that ``find`` says serves an identity (``Runner.artifact``)."""
 
     def listing(identity: Identity) -> Found:
-        artifact = Artifact(store, identity)
+        artifact = find(identity)
         standing = artifact.standing()
         return Found(standing.committed, standing.pruned, artifact.reasons_aside(standing))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, PrunedPart, WrongArtifact
 from eopd.storage.files import (
     canonical_json,
     create_exclusively,
@@ -331,13 +331,14 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
     """An artifact that exists, from what its folder says it is.
 
     Raises:
-        StoreError: there is none, or its identity does not hash to its key.
+        MissingArtifact: there is none.
+        DamagedPart, WrongArtifact, NewerSchema: its identity does not hash to its key, or is newer than this eopd.
     """
     path = store / kind / key / paths.IDENTITY
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
-        raise StoreError(f"there is no {kind} artifact {key} in {store}") from error
+        raise MissingArtifact(f"there is no {kind} artifact {key} in {store}") from error
     return Artifact(store, parse_identity(text, kind, key, str(path)))
 
 

@@ -15,6 +15,10 @@ class PrunedPart(MissingPart):
     """A part was finished and its data were given up since. The plan makes it again where something needs it."""
 
 
+class MissingArtifact(StoreError):
+    """A store has no such artifact."""
+
+
 class DamagedPart(StoreError):
     """A committed part does not hold what its marker says. `eopd store verify --repair` re-queues it."""
 

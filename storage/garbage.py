@@ -1,8 +1,9 @@
 """What nothing needs any more. For `eopd store gc`: the plan first, the removal only of that plan.
 
 Roots are the artifacts that runs refer to; whatever they were made from is kept with them. Besides artifacts that no
-root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers
-and half-written temporary files.
+root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers,
+half-written temporary files and what was fetched from buckets. Only the store that is named is looked at: those that
+runs read behind it are other people's.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.errors import StoreError
-from eopd.storage.listing import keys
+from eopd.storage.listing import keys, open_in
 from eopd.storage.pruning import left_over
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
 
 GRACE_SECONDS = 3600.0
 
@@ -31,7 +36,7 @@ class Removal:
     reason: str
 
 
-def reachable(store: Path, roots: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+def reachable(store: Path | Bucket, roots: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
     """Roots (kind, key) and, through the input keys of their identities, all they were made from."""
     by_key: dict[str, list[tuple[str, str]]] = {}
     for kind, key in keys(store):
@@ -45,7 +50,7 @@ def reachable(store: Path, roots: Collection[tuple[str, str]]) -> set[tuple[str,
             continue
         kept.add(here)
         try:
-            identity = open_artifact(store, *here).identity
+            identity = open_in(store, *here).identity
         except StoreError:
             continue  # unreadable, and so are its inputs' keys; verify reports it
         for key in identity.inputs.values():
@@ -72,6 +77,10 @@ def plan(
             found += _leftovers(store, kind, key, now - grace)
         elif _last_change(folder) < now - grace:
             found.append(Removal(folder, _size(folder), "no run refers to it"))
+    for kind, key in keys(store / paths.FETCHED):
+        folder = store / paths.FETCHED / kind / key
+        if _last_change(folder) < now - grace:
+            found.append(Removal(folder, _size(folder), "fetched from a bucket; comes again when it is needed"))
     return found
 
 

@@ -1,15 +1,20 @@
-"""What a store holds, from its folders and markers alone. For `eopd store ls` and `show`."""
+"""What a store, a folder or a bucket, holds: from its folders and markers alone. For `eopd store ls` and `show`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import StoreError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+    from eopd.storage.remote import RemoteArtifact
 
 
 @dataclass(frozen=True)
@@ -29,36 +34,55 @@ class Listed:
         return not self.problem and self.committed + self.pruned == self.parts
 
 
-def keys(store: Path) -> Iterator[tuple[str, str]]:
+def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
     """(kind, key) of every folder with an identity, sorted. A coverage's key is <identity>/<coverage>."""
+    if not isinstance(store, Path):
+        from eopd.storage.remote import keys as keys_of_bucket
+
+        yield from keys_of_bucket(store)
+        return
     for kind in paths.KINDS:
         found = [*(store / kind).glob(f"*/{paths.IDENTITY}"), *(store / kind).glob(f"*/*/{paths.IDENTITY}")]
         for path in sorted(found):
             yield kind, path.parent.relative_to(store / kind).as_posix()
 
 
-def ls(store: Path) -> list[Listed]:
+def open_in(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtifact:
+    """Raises MissingArtifact, DamagedPart, WrongArtifact, NewerSchema; of buckets, StoreUnreadable, StoreUnwritable."""
+    if isinstance(store, Path):
+        return open_artifact(store, kind, key)
+    from eopd.storage.remote import RemoteArtifact
+
+    remote = RemoteArtifact(store, kind, key)
+    _ = remote.identity
+    return remote
+
+
+def ls(store: Path | Bucket) -> list[Listed]:
     """Every artifact of a store, the unusable ones among them.
 
     Raises:
-        StoreError: there is no such folder.
+        StoreError: there is no such folder, or the bucket does not answer.
     """
-    if not store.is_dir():
+    if isinstance(store, Path) and not store.is_dir():
         raise StoreError(f"there is no store at {store}")
     return [_listed(store, kind, key) for kind, key in keys(store)]
 
 
-def _listed(store: Path, kind: str, key: str) -> Listed:
+def _listed(store: Path | Bucket, kind: str, key: str) -> Listed:
     try:
-        artifact = open_artifact(store, kind, key)
+        artifact = open_in(store, kind, key)
         done, pruned = artifact.committed(), artifact.pruned()
-        size = sum(artifact.remains(part).bytes for part in done | pruned)
+        if isinstance(artifact, Artifact):
+            size = sum(artifact.remains(part).bytes for part in done | pruned)
+        else:
+            size = artifact.bytes
         return Listed(kind, key, artifact.parts, len(done), size, pruned=len(pruned))
     except StoreError as error:
         return Listed(kind, key, 0, 0, 0, str(error))
 
 
-def find(store: Path, name: str) -> Artifact:
+def find(store: Path | Bucket, name: str) -> Artifact | RemoteArtifact:
     """The one artifact whose key, or <kind>/<key>, starts with ``name``.
 
     Raises:
@@ -71,10 +95,10 @@ def find(store: Path, name: str) -> Artifact:
         some = ", ".join(f"{kind}/{key}" for kind, key in able[:4])
         found = f"{len(able)} artifacts: {some}" if able else "no artifact"
         raise StoreError(f"{name!r} names {found} in {store}. `eopd store ls` lists them.")
-    return open_artifact(store, *able[0])
+    return open_in(store, *able[0])
 
 
-def show(artifact: Artifact) -> dict[str, Any]:
+def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
     """Identity, state and the provenance of each committed part, as plain JSON values."""
     done, gone = sorted(artifact.committed()), sorted(artifact.pruned())
     markers = {part: artifact.remains(part) for part in (*done, *gone)}

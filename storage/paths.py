@@ -8,6 +8,7 @@
 <store>/<kind>/<key>/part-00003.set_aside   a hint that it was committed empty; its marker says whether and why
 <store>/.runs/                              which runs use the store
 <store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
+<store>/.fetched/<kind>/<key>/              parts of a bucket's artifacts that are read as files: a store of its own
 
 <runs>/<name>/config.yaml       resolved settings
 <runs>/<name>/summary.json      one row of figures per round
@@ -28,6 +29,7 @@ from pathlib import Path
 
 IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
+FETCHED = ".fetched"
 RUNS = ".runs"
 KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 

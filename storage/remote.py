@@ -19,7 +19,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Identity, parse_identity
-from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.markers import Marker, parse_marker
 
 if TYPE_CHECKING:
@@ -117,6 +117,16 @@ def folders(bucket: Bucket, folder: str) -> list[str]:
     return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
 
 
+def keys(bucket: Bucket) -> Iterator[tuple[str, str]]:
+    """(kind, key) of every artifact of a bucket, sorted, as ``listing.keys`` of a folder."""
+    for kind in paths.KINDS:
+        for key in folders(bucket, kind):
+            if paths.IDENTITY in names(bucket, f"{kind}/{key}"):
+                yield kind, key
+            elif kind == "scores":
+                yield from ((kind, f"{key}/{coverage}") for coverage in folders(bucket, f"{kind}/{key}"))
+
+
 class RemoteArtifact:
     """One artifact in a bucket, read-only: a ``ScoreSource``."""
 
@@ -135,7 +145,15 @@ class RemoteArtifact:
         try:
             return parse_identity(get(self.bucket, where), self.kind, self.key, where)
         except FileNotFoundError as error:
-            raise StoreError(f"there is no {self.kind} artifact {self.key} in {self.bucket}") from error
+            raise MissingArtifact(f"there is no {self.kind} artifact {self.key} in {self.bucket}") from error
+
+    def exists(self) -> bool:
+        """Raises StoreUnreadable, StoreUnwritable (no permission); DamagedPart, WrongArtifact, NewerSchema."""
+        try:
+            _ = self.identity
+        except MissingArtifact:
+            return False
+        return True
 
     @property
     def parts(self) -> int:
@@ -144,6 +162,31 @@ class RemoteArtifact:
     def committed(self) -> set[int]:
         found = {paths.marker_part(name) for name in names(self.bucket, self.folder)}
         return {part for part in found if part is not None and part < self.parts}
+
+    def hinted(self) -> set[int]:
+        """Parts that were committed empty, perhaps: their markers know."""
+        found = {paths.set_aside_part(name) for name in names(self.bucket, self.folder)}
+        return {part for part in found if part is not None and part < self.parts}
+
+    def pruned(self) -> set[int]:
+        """None: what is in a bucket was copied there whole."""
+        return set()
+
+    def remains(self, part: int) -> Marker:
+        return self.marker(part)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of its parts, from one listing."""
+        import obstore
+
+        with naming_refusals(self.bucket, self.folder):
+            pages = list(obstore.list(self.bucket, prefix=f"{self.folder}/"))
+        depth = self.folder.count("/") + 2  # <folder>/part-00003.<nonce>/<file>
+        return sum(int(entry["size"]) for page in pages for entry in page if entry["path"].count("/") - depth >= 0)
+
+    def missing(self) -> list[int]:
+        return sorted(set(range(self.parts)) - self.committed())
 
     def is_complete(self) -> bool:
         return len(self.committed()) == self.parts
@@ -156,8 +199,7 @@ class RemoteArtifact:
             raise MissingPart(f"{self} part {part} is not committed") from error
         return parse_marker(text, self.kind, self.key, part, where)
 
-    def part_store(self, part: int) -> Store:
-        marker = self.marker(part)
+    def part_store(self, part: int, marker: Marker) -> Store:
         return BucketPart(self.bucket, f"{self.folder}/{paths.data_name(part, marker.nonce)}", marker)
 
 

@@ -25,9 +25,9 @@ class ScoreSource(Protocol):
 
 
 class StoreSource(ScoreSource, Protocol):
-    """A source that is no folder: it opens a part's files by itself."""
+    """A source whose parts are read where they are, and not as files of a folder."""
 
-    def part_store(self, part: int) -> Store: ...
+    def part_store(self, part: int, marker: Marker) -> Store: ...
 
 
 def filled_parts(source: ScoreSource) -> list[int]:
@@ -48,6 +48,7 @@ def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -
 def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
     """The files of a committed part, their presence and sizes checked against its marker, and the marker."""
     marker = source.marker(part)
-    if isinstance(source, Artifact):
-        return FolderStore(source.part_folder(part)), marker
-    return source.part_store(part), marker  # type: ignore[attr-defined]
+    if hasattr(source, "part_store"):
+        return source.part_store(part, marker), marker
+    assert isinstance(source, Artifact), source
+    return FolderStore(source.part_folder(part)), marker

@@ -1,11 +1,17 @@
 """Several stores as one: a private one in front of read-only ones (a team's folder, a bucket).
 
-Reads take the first store that holds what is asked for; writes go to the first store only. Nothing is copied.
+An artifact is read whole from one store, and written to the private one. What has been begun there is finished there;
+else the first store that has all of it serves it, where it lies. Nothing is copied but what has to be files and is
+in a bucket (``storage.fetched``). Scores of another store count only when they are of the rollouts that are read: two
+stores may hold rollouts of one key whose bytes differ (a GPU's do).
+
+A process asks the read-only stores once for each artifact; what is committed to them later is seen by the next.
+Zarr and obstore are imported when a bucket is opened: planning over folders needs neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +19,15 @@ from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.coverage import Coverage, cheapest
 from eopd.storage.errors import MissingPart, StoreError
+from eopd.storage.listing import coverages
 from eopd.storage.needs import Need
-from eopd.storage.remote import RemoteArtifact, folders
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.places import open_place
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
+
+MADE_BY_PART = ("scores", "student_topk")
+"""Kinds whose part i is made from part i of rollouts."""
 
 
 class StackedStores:
@@ -31,16 +40,46 @@ class StackedStores:
             raise ValueError(f"the first of stacked stores is a local folder to write to, got {list(stores)!r}")
         self.private: Path = stores[0]
         self.stores = list(stores)
+        self._elsewhere: dict[tuple[str, str], tuple[int, Artifact] | None] = {}
 
-    def find(self, identity: Identity) -> Artifact | RemoteArtifact:
-        """The first complete artifact of this identity; where none is, the private one, to be made or finished."""
-        for store in self.stores:
-            found = _open(store, identity.kind, identity.key)
-            if found is not None and found.is_complete():
-                return found
-        return Artifact(self.private, identity)
+    @classmethod
+    def at(cls, private: str, read_only: Sequence[str]) -> StackedStores:
+        """By folder and URL.
 
-    def find_scores(self, identity: str, needs: Sequence[Need]) -> Artifact | RemoteArtifact:
+        Raises:
+            StoreError: one of the read-only ones is no folder, or a bucket that cannot be opened.
+        """
+        behind = [open_place(place) for place in read_only]
+        for place, store in zip(read_only, behind, strict=True):
+            if isinstance(store, Path) and not store.is_dir():
+                raise StoreError(f"there is no store at {place}, which is to be read from (read_only_stores)")
+        return cls([Path(private), *behind])
+
+    def find(self, identity: Identity) -> Artifact:
+        """The artifact of this identity to read from, or to make (in the private store)."""
+        own = Artifact(self.private, identity)
+        if len(self.stores) == 1 or own.standing().made:
+            return own
+        found = self._complete(identity.kind, identity.key)
+        if found is None or not self._fits(*found):
+            return own
+        return found[1]
+
+    def coverages(self, identity: str) -> list[Artifact]:
+        """Every complete coverage of the scores with this identity key, those of the first stores first."""
+        found: dict[str, Artifact] = {}
+        for artifact in coverages(self.private, identity):
+            if is_whole(artifact):
+                found[artifact.key] = artifact
+        for store in self.stores[1:]:
+            for name in _coverages(store, identity):
+                key = f"{identity}/{name}"
+                elsewhere = self._complete("scores", key)
+                if key not in found and elsewhere is not None and self._fits(*elsewhere):
+                    found[key] = elsewhere[1]
+        return list(found.values())
+
+    def find_scores(self, identity: str, needs: Sequence[Need]) -> Artifact:
         """The cheapest complete coverage of scores that answers ``needs``, wherever it lies.
 
         Args:
@@ -50,12 +89,9 @@ class StackedStores:
             NeedNotMet: there are complete coverages, but none answers; names what the cheapest lacks.
             MissingPart: no complete coverage of this identity is in any store.
         """
-        found: dict[str, Artifact | RemoteArtifact] = {}
-        for store in self.stores:
-            for name in _coverages(store, identity):
-                artifact = _open(store, "scores", f"{identity}/{name}")
-                if name not in found and artifact is not None and artifact.is_complete():
-                    found[name] = artifact
+        from eopd.storage.teacher_cache import TeacherCache
+
+        found = {artifact.key: artifact for artifact in self.coverages(identity)}
         if not found:
             raise MissingPart(f"no complete scores {identity} in {self.stores}. Run the score stage.")
         held: dict[str, Coverage] = {name: TeacherCache(artifact).coverage for name, artifact in found.items()}
@@ -66,20 +102,52 @@ class StackedStores:
             raise AssertionError(needs)
         return found[best]
 
+    def _complete(self, kind: str, key: str) -> tuple[int, Artifact] | None:
+        """The first read-only store (its number) that has all of it."""
+        if (kind, key) not in self._elsewhere:
+            self._elsewhere[kind, key] = next(self._search(kind, key), None)
+        return self._elsewhere[kind, key]
 
-def _open(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtifact | None:
-    if not isinstance(store, Path):
-        remote = RemoteArtifact(store, kind, key)
-        try:
-            _ = remote.identity
-        except StoreError:
-            return None
-        return remote
-    return open_artifact(store, kind, key) if (store / kind / key / paths.IDENTITY).exists() else None
+    def _search(self, kind: str, key: str) -> Iterator[tuple[int, Artifact]]:
+        for number, store in enumerate(self.stores[1:], 1):
+            found = _open(store, kind, key, self.private / paths.FETCHED)
+            if found is not None and is_whole(found):
+                yield number, found
+
+    def _fits(self, number: int, found: Artifact) -> bool:
+        """Whether it was made from the rollouts that this stack reads."""
+        key = found.identity.inputs.get("rollouts")
+        if found.kind not in MADE_BY_PART or key is None:
+            return True
+        begun = _open(self.private, "rollouts", key, self.private)
+        if begun is None or not begun.standing().made:
+            elsewhere = self._complete("rollouts", key)
+            if elsewhere is None or elsewhere[0] == number:
+                return True
+            begun = elsewhere[1]
+        return all(
+            found.marker(part).inputs.get("rollouts") == begun.marker(part).checksum for part in begun.committed()
+        )
+
+
+def is_whole(artifact: Artifact) -> bool:
+    """Whether every part can be read: complete, and nothing was pruned since."""
+    return len(artifact.committed()) == artifact.parts
+
+
+def _open(store: Path | Bucket, kind: str, key: str, fetched: Path) -> Artifact | None:
+    if isinstance(store, Path):
+        return open_artifact(store, kind, key) if (store / kind / key / paths.IDENTITY).exists() else None
+    from eopd.storage.fetched import FetchedArtifact
+    from eopd.storage.remote import RemoteArtifact
+
+    remote = RemoteArtifact(store, kind, key)
+    return FetchedArtifact(remote, fetched) if remote.exists() else None
 
 
 def _coverages(store: Path | Bucket, identity: str) -> list[str]:
     if not isinstance(store, Path):
+        from eopd.storage.remote import folders
+
         return folders(store, f"scores/{identity}")
-    found = (store / "scores" / identity).glob(f"*/{paths.IDENTITY}")
-    return sorted(path.parent.name for path in found)
+    return [artifact.identity.key.split("/")[1] for artifact in coverages(store, identity)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, WrongArtifact
 from eopd.storage.markers import Marker, file_text, marker_text
 from eopd.storage.remote import RemoteArtifact, get, put, put_if_absent
 
@@ -28,20 +29,23 @@ def copy(source: Artifact | RemoteArtifact, target: Path | Bucket, parts: Iterab
 
     Raises:
         DamagedPart: the source's bytes are not what its marker says; that part is not copied.
+        WrongArtifact: the target has the rollouts that these scores are of, with other bytes.
         StoreFull, StoreUnwritable: the target takes no more.
     """
     wanted = sorted(source.committed() if parts is None else parts)
     if isinstance(target, Path):
-        return _to_folder(source, Artifact(target, source.identity), wanted)
+        return _to_folder(source, target, wanted)
     return _to_bucket(source, target, wanted)
 
 
-def _to_folder(source: Artifact | RemoteArtifact, target: Artifact, wanted: list[int]) -> list[int]:
+def _to_folder(source: Artifact | RemoteArtifact, store: Path, wanted: list[int]) -> list[int]:
+    target = Artifact(store, source.identity)
     copied = []
     for part in wanted:
         if target.is_committed(part):
             continue
         marker = source.marker(part)
+        _refuse_other_rollouts(source, marker, lambda kind, key: open_artifact(store, kind, key))
         with target.write_part(part, inputs=marker.inputs, info=marker.info) as folder:
             for name in marker.files:
                 path = folder / name
@@ -60,10 +64,13 @@ def _to_bucket(source: Artifact | RemoteArtifact, bucket: Bucket, wanted: list[i
         if part in done:
             continue
         marker = source.marker(part)
+        _refuse_other_rollouts(source, marker, partial(RemoteArtifact, bucket))
         fresh = Marker(part, secrets.token_hex(8), marker.files, marker.inputs, marker.info)
         for name in marker.files:
             content = _checked(source, part, marker, name)
             put(bucket, f"{there.folder}/{paths.data_name(part, fresh.nonce)}/{name}", content)
+        if "set_aside" in fresh.info:
+            put_if_absent(bucket, f"{there.folder}/{paths.set_aside_name(part)}", b"")
         text = marker_text(fresh, source.kind, source.key)
         if put_if_absent(bucket, f"{there.folder}/{paths.marker_name(part)}", text.encode()):
             copied.append(part)
@@ -72,6 +79,24 @@ def _to_bucket(source: Artifact | RemoteArtifact, bucket: Bucket, wanted: list[i
         manifest = {**source.identity.to_json(), "key": source.key, "part_checksums": sums, "pruned": False}
         put_if_absent(bucket, f"{there.folder}/{paths.MANIFEST}", file_text(manifest).encode())
     return copied
+
+
+def _refuse_other_rollouts(
+    source: Artifact | RemoteArtifact, marker: Marker, there: Callable[[str, str], Artifact | RemoteArtifact]
+) -> None:
+    """Rollouts of one key may differ in bytes between stores (a GPU's do); scores of the one do not fit the other."""
+    scored, key = marker.inputs.get("rollouts"), source.identity.inputs.get("rollouts")
+    if scored is None or key is None:
+        return
+    try:
+        found = there("rollouts", key).marker(marker.part)
+    except (MissingArtifact, MissingPart):
+        return
+    if found.checksum != scored:
+        raise WrongArtifact(
+            f"{source} part {marker.part} was made from other rollouts than the target's: rollouts/{key} has other "
+            "bytes there. Score the target's own, or copy to another store together with --inputs"
+        )
 
 
 def _checked(source: Artifact | RemoteArtifact, part: int, marker: Marker, name: str) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config
+from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings
 from eopd.stages.settings import Settings
 
 MINIMAL = """
@@ -133,3 +133,18 @@ def test_where_and_how_fast_are_not_keyed(minimal: Path) -> None:
     changed = load_config(str(minimal), ["train.epochs=2"])
     assert one.train.semantic() == other.train.semantic()
     assert one.train.semantic() != changed.train.semantic()
+
+
+def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    found = parse_settings({**raw, "store": ["mine", "/team", "s3://team/x"]}, "test")
+    assert (found.store, found.read_only_stores) == ("mine", ["/team", "s3://team/x"])
+    assert parse_settings(found.model_dump(mode="json"), "resolved") == found
+    assert parse_settings(raw, "test").semantic() == found.semantic()
+    for wrong, words in (
+        ({"store": []}, "empty list"),
+        ({"store": ["a", "b"], "read_only_stores": ["c"]}, "not both"),
+        ({"store": ["s3://x/y", "b"]}, r"store: \[store, s3://x/y\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_settings({**raw, **wrong}, "test")

@@ -16,7 +16,7 @@ from eopd.storage import garbage, listing, paths, statistics
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
-from eopd.storage.errors import DamagedPart, MissingPart, StoreError
+from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet, import_topk, imported_header
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.stacked import StackedStores
@@ -235,6 +235,47 @@ def test_stacked_stores(tmp_path: Path) -> None:
     os.chmod(team, 0o555)
     assert TeacherCache(stack.find_scores(base, [])).read([(0, 0)]).responses == 1
     os.chmod(team, 0o755)
+
+
+def by_part(store: Path, kind: str, content: bytes, rollouts: Artifact | None = None) -> Artifact:
+    """Rollouts of two parts, or what was made from them, with ``content`` in every file."""
+    inputs = {"rollouts": rollouts.key} if rollouts is not None else {}
+    artifact = Artifact(store, Identity(kind, 1, 2, inputs=inputs, coverage={} if kind == "scores" else None))
+    for part in range(2):
+        made_of = {"rollouts": rollouts.marker(part).checksum} if rollouts is not None else {}
+        with artifact.write_part(part, inputs=made_of) as folder:
+            (folder / "data").write_bytes(content)
+    return artifact
+
+
+def test_scores_of_other_rollouts_are_not_served(tmp_path: Path) -> None:
+    """One key, two machines, two sets of bytes: scores of the one do not fit the rollouts of the other."""
+    team, private = tmp_path / "team", tmp_path / "private"
+    rollouts = by_part(team, "rollouts", b"as the team's GPU sampled them")
+    scored = by_part(team, "scores", b"scores", rollouts)
+    stack = StackedStores([private, team])
+    assert stack.find(scored.identity).folder == scored.folder
+    assert stack.find(rollouts.identity).folder == rollouts.folder
+
+    mine = by_part(private, "rollouts", b"as mine did")
+    stack = StackedStores([private, team])
+    assert stack.find(rollouts.identity).folder == mine.folder
+    assert stack.find(scored.identity).folder == private / "scores" / scored.key
+    assert stack.coverages(scored.identity.base_key) == []
+    with pytest.raises(WrongArtifact, match="other bytes there"):
+        copy(scored, private)
+
+    shutil.rmtree(private)
+    assert copy(rollouts, private) == [0, 1]
+    assert StackedStores([private, team]).find(scored.identity).folder == scored.folder
+    assert copy(scored, private) == [0, 1]
+
+
+def test_what_is_begun_privately_is_finished_there(tmp_path: Path) -> None:
+    team, private = tmp_path / "team", tmp_path / "private"
+    rollouts = by_part(team, "rollouts", b"x")
+    copy(rollouts, private, parts=[1])
+    assert StackedStores([private, team]).find(rollouts.identity).missing() == [0]
 
 
 # -- export and import -----------------------------------------------------------------------------------------

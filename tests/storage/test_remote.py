@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +15,7 @@ import pytest
 from eopd.storage import paths
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.fetched import FetchedArtifact
 from eopd.storage.needs import HeadNeed
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import StackedStores
@@ -26,6 +23,7 @@ from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
+from tests import s3
 
 from .making import scores
 from .test_teacher_cache import assert_identical
@@ -38,38 +36,19 @@ if importlib.util.find_spec("moto") is None:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """A local S3 server, in a process of its own: what it imports would get in the way of other tests here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    with s3.server() as found:
+        yield found
 
 
 @pytest.fixture
 def bucket(endpoint: str, request: pytest.FixtureRequest) -> Any:
-    import boto3
-
     name = f"b{abs(hash(request.node.name))}"
-    client = boto3.client(
-        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
-    )
-    client.create_bucket(Bucket=name)
+    s3.client(endpoint).create_bucket(Bucket=name)
     return opened(endpoint, f"s3://{name}/team")
 
 
 def opened(endpoint: str, url: str, **options: Any) -> Any:
-    settings = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "aws_region": "us-east-1"}
+    settings = {**s3.ACCESS, "aws_region": "us-east-1"}
     return open_bucket(
         url,
         config={**settings, "aws_endpoint": endpoint},
@@ -107,8 +86,8 @@ def test_a_team_bucket_behind_a_private_store(tmp_path: Path, bucket: Any) -> No
     copy(artifact, bucket)
     stack = StackedStores([tmp_path / "private", bucket])
     found = stack.find_scores(artifact.identity.base_key, [HeadNeed(4, 0.8)])
-    assert isinstance(found, RemoteArtifact)
-    assert isinstance(stack.find(artifact.identity), RemoteArtifact)
+    assert isinstance(found, FetchedArtifact)
+    assert isinstance(stack.find(artifact.identity), FetchedArtifact)
     assert TeacherCache(found).read([(0, 1)]).responses == 1
 
 

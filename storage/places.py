@@ -1,0 +1,28 @@
+"""Where a store is, as people write it: a folder, or the URL of a bucket or of a folder in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+
+def is_bucket(place: str) -> bool:
+    """Whether ``place`` is the URL of anything but a local folder."""
+    return "://" in place and not place.startswith("file://")
+
+
+def open_place(place: str) -> Path | Bucket:
+    """A folder (its path, or file://path) or a bucket; neither is touched.
+
+    Raises:
+        StoreError: obstore is not installed, or cannot open such a URL.
+    """
+    if is_bucket(place):
+        from eopd.storage.remote import open_bucket  # Zarr: only where there is a bucket
+
+        return open_bucket(place)
+    return Path(unquote(urlsplit(place).path) if place.startswith("file://") else place)

@@ -1,0 +1,87 @@
+"""How close a finished student is to the teacher on held-out problems, on two sets of responses.
+
+``own``: one response of the student to each problem: where its own samples lead it (what reverse KL is about).
+``teacher``: one response of the teacher to each problem, the same for every student: what of the teacher's the student
+has learned to cover (what forward KL is about).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eopd.pipeline.runner import Runner
+from eopd.stages.engines.sampling import SamplingRequest, derive_seed, open_sampling_engine
+from eopd.stages.evaluate.alignment.bins import Alignment, Means
+from eopd.stages.evaluate.alignment.reading import measure_alignment
+from eopd.stages.models.loading import load_model, load_tokenizer
+from eopd.stages.models.packing import Sequence
+from eopd.stages.models.prompts import load_prompts, render_prompt
+from eopd.storage import evaluations
+from eopd.storage.artifacts import Artifact
+
+TAU = 0.8
+EDGES = (0.1, 0.4, 0.8, 1.2)
+FIGURES = ("share", "fkl", "rkl", "agreement", "teacher_entropy", "student_entropy", "student_above")
+
+
+def measure(runner: Runner, evaluation: Artifact) -> dict[str, Any]:
+    """Alignment of the run's last student; nats a token."""
+    assert runner.settings.evaluate is not None
+    student_ref = runner.student(runner.settings.rounds)
+    source = runner.settings.evaluate.prompts_of(runner.settings.evaluate.benchmarks[0])
+    tokenizer, table = load_tokenizer(student_ref), load_prompts(source)
+    rows = table.rows(range(runner.facts.benchmarks[0].count))
+    prompts = {prompt.id: render_prompt(tokenizer, prompt, source) for prompt in rows}
+    teacher, student = load_model(runner.teacher()), load_model(student_ref)
+    found = {}
+    responses = {"own": _own(evaluation), "teacher": _teachers(runner, prompts)}
+    for name, by_id in responses.items():
+        sequences = [Sequence(prompts[number], by_id[number]) for number in prompts]
+        alignment = measure_alignment(
+            teacher, student, sequences, tau=TAU, edges=EDGES, merged=runner.facts.stop_ids, resamples=100
+        )
+        found[name] = _compact(alignment)
+    return found
+
+
+def _own(evaluation: Artifact) -> dict[str, list[int]]:
+    """The first sample of each problem."""
+    found: dict[str, list[int]] = {}
+    for part in range(evaluation.parts - 1):
+        path = evaluation.part_folder(part) / evaluations.SAMPLES
+        for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA).to_pylist():
+            found.setdefault(row["problem_id"], list(row["response_token_ids"]))
+    return found
+
+
+def _teachers(runner: Runner, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A response of the teacher to each problem, by seeds that depend on nothing but the problem."""
+    settings = runner.settings.rollout
+    longest = max(map(len, prompts.values())) + settings.max_new_tokens
+    engine = open_sampling_engine(
+        settings.engine, runner.teacher(), max_model_len=longest, log_dir=Path(), options=settings.engine_options
+    )
+    requests = [SamplingRequest(ids, derive_seed(0, "teacher", name)) for name, ids in prompts.items()]
+    samples = engine.sample(requests, settings.parameters(runner.facts.stop_ids))
+    engine.close()
+    return {name: sample.token_ids.tolist() for name, sample in zip(prompts, samples, strict=True)}
+
+
+def _compact(found: Alignment) -> dict[str, Any]:
+    """Means without intervals: those of the study are over seeds."""
+
+    def means(one: Means) -> dict[str, float | None]:
+        values = {name: getattr(one, name) for name in FIGURES}
+        return {name: None if value is None else float(np.round(value, 5)) for name, value in values.items()}
+
+    return {
+        "tokens": found.all.tokens,
+        "all": means(found.all),
+        "above": means(found.above),
+        "below": means(found.below),
+        "edges": [float(np.round(edge, 4)) for edge in found.edges],
+        "bins": [means(one) for one in found.bins],
+    }

@@ -1,0 +1,170 @@
+"""What the study compares: experiments, their settings, and the one place where a setting becomes a run's config.
+
+Terms: an *iteration* is 128 responses, taken in four optimiser steps of 32 (the EOPD paper's numbers); a *round* is
+what is sampled and scored before training goes on (``refresh`` iterations; 0: everything at once, the whole run
+offline). Every run samples, scores and trains on the same number of responses, once each. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eopd.storage.files import canonical_json, sha256_text
+
+HERE = Path(__file__).parent
+COUNTDOWN = HERE.parent / "countdown"
+
+ITERATION_RESPONSES = 128
+STEP_RESPONSES = 32
+NEW_TOKENS = 32
+SAMPLES = 8
+FULL_HEAD = {"k_max": 16, "min_prob": 0.03, "full_head_above": -1.0}
+"""The main comparison's cache: the sixteen most probable of every token, so that every objective reads the same one."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much every run does. Part of a result's key."""
+
+    iterations: int
+    train_problems: int
+    problems: int  # evaluated, SAMPLES responses each
+    tuning_problems: int
+
+    @property
+    def responses(self) -> int:
+        return self.iterations * ITERATION_RESPONSES
+
+
+FULL = Scale(iterations=256, train_problems=20_000, problems=2_500, tuning_problems=500)
+TUNING = Scale(iterations=64, train_problems=20_000, problems=2_500, tuning_problems=500)
+SMOKE = Scale(iterations=8, train_problems=600, problems=60, tuning_problems=20)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of training the student."""
+
+    name: str
+    objective: Mapping[str, Any]
+    lr: float | str  # a rate, or the tuned objective whose rate this takes
+    refresh: int = 4  # iterations a round; 0: one round
+    head: Mapping[str, Any] = field(default_factory=lambda: dict(FULL_HEAD))
+    says: str = ""  # for tables
+
+    def rounds(self, scale: Scale) -> int:
+        return max(1, scale.iterations // self.refresh) if self.refresh else 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question and the settings that answer it. ``reference`` is what the others are compared with in pairs."""
+
+    name: str
+    question: str
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    scale: Scale = FULL
+    evaluates: str = "evaluate"  # which problems: evaluate | tuning
+    borrows: tuple[str, ...] = ()  # "experiment/setting" whose results belong into this comparison too
+
+    def setting(self, name: str) -> Setting:
+        for setting in self.settings:
+            if setting.name == name:
+                return setting
+        raise KeyError(f"experiment {self.name} has no setting {name!r}: {[s.name for s in self.settings]}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One result to be made."""
+
+    experiment: Experiment
+    setting: Setting
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}/{self.setting.name}-seed{self.seed}"
+
+    @property
+    def scale(self) -> Scale:
+        return self.experiment.scale
+
+    @property
+    def key(self) -> str:
+        """Of everything this file says about the run. A result that carries another key is of other settings."""
+        stated = {"scale": asdict(self.scale), "evaluates": self.experiment.evaluates}
+        return sha256_text(canonical_json({**stated, "config": self.stated()}))[:20]
+
+    def stated(self) -> dict[str, Any]:
+        """The run's config without the paths of this machine."""
+        setting = self.setting
+        return {
+            "seed": self.seed,
+            "rounds": setting.rounds(self.scale),
+            "rollout": {
+                "prompts_per_round": self.scale.responses // setting.rounds(self.scale),
+                "max_new_tokens": NEW_TOKENS,
+            },
+            "score": {"head": dict(setting.head)},
+            "train": {
+                "objective": dict(setting.objective),
+                "batch_responses": STEP_RESPONSES,
+                "optimizer": {
+                    "lr": self.lr,
+                    "schedule": "cosine",
+                    "warmup_steps": 16,
+                    "betas": [0.9, 0.98],
+                },
+            },
+            "evaluate": {"samples": SAMPLES, "temperature": 1.0, "max_new_tokens": NEW_TOKENS},
+        }
+
+    def config(self, problems: Path, folder: Path, store: Path) -> dict[str, Any]:
+        """The whole config: ``problems`` holds the problem files, ``folder`` becomes the parent of the run's folder."""
+        stated = self.stated()
+        # tiny models: one thread, wide batches
+        engine = {"engine": "transformers", "engine_options": {"cpu_threads": 1, "max_batch": 1024}}
+        part = {"rows_per_part": 4096}
+        benchmark = {
+            "name": "countdown",
+            "path": str(problems / f"{self.experiment.evaluates}.jsonl"),
+            "verifier": "countdown",
+        }
+        return {
+            **stated,
+            "name": self.name.replace("/", "."),
+            "store": str(store),
+            "runs": str(folder),
+            "student": {"path": str(COUNTDOWN / "student")},
+            "teacher": {"path": str(COUNTDOWN / "teacher")},
+            "prompts": {
+                "path": str(problems / "train.jsonl"),
+                "columns": {"id": "id", "prompt": "problem", "answer": "answer"},
+                "verifier": "countdown",
+                "template": "plain",
+            },
+            "rollout": {**stated["rollout"], **engine, **part},
+            "score": {**stated["score"], **engine, "row_tokens": 256, "first_batch_check": False},
+            "train": {
+                **stated["train"],
+                "objective": _with_own_file(stated["train"]["objective"]),
+                "row_tokens": 256,
+                "cpu_threads": 1,
+                "checkpoint_every_steps": 1_000_000,
+            },
+            "evaluate": {**stated["evaluate"], **engine, **part, "benchmarks": [benchmark], "template": "plain"},
+            "launcher": {"kind": "inline"},
+        }
+
+
+def _with_own_file(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective of the study's own is stated as ``gates.py:name``, whatever the current folder is."""
+    name = str(objective.get("name", "eopd"))
+    return {**objective, "name": str(HERE / name) if ":" in name else name}

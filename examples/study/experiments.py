@@ -1,0 +1,181 @@
+"""The experiments. ``README.md`` says what was fixed before they were run, and why.
+
+A setting's ``lr`` is a rate, or the name of the tuned objective whose rate it takes (``rates.py``).
+"""
+
+from __future__ import annotations
+
+from examples.study.design import TUNING, Experiment, Setting
+
+
+def _eopd(tau: float, **more: object) -> dict[str, object]:
+    return {"name": "eopd", "tau": tau, "alpha": 1.0, **more}
+
+
+def _own(name: str, **more: object) -> dict[str, object]:
+    return {"name": f"gates.py:{name}", "tau": 0.8, "alpha": 1.0, **more}
+
+
+MAIN = Experiment(
+    name="main",
+    question="Does the entropy gate keep diversity, and does it raise Pass@8?",
+    reference="opd",
+    seeds=tuple(range(5)),
+    settings=(
+        Setting("opd", {"name": "opd"}, "opd", says="sampled reverse KL on every token"),
+        Setting("eopd-0.8", _eopd(0.8), "eopd-0.8", says="OPD + forward KL where H > 0.8"),
+        Setting("mix", _eopd(-1.0), "mix", says="OPD + forward KL on every token"),
+        Setting("fkl", {"name": "fkl", "support": "renormalised"}, "fkl", says="forward KL on every token"),
+        Setting("eopd-0.4", _eopd(0.4), "eopd-0.8", says="OPD + forward KL where H > 0.4"),
+        Setting("eopd-1.2", _eopd(1.2), "eopd-0.8", says="OPD + forward KL where H > 1.2"),
+        Setting("jsd", {"name": "jsd"}, "jsd", says="Jensen-Shannon divergence on every token"),
+        Setting("tropd", {"name": "tropd", "k": 16}, "tropd", says="TrOPD: trust region, forward KL outside"),
+        Setting(
+            "lightning", {"name": "lightning_opd"}, "lightning", refresh=0, says="Lightning OPD: one round, offline"
+        ),
+    ),
+)
+
+
+POLICY_RATES = (1e-4, 2e-4, 4e-4)  # objectives with a policy gradient on the sampled token
+DIVERGENCE_RATES = (5e-4, 1e-3, 2e-3)
+
+
+def _tuned(name: str, objective: dict[str, object], rates: tuple[float, ...], refresh: int = 4) -> tuple[Setting, ...]:
+    return tuple(Setting(f"{name}-lr{rate:g}", objective, rate, refresh) for rate in rates)
+
+
+TUNE = Experiment(
+    name="tuning",
+    question="Which learning rate is each objective given?",
+    reference="opd-lr0.0002",
+    seeds=(100,),
+    scale=TUNING,
+    evaluates="tuning",
+    settings=(
+        *_tuned("opd", {"name": "opd"}, POLICY_RATES),
+        *_tuned("eopd-0.8", _eopd(0.8), POLICY_RATES),
+        *_tuned("mix", _eopd(-1.0), POLICY_RATES),
+        *_tuned("fkl", {"name": "fkl", "support": "renormalised"}, DIVERGENCE_RATES),
+        *_tuned("jsd", {"name": "jsd"}, DIVERGENCE_RATES),
+        *_tuned("tropd", {"name": "tropd", "k": 16}, POLICY_RATES),
+        *_tuned("lightning", {"name": "lightning_opd"}, POLICY_RATES, refresh=0),
+        *_tuned("opd-topk", {"name": "opd", "rkl": "topk"}, DIVERGENCE_RATES),
+    ),
+)
+
+SECOND_SEEDS = (0, 1, 2)
+
+GATE = Experiment(
+    name="gate",
+    question="Is it the entropy that makes the gate, or would any gate do?",
+    reference="main/eopd-0.8",
+    borrows=("main/eopd-0.8", "main/opd", "main/mix"),
+    seeds=SECOND_SEEDS,
+    settings=(
+        Setting("random", _own("random_gate"), "eopd-0.8", says="as many tokens as H > 0.8 has, drawn at random"),
+        Setting(
+            "proxy-4", _own("proxy_gate", options={"proxy_k": 4}), "eopd-0.8", says="entropy of the top 4 alone > 0.8"
+        ),
+    ),
+)
+
+SHORT_HEAD = {"k_max": 4, "min_prob": 0.05, "full_head_above": -1.0}
+
+SUPPORT = Experiment(
+    name="support",
+    question="What may stand for the teacher's tail?",
+    reference="fkl-sampled",
+    borrows=("main/fkl", "main/eopd-0.8"),
+    seeds=SECOND_SEEDS,
+    settings=tuple(
+        Setting(f"{loss}-{support}", {"name": name, "support": support, "k": 4}, rate, head=SHORT_HEAD, says=says)
+        for support, says in (
+            ("sampled", "top 4 and unbiased draws of the rest"),
+            ("bucket", "top 4 and the rest as one outcome"),
+            ("renormalised", "top 4, renormalised (the paper's form)"),
+        )
+        for loss, name, rate in (("fkl", "fkl", "fkl"), ("eopd", "eopd", "eopd-0.8"))
+    ),
+)
+
+REVERSE = Experiment(
+    name="reverse",
+    question="Reverse KL on the sampled token, or summed over the stored head?",
+    reference="main/opd",
+    borrows=("main/opd", "main/eopd-0.8"),
+    seeds=SECOND_SEEDS,
+    settings=(
+        Setting("opd-topk", {"name": "opd", "rkl": "topk"}, "opd-topk", says="reverse KL over the top 16 and a bucket"),
+        Setting("eopd-topk", _eopd(0.8, rkl="topk"), "opd-topk", says="the same with the gated forward KL"),
+    ),
+)
+
+STALENESS = Experiment(
+    name="staleness",
+    question="What does offline staleness cost, and which advantage and ratio bear it?",
+    reference="main/opd",
+    borrows=("main/opd", "main/fkl", "main/eopd-0.8", "reverse/opd-topk"),
+    seeds=SECOND_SEEDS,
+    settings=(
+        *(
+            Setting(
+                f"{advantage}-{ratio}-every{refresh}" if refresh else f"{advantage}-{ratio}-once",
+                {"name": "opd", "advantage": advantage, "ratio": ratio},
+                "opd" if refresh else "lightning",
+                refresh,
+            )
+            for refresh in (1, 4, 16, 0)
+            for advantage in ("old", "current")
+            for ratio in ("ppo", "is", "none")
+            if (advantage, ratio, refresh) not in {("old", "ppo", 4), ("current", "ppo", 0)}  # main/opd, main/lightning
+        ),
+        *(
+            Setting(f"{name}-every{refresh}" if refresh else f"{name}-once", objective, rate, refresh)
+            for refresh in (16, 0)
+            for name, objective, rate in (
+                ("fkl", {"name": "fkl", "support": "renormalised"}, "fkl"),
+                ("eopd-0.8", _eopd(0.8), "eopd-0.8"),
+                ("opd-topk", {"name": "opd", "rkl": "topk"}, "opd-topk"),
+            )
+        ),
+    ),
+)
+
+NEVER_FULL = 99.0  # nats: no entropy is above it
+
+
+def _drawn(weight: float) -> Setting:
+    head = {"k_max": 16, "min_prob": weight, "full_head_above": NEVER_FULL}
+    objective = {"name": "fkl", "support": "sampled"}
+    return Setting(f"draws-{weight:g}", objective, "fkl", head=head, says=f"exact above {weight:g}, draws of it below")
+
+
+def _top(k: int) -> Setting:
+    head = {"k_max": k, "full_head_above": -1.0, "draws": "none"}
+    objective = {"name": "fkl", "support": "bucket", "k": k}
+    return Setting(f"top-{k}", objective, "fkl", head=head, says=f"the {k} most probable and the rest as one outcome")
+
+
+BYTES = Experiment(
+    name="bytes",
+    question="How many stored bytes a token are enough?",
+    reference="top-16",
+    borrows=("main/fkl",),
+    seeds=SECOND_SEEDS,
+    settings=(
+        *(_top(k) for k in (16, 8, 4, 2, 1)),
+        *(_drawn(weight) for weight in (0.01, 0.03, 0.1, 0.3)),
+        Setting(
+            "sampled-50",
+            {"name": "fkl", "support": "sampled", "draws": "full", "n_draws": 50},
+            "fkl",
+            head={"k_max": 1, "draws": "full", "n_draws": 50, "full_head_above": NEVER_FULL},
+            says="50 draws with replacement",
+        ),
+    ),
+)
+
+EXPERIMENTS = {one.name: one for one in (MAIN, GATE, SUPPORT, REVERSE, BYTES, STALENESS, TUNE)}
+DEFAULT = ("main", "gate", "support", "reverse", "bytes", "staleness")
+"""What runs when nothing is named. Tuning comes before any of them, and was done once."""

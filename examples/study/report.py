@@ -1,0 +1,33 @@
+"""docs/study.md from the results: a hand-written text with blocks between markers that are written anew.
+
+    <!-- study:main -->  ...table...  <!-- /study -->
+
+A block's name is an experiment; what stands outside of blocks is kept as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.study import tables
+from examples.study.design import Experiment
+
+BLOCK = re.compile(r"<!-- study:(?P<name>[a-z_]+) -->\n.*?<!-- /study -->", re.DOTALL)
+
+
+def write(experiments: Sequence[Experiment], folder: Path, document: Path) -> None:
+    """Write the blocks of ``experiments`` in ``document``; those that it lacks are put at its end."""
+    text = document.read_text(encoding="utf-8") if document.exists() else "# Study\n"
+    for experiment in experiments:
+        if f"<!-- study:{experiment.name} -->" not in text:
+            text += f"\n## {experiment.question}\n\n<!-- study:{experiment.name} -->\n<!-- /study -->\n"
+    bodies = {experiment.name: tables.block(experiment, folder) for experiment in experiments}
+
+    def fill(found: re.Match[str]) -> str:
+        body = bodies.get(found["name"])
+        return found[0] if body is None else f"<!-- study:{found['name']} -->\n{body}\n<!-- /study -->"
+
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(BLOCK.sub(fill, text), encoding="utf-8")

@@ -1,8 +1,8 @@
 """What the study compares: experiments, their settings, and the one place where a setting becomes a run's config.
 
-Terms: an *iteration* is 128 responses, taken in four optimiser steps of 32 (the EOPD paper's numbers); a *round* is
-what is sampled and scored before training goes on (``refresh`` iterations; 0: everything at once, the whole run
-offline). Every run samples, scores and trains on the same number of responses, once each. Imports no torch.
+Terms: an *iteration* is 128 responses (two to a prompt), taken in four optimiser steps of 32; a *round* is what is
+sampled and scored before training goes on (``refresh`` iterations; 0: everything at once, the whole run offline). Every
+run samples, scores and trains on the same number of responses, once each. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 COUNTDOWN = HERE.parent / "countdown"
 
 ITERATION_RESPONSES = 128
+PROMPT_RESPONSES = 2
 STEP_RESPONSES = 32
 NEW_TOKENS = 32
 SAMPLES = 8
@@ -33,6 +34,10 @@ class Scale:
     train_problems: int
     problems: int  # evaluated, SAMPLES responses each
     tuning_problems: int
+
+    def __post_init__(self) -> None:
+        # a round draws each problem at most once, and the settings that sample once have one round
+        assert self.train_problems * PROMPT_RESPONSES >= self.responses, self
 
     @property
     def responses(self) -> int:
@@ -109,7 +114,8 @@ class Task:
             "seed": self.seed,
             "rounds": setting.rounds(self.scale),
             "rollout": {
-                "prompts_per_round": self.scale.responses // setting.rounds(self.scale),
+                "prompts_per_round": self.scale.responses // setting.rounds(self.scale) // PROMPT_RESPONSES,
+                "samples_per_prompt": PROMPT_RESPONSES,
                 "max_new_tokens": NEW_TOKENS,
             },
             "score": {"head": dict(setting.head)},

@@ -38,7 +38,7 @@ MAIN = Experiment(
 
 
 POLICY_RATES = (1e-4, 2e-4, 4e-4)  # objectives with a policy gradient on the sampled token
-DIVERGENCE_RATES = (5e-4, 1e-3, 2e-3)
+DIVERGENCE_RATES = (2e-4, 5e-4, 1e-3)
 
 
 def _tuned(name: str, objective: dict[str, object], rates: tuple[float, ...], refresh: int = 4) -> tuple[Setting, ...]:

@@ -27,7 +27,7 @@ from eopd.storage.artifacts import Artifact
 from examples.study import alignment, problems, results
 from examples.study.design import HERE, Task
 
-ROUND: tuple[Stage, ...] = ("rollout", "score", "train")
+SAMPLED: tuple[Stage, ...] = ("rollout", "score")
 WINDOWS = 8  # a run's training figures are kept as means over this many equal stretches
 FIGURES = ("loss", "gate_fraction", "student_entropy", "teacher_entropy", "fkl", "rkl", "top1_agreement", "clipped")
 
@@ -39,9 +39,10 @@ def run(task: Task, work: Path, folder: Path) -> Path:
     began, cpu = time.monotonic(), time.process_time()
     first = _first_missing(runner)
     for round_ in range(first, settings.rounds):
-        for stage in ROUND:
+        for stage in SAMPLED:
             runner.run(plan.job(stage, round_))
         _note(runner, round_)
+        runner.run(plan.job("train", round_))
         _sweep(runner, round_)
     evaluation = plan.job("evaluate", settings.rounds)
     runner.run(evaluation)
@@ -77,6 +78,7 @@ def _note(runner: Runner, round_: int) -> None:
     """What a round's artifacts say of its cost, before they are deleted."""
     rollouts, scores = (runner.artifact(runner.plan.job(stage, round_).output) for stage in ("rollout", "score"))
     row = {
+        "round": round_,
         "responses": sum(rollouts.marker(part).info["responses"] for part in range(rollouts.parts)),
         "tokens": sum(rollouts.marker(part).info["tokens"] for part in range(rollouts.parts)),
         "score_bytes": sum(scores.marker(part).bytes for part in range(scores.parts)),
@@ -151,7 +153,8 @@ def _cost(runner: Runner) -> dict[str, Any]:
     for line in runner.paths.jobs.read_text(encoding="utf-8").splitlines():
         job = json.loads(line)
         seconds[job["stage"]] = seconds.get(job["stage"], 0.0) + job["seconds"]
-    rows = [json.loads(line) for line in (runner.paths.folder / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (runner.paths.folder / "rounds.jsonl").read_text().splitlines()]
+    rows = {line["round"]: line for line in lines}.values()  # a resumed round has two
     totals = {name: sum(row[name] for row in rows) for name in ("responses", "tokens", "score_bytes")}
     return {
         **totals,

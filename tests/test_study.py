@@ -1,0 +1,115 @@
+"""The study's mechanics: a real run at toy size, killed and resumed; its record; order, intervals, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.study import compare, experiments, rates, report, results
+from examples.study import run as study_run
+from examples.study.__main__ import in_order
+from examples.study.design import SMOKE, Experiment, Task
+
+TOY = dataclasses.replace(SMOKE, train_problems=600, problems=12, tuning_problems=4)
+ALL = tuple(experiments.EXPERIMENTS.values())
+
+
+def toy(name: str, **changes: object) -> Experiment:
+    return dataclasses.replace(experiments.EXPERIMENTS[name], scale=TOY, **changes)  # type: ignore[arg-type]
+
+
+def test_no_two_settings_are_the_same_run(tmp_path: Path) -> None:
+    tasks = in_order(ALL, tmp_path, seeds=[0])
+    assert len({task.key for task in tasks}) == len(tasks) == len({task.name for task in tasks})
+
+
+def test_a_seed_is_finished_before_the_next_begins(tmp_path: Path) -> None:
+    tasks = in_order([experiments.MAIN], tmp_path)
+    assert [task.seed for task in tasks] == sorted(task.seed for task in tasks)
+    assert len(tasks) == 9 * 5
+
+
+def test_every_borrowed_setting_exists() -> None:
+    for one in ALL:
+        for name in one.borrows:
+            lender, setting = name.split("/")
+            experiments.EXPERIMENTS[lender].setting(setting)
+        names = [*one.borrows, *(setting.name for setting in one.settings)]
+        assert one.reference in names, one.name
+
+
+def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = toy("gate")
+    (task,) = rates.tasks_of(experiment, experiment.setting("random"), {"eopd-0.8": 2e-4}, (100,))
+    sweep = study_run._sweep
+
+    def killed(runner: object, round_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_run, "_sweep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study_run.run(task, tmp_path, tmp_path / "results")
+    monkeypatch.setattr(study_run, "_sweep", sweep)
+    path = study_run.run(task, tmp_path, tmp_path / "results")
+    content = json.loads(path.read_text())
+    assert content["cost"]["resumed_at_round"] == 1
+    assert content["cost"]["responses"] == TOY.responses
+    result = results.read(task, tmp_path / "results")
+    assert result is not None
+    assert result.correct.shape == result.distinct.shape == (TOY.problems,)
+    assert (result.distinct <= result.correct).all()
+    assert result.correct.mean() / 8 == pytest.approx(content["metrics"]["avg_at_k"])
+    assert 0 < content["alignment"]["own"]["all"]["fkl"] < 2
+    gates = content["training"]["gate_fraction"]
+    assert 0.05 < sum(gates) / len(gates) < 0.35  # as many as the entropy gate has
+    left = {path.parent.name for path in tmp_path.glob("store-seed100/*/*/part-00000.json")}
+    assert len(left) == 1, "the rollouts of round 0 stay for the other settings, nothing else does"
+    other = dataclasses.replace(task, lr=3e-4)
+    assert results.read(other, tmp_path / "results") is None, "a result of another rate is no result of this task"
+
+
+def made_up(task: Task, folder: Path, shift: int) -> None:
+    rng = np.random.default_rng(task.seed)
+    correct = np.minimum(8, rng.integers(0, 5, size=40) + shift)
+    metrics = {"self_bleu": 0.5, "token_entropy": 0.3}
+    content = {"correct": results.encode(correct), "distinct": results.encode(correct // 2), "metrics": metrics}
+    cost = {"bytes_per_token": 30.0, "seconds": 60.0}
+    results.write(task, {**content, "seed": task.seed, "inputs": {"problems": "p"}, "cost": cost}, folder)
+
+
+def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: Path) -> None:
+    for task in in_order([toy("main")], tmp_path, seeds=[0, 1, 2], settings=["opd", "mix"]):
+        made_up(task, tmp_path, shift=task.setting.name == "mix")
+    document = tmp_path / "study.md"
+    document.write_text("# Mine\n\n<!-- study:main -->\nold\n<!-- /study -->\nWritten by hand.\n")
+    report.write([toy("main"), toy("gate")], tmp_path, document)
+    text = document.read_text()
+    assert "old" not in text
+    assert "Written by hand." in text
+    assert "| mix | 3 | **+0.1250 [+0.1250, +0.1250]**" in text  # every problem has one right answer more
+    assert "main/opd" in text, "the gate's comparison borrows from the main one"
+    report.write([toy("main"), toy("gate")], tmp_path, document)
+    assert document.read_text() == text
+
+
+def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    assert compare.t_quantile(0.975, 4) == pytest.approx(2.7764, abs=1e-3)
+    assert compare.t_quantile(0.975, 2) == pytest.approx(4.3027, abs=1e-3)
+    rng = np.random.default_rng(0)
+    found = [compare.over_seeds(rng.normal(1.0, 0.3, size=5)) for _ in range(800)]
+    assert np.mean([one.low <= 1.0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.025)
+    assert math.isnan(compare.over_seeds(np.ones(1)).low)
+
+
+def test_the_crossed_bootstrap_knows_the_variance_of_problems() -> None:
+    """Equal seeds, differing problems: the t interval over seeds is a point, the crossed one is not."""
+    a = np.tile(np.random.default_rng(1).normal(0.1, 1.0, size=400), (5, 1))
+    b = np.zeros_like(a)
+    assert compare.paired(a, b).low == pytest.approx(compare.paired(a, b).high)
+    crossed = compare.crossed(a, b)
+    assert (crossed.high - crossed.low) / 2 == pytest.approx(1.96 * a[0].std() / 20, rel=0.1)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
         "alignment": alignment.measure(runner, evaluation),
         "training": _training(runner),
         "cost": _cost(runner),
-        "made": {"commit": _commit(), "on": datetime.now(UTC).date().isoformat(), "versions": _versions()},
+        "made": {"commit": commit(), "on": datetime.now(UTC).date().isoformat(), "versions": _versions()},
     }
 
 
@@ -168,8 +169,12 @@ def _versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
-def _commit() -> str:
-    """The commit of the code that ran; `+` where tracked files outside the results differ from it."""
+@cache
+def commit() -> str:
+    """The commit of the code that runs, `+` where tracked files outside of results and docs differ from it.
+
+    Found once a process, when it starts: what is committed later is not what runs.
+    """
     root = HERE.parent.parent
     if not (root / ".git").exists():
         return "unknown"

@@ -16,7 +16,10 @@ from examples.study.design import Task
 def _start() -> None:
     import torch
 
+    from examples.study.run import commit
+
     torch.set_num_threads(1)
+    commit()
 
 
 def _do(task: Task, work: Path, folder: Path) -> float:

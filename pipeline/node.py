@@ -35,10 +35,10 @@ class Node:
         return bool(self._running)
 
     def missing(self) -> list[int]:
-        done = self.output.committed()
+        missing = set(self.output.missing())
         if self._makes_side and self._side is not None:
-            done &= self._side.committed()
-        return [part for part in range(self.output.parts) if part not in done]
+            missing |= set(self._side.missing())
+        return sorted(missing)
 
     def batches(self) -> list[Batch]:
         """What may be tried now or later: parts that failed before, apart, then all others whose inputs are there."""

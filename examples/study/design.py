@@ -22,6 +22,7 @@ PROMPT_RESPONSES = 2
 STEP_RESPONSES = 32
 NEW_TOKENS = 32
 SAMPLES = 8
+ROW_TOKENS = 64  # of a packed row: two sequences; longer rows cost attention
 FULL_HEAD = {"k_max": 16, "min_prob": 0.03, "full_head_above": -1.0}
 """The main comparison's cache: the sixteen most probable of every token, so that every objective reads the same one."""
 
@@ -157,11 +158,11 @@ class Task:
                 "template": "plain",
             },
             "rollout": {**stated["rollout"], **engine, **part},
-            "score": {**stated["score"], **engine, "row_tokens": 256, "first_batch_check": False},
+            "score": {**stated["score"], **engine, "row_tokens": ROW_TOKENS, "first_batch_check": False},
             "train": {
                 **stated["train"],
                 "objective": _with_own_file(stated["train"]["objective"]),
-                "row_tokens": 256,
+                "row_tokens": ROW_TOKENS,
                 "cpu_threads": 1,
                 "checkpoint_every_steps": 1_000_000,
             },

@@ -29,6 +29,14 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 
+Runs = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="Folders of runs (runs/quickstart), YAML files or names of configs."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Folder for the page (default: of one run its own; else RUNS/compared)."),
+]
 Round = Annotated[int, typer.Option("--round", "-r", min=0, help="Round to work on, counted from 0.")]
 EvaluatedRound = Annotated[
     int, typer.Option("--round", "-r", min=0, help="Which student: 0 is the first, R the one trained in round R - 1.")
@@ -75,13 +83,18 @@ def align(config: Config, round_: EvaluatedRound = 0, parts: Parts = None, set_:
 
 
 @app.command()
-def report(config: Config, set_: Set = None) -> None:
-    """Write the HTML report of a run, from whatever is complete."""
-    from eopd.pipeline.reporting import write_report
+def report(runs: Runs, out: Out = None, set_: Set = None) -> None:
+    """Write the HTML report of a run, or one page that compares several, from whatever is complete."""
+    from eopd.pipeline.progress import make_display
+    from eopd.pipeline.reporting import write_comparison, write_report
 
-    runner = _open(config, set_)
-    page = write_report(runner)
-    runner.progress.line(f"report: {page}")
+    display = make_display()
+    runners = [_open(name, set_, display) for name in dict.fromkeys(runs)]
+    if len(runners) == 1 and out is None:
+        page = write_report(runners[0])
+    else:
+        page = write_comparison(runners, out or Path(runners[0].settings.runs) / "compared")
+    runners[0].progress.line(f"report: {page}")
 
 
 @app.command()

@@ -101,7 +101,7 @@ class RunSettings(Settings):
 
 
 def find_config(name: str) -> Path:
-    """A path, or the name of a config that comes with the package.
+    """A path, the folder of a run, or the name of a config that comes with the package.
 
     Raises:
         ConfigError: neither; lists what is there.
@@ -109,6 +109,8 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    if (path / "config.yaml").is_file():  # what a run was resolved to
+        return path / "config.yaml"
     packaged = CONFIG_FOLDER / f"{name}.yaml"
     if packaged.is_file():
         return packaged

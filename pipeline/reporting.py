@@ -1,45 +1,116 @@
-"""The report of a run, from whatever of its plan is complete: the page and ``summary.json``."""
+"""The report of one run or of several, from whatever of their plans is complete: the page, and ``summary.json``."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.pipeline.runner import Runner
 from eopd.storage.artifacts import Artifact, Identity
-from eopd.storage.files import replace_atomically
+from eopd.storage.files import canonical_json, replace_atomically, sha256_text
+from eopd.storage.fingerprints import LENGTH
 
 if TYPE_CHECKING:
+    from eopd.stages.report.data import RunData
     from eopd.stages.report.gather import RoundArtifacts
+
+SECONDS_AN_ANSWER = 5.0
+GRADERS = 2
 
 
 def write_report(runner: Runner) -> Path:
-    """Write ``summary.json`` and the HTML page; returns the page."""
+    """Write a run's ``summary.json`` and its HTML page; returns the page."""
     from eopd.stages.report.data import ReportData
-    from eopd.stages.report.gather import RunArtifacts, gather, summary_rows
+    from eopd.stages.report.gather import summary_rows
     from eopd.stages.report.job import ReportJob
     from eopd.stages.report.run import run
 
     settings = runner.settings
-    objective = settings.train.objective
-    data = gather(
-        RunArtifacts(
-            name=settings.name,
-            settings=settings.model_dump(mode="json"),
-            rounds=_rounds(runner),
-            tokenizer=str(runner.facts.student.tokenizer_folder),
-            tau=objective.tau if "tau" in objective.used else None,
-            metrics=runner.paths.metrics,
-            jobs=runner.paths.jobs,
-        )
-    )
+    (data,) = _gather([runner])
     k = settings.evaluate.samples if settings.evaluate else 0
     summary = {"run": settings.name, "seed": settings.seed, "rounds": summary_rows(data, k)}
     replace_atomically(runner.paths.summary, json.dumps(summary, indent=1) + "\n")
-    report = ReportData(settings.name, time.strftime("%d %B %Y, %H:%M"), [data])
+    report = ReportData(settings.name, _now(), [data])
     return run(ReportJob(runner.paths.report, report, runner.paths.logs))
+
+
+def write_comparison(runners: Sequence[Runner], folder: Path) -> Path:
+    """Write one page over several runs to ``folder``; runs that differ in nothing but their seed are one line of it.
+
+    The first run is what the others are compared with. Returns the page.
+    """
+    from eopd.stages.report.data import ReportData
+    from eopd.stages.report.job import ReportJob
+    from eopd.stages.report.run import run
+    from eopd.stages.report.seeds import grouped
+
+    runs = grouped(_gather(runners))
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} settings compared"
+    return run(ReportJob(folder, ReportData(title, _now(), runs), folder))
+
+
+def _gather(runners: Sequence[Runner]) -> list[RunData]:
+    from eopd.stages.report.expenses import seconds_by_key
+    from eopd.stages.report.gather import RunArtifacts, gather
+
+    logs = [seconds_by_key(runner.paths.jobs) for runner in runners]
+    readers = Counter(key for runner in runners for key in {job.output.key for job in runner.plan.jobs})
+    found = []
+    for number, runner in enumerate(runners):
+        settings, objective = runner.settings, runner.settings.train.objective
+        others = [log for other, log in enumerate(logs) if other != number]
+        found.append(
+            gather(
+                RunArtifacts(
+                    name=settings.name,
+                    settings=settings.model_dump(mode="json"),
+                    rounds=_rounds(runner),
+                    tokenizer=str(runner.facts.student.tokenizer_folder),
+                    tau=objective.tau if "tau" in objective.used else None,
+                    metrics=runner.paths.metrics,
+                    jobs=runner.paths.jobs,
+                    seed=settings.seed,
+                    kin=_kin(runner),
+                    judge=_judge,
+                    elsewhere={key: seconds for log in others for key, seconds in log.items()},
+                    also_read={key for key, count in readers.items() if count > 1},
+                )
+            )
+        )
+    return found
+
+
+def _kin(runner: Runner) -> str:
+    """Equal for runs that ask for the same of the same inputs, with whatever seed."""
+    semantic = runner.settings.semantic()
+    del semantic["seed"]
+    facts = runner.facts
+    inputs = [facts.student.fingerprint, facts.teacher.fingerprint, facts.prompts_fingerprint]
+    inputs += [benchmark.fingerprint for benchmark in facts.benchmarks]
+    return sha256_text(canonical_json({"settings": semantic, "inputs": inputs}))[:LENGTH]
+
+
+def _judge(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """Verdicts on shown rollouts; None where there is no such verifier, or it cannot read the answers."""
+    from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
+
+    if verifier not in NAMES or not pairs:
+        return [None] * len(pairs)
+    judge = open_verifier(verifier, seconds=SECONDS_AN_ANSWER, workers=GRADERS)
+    try:
+        return [verdict.correct for verdict in judge.verify_many(pairs)]
+    except ValueError:  # a reference answer that this verifier cannot read: training needs none
+        return [None] * len(pairs)
+    finally:
+        judge.close()
+
+
+def _now() -> str:
+    return time.strftime("%d %B %Y, %H:%M")
 
 
 def _rounds(runner: Runner) -> list[RoundArtifacts]:
@@ -59,6 +130,7 @@ def _rounds(runner: Runner) -> list[RoundArtifacts]:
             complete("rollout", round_),
             complete("score", round_),
             complete("train", round_),
+            complete("align", round_),
         )
         for round_ in range(runner.settings.rounds + 1)
     ]

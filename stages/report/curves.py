@@ -40,6 +40,23 @@ ROUND_PANELS = (
     Panel("truncation", "Truncation rate", "truncation_rate", "percent", "responses cut off at the length limit"),
     Panel("tokens", "Student tokens", "tokens", "count", "response tokens trained on in the round"),
 )
+HELD_OUT_PANELS = (
+    Panel(
+        "uncertain-fkl", "Forward KL on uncertain tokens", "uncertain_fkl", note="teacher entropy past the threshold"
+    ),
+    Panel("held-out-fkl", "Forward KL on all tokens", "held_out_fkl", note="teacher to student, nats per token"),
+    Panel("held-out-rkl", "Reverse KL on all tokens", "held_out_rkl", note="student to teacher, nats per token"),
+    Panel("agreement", "Top-1 agreement", "agreement", "percent", "the most probable token is the same"),
+    Panel(
+        "above-threshold",
+        "Uncertain tokens",
+        "student_above",
+        "percent",
+        "entropy past the threshold · student solid, teacher dashed",
+        dashed="teacher_above",
+    ),
+    Panel("held-out-entropy", "Entropy", "held_out_entropy", note=_ENTROPY_NOTE, dashed="held_out_teacher_entropy"),
+)
 STEP_PANELS = (
     Panel("step-loss", "Loss", "loss"),
     Panel("step-rkl", "Reverse KL", "rkl", note="nats per token"),
@@ -97,6 +114,11 @@ def by_round(runs: Sequence[RunData]) -> tuple[list[Figure], list[str]]:
     return _panels(runs, ROUND_PANELS, _round_lines)
 
 
+def held_out(runs: Sequence[RunData]) -> list[Figure]:
+    """Figures of teacher against student on the evaluation's samples, by round."""
+    return _panels(runs, HELD_OUT_PANELS, _round_lines)[0]
+
+
 def by_step(runs: Sequence[RunData]) -> tuple[list[Figure], list[str]]:
     """Figures by optimiser step, and the titles of those nothing was measured for."""
     names = sorted({name for run in runs for row in run.training for name in row.further})
@@ -144,7 +166,12 @@ def _panels(runs: Sequence[RunData], panels: Sequence[Panel], lines: Lines) -> t
 def _round_lines(run: RunData, index: int, panel: Panel, count: int) -> tuple[list[Line], list[tuple[float, str]]]:
     lines = []
     for attribute in filter(None, (panel.solid, panel.dashed)):
-        points = thin([Point(item.round, getattr(item, attribute)) for item in run.rounds])
+        points = thin(
+            [
+                Point(item.round, getattr(item, attribute), *item.intervals.get(attribute, (None, None)))
+                for item in run.rounds
+            ]
+        )
         lines.append(_line(run, index, attribute, panel, points, count))
     return lines, []
 

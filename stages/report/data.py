@@ -56,7 +56,12 @@ class BinnedMean:
 
 @dataclass(frozen=True, config=_CONFIG)
 class RoundData:
-    """One round's figures. Round 0 is the first student, before any training."""
+    """One round's figures. Round 0 is the first student, before any training.
+
+    From ``held_out_entropy`` on: of teacher and student on the evaluation's samples, exact over the full vocabulary;
+    ``uncertain_fkl`` is of tokens whose teacher entropy exceeds the threshold, ``student_above`` and ``teacher_above``
+    are the shares of tokens with more entropy than that. ``intervals``: of any of the single figures, by its name.
+    """
 
     round: int
     avg_at_k: dict[int, float] = field(default_factory=dict)
@@ -72,6 +77,15 @@ class RoundData:
     truncation_rate: float | None = None
     response_length: float | None = None
     distinct_correct: float | None = None
+    held_out_entropy: float | None = None
+    held_out_teacher_entropy: float | None = None
+    held_out_fkl: float | None = None
+    held_out_rkl: float | None = None
+    uncertain_fkl: float | None = None
+    agreement: float | None = None
+    student_above: float | None = None
+    teacher_above: float | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -136,12 +150,34 @@ class CostRow:
     tokens: int | None = None
     bytes: int | None = None
     shared: bool = False
+    key: str = ""
+
+
+@dataclass(frozen=True, config=_CONFIG)
+class ProblemScores:
+    """The last evaluation, problem by problem, so that runs can be compared in pairs.
+
+    ``correct[s][i]`` of the ``samples`` samples of problem ``names[i]`` are right with ``seeds[s]``; ``weights[i]``:
+    of the problem in the mean (benchmarks count the same, whatever their size).
+    """
+
+    names: list[str]
+    weights: list[float]
+    samples: int
+    seeds: list[int]
+    correct: list[list[int]]
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) != len(self.correct) or any(len(row) != len(self.names) for row in self.correct):
+            raise ValueError("correct must hold a row for each seed and in it a count for each name")
 
 
 @dataclass(frozen=True, config=_CONFIG)
 class RunData:
-    """One run. ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as
-    "95 % bootstrap over problems"; the gains are last minus first round, paired where they can be.
+    """One run, or several that differ in nothing but their seeds.
+
+    ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as "95 % bootstrap over problems";
+    the gains are last minus first round, paired where they can be. Runs of equal ``kin`` differ in ``seed`` at most.
     """
 
     name: str
@@ -158,6 +194,9 @@ class RunData:
     interval: str = ""
     avg_gain: Estimate | None = None
     pass_gain: Estimate | None = None
+    scores: ProblemScores | None = None
+    seed: int | None = None
+    kin: str = ""
     notes: list[str] = field(default_factory=list)
 
 

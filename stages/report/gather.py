@@ -8,32 +8,26 @@ its own; the others are means over the last epoch of that training.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from eopd.stages.report.data import (
-    CostRow,
-    Estimate,
-    Histogram,
-    RolloutView,
-    RoundData,
-    RunData,
-    StepRow,
-)
+from eopd.stages.intervals import intervals, resampled_means
+from eopd.stages.report import aligned
+from eopd.stages.report.data import Estimate, Histogram, ProblemScores, RoundData, RunData, StepRow
+from eopd.stages.report.expenses import Job, costs, seconds_by_key
+from eopd.stages.report.views import Judge, nobody, rollout_views
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
-from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
-ROLLOUTS_SHOWN = 12
-BOOTSTRAP = 2000
 FIGURES = ("student_entropy", "teacher_entropy", "gate_fraction", "rkl", "fkl")
 
 
@@ -46,6 +40,7 @@ class RoundArtifacts:
     rollouts: Artifact | None = None
     scores: Artifact | None = None
     checkpoint: Artifact | None = None
+    alignment: Artifact | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,11 @@ class RunArtifacts:
     tau: float | None
     metrics: Path  # the run's metrics.jsonl, with timings
     jobs: Path  # the run's jobs.jsonl
+    seed: int | None = None
+    kin: str = ""  # equal for runs that differ in nothing but their seed
+    judge: Judge = nobody
+    elsewhere: Mapping[str, float] = field(default_factory=dict)  # seconds by artifact key, of other runs on the page
+    also_read: Collection[str] = ()  # keys of artifacts that other runs on the page read too
 
 
 def gather(run: RunArtifacts) -> RunData:
@@ -66,6 +66,8 @@ def gather(run: RunArtifacts) -> RunData:
     trained = [found for found in run.rounds if found.checkpoint]
     scored = [found for found in run.rounds if found.rollouts and found.scores]
     avg, passed = _gains(run.rounds)
+    measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
+    evaluated = [found.evaluation for found in run.rounds if found.evaluation]
     return RunData(
         name=run.name,
         settings=run.settings,
@@ -73,12 +75,22 @@ def gather(run: RunArtifacts) -> RunData:
         training=_training(run, trained),
         entropy_histogram_teacher=_teacher_histogram(scored[-1].scores) if scored else None,
         entropy_histogram_student=_student_histogram(trained[-1].checkpoint) if trained else None,
-        rollouts=[view for found in _first_and_last(scored) for view in _views(found, run.tokenizer)],
-        cost=_costs(run),
+        fkl_by_entropy_bin=aligned.binned(measured[-1], "fkl") if measured else None,
+        further_by_entropy_bin=aligned.further(measured[-1]) if measured else {},
+        rollouts=[
+            view
+            for found in _first_and_last(scored)
+            if found.rollouts and found.scores
+            for view in rollout_views(found.rollouts, found.scores, found.round, run.tokenizer, run.judge)
+        ],
+        cost=costs(_jobs(run), seconds_by_key(run.jobs), run.elsewhere, run.also_read),
         threshold=run.tau,
         interval="95 % bootstrap over problems",
         avg_gain=avg,
         pass_gain=passed,
+        scores=_scores(evaluated[-1], run.seed) if evaluated else None,
+        seed=run.seed,
+        kin=run.kin,
     )
 
 
@@ -103,6 +115,10 @@ def _results(evaluation: Artifact) -> dict[str, Any]:
 
 def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundArtifacts]) -> RoundData:
     figures = _figures_of(number, rounds)
+    for found in rounds:
+        if found.round == number and found.alignment is not None:
+            values, figures["intervals"] = aligned.round_figures(aligned.read_alignment(found.alignment))
+            figures.update(values)
     if results is None:
         return RoundData(round=number, **figures)
     mean, benchmarks = results["mean"], list(results["benchmarks"].values())
@@ -116,7 +132,13 @@ def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundAr
         truncation_rate=_mean(found["truncation_rate"] for found in benchmarks),
         response_length=_mean(found["response_tokens"]["mean"] for found in benchmarks),
         distinct_correct=mean["distinct_correct"],
-        **figures,
+        **{
+            **figures,
+            "intervals": {
+                **figures.get("intervals", {}),
+                "distinct_correct": tuple(mean["distinct_correct_interval"]),
+            },
+        },
     )
 
 
@@ -173,15 +195,26 @@ def _gains(rounds: Sequence[RoundArtifacts]) -> tuple[Estimate | None, Estimate 
     pairs = np.asarray([[first[key], last[key]] for key in keys], np.float64)  # [problems, 2, (correct, samples)]
     share = pairs[:, :, 0] / pairs[:, :, 1]
     solved = pairs[:, :, 0] > 0
-    weights = np.asarray([1.0 / sum(key[0] == other[0] for other in keys) for key in keys])
+    sizes = Counter(benchmark for benchmark, _ in keys)
+    weights = np.asarray([1.0 / sizes[benchmark] for benchmark, _ in keys])
     return _paired(share[:, 1] - share[:, 0], weights), _paired(solved[:, 1] * 1.0 - solved[:, 0], weights)
 
 
 def _paired(difference: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> Estimate:
-    draws = np.random.default_rng(0).integers(0, len(difference), (BOOTSTRAP, len(difference)))
-    means = (difference * weights)[draws].sum(axis=1) / weights[draws].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(np.average(difference, weights=weights)), float(low), float(high))
+    (found,) = intervals(resampled_means(difference[:, None], weights=weights.tolist()))
+    return Estimate(float(np.average(difference, weights=weights)), found.low, found.high)
+
+
+def _scores(evaluation: Artifact, seed: int | None) -> ProblemScores:
+    problems = _problems(evaluation)
+    sizes = Counter(name for name, _ in problems)
+    return ProblemScores(
+        names=["/".join(name) for name in problems],
+        weights=[1.0 / sizes[name] for name, _ in problems],
+        samples=max(samples for _, samples in problems.values()),
+        seeds=[seed or 0],
+        correct=[[correct for correct, _ in problems.values()]],
+    )
 
 
 def _problems(evaluation: Artifact) -> dict[tuple[str, str], tuple[int, int]]:
@@ -212,54 +245,16 @@ def _first_and_last(found: Sequence[RoundArtifacts]) -> list[RoundArtifacts]:
     return list(found) if len(found) < 2 else [found[0], found[-1]]
 
 
-def _views(found: RoundArtifacts, tokenizer_folder: str) -> list[RolloutView]:
-    """The first rollouts of a round, token by token."""
-    from transformers import AutoTokenizer
-
-    assert found.rollouts is not None
-    assert found.scores is not None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    part = next(iter(filled_parts(found.scores)), None)
-    if part is None:
-        return []
-    rows = read_rollouts(found.rollouts.part_folder(part)).slice(0, ROLLOUTS_SHOWN).to_pylist()
-    teacher = TeacherCache(found.scores)
-    views = []
-    for number, row in enumerate(rows):
-        scored = teacher.read([(part, number)])
-        ids = row["response_token_ids"][: scored.tokens]
-        views.append(
-            RolloutView(
-                prompt=str(tokenizer.decode(row["prompt_token_ids"])),
-                tokens=[str(tokenizer.decode([token])) for token in ids],
-                entropy=scored.entropy.tolist(),
-                logprobs=list(row["logprobs"][: scored.tokens]) if row["logprobs"] else [],
-                round=found.round,
-                verdict=row["finish_reason"],
-            )
-        )
-    return views
-
-
-def _costs(run: RunArtifacts) -> list[CostRow]:
-    """Seconds of the jobs this run did; a job it found complete was shared, or done by an earlier start of it."""
-    seconds: dict[tuple[str, int], float] = {}
-    if run.jobs.exists():
-        for line in run.jobs.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            key = (row["stage"], row["round"])
-            seconds[key] = seconds.get(key, 0.0) + row["seconds"]
-    rows = []
+def _jobs(run: RunArtifacts) -> list[Job]:
+    rows: list[Job] = []
     for found in run.rounds:
+        read = sum(row["tokens"] for row in _steps(found.checkpoint)) if found.checkpoint else None
         stages = (
-            ("evaluate", found.evaluation),
-            ("rollout", found.rollouts),
-            ("score", found.scores),
-            ("train", found.checkpoint),
+            ("evaluate", found.evaluation, None),
+            ("align", found.alignment, None),
+            ("rollout", found.rollouts, None),
+            ("score", found.scores, None),
+            ("train", found.checkpoint, read),
         )
-        for stage, artifact in stages:
-            if artifact is not None:
-                took = seconds.get((stage, found.round))
-                size = sum(artifact.marker(part).bytes for part in range(artifact.parts))
-                rows.append(CostRow(stage, found.round, took, bytes=size, shared=took is None))
+        rows += [(stage, found.round, artifact, tokens) for stage, artifact, tokens in stages if artifact is not None]
     return rows

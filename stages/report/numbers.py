@@ -15,7 +15,7 @@ from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, 
 
 HEAD = ("run", "section", "round", "x", "name", "value", "low", "high")
 Row = tuple[object, ...]
-_NOT_FIGURES = {"round", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval"}
+_NOT_FIGURES = {"round", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals"}
 
 
 def to_csv(data: ReportData) -> str:
@@ -68,7 +68,8 @@ def _figures(section: str, item: RoundData | StepRow, x: object) -> Iterator[Row
     for entry in fields(item):
         value = getattr(item, entry.name)
         if entry.name not in _NOT_FIGURES and value is not None:
-            yield (section, item.round, x, entry.name, value, "", "")
+            known = item.intervals.get(entry.name) if isinstance(item, RoundData) else None
+            yield (section, item.round, x, entry.name, value, *(known or ("", "")))
 
 
 def _cell(text: str) -> str:

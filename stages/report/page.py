@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from eopd.stages.report import curves, distributions, headline, palette, plots, tables, words
+from eopd.stages.report import comparison, curves, distributions, headline, palette, plots, tables, words
 from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.figure import Figure, Rows, rows
 from eopd.stages.report.rollout_html import gallery
@@ -29,6 +29,7 @@ class Section:
     """A group of figures. ``missing``: titles of those that no run has numbers for; ``more``: figures folded away."""
 
     ident: str
+    short: str  # in the navigation
     title: str
     intro: str
     figures: tuple[Figure, ...]
@@ -49,6 +50,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
     return [
         Section(
             "quality",
+            "Answers",
             "Right answers",
             "Avg@k is the share of right samples, Pass@k the share of problems that k samples solve. "
             + _intervals(runs),
@@ -57,6 +59,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
         ),
         Section(
             "rounds",
+            "Rounds",
             "Round by round",
             "Each round samples from the student that the round before trained. Round 0 is the first student.",
             tuple(rounds),
@@ -64,6 +67,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
         ),
         Section(
             "training",
+            "Training",
             "Inside training",
             "Every optimiser step. Long curves are means over a few steps, with their range behind; "
             "dotted lines mark the start of a round.",
@@ -72,7 +76,16 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             tuple(figure for figure in steps if curves.is_further(figure)),
         ),
         Section(
+            "held-out",
+            "Teacher",
+            "Against the teacher",
+            "Teacher and student on the evaluation's samples, exact over the full vocabulary.",
+            tuple(curves.held_out(runs)),
+            () if curves.held_out(runs) else ("alignment on held-out samples (set evaluate.alignment)",),
+        ),
+        Section(
             "spread",
+            "Uncertainty",
             "Where the teacher is uncertain",
             "Most tokens are certain; the method is about the few at which several continuations are right.",
             (*histograms, *binned),
@@ -114,6 +127,7 @@ def render(data: ReportData) -> str:
         sentences=headline.sentence(summaries),
         summaries=summaries,
         beside=headline.beside(summaries),
+        differences=comparison.table(data.runs),
         dumbbells=headline.dumbbells(summaries),
         marker=_marker,
         several=len(data.runs) > 1,

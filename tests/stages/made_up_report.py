@@ -10,6 +10,7 @@ from eopd.stages.report.data import (
     CostRow,
     Estimate,
     Histogram,
+    ProblemScores,
     ReportData,
     RolloutView,
     RoundData,
@@ -43,6 +44,15 @@ def made_up_rounds(seed: int, rounds: int = 6, gain: float = 0.24, start: float 
                 truncation_rate=0.04 * math.exp(-number / 2),
                 response_length=25.4 + rng.uniform(-1, 1),
                 distinct_correct=1.28 + 0.6 * reach,
+                held_out_entropy=0.5 - 0.15 * reach,
+                held_out_teacher_entropy=0.33,
+                held_out_fkl=0.55 * math.exp(-number / 4) + 0.08,
+                held_out_rkl=0.4 * math.exp(-number / 3) + 0.05,
+                uncertain_fkl=0.9 * math.exp(-number / 5) + 0.2,
+                agreement=0.7 + 0.15 * reach,
+                student_above=0.2 - 0.03 * reach,
+                teacher_above=0.16,
+                intervals={"uncertain_fkl": (0.9 * math.exp(-number / 5) + 0.15, 0.9 * math.exp(-number / 5) + 0.25)},
             )
         )
     return found
@@ -108,6 +118,17 @@ def made_up_cost(rounds: int = 5, shared: bool = False) -> list[CostRow]:
     return rows
 
 
+def made_up_scores(seed: int, gain: float, problems: int = 200, seeds: int = 1) -> ProblemScores:
+    """Hard and easy problems that every run shares, so that pairing pays."""
+    ease = [random.Random(number).betavariate(0.5, 0.8) for number in range(problems)]
+    correct = []
+    for one in range(seeds):
+        rng = random.Random(f"{seed} {one}")
+        correct.append([sum(rng.random() < min(p + gain / 4, 1.0) for _ in range(8)) for p in ease])
+    names = [f"made up/{number}" for number in range(problems)]
+    return ProblemScores(names, [1.0 / problems] * problems, 8, list(range(seeds)), correct)
+
+
 def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, shared: bool = False) -> RunData:
     rounds = made_up_rounds(seed, gain=gain)
     gained = rounds[-1].avg_at_k[8] - rounds[0].avg_at_k[8]
@@ -123,9 +144,14 @@ def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, sha
         entropy_histogram_teacher=made_up_histogram(seed, 0.45),
         entropy_histogram_student=made_up_histogram(seed + 50, 0.6),
         fkl_by_entropy_bin=BinnedMean(EDGES[::3], [0.02 + 0.15 * edge**1.5 for edge in EDGES[::3][:-2]] + [None]),
+        further_by_entropy_bin={
+            "Top-1 agreement": BinnedMean(EDGES[::3], [0.97 - 0.2 * edge for edge in EDGES[::3][:-1]])
+        },
         rollouts=[made_up_rollout(seed * 100 + index, 30 + 7 * (index % 5)) for index in range(12)],
         cost=made_up_cost(shared=shared),
         threshold=0.8,
+        scores=made_up_scores(seed, gain),
+        seed=seed,
         interval="95 % bootstrap over problems",
         avg_gain=Estimate(gained, gained - 0.025, gained + 0.025) if seed == 1 else None,
     )

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.page import render
+from eopd.stages.report.palette import contrast
+from eopd.stages.report.seeds import grouped
 from tests.stages.headless_browser import Browser, browser, chromium
-from tests.stages.made_up_report import made_up_report
+from tests.stages.made_up_report import made_up_report, made_up_run, made_up_scores
 from tests.stages.test_report_page import evil_report
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium on this machine (Debian: apt install chromium)")
 
+
+def seeds() -> ReportData:
+    """Three settings of three seeds each: lines with t intervals, differences in pairs."""
+    runs = [
+        replace(made_up_run(f"{name}-s{seed}", 1 + seed, gain), kin=name, seed=seed, scores=made_up_scores(seed, gain))
+        for name, gain in (("opd", 0.15), ("eopd", 0.24), ("fkl", 0.2))
+        for seed in range(3)
+    ]
+    return ReportData("Made up, seeds", "never", grouped(runs))
+
+
 PAGES = {
     "one": lambda: made_up_report(1),
+    "seeds": seeds,
     "seven": lambda: made_up_report(7),
     "evil": evil_report,
     "empty": lambda: ReportData("Made up, nothing measured", "never", [RunData("bare")]),
@@ -45,6 +60,31 @@ def test_nothing_is_complained_of_requested_or_cut_off(tab: Browser, tmp_path: P
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.complaints() == []
     assert set(tab.requested()) <= {page.as_uri(), "data:,"}
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_several_runs_can_be_read_on_any_screen_in_any_light(
+    tab: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    """Wide tables scroll inside themselves; differences stand under the gains; every link of the navigation leads
+    somewhere; text keeps its contrast."""
+    tab.open(written("seeds", tmp_path), width, dark=dark)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    rows = tab.evaluate("[...document.querySelectorAll('.sub + .beside tbody tr')].map((row) => row.textContent)")
+    assert len(rows) == 4
+    assert all("Avg@8" in row or "Pass@8" in row for row in rows)
+    assert tab.evaluate("document.querySelectorAll('.key button').length") == 3
+    assert tab.evaluate("[...document.querySelectorAll('nav a')].every((a) => document.querySelector(a.hash))")
+    assert tab.evaluate("document.querySelectorAll('#held-out figure').length") == 6
+    pair = "[getComputedStyle(document.querySelector('.sub')).color, getComputedStyle(document.body).backgroundColor]"
+    ink, ground = tab.evaluate(pair)
+    assert contrast(as_hex(ink), as_hex(ground)) > 7
+
+
+def as_hex(colour: str) -> str:
+    """rgb(1, 2, 3) as #010203."""
+    return "#" + "".join(f"{int(part):02x}" for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
 
 
 def test_text_in_figures_is_large_enough_on_a_phone(tab: Browser, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_structure_is_whole_and_accessible(runs: int) -> None:
     assert drawn == len(figures(made_up_report(runs))) == len(document.all("figure"))
     assert drawn >= 20
     assert len([attrs for attrs in document.all("details") if attrs.get("class") == "numbers"]) >= drawn
-    assert "1 further figures" in document.text
+    assert "1 further figure" in document.text
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:

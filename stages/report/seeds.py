@@ -1,0 +1,188 @@
+"""Runs that differ in nothing but their seed, as one: means over the seeds with Student's t intervals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from eopd.stages.intervals import t_interval
+from eopd.stages.report.data import (
+    BinnedMean,
+    CostRow,
+    Estimate,
+    Histogram,
+    Interval,
+    ProblemScores,
+    RoundData,
+    RunData,
+    StepRow,
+)
+
+_OF_ROUNDS = [
+    item.name
+    for item in fields(RoundData)
+    if item.name not in ("round", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
+]
+_OF_STEPS = [item.name for item in fields(StepRow) if item.name not in ("round", "step", "further")]
+_WHOLE = ("tokens",)  # counts
+
+
+def grouped(runs: Sequence[RunData]) -> list[RunData]:
+    """Each set of runs of equal ``kin`` and different seeds as one run, in the order of their first members."""
+    groups: list[list[RunData]] = []
+    for run in runs:
+        home = next((group for group in groups if run.kin and _belongs(run, group)), None)
+        if home is None:
+            groups.append([run])
+        else:
+            home.append(run)
+    return [group[0] if len(group) == 1 else merged(group) for group in groups]
+
+
+def _belongs(run: RunData, group: Sequence[RunData]) -> bool:
+    return group[0].kin == run.kin and run.seed not in [member.seed for member in group]
+
+
+def merged(runs: Sequence[RunData]) -> RunData:
+    """At least two runs as one. A figure that some of them lack is the mean of those that have it."""
+    first = runs[0]
+    seeds = ", ".join(str(run.seed) for run in runs)
+    numbers = sorted({item.round for run in runs for item in run.rounds})
+    return RunData(
+        name=_name([run.name for run in runs]),
+        settings={**first.settings, "name": ", ".join(run.name for run in runs), "seed": seeds},
+        rounds=[_round([item for run in runs for item in run.rounds if item.round == number]) for number in numbers],
+        training=_training(runs),
+        entropy_histogram_teacher=_histogram([run.entropy_histogram_teacher for run in runs]),
+        entropy_histogram_student=_histogram([run.entropy_histogram_student for run in runs]),
+        fkl_by_entropy_bin=_binned([run.fkl_by_entropy_bin for run in runs]),
+        further_by_entropy_bin={
+            name: mean
+            for name in first.further_by_entropy_bin
+            if (mean := _binned([run.further_by_entropy_bin.get(name) for run in runs])) is not None
+        },
+        rollouts=first.rollouts,
+        cost=_costs(runs),
+        threshold=first.threshold,
+        interval=f"95 % Student t over {len(runs)} seeds",
+        avg_gain=_gain([run.avg_gain for run in runs]),
+        pass_gain=_gain([run.pass_gain for run in runs]),
+        scores=_scores([run.scores for run in runs]),
+        kin=first.kin,
+        notes=[f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.", *first.notes],
+    )
+
+
+def _name(names: Sequence[str]) -> str:
+    """What the names share before a number at their end, such as eopd of eopd-s0 and eopd-s1; else the first."""
+    stems = {re.sub(r"([-_. ]+(s|seed)?[-_. ]*)?\d+$", "", name) for name in names}
+    (stem,) = stems if len(stems) == 1 else (names[0],)
+    return f"{stem or names[0]} ({len(names)} seeds)"
+
+
+def _mean(values: Iterable[float | None]) -> tuple[float | None, Interval | None]:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, None
+    found = t_interval(known)
+    return float(np.mean(known)), None if found is None else (found.low, found.high)
+
+
+def _round(items: Sequence[RoundData]) -> RoundData:
+    made: dict[str, Any] = {"round": items[0].round, "intervals": {}}
+    for name in _OF_ROUNDS:
+        value, interval = _mean(getattr(item, name) for item in items)
+        made[name] = round(value) if value is not None and name in _WHOLE else value
+        if interval is not None:
+            made["intervals"][name] = interval
+    for which in ("avg", "pass"):
+        values, bounds = {}, {}
+        for k in sorted({k for item in items for k in getattr(item, f"{which}_at_k")}):
+            value, interval = _mean(getattr(item, f"{which}_at_k").get(k) for item in items)
+            values[k] = value
+            if interval is not None:
+                bounds[k] = interval
+        made[f"{which}_at_k"], made[f"{which}_interval"] = values, bounds
+    return RoundData(**made)
+
+
+def _training(runs: Sequence[RunData]) -> list[StepRow]:
+    steps: dict[tuple[int, int], list[StepRow]] = {}
+    for run in runs:
+        for row in run.training:
+            steps.setdefault((row.round, row.step), []).append(row)
+    found = []
+    for (round_, step), rows in sorted(steps.items()):
+        names = sorted({name for row in rows for name in row.further})
+        further = {name: _mean(row.further.get(name) for row in rows)[0] for name in names}
+        means = {name: _mean(getattr(row, name) for row in rows)[0] for name in _OF_STEPS}
+        known = {name: value for name, value in further.items() if value is not None}
+        found.append(StepRow(round_, step, **means, further=known))
+    return found
+
+
+def _histogram(found: Sequence[Histogram | None]) -> Histogram | None:
+    """Counts added up; a seed with rarer, larger entropies has a last bin that the others do not."""
+    known = [histogram for histogram in found if histogram is not None]
+    if not known:
+        return None
+    edges = max((histogram.edges for histogram in known), key=len)
+    if any(histogram.edges != edges[: len(histogram.edges)] for histogram in known):
+        return None
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for histogram in known:
+        counts[: len(histogram.counts)] += histogram.counts
+    return Histogram(edges, counts.tolist())
+
+
+def _binned(found: Sequence[BinnedMean | None]) -> BinnedMean | None:
+    """Means over all seeds' tokens."""
+    known = [binned for binned in found if binned is not None]
+    if not known or any(binned.edges != known[0].edges for binned in known):
+        return None
+    counts = np.asarray([binned.counts or [1] * len(binned.means) for binned in known], np.float64)
+    present = np.asarray([[mean is not None for mean in binned.means] for binned in known])
+    values = np.asarray([[mean or 0.0 for mean in binned.means] for binned in known])
+    weights = counts * present
+    total = weights.sum(axis=0)
+    means = [
+        float(value / weight) if weight else None
+        for value, weight in zip((values * weights).sum(axis=0), total, strict=True)
+    ]
+    return BinnedMean(known[0].edges, means, [int(count) for count in total])
+
+
+def _gain(found: Sequence[Estimate | None]) -> Estimate | None:
+    """None unless every seed has one: it would not be the difference of the means that stand beside it."""
+    if any(gain is None for gain in found):
+        return None
+    value, interval = _mean(gain.value for gain in found if gain is not None)
+    return None if value is None else Estimate(value, *(interval or (None, None)))
+
+
+def _scores(found: Sequence[ProblemScores | None]) -> ProblemScores | None:
+    known = [scores for scores in found if scores is not None]
+    if len(known) < len(found) or any(
+        (scores.names, scores.samples) != (known[0].names, known[0].samples) for scores in known
+    ):
+        return None
+    return ProblemScores(
+        known[0].names,
+        known[0].weights,
+        known[0].samples,
+        [seed for scores in known for seed in scores.seeds],
+        [row for scores in known for row in scores.correct],
+    )
+
+
+def _costs(runs: Sequence[RunData]) -> list[CostRow]:
+    """What all seeds took together; what several of them read counts once."""
+    rows: dict[str, CostRow] = {}
+    for number, run in enumerate(runs):
+        for place, row in enumerate(run.cost):
+            rows.setdefault(row.key or f"{number} {place}", row)
+    return sorted(rows.values(), key=lambda row: row.round if row.round is not None else -1)

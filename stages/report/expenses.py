@@ -36,7 +36,7 @@ def costs(
     rows = []
     for stage, round_, artifact, tokens in jobs:
         took = own.get(artifact.key)
-        markers = [artifact.marker(part) for part in range(artifact.parts)]
+        markers = [artifact.remains(part) for part in range(artifact.parts)]
         counted = [int(marker.info["tokens"]) for marker in markers if "tokens" in marker.info]
         rows.append(
             CostRow(

@@ -12,7 +12,7 @@ from eopd.storage.stacked import StackedStores
 
 
 def plan_run(settings: RunSettings, facts: Facts | None = None) -> tuple[Facts, Plan]:
-    """Facts (gathered, unless given) and plan. A wider coverage in one of the stores serves scores that are asked for."""
+    """Facts (gathered, unless given) and plan. A wider coverage that one of the stores has serves scores."""
     stores = StackedStores.at(settings.store, settings.read_only_stores)
     facts = facts or gather_facts(settings)
     return facts, make_plan(settings, facts, lambda identity: serving_coverage(stores, identity))

@@ -14,6 +14,9 @@ from eopd.pipeline.words import size
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
+    from eopd.storage.listing import Listed
+    from eopd.storage.teacher_cache import TeacherCache
+
 app = typer.Typer(
     help="Look after a store: what it holds, whether it is sound, what nothing needs any more.",
     no_args_is_help=True,
@@ -30,16 +33,32 @@ def _say(text: str) -> None:
 
 
 @app.command()
-def ls(store: Place = "store") -> None:
+def ls(
+    store: Place = "store",
+    name: Annotated[str, typer.Argument(metavar="[BEGINNING]", help="Only these, such as scores or rollouts/08.")] = "",
+) -> None:
     """Every artifact: parts, size, state."""
     from eopd.storage import listing
 
-    found = listing.ls(_opened(store))
+    found = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
     for item in found:
-        state = item.problem or ("complete" if item.complete else f"{item.committed} of {item.parts} parts")
-        state += f", {item.pruned} pruned" if item.pruned else ""
-        _say(f"{item.kind + '/' + item.key:<56} {item.parts:>6} parts {size(item.bytes):>10}  {state}")
+        _say(f"{item.kind + '/' + item.key:<56} {_parts(item):>13} {size(item.bytes):>10}  {_state(item)}")
     _say(f"{len(found)} artifacts, {size(sum(item.bytes for item in found))}")
+
+
+def _parts(item: Listed) -> str:
+    if item.kind == "progress":  # as many as the training takes, which is not known beforehand
+        return ""
+    return f"{item.parts} part{'' if item.parts == 1 else 's'}"
+
+
+def _state(item: Listed) -> str:
+    if item.problem:
+        return item.problem
+    if item.kind == "progress":
+        return "states of a training that has not ended"
+    state = "complete" if item.complete else f"{item.committed} of {item.parts} parts"
+    return f"{state}, {item.pruned} pruned" if item.pruned else state
 
 
 @app.command()
@@ -59,32 +78,46 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """What scores hold: bytes by field, entropy, mass kept by k, tokens gated by tau. Choose k and tau from this."""
-    from eopd.storage import listing, statistics
+    from eopd.storage import statistics
+
+    cache = _scores(store, name)
+    found = statistics.stats(cache, sorted(cache.artifact.committed())[:parts])
+    _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
+    if plot is not None:
+        statistics.plot(found, _writable(plot))
+
+
+def _scores(store: str, name: str) -> TeacherCache:
+    """The scores that ``name`` says: a key, or scores/key."""
+    from eopd.storage import listing
     from eopd.storage.teacher_cache import TeacherCache
 
     artifact = listing.find(_opened(store), name if "/" in name else f"scores/{name}")
-    chosen = sorted(artifact.committed())[:parts]
-    found = statistics.stats(TeacherCache(artifact), chosen)
-    _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
-    if plot is not None:
-        statistics.plot(found, plot)
+    if artifact.kind != "scores":
+        raise ValueError(f"{artifact} are no scores: name one of `eopd store ls scores`")
+    return TeacherCache(artifact)
+
+
+def _writable(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    return path
 
 
 @app.command()
 def verify(
-    store: Store = Path("store"),
+    store: Place = "store",
     repair: Annotated[
         bool, typer.Option(help="Set damaged parts aside, so that the next run makes them again.")
     ] = False,
 ) -> None:
     """Check every byte against what was committed; exit code 1 and the names of what is damaged."""
-    from eopd.storage import listing, verification
+    from eopd.storage import verification
 
-    if not store.is_dir():
-        listing.ls(store)  # says that there is none
-    damages = verification.verify(store, repair=repair)
+    damages = verification.verify(_folder(store), repair=repair)
     for damage in damages:
-        _say(f"{damage.kind}/{damage.key} {'' if damage.part is None else f'part {damage.part} '}- {damage.problem}")
+        name = f"{damage.kind}/{damage.key}"
+        _say(damage.problem if damage.problem.startswith(name) else f"{name}: {damage.problem}")
     _say(f"{len(damages)} damaged" + (", set aside: run the same commands again" if damages and repair else ""))
     if damages and not repair:
         raise typer.Exit(1)
@@ -92,14 +125,15 @@ def verify(
 
 @app.command()
 def gc(
-    store: Store = Path("store"),
+    store: Place = "store",
     runs: Annotated[Path | None, typer.Option(help="Keep only what the runs in this folder refer to.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
 ) -> None:
     """Remove left-overs of killed jobs and, with --runs, artifacts that none of its runs refers to. Dry run first."""
     from eopd.storage import garbage
 
-    removals = garbage.plan(store, None if runs is None else _roots(runs, store))
+    folder = _folder(store)
+    removals = garbage.plan(folder, None if runs is None else _roots(runs, folder))
     for removal in removals:
         _say(f"{size(removal.bytes):>10}  {removal.path}  ({removal.reason})")
     total = sum(removal.bytes for removal in removals)
@@ -133,11 +167,12 @@ def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
 def copy(
     name: Name,
     target: Annotated[
-        str, typer.Argument(help="Folder of another store, or a bucket's URL such as s3://bucket/store.")
+        str,
+        typer.Argument(metavar="TARGET", help="Folder of another store, or a bucket's URL such as s3://bucket/store."),
     ],
     store: Place = "store",
     inputs: Annotated[
-        bool, typer.Option("--inputs", help="Also what it was made from: a run can then train from the copy.")
+        bool, typer.Option("--inputs", help="Also all that it was made from: a run can then go on from the copy.")
     ] = False,
 ) -> None:
     """Copy an artifact to another store; run again to continue. Reads and writes folders and buckets."""
@@ -160,24 +195,33 @@ def _opened(place: str) -> Path | Bucket:
     return open_place(place)
 
 
+def _folder(place: str) -> Path:
+    """A store that is a folder, for what needs one."""
+    found = _opened(place)
+    if not isinstance(found, Path):
+        raise ValueError(
+            f"this works on folders, and {place} is a bucket. `eopd store copy` checks what it copies from one"
+        )
+    if not found.is_dir():
+        raise ValueError(f"there is no store at {place}")
+    return found
+
+
 @app.command()
 def export(
     name: Name,
-    path: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file to write.")],
     store: Place = "store",
 ) -> None:
     """Write scores as one Parquet table (ids, log-probs, entropy per token) that other trainers and `datasets` read."""
-    from eopd.storage import listing
     from eopd.storage.exchange import export_parquet
-    from eopd.storage.teacher_cache import TeacherCache
 
-    tokens = export_parquet(TeacherCache(listing.find(_opened(store), name if "/" in name else f"scores/{name}")), path)
-    _say(f"{path}: {tokens:,} tokens")
+    _say(f"{path}: {export_parquet(_scores(store, name), _writable(path)):,} tokens")
 
 
 @app.command("import")
 def import_(
-    path: Annotated[Path, typer.Argument(help="Parquet file of uncompressed top-k lists.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file of uncompressed top-k lists.")],
     store: Store = Path("store"),
     teacher: Annotated[str, typer.Option(help="Name of the teacher that made it.")] = ...,  # type: ignore[assignment]
     tokenizer: Annotated[str, typer.Option(help="Name of its tokenizer.")] = ...,  # type: ignore[assignment]

@@ -6,6 +6,8 @@ top-k ids and log-probs a position, as DistillKit-style captures have them once 
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eopd.storage.files import naming_full_disks
 from eopd.storage.ragged import offsets_of
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import PartHeader, TeacherCache
@@ -37,13 +40,24 @@ EXPORT_SCHEMA = pa.schema(
 
 
 def export_parquet(cache: TeacherCache, path: Path, parts: Iterable[int] | None = None) -> int:
-    """Write the responses of ``parts`` (all committed ones) to one Parquet file; returns how many tokens."""
+    """Write the responses of ``parts`` (all committed ones) to one Parquet file; returns how many tokens.
+
+    The file appears whole or not at all.
+
+    Raises:
+        StoreFull, StoreUnwritable: it cannot be written; MissingPart, DamagedPart: or not be read.
+    """
     tokens = 0
-    with pq.ParquetWriter(path, EXPORT_SCHEMA, compression="zstd") as writer:
-        for part in filled_parts(cache.artifact) if parts is None else parts:
-            rows = cache.read_part(part)
-            writer.write_table(_table(rows, part))
-            tokens += rows.tokens
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with naming_full_disks(path), pq.ParquetWriter(beside, EXPORT_SCHEMA, compression="zstd") as writer:
+            for part in filled_parts(cache.artifact) if parts is None else parts:
+                rows = cache.read_part(part)
+                writer.write_table(_table(rows, part))
+                tokens += rows.tokens
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     return tokens
 
 

@@ -53,8 +53,9 @@ def reachable(store: Path | Bucket, roots: Collection[tuple[str, str]]) -> set[t
             identity = open_in(store, *here).identity
         except StoreError:
             continue  # unreadable, and so are its inputs' keys; verify reports it
-        for key in identity.inputs.values():
-            waiting += by_key.get(key, [])
+        side = str((identity.coverage or {}).get("extra"))  # the student's own top-k, beside the rollouts
+        for made_of in (*identity.inputs.values(), side):
+            waiting += by_key.get(made_of, [])
     return kept
 
 

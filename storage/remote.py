@@ -59,7 +59,12 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
     except (FileNotFoundError, exceptions.NotFoundError):
         raise
     except exceptions.BaseError as error:
-        raise StoreUnreadable(f"{bucket}, {path}: {error}") from error
+        # the rest of the message is obstore's own state, for its developers
+        said = str(error).splitlines()[0]
+        raise StoreUnreadable(
+            f"{bucket} does not answer for {path}: {said}. Check the URL, the network, and the credentials and "
+            "endpoint in the environment (s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT)"
+        ) from error
 
 
 def get(bucket: Bucket, path: str) -> bytes:

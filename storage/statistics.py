@@ -55,10 +55,12 @@ class CacheStats:
             f"teacher entropy, nats (mean {self.entropy_mean:.3f}, median {self.entropy_median:.3f})",
         ]
         most = max(self.entropy_counts, default=1) or 1
-        for low, high, count in zip(ENTROPY_EDGES[:-1], ENTROPY_EDGES[1:], self.entropy_counts, strict=True):
+        last = max((i for i, count in enumerate(self.entropy_counts) if count), default=0)
+        bins = list(zip(ENTROPY_EDGES[:-1], ENTROPY_EDGES[1:], self.entropy_counts, strict=True))
+        for low, high, count in bins[: last + 1]:
             share = count / max(self.tokens, 1)
             lines.append(f"  {low:5.2f} - {high:5.2f} {share:7.2%} {'#' * round(width * count / most)}")
-        lines += ["", "k    mass kept    where entropy > 0.8"]
+        lines += ["", "k    mass kept    where entropy > 0.8   (of what is stored: at least)"]
         for k, mass in self.retained_mass.items():
             lines.append(f"  {k:<4} {mass:.4f}      {self.retained_mass_gated[k]:.4f}")
         lines += ["", "tau  tokens gated"]

@@ -101,8 +101,10 @@ def _manifest(artifact: Artifact) -> Iterator[Damage]:
                 problem = f"{path} is not what the markers add up to"
         except MissingPart as error:
             problem = f"{path} lists a part whose marker is gone: {error}"
-        except (StoreError, ValueError) as error:
+        except StoreError as error:
             problem = f"{path}: {error}"
+        except ValueError:  # not UTF-8, or not JSON
+            problem = f"{path} is not JSON: cut or edited"
     elif artifact.is_complete():
         problem = f"{path} is gone"
     if problem:

@@ -1,0 +1,108 @@
+"""`eopd store` as a person meets it: what it prints, and that its errors say what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from eopd.pipeline.store_cli import app
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.listing import keys
+from tests.storage.making import scores
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_ls_and_show(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path, parts=3)
+    training = Artifact(tmp_path, Identity("progress", 1, 10**9))
+    with training.write_part(7) as folder:
+        (folder / "state").write_text("x")
+    lines = run("ls", "--store", tmp_path).splitlines()
+    assert "3 parts" in lines[0]
+    assert lines[0].endswith("complete")
+    assert "000000" not in lines[1]
+    assert "a training that has not ended" in lines[1]
+    assert lines[2].startswith("2 artifacts")
+    assert run("ls", "scores", "--store", tmp_path).count("\n") == 2
+    assert json.loads(run("show", artifact.key[:8], "--store", tmp_path))["parts"] == 3
+
+
+def test_stats_and_export(tmp_path: Path) -> None:
+    artifact, found = scores(tmp_path)
+    text = run("stats", artifact.key, "--store", tmp_path, "--plot", tmp_path / "h.svg")
+    for words in ("bytes a token by field", "teacher entropy, nats", "mass kept", "tokens gated"):
+        assert words in text
+    assert "<svg" in (tmp_path / "h.svg").read_text()
+    run("export", artifact.key, tmp_path / "table.parquet", "--store", tmp_path)
+    assert pq.read_table(tmp_path / "table.parquet").num_rows == 2 * found[0].responses
+    assert not list(tmp_path.glob(".table*"))
+
+
+def test_verify_and_repair(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    assert run("verify", "--store", tmp_path) == "0 damaged\n"
+    shard = artifact.part_folder(1) / "entries" / "c" / "0" / "0"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    manifest = artifact.folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:20])
+    damaged = run("verify", "--store", tmp_path, code=1)
+    assert damaged.startswith(f"scores/{artifact.key} part 1: the bytes of entries/c/0/0 changed")
+    run("verify", "--store", tmp_path, "--repair")
+    assert artifact.missing() == [1]
+    assert run("verify", "--store", tmp_path) == "0 damaged\n"
+    manifest.write_text("{")
+    assert "manifest.json is not JSON: cut or edited" in run("verify", "--store", tmp_path, code=1)
+
+
+def test_copy_with_all_that_it_was_made_from(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def made(kind: str, inputs: dict[str, str], coverage: dict[str, str] | None = None) -> Artifact:
+        artifact = Artifact(here, Identity(kind, 1, 1, {}, inputs, coverage))
+        with artifact.write_part(0) as folder:
+            (folder / "data").write_text(kind)
+        return artifact
+
+    policy = made("checkpoints", {"student": "external"})
+    rollouts = made("rollouts", {"policy": policy.key})
+    side = made("student_topk", {"rollouts": rollouts.key})
+    scored = made("scores", {"rollouts": rollouts.key}, {"extra": side.key})
+    made("rollouts", {"policy": "another"})
+    run("copy", scored.key, there, "--store", here)
+    assert list(keys(there)) == [("scores", scored.key)]
+    run("copy", scored.key, there, "--store", here, "--inputs")
+    assert {kind for kind, _ in keys(there)} == {"checkpoints", "rollouts", "student_topk", "scores"}
+    assert len(list(keys(there))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ls", "--store", "{}/nowhere"), "there is no store at"),
+        (("gc", "--store", "{}/nowhere"), "there is no store at"),
+        (("verify", "--store", "{}/nowhere"), "there is no store at"),
+        (("show", "zzz", "--store", "{}"), "names no artifact"),
+        (("stats", "rollouts/", "--store", "{}"), "are no scores"),
+        (("export", "scores/", "{}/nowhere/x.parquet", "--store", "{}"), "there is no folder"),
+        (("stats", "scores/", "--plot", "{}/h.png", "--store", "{}"), r"must end in \.svg"),
+        (("verify", "--store", "s3://team/store"), "is a bucket"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    scores(tmp_path)
+    with Artifact(tmp_path, Identity("rollouts", 1, 1)).write_part(0) as folder:
+        (folder / "data").write_text("x")
+    with pytest.raises(Exception, match=words) as raised:
+        run(*(argument.format(tmp_path) for argument in arguments))
+    assert type(raised.value).__name__ in ("StoreError", "ValueError")

@@ -106,8 +106,10 @@ def run(
     ] = False,
 ) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
+    from eopd.pipeline.budget import refuse_too_large
     from eopd.pipeline.launchers.start import bring_to_end, show_submission
     from eopd.pipeline.progress import make_display
+    from eopd.pipeline.pruning import prune_old
     from eopd.pipeline.reporting import write_report
     from eopd.stages.train.extras import require_extras
 
@@ -118,8 +120,10 @@ def run(
     if dry_run:
         sys.stdout.write(show_submission(work, runner.settings))
         return
+    refuse_too_large(runner)
     _write_resolved(runner)
     if bring_to_end(work, runner.settings, display):
+        prune_old(runner)
         page = write_report(runner)
         runner.progress.line(f"report: {page}")
 
@@ -188,12 +192,14 @@ def _write_resolved(runner: Runner) -> None:
     import yaml
 
     from eopd.pipeline.launchers.local import rank
+    from eopd.pipeline.neighbours import register
     from eopd.storage.files import replace_atomically
 
     if rank() > 0:
         return
     resolved = runner.settings.model_dump(mode="json")
     replace_atomically(runner.paths.config, yaml.safe_dump(resolved, sort_keys=False))
+    register(runner)
 
 
 def main() -> None:

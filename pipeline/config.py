@@ -56,6 +56,12 @@ class RunSettings(Settings):
         keyed=False,
     )
     runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)
+    max_store_bytes: int | None = setting(
+        None,
+        "Refuse a run that would take the store beyond this, before any work. None: no limit.",
+        keyed=False,
+        gt=0,
+    )
     rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1)
     refresh: int = setting(1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1)
     lag: int = setting(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eopd.pipeline.config import RunSettings
-from eopd.pipeline.estimate import KEEP_ALL, ROLLOUT_TOKEN, CheckpointBytes, Keep, peak_bytes, score_token_bytes
+from eopd.pipeline.estimate import ROLLOUT_TOKEN, CheckpointBytes, Keep, peak_bytes, score_token_bytes
 from eopd.pipeline.plan import STAGES, Facts, PlannedJob, Stage, prompts_per_round
 from eopd.pipeline.rates import Rate, Sizes
 from eopd.pipeline.survey import JobState
@@ -111,8 +111,12 @@ def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
     return found + side
 
 
-def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep = KEEP_ALL) -> int:
-    """Bytes of all artifacts of these runs at their worst moment, should each run reach its own at the same time."""
+def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None) -> int:
+    """Bytes of all artifacts of these runs at their worst moment, should each run reach its own at the same time.
+
+    Args:
+        keep: what pruning leaves; None: as each run's settings say.
+    """
     total = 0
     for run, spec in specs.items():
         rounds = spec.settings.rounds
@@ -124,7 +128,9 @@ def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep = KE
                 data[min(row.round, rounds - 1)] += row.bytes
             elif row.state.is_done:
                 trained += 1
-        total += peak_bytes(spec.checkpoint, data, keep, spec.settings.train.keep_progress, trained)
+        train = spec.settings.train
+        kept = keep or Keep(train.keep_checkpoints, train.keep_optimizer_states)
+        total += peak_bytes(spec.checkpoint, data, kept, train.keep_progress, trained)
     return total
 
 

@@ -56,11 +56,11 @@ class Node:
         """Missing parts whose inputs are committed."""
         missing = self.missing()
         for identity in self.job.inputs:
-            made = self.runner.artifact(identity).committed()
+            lacking = set(self.runner.lacks(self.job, identity))
             if self.job.stage == "score" and identity.kind == "rollouts":
-                beside = made if self._side is None else made & self._side.committed()
-                missing = [part for part in missing if part in beside]
-            elif len(made) < identity.parts:
+                beside = None if self._side is None else self._side.committed()
+                missing = [part for part in missing if part not in lacking and (beside is None or part in beside)]
+            elif lacking:
                 return []
         if self._summary is not None and len(missing) > 1:
             # whoever commits the last of the other parts writes the summary too

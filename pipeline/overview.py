@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eopd.pipeline.estimate import checkpoint_bytes, read_shapes
+from eopd.pipeline.estimate import CheckpointBytes, Keep, checkpoint_bytes, read_shapes
 from eopd.pipeline.forecast import Row, RunSpec, Total, forecast, peak_disk, totals
 from eopd.pipeline.plan import STAGES, Stage
+from eopd.pipeline.pruning import rebuilds
 from eopd.pipeline.rates import Rate, measure_rates, sample_sizes
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.survey import read_makers, store_listing, survey
@@ -25,6 +26,7 @@ class Overview:
     peak_bytes: int  # of these runs' own artifacts
     free_bytes: int  # at the store
     asked: int  # jobs that the runs ask for, each run counted by itself
+    specs: Mapping[str, RunSpec] = field(default_factory=dict)  # of each run
 
     @property
     def totals(self) -> dict[Stage | str, Total]:
@@ -32,7 +34,15 @@ class Overview:
 
     @property
     def present_bytes(self) -> int:
-        return sum(row.bytes * row.state.done // row.state.parts for row in self.rows)
+        there = [(row.bytes * (row.state.done - row.state.pruned), row.state.parts) for row in self.rows]
+        return sum(size // parts for size, parts in there)
+
+    def peak_with(self, keep: Keep) -> int:
+        """``peak_bytes`` if pruning left only this."""
+        return peak_disk(self.rows, self.specs, keep)
+
+    def checkpoint_of(self, run: str) -> CheckpointBytes:
+        return self.specs[run].checkpoint
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,11 +80,9 @@ def look(runners: Sequence[Runner]) -> Overview:
     first = runners[0]
     store, folder = first.store, Path(first.settings.runs)
     names = [runner.settings.name for runner in runners]
-    states = survey(
-        {runner.settings.name: runner.plan for runner in runners},
-        store_listing(first.artifact),
-        read_makers(folder, names),
-    )
+    again = {part for runner in runners for part in rebuilds(runner)}
+    plans = {runner.settings.name: runner.plan for runner in runners}
+    states = survey(plans, store_listing(first.artifact, again), read_makers(folder, names))
     specs = {runner.settings.name: _spec(runner) for runner in runners}
     models: dict[Stage, str] = dict.fromkeys(STAGES, first.settings.student.path)
     models["score"] = first.settings.teacher.path
@@ -88,6 +96,7 @@ def look(runners: Sequence[Runner]) -> Overview:
         peak_bytes=peak_disk(rows, specs),
         free_bytes=shutil.disk_usage(_existing(store)).free,
         asked=sum(len(runner.plan.jobs) for runner in runners),
+        specs=specs,
     )
 
 

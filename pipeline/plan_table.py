@@ -61,7 +61,8 @@ def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
 
 def _look(row: Row) -> tuple[object, ...]:
     state = row.state
-    return (row.stage, state.state, state.maker, tuple(state.set_aside), state.done if state.state == "partly" else 0)
+    done = state.done if state.state == "partly" else 0
+    return (row.stage, state.state, state.maker, tuple(state.set_aside), done, state.pruned)
 
 
 def _round(rows: Sequence[Row]) -> str:
@@ -80,6 +81,8 @@ def _state(rows: Sequence[Row]) -> Text:
     text = Text(state.state, style=STYLES[state.state])
     if state.state == "shared":
         text.append(f" (by {state.maker or 'an unknown run'})")
+    if any(row.state.pruned for row in rows):
+        text.append(", pruned" if all(row.state.pruned == row.state.parts for row in rows) else ", partly pruned")
     aside = sum(len(row.state.set_aside) for row in rows)
     if aside:
         parts = ", ".join(map(str, list(state.set_aside)[:4])) if len(rows) == 1 else str(aside)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
+from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.files import naming_full_disks
 from eopd.storage.paths import RunPaths
+from eopd.storage.pruning import revive
 from eopd.storage.stacked import StackedStores
 
 if TYPE_CHECKING:
@@ -50,9 +52,31 @@ class Runner:
         """Where this artifact is, or is to be made."""
         return self.stores.find(identity)
 
+    def is_made(self, job: PlannedJob) -> bool:
+        """Whether all of ``job`` was done once, be it pruned since."""
+        made = self.artifact(job.output).is_complete()
+        return made and (job.side is None or job.stage != "rollout" or self.artifact(job.side).is_complete())
+
     def is_done(self, job: PlannedJob) -> bool:
-        done = self.artifact(job.output).is_complete()
-        return done and (job.side is None or job.stage != "rollout" or self.artifact(job.side).is_complete())
+        """Whether nothing is left to do: all of it was made, and nothing of it has to be made again."""
+        return self.is_made(job) and not self._called_back(job)
+
+    @cached_property
+    def _rebuilds(self) -> Parts:
+        return rebuilds(self)
+
+    def _called_back(self, job: PlannedJob) -> list[int]:
+        """Pruned parts of ``job``'s output that something which was not done when we began has to read."""
+        pruned = self.artifact(job.output).pruned() if job.stage == "train" else set()
+        return [part for part in sorted(pruned) if (job.output.key, part) in self._rebuilds]
+
+    def lacks(self, job: PlannedJob, identity: Identity) -> list[int]:
+        """Parts of the input ``identity`` that ``job`` reads and that are not there."""
+        read = set(range(identity.parts))
+        if identity.kind == "checkpoints":
+            read = {part for key, part in reads(job, self.settings.train) if key == identity.key}
+        committed = self.artifact(identity).committed()
+        return sorted(read - committed)
 
     def states(self, job: PlannedJob) -> Artifact:
         """Resumable states of a training job, by optimiser step."""
@@ -70,6 +94,8 @@ class Runner:
         if self.is_done(job) or (parts is not None and committed.issuperset(chosen) and job.side is None):
             return False
         self._check_inputs(job, chosen)
+        for part in self._called_back(job):
+            revive(output, part)
         self.paths.logs.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         START[job.stage](self, job, chosen)
@@ -79,7 +105,14 @@ class Runner:
         self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
         if made:
             self._log(job, seconds, made)
+        self._prune_after(job)
         return True
+
+    def _prune_after(self, job: PlannedJob) -> None:
+        from eopd.pipeline.launchers.local import rank
+
+        if job.stage != "score" and rank() == 0 and self.is_made(job):
+            prune_old(self)
 
     def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:
         """One line a job that did something: what it cost. For the report's table and for estimates."""
@@ -91,12 +124,13 @@ class Runner:
         for identity in job.inputs:
             artifact = self.artifact(identity)
             by_part = job.stage == "score" and identity.kind == "rollouts"
-            missing = [p for p in artifact.missing() if not by_part or p in parts]
+            missing = [p for p in self.lacks(job, identity) if not by_part or p in parts]
             if not missing:
                 continue
             maker = next(made for made in self.plan.jobs if made.output.key == identity.key)
+            state = "were pruned" if artifact.pruned().issuperset(missing) else "are missing"
             raise ConfigError(
-                f"{job.name} needs {artifact}, of which parts {missing[:8]} are missing. "
+                f"{job.name} needs {artifact}, of which parts {missing[:8]} {state}. "
                 f"Run `eopd {maker.stage} CONFIG --round {maker.round}` first, or `eopd run CONFIG` for everything."
             )
 

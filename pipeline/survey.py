@@ -55,13 +55,18 @@ class JobState:
         return self.state in ("complete", "shared")
 
 
-def store_listing(find: Callable[[Identity], Artifact]) -> Listing:
-    """The listing of real stores: of the artifact that ``find`` says serves an identity (``Runner.artifact``)."""
+def store_listing(find: Callable[[Identity], Artifact], again: Collection[tuple[str, int]] = ()) -> Listing:
+    """The listing of real stores: of the artifact that ``find`` says serves an identity (``Runner.artifact``).
+
+    Args:
+        again: pruned parts (key, part) that something needs; they count as missing.
+    """
 
     def listing(identity: Identity) -> Found:
         artifact = find(identity)
         standing = artifact.standing()
-        return Found(standing.committed, standing.pruned, artifact.reasons_aside(standing))
+        pruned = {part for part in standing.pruned if (identity.key, part) not in again}
+        return Found(standing.committed, pruned, artifact.reasons_aside(standing))
 
     return listing
 

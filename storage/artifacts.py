@@ -319,10 +319,7 @@ class Artifact:
     def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
         """``part_checksums`` are those of the parts as they were committed; ``pruned`` those to be named as pruned."""
         named = self.pruned() if pruned is None else pruned
-        markers = {str(part): self.remains(part) for part in range(self.parts)}
-        sums = {
-            part: marker.info.get("pruned", {}).get("checksum", marker.checksum) for part, marker in markers.items()
-        }
+        sums = {str(part): self.remains(part).committed_checksum for part in range(self.parts)}
         content = {**self.identity.to_json(), "key": self.key, "part_checksums": sums, "pruned": bool(named)}
         return {**content, "pruned_parts": sorted(named)} if named else content
 

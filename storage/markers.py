@@ -47,6 +47,16 @@ class Marker:
     def bytes(self) -> int:
         return sum(int(entry["size"]) for entry in self.files.values())
 
+    @property
+    def committed_checksum(self) -> str:
+        """``checksum``; of what is left of a pruned part, that of the whole of it."""
+        return str(self.info["pruned"]["checksum"]) if "pruned" in self.info else self.checksum
+
+    @property
+    def committed_bytes(self) -> int:
+        """``bytes``; of what is left of a pruned part, those of the whole of it."""
+        return int(self.info["pruned"]["bytes"]) if "pruned" in self.info else self.bytes
+
 
 def file_text(content: Mapping[str, Any]) -> str:
     """The one text of an identity, a marker or a manifest: `verify` compares files with it, byte by byte."""

@@ -33,7 +33,7 @@ def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
     kept = {name: entry for name, entry in marker.files.items() if not dropped(name)}
     freed = 0
     if len(kept) < len(marker.files):
-        was = marker.info.get("pruned") or {"bytes": marker.bytes, "checksum": marker.checksum}
+        was = {"bytes": marker.committed_bytes, "checksum": marker.committed_checksum}
         tombstone = replace(marker, files=kept, info={**marker.info, "pruned": was})
         text = marker_text(tombstone, artifact.kind, artifact.key)
         replace_atomically(artifact.folder / paths.tombstone_name(part), text)

@@ -74,7 +74,7 @@ def gather(run: RunArtifacts) -> RunData:
         rounds=rounds,
         training=_training(run, trained),
         entropy_histogram_teacher=_teacher_histogram(scored[-1].scores) if scored else None,
-        entropy_histogram_student=_student_histogram(trained[-1].checkpoint) if trained else None,
+        entropy_histogram_student=_student_histogram(trained),
         fkl_by_entropy_bin=aligned.binned(measured[-1], "fkl") if measured else None,
         further_by_entropy_bin=aligned.further(measured[-1]) if measured else {},
         rollouts=[
@@ -234,11 +234,12 @@ def _teacher_histogram(scores: Artifact | None) -> Histogram:
     return _histogram(np.concatenate([cache.read_part(part).entropy for part in filled_parts(scores)]))
 
 
-def _student_histogram(checkpoint: Artifact | None) -> Histogram:
+def _student_histogram(trained: Sequence[RoundArtifacts]) -> Histogram | None:
+    """Of the last round whose optimiser part was not pruned."""
     from safetensors.numpy import load_file
 
-    assert checkpoint is not None
-    return _histogram(load_file(checkpoint.part_folder(1) / "round_start.safetensors")["entropy"])
+    kept = [found.checkpoint for found in trained if found.checkpoint and found.checkpoint.is_committed(1)]
+    return _histogram(load_file(kept[-1].part_folder(1) / "round_start.safetensors")["entropy"]) if kept else None
 
 
 def _first_and_last(found: Sequence[RoundArtifacts]) -> list[RoundArtifacts]:

@@ -17,17 +17,24 @@ from torch import Tensor
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import unwrap
 from eopd.stages.models.loading import load_model, model_folder, no_progress_bars
-from eopd.stages.train.job import METRICS_FILE, OPTIMIZER, TRAINING_FILE, WEIGHTS, TrainJob
+from eopd.stages.train.job import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    OPTIMIZER,
+    OPTIMIZER_FILE,
+    TRAINING_FILE,
+    WEIGHTS,
+    TrainJob,
+)
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import merged_weights, save_adapter
 from eopd.stages.train.metrics import summarise
 from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights, student_of
-from eopd.stages.train.states import OPTIMIZER_FILE, RoundStart, write_jsonl
+from eopd.stages.train.states import RoundStart, write_jsonl
 from eopd.storage.fingerprints import tokenizer_files
 from eopd.storage.sources import filled_parts
 
-ADAPTER_FOLDER = "adapter"
 EMA_FOLDER = "ema"
 
 

@@ -12,6 +12,9 @@ from eopd.storage.artifacts import Artifact
 WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
 METRICS_FILE = "metrics.jsonl"
 TRAINING_FILE = "training.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+ROUND_START_FILE = "round_start.safetensors"
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,20 @@ class TrainSettings(Settings):
     trackers: tuple[Tracker, ...] = setting(
         (), "Where figures go beside TensorBoard and metrics.jsonl: wandb, trackio (installed by you).", keyed=False
     )
+    keep_checkpoints: int | None = setting(
+        None,
+        "Newest checkpoints whose weights stay; older ones are pruned once nothing that is to be done, in any run, "
+        "reads them. None: all stay.",
+        keyed=False,
+        ge=1,
+    )
+    keep_optimizer_states: int | None = setting(
+        1,
+        "Newest checkpoints whose optimiser state stays (twice the size of the weights); only the next round's "
+        "training reads it. None: all stay.",
+        keyed=False,
+        ge=1,
+    )
     keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1)
 
     @model_validator(mode="after")

@@ -21,13 +21,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eopd.stages.train.job import OPTIMIZER_FILE, ROUND_START_FILE
 from eopd.storage.artifacts import Artifact
 
 WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
 STEPS_FILE = "steps.jsonl"
-ROUND_START_FILE = "round_start.safetensors"
 
 
 @dataclass(frozen=True)

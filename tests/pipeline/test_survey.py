@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eopd.pipeline.estimate import KEEP_ALL
 from eopd.pipeline.forecast import peak_disk
 from eopd.pipeline.overview import Overview, look
 from eopd.pipeline.plan import make_plan
@@ -164,13 +165,15 @@ def test_many_rounds_are_folded_by_state(tmp_path: Path) -> None:
     assert every.count("\n") > 800
 
 
-def test_the_peak_on_disk_is_that_of_the_last_round_unpruned(tmp_path: Path) -> None:
+def test_the_peak_on_disk_is_that_of_the_last_round(tmp_path: Path) -> None:
     runner = make_runner(tmp_path)
     done_round_0(runner)
     overview = look([runner])
     data = sum(row.bytes for row in overview.rows if row.stage != "train")
-    checkpoint = 3 * 4 * PARAMETERS
-    assert overview.peak_bytes == data + 3 * checkpoint + checkpoint  # and one resumable state beside the last
+    weights, moments = 4 * PARAMETERS, 2 * 4 * PARAMETERS
+    state = weights + moments  # a resumable one, beside the last checkpoint
+    assert overview.peak_with(KEEP_ALL) == data + 3 * (weights + moments) + state
+    assert overview.peak_bytes == data + 3 * weights + 2 * moments + state  # as train.keep_optimizer_states is 1
     assert overview.present_bytes == 3000 + 3000 + 880 * 2000 // 160 // 2  # 2 of 4 parts of the evaluation
     assert peak_disk(overview.rows, {}) == 0
 

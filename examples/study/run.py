@@ -84,6 +84,8 @@ def _note(runner: Runner, round_: int) -> None:
         "tokens": sum(rollouts.marker(part).info["tokens"] for part in range(rollouts.parts)),
         "score_bytes": sum(scores.marker(part).bytes for part in range(scores.parts)),
     }
+    # nothing else may have made the folder: round 0 is often there already, made for another setting
+    runner.paths.folder.mkdir(parents=True, exist_ok=True)
     with (runner.paths.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -44,7 +44,7 @@ def costs(
                 round_,
                 elsewhere.get(artifact.key) if took is None else took,
                 tokens=tokens if tokens is not None else sum(counted) if counted else None,
-                bytes=sum(marker.bytes for marker in markers),
+                bytes=sum(marker.committed_bytes for marker in markers),
                 shared=took is None or artifact.key in also_read,
                 key=artifact.key,
             )

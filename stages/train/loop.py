@@ -34,6 +34,9 @@ from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
 from eopd.storage.teacher_cache import TeacherCache
 
+ROUND_STRIDE = 2**40
+"""Tokens of different rounds have different keys: a round has fewer than this."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -167,7 +170,8 @@ class Loop:
             q_old=torch.from_numpy(start.logprob[batch.rows]).to(device),
             student_entropy_round=torch.from_numpy(start.entropy[batch.rows]).to(device),
             entropy_threshold=self._entropy_threshold(start),
-            token_key=torch.from_numpy(batch.rows).to(device),
+            token_key=torch.from_numpy(batch.rows + self.round * ROUND_STRIDE).to(device),
+            weight=None if start.weight is None else torch.from_numpy(start.weight[batch.rows]).to(device),
             seed=self.seed,
             epoch=epoch,
         )

@@ -33,6 +33,7 @@ from eopd.stages.train.parallel import distribute, gather_weights, load_weights,
 from eopd.stages.train.responses import Responses, load_responses, refuse_unknown_sampling
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.staleness import response_weights
 from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
@@ -170,7 +171,11 @@ def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses) -> Round
         f"train {job.round}: the policy that sampled is {job.age} rounds old; its KL to this one, by its samples: "
         f"{moved:.4g} nats a token"
     )
-    return RoundStart(sampled.astype(np.float32), start.entropy)
+    weight = None
+    if job.settings.staleness is not None:
+        weight = response_weights(job.settings.staleness, job.age, sampled, start.logprob, responses.offsets)
+        job.progress.line(f"train {job.round}: its responses weigh {weight.mean():.3f} on average (train.staleness)")
+    return RoundStart(sampled.astype(np.float32), start.entropy, weight)
 
 
 def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses) -> None:
@@ -219,6 +224,8 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
         began = time.perf_counter()
         figures = means(_take(job, loop, states, step, start))
         row = {"round": job.round, "step": step.number, "epoch": step.epoch, **figures}
+        if job.age:
+            row["age"] = job.age
         rows.append(row)
         seconds = time.perf_counter() - began + waited
         if recorder is not None:

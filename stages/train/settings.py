@@ -41,6 +41,20 @@ class LoraSettings(Settings):
         return value
 
 
+class StalenessSettings(Settings):
+    """Weights of responses that an older policy sampled (`lag`, `refresh`); fresh ones always weigh 1."""
+
+    half_life_rounds: float | None = setting(
+        None, "A response weighs 2^(-age / this); age: rounds since its policy was the student. None: 1.", gt=0
+    )
+    max_kl: float | None = setting(
+        None,
+        "A response weighs at most this over its KL, nats a token: how far the student at the round's start is from "
+        "the policy that sampled it (k1 estimate over the response). None: 1.",
+        gt=0,
+    )
+
+
 class TrainSettings(Settings):
     objective: ObjectiveSettings = setting(ObjectiveSettings, "The loss.")
     epochs: int = setting(1, "Passes over a round's responses.", ge=1)
@@ -52,6 +66,9 @@ class TrainSettings(Settings):
         "Also keep an average of the weights, this decay a step; saved as `ema/` beside the optimiser's state.",
         gt=0,
         lt=1,
+    )
+    staleness: StalenessSettings | None = setting(
+        None, "Weigh the loss of responses down that an older policy sampled. None: all weigh 1."
     )
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", "Precision of the trained weights.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the forward and backward passes.")
@@ -133,8 +150,9 @@ class TrainSettings(Settings):
         return self
 
     def semantic(self) -> dict[str, Any]:
-        """``ema`` came later than the first checkpoints: unset, it leaves their keys as they were."""
+        """What came later than the first checkpoints leaves their keys as they were where it is unset."""
         kept = super().semantic()
-        if self.ema is None:
-            del kept["ema"]
+        for later in ("ema", "staleness"):
+            if kept[later] is None:
+                del kept[later]
         return kept

@@ -35,9 +35,11 @@ class RoundStart:
 
     logprob: NDArray[np.float32]  # [T of the round] q_old, nats
     entropy: NDArray[np.float32]  # [T of the round] nats
+    weight: NDArray[np.float32] | None = None  # [T of the round] of each response's loss; None: all 1
 
     def save(self, folder: Path) -> None:
-        save_arrays({"logprob": self.logprob, "entropy": self.entropy}, folder / ROUND_START_FILE)
+        weight = {} if self.weight is None else {"weight": self.weight}
+        save_arrays({"logprob": self.logprob, "entropy": self.entropy, **weight}, folder / ROUND_START_FILE)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class States:
         if not self._artifact.is_committed(0):
             return None
         found = load_arrays(self._artifact.part_folder(0) / ROUND_START_FILE)
-        return RoundStart(found["logprob"], found["entropy"])
+        return RoundStart(found["logprob"], found["entropy"], found.get("weight"))
 
     def save_round_start(self, start: RoundStart) -> None:
         with self._artifact.write_part(0) as folder:

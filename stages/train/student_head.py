@@ -165,6 +165,8 @@ class _Pass:
                 leaf.requires_grad_(any(self.needs))
             student = sparse_student(taken, teacher)
             tokens = objective.token_loss(student, teacher, context)
+            if context.weight is not None:
+                tokens = replace(tokens, loss=tokens.loss * context.weight)
             mask = context.mask.double()
             loss = (torch.where(mask > 0, tokens.loss, 0.0) * mask).sum() / context.normaliser
             if any(self.needs):
@@ -239,6 +241,8 @@ def _figures(
         with torch.no_grad():  # whatever is trained on: how far the models are apart, head and one bucket
             figures["rkl"] = reverse_kl(student, teacher, "head")
             figures["fkl"] = forward_kl(student, teacher, "bucket")
+    if context.weight is not None:
+        figures["weight"] = context.weight
     if context.q_old is not None:  # KL(q_old || q), estimated on its own samples: log 1/r, and r - 1 - log r
         moved = student.sampled.detach() - context.q_old
         figures["staleness_k1"], figures["staleness_k3"] = -moved, moved.expm1() - moved

@@ -379,7 +379,8 @@ def oracle(case: Case, s: ObjectiveSettings) -> tuple[Tensor, Tensor, Tensor, Te
     bias = None if case.head.bias is None else case.head.bias.detach().double().requires_grad_()
     d = dense(case, "none" if s.name == "sft" else s.stops, hidden, weight, bias)
     losses = token_loss(d, case, s)
-    loss = (losses * case.context.mask.double()).sum() / case.context.normaliser
+    weight_of_token = 1.0 if case.context.weight is None else case.context.weight.double()
+    loss = (losses * weight_of_token * case.context.mask.double()).sum() / case.context.normaliser
     torch.autograd.backward(loss)
     assert hidden.grad is not None
     assert weight.grad is not None

@@ -132,3 +132,10 @@ def test_round_start_logprobs_and_entropies(mode: Any) -> None:
     d = dense(case, mode, case.hidden.double(), case.head.weight.double(), None)
     assert torch.allclose(logprob, sampled_pair(d, case)[1], atol=3e-6, rtol=0)
     assert torch.allclose(entropy, d.mean_entropy, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("given", [{"name": "eopd"}, {"name": "fkl", "support": "sampled"}, {"name": "sft"}], ids=str)
+def test_weights_of_responses_scale_their_loss(given: dict[str, Any]) -> None:
+    case = make_case(5)
+    weight = torch.rand(len(case.context.mask), generator=torch.Generator().manual_seed(1))
+    assert max(measure(replace(case, context=replace(case.context, weight=weight)), given).values()) <= 1e-6

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,13 +15,16 @@ from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.score.run import run as score
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.job import OPTIMIZER, WEIGHTS
 from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import run
 from eopd.stages.train.schedule import batch_of_step
+from eopd.stages.train.settings import StalenessSettings
+from eopd.stages.train.staleness import response_weights
 from eopd.storage.teacher_cache import TeacherCache
-from tests.stages.score_case import STOPS
+from tests.stages.score_case import STOPS, random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
 
 LR = {"lr": 1e-2}
@@ -85,3 +90,64 @@ def test_a_limit_stops_with_the_numbers_and_a_higher_one_goes_on(world: Path) ->
     for part in (WEIGHTS, OPTIMIZER):
         assert part_bytes(job.output, part) == part_bytes(free.output, part)
     assert job.settings.semantic() == free.settings.semantic()
+
+
+def test_weights_by_age_and_by_distance() -> None:
+    """Three responses: one 2 nats a token away, one 0.5 away, one that the student likes better than its policy did."""
+    offsets = np.asarray([0, 2, 5, 6])
+    sampled = np.asarray([-1.0, -1.0, -1.0, -1.0, -1.0, -3.0], np.float32)
+    student = np.asarray([-2.0, -4.0, -1.0, -2.0, -1.5, -1.0], np.float32)
+    far = response_weights(StalenessSettings(max_kl=0.5), 1, sampled, student, offsets)
+    assert far == pytest.approx([0.25, 0.25, 1.0, 1.0, 1.0, 1.0])
+    old = response_weights(StalenessSettings(half_life_rounds=2.0), 1, sampled, student, offsets)
+    assert old == pytest.approx([2**-0.5] * 6)
+    both = response_weights(StalenessSettings(half_life_rounds=1.0, max_kl=1.0), 3, sampled, student, offsets)
+    assert both == pytest.approx([0.0625, 0.0625, 0.125, 0.125, 0.125, 0.125])
+    assert response_weights(StalenessSettings(), 3, sampled, student, offsets) == pytest.approx([1.0] * 6)
+
+
+@pytest.fixture(scope="module")
+def aged(world: Path) -> dict[str, Any]:
+    """Rollouts of an older policy, which carry its log-probs, and their scores; fields of a job that trains on them."""
+    rows = random_responses(8, seed=3, most=12)
+    noise = np.random.default_rng(0)
+    for row in rows:
+        row["logprobs"] = (-5.0 + noise.standard_normal(len(row["response_token_ids"]))).tolist()
+    source = rollouts(world / "store", [rows], name="aged")
+    job = score_job(world / "store", world / "teacher", source, name="aged")
+    score(job)
+    return {"rollouts": source, "scores": job.output, "age": 2}
+
+
+def test_old_responses_weigh_less_and_say_so(world: Path, aged: dict[str, Any]) -> None:
+    objective, still = {"name": "fkl"}, {"lr": 1e-12}  # weights stay: every step is taken at the same point
+    plain = train_job(world, "aged", objective=objective, optimizer=still, **aged)
+    halved = train_job(
+        world, "halved", objective=objective, optimizer=still, staleness={"half_life_rounds": 2.0}, **aged
+    )
+    for job in (plain, halved):
+        run(job)
+    for full, half in zip(read_rows(plain), read_rows(halved), strict=True):
+        assert full["age"] == half["age"] == 2
+        assert half["loss"] == pytest.approx(full["loss"] / 2, rel=1e-9)
+        assert half["grad_norm"] == pytest.approx(full["grad_norm"] / 2, rel=1e-5)
+        assert half["fkl"] == pytest.approx(full["fkl"], rel=1e-9)
+        assert half["weight"] == 0.5
+        assert "weight" not in full
+    assert plain.settings.semantic() != halved.settings.semantic()
+    assert "staleness" not in plain.settings.semantic()
+    fresh = train_job(world, "fresh", objective=objective, optimizer=still, staleness={"half_life_rounds": 2.0})
+    run(fresh)
+    assert not {"age", "weight"} & read_rows(fresh)[0].keys()
+
+
+def test_weights_survive_a_resume(world: Path, aged: dict[str, Any]) -> None:
+    settings = {"optimizer": LR, "staleness": {"half_life_rounds": 1.0, "max_kl": 0.01}}
+    whole, killed = (train_job(world, name, **settings, **aged) for name in ("weighed", "weighed-killed"))
+    run(whole)
+    with pytest.raises(Killed):
+        run(replace(killed, progress=KillAfter(1)))
+    run(killed)
+    for part in (WEIGHTS, OPTIMIZER):
+        assert part_bytes(killed.output, part) == part_bytes(whole.output, part)
+    assert 0.0 < read_rows(whole)[0]["weight"] < 0.25

@@ -45,13 +45,14 @@ class StepContext:
     q_old: Tensor | None = None  # [T] log-prob of the sampled token at the round's start
     student_entropy_round: Tensor | None = None  # [T] student entropy at the round's start
     entropy_threshold: float | None = None  # quantile of student_entropy_round over the round (reopold)
-    token_key: Tensor | None = None  # [T] int64, one number a (response, position) (tropd)
+    token_key: Tensor | None = None  # [T] int64, one number a (round, response, position) (tropd)
     teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (tropd)
+    weight: Tensor | None = None  # [T] factor of the loss, whatever the objective (staleness); None: 1
     seed: int = 0
     epoch: int = 0
 
     def slice(self, start: int, stop: int) -> StepContext:
-        names = ("mask", "q_old", "student_entropy_round", "token_key", "teacher_prefix")
+        names = ("mask", "q_old", "student_entropy_round", "token_key", "teacher_prefix", "weight")
         given = {name: getattr(self, name) for name in names}
         return replace(self, **{name: value[start:stop] for name, value in given.items() if value is not None})
 

@@ -71,8 +71,26 @@ def train(config: Config, round_: Round = 0, set_: Set = None) -> None:
 
 
 @app.command()
-def evaluate(config: Config, round_: EvaluatedRound = 0, parts: Parts = None, set_: Set = None) -> None:
+def evaluate(
+    config: Config,
+    round_: EvaluatedRound = 0,
+    parts: Parts = None,
+    set_: Set = None,
+    disagreements: Annotated[
+        bool,
+        typer.Option(
+            "--disagreements", help="Evaluate nothing: list samples that a plain comparison judges otherwise."
+        ),
+    ] = False,
+) -> None:
     """Measure a student: Avg@k and Pass@k on the benchmarks."""
+    if disagreements:
+        from eopd.pipeline.grading import list_disagreements
+
+        runner = _open(config, set_)
+        count = list_disagreements(runner, round_, sys.stdout.write)
+        runner.progress.line(f"{count} samples on which the verifier and a plain comparison of answers differ")
+        return
     _stage("evaluate", config, round_, parts, set_)
 
 

@@ -228,10 +228,12 @@ def _histogram(values: np.ndarray[Any, Any]) -> Histogram:
     return Histogram(list(edges), counts.tolist())
 
 
-def _teacher_histogram(scores: Artifact | None) -> Histogram:
+def _teacher_histogram(scores: Artifact | None) -> Histogram | None:
+    """None where nothing of the scores is left."""
     assert scores is not None
     cache = TeacherCache(scores)
-    return _histogram(np.concatenate([cache.read_part(part).entropy for part in filled_parts(scores)]))
+    entropies = [cache.read_part(part).entropy for part in filled_parts(scores)]
+    return _histogram(np.concatenate(entropies)) if entropies else None
 
 
 def _student_histogram(trained: Sequence[RoundArtifacts]) -> Histogram | None:

@@ -154,6 +154,23 @@ def test_math_outlives_an_answer_that_hangs(math_verifier: MathVerifier) -> None
     assert time.monotonic() - started < 60
 
 
+MATH_BOMBS = [
+    r"\boxed{9**9**9**9}",
+    r"\boxed{(x+y+z)^{3000}}",  # expands into millions of terms
+    r"\boxed{100000000!}",
+    r"\boxed{\sum_{n=1}^{10^{12}} \frac{1}{n^n}}",
+]
+
+
+def test_math_outlives_whatever_the_algebra_behind_it_cannot() -> None:
+    """Each is wrong within its limit, and the answers around it are graded."""
+    with MathVerifier(seconds=1.5, workers=2) as verifier:
+        asked = [pair for bomb in MATH_BOMBS for pair in ((bomb, "27"), (r"\boxed{\frac{6}{4}}", "1.5"))]
+        verdicts = verifier.verify_many(asked)
+    assert [v.correct for v in verdicts] == [False, True] * len(MATH_BOMBS)
+    assert sum((v.reason or "").startswith(mathematics.TIMED_OUT) for v in verdicts) >= 2
+
+
 STUBBORN = """
 import sys, time, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,121 @@
+"""Where the verifier and a plain comparison of answers differ: what to read before believing either.
+
+The plain comparison takes the last ``\\boxed{...}`` of a response, or its last number, and calls it right when it is
+the reference answer as text (LaTeX spacing aside) or as a number. It knows no algebra: most disagreements are its own
+mistakes, and the few others are a verifier's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from eopd.storage import evaluations
+from eopd.storage.artifacts import Artifact
+
+COLUMNS = ["benchmark", "problem_id", "sample", "answer", "response_text", "correct", "reason"]
+LONGEST = 20_000
+"""Characters of a response that are read, from its end."""
+BOX = "\\boxed{"
+MOST_BOXES = 8
+"""Boxes that are looked at, from the last: a response cut at its length limit may end within one."""
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|\\left\b|\\right\b|[\s$]|\\\(|\\\)")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """``extracted``: what the plain comparison read; empty where it found nothing."""
+
+    benchmark: str
+    problem_id: str
+    sample: int
+    answer: str
+    extracted: str
+    verifier_correct: bool
+    plain_correct: bool
+    reason: str
+
+
+def disagreements(evaluation: Artifact, benchmarks: Sequence[str]) -> Iterator[Disagreement]:
+    """Of every committed sample of some benchmarks, in order.
+
+    Args:
+        benchmarks: names; those whose answers are final answers (``verifier: math``), not whole texts.
+    """
+    for part in sorted(evaluation.committed() - {evaluation.parts - 1}):
+        path = evaluation.part_folder(part) / evaluations.SAMPLES
+        for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA, COLUMNS).to_pylist():
+            if row["benchmark"] not in benchmarks:
+                continue
+            extracted = final_answer(row["response_text"])
+            plain = same_answer(extracted, row["answer"])
+            if plain != row["correct"]:
+                yield Disagreement(
+                    row["benchmark"],
+                    row["problem_id"],
+                    row["sample"],
+                    row["answer"],
+                    extracted,
+                    row["correct"],
+                    plain,
+                    row["reason"] or "",
+                )
+
+
+def final_answer(response: str) -> str:
+    """Content of the last complete ``\\boxed{...}``, else the last number, else nothing."""
+    response = response[-LONGEST:]
+    end = len(response)
+    for _ in range(MOST_BOXES):
+        end = response.rfind(BOX, 0, end)
+        if end < 0:
+            break
+        content = _until_closed(response, end + len(BOX))
+        if content is not None:
+            return content.strip()
+    numbers = _NUMBER.findall(response)
+    return numbers[-1] if numbers else ""
+
+
+def _until_closed(text: str, start: int) -> str | None:
+    """From ``start`` to the brace that closes the one before it; None where there is none."""
+    depth = 0
+    for place in range(start, len(text)):
+        if text[place] == "}" and depth == 0:
+            return text[start:place]
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    return None
+
+
+def same_answer(found: str, answer: str) -> bool:
+    """Equal as text without LaTeX spacing, or as numbers."""
+    one, other = _normal(found), _normal(answer)
+    if not one:
+        return False
+    if one == other:
+        return True
+    values = _value(one), _value(other)
+    return values[0] is not None and values[0] == values[1]
+
+
+def _normal(text: str) -> str:
+    text = _SPACING.sub("", text).rstrip(".")
+    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
+    return _FRACTION.sub(r"\1\2/\3", text)
+
+
+def _value(text: str) -> Fraction | None:
+    text = re.sub(r",(?=\d{3}(?!\d))", "", text)
+    if not _PLAIN_NUMBER.fullmatch(text) or len(text) > 100:
+        return None
+    try:
+        numerator, _, denominator = text.partition("/")
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except ZeroDivisionError:
+        return None

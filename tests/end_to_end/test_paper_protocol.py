@@ -1,0 +1,62 @@
+"""The paper's evaluation as a preset: six benchmarks, eight samples at T 1.0 and top-p 0.8, on a random tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eopd.pipeline.config import load_config
+from eopd.storage import evaluations
+from tests.end_to_end.conftest import World, eopd
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
+SIX = {"math500", "amc23", "minerva_math", "olympiadbench", "aime24", "aime25"}
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside this checkout (../shared/data)")
+def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(world: World, tmp_path: Path) -> None:
+    preset = load_config("paper/qwen3-0.6b").evaluate
+    assert preset is not None
+    asked = [{"name": b.name, "path": str(BENCHMARKS / f"{b.name}.jsonl"), "limit": 2} for b in preset.benchmarks]
+    config = tmp_path / "paper.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "extends": str(Path(load_config.__code__.co_filename).parents[1] / "configs/paper/qwen3-0.6b.yaml"),
+                "store": str(tmp_path / "store"),
+                "runs": str(tmp_path / "runs"),
+                "student": {"path": str(world.folder / "student"), "dtype": "float32"},
+                "teacher": {"path": str(world.folder / "teacher"), "dtype": "float32"},
+                "prompts": {"path": str(world.folder / "problems.jsonl")},
+                "evaluate": {"benchmarks": asked, "max_new_tokens": 12, "engine": "transformers", "resamples": 100},
+                "launcher": {"kind": "inline"},
+            }
+        )
+    )
+    eopd("evaluate", config)
+    (summary,) = (tmp_path / "store" / "evaluations").glob("*/part-*/results.json")
+    found = json.loads(summary.read_text())
+    assert set(found["benchmarks"]) == SIX
+    settings = found["settings"]
+    assert (settings["samples"], settings["temperature"], settings["top_p"]) == (8, 1.0, 0.8)
+    assert settings["suffix"] == "Please reason step by step, and put your final answer within \\boxed{}."
+    assert settings["template"] == "plain"
+    assert all(one["verifier"] == "math" for one in settings["benchmarks"])
+    for one in found["benchmarks"].values():
+        assert (one["problems"], one["samples"]) == (2, 8)
+        assert set(one["pass_at_k"]) == {str(k) for k in range(1, 9)}
+        assert one["stop_rate"] + one["truncation_rate"] == pytest.approx(1.0)
+        assert one["token_entropy"] > 0
+        assert one["self_bleu"] is not None
+    assert found["model"]["fingerprint"]
+    assert len([name for name in found["artifact"]["inputs"] if name.startswith("benchmark ")]) == 6
+    table = evaluations.read_table(
+        next(summary.parents[1].glob("part-00000.*/samples.parquet")), evaluations.SAMPLES_SCHEMA
+    )
+    assert table.num_rows == 16
+    listed = eopd("evaluate", config, "--disagreements")
+    assert "samples on which the verifier and a plain comparison" in listed.stderr
+    assert all("problem_id" in json.loads(line) for line in listed.stdout.splitlines())

@@ -72,13 +72,13 @@ class LocalPool:
     def room(self, stage: Stage) -> int:
         if not self._gpus:
             return max(self._settings.launcher.workers - len(self._workers), 0)
-        free = len(self._free_gpus()) // self._gpus_of(stage)
+        free = len(self._free_gpus()) // gpus_of(self._settings, stage)
         if free == 0 and not self._workers:
             return 1  # asks for more than there are: let it run, and say so itself
         return free
 
     def start(self, task: Task) -> None:
-        gpus = tuple(self._free_gpus()[: self._gpus_of(task.job.stage)])
+        gpus = tuple(self._free_gpus()[: gpus_of(self._settings, task.job.stage)])
         slot = min(set(range(len(self._workers) + 1)) - {worker.slot for worker in self._workers})
         task.runner.paths.logs.mkdir(parents=True, exist_ok=True)
         log = task.runner.paths.logs / f"{task.job.stage}-{task.job.round}.worker-{slot}.log"
@@ -128,26 +128,28 @@ class LocalPool:
         self._workers.remove(worker)
         worker.replay.close()
         code = worker.process.wait()
-        kind, message = worker.replay.end or (_kind_of(code), "")
+        kind, message = worker.replay.end or (kind_of(code), "")
         if kind == "done" or code == 0:
             return Outcome(worker.task, "done")
-        return Outcome(worker.task, kind, f"{message or _last_words(worker, code)} (log: {worker.log})")
+        words = message or last_words(worker.log, worker.log_start, code)
+        return Outcome(worker.task, kind, f"{words} (log: {worker.log})")
 
     def _free_gpus(self) -> list[str]:
         busy = {gpu for worker in self._workers for gpu in worker.gpus}
         return [gpu for gpu in self._gpus if gpu not in busy]
 
-    def _gpus_of(self, stage: Stage) -> int:
-        settings = self._settings
-        if stage == "train":
-            return settings.train.processes
-        if stage == "align":
-            alignment = settings.evaluate.alignment if settings.evaluate else None
-            both = (alignment.engine_options, alignment.teacher_engine_options) if alignment else ()
-            return max((options.tensor_parallel for options in both), default=1)  # they share the devices
-        if stage == "evaluate":
-            return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
-        return (settings.rollout if stage == "rollout" else settings.score).engine_options.tensor_parallel
+
+def gpus_of(settings: RunSettings, stage: Stage) -> int:
+    """How many GPUs a task of ``stage`` works on at once."""
+    if stage == "train":
+        return settings.train.processes
+    if stage == "align":
+        alignment = settings.evaluate.alignment if settings.evaluate else None
+        both = (alignment.engine_options, alignment.teacher_engine_options) if alignment else ()
+        return max((options.tensor_parallel for options in both), default=1)  # they share the devices
+    if stage == "evaluate":
+        return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
+    return (settings.rollout if stage == "rollout" else settings.score).engine_options.tensor_parallel
 
 
 def stage_command(task: Task) -> list[str]:
@@ -198,7 +200,8 @@ def ask_to_stop_when_orphaned() -> None:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _kind_of(code: int) -> Kind:
+def kind_of(code: int) -> Kind:
+    """What a worker's exit code says of its end; negative: the signal that killed it."""
     if code == 0:
         return "done"
     if code == EXIT_FULL:
@@ -206,10 +209,10 @@ def _kind_of(code: int) -> Kind:
     return "lost" if code < 0 or code == EXIT_INTERRUPTED else "failed"
 
 
-def _last_words(worker: Worker, code: int) -> str:
-    """How a process ended that did not say so itself."""
+def last_words(log: Path, start: int, code: int) -> str:
+    """How a process ended that did not say so itself; its output is in ``log`` from byte ``start`` on."""
     ended = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-    with worker.log.open("rb") as file:
-        file.seek(worker.log_start)
+    with log.open("rb") as file:
+        file.seek(start)
         lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
     return f"{ended}; its last line: {lines[-1].strip()}" if lines else ended

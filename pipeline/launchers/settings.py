@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from eopd.pipeline.launchers.ray.settings import RaySettings
 from eopd.pipeline.launchers.slurm.settings import SlurmSettings
 from eopd.stages.settings import Settings, setting
 
@@ -33,10 +34,10 @@ class FaultSettings(Settings):
 
 
 class LauncherSettings(Settings):
-    kind: Literal["inline", "local", "slurm"] = setting(
+    kind: Literal["inline", "local", "ray", "slurm"] = setting(
         "local",
-        "inline: every stage in this process. local: sub-processes (which give their memory back), one a GPU. slurm: "
-        "job arrays on a cluster.",
+        "inline: every stage in this process. local: sub-processes (which give their memory back), one a GPU. ray: "
+        "tasks on a Ray cluster. slurm: job arrays on a Slurm cluster.",
         keyed=False,
     )
     gpus: list[int] | None = setting(
@@ -44,4 +45,5 @@ class LauncherSettings(Settings):
     )
     workers: int = setting(1, "local, without GPUs: how many tasks run at once.", keyed=False, ge=1)
     faults: FaultSettings = setting(FaultSettings, "What is done when a job fails.", keyed=False)
+    ray: RaySettings = setting(RaySettings, "What the ray launcher asks for.", keyed=False)
     slurm: SlurmSettings = setting(SlurmSettings, "What the slurm launcher asks for.", keyed=False)

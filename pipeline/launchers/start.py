@@ -8,6 +8,7 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.launchers.base import Pool
 from eopd.pipeline.launchers.inline import InlinePool
 from eopd.pipeline.launchers.local import LocalPool
+from eopd.pipeline.launchers.ray.pool import RayPool
 from eopd.pipeline.launchers.slurm.launcher import SlurmLauncher
 from eopd.pipeline.launchers.slurm.script import Place, dry_run
 from eopd.pipeline.plan import PlannedJob
@@ -26,9 +27,16 @@ def bring_to_end(work: Sequence[tuple[Runner, PlannedJob]], settings: RunSetting
     launcher = settings.launcher
     if launcher.kind == "slurm":
         return SlurmLauncher(launcher, display.open()).launch(work)
-    pool: Pool = InlinePool() if launcher.kind == "inline" else LocalPool(settings, display)
-    run_jobs(work, pool, launcher.faults)
+    run_jobs(work, _pool(settings, display), launcher.faults)
     return True
+
+
+def _pool(settings: RunSettings, display: Display) -> Pool:
+    if settings.launcher.kind == "inline":
+        return InlinePool()
+    if settings.launcher.kind == "ray":
+        return RayPool(settings, display)
+    return LocalPool(settings, display)
 
 
 def show_submission(work: Sequence[tuple[Runner, PlannedJob]], settings: RunSettings) -> str:

@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import World, checksums, command, environment, eopd
+from tests.end_to_end.workers import variables, worker_of
 
 CLUSTER = Path(__file__).resolve().parent.parent.parent / "scripts" / "slurm-on-this-machine.sh"
 SLURM = {"kind": "slurm", "slurm": {"parts_per_task": 2, "poll_seconds": 0.5}}
@@ -37,12 +37,13 @@ def cluster() -> Iterator[None]:
 def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: str, cluster: None) -> None:
     """Cancelled task, killed worker, time limit, whoever follows gone: the artifacts are those of a quiet local run."""
     config = world.config("slurm", launcher=SLURM)
+    resolved = world.runs("slurm") / "config.yaml"
     no_evaluation = ("--set", "evaluate=null")
     handed_over = eopd("run", config, *no_evaluation, "--set", "launcher.slurm.wait=false")
     assert "submitted 6 arrays" in handed_over.stderr
 
     follower = follow(config, *no_evaluation)
-    task = variables(worker_of(world, "rollout", follower))
+    task = variables(worker_of(resolved, follower, "rollout"))
     follower.send_signal(signal.SIGINT)
     said = follower.communicate()[1]
     assert follower.returncode == 130
@@ -51,8 +52,8 @@ def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: st
 
     follower = follow(config, *no_evaluation)
     slurm("scancel", "--signal=KILL", f"{task['SLURM_ARRAY_JOB_ID']}_{task['SLURM_ARRAY_TASK_ID']}")
-    os.kill(worker_of(world, "score", follower), signal.SIGKILL)
-    slurm("scancel", "--batch", "--signal=USR1", variables(worker_of(world, "train", follower))["SLURM_JOB_ID"])
+    os.kill(worker_of(resolved, follower, "score"), signal.SIGKILL)
+    slurm("scancel", "--batch", "--signal=USR1", variables(worker_of(resolved, follower, "train"))["SLURM_JOB_ID"])
     said = follower.communicate()[1]
     assert follower.returncode == 0, said
     theirs = checksums(world.store(undisturbed))
@@ -87,22 +88,3 @@ def slurm(*arguments: str) -> None:
 
 def logs(world: World, array: str) -> str:
     return "".join(path.read_text() for path in world.runs("slurm").glob(f"logs/{array}.slurm-*.log"))
-
-
-def worker_of(world: World, stage: str, run: subprocess.Popen[str]) -> int:
-    """Process id of a task of ``stage`` that is at work."""
-    while run.poll() is None:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_text().split("\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if {"eopd.pipeline.cli", stage, str(world.runs("slurm") / "config.yaml")} <= set(words):
-                return int(folder.name)
-        time.sleep(0.05)
-    raise AssertionError(f"the run ended before a {stage} task was seen: {run.communicate()[1]}")
-
-
-def variables(process: int) -> dict[str, str]:
-    entries = Path(f"/proc/{process}/environ").read_text().split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)

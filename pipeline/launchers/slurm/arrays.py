@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from eopd.pipeline.launchers.slurm.settings import SlurmSettings
-from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.plan import SUMMED_UP, PlannedJob
 from eopd.pipeline.runner import Runner
 
 Work = Sequence[tuple[Runner, PlannedJob]]
@@ -64,7 +64,7 @@ def _blocks(runner: Runner, job: PlannedJob, settings: SlurmSettings) -> Iterato
     parts = job.output.parts
     size = parts if job.stage == "train" else settings.parts_per_task
     missing = missing_parts(runner, job)
-    if job.stage == "evaluate" and len(missing) > 1:
+    if job.stage in SUMMED_UP and len(missing) > 1:
         missing.discard(parts - 1)  # the summary: written by the task that ends last
     chunks = [
         tuple(p for p in range(start, min(start + size, parts)) if p in missing) for start in range(0, parts, size)

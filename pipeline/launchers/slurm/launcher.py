@@ -22,6 +22,7 @@ from eopd.pipeline.launchers.slurm.script import Place, dependency, log_path, re
 from eopd.pipeline.launchers.slurm.watch import Watch
 from eopd.stages.job import Progress
 from eopd.storage.files import replace_atomically
+from eopd.storage.stopping import Stopped
 
 SUBMITTED = "submitted.json"
 NAMED_FAILURES = 5
@@ -37,7 +38,7 @@ class SlurmLauncher:
         Raises:
             ConfigError: Slurm refused the first job, or the queue has run dry and what is missing did not become
                 less; names the failed tasks and their logs.
-            KeyboardInterrupt: whoever follows has left; the jobs go on.
+            Stopped: whoever follows has left; the jobs go on.
         """
         queued = self._queued(work)
         if queued:
@@ -103,7 +104,7 @@ class SlurmLauncher:
         try:
             while watch.look(queue.look(jobs)):
                 time.sleep(self._slurm.poll_seconds)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             self._progress.close()
             self._leave(jobs)
             raise
@@ -112,7 +113,7 @@ class SlurmLauncher:
 
     def _leave(self, jobs: Sequence[int]) -> None:
         ids = " ".join(map(str, jobs))
-        with suppress(KeyboardInterrupt, EOFError):
+        with suppress(KeyboardInterrupt, Stopped, EOFError):
             if sys.stdin.isatty() and input("\nCancel the jobs as well? [y/N] ").strip().lower() in {"y", "yes"}:
                 queue.cancel(jobs)
                 self._progress.line("slurm: cancelled; parts in hand are committed first")

@@ -39,6 +39,7 @@ class SlurmSettings(Settings):
     score: SlurmResources = setting(SlurmResources, "Of score tasks.", keyed=False)
     train: SlurmResources = setting(SlurmResources, "Of training.", keyed=False)
     evaluate: SlurmResources = setting(SlurmResources, "Of evaluate tasks.", keyed=False)
+    align: SlurmResources = setting(SlurmResources, "Of align tasks.", keyed=False)
     parts_per_task: int = setting(
         1,
         "Parts that one array task does one after the other: the model is loaded once for all of them.",

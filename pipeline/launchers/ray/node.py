@@ -1,0 +1,61 @@
+"""What runs on the nodes of a Ray cluster: the command of a stage, in a process of its own.
+
+Ray places and watches it; the command is the same that a person would give, so that memory and GPUs are given back
+whatever happens, and a task that is killed loses no more than the part in hand.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from eopd.pipeline.launchers.local import ask_to_stop_when_orphaned
+
+POLL_SECONDS = 0.1
+
+
+def do(
+    arguments: Sequence[str], folder: str, log: str, environment: Mapping[str, str], meeting: tuple[str, int] | None
+) -> int:
+    """Run ``python ARGUMENTS`` in ``folder``, its output appended to ``log``; returns its exit code.
+
+    Args:
+        meeting: host and port at which processes of several nodes meet; stands for {host} and {port} in ``arguments``.
+    """
+    if meeting is not None:
+        host, port = meeting
+        arguments = [argument.format(host=host, port=port) for argument in arguments]
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
+        )
+    while True:
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)  # not wait(): Ray's cancellation comes between two instructions
+            return process.returncode
+        except KeyboardInterrupt:  # cancelled: what is in hand is committed, then the process ends by itself
+            process.send_signal(signal.SIGINT)
+
+
+def meeting_place() -> tuple[str, int]:
+    """Address of this node and a port that is free on it now."""
+    import ray
+
+    host: str = ray.util.get_node_ip_address()
+    with socket.socket() as one:
+        one.bind((host, 0))
+        port: int = one.getsockname()[1]
+    return host, port

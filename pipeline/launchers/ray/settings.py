@@ -1,0 +1,48 @@
+"""What Ray is asked for. Nothing of it enters an artifact's key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eopd.stages.settings import Settings, setting
+
+
+class RayResources(Settings):
+    """Of one task."""
+
+    cpus: float = setting(1.0, "CPUs; also the threads that OpenMP uses.", keyed=False, ge=0)
+    gpus: float | None = setting(
+        None,
+        "GPUs. Null: as many as the engine's `tensor_parallel` or `train.processes`, where the cluster has any.",
+        keyed=False,
+        ge=0,
+    )
+    memory_gib: float | None = setting(None, "Main memory that Ray sets aside.", keyed=False, gt=0)
+    custom: dict[str, float] = setting({}, "Resources of your own naming, such as {a100: 1}.", keyed=False)
+    nodes: int = setting(
+        1, "train only: machines that train together, `train.processes` processes on each.", keyed=False, ge=1
+    )
+
+
+class RaySettings(Settings):
+    address: str = setting(
+        "auto",
+        "auto: the cluster this machine belongs to. ray://HOST:10001: one to be reached from outside. local: one of "
+        "this machine alone, started for the run.",
+        keyed=False,
+    )
+    rollout: RayResources = setting(RayResources, "Of rollout tasks.", keyed=False)
+    score: RayResources = setting(RayResources, "Of score tasks.", keyed=False)
+    train: RayResources = setting(RayResources, "Of training, on each of its nodes.", keyed=False)
+    evaluate: RayResources = setting(RayResources, "Of evaluate tasks.", keyed=False)
+    align: RayResources = setting(RayResources, "Of align tasks.", keyed=False)
+    workers: int | None = setting(
+        None,
+        "Tasks in flight at once. Null: as many as the nodes hold now. Where nodes come by autoscaling: as many as "
+        "they may become.",
+        keyed=False,
+        ge=1,
+    )
+    runtime_env: dict[str, Any] = setting(
+        {}, "Ray's runtime environment, such as {env_vars: {HF_HOME: /shared/hf}}.", keyed=False
+    )

@@ -42,7 +42,7 @@ def test_the_wheel_works_alone(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "rollout 0" in result.stdout
+    assert "rollout" in result.stdout
     where = subprocess.run(
         [sys.executable, "-S", "-c", "import eopd.storage.paths as p; print(p.__file__)"],
         cwd=tmp_path,

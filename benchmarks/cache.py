@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=STEPS)
     parser.add_argument("--tokens", type=int, default=10_000_000, help="size of the cache that is read from")
     parser.add_argument("--batches", type=int, default=12, help="batches of 256 responses a run")
-    parser.add_argument("--gradient-tokens", type=int, default=16_384)
+    parser.add_argument("--gradient-tokens", type=int, default=16_384, help="N of the gradient errors")
     parser.add_argument("--models", type=Path, default=Path("runs/gsm8k-pair"), help="the GSM8K pair; made if missing")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"), help="its problems")
     parser.add_argument("--real-responses", type=int, default=1_000, help="samples of the pair's student")

@@ -1,6 +1,6 @@
 """What the teacher cache costs: bytes, gradient error, reading, writing, opening, damage found.
 
-    python -m benchmarks.cache                      # everything, about 10 minutes on 2 idle cores
+    python -m benchmarks.cache --save               # everything, about 10 minutes on 2 idle cores (20 with the pair)
     python -m benchmarks.cache --only bytes read    # some of it
     python -m benchmarks.cache --tokens 1000000     # a smaller cache to read from
 
@@ -282,6 +282,8 @@ def measure_gradient(tokens: int) -> dict[str, Any]:
         "gradient_relative_error": {name: round(value, 4) for name, value in found.relative_error.items()},
         "gradient_cache_over_sampled50": round(found.degrees["cache"] / found.degrees["sampled50"], 4),
         "gradient_tokens": tokens,
+        "gradient_draw_seeds": gradient.SEEDS,
+        "gradient_student_kl_nats": round(found.student_kl, 3),
         "sampled50_bytes": round(3 * found.sampled50_unique_ids, 1),  # an id and a count each, 3 bytes
     }
 

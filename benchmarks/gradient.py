@@ -38,6 +38,7 @@ TOP = (12, 32, 50)
 SAMPLES = 50
 STUDENT_NOISE = 1.5
 BLOCK = 128
+KL_TOKENS = 2_048
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Found:
     degrees: dict[str, float]
     relative_error: dict[str, float]
     sampled50_unique_ids: float  # a token
+    student_kl: float  # nats: teacher to student, over the first tokens
 
 
 @dataclass
@@ -67,8 +69,9 @@ def compare(tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, v
         {name: np.zeros((vocabulary, HIDDEN)) for name in names},
     )
     unique = 0.0
+    divergences: list[float] = []
     for low in range(0, tokens, BLOCK):
-        unique += _block(rng, min(BLOCK, tokens - low), head, sums, vocabulary)
+        unique += _block(rng, min(BLOCK, tokens - low), head, sums, divergences, vocabulary)
     exact = sums.q[:, :HIDDEN] - sums.p
     found: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
@@ -78,7 +81,7 @@ def compare(tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, v
         gradient = sums.q[:, column * HIDDEN : (column + 1) * HIDDEN] - target
         found.setdefault(kind, []).append(_angle(exact, gradient))
         errors.setdefault(kind, []).append(float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact)))
-    return Found(_means(found), _means(errors), unique / tokens)
+    return Found(_means(found), _means(errors), unique / tokens, float(np.mean(divergences)))
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
@@ -108,8 +111,13 @@ def _dense(found: Distributions, rng: np.random.Generator) -> tuple[Float, Float
     return p, q, entropy
 
 
-def _block(rng: np.random.Generator, tokens: int, head: HeadRule, sums: _Sums, vocabulary: int) -> float:
+def _block(
+    rng: np.random.Generator, tokens: int, head: HeadRule, sums: _Sums, divergences: list[float], vocabulary: int
+) -> float:
+    """Add a block of tokens to the gradients; returns the unique ids of the 50 draws, summed over its tokens."""
     p, q, entropy = _dense(distributions(rng, exponents(rng, tokens, vocabulary), vocabulary), rng)
+    if len(divergences) < KL_TOKENS:
+        divergences += (np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / q), 0.0)).sum(axis=1).tolist()
     hidden = 0.5 + rng.standard_normal((tokens, HIDDEN))
     shift = draw_ids(rng, tokens, "zipf", vocabulary)
 

@@ -89,6 +89,30 @@ class PartHeader:
             raise DamagedPart(f"{where} has attributes that are no header: {error}") from error
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a reader takes for granted of scores; None: anything. Fingerprints and names are those of ``PartHeader``."""
+
+    teacher: str | None = None
+    tokenizer: str | None = None
+    teacher_context: str | None = None
+    temperature: float | None = None
+
+    def require(self, header: PartHeader, where: str) -> None:
+        """Raises WrongArtifact naming everything that is another's."""
+        wanted = {name: value for name, value in asdict(self).items() if value is not None}
+        other = [
+            f"{name.replace('_', ' ')} {getattr(header, name)} (asked for {value})"
+            for name, value in wanted.items()
+            if getattr(header, name) != value
+        ]
+        if other:
+            raise WrongArtifact(
+                f"{where} holds scores of {', '.join(other)}. Score the same rollouts with "
+                "what is asked for (`eopd score`), which adds an artifact beside this one"
+            )
+
+
 def write_part(folder: Path, rows: TeacherRows, header: PartHeader) -> None:
     """Write ``rows`` as one part into an existing empty folder (an artifact's staging folder).
 
@@ -123,10 +147,14 @@ class TeacherCache:
         artifact: of kind ``scores``; an ``Artifact`` or anything that is a ``ScoreSource``.
         memory: bytes of decoded chunks that may be kept.
         threads: how many groups of responses are read and decoded at a time.
+        origin: what every part has to be of; scores of another teacher, context, tokenizer or temperature are refused.
     """
 
-    def __init__(self, artifact: ScoreSource, memory: int = DEFAULT_MEMORY, threads: int = 2) -> None:
+    def __init__(
+        self, artifact: ScoreSource, memory: int = DEFAULT_MEMORY, threads: int = 2, origin: Origin | None = None
+    ) -> None:
         self.artifact = artifact
+        self.origin = origin
         self.chunks = ChunkCache(memory)
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
@@ -211,7 +239,10 @@ class TeacherCache:
         with self._lock:
             found = self._parts.get(number)
             if found is None:
-                found = self._parts[number] = _Part(self.artifact, number)
+                found = _Part(self.artifact, number)
+                if self.origin is not None:
+                    self.origin.require(found.header, found.zarr.where)
+                self._parts[number] = found
                 if len(self._parts) > OPEN_PARTS:
                     self._parts.popitem(last=False)
             else:

@@ -20,7 +20,7 @@ from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
 from eopd.storage.markers import file_text, marker_text
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
-from eopd.storage.teacher_cache import PartHeader, TeacherCache, concatenate, write_part
+from eopd.storage.teacher_cache import Origin, PartHeader, TeacherCache, concatenate, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 
 from .making import STOPS, dense, header, rows_of, scores
@@ -363,3 +363,18 @@ def test_headers_keep_what_they_were_given() -> None:
     full = header(HeadRule(k_max=8), 100, extra_k=3)
     assert PartHeader.from_attributes(json.loads(json.dumps(full.to_attributes())), "here") == full
     assert full.coverage.extra_k == 3
+
+
+def test_scores_of_another_origin_are_refused_by_name(one: Artifact) -> None:
+    right = Origin("teacher", "tokenizer", "chat", 1.0)
+    assert TeacherCache(one, origin=right).read([(0, 0)]).responses == 1
+    for other, words in (
+        (Origin(teacher="Qwen3-32B"), r"teacher teacher \(asked for Qwen3-32B\)"),
+        (Origin(tokenizer="llama"), r"tokenizer tokenizer \(asked for llama\)"),
+        (Origin(teacher_context="plain"), r"teacher context chat \(asked for plain\)"),
+        (Origin(teacher="teacher", temperature=0.7), r"scores of temperature 1.0 \(asked for 0.7\)\. They"),
+    ):
+        cache = TeacherCache(one, origin=other)
+        for _ in range(2):  # not only the first time
+            with pytest.raises(WrongArtifact, match=words):
+                cache.read([(0, 0)])

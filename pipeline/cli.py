@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eopd.pipeline.plan_cli import Config, Set, plan
+from eopd.pipeline.status_cli import logs, status
 from eopd.pipeline.store_cli import app as store_app
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def run(
 
 
 app.command()(plan)
+app.command()(status)
+app.command()(logs)
 
 
 def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:

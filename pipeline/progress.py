@@ -148,7 +148,10 @@ class LineProgress:
 
 
 class EventProgress:
-    """A worker's: events to a file that whoever started it reads. A file that cannot be written stops no work."""
+    """A worker's: events to a file that whoever started it reads. A file that cannot be written stops no work.
+
+    What it begins and says goes to stderr too, which is its log.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -156,6 +159,7 @@ class EventProgress:
         self._figures: dict[str, float] = {}
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        sys.stderr.write(f"{what}: {total:,} {unit}\n")
         self._tell(start=[what, total, unit])
 
     def advance(self, n: int, **figures: float) -> None:
@@ -165,6 +169,8 @@ class EventProgress:
             self._flush()
 
     def line(self, text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
         self._tell(line=text)
 
     def close(self) -> None:

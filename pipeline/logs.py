@@ -1,0 +1,108 @@
+"""The stage logs below ``runs/<name>/logs``: which there are, their last lines, what went wrong, and following them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+
+TAIL_BYTES = 1 << 16
+ERROR = re.compile(r"^(eopd: .+|(?:[\w.]+\.)?\w*(?:Error|Exception|Stopped|StoreFull)\b.*)$")
+_STAGE_LOG = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d+)\b")
+
+
+@dataclass(frozen=True)
+class LastWords:
+    log: Path
+    line: str
+    when: float  # of the log's last change, seconds since the epoch
+
+
+def find_logs(folder: Path, stage: str | None = None, round_: int | None = None) -> list[Path]:
+    """Logs of a run, the one that changed last at the end.
+
+    Raises:
+        ConfigError: there is none such; lists what there is.
+    """
+    every = sorted(path for path in folder.glob("*.log") if path.is_file())
+    found = [path for path in every if _is_of(path, stage, round_)]
+    if not found:
+        asked = " ".join([*([stage] if stage else []), *([f"round {round_}"] if round_ is not None else [])])
+        there = ", ".join(path.name for path in every) or "none"
+        raise ConfigError(f"no log{' of ' + asked if asked else ''} in {folder}; there is: {there}")
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _is_of(path: Path, stage: str | None, round_: int | None) -> bool:
+    named = _STAGE_LOG.match(path.name)
+    own_stage = named["stage"] if named else path.name.split(".")[0]
+    if stage is not None and not own_stage.startswith(stage):
+        return False
+    return round_ is None or (named is not None and int(named["round"]) == round_)
+
+
+def tail(path: Path, lines: int, end: int | None = None) -> list[str]:
+    """The last ``lines`` lines before byte ``end`` (None: of the file), read from the last 64 KiB."""
+    with path.open("rb") as file:
+        end = file.seek(0, 2) if end is None else end
+        start = max(end - TAIL_BYTES, 0)
+        file.seek(start)
+        text = file.read(end - start).decode("utf-8", errors="replace")
+    return text.splitlines()[-lines:]
+
+
+def last_line(folder: Path) -> LastWords | None:
+    """The last line that is not blank of the log that changed last."""
+    for path in reversed(_logs(folder)):
+        for line in reversed(tail(path, 20)):
+            if line.strip():
+                return LastWords(path, line.strip(), path.stat().st_mtime)
+    return None
+
+
+def errors(folder: Path, most: int = 3) -> list[LastWords]:
+    """The last error of each log that ends in or near one, newest first."""
+    found = []
+    for path in reversed(_logs(folder)):
+        lines = [line.strip() for line in tail(path, 200)]
+        wrong = [line for line in lines if ERROR.match(line)]
+        if wrong:
+            found.append(LastWords(path, wrong[-1], path.stat().st_mtime))
+        if len(found) == most:
+            break
+    return found
+
+
+def _logs(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*.log") if path.is_file()), key=lambda path: path.stat().st_mtime)
+
+
+def follow(
+    folder: Path, shown_to: Mapping[Path, int], stage: str | None, round_: int | None, poll: float
+) -> Iterator[str]:
+    """Every new line of the logs, those that appear later too, for ever; a heading where the log changes.
+
+    Args:
+        shown_to: bytes of each log that were shown already; the last one is that with the latest heading.
+    """
+    read = dict(shown_to)
+    shown = next(reversed(read), None)
+    while True:
+        for path in sorted(path for path in folder.glob("*.log") if _is_of(path, stage, round_)):
+            start = read.get(path, 0)
+            if path.stat().st_size < start:
+                start = 0  # it was begun anew
+            with path.open("rb") as file:
+                file.seek(start)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            read[path] = start + len(whole) + len(newline)
+            if newline and path != shown:
+                yield f"==> {path.name} <=="
+                shown = path
+            if newline:
+                yield from whole.decode("utf-8", errors="replace").splitlines()
+        time.sleep(poll)

@@ -1,0 +1,178 @@
+"""`eopd status` and `eopd logs`, against real claims of a living process and real log files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.logs import errors, find_logs, last_line, tail
+from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.plan_table import make_console
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.status import status_view, take_status
+from eopd.pipeline.status_cli import config_of
+from tests.end_to_end.conftest import command
+from tests.pipeline.plan_case import commit, make_runner, note_job
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from eopd.storage.artifacts import open_artifact
+from eopd.storage.claims import claim
+with claim(open_artifact(Path(sys.argv[1]), sys.argv[2], sys.argv[3]), int(sys.argv[4])) as ours:
+    print(ours, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    save_file({"weight": torch.zeros(10)}, tmp_path / "model.safetensors")
+    return make_runner(tmp_path)
+
+
+@pytest.fixture
+def held() -> Iterator[list[subprocess.Popen[str]]]:
+    found: list[subprocess.Popen[str]] = []
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+
+
+def hold(runner: Runner, job: PlannedJob, part: int) -> subprocess.Popen[str]:
+    arguments = [str(runner.store), job.output.kind, job.output.key, str(part)]
+    process = subprocess.Popen([sys.executable, "-c", HOLD, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "True"
+    return process
+
+
+def shown(runner: Runner) -> str:
+    console = make_console(160)
+    with console.capture() as captured:
+        console.print(status_view(take_status([runner])))
+    return captured.get()
+
+
+def test_who_works_on_what_and_how_fast(runner: Runner, held: list[subprocess.Popen[str]]) -> None:
+    rollout = runner.plan.job("rollout", 0)
+    artifact = commit(runner, rollout, [0, 1], responses=8, tokens=320)
+    for part, age in ((0, 40), (1, 10)):
+        marker = artifact.folder / f"part-0000{part}.json"
+        os.utime(marker, (time.time() - age, time.time() - age))
+    held.append(hold(runner, rollout, 2))
+    (activity,) = take_status([runner]).activities
+    assert list(activity.workers.values()) == [[2]]
+    assert f"process {held[0].pid} " in next(iter(activity.workers))
+    assert activity.seconds_per_part == pytest.approx(30, abs=1)
+    assert activity.left == pytest.approx(30, abs=1)
+    assert "rollout 0  2/3" in shown(runner)
+    held[0].kill()
+    held[0].wait()
+    (activity,) = take_status([runner]).activities
+    assert activity.workers == {}
+    assert "No part is claimed" in shown(runner)
+
+
+def test_a_training_shows_its_step(runner: Runner, held: list[subprocess.Popen[str]]) -> None:
+    train = runner.plan.job("train", 0)
+    artifact = runner.artifact(train.output)
+    with artifact.write_part(1):  # leaves an identity to claim; the optimiser's part is the first to come
+        pass
+    held.append(hold(runner, train, 0))
+    runner.paths.folder.mkdir(parents=True)
+    rows = [{"round": 0, "step": step, "tokens": 100, "tokens_per_s": 50.0, "loss": 0.25} for step in range(3)]
+    runner.paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"round": 0, "st')
+    (activity,) = take_status([runner]).activities
+    assert activity.step == rows[-1]
+    assert activity.left == pytest.approx((6 - 3) * 2.0)  # 20 responses in batches of 8, twice
+    assert "step 3/6" in shown(runner)
+
+
+def test_errors_and_the_last_line_are_shown(runner: Runner) -> None:
+    logs = runner.paths.logs
+    logs.mkdir(parents=True)
+    (logs / "score-0.worker-0.log").write_text("loading\nTraceback\nValueError: the teacher's logits are NaN\n")
+    (logs / "rollout-1.worker-1.log").write_text("rollout: 20 responses\n\n")
+    os.utime(logs / "score-0.worker-0.log", (1, time.time() - 100))
+    assert [words.line for words in errors(logs)] == ["ValueError: the teacher's logits are NaN"]
+    found = last_line(logs)
+    assert found is not None
+    assert (found.log.name, found.line) == ("rollout-1.worker-1.log", "rollout: 20 responses")
+    text = shown(runner)
+    assert "Error in score-0.worker-0.log, 1 min 40 s ago: ValueError" in text
+    assert "rollout-1.worker-1.log: rollout: 20 responses" in text
+
+
+def test_everything_done(runner: Runner) -> None:
+    for job in runner.plan.jobs:
+        commit(runner, job, responses=8, tokens=80)
+        note_job(runner, job, 1.0)
+    assert "Everything is done." in shown(runner)
+
+
+def test_logs_are_chosen_by_stage_and_round(tmp_path: Path) -> None:
+    for number, name in enumerate(["score-0.worker-0.log", "score-1.worker-0.log", "train-1.log", "vllm.log"]):
+        (tmp_path / name).write_text(f"of {name}\n")
+        os.utime(tmp_path / name, (number, number))
+    assert [path.name for path in find_logs(tmp_path, "score", None)] == [
+        "score-0.worker-0.log",
+        "score-1.worker-0.log",
+    ]
+    assert [path.name for path in find_logs(tmp_path, None, 1)] == ["score-1.worker-0.log", "train-1.log"]
+    assert len(find_logs(tmp_path)) == 4
+    with pytest.raises(ConfigError, match=r"no log of train round 0 .* there is: .*vllm\.log"):
+        find_logs(tmp_path, "train", 0)
+
+
+def test_a_tail_of_a_long_log_is_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.log"
+    path.write_text("".join(f"line {number}\n" for number in range(100_000)))
+    assert tail(path, 2) == ["line 99998", "line 99999"]
+
+
+def test_a_run_is_found_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("name: mine\n")
+    assert config_of("mine", tmp_path / "runs") == str(tmp_path / "runs" / "mine" / "config.yaml")
+    assert config_of("quickstart", tmp_path / "runs") == "quickstart"
+
+
+@pytest.mark.timeout(90)
+def test_logs_are_followed_new_ones_too_until_interrupted(tmp_path: Path) -> None:
+    logs = tmp_path / "runs" / "mine" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "score-0.log").write_text("first\n")
+    process = subprocess.Popen(
+        command("logs", "mine", "--runs", tmp_path / "runs", "-f"),
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs are started with interrupts ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["==> score-0.log <==\n", "first\n"]
+        with (logs / "score-0.log").open("a") as file:
+            file.write("second\nhalf a li")
+        assert process.stdout.readline() == "second\n"
+        (logs / "train-0.log").write_text("of another\n")
+        assert [process.stdout.readline() for _ in range(2)] == ["==> train-0.log <==\n", "of another\n"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()

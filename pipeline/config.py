@@ -40,6 +40,15 @@ class ModelSettings(Settings):
     trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
 
 
+class StudentSettings(ModelSettings):
+    sft_teacher: str | None = setting(
+        None,
+        "Model (folder or hub id) that wrote the responses the student was supervised on before, where you know it. "
+        "lightning_opd assumes that it is the teacher, and warns where it is not.",
+        keyed=False,
+    )
+
+
 class RunSettings(Settings):
     name: str = setting(..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = setting(0, "Seed of prompt order, sampling and training order.")
@@ -67,7 +76,7 @@ class RunSettings(Settings):
     lag: int = setting(
         0, "Rounds by which the policy that samples is late: with 1, a round's rollouts overlap training.", ge=0
     )
-    student: ModelSettings = setting(..., "The model that learns.")
+    student: StudentSettings = setting(..., "The model that learns.")
     teacher: ModelSettings = setting(..., "The model it learns from.")
     prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
     rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
+from eopd.pipeline.provenance import other_teacher
 from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
@@ -214,6 +215,9 @@ def _start_score(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
 def _start_train(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
     from eopd.stages.train.run import run
 
+    warning = other_teacher(runner.settings)
+    if warning is not None:
+        runner.progress.line(warning)
     run(train_job(runner, job))
 
 

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage.files import canonical_json, sha256_text
+from examples.study.worlds import COUNTDOWN, World
 
 HERE = Path(__file__).parent
-COUNTDOWN = HERE.parent / "countdown"
 
 ITERATION_RESPONSES = 128
 PROMPT_RESPONSES = 2
 STEP_RESPONSES = 32
-NEW_TOKENS = 32
 SAMPLES = 8
-ROW_TOKENS = 64  # of a packed row: two sequences; longer rows cost attention
 FULL_HEAD = {"k_max": 16, "min_prob": 0.03, "full_head_above": -1.0}
 """The main comparison's cache: the sixteen most probable of every token, so that every objective reads the same one."""
 
@@ -33,7 +31,7 @@ class Scale:
 
     iterations: int
     train_problems: int
-    problems: int  # evaluated, SAMPLES responses each
+    problems: int  # evaluated
     tuning_problems: int
 
     def __post_init__(self) -> None:
@@ -47,6 +45,8 @@ class Scale:
 
 FULL = Scale(iterations=256, train_problems=20_000, problems=2_500, tuning_problems=500)
 TUNING = Scale(iterations=64, train_problems=20_000, problems=2_500, tuning_problems=500)
+TEXT = Scale(iterations=32, train_problems=4_096, problems=300, tuning_problems=0)
+"""Of the language models: a tenth of the responses, each ten times as long."""
 SMOKE = Scale(iterations=8, train_problems=600, problems=60, tuning_problems=20)
 
 
@@ -75,6 +75,7 @@ class Experiment:
     seeds: tuple[int, ...]
     reference: str
     scale: Scale = FULL
+    world: World = COUNTDOWN
     evaluates: str = "evaluate"  # which problems: evaluate | tuning
     borrows: tuple[str, ...] = ()  # "experiment/setting" whose results belong into this comparison too
 
@@ -105,19 +106,21 @@ class Task:
     @property
     def key(self) -> str:
         """Of everything this file says about the run. A result that carries another key is of other settings."""
-        stated = {"scale": asdict(self.scale), "evaluates": self.experiment.evaluates}
+        stated: dict[str, Any] = {"scale": asdict(self.scale), "evaluates": self.experiment.evaluates}
+        if self.experiment.world != COUNTDOWN:
+            stated["world"] = self.experiment.world.name
         return sha256_text(canonical_json({**stated, "config": self.stated()}))[:20]
 
     def stated(self) -> dict[str, Any]:
         """The run's config without the paths of this machine."""
-        setting = self.setting
+        setting, world = self.setting, self.experiment.world
         return {
             "seed": self.seed,
             "rounds": setting.rounds(self.scale),
             "rollout": {
                 "prompts_per_round": self.scale.responses // setting.rounds(self.scale) // PROMPT_RESPONSES,
                 "samples_per_prompt": PROMPT_RESPONSES,
-                "max_new_tokens": NEW_TOKENS,
+                "max_new_tokens": world.new_tokens,
             },
             "score": {"head": dict(setting.head)},
             "train": {
@@ -130,43 +133,51 @@ class Task:
                     "betas": [0.9, 0.98],
                 },
             },
-            "evaluate": {"samples": SAMPLES, "temperature": 1.0, "max_new_tokens": NEW_TOKENS},
+            "evaluate": {"samples": world.samples, "temperature": 1.0, "max_new_tokens": world.new_tokens},
         }
 
-    def config(self, problems: Path, folder: Path, store: Path) -> dict[str, Any]:
-        """The whole config: ``problems`` holds the problem files, ``folder`` becomes the parent of the run's folder."""
-        stated = self.stated()
-        # tiny models: one thread, wide batches
-        engine = {"engine": "transformers", "engine_options": {"cpu_threads": 1, "max_batch": 1024}}
-        part = {"rows_per_part": 4096}
-        benchmark = {
-            "name": "countdown",
-            "path": str(problems / f"{self.experiment.evaluates}.jsonl"),
-            "verifier": "countdown",
+    def config(self, work: Path) -> dict[str, Any]:
+        """The whole config of a run below ``work``: what is stated, where things are, and what makes it fast."""
+        stated, world = self.stated(), self.experiment.world
+        problems, models = world.problems(work, self.scale), world.models(work)
+        source = {
+            "columns": {"id": "id", "prompt": "problem", "answer": "answer"},
+            "verifier": world.verifier,
         }
+        # tiny models: one thread, wide batches, everything of a round in one part
+        options = {"cpu_threads": 1, "max_batch": world.max_batch}
+        engine = {"engine": "transformers", "engine_options": options}
+        benchmark = {"name": world.name, "path": str(problems / f"{self.experiment.evaluates}.jsonl"), **source}
         return {
             **stated,
             "name": self.name.replace("/", "."),
-            "store": str(store),
-            "runs": str(folder),
-            "student": {"path": str(COUNTDOWN / "student")},
-            "teacher": {"path": str(COUNTDOWN / "teacher")},
+            "store": str(work / f"store-seed{self.seed}"),
+            "runs": str(work / "runs"),
+            "student": {"path": str(models["student"])},
+            "teacher": {"path": str(models["teacher"])},
             "prompts": {
                 "path": str(problems / "train.jsonl"),
-                "columns": {"id": "id", "prompt": "problem", "answer": "answer"},
-                "verifier": "countdown",
                 "template": "plain",
+                "suffix": world.suffix,
+                **source,
             },
-            "rollout": {**stated["rollout"], **engine, **part},
-            "score": {**stated["score"], **engine, "row_tokens": ROW_TOKENS, "first_batch_check": False},
+            "rollout": {**stated["rollout"], **engine, "rows_per_part": 4096},
+            "score": {**stated["score"], **engine, "row_tokens": world.row_tokens, "first_batch_check": False},
             "train": {
                 **stated["train"],
                 "objective": _with_own_file(stated["train"]["objective"]),
-                "row_tokens": ROW_TOKENS,
+                "row_tokens": world.row_tokens,
                 "cpu_threads": 1,
                 "checkpoint_every_steps": 1_000_000,
             },
-            "evaluate": {**stated["evaluate"], **engine, **part, "benchmarks": [benchmark], "template": "plain"},
+            "evaluate": {
+                **stated["evaluate"],
+                **engine,
+                "rows_per_part": 4096,
+                "benchmarks": [benchmark],
+                "template": "plain",
+                "suffix": world.suffix,
+            },
             "launcher": {"kind": "inline"},
         }
 

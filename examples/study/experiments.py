@@ -5,7 +5,8 @@ A setting's ``lr`` is a rate, or the name of the tuned objective whose rate it t
 
 from __future__ import annotations
 
-from examples.study.design import TUNING, Experiment, Setting
+from examples.study.design import TEXT, TUNING, Experiment, Setting
+from examples.study.worlds import GSM8K
 
 
 def _eopd(tau: float, **more: object) -> dict[str, object]:
@@ -115,7 +116,7 @@ STALENESS = Experiment(
     name="staleness",
     question="What does offline staleness cost, and which advantage and ratio bear it?",
     reference="main/opd",
-    borrows=("main/opd", "main/fkl", "main/eopd-0.8", "reverse/opd-topk"),
+    borrows=("main/opd", "main/lightning", "main/fkl", "main/eopd-0.8", "reverse/opd-topk"),
     seeds=SECOND_SEEDS,
     settings=(
         *(
@@ -176,6 +177,25 @@ BYTES = Experiment(
     ),
 )
 
-EXPERIMENTS = {one.name: one for one in (MAIN, GATE, SUPPORT, REVERSE, BYTES, STALENESS, TUNE)}
-DEFAULT = ("main", "gate", "support", "reverse", "bytes", "staleness")
+TEXT_PAIR = Experiment(
+    name="gsm8k",
+    question="Real text: a GSM8K pair",
+    reference="opd-lr0.0003",
+    seeds=SECOND_SEEDS,
+    scale=TEXT,
+    world=GSM8K,
+    settings=tuple(  # not tuned: two rates each, both shown
+        setting
+        for name, objective, rates in (
+            ("opd", {"name": "opd"}, (1e-4, 3e-4)),
+            ("eopd-0.8", _eopd(0.8), (1e-4, 3e-4)),
+            ("mix", _eopd(-1.0), (1e-4, 3e-4)),
+            ("fkl", {"name": "fkl", "support": "renormalised"}, (3e-4, 1e-3)),
+        )
+        for setting in _tuned(name, objective, rates)
+    ),
+)
+
+EXPERIMENTS = {one.name: one for one in (MAIN, GATE, SUPPORT, REVERSE, BYTES, STALENESS, TEXT_PAIR, TUNE)}
+DEFAULT = ("main", "gate", "support", "reverse", "bytes", "gsm8k", "staleness")
 """What runs when nothing is named. Tuning comes before any of them, and was done once."""

@@ -25,7 +25,7 @@ from eopd.pipeline.runner import Runner
 from eopd.stages.job import NullProgress
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
-from examples.study import alignment, problems, results
+from examples.study import alignment, results
 from examples.study.design import HERE, Task
 
 SAMPLED: tuple[Stage, ...] = ("rollout", "score")
@@ -59,10 +59,9 @@ def run(task: Task, work: Path, folder: Path) -> Path:
 
 
 def _runner(task: Task, work: Path) -> Runner:
-    files = work / f"problems-{task.scale.problems}-{task.scale.train_problems}"
-    problems.make(files, task.scale)
+    task.experiment.world.prepare(work, task.scale)
     # the plan is made without looking for wider coverages in the store: what is stored is what an experiment varies
-    settings = parse_settings(task.config(files, work / "runs", work / f"store-seed{task.seed}"), source=task.name)
+    settings = parse_settings(task.config(work), source=task.name)
     facts = gather_facts(settings)
     return Runner(settings, facts, make_plan(settings, facts), NullProgress())
 
@@ -117,7 +116,7 @@ def _clear(runner: Runner) -> None:
 def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]:
     folder = evaluation.part_folder(evaluation.parts - 1)
     rows = evaluations.read_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA).to_pylist()
-    found = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"]["countdown"]
+    (found,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
     return {
         "experiment": task.experiment.name,
         "setting": task.setting.name,

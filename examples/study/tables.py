@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from examples.study.design import SAMPLES, Experiment
 from examples.study.experiments import EXPERIMENTS
 from examples.study.rates import tasks_of, tuned
 from examples.study.results import Counts, Result
+from examples.study.worlds import COUNTDOWN
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,12 @@ class Rows:
         """[S, P] of ``figure(correct, distinct)``."""
         return np.stack([figure(self.by_seed[seed].correct, self.by_seed[seed].distinct) for seed in seeds])
 
-    def metric(self, *names: str) -> Estimate:
-        values = []
-        for result in self.by_seed.values():
-            value: object = result.metrics
-            for name in names:
-                assert isinstance(value, Mapping)
-                value = value[name]
-            assert isinstance(value, (int, float))
-            values.append(float(value))
-        return over_seeds(np.asarray(values))
+    def values(self, seeds: Sequence[int], *names: str) -> Floats:
+        """[S] of a number in the results, by its path."""
+        return np.asarray([_at(self.by_seed[seed].content, names) for seed in seeds])
+
+    def estimate(self, *names: str) -> Estimate:
+        return over_seeds(self.values(list(self.by_seed), *names))
 
 
 FIGURES: dict[str, Callable[[Counts, Counts], Floats]] = {
@@ -47,6 +43,17 @@ FIGURES: dict[str, Callable[[Counts, Counts], Floats]] = {
     "Pass@8": lambda correct, distinct: (correct > 0).astype(np.float64),
     "distinct correct": lambda correct, distinct: distinct.astype(np.float64),
 }
+
+ALIGNMENT: dict[str, tuple[str, ...]] = {
+    "FKL, H > 0.8": ("teacher", "above", "fkl"),
+    "FKL, H <= 0.8": ("teacher", "below", "fkl"),
+    "RKL, H > 0.8": ("own", "above", "rkl"),
+    "RKL, H <= 0.8": ("own", "below", "rkl"),
+    "top-1 agreement": ("teacher", "all", "agreement"),
+    "student's tokens > 0.8": ("own", "all", "student_above"),
+    "teacher's there": ("own", "all", "share"),
+}
+"""Forward KL on the teacher's responses, reverse KL on the student's own, nats a token."""
 
 
 def load(experiment: Experiment, folder: Path) -> list[Rows]:
@@ -82,54 +89,108 @@ def block(experiment: Experiment, folder: Path) -> str:
     found = load(experiment, folder)
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
-    return "\n\n".join([_levels(found), *_differences(experiment, found)])
+    told = [experiment_line(experiment, found)]
+    graded = experiment.world == COUNTDOWN
+    told += [levels(found), *differences(experiment, found)] if graded else []
+    return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])
 
 
-def _levels(found: Sequence[Rows]) -> str:
-    lines = [
-        "| setting | seeds | Avg@8 | Pass@8 | distinct correct | self-BLEU | entropy (nats) | bytes/token | minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
+    have = sum(len(rows.by_seed) for rows in found if "/" not in rows.name)
+    asked = len(experiment.settings) * len(experiment.seeds)
+    commits = sorted({str(result.content["made"]["commit"]) for rows in found for result in rows.by_seed.values()})
+    missing = f" {asked - have} of the planned {asked} are missing." if have < asked else ""
+    return f"{have} results, made at {', '.join(commits)}.{missing} Intervals are 95 %, Student's t over seeds."
+
+
+def levels(found: Sequence[Rows]) -> str:
+    lines = _header("setting", "seeds", "rate", *FIGURES, "self-BLEU", "entropy (nats)", "bytes/token", "minutes")
     for rows in found:
         seeds = list(rows.by_seed)
-        cells = [rows.name, str(len(seeds))]
+        rate = next(iter(rows.by_seed.values())).content["settings"]["train"]["optimizer"]["lr"]
+        cells = [rows.name, str(len(seeds)), f"{rate:g}"]
         cells += [_level(over_seeds(rows.stacked(seeds, figure).mean(axis=1))) for figure in FIGURES.values()]
-        cells += [f"{rows.metric('self_bleu').mean:.3f}", f"{rows.metric('token_entropy').mean:.3f}"]
-        costs = [result.content["cost"] for result in rows.by_seed.values()]
-        cells.append(f"{np.mean([cost['bytes_per_token'] for cost in costs]):.1f}")
-        cells.append(f"{np.mean([cost['seconds'] for cost in costs]) / 60:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [f"{rows.estimate('metrics', name).mean:.3f}" for name in ("self_bleu", "token_entropy")]
+        cells.append(f"{rows.estimate('cost', 'bytes_per_token').mean:.1f}")
+        cells.append(f"{rows.estimate('cost', 'seconds').mean / 60:.1f}")
+        lines.append(_line(cells))
     return "\n".join(lines)
 
 
-def _differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    reference = next((rows for rows in found if rows.name == experiment.reference), None)
-    if reference is None:
-        return []
-    lines = [
-        f"| against {reference.name}, in pairs | seeds | {' | '.join(FIGURES)} | Pass@8, seeds and problems |",
-        "|---|---|---|---|---|---|",
-    ]
-    for rows in found:
-        seeds = sorted(rows.by_seed.keys() & reference.by_seed.keys())
-        if rows is reference or not seeds:
-            continue
+def differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+    """Paired differences in the graded figures; bold where the interval leaves out 0."""
+
+    def cells(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
         pairs = {
             name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()
         }
-        cells = [_difference(paired(*pair)) for pair in pairs.values()]
-        cells.append(_difference(crossed(*pairs["Pass@8"])))
-        lines.append(f"| {rows.name} | {len(seeds)} | {' | '.join(cells)} |")
+        return [*(_difference(paired(*pair)) for pair in pairs.values()), _difference(crossed(*pairs["Pass@8"]))]
+
+    return _against(experiment, found, [*FIGURES, "Pass@8 over seeds and problems"], cells)
+
+
+def alignment(found: Sequence[Rows]) -> str:
+    lines = _header("alignment", *ALIGNMENT)
+    for rows in found:
+        lines.append(_line([rows.name, *(_level(rows.estimate("alignment", *path)) for path in ALIGNMENT.values())]))
+    return "\n".join(lines)
+
+
+def alignment_differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+    names = {name: path for name, path in ALIGNMENT.items() if name != "teacher's there"}
+
+    def cells(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
+        return [
+            _difference(
+                over_seeds(rows.values(seeds, "alignment", *path) - reference.values(seeds, "alignment", *path))
+            )
+            for path in names.values()
+        ]
+
+    return _against(experiment, found, list(names), cells)
+
+
+def _against(
+    experiment: Experiment,
+    found: Sequence[Rows],
+    names: Sequence[str],
+    cells: Callable[[Rows, Rows, Sequence[int]], list[str]],
+) -> list[str]:
+    reference = next((rows for rows in found if rows.name == experiment.reference), None)
+    if reference is None:
+        return []
+    lines = _header(f"against {reference.name}, in pairs", "seeds", *names)
+    for rows in found:
+        seeds = sorted(rows.by_seed.keys() & reference.by_seed.keys())
+        if rows is not reference and seeds:
+            lines.append(_line([rows.name, str(len(seeds)), *cells(rows, reference, seeds)]))
     return ["\n".join(lines)] if len(lines) > 2 else []
 
 
+def _at(content: Mapping[str, object], names: Sequence[str]) -> float:
+    value: object = content
+    for name in names:
+        assert isinstance(value, Mapping), (name, names)
+        value = value[name]
+    return float("nan") if value is None else float(value)  # type: ignore[arg-type]
+
+
+def _header(*names: str) -> list[str]:
+    return [_line(names), "|" + "---|" * len(names)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _level(estimate: Estimate) -> str:
-    half = "" if math.isnan(estimate.low) else f" ± {(estimate.high - estimate.low) / 2:.4f}"
+    interval = estimate.interval
+    half = "" if interval is None else f" ± {(interval.high - interval.low) / 2:.4f}"
     return f"{estimate.mean:.4f}{half}"
 
 
 def _difference(estimate: Estimate) -> str:
-    if math.isnan(estimate.low):
+    if estimate.interval is None:
         return f"{estimate.mean:+.4f}"
-    text = f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+    text = f"{estimate.mean:+.4f} [{estimate.interval.low:+.4f}, {estimate.interval.high:+.4f}]"
     return f"**{text}**" if estimate.excludes_zero else text

@@ -39,8 +39,8 @@ def install() -> None:
             return
         folder, name = os.path.split(os.fspath(arguments[0]))
         found = _PART.match(str(name))
-        if found is None:
-            return
+        if found is None or not os.path.isdir(folder) or os.path.exists(os.path.join(folder, name)):
+            return  # no part, or a call that makes no folder
         committed = os.path.exists(os.path.join(folder, f"{found.group(1)}.json"))
         line = f"{time.time():.6f} {os.getpid()} {int(committed)} {found.group(1)} {folder}\n"
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

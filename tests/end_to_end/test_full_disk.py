@@ -1,4 +1,4 @@
-"""A disk that fills up in mid-run: a message, nothing committed is lost, and on it goes once there is room."""
+"""A disk that fills up in mid-run: it pauses with a message, loses nothing, and goes on once there is room."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import World, checksums, commit_times, eopd
+from eopd.pipeline.launchers.base import EXIT_FULL
+from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 400 kB: room for rollouts and scores, not for a checkpoint."""
+    """A tmpfs of 400 kB; the tests make it smaller or larger."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.getuid() != 0:
@@ -28,20 +29,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(world: World, undisturbed: str, small_disk: Path) -> None:
-    config = world.config("full", store=str(small_disk))
-    result = eopd("run", config, check=False)
-    assert result.returncode == 1
-    assert "no space left" in result.stderr
-    assert "run the same command again" in result.stderr
-    assert "Traceback" not in result.stderr
-    kept = commit_times(small_disk)
-    assert kept
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["60k", "400k"])  # full among rollouts and scores (pyarrow, Zarr); at a checkpoint
+def test_a_full_disk_pauses_the_run_which_goes_on_by_itself(
+    world: World, one_round: str, small_disk: Path, size: str
+) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", small_disk], check=True)
+    launcher = {"faults": {"full_poll_seconds": 0.1}}
+    config = world.config(f"full-{size}", store=str(small_disk), rounds=1, evaluate=None, launcher=launcher)
+    process = subprocess.Popen(command("run", config), env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = ""
+    while "bytes free" not in told:
+        line = process.stderr.readline()
+        assert line, told
+        told += line
+    assert "no space left" in told
+    assert str(small_disk) in told
+    kept = {name: at for name, at in commit_times(small_disk).items() if "progress" not in name}
 
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    eopd("run", config)
-    after = commit_times(small_disk)
-    assert {name: after[name] for name in kept if "progress" not in name} == {
-        name: time for name, time in kept.items() if "progress" not in name
-    }
-    assert checksums(small_disk) == checksums(world.store(undisturbed))
+    told += process.communicate(timeout=300)[1]
+    assert process.returncode == 0, told
+    assert "going on" in told
+    assert "Traceback" not in told
+    assert commit_times(small_disk).items() >= kept.items()
+    assert checksums(small_disk) == checksums(world.store(one_round))
+
+
+def test_a_stage_by_hand_says_that_the_disk_is_full(world: World, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=20k", small_disk], check=True)
+    config = world.config("full-by-hand", store=str(small_disk), rounds=1, evaluate=None)
+    result = eopd("rollout", config, check=False)
+    assert result.returncode == EXIT_FULL, result.stderr
+    assert "no space left" in result.stderr
+    assert "run the same command again" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

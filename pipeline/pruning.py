@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from eopd.pipeline.plan import OPTIMIZER, WEIGHTS, PlannedJob
-from eopd.stages.train.job import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER_FILE, ROUND_START_FILE, TRAINING_FILE
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage import pruning
 from eopd.storage.artifacts import Artifact
@@ -90,23 +89,17 @@ def prune_old(runner: Runner) -> int:
 
 def _rules(runner: Runner, going: Parts) -> Iterator[tuple[Artifact, int, Callable[[str], bool]]]:
     """What is dropped of each part that may go; other stores than the run's own are only read."""
+    from eopd.stages.train import remains
+
     for job in _trained(runner):
         artifact = runner.artifact(job.output)
         if not artifact.folder.is_relative_to(runner.store):
             continue
         whole = (artifact.key, WEIGHTS) in going
         if whole:
-            yield artifact, WEIGHTS, lambda name: name not in (METRICS_FILE, TRAINING_FILE)
+            yield artifact, WEIGHTS, remains.weights
         if (artifact.key, OPTIMIZER) in going:
-            yield artifact, OPTIMIZER, _outlived if whole else _moments
-
-
-def _moments(name: str) -> bool:
-    return name in (OPTIMIZER_FILE, ROUND_START_FILE)
-
-
-def _outlived(name: str) -> bool:
-    return not name.startswith(f"{ADAPTER_FOLDER}/")
+            yield artifact, OPTIMIZER, remains.outlived if whole else remains.moments
 
 
 def _needed_elsewhere(runner: Runner, parts: Iterable[tuple[str, int]]) -> Parts:

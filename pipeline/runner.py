@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
 from eopd.pipeline.models import ModelFacts
+from eopd.pipeline.needs import refuse_unmet_needs
 from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
 from eopd.pipeline.provenance import other_teacher
 from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
@@ -174,6 +175,7 @@ def _start_rollout(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> Non
     from eopd.stages.rollout.job import RolloutJob
     from eopd.stages.rollout.run import run
 
+    refuse_unmet_needs(runner, job.round)
     run(
         RolloutJob(
             output=runner.artifact(job.output),

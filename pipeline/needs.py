@@ -1,0 +1,47 @@
+"""Whether the scores that a run plans hold what its objective reads: said before anything is sampled or scored."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from eopd.pipeline.config import ConfigError
+from eopd.storage.coverage import Coverage
+
+if TYPE_CHECKING:
+    from eopd.pipeline.runner import Runner
+
+
+def refuse_unmet_needs(runner: Runner, round_: int) -> None:
+    """Compare the objective's needs with the planned coverage of a round's scores.
+
+    Raises:
+        ConfigError: something is not covered; names the objective, what is missing and the command that adds it.
+    """
+    from eopd.stages.train.objectives.registry import make_objective
+
+    settings = runner.settings
+    coverage = _planned(runner, round_)
+    missing = [text for need in make_objective(settings.train.objective).needs if (text := coverage.lacks(need))]
+    if not missing:
+        return
+    changes = [piece for text in missing for piece in text.partition("Add: ")[2].split()]
+    command = " ".join(f"--set {change}" for change in dict.fromkeys(changes))
+    raise ConfigError(
+        f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack "
+        f"{'; '.join(missing)}. `eopd run CONFIG {command}` adds it beside what is there."
+    )
+
+
+def _planned(runner: Runner, round_: int) -> Coverage:
+    job = runner.plan.job("score", round_)
+    found: dict[str, Any] = dict(job.output.coverage or {})
+    config = json.loads((runner.facts.teacher.folder / "config.json").read_text(encoding="utf-8"))
+    return Coverage.from_mapping(
+        {
+            "head": found["head"],
+            "stop_ids": runner.facts.stop_ids,
+            "extra_k": runner.settings.rollout.student_topk if found.get("extra") else 0,
+            "vocab_size": int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0),
+        }
+    )

@@ -66,6 +66,9 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     assert 0 < content["alignment"]["own"]["all"]["fkl"] < 2
     gates = content["training"]["gate_fraction"]
     assert 0.05 < sum(gates) / len(gates) < 0.35  # as many as the entropy gate has
+    (second,) = rates.tasks_of(experiment, experiment.setting("proxy-4"), {"eopd-0.8": 2e-4}, (100,))
+    study_run.run(second, tmp_path, tmp_path / "results")
+    assert results.read(second, tmp_path / "results") is not None, "its round 0 was made by the first"
     left = {path.parent.name for path in tmp_path.glob("store-seed100/*/*/part-00000.json")}
     assert len(left) == 1, "the rollouts of round 0 stay for the other settings, nothing else does"
     other = dataclasses.replace(task, lr=3e-4)
@@ -99,8 +102,12 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     assert "Written by hand." in text
     assert "| mix | 3 | **+0.1250 [+0.1250, +0.1250]**" in text  # every problem has one right answer more
     assert "main/opd" in text, "the gate's comparison borrows from the main one"
+    drawing = (tmp_path / "study-main.svg").read_bytes()
+    assert b"mix" in drawing
+    assert len(drawing) < 50_000
     report.write([toy("main"), toy("gate")], tmp_path, document)
     assert document.read_text() == text
+    assert (tmp_path / "study-main.svg").read_bytes() == drawing
 
 
 def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.study import tables
+from examples.study import figure, tables
 from examples.study.design import Experiment
+from examples.study.worlds import COUNTDOWN
 
 BLOCK = re.compile(r"<!-- study:(?P<name>[a-z_]+) -->\n.*?<!-- /study -->", re.DOTALL)
 
@@ -23,11 +24,20 @@ def write(experiments: Sequence[Experiment], folder: Path, document: Path) -> No
     for experiment in experiments:
         if f"<!-- study:{experiment.name} -->" not in text:
             text += f"\n## {experiment.question}\n\n<!-- study:{experiment.name} -->\n<!-- /study -->\n"
-    bodies = {experiment.name: tables.block(experiment, folder) for experiment in experiments}
+    document.parent.mkdir(parents=True, exist_ok=True)
+    bodies = {experiment.name: _body(experiment, folder, document) for experiment in experiments}
 
     def fill(found: re.Match[str]) -> str:
         body = bodies.get(found["name"])
         return found[0] if body is None else f"<!-- study:{found['name']} -->\n{body}\n<!-- /study -->"
 
-    document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(BLOCK.sub(fill, text), encoding="utf-8")
+
+
+def _body(experiment: Experiment, folder: Path, document: Path) -> str:
+    found = tables.load(experiment, folder)
+    body = tables.block(experiment, found)
+    drawing = document.with_name(f"{document.stem}-{experiment.name}.svg")
+    if experiment.world == COUNTDOWN and figure.write(experiment, found, drawing):
+        body += f"\n\n![Differences to {experiment.reference} with 95 % intervals]({drawing.name})"
+    return body

@@ -84,9 +84,8 @@ def _rows(experiment: Experiment, setting: str, name: str, rates: Mapping[str, f
     return Rows(name, chosen.says, {seed: result for seed, result in read if result is not None})
 
 
-def block(experiment: Experiment, folder: Path) -> str:
+def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     """Everything that is said of an experiment by its results."""
-    found = load(experiment, folder)
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
     told = [experiment_line(experiment, found)]

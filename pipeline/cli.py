@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.pipeline.doctor_cli import doctor
 from eopd.pipeline.plan_cli import Config, Set, plan
 from eopd.pipeline.status_cli import logs, status
 from eopd.pipeline.store_cli import app as store_app
@@ -150,6 +151,7 @@ def run(
 app.command()(plan)
 app.command()(status)
 app.command()(logs)
+app.command()(doctor)
 
 
 def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:

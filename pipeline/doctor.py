@@ -1,0 +1,220 @@
+"""`eopd doctor`: what of this machine would stop a run, found before one is started, each with what to do about it.
+
+Heavy packages are imported in processes of their own, all at once and with a time limit: a broken one then says why it
+is broken, and cannot take the doctor with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.findings import Finding, State
+from eopd.pipeline.store_check import check_store
+from eopd.pipeline.words import size
+
+IMPORT_SECONDS = 120.0
+LITTLE_MEMORY = 4 << 30
+CONSTRAINTS = Path(__file__).resolve().parent.parent / "scripts"
+NEEDED = (
+    *("accelerate", "datasets", "jinja2", "math_verify", "matplotlib", "numpy", "pyarrow", "pydantic", "rich"),
+    *("safetensors", "tensorboard", "tokenizers", "yaml", "zarr"),
+)
+TORCH_PROBE = """
+cuda = torch.cuda.is_available()
+gpus = range(torch.cuda.device_count() if cuda else 0)
+found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
+    [torch.cuda.get_device_name(gpu), *torch.cuda.mem_get_info(gpu)] for gpu in gpus
+]}
+"""
+
+
+def examine(store: Path, *, engines: bool = True) -> list[Finding]:
+    """Every finding, in the order of what depends on what. ``engines=False`` leaves out the slow import of vLLM."""
+    with ThreadPoolExecutor() as pool:
+        torch = pool.submit(probe, "torch", TORCH_PROBE)
+        transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
+        vllm = pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and _there("vllm") else None
+        rest = [*_python(), *_packages(), *_machine(), *check_store(store), *_optional()]
+        heavy = [
+            *_torch(torch.result()),
+            _imported("transformers", transformers.result(), "broken"),
+            _vllm(vllm.result() if vllm is not None else None, engines),
+        ]
+    return [*rest[:2], *heavy, *rest[2:]]  # Python and the packages before those that are heavy
+
+
+# -- packages ------------------------------------------------------------------------------------------------------
+
+
+def probe(package: str, code: str, seconds: float = IMPORT_SECONDS) -> dict[str, Any] | str:
+    """What ``code`` found after importing ``package`` in a process of its own; or why it could not be imported."""
+    program = f"import {package}\n{code}\nimport json\nprint('\\n' + json.dumps(found))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"its import did not end within {seconds:.0f} s"
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
+        return f"its import {ended}: {lines[-1].strip() if lines else 'it said nothing'}"
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _python() -> Iterator[Finding]:
+    # an older one than 3.11 does not come as far as this
+    yield Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}")
+
+
+def _packages() -> Iterator[Finding]:
+    gone = [name for name in NEEDED if not _there(name)]
+    if gone:
+        yield Finding("packages", "broken", f"not installed: {', '.join(gone)}", "make setup, or pip install eopd")
+    else:
+        yield Finding("packages", "ok", f"{len(NEEDED)} more are installed")
+
+
+def _there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _imported(package: str, found: dict[str, Any] | str, otherwise: State) -> Finding:
+    if isinstance(found, str):
+        remedy = "run `make setup` again; `python -c 'import " + package + "'` shows the whole error"
+        return Finding(package, otherwise, found, remedy)
+    installed = _version(package)
+    text, remedy = _known(package, installed)
+    return Finding(package, "warning" if remedy else "ok", text, remedy)
+
+
+def _version(package: str) -> str:
+    for name in (package, f"{package}-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _known(package: str, installed: str) -> tuple[str, str]:
+    """(text, remedy) of a version, compared with those that the committed constraints pin."""
+    known = known_versions(package)
+    if not known or installed.split("+")[0] in known:
+        return installed + (" (known to work)" if known else ""), ""
+    return installed, f"known to work: {', '.join(sorted(known))}. If something fails, run `make setup`"
+
+
+def known_versions(package: str, folder: Path = CONSTRAINTS) -> set[str]:
+    """Versions of a package that the constraint files pin; none where eopd was installed without them."""
+    pattern = re.compile(rf"^{re.escape(package)}(?:-cpu)?==([^+\s;]+)", re.MULTILINE)
+    files = sorted(folder.glob("constraints-*.txt"))
+    return {found for file in files for found in pattern.findall(file.read_text(encoding="utf-8"))}
+
+
+def _torch(found: dict[str, Any] | str) -> Iterator[Finding]:
+    yield _imported("torch", found, "broken")
+    driver = _driver()
+    if isinstance(found, str):
+        return
+    if found["cuda"]:
+        for name, free, total in found["gpus"]:
+            little = "" if free > LITTLE_MEMORY else "end what else uses it (nvidia-smi lists it)"
+            text = f"{name}, {size(free)} of {size(total)} free, driver {driver or 'of unknown version'}"
+            yield Finding("GPU", "warning" if little else "ok", text, little)
+    elif driver is None:
+        yield Finding("GPU", "absent", "none; everything works on the CPU, for small models")
+    elif found["cuda_build"] is None:
+        remedy = "run `make setup` again: it installs the CUDA build where there is a GPU"
+        yield Finding("GPU", "warning", f"driver {driver} is there, but this torch is built for the CPU", remedy)
+    else:
+        text = f"driver {driver} is there, but torch (built for CUDA {found['cuda_build']}) cannot use it"
+        yield Finding("GPU", "broken", text, "update the driver, or install a torch built for an older CUDA")
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, or None where there is no GPU that it serves."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def _vllm(found: dict[str, Any] | str | None, engines: bool) -> Finding:
+    if found is None:
+        text = "not looked at" if not engines else "not installed: sampling and scoring use transformers, more slowly"
+        return Finding("vllm", "absent", text, "" if not engines else "make setup, or pip install 'eopd[vllm]'")
+    return _imported("vllm", found, "warning")
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+def _machine() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None and (not threads.isdigit() or int(threads) < 1):
+        yield Finding("CPU", "broken", f"OMP_NUM_THREADS is {threads!r}", "set it to a number of threads, or unset it")
+    elif threads is not None and int(threads) > cores:
+        text = f"{cores} cores, OMP_NUM_THREADS={threads}"
+        yield Finding(
+            "CPU", "warning", text, f"set OMP_NUM_THREADS to at most {cores}: more threads wait for each other"
+        )
+    else:
+        yield Finding("CPU", "ok", f"{cores} cores, OMP_NUM_THREADS {threads or 'unset: torch takes all cores'}")
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    if "MemAvailable" in memory:
+        free, total = (int(memory[name]) * 1024 for name in ("MemAvailable", "MemTotal"))
+        little = "end other programs, or use a smaller model or engine_options.cpu_kv_cache_gib"
+        state: State = "ok" if free > LITTLE_MEMORY else "warning"
+        yield Finding("memory", state, f"{size(free)} of {size(total)} available", little if state != "ok" else "")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _optional() -> Iterator[Finding]:
+    chromium = _which("chromium", "chromium-browser", "google-chrome")
+    yield _or_absent("chromium", chromium, "tests of the report in a browser are skipped")
+    ray = _version("ray") if _there("ray") else None
+    yield _or_absent("ray", ray, "launcher.kind: ray needs pip install 'eopd[ray]'")
+    yield _or_absent("slurm", _which("sbatch"), "launcher.kind: slurm works where sbatch is")
+
+
+def _which(*names: str) -> str | None:
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def _or_absent(name: str, found: str | None, otherwise: str) -> Finding:
+    return (
+        Finding(name, "absent", f"not there (optional): {otherwise}") if found is None else Finding(name, "ok", found)
+    )
+
+
+def worst(findings: Sequence[Finding]) -> int:
+    """Exit code: 1 when something that a run needs is broken."""
+    return int(any(finding.state == "broken" for finding in findings))

@@ -1,0 +1,44 @@
+"""`eopd doctor`: a self-check of the machine, the packages and the store."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red", "absent": "dim"}
+
+
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Look at the store this config uses.")
+    ] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="Look at this store (default: ./store).")] = None,
+    engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Import vLLM too, which takes long.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Check this machine, the packages and the store; exit code 1 when a run could not work."""
+    from eopd.pipeline.doctor import examine, worst
+
+    if store is None:
+        from eopd.pipeline.config import load_config
+
+        store = Path(load_config(config).store) if config is not None else Path("store")
+    findings = examine(store, engines=engines)
+    if as_json:
+        sys.stdout.write(json.dumps([vars(finding) for finding in findings], indent=1) + "\n")
+    else:
+        from rich.table import Table
+        from rich.text import Text
+
+        from eopd.pipeline.plan_table import make_console
+
+        table = Table.grid(padding=(0, 2))
+        for finding in findings:
+            remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
+            table.add_row(Text(finding.state, STYLES[finding.state]), finding.name, Text(finding.text + remedy))
+        make_console().print(table)
+    raise typer.Exit(worst(findings))

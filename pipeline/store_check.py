@@ -1,0 +1,94 @@
+"""Whether a store can be written and keeps what commits rest on: tried out, in a folder that goes again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from eopd.pipeline.findings import Finding
+from eopd.pipeline.words import size
+from eopd.storage.errors import StoreError
+from eopd.storage.files import create_exclusively, fsync_folder
+
+LITTLE_SPACE = 5 << 30
+NO_SPACE = 100 << 20
+
+
+def check_store(store: Path) -> Iterator[Finding]:
+    """Space, permissions, exclusive creation and locks at ``store``; where it does not exist yet, above it."""
+    place = _existing(store)
+    yield _space(place)
+    trial = place / f".doctor-{secrets.token_hex(8)}"
+    try:
+        trial.mkdir()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            yield Finding("store", "broken", f"no space left in {place}", "free space, or set store: to another disk")
+        else:
+            remedy = "have its owner give you write permission (chmod, chgrp), or set store: to a folder of yours"
+            yield Finding("store", "broken", f"{place} cannot be written: {error.strerror}", remedy)
+        return
+    try:
+        yield _commits(trial, store if store.exists() else place)
+        yield _locks(trial)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if os.path.lexists(path) or path == path.parent else _existing(path.parent)
+
+
+def _space(place: Path) -> Finding:
+    free = shutil.disk_usage(place).free
+    text = f"{size(free)} free at {place}"
+    if free < NO_SPACE:
+        return Finding("disk", "broken", text, "free space, or set store: to another disk")
+    remedy = "`eopd plan CONFIG` shows what a run needs at its peak" if free < LITTLE_SPACE else ""
+    return Finding("disk", "warning" if remedy else "ok", text, remedy)
+
+
+def _commits(trial: Path, store: Path) -> Finding:
+    """A commit is the exclusive creation of a marker by link(2)."""
+    marker = trial / "part-00000.json"
+    try:
+        first, second = create_exclusively(marker, "first"), create_exclusively(marker, "second")
+        text = marker.read_text(encoding="utf-8")
+        fsync_folder(trial)
+    except (OSError, StoreError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            remedy = (
+                "FAT, exFAT and some network file systems have no hard links: set store: to ext4, XFS, NFS or Lustre"
+            )
+            return Finding("store", "broken", f"no hard links in {store}: {error.strerror}", remedy)
+        return Finding("store", "broken", f"a commit failed in {store}: {error}", "free space, or choose another disk")
+    if (first, second, text) != (True, False, "first"):
+        remedy = "two workers could overwrite each other there: set store: to another file system"
+        return Finding("store", "broken", f"creating a file in {store} is not exclusive", remedy)
+    return Finding("store", "ok", f"{store} can be written; commits are exclusive")
+
+
+def _locks(trial: Path) -> Finding:
+    """Claims are locks. Without them the work is right, but may be done twice."""
+    handles = [os.open(trial / "part-00000.claim", os.O_RDWR | os.O_CREAT) for _ in range(2)]
+    try:
+        fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handles[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Finding("claims", "ok", "locks work: no two workers take one part")
+        problem = "a lock there holds nobody off"
+    except OSError as error:
+        problem = f"no locks there: {error.strerror}"
+    finally:
+        for handle in handles:
+            os.close(handle)
+    return Finding(
+        "claims", "warning", problem, "parts may be done twice, harmlessly; mount with locks (Lustre: -o flock)"
+    )

@@ -1,0 +1,140 @@
+"""`eopd doctor` on machines that are broken for real: no permission, no space, a package that does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from eopd.pipeline.doctor import known_versions, probe, worst
+from eopd.pipeline.findings import Finding
+from eopd.pipeline.store_check import check_store
+
+NOBODY = 65534
+
+
+def states(store: Path) -> dict[str, Finding]:
+    return {finding.name: finding for finding in check_store(store)}
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As another user where we are root, for whom permissions are no obstacle."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder below which every user may look; pytest's are for one user only."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_good_store_is_tried_out_and_left_as_it_was(tmp_path: Path) -> None:
+    found = states(tmp_path / "store")
+    assert {name: finding.state for name, finding in found.items()} == {"disk": "ok", "store": "ok", "claims": "ok"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_without_permission(open_folder: Path) -> None:
+    open_folder.chmod(0o555)
+    with unprivileged():
+        finding = states(open_folder)["store"]
+    assert finding.state == "broken"
+    assert "Permission denied" in finding.text
+    assert str(open_folder) in finding.text
+    assert "chmod" in finding.remedy
+
+
+def test_a_store_on_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(OSError, match="No space"):
+            (disk / "filling").write_bytes(b"x" * (128 << 10))
+        found = states(disk)
+        assert found["disk"].state == "broken"
+        assert found["store"].state == "broken"
+        assert "no space left" in found["store"].text
+        assert [path.name for path in disk.iterdir()] == ["filling"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    finding = states(tmp_path)["store"]
+    assert finding.state == "broken"
+    assert finding.remedy
+
+
+def test_a_package_that_does_not_import_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_one.py").write_text("import numpy\nraise ImportError('libfoo.so.3: cannot open')\n")
+    (tmp_path / "dying_one.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
+    (tmp_path / "slow_one.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert probe("broken_one", "found = {}") == "its import failed: ImportError: libfoo.so.3: cannot open"
+    assert probe("dying_one", "found = {}") == "its import killed by signal 11: it said nothing"
+    assert probe("slow_one", "found = {}", seconds=1.0) == "its import did not end within 1 s"
+    assert probe("json", "found = {'a': 1}") == {"a": 1}
+
+
+def test_versions_known_to_work_are_those_pinned(tmp_path: Path) -> None:
+    (tmp_path / "constraints-cpu.txt").write_text("torch==2.13.0+cpu\ntorchvision==9\nvllm-cpu==0.32.0 ; x == 'y'\n")
+    (tmp_path / "constraints-gpu.txt").write_text("torch==2.13.0\nvllm==0.30.0\n")
+    assert known_versions("torch", tmp_path) == {"2.13.0"}
+    assert known_versions("vllm", tmp_path) == {"0.32.0", "0.30.0"}
+    assert known_versions("torch", tmp_path / "nowhere") == set()
+    assert known_versions("torch")
+
+
+def test_only_what_is_broken_fails() -> None:
+    assert worst([Finding("a", "ok", ""), Finding("b", "warning", ""), Finding("c", "absent", "")]) == 0
+    assert worst([Finding("a", "ok", ""), Finding("b", "broken", "")]) == 1
+
+
+def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
+    """transformers cannot be imported: the whole command still answers, names it, and ends with 1."""
+    masked = tmp_path / "masked"
+    (masked / "transformers").mkdir(parents=True)
+    (masked / "transformers" / "__init__.py").write_text("raise ImportError('masked')\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "eopd.pipeline.cli", "doctor", "--no-engines", "--json", "--store", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(masked), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    found = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert found["transformers"]["state"] == "broken"
+    assert "ImportError: masked" in found["transformers"]["text"]
+    assert "make setup" in found["transformers"]["remedy"]
+    assert found["torch"]["state"] == "ok"
+    assert found["store"]["state"] == "ok"

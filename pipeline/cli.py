@@ -248,7 +248,8 @@ def main() -> None:
 
 
 def _tell_stop() -> None:
-    sys.stderr.write("stopping: what is in hand is finished first; a second interruption stops at once\n")
+    # not through sys.stderr: the signal may have come while something was being written to it
+    os.write(2, b"stopping: what is in hand is finished first; a second interruption stops at once\n")
 
 
 def _tell_end(error: Exception) -> int:

@@ -53,7 +53,7 @@ def _write_figures(folder: Path, drawn: list[Figure], log_dir: Path) -> None:
                 written.add(path.name)
     for path in folder.iterdir():
         if path.suffix in (".svg", ".png") and path.name not in written:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another run of the same name may write its report too
     if said:
         replace_atomically(log_dir / "report.log", "".join(f"{warning.message}\n" for warning in said))
 

@@ -1,0 +1,142 @@
+"""The scheduler over a real store, with workers that commit parts without making anything, or fail as they are told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.launchers.base import Outcome, Task
+from eopd.pipeline.launchers.local import LocalPool
+from eopd.pipeline.launchers.settings import FaultSettings, LauncherSettings
+from eopd.pipeline.plan import SUMMED_UP, Stage
+from eopd.pipeline.progress import LineDisplay
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.scheduler import run_jobs
+from tests.pipeline.plan_case import commit, make_runner
+
+QUICK = FaultSettings(backoff_seconds=0.0)
+
+
+class Hands:
+    """A pool whose tasks end when they are waited for; parts in ``bad`` (stage, round, part) cannot be made."""
+
+    def __init__(self, room: int = 1, bad: Collection[tuple[str, int, int]] = ()) -> None:
+        self._room, self._bad = room, bad
+        self._tasks: list[Task] = []
+        self.told: list[Task] = []
+        self.made: Counter[tuple[str, int]] = Counter()
+        self.most = 0
+
+    def room(self, stage: Stage) -> int:
+        return self._room - len(self._tasks)
+
+    def start(self, task: Task) -> None:
+        assert self.room(task.job.stage) > 0
+        for identity in task.job.inputs:
+            made = task.runner.artifact(identity).committed()
+            by_part = task.job.stage == "score" and identity.kind == "rollouts"
+            assert made.issuperset(task.parts if by_part else range(identity.parts)), task.name
+        self._tasks.append(task)
+        self.told.append(task)
+        self.most = max(self.most, len(self._tasks))
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        tasks, self._tasks = self._tasks, []
+        return [self._work(task) for task in tasks]
+
+    def close(self) -> None:
+        assert not self._tasks
+
+    def _work(self, task: Task) -> Outcome:
+        job, runner = task.job, task.runner
+        for part in task.parts:
+            if (job.stage, job.round, part) in self._bad:
+                return Outcome(task, "failed", "it cannot be made")
+            self._make(runner, task, part)
+        last = job.output.parts - 1
+        if job.stage in SUMMED_UP and runner.artifact(job.output).missing() == [last]:
+            self._make(runner, task, last)
+        return Outcome(task, "done")
+
+    def _make(self, runner: Runner, task: Task, part: int) -> None:
+        if not runner.artifact(task.job.output).is_committed(part):
+            commit(runner, task.job, [part])
+            self.made[task.job.output.key, part] += 1
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_every_part_is_made_once_after_what_it_reads(tmp_path: Path, room: int) -> None:
+    runner, hands = make_runner(tmp_path), Hands(room)
+    run_jobs([(runner, job) for job in runner.plan.jobs], hands, QUICK)
+    assert set(hands.made.values()) == {1}
+    assert len(hands.made) == sum(job.output.parts for job in runner.plan.jobs)
+    assert hands.most == room if room < 5 else hands.most > 2
+    if room == 1:
+        assert [task.job.name for task in hands.told] == [job.name for job in runner.plan.jobs]
+
+
+def test_work_that_two_runs_share_is_done_once(tmp_path: Path) -> None:
+    runners = [make_runner(tmp_path), make_runner(tmp_path)]
+    hands = Hands(2)
+    run_jobs([(runner, job) for runner in runners for job in runner.plan.jobs], hands, QUICK)
+    assert set(hands.made.values()) == {1}
+
+
+def test_a_poisoned_part_stops_only_what_needs_it(tmp_path: Path) -> None:
+    runner, hands = make_runner(tmp_path), Hands(2, bad={("score", 0, 1)})
+    with pytest.raises(ConfigError, match=r"score 0 part 1: it cannot be made"):
+        run_jobs([(runner, job) for job in runner.plan.jobs], hands, QUICK)
+    assert runner.artifact(runner.plan.job("score", 0).output).committed() == {0, 2}
+    assert runner.is_done(runner.plan.job("evaluate", 0))
+    assert not {task.job.name for task in hands.told} & {"train 0", "rollout 1"}
+    assert sum(task.parts == (1,) for task in hands.told) <= QUICK.attempts
+
+
+def test_a_poisoned_part_is_set_aside_and_the_run_ends_well(tmp_path: Path) -> None:
+    runner, hands = make_runner(tmp_path), Hands(2, bad={("rollout", 1, 0)})
+    run_jobs(
+        [(runner, job) for job in runner.plan.jobs], hands, FaultSettings(backoff_seconds=0.0, poisoned="set_aside")
+    )
+    rollouts = runner.artifact(runner.plan.job("rollout", 1).output)
+    assert rollouts.reasons_aside() == {0: "it cannot be made"}
+    assert all(runner.is_done(job) for job in runner.plan.jobs)
+
+
+@pytest.mark.parametrize("bad", [{("train", 0, 0)}, {("rollout", 0, part) for part in range(3)}])
+def test_what_cannot_be_done_without_is_not_set_aside(tmp_path: Path, bad: set[tuple[str, int, int]]) -> None:
+    """Training; and a job none of whose parts can be made, where it is not the parts that are at fault."""
+    runner, hands = make_runner(tmp_path), Hands(1, bad)
+    policy = FaultSettings(backoff_seconds=0.0, poisoned="set_aside")
+    with pytest.raises(ConfigError, match="it cannot be made"):
+        run_jobs([(runner, job) for job in runner.plan.jobs], hands, policy)
+    assert not runner.artifact(runner.plan.job("rollout", 0).output).reasons_aside()
+
+
+def test_gpus_are_given_by_name_and_come_back(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    options = runner.settings.score.model_copy(
+        update={"engine_options": runner.settings.score.engine_options.model_copy(update={"tensor_parallel": 2})}
+    )
+    settings = runner.settings.model_copy(update={"launcher": LauncherSettings(gpus=[2, 5, 7]), "score": options})
+    seen: list[str] = []
+
+    def spawn(arguments: list[str], environment: object, output: object) -> object:
+        import subprocess
+        import sys
+
+        assert isinstance(environment, dict)
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+    pool = LocalPool(settings, LineDisplay(), spawn)  # type: ignore[arg-type]
+    assert (pool.room("rollout"), pool.room("score"), pool.room("train")) == (3, 1, 3)
+    pool.start(Task(runner, runner.plan.job("score", 0), (0,)))
+    assert (pool.room("rollout"), pool.room("score")) == (1, 0)
+    pool.start(Task(runner, runner.plan.job("rollout", 0), (0,)))
+    assert seen == ["2,5", "7"]
+    pool.close()
+    assert pool.room("rollout") == 3

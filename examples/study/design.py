@@ -77,6 +77,7 @@ class Experiment:
     scale: Scale = FULL
     world: World = COUNTDOWN
     evaluates: str = "evaluate"  # which problems: evaluate | tuning
+    primary: tuple[tuple[str, str], ...] = ()  # pairs of settings whose differences were named before it ran
     borrows: tuple[str, ...] = ()  # "experiment/setting" whose results belong into this comparison too
 
     def setting(self, name: str) -> Setting:

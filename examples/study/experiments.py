@@ -21,6 +21,7 @@ MAIN = Experiment(
     name="main",
     question="Does the entropy gate keep diversity, and does it raise Pass@8?",
     reference="opd",
+    primary=(("eopd-0.8", "opd"), ("eopd-0.8", "mix")),
     seeds=tuple(range(5)),
     settings=(
         Setting("opd", {"name": "opd"}, "opd", says="sampled reverse KL on every token"),

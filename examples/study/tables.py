@@ -90,7 +90,7 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
     told = [experiment_line(experiment, found)]
     graded = experiment.world == COUNTDOWN
-    told += [levels(found), *differences(experiment, found)] if graded else []
+    told += [*primary(experiment, found), levels(found), *differences(experiment, found)] if graded else []
     return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])
 
 
@@ -116,16 +116,27 @@ def levels(found: Sequence[Rows]) -> str:
     return "\n".join(lines)
 
 
+def primary(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+    """The differences that were named before the experiment ran."""
+    by_name = {rows.name: rows for rows in found}
+    lines = _header("primary, in pairs", "seeds", *FIGURES, "Pass@8 over seeds and problems")
+    for first, second in experiment.primary:
+        if first in by_name and second in by_name:
+            a, b = by_name[first], by_name[second]
+            seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
+            if seeds:
+                lines.append(_line([f"{first} - {second}", str(len(seeds)), *_graded(a, b, seeds)]))
+    return ["\n".join(lines)] if len(lines) > 2 else []
+
+
 def differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
     """Paired differences in the graded figures; bold where the interval leaves out 0."""
+    return _against(experiment, found, [*FIGURES, "Pass@8 over seeds and problems"], _graded)
 
-    def cells(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
-        pairs = {
-            name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()
-        }
-        return [*(_difference(paired(*pair)) for pair in pairs.values()), _difference(crossed(*pairs["Pass@8"]))]
 
-    return _against(experiment, found, [*FIGURES, "Pass@8 over seeds and problems"], cells)
+def _graded(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
+    pairs = {name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()}
+    return [*(_difference(paired(*pair)) for pair in pairs.values()), _difference(crossed(*pairs["Pass@8"]))]
 
 
 def alignment(found: Sequence[Rows]) -> str:

@@ -81,7 +81,8 @@ class Trial:
     def config(self, name: str) -> Path:
         stages = {stage: {"engine": self.engine} for stage in ("rollout", "score")}
         stages["rollout"] |= ROLLOUT
-        launcher = {"kind": "local", "gpus": [], "faults": FAULTS}
+        # forked workers are as good as warm ones, and a process a task is what is killed oftener
+        launcher = {"kind": "local", "gpus": [], "warm": not self.preloaded, "faults": FAULTS}
         return self.world.config(name, **{**stages, "launcher": launcher, **self.changes})
 
     def start(self, config: Path) -> Forked | subprocess.Popen[bytes]:

@@ -227,12 +227,11 @@ def _write_resolved(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback (EOPD_DEBUG=1 shows it)."""
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    from eopd.pipeline.ends import be_quiet, is_for_people, tell_end
     from eopd.pipeline.launchers.base import EXIT_INTERRUPTED
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
+    be_quiet()
     try:
         with stopping_on_signals(_tell_stop):
             app()
@@ -240,8 +239,8 @@ def main() -> None:
         sys.stderr.write("interrupted; everything committed is kept, run the same command to go on\n")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        code = _tell_end(error)
-        if os.environ.get("EOPD_DEBUG") or not _is_for_people(error):
+        code = tell_end(error, worker_progress())
+        if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
             raise
         sys.stderr.write(f"eopd: {error}\n")
         sys.exit(code)
@@ -250,27 +249,6 @@ def main() -> None:
 def _tell_stop() -> None:
     # not through sys.stderr: the signal may have come while something was being written to it
     os.write(2, b"stopping: what is in hand is finished first; a second interruption stops at once\n")
-
-
-def _tell_end(error: Exception) -> int:
-    """Tell whoever started this process why it ends; returns the exit code that says so."""
-    from eopd.pipeline.launchers.base import EXIT_FAILED, EXIT_FULL
-    from eopd.pipeline.progress import EventProgress
-    from eopd.storage.files import is_full
-
-    full = is_full(error)
-    progress = worker_progress()
-    if isinstance(progress, EventProgress):
-        message = str(error) if _is_for_people(error) else f"{type(error).__name__}: {error}"
-        progress.end("full" if full else "failed", message)
-    return EXIT_FULL if full else EXIT_FAILED
-
-
-def _is_for_people(error: Exception) -> bool:
-    from eopd.storage.errors import StoreError
-
-    stopped = type(error).__name__ == "TrainingStopped"
-    return isinstance(error, (StoreError, ValueError)) or stopped
 
 
 if __name__ == "__main__":

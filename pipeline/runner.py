@@ -24,6 +24,7 @@ from eopd.storage.pruning import revive
 from eopd.storage.stacked import StackedStores
 
 if TYPE_CHECKING:
+    from eopd.stages.engines.kept import Engines
     from eopd.stages.train.job import TrainJob
 
 PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step; how many there will be is not known
@@ -37,6 +38,7 @@ class Runner:
     facts: Facts
     plan: Plan
     progress: Progress
+    engines: Engines | None = None  # of this process, kept between jobs; None: an engine a job
 
     @property
     def store(self) -> Path:
@@ -171,6 +173,12 @@ def _dtype_of(folder: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
+def _engines(runner: Runner) -> Engines:
+    from eopd.stages.engines.kept import Engines
+
+    return runner.engines or Engines()
+
+
 def _start_rollout(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
     from eopd.stages.rollout.job import RolloutJob
     from eopd.stages.rollout.run import run
@@ -189,6 +197,7 @@ def _start_rollout(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> Non
             stop_ids=runner.facts.stop_ids,
             seed=sampling_seed(runner.settings, job.round),
             student_topk=runner.artifact(job.side) if job.side else None,
+            engines=_engines(runner),
         )
     )
 
@@ -210,6 +219,7 @@ def _start_score(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
             stop_ids=runner.facts.stop_ids,
             rollout_temperature=runner.settings.rollout.temperature,
             student_topk=runner.artifact(job.side) if job.side else None,
+            engines=_engines(runner),
         )
     )
 
@@ -252,6 +262,7 @@ def train_job(runner: Runner, job: PlannedJob) -> TrainJob:
         progress=runner.progress,
         log_dir=runner.paths.logs,
         run_dir=runner.paths.folder,
+        engines=_engines(runner),
     )
 
 
@@ -270,6 +281,7 @@ def _start_evaluate(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> No
             policy=runner.student(job.round),
             stop_ids=runner.facts.stop_ids,
             seed=runner.settings.seed,
+            engines=_engines(runner),
         )
     )
 

@@ -6,18 +6,25 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
 from eopd.pipeline.launchers.local import stage_command, trains_together
 from eopd.pipeline.plan import Stage
 from eopd.storage.files import is_full
 
+if TYPE_CHECKING:
+    from eopd.stages.engines.kept import Engines
+
 
 class InlinePool:
     """A pool of one: a task that was started runs while its end is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, warm: bool = True) -> None:
         self._task: Task | None = None
+        self._warm = warm
+        self._engines: Engines | None = None
 
     def room(self, stage: Stage) -> int:
         return 1 if self._task is None else 0
@@ -31,11 +38,20 @@ class InlinePool:
         if task is None:
             time.sleep(seconds)
             return []
-        kind, message = run_here(task)
+        kind, message = run_here(self._with_engines(task))
         return [Outcome(task, kind, message)]
 
     def close(self) -> None:
         self._task = None
+        if self._engines is not None:
+            self._engines.close()
+
+    def _with_engines(self, task: Task) -> Task:
+        if self._engines is None:
+            from eopd.stages.engines.kept import Engines
+
+            self._engines = Engines(keep=self._warm)
+        return replace(task, runner=replace(task.runner, engines=self._engines))
 
 
 def run_here(task: Task) -> tuple[Kind, str]:

@@ -44,6 +44,12 @@ class LauncherSettings(Settings):
         None, "local: numbers of the GPUs to use, one job on each. Null: all that are visible.", keyed=False
     )
     workers: int = setting(1, "local, without GPUs: how many tasks run at once.", keyed=False, ge=1)
+    warm: bool = setting(
+        True,
+        "Workers stay up between tasks, with what they imported and the engines they opened; a new student's weights "
+        "are taken in place and probed. False: a fresh process (inline: a fresh engine) for every task.",
+        keyed=False,
+    )
     faults: FaultSettings = setting(FaultSettings, "What is done when a job fails.", keyed=False)
     ray: RaySettings = setting(RaySettings, "What the ray launcher asks for.", keyed=False)
     slurm: SlurmSettings = setting(SlurmSettings, "What the slurm launcher asks for.", keyed=False)

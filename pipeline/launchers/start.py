@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.launchers.base import Pool
 from eopd.pipeline.launchers.inline import InlinePool
-from eopd.pipeline.launchers.local import LocalPool
+from eopd.pipeline.launchers.local import LocalPool, Spawn
 from eopd.pipeline.launchers.ray.pool import RayPool
 from eopd.pipeline.launchers.slurm.launcher import SlurmLauncher
 from eopd.pipeline.launchers.slurm.script import Place, dry_run
+from eopd.pipeline.launchers.warm import WarmWorkers
 from eopd.pipeline.plan import PlannedJob
 from eopd.pipeline.progress import Display
 from eopd.pipeline.runner import Runner
@@ -27,16 +28,18 @@ def bring_to_end(work: Sequence[tuple[Runner, PlannedJob]], settings: RunSetting
     launcher = settings.launcher
     if launcher.kind == "slurm":
         return SlurmLauncher(launcher, display.open()).launch(work)
-    run_jobs(work, _pool(settings, display), launcher.faults)
+    with WarmWorkers() as workers:
+        spawn = workers.spawn if launcher.warm else None
+        run_jobs(work, _pool(settings, display, spawn), launcher.faults)
     return True
 
 
-def _pool(settings: RunSettings, display: Display) -> Pool:
+def _pool(settings: RunSettings, display: Display, spawn: Spawn | None) -> Pool:
     if settings.launcher.kind == "inline":
-        return InlinePool()
+        return InlinePool(warm=settings.launcher.warm)
     if settings.launcher.kind == "ray":
         return RayPool(settings, display)
-    return LocalPool(settings, display)
+    return LocalPool(settings, display, spawn)
 
 
 def show_submission(work: Sequence[tuple[Runner, PlannedJob]], settings: RunSettings) -> str:

@@ -11,7 +11,6 @@ which the first batch is checked. Letters: T scored tokens, D hidden size, V voc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -53,6 +52,13 @@ class HiddenEngine(Protocol):
     @property
     def head(self) -> LMHead: ...
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: not closed, nor ended together with another engine of its process."""
+
+    checked: bool
+    """Whether its first batch was compared with the full model's own logits (by the score stage)."""
+
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         """Read every sequence that has a response; batches come in any order, each sequence once."""
 
@@ -66,16 +72,6 @@ class HiddenEngine(Protocol):
         """Free the model. The engine cannot be used again."""
 
 
-def longest_readable(folder: Path) -> int | None:
-    """Most tokens the model was made for, from its config; None where it does not say."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, so {folder} is no Hugging Face model folder")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    return None if longest is None else int(longest)
-
-
 def open_hidden_engine(
     kind: EngineKind,
     ref: ModelRef,
@@ -87,7 +83,7 @@ def open_hidden_engine(
     batch_tokens: int = 16384,
     row_tokens: int = 2048,
 ) -> HiddenEngine:
-    """Load a teacher. ``close`` it before opening another engine.
+    """Load a teacher. Its work is done on as many threads as torch has at the time.
 
     Args:
         longest: tokens of the longest sequence it will read.

@@ -23,17 +23,19 @@ class TransformersHiddenEngine:
     """A ``HiddenEngine`` on a model that transformers loads."""
 
     name = "transformers"
+    checked = False
 
     def __init__(self, ref: ModelRef, *, options: EngineOptions, batch_tokens: int, row_tokens: int) -> None:
         self.version = version("transformers")
-        self._threads = torch.get_num_threads()
-        if options.cpu_threads is not None:
-            torch.set_num_threads(options.cpu_threads)
         self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._batch_tokens, self._row_tokens = batch_tokens, min(row_tokens, batch_tokens)
         self._model: Any = load_model(ref, self._device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.head: LMHead = lm_head_of(self._model)
+
+    @property
+    def is_open(self) -> bool:
+        return self._model is not None
 
     @torch.inference_mode()
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
@@ -48,7 +50,6 @@ class TransformersHiddenEngine:
     def close(self) -> None:
         self._model = None
         del self.head
-        torch.set_num_threads(self._threads)
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,12 @@ from torch import Tensor
 from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.engines.hidden_transformers import full_model_logits
 from eopd.stages.engines.sampling import EngineOptions
-from eopd.stages.engines.vllm_process import VLLMProcess, resolve_dtype
+from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, model_folder
+from eopd.stages.models.memory import free_memory, weight_bytes
+from eopd.stages.models.model_config import resolve_dtype
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
 
@@ -57,6 +58,7 @@ class VLLMHiddenEngine:
     """A ``HiddenEngine`` on vLLM, in this process on a CPU."""
 
     name = "vllm"
+    checked = False
 
     def __init__(
         self, ref: ModelRef, *, longest: int, log_dir: Path, options: EngineOptions, batch_tokens: int
@@ -92,6 +94,10 @@ class VLLMHiddenEngine:
         self._device = "cpu" if self._process.on_cpu else "cuda"
         self.head: LMHead = head.to(self._device)
 
+    @property
+    def is_open(self) -> bool:
+        return self._process.llm is not None
+
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         assert self._process.llm is not None, "the engine is closed"
         for numbers in _batches(sequences, self._batch_tokens):
@@ -114,9 +120,8 @@ class VLLMHiddenEngine:
     def own_logits(self, sequence: Sequence) -> Tensor | None:
         """By transformers on the CPU, in float32 or the teacher's dtype: nothing is shared with vLLM."""
         folder = model_folder(self._ref.path, self._ref.revision)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         quantised = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if quantised or size * MEMORY_FOR_CHECK > _free_memory():
+        if quantised or weight_bytes(folder) * MEMORY_FOR_CHECK > free_memory():
             return None
         return full_model_logits(load_model(self._ref, "cpu"), sequence, "cpu")
 
@@ -151,12 +156,3 @@ def _batches(sequences: SequenceOf[Sequence], batch_tokens: int) -> Iterator[lis
         tokens += sequence.input_length
     if numbers:
         yield numbers
-
-
-def _free_memory() -> int:
-    """Bytes; what Linux thinks can be had without swapping. 0 where it does not say."""
-    path = Path("/proc/meminfo")
-    lines: dict[str, Any] = {}
-    if path.is_file():
-        lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
-    return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.job import ModelRef
+from eopd.stages.models.model_config import read_config
 from eopd.stages.settings import Settings, setting
 
 EngineKind = Literal["auto", "vllm", "transformers"]
@@ -142,6 +142,22 @@ class SamplingEngine(Protocol):
                 parameter the engine cannot serve.
         """
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: not closed, nor ended together with another engine of its process."""
+
+    def load(self, ref: ModelRef) -> None:
+        """Take the weights of ``ref``, a model of the same shape and dtype, in place of its own.
+
+        Whoever calls it must ``probe`` what is served then (``engines.probe``).
+
+        Raises:
+            ValueError: it would not; the engine is of no more use and is to be closed.
+        """
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """[L - 1] each: log-prob (full softmax, temperature 1, nats) of every token of a sequence but its first."""
+
     def close(self) -> None:
         """Free the model. The engine cannot be used again."""
 
@@ -162,10 +178,7 @@ def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingPara
 
 def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
     """Raises ValueError when a model was not made for sequences of ``max_model_len`` tokens."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{name}: {path} is missing, so this is no Hugging Face model folder")
-    longest = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    longest = read_config(folder).get("max_position_embeddings")
     if longest is not None and max_model_len > longest:
         raise ValueError(
             f"{name} reads at most {longest} tokens (max_position_embeddings), but prompt and response may take "
@@ -198,7 +211,7 @@ def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
 def open_sampling_engine(
     kind: EngineKind, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions | None = None
 ) -> SamplingEngine:
-    """Load ``ref`` for sampling. Only one engine should be open at a time; ``close`` it before the next.
+    """Load ``ref`` for sampling.
 
     Args:
         max_model_len: longest prompt plus response, tokens (``options.max_model_len`` overrides it).

@@ -7,8 +7,7 @@ only. Letters: B rows, L tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.engines.roomy_cache import roomy_cache
@@ -31,6 +31,7 @@ from eopd.stages.engines.sampling import (
 from eopd.stages.engines.truncation import truncate
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_model, model_folder
+from eopd.stages.models.threads import torch_threads
 
 MAX_BATCH = 256
 KEEP_FRACTION = 0.75
@@ -48,8 +49,22 @@ class TransformersSamplingEngine:
         self.max_tokens = max_model_len
         self._options = options
         self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = ref if options.dtype is None else _with_dtype(ref, options.dtype)
-        self._model: Any = load_model(chosen, self._device)
+        self._model: Any = None
+        self.load(ref)
+
+    @property
+    def is_open(self) -> bool:
+        return self._model is not None
+
+    def load(self, ref: ModelRef) -> None:
+        self._model = None  # the old weights go before the new ones come
+        chosen = ref if self._options.dtype is None else replace(ref, dtype=self._options.dtype)
+        self._model = load_model(chosen, self._device)
+
+    @torch.inference_mode()
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        with torch_threads(self._options.cpu_threads):
+            return [sequence_logprobs(self._model, sequence, self._device) for sequence in sequences]
 
     @torch.inference_mode()
     def sample(
@@ -62,7 +77,7 @@ class TransformersSamplingEngine:
         check_requests(requests, parameters, self.max_tokens)
         order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
         samples: dict[int, Sample] = {}
-        with _threads(self._options.cpu_threads):
+        with torch_threads(self._options.cpu_threads):
             rows = self._options.max_batch or self._rows_that_fit(requests, parameters)
             for start in range(0, len(order), rows):
                 batch = order[start : start + rows]
@@ -257,16 +272,9 @@ def _last_possible(logprobs: Tensor) -> Tensor:
     return torch.where(logprobs > -torch.inf, ids, 0).amax(-1)
 
 
-def _with_dtype(ref: ModelRef, dtype: str) -> ModelRef:
-    return replace(ref, dtype=dtype)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def sequence_logprobs(model: Any, sequence: Sequence[int], device: str) -> NDArray[np.float32]:
+    """[L - 1] log-prob of every token but the first under ``model``, nats."""
+    ids = torch.tensor([list(sequence)], device=device)
+    logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    found: NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+    return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eopd.stages.engines.sampling import (
     EngineOptions,
@@ -25,6 +26,11 @@ PREFILL_TOKENS = 8192
 """Prompt tokens read in one step on a CPU, where a prompt must be read whole."""
 
 
+def prefill_tokens(max_model_len: int) -> int:
+    """Tokens of one step of an engine for sequences of ``max_model_len``: the next multiple of PREFILL_TOKENS."""
+    return -(-max_model_len // PREFILL_TOKENS) * PREFILL_TOKENS
+
+
 class VLLMSamplingEngine:
     """A ``SamplingEngine`` on vLLM.
 
@@ -41,12 +47,17 @@ class VLLMSamplingEngine:
         arguments: dict[str, Any] = {
             "max_model_len": max_model_len,
             "logprobs_mode": "processed_logprobs",
-            "max_num_batched_tokens": max(max_model_len, PREFILL_TOKENS),
+            # in steps: engines opened for somewhat longer or shorter sequences make up the same batches
+            "max_num_batched_tokens": prefill_tokens(max_model_len),
         }
         if options.max_batch is not None:
             arguments["max_num_seqs"] = options.max_batch
         self._process = VLLMProcess(ref, log=log_dir / "vllm.log", options=options, **arguments)
         self.version = self._process.version
+
+    @property
+    def is_open(self) -> bool:
+        return self._process.llm is not None
 
     def sample(
         self,
@@ -83,6 +94,22 @@ class VLLMSamplingEngine:
                     on_progress(len(completion.token_ids), 1)
         assert len(found) == len(requests), f"vLLM answered {len(found)} of {len(requests)} requests"
         return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
+
+    def load(self, ref: ModelRef) -> None:
+        self._process.load(ref)
+
+    def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        from vllm import SamplingParams
+
+        assert self._process.llm is not None, "the engine is closed"
+        prompts = [{"prompt_token_ids": [int(token) for token in sequence]} for sequence in sequences]
+        parameters = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0, detokenize=False)
+        with self._process.working():
+            outputs = self._process.llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            np.asarray([at[token].logprob for at, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)], "f4")
+            for output, ids in zip(outputs, sequences, strict=True)
+        ]
 
     def close(self) -> None:
         self._process.close()

@@ -1,15 +1,12 @@
 """A vLLM engine as a guest: quiet, on local files only, and gone without a trace when it is closed.
 
 vLLM writes to stdout, sets environment variables, replaces ``torch.set_num_threads``, seeds the global generators
-and keeps process groups. All of that is put back by ``close``, so that training can follow in the same process and
-a second engine (the next round's weights) can be opened. Weights are never reloaded in place: on the CPU backend
-that serves neither the old nor the new ones.
+and keeps process groups. All of that holds only while the engine works, so that training can follow in the same
+process with the engine still open. Several can be open at once, but they share process groups: closing one ends all.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import logging
 import os
 import random
@@ -17,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ import torch
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
+from eopd.stages.models.model_config import resolve_dtype
 
 
 class VLLMProcess:
@@ -37,10 +35,9 @@ class VLLMProcess:
         ValueError: vLLM cannot serve the model, with its reason and the path of its log.
     """
 
-    _open: bool = False
+    _open: ClassVar[list[VLLMProcess]] = []
 
     def __init__(self, ref: ModelRef, *, log: Path, options: EngineOptions, **arguments: Any) -> None:
-        assert not VLLMProcess._open, "close the first vLLM engine before opening a second in this process"
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.llm: Any = None
@@ -55,55 +52,90 @@ class VLLMProcess:
             self._eager = self.on_cpu if chosen is None else chosen
             self._kept.remember_environment()
             self._handlers = _log_to(log)
-            VLLMProcess._open = True
+            VLLMProcess._open.append(self)
             try:
                 self._set_environment()
                 if self.on_cpu and options.cpu_threads is not None:
                     torch.set_num_threads(options.cpu_threads)
-                with self.working():
+                with self._eagerly():
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
                 _log_back([])
                 _log_to(log)  # once more: making an engine sets vLLM's own handlers again
+                self._inside = _ProcessState()
+                self._kept.restore()
             except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
-                self._put_back()
+                self._end_all()
                 raise ValueError(
                     f"vLLM {self.version} cannot serve {ref.path}: {_first_line(error)} (its log: {log}). Where this "
                     "is a limit of vLLM and not of the model, set engine: transformers."
                 ) from error
             except BaseException:
-                self._put_back()
+                self._end_all()
                 raise
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Wrap every use of ``llm``. Keeps vLLM's own small ``torch.compile`` calls off where it runs eagerly: they
-        want a C++ compiler and seconds, and gain nothing there."""
+        """Wrap every use of ``llm``: inside, threads, environment and global generators are as they were when the
+        engine was made, every time; outside, as its host left them."""
+        outside = _ProcessState()
+        self._inside.restore()
+        try:
+            with self._eagerly():
+                yield
+        finally:
+            outside.restore()
+
+    @contextmanager
+    def _eagerly(self) -> Iterator[None]:
+        """Keeps vLLM's own small ``torch.compile`` calls off where it runs eagerly: they want a C++ compiler and
+        seconds, and gain nothing there."""
         if not self._eager:
             yield
             return
         with torch.compiler.set_stance("force_eager"):
             yield
 
+    def load(self, ref: ModelRef) -> None:
+        """Take the weights of ``ref``, a model of the same shape, in place. What is served then must be probed.
+
+        Raises:
+            ValueError: vLLM would not; the engine is of no more use.
+        """
+        folder = model_folder(ref.path, ref.revision)
+        with _output_to(self.log), self.working():
+            try:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                if self.on_cpu:
+                    self.llm.apply_model(_repack_head)
+            except (ValueError, NotImplementedError, RuntimeError, OSError, KeyError, AttributeError) as error:
+                raise ValueError(f"vLLM {self.version} could not take the weights of {ref.path}: {error}") from error
+
     def close(self) -> None:
-        """Free weights and KV cache and put the process back as it was. Closing twice does no harm."""
+        """Free weights and KV cache and put the process back as it was; every other open engine ends with this one.
+
+        Closing twice does no harm.
+        """
         if self.llm is None:
             return
         with _output_to(self.log):
-            self._put_back()
+            self._end_all()
 
-    def _put_back(self) -> None:
+    @classmethod
+    def _end_all(cls) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        self._kept.restore()
-        _log_back(self._handlers)
-        VLLMProcess._open = False
+        ended = list(reversed(cls._open))
+        for process in ended:
+            if process.llm is not None:
+                process.llm.llm_engine.engine_core.shutdown()
+            process.llm = None
+        cleanup_dist_env_and_memory()  # collects garbage, too
+        for process in ended:
+            process._kept.restore()
+            _log_back(process._handlers)
+        cls._open.clear()
 
     def _set_environment(self) -> None:
         # every file is local by now; a hub that cannot be reached must not cost minutes of retries
@@ -135,12 +167,12 @@ class VLLMProcess:
         return shared | {"gpu_memory_utilization": options.gpu_memory_utilization}
 
 
-def resolve_dtype(folder: Path, dtype: str) -> str:
-    """``auto`` is the dtype the weights were saved in: vLLM's own ``auto`` would turn float32 into bfloat16."""
-    if dtype != "auto":
-        return dtype
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+def _repack_head(model: Any) -> None:
+    """The CPU backend multiplies by repacked copies of the weights. Reloading renews them layer by layer, but a head
+    that shares its weight with the embedding is loaded as the embedding, and would go on with its old copy."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and getattr(head, "quant_method", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _check_head_size(config: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact
@@ -27,3 +28,4 @@ class EvaluateJob:
     policy: ModelRef
     stop_ids: tuple[int, ...]
     seed: int  # equal seeds give equal draws to equal problems, whatever the part
+    engines: Engines = field(default_factory=Engines)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed, open_sampling_engine
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed
 from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
 from eopd.stages.evaluate.summary import Tally, figures, overall
@@ -79,21 +79,22 @@ def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -
         work = _prepare(job, cut, todo, tokenizer, verifiers)
         longest = max((len(problem.token_ids) for part in work.values() for problem in part.problems), default=1)
         responses = sum(len(part.problems) for part in work.values()) * job.settings.samples
-        engine = open_sampling_engine(
+        sampling = job.engines.sampling(
             job.settings.engine,
             job.policy,
             max_model_len=longest + job.settings.max_new_tokens,
             log_dir=job.log_dir,
+            progress=job.progress,
             options=job.settings.engine_options,
         )
-        job.progress.start("evaluate", responses, unit="responses")
-        try:
-            for part in claimed_parts(job.output, list(work), job.progress.line):
-                content = work[part]
-                _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier])
-        finally:
-            job.progress.close()
-            engine.close()
+        with sampling as engine:
+            job.progress.start("evaluate", responses, unit="responses")
+            try:
+                for part in claimed_parts(job.output, list(work), job.progress.line):
+                    content = work[part]
+                    _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier])
+            finally:
+                job.progress.close()
     finally:
         for verifier in verifiers.values():
             verifier.close()

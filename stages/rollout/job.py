@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.rollout.settings import RolloutSettings
@@ -31,3 +32,4 @@ class RolloutJob:
     stop_ids: tuple[int, ...]
     seed: int  # of this round: equal seeds give equal draws to equal prompts
     student_topk: Artifact | None = None  # side artifact of the same parts; None: not asked for
+    engines: Engines = field(default_factory=Engines)

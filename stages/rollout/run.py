@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed, open_sampling_engine
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed
 from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
 from eopd.stages.rollout.job import RolloutJob
 from eopd.storage.claims import claimed_parts
@@ -55,21 +55,22 @@ def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
     draws = _prepare(job, tokenizer)
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
     longest = max(len(draw.token_ids) for part in draws for draw in part)
-    engine = open_sampling_engine(
+    meter = _Meter(job)
+    sampling = job.engines.sampling(
         job.settings.engine,
         job.policy,
         max_model_len=longest + job.settings.max_new_tokens,
         log_dir=job.log_dir,
+        progress=job.progress,
         options=job.settings.engine_options,
     )
-    meter = _Meter(job)
-    job.progress.start("rollout", responses, unit="responses")
-    try:
-        for part in claimed_parts(job.output, pending, job.progress.line):
-            _do_part(job, part, draws[part], engine, tokenizer, meter)
-    finally:
-        job.progress.close()
-        engine.close()
+    with sampling as engine:
+        job.progress.start("rollout", responses, unit="responses")
+        try:
+            for part in claimed_parts(job.output, pending, job.progress.line):
+                _do_part(job, part, draws[part], engine, tokenizer, meter)
+        finally:
+            job.progress.close()
     job.progress.line(meter.summary())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact
@@ -26,3 +27,4 @@ class ScoreJob:
     stop_ids: tuple[int, ...]  # union of student's and teacher's
     rollout_temperature: float
     student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too
+    engines: Engines = field(default_factory=Engines)

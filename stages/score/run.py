@@ -7,16 +7,17 @@ too: a part belongs to whoever claims it, and the first commit wins.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine, longest_readable, open_hidden_engine
+from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
+from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints
 from eopd.stages.score.check import check_first_batch, first_not_finite
 from eopd.stages.score.context import context_name
@@ -56,27 +57,19 @@ def run(job: ScoreJob) -> None:
         check_same_vocabulary(tokenizer, load_tokenizer_at(job.student_tokenizer))
     scorer = Scorer(job, tokenizer, temperature)
     longest = scorer.survey(pending)
-    with _engine(job, longest) as engine:
-        scorer.score(pending, engine)
-
-
-@contextmanager
-def _engine(job: ScoreJob, longest: int) -> Iterator[HiddenEngine]:
-    settings = job.settings
-    engine = open_hidden_engine(
-        settings.engine,
+    options = job.settings.engine_options
+    reading = job.engines.reading(
+        job.settings.engine,
         job.teacher,
         longest=longest,
         log_dir=job.log_dir,
-        options=settings.engine_options,
-        dtype=settings.dtype,
-        batch_tokens=settings.batch_tokens,
-        row_tokens=settings.row_tokens,
+        options=options,
+        dtype=job.settings.dtype,
+        batch_tokens=job.settings.batch_tokens,
+        row_tokens=job.settings.row_tokens,
     )
-    try:
-        yield engine
-    finally:
-        engine.close()
+    with torch_threads(options.cpu_threads), reading as engine:
+        scorer.score(pending, engine)
 
 
 @dataclass
@@ -116,7 +109,6 @@ class Scorer:
         head = StatisticsHead(
             engine.head, job.settings.head.rule(), temperature=self.temperature, stop_ids=job.stop_ids
         )
-        checked = not job.settings.first_batch_check
         began = time.monotonic()
         job.progress.start("score", self.total)
         with closing(PartWriter()) as writer:
@@ -124,9 +116,9 @@ class Scorer:
                 for part, claimed in held_parts(job.output, parts, job.progress.line):
                     with claimed:
                         responses = read_part(job, part, self.tokenizer, self.limit)
-                        if not checked:
+                        if job.settings.first_batch_check and not engine.checked:
                             job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
-                            checked = True
+                            engine.checked = True
                         rows = self._rows(part, responses, engine, head, began)
                         if rows is not None:
                             writer.write(partial(self._write, part, rows, responses, engine), claimed.pop_all())

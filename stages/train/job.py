@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
@@ -38,3 +39,4 @@ class TrainJob:
     log_dir: Path
     run_dir: Path  # metrics with timings, TensorBoard
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is trained on

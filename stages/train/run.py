@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from eopd.stages.models.loading import load_model
+from eopd.stages.models.threads import torch_threads
 from eopd.stages.train.checkpoint import carry_over, commit
 from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
@@ -53,20 +54,12 @@ def run(job: TrainJob) -> None:
     if job.output.is_complete():
         return
     accelerator = _accelerator(job.settings)
-    with _threads(job.settings.cpu_threads), _sole_trainer(job, accelerator) as needed:
+    if accelerator.device.type != "cpu":
+        job.engines.close()
+    with torch_threads(job.settings.cpu_threads), _sole_trainer(job, accelerator) as needed:
         if needed:
             with stopping.in_hand():  # in every process: they stop together, at the end of a step
                 _train(job, accelerator)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

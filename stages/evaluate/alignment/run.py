@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eopd.stages.engines.hidden import HiddenEngine, longest_readable, open_hidden_engine
+from eopd.stages.engines.hidden import HiddenEngine, open_hidden_engine
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
 from eopd.stages.evaluate.alignment.job import AlignmentJob
@@ -23,6 +23,8 @@ from eopd.stages.evaluate.alignment.responses import ResponseReader, Responses
 from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_tokenizer, model_folder
+from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
@@ -76,6 +78,7 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
     with ExitStack() as stack:
         job.progress.start("align", sum(responses.tokens for responses in found.values()))
         stack.callback(job.progress.close)
+        stack.enter_context(torch_threads(settings.engine_options.cpu_threads))
         teacher = _open(job, job.teacher, settings.teacher_engine_options, longest, stack)
         student = _open(job, job.student, settings.engine_options, longest, stack)
         for part in claimed_parts(job.output, list(todo), job.progress.line):

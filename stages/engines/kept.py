@@ -1,0 +1,210 @@
+"""The engines of one process: one that samples and one that reads, opened when a job wants them and kept for the next.
+
+    engines = Engines(keep=True)
+    with engines.sampling("auto", student, max_model_len=512, log_dir=logs, progress=progress) as engine:
+        ...
+
+A kept sampling engine takes the weights of the next student in place; a probe then has to agree with the checkpoint's
+own log-probs, else the engine is closed and opened anew. Where memory does not allow both engines, and before training
+on a GPU, what is open is closed first. Results do not depend on what was kept. Needs no torch until an engine opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eopd.stages.engines.sampling import (
+    EngineKind,
+    EngineOptions,
+    SamplingEngine,
+    open_sampling_engine,
+    resolve_engine,
+)
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.memory import free_memory, weight_bytes
+from eopd.stages.models.model_config import longest_readable, same_shape
+
+if TYPE_CHECKING:
+    from eopd.stages.engines.hidden import HiddenEngine
+
+ROOM_TOKENS = 256
+"""A kept engine is opened for sequences up to the next multiple of this: the next round's may be a little longer."""
+MEMORY_PER_WEIGHTS = 2.0
+"""A second engine is opened beside the first where this many times its weights' size, and its KV cache, are free."""
+
+
+@dataclass
+class _Sampler:
+    engine: SamplingEngine
+    wanted: tuple[object, ...]  # what it was opened for, beside weights and length
+    ref: ModelRef  # whose weights it serves
+
+
+@dataclass
+class _Reader:
+    engine: HiddenEngine
+    wanted: tuple[object, ...]
+    longest: int
+
+
+class Engines:
+    """``keep=False``: an engine a job, closed at its end. ``keep=True``: they stay until ``close``.
+
+    Not for several threads at once. A job that fails takes its engine with it: who knows what it left in it.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self._sampler: _Sampler | None = None
+        self._reader: _Reader | None = None
+
+    @property
+    def any_open(self) -> bool:
+        return self._sampler is not None or self._reader is not None
+
+    @contextmanager
+    def sampling(
+        self,
+        kind: EngineKind,
+        ref: ModelRef,
+        *,
+        max_model_len: int,
+        log_dir: Path,
+        progress: Progress,
+        options: EngineOptions | None = None,
+    ) -> Iterator[SamplingEngine]:
+        """An engine that serves ``ref``; arguments and errors as ``open_sampling_engine`` has them."""
+        options = options or EngineOptions()
+        length = options.max_model_len or max_model_len
+        with self._lending():
+            sampler = self._kept_sampler(kind, ref, length, options, progress)
+            if sampler is None:
+                sampler = self._open_sampler(kind, ref, length, log_dir, options)
+            yield sampler.engine
+
+    @contextmanager
+    def reading(
+        self,
+        kind: EngineKind,
+        ref: ModelRef,
+        *,
+        longest: int,
+        log_dir: Path,
+        options: EngineOptions,
+        dtype: str,
+        batch_tokens: int,
+        row_tokens: int,
+    ) -> Iterator[HiddenEngine]:
+        """An engine that gives the hidden states of ``ref``; as ``open_hidden_engine`` has it."""
+        from eopd.stages.engines.hidden import open_hidden_engine
+
+        wanted = (resolve_engine(kind), ref, options, dtype, batch_tokens, row_tokens)
+        with self._lending():
+            reader = self._reader
+            if reader is None or reader.wanted != wanted or reader.longest < longest:
+                if reader is not None or not self._fits_beside(ref, options):
+                    self.close()
+                longest = self._with_room(longest, ref, spare=1)  # vLLM's pooling runner wants one token more
+                engine = open_hidden_engine(
+                    kind,
+                    ref,
+                    longest=longest,
+                    log_dir=log_dir,
+                    options=options,
+                    dtype=dtype,
+                    batch_tokens=batch_tokens,
+                    row_tokens=row_tokens,
+                )
+                reader = self._reader = _Reader(engine, wanted, longest)
+            yield reader.engine
+
+    def close(self) -> None:
+        """Give all memory back. What is asked for afterwards is opened anew."""
+        sampler, reader = self._sampler, self._reader
+        self._sampler = self._reader = None
+        if reader is not None:
+            reader.engine.close()
+        if sampler is not None:
+            sampler.engine.close()
+
+    @contextmanager
+    def _lending(self) -> Iterator[None]:
+        open_ = [held.engine.is_open for held in (self._sampler, self._reader) if held is not None]
+        if not all(open_):
+            self.close()  # one that somebody else opened here was closed, and ended ours with it
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+        if not self._keep:
+            self.close()
+
+    def _kept_sampler(
+        self, kind: EngineKind, ref: ModelRef, length: int, options: EngineOptions, progress: Progress
+    ) -> _Sampler | None:
+        """The open engine, with the weights of ``ref``; None where there is none that can have them."""
+        sampler = self._sampler
+        if sampler is None:
+            return None
+        from eopd.stages.engines.probe import replace_weights, served
+
+        ref = served(ref, options.dtype)
+        if sampler.wanted != _wanted(kind, ref, length, options) or sampler.engine.max_tokens < length:
+            return None
+        if sampler.ref != ref:
+            try:
+                replace_weights(sampler.engine, sampler.ref, ref)
+            except ValueError as error:
+                progress.line(f"engine {sampler.engine.name} is opened anew: in-place weights failed: {error}")
+                return None
+            sampler.ref = ref
+        return sampler
+
+    def _open_sampler(
+        self, kind: EngineKind, ref: ModelRef, length: int, log_dir: Path, options: EngineOptions
+    ) -> _Sampler:
+        from eopd.stages.engines.probe import served
+
+        if self._sampler is not None or not self._fits_beside(ref, options):
+            self.close()
+        room = length if options.max_model_len else self._with_room(length, ref)
+        engine = open_sampling_engine(kind, ref, max_model_len=room, log_dir=log_dir, options=options)
+        ref = served(ref, options.dtype)
+        self._sampler = _Sampler(engine, _wanted(kind, ref, room, options), ref)
+        return self._sampler
+
+    def _with_room(self, length: int, ref: ModelRef, spare: int = 0) -> int:
+        if not self._keep:
+            return length
+        limit = longest_readable(_folder(ref))
+        roomy = -(-length // ROOM_TOKENS) * ROOM_TOKENS
+        return roomy if limit is None else max(length, min(roomy, limit - spare))
+
+    def _fits_beside(self, ref: ModelRef, options: EngineOptions) -> bool:
+        """Whether an engine for ``ref`` can be opened beside the other one."""
+        if not self.any_open:
+            return True
+        import torch
+
+        if torch.cuda.is_available() and options.device != "cpu":
+            return False  # each takes the share of GPU memory that its options name, which is most of it
+        needed = MEMORY_PER_WEIGHTS * weight_bytes(_folder(ref)) + options.cpu_kv_cache_gib * 2**30
+        return needed < free_memory()
+
+
+def _wanted(kind: EngineKind, ref: ModelRef, length: int, options: EngineOptions) -> tuple[object, ...]:
+    from eopd.stages.engines.sampling_vllm import prefill_tokens
+
+    shape = same_shape(_folder(ref)), ref.dtype, ref.trust_remote_code
+    return (resolve_engine(kind), options, *shape, prefill_tokens(length))
+
+
+def _folder(ref: ModelRef) -> Path:
+    from eopd.stages.models.loading import model_folder
+
+    return model_folder(ref.path, ref.revision)

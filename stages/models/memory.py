@@ -1,0 +1,19 @@
+"""How much memory there is, and how much weights take. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes; what Linux thinks can be had without swapping. 0 where it does not say."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return 0
+    lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model folder's safetensors files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

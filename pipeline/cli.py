@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eopd.pipeline.doctor_cli import doctor
-from eopd.pipeline.plan_cli import Config, Set, plan
+from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
 from eopd.pipeline.status_cli import logs, status
 from eopd.pipeline.store_cli import app as store_app
 
@@ -121,6 +121,7 @@ def report(runs: Runs, out: Out = None, set_: Set = None) -> None:
 def run(
     config: Config,
     set_: Set = None,
+    sweep: Sweep = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With launcher.kind=slurm: print the scripts, submit nothing.")
     ] = False,
@@ -134,18 +135,22 @@ def run(
     from eopd.stages.train.extras import require_extras
 
     display = make_display()
-    runner = _open(config, set_, display)
-    require_extras(runner.settings.train)
-    work = [(runner, job) for job in runner.plan.jobs]
+    runners = open_runners(config, set_, sweep, lambda: worker_progress() or display.open())
+    for runner in runners:
+        require_extras(runner.settings.train)
+    work = [(runner, job) for runner in runners for job in runner.plan.jobs]
+    launcher = runners[0].settings  # the same in all runs of a sweep
     if dry_run:
-        sys.stdout.write(show_submission(work, runner.settings))
+        sys.stdout.write(show_submission(work, launcher))
         return
-    refuse_too_large(runner)
-    _write_resolved(runner)
-    if bring_to_end(work, runner.settings, display):
-        prune_old(runner)
-        page = write_report(runner)
-        runner.progress.line(f"report: {page}")
+    for runner in runners:
+        refuse_too_large(runner)
+        _write_resolved(runner)
+    if bring_to_end(work, launcher, display):
+        for runner in runners:
+            prune_old(runner)
+            page = write_report(runner)
+            runner.progress.line(f"report: {page}")
 
 
 app.command()(plan)
@@ -155,15 +160,10 @@ app.command()(doctor)
 
 
 def _open(config: str, overrides: list[str] | None, display: Display | None = None) -> Runner:
-    from eopd.pipeline.config import load_config
-    from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import make_display
-    from eopd.pipeline.runner import Runner
 
-    settings = load_config(config, overrides or ())
-    facts, plan_ = plan_run(settings)
-    progress = worker_progress() or (display or make_display()).open()
-    return Runner(settings, facts, plan_, progress)
+    (runner,) = open_runners(config, overrides, None, lambda: worker_progress() or (display or make_display()).open())
+    return runner
 
 
 def worker_progress() -> Progress | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from eopd.pipeline.runner import Runner
+    from eopd.stages.job import Progress
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Settings: a YAML file, or a name such as quickstart.")]
 Set = Annotated[
@@ -42,13 +44,20 @@ def plan(
     make_console().print(plan_table(overview, every_job=all_))
 
 
-def open_runners(config: str, overrides: list[str] | None, sweep: str | None) -> list[Runner]:
-    """One silent runner per run of the sweep; of CONFIG itself where there is none."""
+def open_runners(
+    config: str, overrides: list[str] | None, sweep: str | None, progress: Callable[[], Progress] | None = None
+) -> list[Runner]:
+    """One runner per run of the sweep; of CONFIG itself where there is none. Silent unless ``progress`` is given."""
     from eopd.pipeline.config import load_config
     from eopd.pipeline.planning import plan_run
     from eopd.pipeline.runner import Runner
-    from eopd.pipeline.sweep import load_sweep
+    from eopd.pipeline.sweep import NamedProgress, load_sweep
     from eopd.stages.job import NullProgress
 
-    several = [load_config(config, overrides or ())] if sweep is None else load_sweep(config, sweep, overrides or ())
-    return [Runner(settings, *plan_run(settings), NullProgress()) for settings in several]
+    if sweep is None:
+        settings = load_config(config, overrides or ())
+        return [Runner(settings, *plan_run(settings), progress() if progress else NullProgress())]
+    return [
+        Runner(settings, *plan_run(settings), NamedProgress(settings.name, progress()) if progress else NullProgress())
+        for settings in load_sweep(config, sweep, overrides or ())
+    ]

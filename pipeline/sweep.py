@@ -11,12 +11,14 @@ Each entry is merged over the config group by group, as `extends` does; its run 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings, load_raw, merge, parse_settings, read_list
+from eopd.stages.job import Progress
 
-SHARED = ("store", "runs")
+SHARED = ("store", "runs", "launcher")
 
 
 def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[RunSettings]:
@@ -46,3 +48,23 @@ def _change(entry: Any, where: str) -> dict[str, Any]:
         if field in entry:
             raise ConfigError(f"{where}: {field!r} is common to all runs of a sweep; set it in the config")
     return dict(entry)
+
+
+@dataclass(frozen=True)
+class NamedProgress:
+    """Says of everything which run of the sweep it is about."""
+
+    name: str
+    inner: Progress
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        self.inner.start(f"{self.name}: {what}", total, unit)
+
+    def advance(self, n: int, **figures: float) -> None:
+        self.inner.advance(n, **figures)
+
+    def line(self, text: str) -> None:
+        self.inner.line(f"{self.name}: {text}")
+
+    def close(self) -> None:
+        self.inner.close()

@@ -1,0 +1,88 @@
+"""The pictures in the README: `eopd plan`, `eopd status` and a running job, as rich shows them, from a real run.
+
+    python scripts/pictures.py            # some minutes on two cores; writes docs/pictures/*.svg
+
+A small Countdown run is started in a temporary folder, looked at while it works, and ended.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+from rich.console import Console, RenderableType
+
+from eopd.pipeline.config import load_config
+from eopd.pipeline.overview import look
+from eopd.pipeline.plan_cli import open_runners
+from eopd.pipeline.plan_table import plan_table
+from eopd.pipeline.status import Status, status_view, take_status
+
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+WIDTH = 100
+CHANGES = [
+    *("name=demo", "rounds=40", "rollout.prompts_per_round=256", "rollout.samples_per_prompt=1", "train.epochs=1"),
+    *("rollout.rows_per_part=32", "evaluate.rows_per_part=32", "evaluate.samples=2", "launcher.kind=local"),
+    *("launcher.workers=2", "rollout.engine=transformers", "score.engine=transformers"),
+    "evaluate.engine=transformers",
+]
+
+
+def save(name: str, title: str, show: RenderableType | str) -> None:
+    """One SVG without anything of this machine in it."""
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
+    console.print(show)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    path = PICTURES / f"{name}.svg"
+    console.save_svg(str(path), title=title)
+    text = path.read_text(encoding="utf-8")
+    for folder in (str(Path.cwd()), tempfile.gettempdir(), os.uname().nodename):
+        assert len(folder) < 3 or folder not in text, f"{path} names {folder}"
+
+
+def wait_for(ready: Callable[[], Status | None], seconds: float) -> Status:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = ready()
+        if found is not None:
+            return found
+        time.sleep(0.3)
+    raise TimeoutError("the run did not get as far as the picture needs")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)  # so that the store is called "store" in the pictures
+        settings = load_config("quickstart", CHANGES)
+        Path("demo.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+        command = [sys.executable, "-m", "eopd.pipeline.cli", "run", "demo.yaml"]
+        with Path("log").open("w") as log:
+            run = subprocess.Popen(command, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ})
+        try:
+
+            def under_way() -> Status | None:
+                status = take_status(open_runners("demo.yaml", None, None))
+                trained = any(row.stage == "train" and row.state.is_done for row in status.overview.rows)
+                working = [activity for activity in status.activities if activity.workers and activity.state.done]
+                return status if trained and working and status.overview.rates.keys() >= {"score", "train"} else None
+
+            status = wait_for(under_way, 900)
+            save("status", "eopd status demo", status_view(status))
+            save("plan", "eopd plan demo.yaml", plan_table(look(open_runners("demo.yaml", None, None))))
+        finally:
+            run.send_signal(signal.SIGINT)
+            run.wait()
+        lines = Path("log").read_text(encoding="utf-8").replace(name + "/", "").splitlines()
+        save("run", "eopd run demo.yaml", "\n".join(lines[:16]))
+
+
+if __name__ == "__main__":
+    main()

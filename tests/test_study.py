@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eopd.pipeline.config import parse_settings
+from eopd.stages.train.objectives.registry import make_objective
+from eopd.storage.coverage import Coverage
 from examples.study import compare, experiments, rates, report, results
 from examples.study import run as study_run
 from examples.study.__main__ import in_order
@@ -40,6 +43,16 @@ def test_every_borrowed_setting_exists() -> None:
             experiments.EXPERIMENTS[lender].setting(setting)
         names = [*one.borrows, *(setting.name for setting in one.settings)]
         assert one.reference in names, one.name
+
+
+def test_every_setting_is_valid_and_its_cache_holds_what_its_objective_needs(tmp_path: Path) -> None:
+    for task in in_order(ALL, tmp_path, seeds=[0]):
+        settings = parse_settings(task.config(tmp_path), source=task.name)
+        objective = make_objective(settings.train.objective)
+        Coverage(settings.score.head.rule(), vocab_size=64).require(objective.needs, task.name)
+        responses = settings.rounds * settings.rollout.prompts_per_round * settings.rollout.samples_per_prompt
+        assert responses == task.scale.responses, task.name
+        assert settings.rollout.prompts_per_round <= task.scale.train_problems, task.name
 
 
 def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

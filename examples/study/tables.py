@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.study import results
+from examples.study import anchors, results
 from examples.study.compare import Estimate, Floats, crossed, over_seeds, paired
-from examples.study.design import SAMPLES, Experiment
+from examples.study.design import FULL, SAMPLES, Experiment
 from examples.study.experiments import EXPERIMENTS
 from examples.study.rates import tasks_of, tuned
 from examples.study.results import Counts, Result
@@ -89,6 +89,7 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
     told = [experiment_line(experiment, found)]
+    told += anchors.lines() if experiment.scale == FULL else []
     graded = experiment.world == COUNTDOWN
     told += [*primary(experiment, found), levels(found), *differences(experiment, found)] if graded else []
     return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from zarr.abc.store import Store
@@ -30,9 +31,9 @@ class StoreSource(ScoreSource, Protocol):
     def part_store(self, part: int, marker: Marker) -> Store: ...
 
 
-def filled_parts(source: ScoreSource) -> list[int]:
-    """The committed parts that hold data, in order: all but those that were set aside."""
-    return [part for part in sorted(source.committed()) if source.marker(part).set_aside is None]
+def filled_parts(source: ScoreSource) -> Iterator[int]:
+    """The committed parts that hold data, in order: all but those that were set aside. A marker is read for each."""
+    return (part for part in sorted(source.committed()) if source.marker(part).set_aside is None)
 
 
 def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -> bool:

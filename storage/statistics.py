@@ -74,7 +74,7 @@ def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats
     Raises:
         MissingPart, DamagedPart; ValueError: nothing is committed.
     """
-    wanted = filled_parts(cache.artifact) if parts is None else list(parts)
+    wanted = list(filled_parts(cache.artifact) if parts is None else parts)
     if not wanted:
         raise ValueError(f"{cache.artifact} has no committed part to look at")
     entropies, masses, fields = [], [], dict[str, float]()

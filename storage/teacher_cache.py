@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -161,10 +162,10 @@ class TeacherCache:
         self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._lock = Lock()
 
-    @property
+    @cached_property
     def coverage(self) -> Coverage:
-        """Raises MissingPart where nothing is committed."""
-        return self.header(next(iter(filled_parts(self.artifact)), 0)).coverage
+        """Of every part, as the first one that holds data says. Raises MissingPart where nothing is committed."""
+        return self.header(next(filled_parts(self.artifact), 0)).coverage
 
     def require(self, needs: Sequence[Need]) -> None:
         """Raises NeedNotMet naming what is missing and the command that adds it."""

@@ -67,7 +67,7 @@ def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundSt
                 _save_model(job, inner.model, _named_in_model(averages), folder / EMA_FOLDER)
     if job.settings.lora is not None:
         weights = merged_weights(inner.model, weights)
-    left_out = [part for part in range(job.scores.parts) if part not in filled_parts(job.scores)]
+    left_out = sorted(set(range(job.scores.parts)) - set(filled_parts(job.scores)))
     summary: dict[str, Any] = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
     info: dict[str, Any] = {"steps": len(rows)}
     if left_out:  # a checkpoint that saw less than its key says must say so

@@ -372,7 +372,7 @@ def test_scores_of_another_origin_are_refused_by_name(one: Artifact) -> None:
         (Origin(teacher="Qwen3-32B"), r"teacher teacher \(asked for Qwen3-32B\)"),
         (Origin(tokenizer="llama"), r"tokenizer tokenizer \(asked for llama\)"),
         (Origin(teacher_context="plain"), r"teacher context chat \(asked for plain\)"),
-        (Origin(teacher="teacher", temperature=0.7), r"scores of temperature 1.0 \(asked for 0.7\)\. They"),
+        (Origin(teacher="teacher", temperature=0.7), r"scores of temperature 1.0 \(asked for 0.7\)\. Score"),
     ):
         cache = TeacherCache(one, origin=other)
         for _ in range(2):  # not only the first time

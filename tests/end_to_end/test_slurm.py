@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -43,12 +44,12 @@ def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: st
     assert "submitted 6 arrays" in handed_over.stderr
 
     follower = follow(config, *no_evaluation)
+    assert follower.stderr is not None
+    assert "of an earlier submission are in the queue" in follower.stderr.readline()
     task = variables(worker_of(resolved, follower, "rollout"))
     follower.send_signal(signal.SIGINT)
-    said = follower.communicate()[1]
+    assert "scancel" in follower.communicate()[1]
     assert follower.returncode == 130
-    assert "of an earlier submission are in the queue" in said
-    assert "scancel" in said
 
     follower = follow(config, *no_evaluation)
     slurm("scancel", "--signal=KILL", f"{task['SLURM_ARRAY_JOB_ID']}_{task['SLURM_ARRAY_TASK_ID']}")
@@ -66,14 +67,21 @@ def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: st
     assert "CANCELLED" in logs(world, "rollout-0")
 
 
-def test_what_fails_for_good_is_named_with_its_log(world: World, cluster: None) -> None:
-    config = world.config("unable", launcher=SLURM, prompts={"max_prompt_tokens": 2})
-    chosen = ("--set", "evaluate=null", "--set", "rounds=1", "--set", "launcher.faults.attempts=1")
-    result = eopd("run", config, *chosen, check=False)
-    assert result.returncode == 1
-    assert "rollout 0, parts 0, 1: task" in result.stderr
-    assert "longer than prompts.max_prompt_tokens = 2" in result.stderr
-    assert "rollout-0.slurm-" in result.stderr
+def test_a_part_that_fails_for_good_is_named_and_set_aside(world: World, cluster: None) -> None:
+    """A rollout part whose file was cut short: its scores end up alone in a task, and are given up."""
+    faults = {"attempts": 1, "poisoned": "set_aside"}
+    config = world.config("unable", rounds=1, evaluate=None, launcher={**SLURM, "faults": faults})
+    eopd("rollout", config)
+    (victim,) = world.store("unable").glob("rollouts/*/part-00001.*/*.parquet")
+    victim.write_bytes(victim.read_bytes()[:-10])
+    said = eopd("run", config).stderr
+    assert "slurm: score 0, parts 0, 1: task" in said
+    assert "slurm: score 0, part 1: task" in said
+    assert "score-0.slurm-" in said
+    assert "score 0: part 1 set aside" in said
+    assert "train 0: done" in said
+    (marker,) = world.store("unable").glob("scores/*/*/part-00001.json")
+    assert "FAILED" in json.loads(marker.read_text())["info"]["set_aside"]
 
 
 def follow(config: Path, *arguments: object) -> subprocess.Popen[str]:

@@ -38,6 +38,7 @@ def test_every_committed_config_loads(path: Path) -> None:
 def test_there_are_committed_configs() -> None:
     names = {path.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for path in COMMITTED}
     assert {"quickstart", "gsm8k-demo", "paper/qwen3-0.6b", "paper/qwen3-1.7b", "paper/qwen3-4b"} <= names
+    assert {"clusters/gpus", "clusters/ray", "clusters/slurm"} <= names
     assert find_config("quickstart").name == "quickstart.yaml"
 
 

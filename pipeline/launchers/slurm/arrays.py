@@ -74,7 +74,9 @@ def _blocks(runner: Runner, job: PlannedJob, settings: SlurmSettings) -> Iterato
 
 
 def missing_parts(runner: Runner, job: PlannedJob) -> set[int]:
-    """Of the output, or of what a rollout makes beside it."""
+    """Of the output, or of what a rollout makes beside it. Training is all or nothing."""
+    if job.stage == "train":
+        return set() if runner.is_done(job) else set(range(job.output.parts))
     missing = set(runner.artifact(job.output).missing())
     if job.stage == "rollout" and job.side is not None:
         missing.update(runner.artifact(job.side).missing())

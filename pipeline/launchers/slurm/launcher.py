@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
-from eopd.pipeline.launchers.base import few_parts
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.pipeline.launchers.slurm import queue
-from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of, missing_count, missing_parts
-from eopd.pipeline.launchers.slurm.script import Place, dependency, log_path, render, script_path
+from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of, missing_count
+from eopd.pipeline.launchers.slurm.failures import Failure, failures, set_aside
+from eopd.pipeline.launchers.slurm.script import Place, dependency, render, script_path
+from eopd.pipeline.launchers.slurm.settings import SlurmSettings
 from eopd.pipeline.launchers.slurm.watch import Watch
 from eopd.stages.job import Progress
 from eopd.storage.files import replace_atomically
@@ -46,16 +46,17 @@ class SlurmLauncher:
             if not self._slurm.wait:
                 return False
             self._follow(work, queued)
-        while arrays := arrays_of(work, self._slurm):
-            before = missing_count(work)
+        slurm = self._slurm
+        while arrays := arrays_of(work, slurm):
+            before = _standing(work)
             submitted = self._submit(arrays)
-            if not self._slurm.wait:
+            if not slurm.wait:
                 self._progress.line(
                     f"slurm: submitted {len(submitted)} arrays (jobs {_ids(submitted)}); the same command follows them"
                 )
                 return False
             self._follow(work, submitted)
-            self._check_progress(work, submitted, before)
+            slurm = self._after(work, list(failures(submitted)), gained=_standing(work) != before)
         return True
 
     def _submit(self, arrays: Sequence[Array]) -> dict[int, Array]:
@@ -78,9 +79,7 @@ class SlurmLauncher:
                 break
             ids[array] = job
             submitted[job] = array
-        for folder in {array.runner.paths.slurm for array in submitted.values()}:
-            own = [job for job, array in submitted.items() if array.runner.paths.slurm == folder]
-            replace_atomically(folder / SUBMITTED, json.dumps({"jobs": own}) + "\n")
+            replace_atomically(path.parent / SUBMITTED, json.dumps({"jobs": list(submitted)}) + "\n")
         return submitted
 
     def _queued(self, work: Work) -> list[int]:
@@ -122,15 +121,22 @@ class SlurmLauncher:
             f"slurm: the jobs go on without this command. The same command follows them; `scancel {ids}` cancels them."
         )
 
-    def _check_progress(self, work: Work, submitted: Mapping[int, Array], before: int) -> None:
-        """The queue has run dry. Name what failed; raises ConfigError when nothing at all was gained."""
-        failed = list(self._failures(submitted))
-        for line in failed[:NAMED_FAILURES]:
-            self._progress.line(f"slurm: {line}")
+    def _after(self, work: Work, failed: Sequence[Failure], *, gained: bool) -> SlurmSettings:
+        """The queue has run dry: name what failed, and say how what is missing is submitted again.
+
+        Where nothing was gained, part by part, so that a part that is to blame ends up alone; and that in vain, it is
+        set aside or the run stops, as the settings say.
+        """
+        for failure in failed[:NAMED_FAILURES]:
+            self._progress.line(f"slurm: {failure}")
         if len(failed) > NAMED_FAILURES:
             self._progress.line(f"slurm: and {len(failed) - NAMED_FAILURES} more tasks")
         left = missing_count(work)
-        if left and left >= before:
+        aside = set_aside(failed) if self._settings.faults.poisoned == "set_aside" else []
+        for line in aside:
+            self._progress.line(f"slurm: {line}")
+        several = any(len(failure.asked) > 1 and failure.array.job.stage != "train" for failure in failed)
+        if left and not gained and not aside and not several:
             what = failed[0] if failed else "no task has failed; were they cancelled?"
             raise ConfigError(
                 f"{left} parts are missing, and running them again gained nothing: {what}. What was committed is "
@@ -138,28 +144,13 @@ class SlurmLauncher:
             )
         if left:
             self._progress.line(f"slurm: {left} parts are missing; submitting them again")
-
-    def _failures(self, submitted: Mapping[int, Array]) -> Iterable[str]:
-        """Tasks that began and left parts undone."""
-        states = queue.look(submitted) or {}
-        for job, array in submitted.items():
-            missing = missing_parts(array.runner, array.job)
-            for index, parts in array.chunks.items():
-                undone = [part for part in parts if part in missing]
-                log = log_path(array, str(job), str(index))
-                if undone and log.exists():
-                    known = states.get((job, index))
-                    state = known.state if known else queue.ended_as(job, index)
-                    what = f"{array.job.name}, {few_parts(undone)}"
-                    yield f"{what}: task {job}_{index} {state}: {last_line(log)} (log: {log})"
+        return self._slurm if gained or aside else self._slurm.model_copy(update={"parts_per_task": 1})
 
 
-def last_line(log: Path) -> str:
-    """What a task said last."""
-    with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - 4096, 0))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "no output"
+def _standing(work: Work) -> tuple[int, list[int]]:
+    """What changes whenever something is gained: parts missing, and the steps that unfinished trainings have kept."""
+    training = [runner.states(job).committed() for runner, job in work if job.stage == "train"]
+    return missing_count(work), [max(steps, default=-1) for steps in training]
 
 
 def _ids(jobs: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,8 +59,15 @@ def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
 def ended_as(job: int, index: int) -> str:
     """How a task ended that the queue has forgotten, from the accounting where the cluster keeps one."""
     result = _call(["sacct", f"--jobs={job}_{index}", "--allocations", "--noheader", "--parsable2", "--format=State"])
-    states = result.stdout.split("\n") if result.returncode == 0 else []
-    return states[0].strip() or "unknown" if states else "unknown"
+    lines = result.stdout.split() if result.returncode == 0 else []
+    return lines[0] if lines else "unknown"
+
+
+def exit_code(job: int, index: int) -> int | None:
+    """Of a task's script; None where Slurm does not know (any more)."""
+    result = _call(["scontrol", "--oneliner", "show", "job", f"{job}_{index}"])
+    found = re.search(r"\bExitCode=(\d+):(\d+)", result.stdout)
+    return None if found is None or int(found.group(2)) else int(found.group(1))
 
 
 def cancel(jobs: Iterable[int]) -> None:

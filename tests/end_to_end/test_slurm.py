@@ -70,12 +70,13 @@ def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: st
 def test_a_part_that_fails_for_good_is_named_and_set_aside(world: World, cluster: None) -> None:
     """A rollout part whose file was cut short: its scores end up alone in a task, and are given up."""
     faults = {"attempts": 1, "poisoned": "set_aside"}
-    config = world.config("unable", rounds=1, evaluate=None, launcher={**SLURM, "faults": faults})
+    slurm = {**SLURM, "slurm": {"parts_per_task": 3, "poll_seconds": 0.5}, "faults": faults}
+    config = world.config("unable", rounds=1, evaluate=None, launcher=slurm)
     eopd("rollout", config)
     (victim,) = world.store("unable").glob("rollouts/*/part-00001.*/*.parquet")
     victim.write_bytes(victim.read_bytes()[:-10])
     said = eopd("run", config).stderr
-    assert "slurm: score 0, parts 0, 1: task" in said
+    assert "slurm: score 0, parts 0, 1, 2: task" in said
     assert "slurm: score 0, part 1: task" in said
     assert "score-0.slurm-" in said
     assert "score 0: part 1 set aside" in said

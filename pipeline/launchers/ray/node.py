@@ -41,13 +41,16 @@ def do(
             start_new_session=True,
             preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
         )
+    told = False
     while True:
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)  # not wait(): Ray's cancellation comes between two instructions
             return process.returncode
         except KeyboardInterrupt:  # cancelled: what is in hand is committed, then the process ends by itself
-            process.send_signal(signal.SIGINT)
+            if not told:  # Ray may say it again, and a second interruption stops at once
+                process.send_signal(signal.SIGTERM)  # Ray's processes are deaf to SIGINT, and so are their children
+            told = True
 
 
 def meeting_place() -> tuple[str, int]:

@@ -4,8 +4,8 @@
 
 The pair is made where the folder has none (examples/gsm8k/pair.py: about 10 minutes on 2 cores). Its vocabulary is
 small, so an id costs at most 11 bits. ``bytes_per_token_real_at_152k`` adds to every stored id what log2 of the
-vocabularies differs by, as if its ids were as much less predictable among 151,936: what the same distributions over a
-large vocabulary would cost at most.
+vocabularies differs by: what the same distributions cost when their ids are as many times harder to predict as there
+are more of them.
 """
 
 from __future__ import annotations

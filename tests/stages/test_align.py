@@ -162,6 +162,16 @@ def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJ
     assert not job.output.committed()
 
 
+@pytest.mark.vllm
+def test_a_teacher_on_vllm_says_the_same(evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path) -> None:
+    job = align(evaluated, tmp_path, teacher_engine="vllm")
+    run(job)
+    assert any(engine.startswith("vllm") for engine in results_of(job)["engines"])
+    found, expected = (results_of(one)["responses"]["own"]["all"] for one in (job, aligned))
+    for name in ("fkl", "rkl", "teacher_entropy"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -182,5 +192,5 @@ def test_more_samples_than_there_are_is_refused_and_evaluations_keep_their_keys(
     with pytest.raises(ValidationError, match=r"alignment\.samples is 5, but evaluate.samples only 4"):
         settings_for(alignment={"samples": 5})
     assert settings_for(alignment=ALIGNMENT).semantic() == settings_for().semantic()
-    moved = AlignmentSettings(engine="vllm", batch_tokens=7)
+    moved = AlignmentSettings(teacher_engine="vllm", batch_tokens=7)
     assert moved.semantic() == AlignmentSettings().semantic()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eopd.stages.engines.hidden import HiddenEngine, open_hidden_engine
-from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
 from eopd.stages.evaluate.alignment.job import AlignmentJob
 from eopd.stages.evaluate.alignment.reading import read_pairs
@@ -79,16 +79,19 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
         job.progress.start("align", sum(responses.tokens for responses in found.values()))
         stack.callback(job.progress.close)
         stack.enter_context(torch_threads(settings.engine_options.cpu_threads))
-        teacher = _open(job, job.teacher, settings.teacher_engine_options, longest, stack)
-        student = _open(job, job.student, settings.engine_options, longest, stack)
+        teacher = _open(job, job.teacher, settings.teacher_engine, settings.teacher_engine_options, longest, stack)
+        # one process serves one model on vLLM
+        student = _open(job, job.student, "transformers", settings.engine_options, longest, stack)
         for part in claimed_parts(job.output, list(todo), job.progress.line):
             _do_part(job, part, layout[part], found[part], teacher, student)
 
 
-def _open(job: AlignmentJob, ref: ModelRef, options: EngineOptions, longest: int, stack: ExitStack) -> HiddenEngine:
+def _open(
+    job: AlignmentJob, ref: ModelRef, kind: EngineKind, options: EngineOptions, longest: int, stack: ExitStack
+) -> HiddenEngine:
     settings = _settings(job)
     engine = open_hidden_engine(
-        settings.engine,
+        kind,
         ref,
         longest=longest,
         log_dir=job.log_dir,

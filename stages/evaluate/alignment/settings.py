@@ -33,8 +33,10 @@ class AlignmentSettings(Settings):
     merge_stops: bool = setting(
         True, "Both models' stop ids are one outcome, as objective.stops: class has it; false: outcomes of their own"
     )
-    engine: EngineKind = setting(
-        "transformers", "Who runs both models' forward passes. Both models are in memory at once.", keyed=False
+    teacher_engine: EngineKind = setting(
+        "transformers",
+        "Who runs the teacher's forward pass. The student is run by transformers, and both are in memory at once.",
+        keyed=False,
     )
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the student runs", keyed=False)
     teacher_engine_options: EngineOptions = setting(EngineOptions, "How fast and where the teacher runs", keyed=False)

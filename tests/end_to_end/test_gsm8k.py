@@ -24,10 +24,14 @@ def test_every_stage_runs_on_a_pair_of_ones_own(tmp_path: Path) -> None:
     places |= {"store": tmp_path / "store", "runs": tmp_path / "runs", "launcher.kind": "inline"}
     overrides = [part for name, value in places.items() for part in ("--set", f"{name}={value}")]
     result = eopd("run", "gsm8k-demo", *overrides)
-    for stage in ("rollout 0", "score 0", "train 0", "evaluate 1"):
+    for stage in ("rollout 0", "score 0", "train 0", "evaluate 1", "align 1"):
         assert f"{stage}: done in" in result.stderr
     rows = json.loads((tmp_path / "runs" / "gsm8k-demo" / "summary.json").read_text())["rounds"]
     assert rows[1]["gate_fraction"] > 0.9  # a random teacher is unsure of everything
     results = sorted((tmp_path / "store" / "evaluations").glob("*/part-*/results.json"))
     assert len(results) == 2
+    aligned = sorted((tmp_path / "store" / "alignments").glob("*/part-*/alignment.json"))
+    own = json.loads(aligned[0].read_text())["responses"]["own"]
+    assert own["all"]["fkl"] > 0
+    assert own["teacher_outside"] > 0  # the teacher's vocabulary has more rows
     assert all(json.loads(path.read_text())["benchmarks"]["aime24"]["problems"] == 30 for path in results)

@@ -39,7 +39,6 @@ from tests.end_to_end.world import World, checksums, command, environment
 
 PATIENCE_SECONDS = 300.0
 """A run that takes longer than this without a kill is stuck."""
-KILLS_PER_RUN = 12
 ROLLOUT: dict[str, Any] = {"rows_per_part": 2, "max_new_tokens": 24}
 FAULTS = {"backoff_seconds": 0.1, "losses": 50}
 
@@ -75,6 +74,7 @@ class Trial:
     world: World
     engine: str
     preloaded: bool
+    kills_per_run: int
     changes: Mapping[str, Any]
     audit: Mapping[str, str]
 
@@ -187,9 +187,9 @@ def kill_tree(process: Forked | subprocess.Popen[bytes]) -> None:
 
 def trials(world: World, audit: Mapping[str, str], kills: int, vllm: int) -> Iterator[tuple[Trial, int]]:
     if kills > vllm:
-        yield Trial(world, "transformers", True, {"evaluate": {"engine": "transformers"}}, audit), kills - vllm
+        yield Trial(world, "transformers", True, 12, {"evaluate": {"engine": "transformers"}}, audit), kills - vllm
     if vllm:
-        yield Trial(world, "vllm", False, {"rounds": 1, "evaluate": None}, audit), vllm
+        yield Trial(world, "vllm", False, 5, {"rounds": 1, "evaluate": None}, audit), vllm
 
 
 def main() -> None:
@@ -225,8 +225,8 @@ def measure(folder: Path, kills: int, vllm: int, seed: int = 0) -> dict[str, Any
         count = Count()
         while count.kills < share:
             name = f"{trial.engine}-{count.runs}"
-            allowed = min(KILLS_PER_RUN, share - count.kills)
-            disturb(trial, name, allowed, seconds / 8, chance, count)
+            allowed = min(trial.kills_per_run, share - count.kills)
+            disturb(trial, name, allowed, 1.5 * seconds / trial.kills_per_run, chance, count)
             count.different += checksums(world.store(name)) != wanted
             print(f"{name}: {count.kills} of {share} kills, {time.monotonic() - began:.0f} s", flush=True)
         shown[trial.engine] = {**count.to_json(), "undisturbed_seconds": round(seconds, 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -14,6 +15,8 @@ import pytest
 
 from benchmarks.audit import auditing, begun
 from benchmarks.faults import measure
+from eopd.storage.artifacts import open_artifact
+from eopd.storage.claims import claim
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 ALONE: dict[str, Any] = {"rounds": 1, "evaluate": None}
@@ -93,21 +96,37 @@ def test_two_runs_at_once_do_each_part_once(world: World, one_round: str, tmp_pa
 
 
 @pytest.mark.slow
-def test_who_waits_says_for_whom(world: World, one_round: str, tmp_path: Path) -> None:
-    """A part held by a process that does nothing for a while; then it ends, and the part is done."""
+def test_who_waits_says_for_whom(world: World, one_round: str) -> None:
+    """Here for this one, which claims a part and does nothing; when it lets go, the part is done."""
     config, store = world.config("held", **ALONE), world.store("held")
     eopd("rollout", config, "--parts", "0,2")
-    (claim,) = store.glob("rollouts/*/part-00002.claim")
-    holder = subprocess.Popen(["flock", str(claim.with_name("part-00001.claim")), "sleep", "300"])
-    process = start("rollout", config)
-    assert process.stderr is not None
-    lines = iter(process.stderr.readline, "")
-    assert any("rollouts: waiting for part 1, held by" in line for line in lines)
-    holder.terminate()
-    subprocess.run(["pkill", "-P", str(holder.pid)], check=False)
-    process.communicate(timeout=120)
+    (identity,) = store.glob("rollouts/*/identity.json")
+    artifact = open_artifact(store, "rollouts", identity.parent.name)
+    with claim(artifact, 1) as ours:
+        assert ours
+        process = start("run", config)
+        assert process.stderr is not None
+        expected = f"rollouts: waiting for part 1, held by process {os.getpid()} on "
+        assert any(expected in line for line in iter(process.stderr.readline, ""))
+        assert not artifact.is_committed(1)
+    process.communicate(timeout=300)
     assert process.returncode == 0
-    assert len(list(store.glob("rollouts/*/part-*.json"))) == 3
+    assert checksums(store) == checksums(world.store(one_round))
+
+
+@pytest.mark.slow
+def test_a_second_interruption_stops_at_once(world: World) -> None:
+    """Neither the part in hand is awaited nor a worker left behind."""
+    config, store = world.config("impatient", **ALONE, launcher={"kind": "local"}), world.store("impatient")
+    process = start("run", config)
+    wait_until(lambda: list(store.glob("rollouts/*/*.claim")), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    at_work = subprocess.run(["pgrep", "-f", str(world.runs("impatient"))], capture_output=True, check=False)
+    assert not at_work.stdout
 
 
 @pytest.mark.slow

@@ -76,6 +76,9 @@ def fill(runner: Runner, jobs: list[PlannedJob]) -> int:
             (artifact.folder / paths.IDENTITY).write_text(file_text(artifact.identity.to_json()))
             for part in range(artifact.parts):
                 _leave_part(artifact, part)
+            (artifact.folder / paths.MANIFEST).write_text(
+                file_text({**artifact.identity.to_json(), "key": artifact.key})
+            )
             made += artifact.parts
             line = {
                 "stage": job.stage,

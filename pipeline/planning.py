@@ -23,7 +23,7 @@ def serving_coverage(stores: StackedStores, identity: Identity) -> Identity:
 
     What has been begun as asked is finished as asked: a run never changes its mind half-way.
     """
-    if identity.coverage is None or Artifact(stores.private, identity).committed():
+    if identity.coverage is None or Artifact(stores.private, identity).is_begun():
         return identity
     able: dict[str, Coverage] = {}
     found: dict[str, Identity] = {}

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -156,17 +156,19 @@ class Artifact:
     def standing(self) -> Standing:
         """Every part's state, from one listing of the folder. With a marker it is committed, whatever is beside it."""
         try:
-            names = os.listdir(self.folder)
+            listing = "\n".join(os.listdir(self.folder))
         except FileNotFoundError:
-            names = []
-        committed = self._parts_in(names, ".json", paths.marker_part)
-        pruned = self._parts_in(names, ".pruned", paths.tombstone_part)
-        return Standing(committed, pruned - committed, self._parts_in(names, ".set_aside", paths.set_aside_part))
+            listing = ""
+        parts = self.parts
+        committed, pruned, hinted = (
+            {part for part in paths.parts_named(listing, suffix) if part < parts}
+            for suffix in (".json", ".pruned", ".set_aside")
+        )
+        return Standing(committed, pruned - committed, hinted)
 
-    def _parts_in(self, names: Collection[str], suffix: str, part_of: Callable[[str], int | None]) -> set[int]:
-        # the suffix first: a folder of a thousand parts holds three thousand names
-        found = {part for name in names if name.endswith(suffix) and (part := part_of(name)) is not None}
-        return {part for part in found if part < self.parts}
+    def is_begun(self) -> bool:
+        """Whether any part is committed."""
+        return (self.folder / paths.MANIFEST).exists() or bool(self.committed())
 
     def committed(self) -> set[int]:
         """Every part that can be read."""

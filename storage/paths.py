@@ -86,6 +86,13 @@ def set_aside_part(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def parts_named(listing: str, suffix: str) -> set[int]:
+    """Part numbers of all ``part-<number><suffix>`` in a listing, a name a line: of thousands of names in one go."""
+    if suffix not in listing:
+        return set()
+    return set(map(int, re.findall(rf"^part-(\d{{5,}}){re.escape(suffix)}$", listing, re.MULTILINE)))
+
+
 def data_part(name: str) -> tuple[int, str] | None:
     """(part, nonce) if ``name`` is a data folder's, else None."""
     found = _DATA.match(name)

@@ -12,7 +12,7 @@ import pytest
 from eopd.pipeline.config import parse_settings
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.storage.coverage import Coverage
-from examples.study import compare, experiments, rates, report, results
+from examples.study import compare, design, experiments, rates, report, results
 from examples.study import run as study_run
 from examples.study.__main__ import in_order
 from examples.study.design import SMOKE, Experiment, Task
@@ -121,6 +121,16 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     report.write([toy("main"), toy("gate")], tmp_path, document)
     assert document.read_text() == text
     assert (tmp_path / "study-main.svg").read_bytes() == drawing
+
+
+def test_the_document_has_a_block_of_every_experiment(tmp_path: Path) -> None:
+    document = tmp_path / "study.md"
+    document.write_text((design.HERE.parent.parent / "docs" / "study.md").read_text())
+    report.write(ALL, tmp_path, document)
+    text = document.read_text()
+    assert text.count("<!-- study:") == len(ALL)
+    for one in ALL:
+        assert f"No result yet: `python -m examples.study --only {one.name}`" in text
 
 
 def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:

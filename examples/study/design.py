@@ -45,8 +45,8 @@ class Scale:
 
 FULL = Scale(iterations=256, train_problems=20_000, problems=2_500, tuning_problems=500)
 TUNING = Scale(iterations=64, train_problems=20_000, problems=2_500, tuning_problems=500)
-TEXT = Scale(iterations=32, train_problems=4_096, problems=300, tuning_problems=0)
-"""Of the language models: a tenth of the responses, each ten times as long."""
+TEXT = Scale(iterations=16, train_problems=4_096, problems=300, tuning_problems=0)
+"""Of the language models: a sixteenth of the responses, each about eight times as long."""
 SMOKE = Scale(iterations=8, train_problems=600, problems=60, tuning_problems=20)
 
 

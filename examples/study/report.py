@@ -15,7 +15,7 @@ from examples.study import figure, tables
 from examples.study.design import Experiment
 from examples.study.worlds import COUNTDOWN
 
-BLOCK = re.compile(r"<!-- study:(?P<name>[a-z_]+) -->\n.*?<!-- /study -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- study:(?P<name>[a-z0-9_]+) -->\n.*?<!-- /study -->", re.DOTALL)
 
 
 def write(experiments: Sequence[Experiment], folder: Path, document: Path) -> None:

@@ -35,7 +35,7 @@ class Node:
         return bool(self._running)
 
     def missing(self) -> list[int]:
-        missing = set(self.output.missing())
+        missing = {*self.output.missing(), *self.runner.called_back(self.job)}
         if self._makes_side and self._side is not None:
             missing |= set(self._side.missing())
         return sorted(missing)

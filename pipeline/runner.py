@@ -63,13 +63,13 @@ class Runner:
 
     def is_done(self, job: PlannedJob) -> bool:
         """Whether nothing is left to do: all of it was made, and nothing of it has to be made again."""
-        return self.is_made(job) and not self._called_back(job)
+        return self.is_made(job) and not self.called_back(job)
 
     @cached_property
     def _rebuilds(self) -> Parts:
         return rebuilds(self)
 
-    def _called_back(self, job: PlannedJob) -> list[int]:
+    def called_back(self, job: PlannedJob) -> list[int]:
         """Pruned parts of ``job``'s output that something which was not done when we began has to read."""
         pruned = self.artifact(job.output).pruned() if job.stage == "train" else set()
         return [part for part in sorted(pruned) if (job.output.key, part) in self._rebuilds]
@@ -98,7 +98,7 @@ class Runner:
         if self.is_done(job) or (parts is not None and committed.issuperset(chosen) and job.side is None):
             return False
         self._check_inputs(job, chosen)
-        for part in self._called_back(job):
+        for part in self.called_back(job):
             revive(output, part)
         self.paths.logs.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from eopd.pipeline.budget import refuse_too_large
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.neighbours import configs, register
+from eopd.pipeline.node import Node
 from eopd.pipeline.overview import look
 from eopd.pipeline.plan import OPTIMIZER, WEIGHTS, Stage
 from eopd.pipeline.pruning import may_go, rebuilds, wanted
@@ -103,6 +104,11 @@ def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:
     assert named(again, rebuilds(again)) == {(0, "weights"), (0, "optimizer"), (1, "weights")}
     undone = [job.name for job in again.plan.jobs if not again.is_done(job)]
     assert undone == ["train 0", "train 1", "evaluate 2"]
+    first, second = (Node(again, again.plan.job("train", round_)) for round_ in range(2))
+    assert first.missing() == [WEIGHTS, OPTIMIZER]
+    assert [batch.parts for batch in first.batches()] == [(WEIGHTS, OPTIMIZER)]
+    assert second.missing() == [WEIGHTS]
+    assert second.batches() == []  # its inputs have to be made again first
     assert look([again]).totals["train"].missing == 3
     with pytest.raises(ConfigError, match=r"evaluate 2 needs .*parts \[0\] were pruned\. Run `eopd train .*--round 1`"):
         again.run(again.plan.job("evaluate", 2))

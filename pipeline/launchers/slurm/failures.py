@@ -10,6 +10,7 @@ from eopd.pipeline.launchers.base import EXIT_FULL, few_parts
 from eopd.pipeline.launchers.slurm import queue
 from eopd.pipeline.launchers.slurm.arrays import Array, missing_parts
 from eopd.pipeline.launchers.slurm.script import log_path
+from eopd.pipeline.logs import ERROR, tail
 from eopd.pipeline.node import Node
 
 KILLED = 128  # a shell's exit codes from here on: a signal
@@ -29,7 +30,7 @@ class Failure:
 
     def __str__(self) -> str:
         what = f"{self.array.job.name}, {few_parts(self.undone)}"
-        return f"{what}: task {self.task} {self.state}: {_last_line(self.log)} (log: {self.log})"
+        return f"{what}: task {self.task} {self.state}: {_last_words(self.log)} (log: {self.log})"
 
     @property
     def blames_a_part(self) -> bool:
@@ -63,9 +64,7 @@ def set_aside(failed: Sequence[Failure]) -> list[str]:
     return told
 
 
-def _last_line(log: Path) -> str:
-    """What a task said last."""
-    with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - 4096, 0))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "no output"
+def _last_words(log: Path) -> str:
+    """The error a task ended with, or else its last line; what Slurm adds comes after it."""
+    lines = [line.strip() for line in tail(log, 200) if line.strip()]
+    return next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "no output")

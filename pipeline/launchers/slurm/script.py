@@ -19,7 +19,7 @@ from eopd.pipeline.launchers.slurm.settings import SlurmResources, SlurmSettings
 
 _AGAIN = """\
 again() {{
-    echo "eopd: $1: back into the queue"
+    echo "slurm: $1: back into the queue"
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 }}
 limit_near= stopped=

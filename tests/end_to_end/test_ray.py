@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import World, checksums, command, environment
+from tests.end_to_end.conftest import World, checksums, command, environment, eopd
 from tests.end_to_end.workers import parent_of, worker_of
 
 ray = pytest.importorskip("ray", reason="needs ray (the extra of that name)")
@@ -28,10 +31,29 @@ def cluster() -> Iterator[Any]:
     cluster.shutdown()
 
 
+def test_no_node_is_large_enough(world: World, cluster: Any) -> None:
+    result = eopd("run", config_of(world, "large", cluster, rollout={"gpus": 2}), check=False)
+    assert result.returncode == 1
+    assert "rollout asks for 1 CPU, 2 GPU on a node, more than any of the Ray cluster's 1 nodes has" in result.stderr
+    assert "(at most 1 CPU, 0 GPU)" in result.stderr
+    assert result.stdout == ""
+
+
+def test_two_nodes_train_together(world: World, one_round: str, cluster: Any) -> None:
+    """As one process does, but for the order of sums."""
+    other = cluster.add_node(num_cpus=1)
+    config = config_of(world, "together", cluster, train={"nodes": 2})
+    shutil.copytree(world.store(one_round), world.store("together"), ignore=shutil.ignore_patterns("checkpoints"))
+    said = eopd("run", config).stderr
+    assert "rollout 0: complete already" in said
+    assert losses(world, "together") == pytest.approx(losses(world, one_round), rel=1e-5)
+    cluster.remove_node(other)
+
+
 def test_what_a_lost_node_was_at_is_done_elsewhere(world: World, one_round: str, cluster: Any) -> None:
     doomed = cluster.add_node(num_cpus=1)
     raylet = str(doomed.all_processes["raylet"][0].process.pid)
-    config = world.config("ray", rounds=1, evaluate=None, launcher={"kind": "ray", "ray": {"address": cluster.address}})
+    config = config_of(world, "ray", cluster)
     run = subprocess.Popen(
         command("run", config), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -46,3 +68,12 @@ def test_what_a_lost_node_was_at_is_done_elsewhere(world: World, one_round: str,
     assert "Traceback" not in said
     assert shown == ""  # Ray prints pages of a dead node's state
     assert checksums(world.store("ray")) == checksums(world.store(one_round))
+
+
+def config_of(world: World, name: str, cluster: Any, **resources: object) -> Path:
+    launcher = {"kind": "ray", "ray": {"address": cluster.address, **resources}}
+    return world.config(name, rounds=1, evaluate=None, launcher=launcher)
+
+
+def losses(world: World, name: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (world.runs(name) / "metrics.jsonl").read_text().splitlines()]

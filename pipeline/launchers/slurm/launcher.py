@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.launchers.settings import LauncherSettings
@@ -47,7 +48,7 @@ class SlurmLauncher:
                 return False
             self._follow(work, queued)
         slurm = self._slurm
-        while arrays := arrays_of(work, slurm):
+        while arrays := arrays_of(work := _as_it_is_now(work), slurm):
             before = _standing(work)
             submitted = self._submit(arrays)
             if not slurm.wait:
@@ -56,6 +57,7 @@ class SlurmLauncher:
                 )
                 return False
             self._follow(work, submitted)
+            work = _as_it_is_now(work)
             slurm = self._after(work, list(failures(submitted)), gained=_standing(work) != before)
         return True
 
@@ -145,6 +147,12 @@ class SlurmLauncher:
         if left:
             self._progress.line(f"slurm: {left} parts are missing; submitting them again")
         return self._slurm if gained or aside else self._slurm.model_copy(update={"parts_per_task": 1})
+
+
+def _as_it_is_now(work: Work) -> Work:
+    """With runners that look at the store anew: what was pruned and wanted when they began may be so no longer."""
+    runners = {id(runner): replace(runner) for runner, _ in work}
+    return [(runners[id(runner)], job) for runner, job in work]
 
 
 def _standing(work: Work) -> tuple[int, list[int]]:

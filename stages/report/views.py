@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from eopd.stages.report.data import RolloutView
 from eopd.storage.artifacts import Artifact
@@ -24,9 +25,9 @@ def rollout_views(
     rollouts: Artifact, scores: Artifact, round_: int, tokenizer_folder: str, judge: Judge
 ) -> list[RolloutView]:
     """The first rollouts of a round."""
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer  # importing transformers for it would cost more than the report
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
     part = next(iter(filled_parts(scores)), None)
     if part is None:
         return []
@@ -43,8 +44,8 @@ def rollout_views(
         ids = row["response_token_ids"][: scored.tokens]
         views.append(
             RolloutView(
-                prompt=str(tokenizer.decode(row["prompt_token_ids"])),
-                tokens=[str(tokenizer.decode([token])) for token in ids],
+                prompt=str(tokenizer.decode(row["prompt_token_ids"], skip_special_tokens=False)),
+                tokens=[str(tokenizer.decode([token], skip_special_tokens=False)) for token in ids],
                 entropy=scored.entropy.tolist(),
                 logprobs=list(row["logprobs"][: scored.tokens]) if row["logprobs"] else [],
                 round=round_,

@@ -37,6 +37,7 @@ class Row:
     state: JobState
     tokens: int
     bytes: int
+    present: int  # bytes of it that are there
     at_most: bool  # nothing like it was measured: tokens and bytes are bounds
     seconds: float | None
 
@@ -87,8 +88,16 @@ def forecast(
         rate = rates.get(job.stage)
         left = tokens * state.missing / state.parts
         seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
-        rows.append(Row(state, tokens, round(size), at_most, seconds))
+        rows.append(Row(state, tokens, round(size), round(_present(state, size, spec)), at_most, seconds))
     return rows
+
+
+def _present(state: JobState, size: float, spec: RunSpec) -> float:
+    """Of ``size`` bytes, those that are there. A checkpoint's optimiser is written first and pruned first."""
+    if state.job.stage != "train":
+        return size * (state.done - state.pruned) / state.parts
+    optimizer, weights = state.done >= 1 and state.pruned == 0, state.done == state.parts and state.pruned < 2
+    return float(optimizer * spec.checkpoint.optimizer + weights * spec.checkpoint.weights)
 
 
 def _sampled(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:

@@ -34,8 +34,7 @@ class Overview:
 
     @property
     def present_bytes(self) -> int:
-        there = [(row.bytes * (row.state.done - row.state.pruned), row.state.parts) for row in self.rows]
-        return sum(size // parts for size, parts in there)
+        return sum(row.present for row in self.rows)
 
     def peak_with(self, keep: Keep) -> int:
         """``peak_bytes`` if pruning left only this."""

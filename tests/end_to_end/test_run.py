@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -84,12 +85,26 @@ def test_two_experiments_share_what_is_the_same(world: World, undisturbed: str) 
     assert {name: time for name, time in commit_times(store).items() if name in before} == before
 
 
+def test_a_late_policy_samples_what_a_newer_student_trains_on(world: World) -> None:
+    """lag: 1. Round 1 is sampled from the first student, and trained by the one that round 0 made."""
+    result = eopd("run", world.config("late", lag=1, evaluate=None))
+    plan = json.loads(eopd("plan", world.config("late", lag=1, evaluate=None), "--json").stdout)
+    assert {job["state"] for job in plan["jobs"]} == {"complete"}
+    policies = {
+        json.loads(path.read_text())["inputs"]["policy"]
+        for path in world.store("late").glob("rollouts/*/identity.json")
+    }
+    assert len(policies) == 1
+    assert "train 1: the policy that sampled is 1 rounds old" in result.stderr
+    assert "train 0: the policy that sampled" not in result.stderr
+
+
 def test_plan_changes_nothing_and_tells_what_is_there(world: World, undisturbed: str) -> None:
     result = eopd("plan", world.config("planned"))
-    assert result.stdout.count(" missing ") == 9
+    assert len(re.findall(r" missing +0/", result.stdout)) == 9
     assert not world.store("planned").joinpath("rollouts").exists()
     result = eopd("plan", world.config(undisturbed))
-    assert result.stdout.count(" complete ") == 9
+    assert len(re.findall(r" complete\b", result.stdout)) == 9
 
 
 def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:

@@ -64,6 +64,8 @@ class WarmWorkers:
         return max(able, key=lambda worker: worker.last_did(order.stage)).give(order)
 
     def close(self) -> None:
+        for worker in self._workers:  # all at once: each frees its engines first
+            worker.end_input()
         for worker in self._workers:
             worker.close()
         self._workers.clear()
@@ -120,11 +122,15 @@ class WarmWorker:
             self.process.wait()  # it died since it was looked at: the task ends as its process did
         return self.task
 
-    def close(self) -> None:
-        """Let it end by itself, or end it."""
+    def end_input(self) -> None:
+        """No more tasks: it ends after the one in hand."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Let it end by itself, or end it."""
+        self.end_input()
         try:
             self.process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:

@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.audit import LOG_VARIABLE, auditing, begun, install
 from benchmarks.machine import machine
 from benchmarks.preloaded import Forked, fork_eopd, preload
-from tests.end_to_end.world import World, checksums, command, environment
+from tests.end_to_end.world import World, command, environment
 
 PATIENCE_SECONDS = 300.0
 """A run that takes longer than this without a kill is stuck."""
@@ -103,7 +103,7 @@ class Trial:
         process = self.start(config)
         if wait(process, PATIENCE_SECONDS) != 0:
             raise RuntimeError(f"the undisturbed run failed: {config.with_suffix('.log')}")
-        return checksums(self.world.store(name)), time.monotonic() - began
+        return markers(self.world.store(name), "checksum"), time.monotonic() - began
 
 
 def wait(process: Forked | subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -113,12 +113,21 @@ def wait(process: Forked | subprocess.Popen[bytes], seconds: float) -> int | Non
     return code
 
 
-def markers(store: Path) -> dict[str, str]:
-    """Nonce of every committed part; training states go by themselves and are not among them."""
+def markers(store: Path, value: str) -> dict[str, str]:
+    """``value`` ("nonce" or "checksum") of every part that was committed, pruned since or not.
+
+    Training states go when their checkpoint is there, and are not among them.
+    """
     found = {}
-    for marker in store.rglob("part-*.json"):
-        if "progress" not in marker.parts:
-            found[str(marker.relative_to(store))] = json.loads(marker.read_text())["nonce"]
+    for path in [*store.rglob("part-*.pruned"), *store.rglob("part-*.json")]:
+        if "progress" in path.parts:
+            continue
+        try:
+            marker = json.loads(path.read_text())
+        except FileNotFoundError:  # pruned just now: the next look finds its tombstone
+            continue
+        committed = {**marker, **marker["info"].get("pruned", {})}  # a tombstone keeps what the marker said
+        found[str(path.relative_to(store).with_suffix(""))] = committed[value]
     return found
 
 
@@ -150,7 +159,7 @@ def stage_of(process: int) -> str:
 def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Random, count: Count) -> None:
     """One run, killed about every ``every`` seconds until ``kills`` are spent or it ends."""
     config, store = trial.config(name), trial.world.store(name)
-    process, known = trial.start(config), markers(store)
+    process, known = trial.start(config), markers(store, "nonce")
     count.runs += 1
     while True:
         code = wait(process, chance.uniform(0.0, 2.0) * every if kills else PATIENCE_SECONDS)
@@ -160,7 +169,7 @@ def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Ra
                 print(f"{name}: ended with {code}: {config.with_suffix('.log')}", flush=True)
                 kill_tree(process)
             break
-        known |= markers(store)
+        known |= markers(store, "nonce")
         workers = children(process.pid)
         victim = chance.choice([process.pid, *workers, *workers])
         os.kill(victim, signal.SIGKILL)
@@ -172,7 +181,7 @@ def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Ra
         process.wait()
         count.restarts += 1
         process = trial.start(config)
-    found = markers(store)
+    found = markers(store, "nonce")
     count.lost += sum(found.get(part) != nonce for part, nonce in known.items())
 
 
@@ -227,7 +236,7 @@ def measure(folder: Path, kills: int, vllm: int, seed: int = 0) -> dict[str, Any
             name = f"{trial.engine}-{count.runs}"
             allowed = min(trial.kills_per_run, share - count.kills)
             disturb(trial, name, allowed, 1.5 * seconds / trial.kills_per_run, chance, count)
-            count.different += checksums(world.store(name)) != wanted
+            count.different += markers(world.store(name), "checksum") != wanted
             print(f"{name}: {count.kills} of {share} kills, {time.monotonic() - began:.0f} s", flush=True)
         shown[trial.engine] = {**count.to_json(), "undisturbed_seconds": round(seconds, 2)}
     redone = sum(one.committed for one in begun(log))

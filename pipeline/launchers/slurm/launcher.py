@@ -32,6 +32,7 @@ NAMED_FAILURES = 5
 class SlurmLauncher:
     def __init__(self, settings: LauncherSettings, progress: Progress) -> None:
         self._settings, self._slurm, self._progress = settings, settings.slurm, progress
+        self._jobs: list[int] = []  # in the queue, as far as we know
 
     def launch(self, work: Work) -> bool:
         """Submit what is missing and, unless ``slurm.wait`` is off, follow it to its end. Whether it has ended.
@@ -41,12 +42,20 @@ class SlurmLauncher:
                 less; names the failed tasks and their logs.
             Stopped: whoever follows has left; the jobs go on.
         """
-        queued = self._queued(work)
-        if queued:
-            self._progress.line(f"slurm: jobs {_ids(queued)} of an earlier submission are in the queue")
+        try:
+            return self._launch(work)
+        except (KeyboardInterrupt, Stopped):
+            if self._jobs:
+                self._leave()
+            raise
+
+    def _launch(self, work: Work) -> bool:
+        self._jobs = self._queued(work)
+        if self._jobs:
+            self._progress.line(f"slurm: jobs {_ids(self._jobs)} of an earlier submission are in the queue")
             if not self._slurm.wait:
                 return False
-            self._follow(work, queued)
+            self._follow(work)
         slurm = self._slurm
         while arrays := arrays_of(work := _as_it_is_now(work), slurm):
             before = _standing(work)
@@ -56,7 +65,7 @@ class SlurmLauncher:
                     f"slurm: submitted {len(submitted)} arrays (jobs {_ids(submitted)}); the same command follows them"
                 )
                 return False
-            self._follow(work, submitted)
+            self._follow(work)
             work = _as_it_is_now(work)
             slurm = self._after(work, list(failures(submitted)), gained=_standing(work) != before)
         return True
@@ -64,6 +73,7 @@ class SlurmLauncher:
     def _submit(self, arrays: Sequence[Array]) -> dict[int, Array]:
         """Submit in order; when Slurm takes no more (limits on queued jobs), what is left waits for the next time."""
         submitted: dict[int, Array] = {}
+        self._jobs = []
         ids: dict[Array, int] = {}
         for array in arrays:
             path = script_path(array)
@@ -81,6 +91,7 @@ class SlurmLauncher:
                 break
             ids[array] = job
             submitted[job] = array
+            self._jobs.append(job)
             replace_atomically(path.parent / SUBMITTED, json.dumps({"jobs": list(submitted)}) + "\n")
         return submitted
 
@@ -98,25 +109,20 @@ class SlurmLauncher:
             )
         return sorted({job for (job, _), state in states.items() if not state.ended})
 
-    def _follow(self, work: Work, jobs: Iterable[int]) -> None:
-        """Show how ``jobs`` get on until none is in the queue."""
-        jobs = list(jobs)
+    def _follow(self, work: Work) -> None:
+        """Show how the jobs get on until none is in the queue."""
         watch = Watch(work, self._progress)
         try:
-            while watch.look(queue.look(jobs)):
+            while watch.look(queue.look(self._jobs)):
                 time.sleep(self._slurm.poll_seconds)
-        except (KeyboardInterrupt, Stopped):
-            self._progress.close()
-            self._leave(jobs)
-            raise
         finally:
             self._progress.close()
 
-    def _leave(self, jobs: Sequence[int]) -> None:
-        ids = " ".join(map(str, jobs))
+    def _leave(self) -> None:
+        ids = " ".join(map(str, self._jobs))
         with suppress(KeyboardInterrupt, Stopped, EOFError):
             if sys.stdin.isatty() and input("\nCancel the jobs as well? [y/N] ").strip().lower() in {"y", "yes"}:
-                queue.cancel(jobs)
+                queue.cancel(self._jobs)
                 self._progress.line("slurm: cancelled; parts in hand are committed first")
                 return
         self._progress.line(

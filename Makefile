@@ -13,7 +13,7 @@ quickstart: setup
 
 test: setup
 	@rm -rf .coverage && mkdir .coverage
-	@OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 --dist loadscope
+	@OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 	@$(PY) -m coverage combine -q && $(PY) -m coverage report --skip-covered --sort=cover
 
 check: setup

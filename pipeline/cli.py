@@ -227,8 +227,7 @@ def _write_resolved(runner: Runner) -> None:
 
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback (EOPD_DEBUG=1 shows it)."""
-    from eopd.pipeline.ends import be_quiet, is_for_people, tell_end
-    from eopd.pipeline.launchers.base import EXIT_INTERRUPTED
+    from eopd.pipeline.ends import EXIT_INTERRUPTED, be_quiet, is_for_people, tell_end
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
     be_quiet()

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-from eopd.stages.job import Progress
+if TYPE_CHECKING:
+    from eopd.stages.job import Progress
+
+# Exit codes of `eopd STAGE`, by which a worker's end is told apart.
+EXIT_FAILED = 1
+EXIT_FULL = 28  # the number of ENOSPC
+EXIT_INTERRUPTED = 130
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -17,7 +24,6 @@ def be_quiet() -> None:
 
 def tell_end(error: Exception, progress: Progress | None) -> int:
     """Tell whoever reads our events why we end; returns the exit code that says so."""
-    from eopd.pipeline.launchers.base import EXIT_FAILED, EXIT_FULL
     from eopd.pipeline.progress import EventProgress
     from eopd.storage.files import is_full
 

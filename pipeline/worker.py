@@ -52,8 +52,7 @@ class Order:
 
 
 def main() -> None:
-    from eopd.pipeline.ends import be_quiet
-    from eopd.pipeline.launchers.base import EXIT_INTERRUPTED
+    from eopd.pipeline.ends import EXIT_INTERRUPTED, be_quiet
     from eopd.stages.engines.kept import Engines
     from eopd.storage.stopping import Stopped, stopping_on_signals
 

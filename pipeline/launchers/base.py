@@ -12,11 +12,6 @@ from eopd.pipeline.runner import Runner
 Kind = Literal["done", "failed", "full", "lost"]
 """full: no space left where it writes; lost: the worker vanished (its node is gone, it was killed)."""
 
-# Exit codes of `eopd STAGE`, by which a worker's end is told apart.
-EXIT_FAILED = 1
-EXIT_FULL = 28  # the number of ENOSPC
-EXIT_INTERRUPTED = 130
-
 
 @dataclass(frozen=True)
 class Task:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from eopd.pipeline.config import RunSettings
-from eopd.pipeline.launchers.base import EXIT_FULL, EXIT_INTERRUPTED, Kind, Outcome, Task
+from eopd.pipeline.ends import EXIT_FULL, EXIT_INTERRUPTED
+from eopd.pipeline.launchers.base import Kind, Outcome, Task
 from eopd.pipeline.plan import Stage
 from eopd.pipeline.progress import EVENTS_VARIABLE, Display, Replay
 from eopd.storage.files import naming_full_disks
@@ -106,7 +107,7 @@ class LocalPool:
     def close(self) -> None:
         try:
             for worker in self._workers:
-                worker.process.send_signal(signal.SIGINT)
+                worker.process.send_signal(signal.SIGTERM)  # a process started in the background may be deaf to SIGINT
             while self._workers:
                 self.wait(1.0)
         finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.launchers.base import EXIT_FULL
+from eopd.pipeline.ends import EXIT_FULL
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 

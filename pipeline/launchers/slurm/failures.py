@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.pipeline.launchers.base import EXIT_FULL, few_parts
+from eopd.pipeline.ends import EXIT_FULL
+from eopd.pipeline.launchers.base import few_parts
 from eopd.pipeline.launchers.slurm import queue
 from eopd.pipeline.launchers.slurm.arrays import Array, missing_parts
 from eopd.pipeline.launchers.slurm.script import log_path

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.pipeline.launchers.base import EXIT_FULL
+from eopd.pipeline.ends import EXIT_FULL
 from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of
 from eopd.pipeline.launchers.slurm.settings import SlurmResources, SlurmSettings
 

@@ -101,6 +101,9 @@ class Scheduler:
             return
         task = Task(node.runner, node.job, batch.parts)
         try:
+            node.runner.artifact(
+                node.job.output
+            ).begin()  # or a worker that plans later may find scores that serve as well
             self._pool.start(task)
         except StoreFull as full:
             self._hold_up(task, str(full))

@@ -167,8 +167,8 @@ class Artifact:
         return Standing(committed, pruned - committed, hinted)
 
     def is_begun(self) -> bool:
-        """Whether any part is committed."""
-        return (self.folder / paths.MANIFEST).exists() or bool(self.committed())
+        """Whether somebody has set out to make it."""
+        return (self.folder / paths.IDENTITY).exists()
 
     def committed(self) -> set[int]:
         """Every part that can be read."""
@@ -282,7 +282,7 @@ class Artifact:
         try:
             with naming_full_disks(folder):
                 folder.mkdir(parents=True)
-                self._record_identity()
+                self.begin()
                 yield folder
                 marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
                 if "set_aside" in marker.info:
@@ -305,10 +305,13 @@ class Artifact:
         (self.folder / paths.marker_name(part)).unlink(missing_ok=True)
         shutil.rmtree(self.folder / paths.data_name(part, marker.nonce), ignore_errors=True)
 
-    def _record_identity(self) -> None:
+    def begin(self) -> None:
+        """Say what it is, before any part is there: from now on it is finished as it was asked for."""
         path = self.folder / paths.IDENTITY
         if not path.exists():
-            create_exclusively(path, file_text(self.identity.to_json()))
+            with naming_full_disks(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                create_exclusively(path, file_text(self.identity.to_json()))
 
     def finish(self) -> None:
         """Write the manifest once every part is committed."""

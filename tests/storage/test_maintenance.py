@@ -173,7 +173,7 @@ def test_gc_removes_what_no_marker_names(tmp_path: Path) -> None:
     (killed / "half").write_text("x")
     working = Artifact(tmp_path, Identity("rollouts", 1, 2))
     working.folder.mkdir(parents=True)
-    working._record_identity()
+    working.begin()
     (working.folder / paths.data_name(0, "1" * 16)).mkdir()
     with claim(working, 0) as ours:
         assert ours

@@ -80,6 +80,7 @@ class SlurmLauncher:
             array.runner.paths.logs.mkdir(parents=True, exist_ok=True)
             text = render(array, self._slurm, self._settings.faults.attempts, Place.here(self._slurm))
             replace_atomically(path, text)
+            array.runner.artifact(array.job.output).begin()  # so that no task finds other scores that serve as well
             try:
                 job = queue.submit(path, dependency(array, ids))
             except queue.NotAccepted as refused:

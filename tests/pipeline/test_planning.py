@@ -1,0 +1,37 @@
+"""Scores that are asked for, and those that stand in for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from eopd.pipeline.planning import serving_coverage
+from eopd.stages.score.settings import HeadSettings, ScoreSettings
+from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.stacked import StackedStores
+
+
+def asked(k_max: int) -> Identity:
+    coverage = ScoreSettings(head=HeadSettings(k_max=k_max)).coverage()
+    return Identity("scores", 1, 1, inputs={"rollouts": "r"}, coverage={**coverage, "extra": None})
+
+
+def make(store: Path, identity: Identity) -> None:
+    with Artifact(store, identity).write_part(0):
+        pass
+
+
+def test_complete_scores_that_hold_as_much_stand_in(tmp_path: Path) -> None:
+    stores = StackedStores([tmp_path])
+    make(tmp_path, asked(64))
+    assert serving_coverage(stores, asked(16)).key == asked(64).key
+    other = replace(asked(16), inputs={"rollouts": "other"})
+    assert serving_coverage(stores, other).key == other.key
+
+
+def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:
+    """Whoever starts tasks says first what it makes; a wider sibling that is there meanwhile changes nothing."""
+    stores = StackedStores([tmp_path])
+    Artifact(tmp_path, asked(16)).begin()
+    make(tmp_path, asked(64))
+    assert serving_coverage(stores, asked(16)).key == asked(16).key

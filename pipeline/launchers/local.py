@@ -29,6 +29,7 @@ from eopd.storage.files import naming_full_disks
 POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 5.0
 """For workers to clean up after themselves, when they are stopped at once."""
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -88,6 +89,8 @@ class LocalPool:
         environment = {**os.environ, EVENTS_VARIABLE: str(events)}
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        elif self._settings.launcher.workers > 1:
+            environment.setdefault(THREADS_VARIABLE, str(threads_each(self._settings.launcher.workers)))
         with naming_full_disks(log), log.open("ab") as output:
             start = output.tell()
             process = self._spawn(stage_command(task), environment, output)
@@ -170,6 +173,11 @@ def trains_together(task: Task) -> bool:
 def rank() -> int:
     """Number of this process among those that train together; 0 when it is alone."""
     return int(os.environ.get("RANK", "0"))
+
+
+def threads_each(workers: int) -> int:
+    """This machine's cores, shared out. Threads of several processes on one core would spin for each other."""
+    return max(len(os.sched_getaffinity(0)) // workers, 1)
 
 
 def visible_gpus() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.launchers.base import Outcome, Task
-from eopd.pipeline.launchers.local import LocalPool
+from eopd.pipeline.launchers.local import LocalPool, threads_each
 from eopd.pipeline.launchers.settings import FaultSettings, LauncherSettings
 from eopd.pipeline.plan import SUMMED_UP, Stage
 from eopd.pipeline.progress import LineDisplay
@@ -125,9 +127,6 @@ def test_gpus_are_given_by_name_and_come_back(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def spawn(arguments: list[str], environment: object, output: object) -> object:
-        import subprocess
-        import sys
-
         assert isinstance(environment, dict)
         seen.append(environment["CUDA_VISIBLE_DEVICES"])
         return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -140,3 +139,26 @@ def test_gpus_are_given_by_name_and_come_back(tmp_path: Path) -> None:
     assert seen == ["2,5", "7"]
     pool.close()
     assert pool.room("rollout") == 3
+
+
+@pytest.mark.parametrize(("workers", "own", "given"), [(2, None, "shared out"), (1, None, None), (2, "3", "3")])
+def test_workers_on_a_cpu_share_its_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, own: str | None, given: str | None
+) -> None:
+    """Unless the person has said how many threads; a worker that is alone takes what it likes."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    runner = make_runner(tmp_path)
+    settings = runner.settings.model_copy(update={"launcher": LauncherSettings(workers=workers)})
+    seen: list[str | None] = []
+
+    def spawn(arguments: list[str], environment: dict[str, str], output: object) -> object:
+        seen.append(environment.get("OMP_NUM_THREADS"))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    pool = LocalPool(settings, LineDisplay(), spawn)  # type: ignore[arg-type]
+    pool.start(Task(runner, runner.plan.job("rollout", 0), (0,)))
+    pool.close()
+    assert seen == [str(threads_each(workers)) if given == "shared out" else given]

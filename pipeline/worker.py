@@ -20,7 +20,6 @@ import select
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,9 +79,10 @@ def do(order: Order, engines: Engines) -> int:
     from eopd.pipeline.progress import EventProgress
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import NullProgress
+    from eopd.stages.output import output_to
 
     progress = EventProgress(Path(order.events)) if order.events else NullProgress()
-    with _output_to(Path(order.log)):
+    with output_to(Path(order.log)):
         try:
             settings = load_config(order.config)
             runner = Runner(settings, *plan_run(settings), progress, engines)
@@ -104,26 +104,6 @@ def _orders(engines: Engines) -> Iterator[Order]:
         if not line:
             return
         yield Order.from_json(line)
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Send what this process and its libraries print to ``log``."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for handle in (*kept, target):
-            os.close(handle)
 
 
 def _tell_stop() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
 from eopd.stages.models.model_config import resolve_dtype
+from eopd.stages.output import output_to
 
 
 class VLLMProcess:
@@ -42,7 +42,7 @@ class VLLMProcess:
         self.log = log
         self.llm: Any = None
         self._kept = _ProcessState()
-        with _output_to(log):
+        with output_to(log):
             import vllm
             from vllm.platforms import current_platform
 
@@ -104,7 +104,7 @@ class VLLMProcess:
             ValueError: vLLM would not; the engine is of no more use.
         """
         folder = model_folder(ref.path, ref.revision)
-        with _output_to(self.log), self.working():
+        with output_to(self.log), self.working():
             try:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 if self.on_cpu:
@@ -119,7 +119,7 @@ class VLLMProcess:
         """
         if self.llm is None:
             return
-        with _output_to(self.log):
+        with output_to(self.log):
             self._end_all()
 
     @classmethod
@@ -229,26 +229,6 @@ def _log_back(handlers: list[logging.Handler]) -> None:
         if isinstance(handler, logging.FileHandler):
             handler.close()
     logger.handlers[:] = handlers
-
-
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to ``path``: native code, progress bars and child processes write there too."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for handle in (*kept, target):
-            os.close(handle)
 
 
 def _first_line(error: BaseException) -> str:

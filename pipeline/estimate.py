@@ -144,8 +144,8 @@ def _kept(made: int, limit: int | None) -> int:
 def score_token_bytes(head: HeadSettings) -> float:
     """Bytes of one scored token, at most: the worst case of `python -m benchmarks.cache` (docs/cache-format.md).
 
-    Measured with uniform ids over 151,936: 30.0, 45.4 and 76.4 at k_max 16, 32 and 64 where heads follow the
-    entropy, 44.1, 102.7 and 151.6 at fixed heads of 12, 32 and 50. Small vocabularies take less.
+    Measured with uniform ids over 151,936: 30.1, 45.5 and 76.5 at k_max 16, 32 and 64 where heads follow the
+    entropy, 44.2, 102.9 and 151.8 at fixed heads of 12, 32 and 50. Small vocabularies take less.
     """
     entry = 2.9 if head.full_head_above < 0 else 0.97
     return 15.0 + entry * head.k_max + 3.0 * head.n_draws

@@ -101,9 +101,8 @@ class Scheduler:
             return
         task = Task(node.runner, node.job, batch.parts)
         try:
-            node.runner.artifact(
-                node.job.output
-            ).begin()  # or a worker that plans later may find scores that serve as well
+            # or a worker that plans later may find scores that serve as well
+            node.runner.artifact(node.job.output).begin()
             self._pool.start(task)
         except StoreFull as full:
             self._hold_up(task, str(full))

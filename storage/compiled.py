@@ -1,0 +1,26 @@
+"""Loops that NumPy cannot say without a pass over memory for every step, compiled by Numba.
+
+A module that uses this takes half a second to import: import it where the work is done, not where commands are parsed.
+Numba keeps compiled code beside the source, or in the user's cache folder where that is read-only, and looks at the
+age of a loop's own file only: loops that call each other belong into one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def compiled(loop: Loop) -> Loop:
+    """Compile ``loop`` when it is first called with arguments of these types; it runs without the interpreter's lock.
+
+    Arithmetic follows NumPy (no error on division by zero) and the order in which it is written.
+    """
+    try:
+        return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
+    except RuntimeError:  # there is no folder to keep it in: compiled anew in every process
+        return numba.njit(nogil=True, error_model="numpy")(loop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -16,8 +17,11 @@ from examples.study.design import Task
 def _start() -> None:
     import torch
 
+    from eopd.pipeline.launchers.local import ask_to_stop_when_orphaned
     from examples.study.run import commit
 
+    if sys.platform == "linux":
+        ask_to_stop_when_orphaned()
     torch.set_num_threads(1)
     commit()
 

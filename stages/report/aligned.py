@@ -52,7 +52,10 @@ def binned(found: dict[str, Any], figure: str) -> BinnedMean:
     """A figure by bin of teacher entropy; bins without tokens are gaps."""
     rows = found["bins"]
     return BinnedMean(
-        found["edges"], [row[figure] if row["tokens"] else None for row in rows], [row["tokens"] for row in rows]
+        found["edges"],
+        [row[figure] if row["tokens"] else None for row in rows],
+        [row["tokens"] for row in rows],
+        [row["intervals"].get(figure) for row in rows],
     )
 
 

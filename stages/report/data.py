@@ -47,11 +47,18 @@ class BinnedMean:
     edges: list[float]
     means: list[float | None]
     counts: list[int] | None = None
+    intervals: list[Interval | None] | None = None
 
     def __post_init__(self) -> None:
         _check_bins("means", self.edges, len(self.means))
         if self.counts is not None:
             _check_bins("counts", self.edges, len(self.counts))
+        if self.intervals is not None:
+            _check_bins("intervals", self.edges, len(self.intervals))
+
+    @property
+    def bounds(self) -> list[Interval | None]:
+        return self.intervals or [None] * len(self.means)
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from eopd.stages.report import palette, words
 from eopd.stages.report.curves import key_of
 from eopd.stages.report.data import BinnedMean, Histogram, RunData
-from eopd.stages.report.figure import Axis, Figure, Line, Point, Steps, is_shown
+from eopd.stages.report.figure import Axis, Figure, Line, Steps, is_shown
 
 _OPEN = 4  # a last bin this many times wider than the one before is open: its end is not to scale
 
@@ -114,11 +115,10 @@ def _gate(run: RunData) -> tuple[tuple[float, str], ...]:
 
 def _means(runs: Sequence[RunData], index: int, binned: BinnedMean) -> Line | Steps:
     """A histogram-like outline for one run; lines through the bins' middles where runs are compared."""
+    steps = Steps("mean", tuple(binned.edges), tuple(binned.means), palette.tone(index), bounds=tuple(binned.bounds))
     if len(runs) == 1:
-        return Steps("mean", tuple(binned.edges), tuple(binned.means), palette.tone(0), 0, filled=True)
-    middles = [(low + high) / 2 for low, high in zip(binned.edges, binned.edges[1:], strict=False)]
-    points = tuple(Point(x, mean) for x, mean in zip(middles, binned.means, strict=True))
-    return Line(runs[index].name, points, palette.tone(index), index)
+        return replace(steps, filled=True)
+    return Line(runs[index].name, steps.points(), palette.tone(index), index)
 
 
 def _has_data(mark: Line | Steps) -> bool:

@@ -39,7 +39,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Steps:
-    """A histogram outline: ``heights[i]`` between ``edges[i]`` and ``edges[i + 1]``; None leaves a gap."""
+    """A histogram outline: ``heights[i]`` between ``edges[i]`` and ``edges[i + 1]``; None leaves a gap.
+
+    ``bounds``: the interval of each height, or none of any.
+    """
 
     label: str
     edges: tuple[float, ...]
@@ -48,6 +51,15 @@ class Steps:
     run: int = 0
     dashed: bool = False
     filled: bool = False
+    bounds: tuple[tuple[float, float] | None, ...] = ()
+
+    def points(self, end: float = math.inf) -> tuple[Point, ...]:
+        """One in the middle of each bin, a bin that passes ``end`` cut off there."""
+        sides = zip(self.edges, self.edges[1:], strict=False)
+        middles = [(low + min(high, end)) / 2 for low, high in sides]
+        bounds = self.bounds or (None,) * len(middles)
+        found = zip(middles, self.heights, bounds, strict=True)
+        return tuple(Point(at, height, *(pair or (None, None))) for at, height, pair in found)
 
 
 @dataclass(frozen=True)
@@ -99,9 +111,8 @@ def positions(mark: Line | Steps) -> list[float]:
 
 
 def heights(mark: Line | Steps) -> list[float | None]:
-    if isinstance(mark, Steps):
-        return list(mark.heights)
-    return [value for point in mark.points if is_shown(point) for value in (point.y, point.low, point.high)]
+    points = mark.points() if isinstance(mark, Steps) else mark.points
+    return [value for point in points if is_shown(point) for value in (point.y, point.low, point.high)]
 
 
 def is_shown(point: Point) -> bool:
@@ -158,12 +169,12 @@ def _cell(point: Point | None, figure: Figure) -> str:
 def _step_rows(figure: Figure) -> Rows:
     steps = [mark for mark in figure.marks if isinstance(mark, Steps)]
     bins = sorted({pair for mark in steps for pair in zip(mark.edges, mark.edges[1:], strict=False)})
-    columns = [dict(zip(zip(mark.edges, mark.edges[1:], strict=False), mark.heights, strict=True)) for mark in steps]
+    columns = [dict(zip(zip(mark.edges, mark.edges[1:], strict=False), mark.points(), strict=True)) for mark in steps]
     stride = math.ceil(len(bins) / MOST_ROWS) or 1
     body = tuple(
         (
             f"{words.number(low)} to {words.number(high)}",
-            *(words.number(column.get((low, high)), figure.y.form) for column in columns),
+            *(_cell(column.get((low, high)), figure) for column in columns),
         )
         for low, high in bins[::stride]
     )

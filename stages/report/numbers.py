@@ -45,9 +45,9 @@ def _run(run: RunData) -> Iterator[Row]:
     binned = {"fkl": run.fkl_by_entropy_bin, **run.further_by_entropy_bin}
     for name, means in binned.items():
         if means is not None:
-            for low, mean in zip(means.edges, means.means, strict=False):
+            for low, mean, bounds in zip(means.edges[:-1], means.means, means.bounds, strict=True):
                 if mean is not None:
-                    yield ("by_entropy_bin", "", low, _cell(name), mean, "", "")
+                    yield ("by_entropy_bin", "", low, _cell(name), mean, *(bounds or ("", "")))
     for cost in run.cost:
         for name in ("seconds", "tokens", "bytes"):
             value = getattr(cost, name)

@@ -178,7 +178,7 @@ def _band(line: Line, piece: list[Point], x: Scale, y: Scale) -> str:
     return f'<path class="f-{line.tone} band" d="{_path(corners)}Z"/>'
 
 
-def _whisker(line: Line, point: Point, x: Scale, y: Scale) -> str:
+def _whisker(line: Line | Steps, point: Point, x: Scale, y: Scale) -> str:
     low, high = _spread(point)
     if low is None or high is None:
         return ""
@@ -199,6 +199,7 @@ def _steps(steps: Steps, x: Scale, y: Scale) -> str:
             parts.append(f'<path class="f-{steps.tone} area" d="{_path(around)}Z"/>')
         dash = " dashed" if steps.dashed else ""
         parts.append(f'<path class="s-{steps.tone}{dash} thin" d="{_path(around)}"/>')
+    parts.extend(_whisker(steps, point, x, y) for point in steps.points(x.high) if is_shown(point))
     return "".join(parts)
 
 

@@ -83,6 +83,9 @@ def _steps(axes: Axes, steps: Steps) -> None:
         linestyle="--" if steps.dashed else "-",
         label=_text(steps.label),
     )
+    for point in steps.points():
+        if point.low is not None and point.high is not None:
+            axes.plot([point.x, point.x], [point.low, point.high], color=colour, alpha=0.5, linewidth=1.4)
 
 
 def _dress(axes: Axes, figure: Figure) -> None:

@@ -140,20 +140,17 @@ def _histogram(found: Sequence[Histogram | None]) -> Histogram | None:
 
 
 def _binned(found: Sequence[BinnedMean | None]) -> BinnedMean | None:
-    """Means over all seeds' tokens."""
+    """Bin by bin; counts are of all seeds."""
     known = [binned for binned in found if binned is not None]
     if not known or any(binned.edges != known[0].edges for binned in known):
         return None
-    counts = np.asarray([binned.counts or [1] * len(binned.means) for binned in known], np.float64)
-    present = np.asarray([[mean is not None for mean in binned.means] for binned in known])
-    values = np.asarray([[mean or 0.0 for mean in binned.means] for binned in known])
-    weights = counts * present
-    total = weights.sum(axis=0)
-    means = [
-        float(value / weight) if weight else None
-        for value, weight in zip((values * weights).sum(axis=0), total, strict=True)
-    ]
-    return BinnedMean(known[0].edges, means, [int(count) for count in total])
+    means, intervals = zip(
+        *(_mean(column) for column in zip(*(each.means for each in known), strict=True)), strict=True
+    )
+    counts = None
+    if all(binned.counts is not None for binned in known):
+        counts = [sum(column) for column in zip(*(each.counts or [] for each in known), strict=True)]
+    return BinnedMean(known[0].edges, list(means), counts, list(intervals))
 
 
 def _gain(found: Sequence[Estimate | None]) -> Estimate | None:

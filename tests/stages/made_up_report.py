@@ -21,6 +21,13 @@ from eopd.stages.report.data import (
 EDGES = [round(0.1 * step, 1) for step in range(31)]
 
 
+def made_up_binned() -> BinnedMean:
+    """The last bin is empty."""
+    means = [0.02 + 0.15 * edge**1.5 for edge in EDGES[::3][:-2]]
+    intervals = [(0.9 * mean, 1.15 * mean) for mean in means]
+    return BinnedMean(EDGES[::3], [*means, None], intervals=[*intervals, None])
+
+
 def made_up_rounds(seed: int, rounds: int = 6, gain: float = 0.24, start: float = 0.221) -> list[RoundData]:
     rng = random.Random(seed)
     found = []
@@ -143,7 +150,7 @@ def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, sha
         training=made_up_training(seed),
         entropy_histogram_teacher=made_up_histogram(seed, 0.45),
         entropy_histogram_student=made_up_histogram(seed + 50, 0.6),
-        fkl_by_entropy_bin=BinnedMean(EDGES[::3], [0.02 + 0.15 * edge**1.5 for edge in EDGES[::3][:-2]] + [None]),
+        fkl_by_entropy_bin=made_up_binned(),
         further_by_entropy_bin={
             "Top-1 agreement": BinnedMean(EDGES[::3], [0.97 - 0.2 * edge for edge in EDGES[::3][:-1]])
         },

@@ -54,7 +54,7 @@ def test_the_same_seed_twice_is_no_second_seed() -> None:
     assert [run.name for run in grouped(runs_of([0.3]))] == ["a-s0"]
 
 
-def test_histograms_add_up_and_bins_are_means_over_all_tokens() -> None:
+def test_histograms_add_up_and_bins_are_means_over_seeds() -> None:
     first, second = runs_of([0.1, 0.2])
     first = replace(
         first,
@@ -70,7 +70,14 @@ def test_histograms_add_up_and_bins_are_means_over_all_tokens() -> None:
     )
     found = merged([first, second])
     assert found.entropy_histogram_teacher == Histogram([0.0, 1.0, 20.0], [9, 1])
-    assert found.fkl_by_entropy_bin == BinnedMean([0.0, 1.0, 2.0], [1.25, 7.0], [40, 5])
+    binned = found.fkl_by_entropy_bin
+    assert binned is not None
+    assert (binned.means, binned.counts) == ([1.5, 7.0], [40, 5])
+    half = 12.706 * 0.5  # Student's t with one degree of freedom, times the standard error of 1 and 2
+    low, high = binned.bounds[0] or (0.0, 0.0)
+    assert low == pytest.approx(1.5 - half, abs=1e-3)
+    assert high == pytest.approx(1.5 + half, abs=1e-3)
+    assert binned.bounds[1] is None  # only one seed has tokens there
     assert [row.seconds for row in found.cost] == [5.0, 2.0, 3.0]  # shared work counts once
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks.generator import EXPLICIT, SHIFT, STUDENT, VOCABULARY, Distributions, distributions, draw_ids, exponents
 from eopd.storage import quantise
+from eopd.storage.balancing import encode_rows
 from eopd.storage.ragged import offsets_of
 from eopd.storage.teacher_record import HeadRule
 
@@ -168,7 +169,7 @@ def _stored_heads(p: Float, entropy: Float, head: HeadRule) -> tuple[NDArray[np.
     values = -np.sort(-logs, axis=1)[inside].astype(np.float32)
     tail = 1.0 - np.where(inside, p[:, : head.k_max], 0.0).sum(axis=1)
     offsets = offsets_of(sizes)
-    codes, tail_codes = quantise.encode_rows(values, offsets, np.log(np.maximum(tail, 1e-20)).astype(np.float32))
+    codes, tail_codes = encode_rows(values, offsets, np.log(np.maximum(tail, 1e-20)).astype(np.float32))
     decoded, _ = quantise.decode_rows(codes, offsets, tail_codes)
     return sizes, np.exp(decoded.astype(np.float64))
 

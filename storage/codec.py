@@ -48,6 +48,7 @@ COLUMNS = (
     ("top", 2),  # code of the head's first entry; 0: derived
     ("tail", 3),
 )
+ENTROPY = [name for name, _ in COLUMNS].index("entropy")
 RAW_PLANES = 2
 
 
@@ -90,9 +91,9 @@ class RawBits:
         return places
 
 
-def tail_guess(entropy_codes: Integers, top: Integers) -> Integers:
-    """[T] guess of the tail's code, from the entropy, where the first entry is derived; elsewhere 0."""
-    return np.where(top == 0, _TAIL_GUESS[symbols.split(entropy_codes, ENTROPY_EXTRA)[0]], 0)
+def tail_guess(entropy: symbols.Symbols, top: Integers) -> Integers:
+    """[T] guess of the tail's code, from the entropy's symbol, where the first entry is derived; elsewhere 0."""
+    return np.where(top == 0, _TAIL_GUESS[entropy], 0)
 
 
 def _tail_guesses() -> NDArray[np.int32]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from eopd.storage import quantise, symbols
 from eopd.storage.codec import (
     CODE_EXTRA,
+    ENTROPY,
     ID_EXTRA,
     Integers,
     Layout,
@@ -40,7 +41,7 @@ def decode(arrays: PartArrays, layout: Layout) -> TeacherRows:
     column: dict[str, Integers] = {}
     for plane, (name, extra) in zip(arrays.tokens, layout.columns, strict=True):
         column[name] = _numbers(plane, extra, raw, bits, tokens)
-    tail_codes = _tail_codes(column)
+    tail_codes = _tail_codes(column, arrays.tokens[ENTROPY])
     per_token = {
         "head": column["head_size"],
         "miss": (column["sampled"] == 0).astype(np.int64),
@@ -91,9 +92,9 @@ def _numbers(symbol: Planes, extra: int, raw: Planes, bits: RawBits, numbers: In
     return symbols.join(symbol, extra, raw, bits.place(counts, numbers))
 
 
-def _tail_codes(column: dict[str, Integers]) -> Integers:
+def _tail_codes(column: dict[str, Integers], entropy: Planes) -> Integers:
     stored, top = column["tail"], column["top"]
-    codes = np.where(top == 0, symbols.unzigzag(stored), stored) + tail_guess(column["entropy"], top)
+    codes = np.where(top == 0, symbols.unzigzag(stored), stored) + tail_guess(entropy, top)
     if len(codes) and not (codes.min() >= 0 and codes.max() <= quantise.MAX_CODE):
         raise ValueError(f"tail codes run from {codes.min()} to {codes.max()}")
     return codes

@@ -1,20 +1,20 @@
 """TeacherRows -> the arrays of ``storage.codec``.
 
-Letters: S responses, T tokens, N numbers.
+Letters: S responses, T tokens, E stop ids, N numbers of a stream, K* head entries, M values of all rows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from eopd.storage import quantise, symbols
+from eopd.storage import packing, symbols
+from eopd.storage.balancing import encode_rows
 from eopd.storage.codec import (
     CODE_EXTRA,
+    ENTROPY_EXTRA,
     ID_EXTRA,
     MAX_ID,
     RAW_PLANES,
@@ -22,16 +22,13 @@ from eopd.storage.codec import (
     Integers,
     Layout,
     PartArrays,
-    Planes,
-    RawBits,
     draw_guess,
     tail_guess,
 )
-from eopd.storage.ragged import differences, interleave, offsets_of, sort_rows, take_ranges
-from eopd.storage.teacher_record import LOGPROB_FLOOR, Int64, TeacherRows
-
-Section = tuple[Integers, Integers]
-_Piece = tuple[symbols.Symbols, NDArray[np.uint8], NDArray[np.uint32]]
+from eopd.storage.compiled import compiled
+from eopd.storage.quantise import encode_entropy, encode_logprob
+from eopd.storage.ragged import offsets_of
+from eopd.storage.teacher_record import LOGPROB_FLOOR, Float32, Int32, Int64, TeacherRows
 
 
 def encode(rows: TeacherRows, layout: Layout) -> PartArrays:
@@ -40,95 +37,146 @@ def encode(rows: TeacherRows, layout: Layout) -> PartArrays:
     Raises:
         ValueError: a field has the wrong length, an id outside 0 .. 2^24 - 1, or values that are no distribution.
     """
-    check(rows)
-    fields = _Fields.of(rows, layout)
-    ids, id_counts = _by_response(fields.ids, rows.response_offsets)
-    codes, code_counts = _by_response(fields.codes, rows.response_offsets)
-    columns = [(fields.columns[name], extra) for name, extra in layout.columns]
-    pieces = [symbols.split(values, extra) for values, extra in [*columns, (ids, ID_EXTRA), (codes, CODE_EXTRA)]]
-
-    tokens = np.diff(rows.response_offsets)
-    numbers = np.stack([tokens] * len(columns) + [id_counts, code_counts])
-    entries = np.maximum(id_counts, -(-_raw_bits(pieces, numbers) // (8 * RAW_PLANES)))
-    raw = _packed(pieces, numbers, entries)
+    fields = Fields.of(rows, layout)
+    bits = np.zeros(rows.responses, np.int64)
+    for stream in fields.streams:
+        packing.count(stream.values, stream.bounds, stream.extra, bits)
+    ids = sum((np.diff(stream.bounds) for stream in fields.ids), np.zeros(rows.responses, np.int64))
+    entries = np.maximum(ids, -(-bits // (8 * RAW_PLANES)))
     ends = offsets_of(entries)
-    planes = np.zeros((2 + RAW_PLANES, int(ends[-1])), np.uint8)
-    planes[0, take_ranges(ends[:-1], id_counts)] = pieces[-2][0]
-    planes[1, take_ranges(ends[:-1], code_counts)] = pieces[-1][0]
+    raw, bit = np.zeros(RAW_PLANES * ends[-1] + 4, np.uint8), 8 * RAW_PLANES * ends[:-1]
+
+    tokens = np.empty((len(fields.columns), rows.tokens), np.uint8)
+    for plane, column in zip(tokens, fields.columns, strict=True):
+        packing.append(column.values, column.bounds, column.extra, plane, rows.response_offsets[:-1].copy(), raw, bit)
+    planes = np.zeros((2 + RAW_PLANES, ends[-1]), np.uint8)
+    for plane, streams in ((planes[0], fields.ids), (planes[1], fields.codes)):
+        place = ends[:-1].copy()
+        for stream in streams:
+            packing.append(stream.values, stream.bounds, stream.extra, plane, place, raw, bit)
     for low, high in itertools.pairwise(ends):
         planes[2:, low:high] = raw[RAW_PLANES * low : RAW_PLANES * high].reshape(RAW_PLANES, high - low)
     return PartArrays(
-        responses=np.stack([tokens, entries], axis=1).astype(np.uint32),
-        tokens=np.stack([symbol for symbol, *_ in pieces[:-2]]),
+        responses=np.stack([np.diff(rows.response_offsets), entries], axis=1).astype(np.uint32),
+        tokens=tokens,
         entries=planes,
     )
 
 
-def _sampled_place(rows: TeacherRows) -> Int64:
-    """[T] 1 + place of the sampled token in its head, or 0 where the head does not hold it."""
-    if not rows.tokens:
-        return np.zeros(0, np.int64)
-    rank = rows.sampled_rank.astype(np.int64)
-    at = rows.head_offsets[:-1] + rank
-    inside = at < rows.head_offsets[1:]
-    at = np.where(inside, at, 0)
-    same = (rows.head_ids[at] == rows.token_ids) & (np.abs(rows.head_logprobs[at] - rows.sampled_logprob) < 1e-5)
-    return np.where(inside & same, rank + 1, 0)
+class Stream:
+    """The numbers of one field, response by response.
+
+    Attributes:
+        extra: bits after the leading one that join a symbol.
+        values: [N] int32
+        bounds: [S+1] those of response s are values[bounds[s] : bounds[s + 1]].
+    """
+
+    def __init__(self, name: str, extra: int, values: Integers, bounds: Int64) -> None:
+        symbols.check(values, extra)
+        self.name, self.extra, self.bounds = name, extra, bounds
+        self.values: Int32 = np.ascontiguousarray(values, np.int32)
 
 
 @dataclass(frozen=True)
-class _Fields:
-    """Everything that is stored, as whole numbers: a number a token, or a section (values, how many a token)."""
+class Fields:
+    """Everything that is stored of rows, as whole numbers, in the order of their raw bits."""
 
-    columns: dict[str, Integers]
-    ids: dict[str, Section]
-    codes: dict[str, Section]
+    columns: list[Stream]  # a number a token
+    ids: list[Stream]
+    codes: list[Stream]
+
+    @property
+    def streams(self) -> list[Stream]:
+        return [*self.columns, *self.ids, *self.codes]
 
     @classmethod
-    def of(cls, rows: TeacherRows, layout: Layout) -> _Fields:
-        place = _sampled_place(rows)
-        miss = place == 0
-        head_codes, tail = quantise.encode_rows(rows.head_logprobs, rows.head_offsets, rows.tail_logmass)
-        head, draws, extras = (
-            np.diff(offsets) for offsets in (rows.head_offsets, rows.draw_offsets, rows.extra_offsets)
-        )
-        later = np.ones(len(head_codes), bool)
-        later[rows.head_offsets[:-1]] = False
+    def of(cls, rows: TeacherRows, layout: Layout) -> Fields:
+        """Raises ValueError where rows cannot be stored (``encode``)."""
+        check(rows)
+        head_codes, tail = encode_rows(rows.head_logprobs, rows.head_offsets, rows.tail_logmass)
         top = head_codes[rows.head_offsets[:-1]]
-        entropy = quantise.encode_entropy(rows.entropy)
-        residual = tail - tail_guess(entropy, top)
-        columns: dict[str, Integers] = {
-            "head_size": head,
+        entropy = encode_entropy(rows.entropy)
+        residual = tail - tail_guess(packing.symbols_of(entropy, ENTROPY_EXTRA), top)
+        place = _sampled_places(
+            rows.token_ids,
+            rows.sampled_rank,
+            rows.sampled_logprob,
+            rows.head_offsets,
+            rows.head_ids,
+            rows.head_logprobs,
+        )
+        draws = np.diff(rows.draw_offsets)
+        numbers: dict[str, Integers] = {
+            "head_size": np.diff(rows.head_offsets),
             "sampled": place,
             "draws": symbols.zigzag(draws - draw_guess(tail, layout.draw_weight)),
-            "extras": extras,
+            "extras": np.diff(rows.extra_offsets),
             "entropy": entropy,
             "top": top,
             "tail": np.where(top == 0, symbols.zigzag(residual), residual),
         }
-        columns |= {f"stop_{e}": code for e, code in enumerate(_stop_codes(rows).T)}
-        ids = {
-            "head_ids": (rows.head_ids, head),
-            "miss_ids": (interleave(rows.token_ids[miss], rows.sampled_rank[miss]), 2 * miss),
-            "draw_ids": (differences(sort_rows(rows.draw_ids, rows.draw_offsets), rows.draw_offsets), draws),
-            "extra_ids": (rows.extra_ids, extras),
-        }
-        codes = {
-            "head_logprobs": (differences(head_codes, rows.head_offsets)[later], head - 1),
-            "miss_logprobs": (quantise.encode_logprob(rows.sampled_logprob[miss]), miss.astype(np.int64)),
-            "extra_logprobs": (quantise.encode_logprob(rows.extra_logprobs), extras),
-        }
-        return cls(columns, ids, codes)
+        numbers |= {f"stop_{e}": code for e, code in enumerate(_stop_codes(rows).T)}
+        at = rows.response_offsets
+        miss = np.flatnonzero(place == 0)
+        misses = np.searchsorted(miss, at)
+        missed = np.stack([rows.token_ids[miss], rows.sampled_rank[miss]], axis=1).reshape(-1)
+        head, drawn, extra = rows.head_offsets[at], rows.draw_offsets[at], rows.extra_offsets[at]
+        return cls(
+            columns=[Stream(name, extra, numbers[name], at) for name, extra in layout.columns],
+            ids=[
+                Stream("head_ids", ID_EXTRA, rows.head_ids, head),
+                Stream("miss_ids", ID_EXTRA, missed, 2 * misses),
+                Stream("draw_ids", ID_EXTRA, _sorted_steps(rows.draw_ids, rows.draw_offsets), drawn),
+                Stream("extra_ids", ID_EXTRA, rows.extra_ids, extra),
+            ],
+            codes=[
+                Stream("head_logprobs", CODE_EXTRA, _later_steps(head_codes, rows.head_offsets), head - at),
+                Stream("miss_logprobs", CODE_EXTRA, encode_logprob(rows.sampled_logprob[miss]), misses),
+                Stream("extra_logprobs", CODE_EXTRA, encode_logprob(rows.extra_logprobs), extra),
+            ],
+        )
 
 
-def streams(rows: TeacherRows, layout: Layout) -> Iterator[tuple[str, Integers, int]]:
-    """Name, numbers and ``extra`` of every field as it is stored: what takes how much room."""
-    fields = _Fields.of(rows, layout)
-    for name, extra in layout.columns:
-        yield name, fields.columns[name], extra
-    for sections, extra in ((fields.ids, ID_EXTRA), (fields.codes, CODE_EXTRA)):
-        for name, (values, _) in sections.items():
-            yield name, values, extra
+@compiled
+def _sampled_places(
+    token_ids: Int32, ranks: Int32, logprobs: Float32, offsets: Int64, head_ids: Int32, head_logprobs: Float32
+) -> Int32:
+    """[T] 1 + place of the sampled token in its head, or 0 where the head does not hold it."""
+    places = np.zeros(len(token_ids), np.int32)
+    for t in range(len(token_ids)):
+        at = offsets[t] + ranks[t]
+        inside = at < offsets[t + 1]
+        if inside and head_ids[at] == token_ids[t] and abs(head_logprobs[at] - logprobs[t]) < np.float32(1e-5):
+            places[t] = ranks[t] + 1
+    return places
+
+
+@compiled
+def _later_steps(codes: Int32, offsets: Int64) -> Int32:
+    """[K* - T] within each row, every code but the first minus the one before."""
+    steps = np.empty(len(codes) - (len(offsets) - 1), np.int32)
+    for t in range(len(offsets) - 1):
+        for i in range(offsets[t] + 1, offsets[t + 1]):
+            steps[i - t - 1] = codes[i] - codes[i - 1]
+    return steps
+
+
+@compiled
+def _sorted_steps(ids: Int32, offsets: Int64) -> Int32:
+    """[M] within each row, sorted: the first as it is, every other minus the one before."""
+    steps = ids.copy()
+    for t in range(len(offsets) - 1):
+        row = steps[offsets[t] : offsets[t + 1]]
+        for i in range(1, len(row)):  # a few draws a row: nothing is faster than insertion
+            inserted, at = row[i], i
+            while at > 0 and row[at - 1] > inserted:
+                row[at] = row[at - 1]
+                at -= 1
+            row[at] = inserted
+        for i in range(len(row) - 1, 0, -1):
+            row[i] -= row[i - 1]
+    return steps
 
 
 def _stop_codes(rows: TeacherRows) -> Integers:
@@ -137,38 +185,7 @@ def _stop_codes(rows: TeacherRows) -> Integers:
     filled = np.diff(rows.response_offsets) > 0
     last[rows.response_offsets[1:][filled] - 1] = True
     kept = (rows.stop_logprobs >= STOP_FLOOR) | last[:, None]
-    return np.where(kept, quantise.encode_logprob(rows.stop_logprobs) + 1, 0)
-
-
-def _by_response(sections: dict[str, Section], response_offsets: Int64) -> tuple[Integers, Int64]:
-    """Sections as one stream, response by response; and numbers of each response [S]."""
-    starts, lengths, base = [], [], 0
-    for values, per_token in sections.values():
-        offsets = offsets_of(per_token)[response_offsets]
-        starts.append(offsets[:-1] + base)
-        lengths.append(np.diff(offsets))
-        base += len(values)
-    per_response = np.stack(lengths, axis=1)
-    order = take_ranges(np.stack(starts, axis=1).reshape(-1), per_response.reshape(-1))
-    joined = np.concatenate([np.asarray(values, np.int64) for values, _ in sections.values()])
-    return joined[order], per_response.sum(axis=1)
-
-
-def _raw_bits(pieces: list[_Piece], numbers: Int64) -> Int64:
-    """[S] raw bits of each response"""
-    total = np.zeros(numbers.shape[1], np.int64)
-    for (_, counts, _), per_response in zip(pieces, numbers, strict=True):
-        total += np.diff(offsets_of(counts)[offsets_of(per_response)])
-    return total
-
-
-def _packed(pieces: list[_Piece], numbers: Int64, entries: Int64) -> Planes:
-    bits = RawBits(entries)
-    total = int(RAW_PLANES * entries.sum())
-    words = symbols.empty_words(total)
-    for (_, counts, raw), per_response in zip(pieces, numbers, strict=True):
-        symbols.pack(words, raw, bits.place(counts, per_response), counts)
-    return symbols.packed_bytes(words, total)
+    return np.where(kept, encode_logprob(rows.stop_logprobs) + 1, 0)
 
 
 def check(rows: TeacherRows) -> None:

@@ -11,10 +11,11 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.storage import symbols
+from eopd.storage import packing
 from eopd.storage.codec import Layout
-from eopd.storage.encode import streams
+from eopd.storage.encode import Fields
 from eopd.storage.sources import filled_parts
+from eopd.storage.symbols import raw_counts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 
@@ -125,10 +126,11 @@ def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
 def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
     """Bytes of each field when it is compressed by itself, much as a part compresses it."""
     out = {}
-    for name, values, extra in streams(rows, layout):
-        symbol, counts, _ = symbols.split(values, extra)
-        codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.NOSHUFFLE, blocksize=_BLOCK)
-        out[name] = float(counts.sum()) / 8 + (len(codec.encode(np.ascontiguousarray(symbol))) if len(symbol) else 0)
+    codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.NOSHUFFLE, blocksize=_BLOCK)
+    for stream in Fields.of(rows, layout).streams:
+        symbol = packing.symbols_of(stream.values, stream.extra)
+        bits = raw_counts(symbol, stream.extra).sum()
+        out[stream.name] = float(bits) / 8 + (len(codec.encode(symbol)) if len(symbol) else 0)
     return out
 
 

@@ -10,6 +10,8 @@ symbol and have no raw bits. So
 
 and back: raw = max((symbol >> extra) - 1, 0); v = ((symbol - (raw << extra)) << raw) + raw bits.
 
+``storage.packing`` goes there, this module back.
+
 Letters: N numbers.
 """
 
@@ -37,22 +39,15 @@ def _tables(extra: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return usable.astype(np.uint8), np.minimum(value, np.iinfo(np.int32).max).astype(np.int32)
 
 
-def split(values: NDArray[Any], extra: int) -> tuple[Symbols, NDArray[np.uint8], NDArray[np.uint32]]:
-    """[N] numbers >= 0 -> symbols, counts of raw bits and the raw bits. Raises ValueError where one does not fit."""
-    if values.size and (values.min() < 0 or values.max() >= largest(extra)):
-        raise ValueError(f"numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
-    words = values.astype(np.uint32)
-    # a float's exponent is the place of the leading one; up to 2^24 every whole number is a float32
-    leading = (words.astype(np.float32).view(np.uint32) >> 23).astype(np.int16) - 127
-    raw = np.maximum(leading - extra, 0).astype(np.uint8)
-    symbol = ((raw << extra) + (words >> raw)).astype(np.uint8)
-    bits: NDArray[np.uint32] = words & _MASKS[raw]
-    return symbol, raw, bits
-
-
 def largest(extra: int) -> int:
     """Every number below this has a symbol."""
     return 1 << min(MAX_RAW, (256 >> extra) - 2 + extra)
+
+
+def check(values: NDArray[Any], extra: int) -> None:
+    """Raises ValueError where a number has no symbol."""
+    if values.size and (values.min() < 0 or values.max() >= largest(extra)):
+        raise ValueError(f"numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
 
 
 def raw_counts(symbols: Symbols, extra: int) -> NDArray[np.uint8]:
@@ -76,28 +71,6 @@ def join(symbols: Symbols, extra: int, bits: NDArray[np.uint8], at: Int64) -> ND
 
 
 _MASKS = ((1 << np.arange(MAX_RAW + 1, dtype=np.int64)) - 1).astype(np.uint32)
-
-
-def empty_words(total: int) -> NDArray[np.uint64]:
-    """Room for ``total`` bytes of raw bits, to be filled by ``pack``."""
-    return np.zeros(total // 8 + 2, np.uint64)
-
-
-def pack(words: NDArray[np.uint64], raw: NDArray[np.uint32], at: Int64, counts: NDArray[np.uint8]) -> None:
-    """Add raw bits [N] at their places (bits, ascending, not overlapping) to ``words``, lowest bit first."""
-    kept = np.flatnonzero(counts)
-    if not len(kept):
-        return
-    raw, at, counts = raw[kept].astype(np.uint64), at[kept], counts[kept]
-    word, shift = at >> 6, (at & 63).astype(np.uint64)
-    starts = np.flatnonzero(np.diff(word, prepend=-1))
-    words[word[starts]] |= np.bitwise_or.reduceat(raw << shift, starts)
-    over = np.flatnonzero(shift + counts > 64)  # at most one a word
-    words[word[over] + 1] |= raw[over] >> (np.uint64(64) - shift[over])
-
-
-def packed_bytes(words: NDArray[np.uint64], total: int) -> NDArray[np.uint8]:
-    return words.astype("<u8").view(np.uint8)[:total]
 
 
 def zigzag(values: NDArray[Any]) -> NDArray[Any]:

@@ -23,7 +23,6 @@ from eopd.storage.chunk_cache import ChunkCache
 from eopd.storage.codec import FORMAT_VERSION, Layout, PartArrays
 from eopd.storage.coverage import Coverage
 from eopd.storage.decode import decode
-from eopd.storage.encode import encode
 from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
 from eopd.storage.needs import Need
 from eopd.storage.ragged import offsets_of
@@ -120,6 +119,8 @@ def write_part(folder: Path, rows: TeacherRows, header: PartHeader) -> None:
     Raises:
         ValueError: the rows disagree with the header, or are no distributions (``encode.encode``).
     """
+    from eopd.storage.encode import encode  # compiled: half a second that who only reads need not wait
+
     if tuple(rows.stop_ids.tolist()) != tuple(header.stop_ids):
         raise ValueError(f"stop_ids of the rows {rows.stop_ids.tolist()} are not the header's {list(header.stop_ids)}")
     layout = header.layout

@@ -20,7 +20,17 @@ def compiled(loop: Loop) -> Loop:
 
     Arithmetic follows NumPy (no error on division by zero) and the order in which it is written.
     """
+    return _compiled(loop)
+
+
+def compiled_sums(loop: Loop) -> Loop:
+    """As ``compiled``, but what is summed may be summed in any order, which makes vector operations of it."""
+    return _compiled(loop, fastmath={"reassoc"})
+
+
+def _compiled(loop: Loop, **options: Any) -> Loop:
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(loop)
+        return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # there is no folder to keep it in: compiled anew in every process
-        return numba.njit(nogil=True, error_model="numpy")(loop)
+        return numba.njit(**options)(loop)

@@ -44,6 +44,24 @@ class LMHead:
         bias = None if self.bias is None else self.bias.float()
         return self.finish(F.linear(hidden.float(), self.weight.float(), bias))
 
+    def logits_into(self, out: Tensor, hidden: Tensor, ids: slice, temperature: float) -> None:
+        """Logits of the head's rows ``ids`` at a temperature, written to ``out`` [T, ids]; not differentiable.
+
+        From hidden [T, D] of the head's dtype, which on a CPU is float32.
+        """
+        weight = self.weight[ids]
+        if hidden.dtype == torch.float32:
+            torch.mm(hidden, weight.T, out=out)
+        else:  # CUDA: low-precision operands, products exact and summed in float32
+            out.copy_(torch.mm(hidden, weight.T, out_dtype=torch.float32))
+        if self.bias is not None:
+            out.add_(self.bias[ids].float())
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        factor = self.scale / temperature
+        if factor != 1.0:
+            out.mul_(factor)
+
     def finish(self, raw: Tensor) -> Tensor:
         """Soft-capping and scale of ``raw = hidden @ weight.T + bias`` (any shape), out of place."""
         if self.softcap is not None:

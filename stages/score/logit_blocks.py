@@ -72,21 +72,8 @@ class LogitBlocks:
         self.entropy = self.lse - (scale * dots).sum(1) / self.total  # [C] float64, nats
 
     def _product(self, hidden: Tensor, number: int, out: Tensor) -> None:
-        head = self.head
-        ids = slice(number * self.block, min((number + 1) * self.block, head.vocab_size))
-        weight = head.weight[ids]
-        out = out[:, : weight.shape[0]]
-        if hidden.dtype == torch.float32:
-            torch.mm(hidden, weight.T, out=out)
-        else:  # CUDA: low-precision operands, products exact and summed in float32
-            out.copy_(torch.mm(hidden, weight.T, out_dtype=torch.float32))
-        if head.bias is not None:
-            out.add_(head.bias[ids].float())
-        if head.softcap is not None:
-            out.div_(head.softcap).tanh_().mul_(head.softcap)
-        factor = head.scale / self.temperature
-        if factor != 1.0:
-            out.mul_(factor)
+        ids = slice(number * self.block, min((number + 1) * self.block, self.head.vocab_size))
+        self.head.logits_into(out[:, : ids.stop - ids.start], hidden, ids, self.temperature)
 
     @property
     def group_max(self) -> Tensor:

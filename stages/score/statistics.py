@@ -10,17 +10,18 @@ entries, E stop ids, X* extra ids.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.threads import even_size, map_one_thread_each
 from eopd.stages.score.block_rows import BlockRows
-from eopd.stages.score.threads import map_one_thread_each
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty
-from eopd.stages.score.whole_rows import MOST_IDS, WholeRows
+from eopd.stages.score.whole_rows import LEAST_ROWS, MOST_IDS, WholeRows
 from eopd.storage.teacher_record import HeadRule
 
 
@@ -53,11 +54,9 @@ class StatisticsHead:
         self._whole: WholeRows | None = None
         self._blocks: BlockRows | None = None
         if self._on_cpu and head.vocab_size <= MOST_IDS:
-            self._whole = WholeRows(self.head, rule, temperature, stop_ids)
-            self._rows = chunk_rows or self._whole.rows
+            self._whole = WholeRows(self.head, rule, temperature, stop_ids, chunk_rows)
         else:
             self._blocks = BlockRows(self.head, rule, temperature, stop_ids, chunk_rows, block)
-            self._rows = self._blocks.rows
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
@@ -71,16 +70,25 @@ class StatisticsHead:
         assert hidden.shape[0] == len(batch.sampled_ids) == len(batch.keys)
         weight = self.head.weight
         hidden = hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
-        chunks = [(start, hidden[start : start + self._rows], part) for start, part in batch.chunks(self._rows)]
         if self._whole is not None:
+            most = self._whole.rows
+            chunks = _chunks(hidden, batch, even_size(len(hidden), min(LEAST_ROWS, most), most))
             pieces = map_one_thread_each(partial(_statistics, self._whole), chunks)
         else:
             assert self._blocks is not None
-            pieces = [_statistics(self._blocks, chunk) for chunk in chunks]
+            pieces = [_statistics(self._blocks, chunk) for chunk in _chunks(hidden, batch, self._blocks.rows)]
         return concatenate(pieces) if pieces else empty(len(self.stop_ids))
 
 
-def _statistics(rows: WholeRows | BlockRows, chunk: tuple[int, Tensor, TokenBatch]) -> TokenStatistics:
+Chunk = tuple[int, Tensor, TokenBatch]  # its first row, hidden [C, D], what is asked
+
+
+def _chunks(hidden: Tensor, batch: TokenBatch, rows: int) -> Iterator[Chunk]:
+    for start, part in batch.chunks(rows):
+        yield start, hidden[start : start + rows], part
+
+
+def _statistics(rows: WholeRows | BlockRows, chunk: Chunk) -> TokenStatistics:
     start, hidden, batch = chunk
     try:
         return rows(hidden, batch)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
@@ -27,12 +26,12 @@ from eopd.storage.codec import PartArrays
 from eopd.storage.errors import DamagedPart
 from eopd.storage.markers import Marker
 from eopd.storage.zarr_inline import FolderStore, open_array
+from eopd.storage.zarr_write import METADATA, write_array, write_attributes
 
 TOKEN_CHUNK = 4_096
 ENTRY_CHUNK = 16_384
 CHUNKS_PER_SHARD = 512
 ARRAYS = ("tokens", "entries")
-_METADATA = "zarr.json"
 _CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
 _LARGEST_CHUNK = 1 << 27
 _REPAIR = "`eopd store verify --repair` re-queues it."
@@ -40,48 +39,32 @@ _REPAIR = "`eopd store verify --repair` re-queues it."
 
 def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
     """Write the arrays of a part and the attributes of its group into an existing empty folder."""
-    group = zarr.create_group(store=folder, attributes=dict(attributes), zarr_format=3, overwrite=False)
-    _create(group, "tokens", arrays.tokens, TOKEN_CHUNK, 4, ("column", "token"))
-    _create(group, "entries", arrays.entries, ENTRY_CHUNK, 2, ("plane", "entry"))
-    table = arrays.responses
-    whole = (max(len(table), 1), table.shape[1])
-    stored = group.create_array(
-        "responses",
-        shape=table.shape,
-        chunks=whole,
-        shards=whole,
-        dtype=table.dtype,
-        compressors=[BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=4), Crc32cCodec()],
-        filters=None,
-        config={"write_empty_chunks": True},
-        dimension_names=("response", "tokens and entries"),
+    write_attributes(folder, attributes)
+    _write_planes(folder / "tokens", arrays.tokens, TOKEN_CHUNK, 4, ("column", "token"))
+    _write_planes(folder / "entries", arrays.entries, ENTRY_CHUNK, 2, ("plane", "entry"))
+    write_array(
+        folder / "responses",
+        arrays.responses,
+        chunk=arrays.responses.shape[1],
+        chunks_per_shard=1,
+        compressor=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=4),
+        dimensions=("response", "tokens and entries"),
     )
-    stored[:] = table
 
 
-def _create(
-    group: zarr.Group, name: str, planes: NDArray[np.uint8], chunk: int, level: int, names: tuple[str, str]
-) -> None:
-    count, length = planes.shape
+def _write_planes(folder: Path, planes: NDArray[np.uint8], chunk: int, level: int, names: tuple[str, str]) -> None:
+    length = planes.shape[1]
     chunk = max(128, min(chunk, length))
-    shard = min(CHUNKS_PER_SHARD, -(-max(length, 1) // chunk)) * chunk
     # Blosc's blocks are one plane each: a plane is compressed by itself, with its own statistics. Bit shuffling
     # costs 2 to 6 % here: symbols are skewed as bytes, and their bits are not
-    compressor = BloscCodec(cname="zstd", clevel=level, shuffle="noshuffle", typesize=1, blocksize=chunk)
-    array = group.create_array(
-        name,
-        shape=planes.shape,
-        chunks=(count, chunk),
-        shards=(count, shard),
-        dtype=np.uint8,
-        serializer=BytesCodec(),
-        compressors=[compressor, Crc32cCodec()],
-        filters=None,
-        config={"write_empty_chunks": True},
-        dimension_names=names,
+    write_array(
+        folder,
+        planes,
+        chunk=chunk,
+        chunks_per_shard=min(CHUNKS_PER_SHARD, -(-max(length, 1) // chunk)),
+        compressor=BloscCodec(cname="zstd", clevel=level, shuffle="noshuffle", typesize=1, blocksize=chunk),
+        dimensions=names,
     )
-    if length:
-        array[:] = planes
 
 
 class ZarrPart:
@@ -95,9 +78,9 @@ class ZarrPart:
         self.where = where
         self._inline = isinstance(store, FolderStore)
         with naming_damage(where):
-            self.attributes: dict[str, Any] = self._metadata(store, marker, _METADATA)["attributes"]
+            self.attributes: dict[str, Any] = self._metadata(store, marker, METADATA)["attributes"]
             arrays = {
-                name: open_array(store, name, self._checked(self._metadata(store, marker, f"{name}/{_METADATA}"), name))
+                name: open_array(store, name, self._checked(self._metadata(store, marker, f"{name}/{METADATA}"), name))
                 for name in ("responses", *ARRAYS)
             }
             self.responses: NDArray[np.uint32] = self._run(arrays.pop("responses").getitem(slice(None)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ class VLLMProcess:
                 self._set_environment()
                 if self.on_cpu and options.cpu_threads is not None:
                     torch.set_num_threads(options.cpu_threads)
-                with self._eagerly():
+                with self._eagerly(), _out_of_sight("llvmlite.binding.ffi"):
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
@@ -165,6 +166,18 @@ class VLLMProcess:
             memory = {"kv_cache_memory_bytes": int(options.cpu_kv_cache_gib * 2**30)}
             return shared | memory | {"enable_chunked_prefill": False}
         return shared | {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
+@contextmanager
+def _out_of_sight(module: str) -> Iterator[None]:
+    """Take ``module`` out of ``sys.modules``. On a CPU vLLM 0.32 looks through every loaded module for kernels to
+    replace, and fails at the one of Numba's whose ``lib`` answers to any attribute, ``__dict__`` too."""
+    hidden = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[module] = hidden
 
 
 def _repack_head(model: Any) -> None:

@@ -106,21 +106,35 @@ def _writable(path: Path) -> Path:
 
 @app.command()
 def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="Only these: keys, or kind/key; all by default.")
+    ] = None,
     store: Place = "store",
     repair: Annotated[
-        bool, typer.Option(help="Set damaged parts aside, so that the next run makes them again.")
+        bool, typer.Option(help="Set damaged parts aside, so that the next run, or copy to a bucket, makes them again.")
     ] = False,
 ) -> None:
     """Check every byte against what was committed; exit code 1 and the names of what is damaged."""
-    from eopd.storage import verification
+    from eopd.storage import listing, verification
 
-    damages = verification.verify(_folder(store), repair=repair)
+    place = _existing(store)
+    only = [listing.named(place, name) for name in names] if names else None
+    damages = verification.verify(place, only, repair=repair)
     for damage in damages:
-        name = f"{damage.kind}/{damage.key}"
-        _say(damage.problem if damage.problem.startswith(name) else f"{name}: {damage.problem}")
-    _say(f"{len(damages)} damaged" + (", set aside: run the same commands again" if damages and repair else ""))
+        _say(damage.problem if damage.problem.startswith(damage.folder) else f"{damage.folder}: {damage.problem}")
+    again = "run the same commands again" if isinstance(place, Path) else "`eopd store copy` puts them there again"
+    _say(f"{len(damages)} damaged" + (f", set aside: {again}" if damages and repair else ""))
     if damages and not repair:
         raise typer.Exit(1)
+
+
+def _existing(place: str) -> Path | Bucket:
+    """Raises ValueError where there is no store: it would pass for one without damage."""
+    from eopd.storage.listing import is_store
+
+    if not is_store(found := _opened(place)):
+        raise ValueError(f"there is no store at {place}")
+    return found
 
 
 @app.command()
@@ -141,6 +155,19 @@ def gc(
         _say(f"{len(removals)} removals would free {size(total)}; nothing was removed (--yes does it)")
         return
     _say(f"freed {size(garbage.remove(removals))}")
+
+
+def _folder(place: str) -> Path:
+    """Raises ValueError: it is a bucket, or there is none."""
+    found = _opened(place)
+    if not isinstance(found, Path):
+        raise ValueError(
+            f"gc works on folders, and {place} is a bucket, where eopd deletes nothing. `eopd store ls` shows what it "
+            "holds; what you no longer want is deleted with the bucket's own tools (such as aws s3 rm --recursive)"
+        )
+    if not found.is_dir():
+        raise ValueError(f"there is no store at {place}")
+    return found
 
 
 def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
@@ -193,18 +220,6 @@ def _opened(place: str) -> Path | Bucket:
     from eopd.storage.places import open_place
 
     return open_place(place)
-
-
-def _folder(place: str) -> Path:
-    """A store that is a folder, for what needs one."""
-    found = _opened(place)
-    if not isinstance(found, Path):
-        raise ValueError(
-            f"this works on folders, and {place} is a bucket. `eopd store copy` checks what it copies from one"
-        )
-    if not found.is_dir():
-        raise ValueError(f"there is no store at {place}")
-    return found
 
 
 @app.command()

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, PrunedPart, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingArtifact, WrongArtifact
 from eopd.storage.files import (
     canonical_json,
     create_exclusively,
@@ -31,16 +31,8 @@ from eopd.storage.files import (
     sha256_file,
     sha256_text,
 )
-from eopd.storage.markers import (
-    REMADE,
-    REPAIR,
-    SCHEMA,
-    Marker,
-    file_text,
-    marker_text,
-    parse_marker,
-    refuse_newer_schema,
-)
+from eopd.storage.markers import REPAIR, SCHEMA, Marker, file_text, marker_text, refuse_newer_schema
+from eopd.storage.stored import StoredArtifact
 
 KEY_LENGTH = 20
 
@@ -110,114 +102,41 @@ class Identity:
             raise WrongArtifact(f"{where} is no identity of an artifact: {error!r}") from error
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What one listing of an artifact's folder shows: numbers of parts."""
+class Artifact(StoredArtifact):
+    """One artifact of a store that is a folder. Cheap to make: nothing is read before it is asked for."""
 
-    committed: set[int]
-    pruned: set[int]  # committed once, their data given up since
-    hinted: set[int]  # committed empty, perhaps: the marker knows (``Artifact.reasons_aside``)
-
-    @property
-    def made(self) -> set[int]:
-        return self.committed | self.pruned
-
-
-class Artifact:
-    """One artifact of a store. Cheap to make: nothing is read before it is asked for."""
+    folder: Path
 
     def __init__(self, store: Path, identity: Identity) -> None:
-        self.identity = identity
-        self.folder = store / identity.kind / identity.key
+        self._identity = identity
+        self.kind = identity.kind
+        self.key = identity.key
+        self.folder = store / self.kind / self.key
 
     def __repr__(self) -> str:
         return f"{self.kind}/{self.key}"
 
     @property
-    def kind(self) -> str:
-        return self.identity.kind
-
-    @property
-    def key(self) -> str:
-        return self.identity.key
-
-    @property
-    def parts(self) -> int:
-        return self.identity.parts
-
-    # -- state -------------------------------------------------------------------------------------------------
-
-    def is_committed(self, part: int) -> bool:
-        return (self.folder / paths.marker_name(part)).exists()
-
-    def _is_made(self, part: int) -> bool:
-        return self.is_committed(part) or (self.folder / paths.tombstone_name(part)).exists()
-
-    def standing(self) -> Standing:
-        """Every part's state, from one listing of the folder. With a marker it is committed, whatever is beside it."""
-        try:
-            listing = "\n".join(os.listdir(self.folder))
-        except FileNotFoundError:
-            listing = ""
-        parts = self.parts
-        committed, pruned, hinted = (
-            {part for part in paths.parts_named(listing, suffix) if part < parts}
-            for suffix in (".json", ".pruned", ".set_aside")
-        )
-        return Standing(committed, pruned - committed, hinted)
+    def identity(self) -> Identity:
+        return self._identity
 
     def is_begun(self) -> bool:
         """Whether somebody has set out to make it."""
-        return (self.folder / paths.IDENTITY).exists()
-
-    def committed(self) -> set[int]:
-        """Every part that can be read."""
-        return self.standing().committed
-
-    def pruned(self) -> set[int]:
-        """Parts that were committed and whose data were given up since."""
-        return self.standing().pruned
-
-    def reasons_aside(self, standing: Standing | None = None) -> dict[int, str]:
-        """Parts that were set aside (``set_aside``), and why."""
-        standing = standing or self.standing()
-        reasons = {part: self.marker(part).set_aside for part in sorted(standing.hinted & standing.committed)}
-        return {part: reason for part, reason in reasons.items() if reason is not None}
-
-    def missing(self) -> list[int]:
-        """Parts that have never been made, or have to be made again."""
-        made = self.standing().made
-        return [part for part in range(self.parts) if part not in made]
-
-    def is_complete(self) -> bool:
-        """The one definition: every part was committed, and nothing is left to do.
-
-        A part that was pruned since counts. Its data are gone: who reads it finds ``PrunedPart``, and a plan in which
-        something still has to read it calls it back first (``storage.pruning.revive``), which makes it missing. The
-        manifest is a convenience for people.
-        """
-        return len(self.standing().made) == self.parts
+        return self.has(paths.IDENTITY)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def marker(self, part: int) -> Marker:
-        """Raises MissingPart, PrunedPart, DamagedPart (not a marker), WrongArtifact or NewerSchema."""
-        path = self.folder / paths.marker_name(part)
+    def names(self) -> list[str]:
         try:
-            text = path.read_bytes()
-        except FileNotFoundError as error:
-            if (self.folder / paths.tombstone_name(part)).exists():
-                raise PrunedPart(f"{self} part {part} was pruned: its data are gone. {REMADE}") from error
-            raise MissingPart(f"{self} part {part} is not committed. Run the stage that makes it.") from error
-        return parse_marker(text, self.kind, self.key, part, str(path))
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
 
-    def remains(self, part: int) -> Marker:
-        """The marker of a part that is committed; of a pruned one, that of what is left of it."""
-        try:
-            return self.marker(part)
-        except PrunedPart:
-            path = self.folder / paths.tombstone_name(part)
-            return parse_marker(path.read_bytes(), self.kind, self.key, part, str(path))
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
 
     def part_folder(self, part: int) -> Path:
         """Folder of a committed part, its files' presence, kind and sizes checked against the marker."""
@@ -229,39 +148,33 @@ class Artifact:
 
     def _checked_folder(self, marker: Marker) -> Path:
         part = marker.part
-        folder = self.folder / paths.data_name(part, marker.nonce)
+        folder = self._data_folder(marker)
         for inner in sorted({(folder / name).parent for name in marker.files} | {folder}):
             if inner.is_symlink():
                 raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {REPAIR}")
-        for name, entry in marker.files.items():
+        for name in marker.files:
             try:
                 found = (folder / name).lstat()
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise DamagedPart(f"{self} part {part}: {name} is gone. {REPAIR}") from error
-            if not stat.S_ISREG(found.st_mode):
-                raise DamagedPart(f"{self} part {part}: {name} is no plain file. {REPAIR}")
-            if found.st_size != entry["size"]:
-                raise DamagedPart(
-                    f"{self} part {part}: {name} has {found.st_size} bytes, not {entry['size']}. {REPAIR}"
-                )
+            except (FileNotFoundError, NotADirectoryError):
+                self._check_size(marker, name, None)
+            else:
+                if not stat.S_ISREG(found.st_mode):
+                    raise DamagedPart(f"{self} part {part}: {name} is no plain file. {REPAIR}")
+                self._check_size(marker, name, found.st_size)
         return folder
 
-    def verify_part(self, part: int) -> None:
-        """Every byte of a part (of what is left of it) against its marker; DamagedPart names the first bad file."""
-        folder = self.remaining_folder(part)
-        for name, entry in self.remains(part).files.items():
-            if sha256_file(folder / name) != entry["sha256"]:
-                raise DamagedPart(f"{self} part {part}: the bytes of {name} changed. {REPAIR}")
+    def _data_folder(self, marker: Marker) -> Path:
+        return self.folder / paths.data_name(marker.part, marker.nonce)
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        path = self.folder / paths.MANIFEST
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise MissingPart(f"{self} is not complete: parts {self.missing()[:8]} are missing") from error
-        refuse_newer_schema(found, path)
-        return found
+    def part_names(self, marker: Marker) -> set[str]:
+        folder = self._checked_folder(marker)
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+    def content(self, marker: Marker, name: str) -> bytes:
+        return (self._checked_folder(marker) / name).read_bytes()
+
+    def sha256(self, marker: Marker, name: str) -> str:
+        return sha256_file(self._data_folder(marker) / name)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -307,26 +220,14 @@ class Artifact:
 
     def begin(self) -> None:
         """Say what it is, before any part is there: from now on it is finished as it was asked for."""
-        path = self.folder / paths.IDENTITY
-        if not path.exists():
+        if not self.is_begun():
             with naming_full_disks(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                create_exclusively(path, file_text(self.identity.to_json()))
+                self.create(paths.IDENTITY, file_text(self.identity.to_json()))
 
-    def finish(self) -> None:
-        """Write the manifest once every part is committed."""
-        path = self.folder / paths.MANIFEST
-        # one look at the last part first: who works through a thousand parts need not list all of them each time
-        if not self._is_made(self.parts - 1) or path.exists() or not self.is_complete():
-            return
-        create_exclusively(path, file_text(self.manifest_content()))
-
-    def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
-        """``part_checksums`` are those of the parts as they were committed; ``pruned`` those to be named as pruned."""
-        named = self.pruned() if pruned is None else pruned
-        sums = {str(part): self.remains(part).committed_checksum for part in range(self.parts)}
-        content = {**self.identity.to_json(), "key": self.key, "part_checksums": sums, "pruned": bool(named)}
-        return {**content, "pruned_parts": sorted(named)} if named else content
+    def create(self, name: str, text: str) -> bool:
+        """Raises StoreFull or StoreUnwritable."""
+        return create_exclusively(self.folder / name, text)
 
 
 def open_artifact(store: Path, kind: str, key: str) -> Artifact:

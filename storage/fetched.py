@@ -14,10 +14,11 @@ from typing import Any
 
 from zarr.abc.store import Store
 
-from eopd.storage.artifacts import Artifact, Standing
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreUnwritable
 from eopd.storage.markers import Marker
 from eopd.storage.remote import RemoteArtifact
+from eopd.storage.stored import Standing
 from eopd.storage.transfer import copy
 
 
@@ -39,7 +40,7 @@ class FetchedArtifact(Artifact):
 
     @cached_property
     def _standing(self) -> Standing:
-        return Standing(self.remote.committed(), set(), self.remote.hinted())
+        return self.remote.standing()
 
     def standing(self) -> Standing:
         return self._standing

@@ -34,6 +34,15 @@ class Listed:
         return not self.problem and self.committed + self.pruned == self.parts
 
 
+def is_store(store: Path | Bucket) -> bool:
+    """Whether there is such a folder; of a bucket, whether it holds anything that a store would."""
+    if isinstance(store, Path):
+        return store.is_dir()
+    from eopd.storage.remote import folders
+
+    return any(folders(store, kind) for kind in paths.KINDS)
+
+
 def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
     """(kind, key) of every folder with an identity, sorted. A coverage's key is <identity>/<coverage>."""
     if not isinstance(store, Path):
@@ -45,6 +54,20 @@ def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
         found = [*(store / kind).glob(f"*/{paths.IDENTITY}"), *(store / kind).glob(f"*/*/{paths.IDENTITY}")]
         for path in sorted(found):
             yield kind, path.parent.relative_to(store / kind).as_posix()
+
+
+def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
+    """(kind, key) of every folder with markers and nothing that says what they are of, sorted."""
+    if not isinstance(store, Path):
+        from eopd.storage.remote import unidentified as unidentified_of_bucket
+
+        yield from unidentified_of_bucket(store)
+        return
+    for kind in paths.KINDS:
+        markers = [f"{depth}/part-*.{end}" for depth in ("*", "*/*") for end in ("json", "pruned")]
+        for folder in sorted({path.parent for pattern in markers for path in (store / kind).glob(pattern)}):
+            if not (folder / paths.IDENTITY).exists():
+                yield kind, folder.relative_to(store / kind).as_posix()
 
 
 def open_in(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtifact:
@@ -72,18 +95,27 @@ def ls(store: Path | Bucket) -> list[Listed]:
 def _listed(store: Path | Bucket, kind: str, key: str) -> Listed:
     try:
         artifact = open_in(store, kind, key)
-        done, pruned = artifact.committed(), artifact.pruned()
+        standing = artifact.standing()
         if isinstance(artifact, Artifact):
-            size = sum(artifact.remains(part).bytes for part in done | pruned)
+            size = sum(artifact.remains(part).bytes for part in standing.made)
         else:
-            size = artifact.bytes
-        return Listed(kind, key, artifact.parts, len(done), size, pruned=len(pruned))
+            size = artifact.size
+        return Listed(kind, key, artifact.parts, len(standing.committed), size, pruned=len(standing.pruned))
     except StoreError as error:
         return Listed(kind, key, 0, 0, 0, str(error))
 
 
 def find(store: Path | Bucket, name: str) -> Artifact | RemoteArtifact:
-    """The one artifact whose key, or <kind>/<key>, starts with ``name``.
+    """The artifact that ``name`` says (``named``), opened.
+
+    Raises:
+        StoreError: it names none, or several, or one that cannot be used.
+    """
+    return open_in(store, *named(store, name))
+
+
+def named(store: Path | Bucket, name: str) -> tuple[str, str]:
+    """(kind, key) of the one artifact whose key, or <kind>/<key>, starts with ``name``.
 
     Raises:
         StoreError: none does, or several do.
@@ -95,7 +127,7 @@ def find(store: Path | Bucket, name: str) -> Artifact | RemoteArtifact:
         some = ", ".join(f"{kind}/{key}" for kind, key in able[:4])
         found = f"{len(able)} artifacts: {some}" if able else "no artifact"
         raise StoreError(f"{name!r} names {found} in {store}. `eopd store ls` lists them.")
-    return open_in(store, *able[0])
+    return able[0]
 
 
 def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:

@@ -44,18 +44,23 @@ class Marker:
         return None if reason is None else str(reason)
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether it is of what is left of a part."""
+        return "pruned" in self.info
+
+    @property
     def bytes(self) -> int:
         return sum(int(entry["size"]) for entry in self.files.values())
 
     @property
     def committed_checksum(self) -> str:
         """``checksum``; of what is left of a pruned part, that of the whole of it."""
-        return str(self.info["pruned"]["checksum"]) if "pruned" in self.info else self.checksum
+        return str(self.info["pruned"]["checksum"]) if self.is_pruned else self.checksum
 
     @property
     def committed_bytes(self) -> int:
         """``bytes``; of what is left of a pruned part, those of the whole of it."""
-        return int(self.info["pruned"]["bytes"]) if "pruned" in self.info else self.bytes
+        return int(self.info["pruned"]["bytes"]) if self.is_pruned else self.bytes
 
 
 def file_text(content: Mapping[str, Any]) -> str:

@@ -35,7 +35,6 @@ KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evalu
 
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
-_SET_ASIDE = re.compile(r"^part-(\d{5,})\.set_aside$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
 _DAMAGED = re.compile(r"^part-(\d{5,})\.[0-9a-f]{16}\.damaged$")
 
@@ -68,22 +67,15 @@ def damaged_name(part: int, nonce: str) -> str:
     return f"{part_name(part)}.{nonce}.damaged"
 
 
-def marker_part(name: str) -> int | None:
-    """The part number if ``name`` is a commit marker's, else None."""
-    found = _MARKER.match(name)
-    return int(found.group(1)) if found else None
-
-
 def tombstone_part(name: str) -> int | None:
     """The part number if ``name`` is that of a pruned part, else None."""
     found = _TOMBSTONE.match(name)
     return int(found.group(1)) if found else None
 
 
-def set_aside_part(name: str) -> int | None:
-    """The part number if ``name`` is a hint that the part was committed empty, else None."""
-    found = _SET_ASIDE.match(name)
-    return int(found.group(1)) if found else None
+def is_of_a_commit(name: str) -> bool:
+    """Whether ``name`` is a commit marker's, or stands for one whose part was pruned."""
+    return _MARKER.match(name) is not None or _TOMBSTONE.match(name) is not None
 
 
 def parts_named(listing: str, suffix: str) -> set[int]:

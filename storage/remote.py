@@ -1,7 +1,8 @@
 """Stores in object storage (s3://, gs://, az://, http:// and what else obstore opens): read lazily, filled by copying.
 
 The layout and the commit rule are those of a local store: the marker is put if absent, after the part's files. Reads
-ask for the byte ranges of the chunks they need; nothing is downloaded whole. obstore is an optional dependency.
+ask for the byte ranges of the chunks they need; nothing is downloaded whole. Nothing is deleted: a repair renames.
+obstore is an optional dependency.
 
     bucket = open_bucket("s3://team/scores")         # credentials: from the environment, as obstore documents
     cache = TeacherCache(RemoteArtifact(bucket, "scores", key))
@@ -9,6 +10,8 @@ ask for the byte ranges of the chunks they need; nothing is downloaded whole. ob
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,11 +22,15 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Identity, parse_identity
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
-from eopd.storage.markers import Marker, parse_marker
+from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.markers import Marker
+from eopd.storage.stored import StoredArtifact
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
+
+READ_BYTES = 16 << 20
+"""Of a large object in one request, which has to end before the client's timeout."""
 
 
 def open_bucket(url: str, **options: Any) -> Bucket:
@@ -104,36 +111,84 @@ def _naming_missing_buckets(bucket: Bucket) -> Iterator[None]:
         raise StoreUnwritable(f"there is no {bucket}: {error.args[0].splitlines()[0]}") from error
 
 
-def names(bucket: Bucket, folder: str) -> list[str]:
-    """Of the objects directly in ``folder``."""
+def has(bucket: Bucket, path: str) -> bool:
+    """Whether there is such an object. Raises StoreUnwritable (no permission) or StoreUnreadable."""
+    import obstore
+
+    try:
+        with naming_refusals(bucket, path):
+            obstore.head(bucket, path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def rename(bucket: Bucket, path: str, to: str) -> None:
+    """Copy an object, then delete the old one: it is never gone. Nothing happens where there is none.
+
+    Raises:
+        StoreUnwritable (no permission) or StoreUnreadable.
+    """
+    import obstore
+
+    with contextlib.suppress(FileNotFoundError), naming_refusals(bucket, path):
+        obstore.rename(bucket, path, to)
+
+
+def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
+    """Names of the objects directly in ``folder``, and of what looks like a folder there; sorted.
+
+    Raises:
+        StoreUnreadable, StoreUnwritable: it does not answer, refuses access, or there is no such bucket.
+    """
     import obstore
 
     with naming_refusals(bucket, folder):
         found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/")
-    return [entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]]
+    objects = [entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]]
+    return sorted(objects), sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
 
 
 def folders(bucket: Bucket, folder: str) -> list[str]:
     """Names of what looks like a folder directly in ``folder``."""
+    return listed(bucket, folder)[1]
+
+
+def sizes(bucket: Bucket, folder: str) -> dict[str, int]:
+    """Bytes of every object below ``folder``, by its path from there, from one listing."""
     import obstore
 
     with naming_refusals(bucket, folder):
-        found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/")
-    return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
+        pages = list(obstore.list(bucket, prefix=f"{folder}/"))
+    return {entry["path"].removeprefix(f"{folder}/"): int(entry["size"]) for page in pages for entry in page}
 
 
 def keys(bucket: Bucket) -> Iterator[tuple[str, str]]:
     """(kind, key) of every artifact of a bucket, sorted, as ``listing.keys`` of a folder."""
+    return ((kind, key) for kind, key, names in _artifact_folders(bucket) if paths.IDENTITY in names)
+
+
+def unidentified(bucket: Bucket) -> Iterator[tuple[str, str]]:
+    """(kind, key) of every folder with markers and no identity, as ``listing.unidentified`` of a folder."""
+    for kind, key, names in _artifact_folders(bucket):
+        if paths.IDENTITY not in names and any(map(paths.is_of_a_commit, names)):
+            yield kind, key
+
+
+def _artifact_folders(bucket: Bucket) -> Iterator[tuple[str, str, list[str]]]:
+    """(kind, key, names of the objects in it) of every folder that may be an artifact's."""
     for kind in paths.KINDS:
         for key in folders(bucket, kind):
-            if paths.IDENTITY in names(bucket, f"{kind}/{key}"):
-                yield kind, key
-            elif kind == "scores":
-                yield from ((kind, f"{key}/{coverage}") for coverage in folders(bucket, f"{kind}/{key}"))
+            names, inner = listed(bucket, f"{kind}/{key}")
+            yield kind, key, names
+            if kind == "scores" and paths.IDENTITY not in names:
+                yield from ((kind, f"{key}/{each}", listed(bucket, f"{kind}/{key}/{each}")[0]) for each in inner)
 
 
-class RemoteArtifact:
-    """One artifact in a bucket, read-only: a ``ScoreSource``."""
+class RemoteArtifact(StoredArtifact):
+    """One artifact in a bucket: a ``ScoreSource``."""
+
+    folder: str
 
     def __init__(self, bucket: Bucket, kind: str, key: str) -> None:
         self.bucket = bucket
@@ -161,51 +216,46 @@ class RemoteArtifact:
         return True
 
     @property
-    def parts(self) -> int:
-        return self.identity.parts
+    def size(self) -> int:
+        """Bytes of all files of its parts, from one listing."""
+        return sum(size for name, size in sizes(self.bucket, self.folder).items() if "/" in name)
 
-    def committed(self) -> set[int]:
-        found = {paths.marker_part(name) for name in names(self.bucket, self.folder)}
-        return {part for part in found if part is not None and part < self.parts}
+    def names(self) -> list[str]:
+        return listed(self.bucket, self.folder)[0]
 
-    def hinted(self) -> set[int]:
-        """Parts that were committed empty, perhaps: their markers know."""
-        found = {paths.set_aside_part(name) for name in names(self.bucket, self.folder)}
-        return {part for part in found if part is not None and part < self.parts}
+    def has(self, name: str) -> bool:
+        return has(self.bucket, f"{self.folder}/{name}")
 
-    def pruned(self) -> set[int]:
-        """None: what is in a bucket was copied there whole."""
-        return set()
+    def read(self, name: str) -> bytes:
+        return get(self.bucket, f"{self.folder}/{name}")
 
-    def remains(self, part: int) -> Marker:
-        return self.marker(part)
+    def create(self, name: str, text: str) -> bool:
+        return put_if_absent(self.bucket, f"{self.folder}/{name}", text.encode())
 
-    @property
-    def bytes(self) -> int:
-        """Of all files of its parts, from one listing."""
+    def part_names(self, marker: Marker) -> set[str]:
+        there = sizes(self.bucket, self._data_folder(marker))
+        for name in marker.files:
+            self._check_size(marker, name, there.get(name))
+        return set(there)
+
+    def content(self, marker: Marker, name: str) -> bytes:
+        return get(self.bucket, f"{self._data_folder(marker)}/{name}")
+
+    def sha256(self, marker: Marker, name: str) -> str:
         import obstore
 
-        with naming_refusals(self.bucket, self.folder):
-            pages = list(obstore.list(self.bucket, prefix=f"{self.folder}/"))
-        depth = self.folder.count("/") + 2  # <folder>/part-00003.<nonce>/<file>
-        return sum(int(entry["size"]) for page in pages for entry in page if entry["path"].count("/") - depth >= 0)
+        path, size = f"{self._data_folder(marker)}/{name}", int(marker.files[name]["size"])
+        digest = hashlib.sha256()
+        for start in range(0, size, READ_BYTES):
+            with naming_refusals(self.bucket, path):
+                digest.update(obstore.get_range(self.bucket, path, start=start, end=min(start + READ_BYTES, size)))
+        return digest.hexdigest()
 
-    def missing(self) -> list[int]:
-        return sorted(set(range(self.parts)) - self.committed())
-
-    def is_complete(self) -> bool:
-        return len(self.committed()) == self.parts
-
-    def marker(self, part: int) -> Marker:
-        where = f"{self.folder}/{paths.marker_name(part)}"
-        try:
-            text = get(self.bucket, where)
-        except FileNotFoundError as error:
-            raise MissingPart(f"{self} part {part} is not committed") from error
-        return parse_marker(text, self.kind, self.key, part, where)
+    def _data_folder(self, marker: Marker) -> str:
+        return f"{self.folder}/{paths.data_name(marker.part, marker.nonce)}"
 
     def part_store(self, part: int, marker: Marker) -> Store:
-        return BucketPart(self.bucket, f"{self.folder}/{paths.data_name(part, marker.nonce)}", marker)
+        return BucketPart(self.bucket, self._data_folder(marker), marker)
 
 
 class BucketPart(Store):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,14 @@ from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, WrongArtifact
 from eopd.storage.markers import Marker, file_text, marker_text
-from eopd.storage.remote import RemoteArtifact, get, put, put_if_absent
+from eopd.storage.remote import RemoteArtifact, put
+from eopd.storage.stored import StoredArtifact
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
 
-def copy(source: Artifact | RemoteArtifact, target: Path | Bucket, parts: Iterable[int] | None = None) -> list[int]:
+def copy(source: StoredArtifact, target: Path | Bucket, parts: Iterable[int] | None = None) -> list[int]:
     """Copy committed parts (all, or those named) that the target lacks; returns the parts copied.
 
     Raises:
@@ -38,7 +39,7 @@ def copy(source: Artifact | RemoteArtifact, target: Path | Bucket, parts: Iterab
     return _to_bucket(source, target, wanted)
 
 
-def _to_folder(source: Artifact | RemoteArtifact, store: Path, wanted: list[int]) -> list[int]:
+def _to_folder(source: StoredArtifact, store: Path, wanted: list[int]) -> list[int]:
     target = Artifact(store, source.identity)
     copied = []
     for part in wanted:
@@ -50,14 +51,14 @@ def _to_folder(source: Artifact | RemoteArtifact, store: Path, wanted: list[int]
             for name in marker.files:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(_checked(source, part, marker, name))
+                path.write_bytes(_checked(source, marker, name))
         copied.append(part)
     return copied
 
 
-def _to_bucket(source: Artifact | RemoteArtifact, bucket: Bucket, wanted: list[int]) -> list[int]:
+def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: list[int]) -> list[int]:
     there = RemoteArtifact(bucket, source.kind, source.key)
-    put_if_absent(bucket, f"{there.folder}/{paths.IDENTITY}", file_text(source.identity.to_json()).encode())
+    there.create(paths.IDENTITY, file_text(source.identity.to_json()))
     done = there.committed()
     copied = []
     for part in wanted:
@@ -67,23 +68,17 @@ def _to_bucket(source: Artifact | RemoteArtifact, bucket: Bucket, wanted: list[i
         _refuse_other_rollouts(source, marker, partial(RemoteArtifact, bucket))
         fresh = Marker(part, secrets.token_hex(8), marker.files, marker.inputs, marker.info)
         for name in marker.files:
-            content = _checked(source, part, marker, name)
+            content = _checked(source, marker, name)
             put(bucket, f"{there.folder}/{paths.data_name(part, fresh.nonce)}/{name}", content)
         if "set_aside" in fresh.info:
-            put_if_absent(bucket, f"{there.folder}/{paths.set_aside_name(part)}", b"")
-        text = marker_text(fresh, source.kind, source.key)
-        if put_if_absent(bucket, f"{there.folder}/{paths.marker_name(part)}", text.encode()):
+            there.create(paths.set_aside_name(part), "")
+        if there.create(paths.marker_name(part), marker_text(fresh, source.kind, source.key)):
             copied.append(part)
-    if len(there.committed()) == there.parts:
-        sums: Mapping[str, str] = {str(part): there.marker(part).checksum for part in range(there.parts)}
-        manifest = {**source.identity.to_json(), "key": source.key, "part_checksums": sums, "pruned": False}
-        put_if_absent(bucket, f"{there.folder}/{paths.MANIFEST}", file_text(manifest).encode())
+    there.finish()
     return copied
 
 
-def _refuse_other_rollouts(
-    source: Artifact | RemoteArtifact, marker: Marker, there: Callable[[str, str], Artifact | RemoteArtifact]
-) -> None:
+def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callable[[str, str], StoredArtifact]) -> None:
     """Rollouts of one key may differ in bytes between stores (a GPU's do); scores of the one do not fit the other."""
     scored, key = marker.inputs.get("rollouts"), source.identity.inputs.get("rollouts")
     if scored is None or key is None:
@@ -99,15 +94,11 @@ def _refuse_other_rollouts(
         )
 
 
-def _checked(source: Artifact | RemoteArtifact, part: int, marker: Marker, name: str) -> bytes:
-    inner = f"{paths.data_name(part, marker.nonce)}/{name}"
+def _checked(source: StoredArtifact, marker: Marker, name: str) -> bytes:
     try:
-        if isinstance(source, Artifact):
-            content = (source.part_folder(part) / name).read_bytes()
-        else:
-            content = get(source.bucket, f"{source.folder}/{inner}")
+        content = source.content(marker, name)
     except FileNotFoundError as error:
-        raise DamagedPart(f"{source} part {part}: {name} is gone") from error
+        raise DamagedPart(f"{source} part {marker.part}: {name} is gone") from error
     if hashlib.sha256(content).hexdigest() != marker.files[name]["sha256"]:
-        raise DamagedPart(f"{source} part {part}: the bytes of {name} changed. Run `eopd store verify` there.")
+        raise DamagedPart(f"{source} part {marker.part}: the bytes of {name} changed. Run `eopd store verify` there.")
     return content

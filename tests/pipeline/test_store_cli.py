@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from eopd.pipeline.store_cli import app
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.listing import keys
+from tests import s3
 from tests.storage.making import scores
 
 
@@ -65,6 +67,43 @@ def test_verify_and_repair(tmp_path: Path) -> None:
     assert "manifest.json is not JSON: cut or edited" in run("verify", "--store", tmp_path, code=1)
 
 
+def test_verify_of_some(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    with Artifact(tmp_path, Identity("rollouts", 1, 1)).write_part(0) as folder:
+        (folder / "data").write_text("x")
+    next(artifact.part_folder(1).glob("*.json")).write_bytes(b"")
+    assert run("verify", "rollouts", "--store", tmp_path) == "0 damaged\n"
+    assert "1 damaged" in run("verify", "rollouts", artifact.key[:9], "--store", tmp_path, code=1)
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("obstore", "boto3", "moto")),
+    reason="obstore, boto3 or moto[server] is not installed",
+)
+def test_verify_and_repair_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, _ = scores(tmp_path)
+    place, prefix = "s3://team/store", f"store/scores/{artifact.key}/part-00001"
+    with s3.server() as endpoint:
+        for name, value in s3.environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        client = s3.client(endpoint)
+        client.create_bucket(Bucket="team")
+        with pytest.raises(ValueError, match="there is no store at s3://team/store"):
+            run("verify", "--store", place)
+        run("copy", artifact.key, place, "--store", tmp_path)
+        assert run("verify", "--store", place) == "0 damaged\n"
+        data = [entry["Key"] for entry in client.list_objects_v2(Bucket="team", Prefix=f"{prefix}.")["Contents"]]
+        client.put_object(Bucket="team", Key=next(key for key in data if key.endswith("entries/c/0/0")), Body=b"x")
+        damaged = run("verify", "--store", place, code=1)
+        assert damaged.startswith(f"scores/{artifact.key} of S3Store")
+        assert damaged.endswith("1 damaged\n")
+        assert "part 1: entries/c/0/0 has 1 bytes, not" in damaged
+        assert "1 damaged, set aside: `eopd store copy` puts them" in run("verify", "--repair", "--store", place)
+        assert "1 of 2 parts" in run("ls", "--store", place)
+        assert ": 1 parts copied" in run("copy", artifact.key, place, "--store", tmp_path)
+        assert run("verify", artifact.key, "--store", place) == "0 damaged\n"
+
+
 def test_copy_with_all_that_it_was_made_from(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
 
@@ -96,7 +135,8 @@ def test_copy_with_all_that_it_was_made_from(tmp_path: Path) -> None:
         (("stats", "rollouts/", "--store", "{}"), "are no scores"),
         (("export", "scores/", "{}/nowhere/x.parquet", "--store", "{}"), "there is no folder"),
         (("stats", "scores/", "--plot", "{}/h.png", "--store", "{}"), r"must end in \.svg"),
-        (("verify", "--store", "s3://team/store"), "is a bucket"),
+        (("gc", "--store", "s3://team/store"), "is a bucket, where eopd deletes nothing"),
+        (("verify", "zzz", "--store", "{}"), "names no artifact"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

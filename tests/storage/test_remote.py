@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
-from eopd.storage import paths
-from eopd.storage.artifacts import open_artifact
+from eopd.storage import paths, remote
+from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.fetched import FetchedArtifact
 from eopd.storage.needs import HeadNeed
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import StackedStores
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.teacher_record import HeadRule
+from eopd.storage.teacher_record import HeadRule, TeacherRows
 from eopd.storage.transfer import copy
-from eopd.storage.verification import verify
+from eopd.storage.verification import Damage, verify
 from tests import s3
 
 from .making import scores
@@ -118,6 +120,137 @@ def test_what_can_be_wrong_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
     assert TeacherCache(remote).read_part(1).responses == 4
 
 
+# -- verify ----------------------------------------------------------------------------------------------------
+
+
+def contents(bucket: Any) -> dict[str, bytes]:
+    """Every object of a bucket."""
+    import obstore
+
+    found = [entry["path"] for page in obstore.list(bucket) for entry in page]
+    return {path: bytes(obstore.get(bucket, path).bytes()) for path in found}
+
+
+def shard_of(artifact: RemoteArtifact, part: int) -> str:
+    return f"{artifact.folder}/{paths.data_name(part, artifact.marker(part).nonce)}/entries/c/0/0"
+
+
+def test_verify_finds_any_damage_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
+    import obstore
+
+    artifact, _ = scores(tmp_path)
+    copy(artifact, bucket)
+    assert verify(bucket) == []
+    rng = np.random.default_rng(3)
+    whole = contents(bucket)
+    assert len(whole) == len([path for path in artifact.folder.rglob("*") if path.is_file()])
+    for path, content in whole.items():
+        flipped = bytearray(content)
+        flipped[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        for damage in (bytes(flipped), content[:-1], None):
+            obstore.delete(bucket, path) if damage is None else obstore.put(bucket, path, damage)
+            assert verify(bucket), f"{path} was flipped, cut or deleted and not found"
+        obstore.put(bucket, path, content)
+    assert verify(bucket) == []
+    stranger = f"{shard_of(RemoteArtifact(bucket, 'scores', artifact.key), 1)}.orig"
+    obstore.put(bucket, stranger, b"x")
+    (found,) = verify(bucket, [("scores", artifact.key)])
+    assert "part 1: entries/c/0/0.orig was added to scores/" in found.problem
+
+
+def edit(marker: bytes) -> bytes:
+    return marker.replace(b'"rollouts": "rollouts"', b'"rollouts": "others"')
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("part-00001.{nonce}/entries/c/0/0", lambda content: bytes([content[0] ^ 1]) + content[1:]),
+        ("part-00001.{nonce}/entries/c/0/0", lambda content: content[:40]),
+        ("part-00001.{nonce}/entries/c/0/0", None),
+        ("part-00001.{nonce}/zarr.json", lambda content: b""),
+        ("part-00001.json", edit),
+        ("part-00001.json", lambda content: content + b"\n"),
+        ("part-00001.json", lambda content: content[:100]),
+        ("part-00001.json", None),
+        ("manifest.json", None),
+        ("manifest.json", lambda content: content[:20]),
+        ("manifest.json", lambda content: content.replace(b'"pruned": false', b'"pruned": true')),
+        ("identity.json", lambda content: content.replace(b'"parts": 2', b'"parts": 3')),
+        ("identity.json", lambda content: content + b" "),
+        ("identity.json", lambda content: b"\xff"),
+        ("identity.json", None),
+    ],
+)
+def test_damage_in_a_bucket_is_told_and_repaired_as_in_a_folder(
+    tmp_path: Path, bucket: Any, name: str, change: Callable[[bytes], bytes] | None
+) -> None:
+    import obstore
+
+    (artifact, _), (source, _) = scores(tmp_path / "here"), scores(tmp_path / "source")
+    copy(source, bucket)
+    remote = RemoteArtifact(bucket, "scores", artifact.key)
+    file = artifact.folder / name.format(nonce=artifact.marker(1).nonce)
+    path = f"{remote.folder}/{name.format(nonce=remote.marker(1).nonce)}"
+    whole = file.read_bytes()
+    if change is None:
+        file.unlink()
+        obstore.delete(bucket, path)
+    else:
+        file.write_bytes(change(whole))
+        obstore.put(bucket, path, change(bytes(obstore.get(bucket, path).bytes())))
+    before = contents(bucket)
+
+    def told(found: list[Damage]) -> list[str]:
+        words = " | ".join(damage.problem for damage in found)
+        for where in (f" of {bucket}", f" in {bucket}", f" in {tmp_path / 'here'}", f"{tmp_path / 'here'}/"):
+            words = words.replace(where, "")
+        return re.sub(r"part-(\d+)\.[0-9a-f]{16}", r"part-\1.<nonce>", words).split(" | ")
+
+    here, there = verify(tmp_path / "here", repair=True), verify(bucket, repair=True)
+    assert told(there) == told(here) != [""]
+    assert [(damage.part, damage.name) for damage in there] == [(damage.part, damage.name) for damage in here]
+    after = contents(bucket)
+    assert set(before.values()) <= set(after.values()), "a repair deletes nothing"
+    copy(source, bucket)
+    assert verify(bucket) == []
+    assert_identical(TeacherCache(RemoteArtifact(bucket, "scores", source.key)).read([(1, 0)]), rows(source))
+
+
+def rows(artifact: Artifact) -> TeacherRows:
+    return TeacherCache(artifact).read([(1, 0)])
+
+
+def test_what_cannot_be_looked_at_is_not_damaged(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that fails half way must not have sound parts set aside."""
+    artifact, _ = scores(tmp_path)
+    copy(artifact, bucket)
+    whole = contents(bucket)
+
+    def no_answer(*arguments: object) -> str:
+        raise StoreUnreadable("no answer")
+
+    monkeypatch.setattr(RemoteArtifact, "sha256", no_answer)
+    with pytest.raises(StoreUnreadable, match="no answer"):
+        verify(bucket, repair=True)
+    assert contents(bucket) == whole
+
+
+def test_objects_are_read_in_ranges(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact(tmp_path, Identity("rollouts", 1, 1))
+    with artifact.write_part(0) as folder:
+        (folder / "large").write_bytes(bytes(range(250)) * 10)
+        (folder / "empty").touch()
+    copy(artifact, bucket)
+    monkeypatch.setattr(remote, "READ_BYTES", 1000)
+    assert verify(bucket) == []
+    monkeypatch.setattr(remote, "READ_BYTES", 1250)
+    assert verify(bucket) == []
+
+
+# -- who may what ----------------------------------------------------------------------------------------------
+
+
 def test_the_first_commit_in_a_bucket_wins(tmp_path: Path, bucket: Any) -> None:
     artifact, _ = scores(tmp_path)
     copy(artifact, bucket)
@@ -134,6 +267,8 @@ def test_a_bucket_that_is_not_there(tmp_path: Path, endpoint: str) -> None:
     artifact, _ = scores(tmp_path)
     with pytest.raises(StoreUnwritable, match="there is no"):
         copy(artifact, opened(endpoint, "s3://nobody-made-this/x"))
+    with pytest.raises(StoreUnreadable, match="does not answer"):
+        verify(opened(endpoint, "s3://nobody-made-this/x"))
     with pytest.raises(StoreUnreadable):
         RemoteArtifact(opened("http://127.0.0.1:9", "s3://b/x"), "scores", artifact.key).marker(0)
     with pytest.raises(StoreError, match="cannot open"):

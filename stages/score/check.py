@@ -20,7 +20,6 @@ rounding; a forgotten soft-cap, scale, bias, mask or sliding window moves far mo
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> str:
     """Compare distributions on the shortest sequence; returns a line saying what was found.
 

@@ -31,11 +31,15 @@ def mix(values: UInt64) -> UInt64:
         return values ^ (values >> np.uint64(31))
 
 
-def row_keys(seed: int, response: tuple[int, ...], positions: NDArray[np.int64]) -> UInt64:
-    """[T] one key for each position of a response that is named by integers which no other response has."""
+def row_keys(seed: int, response: tuple[int, ...] | NDArray[np.int64], positions: NDArray[np.int64]) -> UInt64:
+    """[T] one key for each position of a response that is named by integers which no other response has.
+
+    Args:
+        response: the N integers of all, or those of each position [T, N].
+    """
     key = mix(np.asarray([seed], np.int64).view(np.uint64))
-    for number in response:
-        key = mix(key ^ np.asarray([number], np.int64).view(np.uint64))
+    for numbers in np.asarray(response, np.int64).reshape(-1, np.shape(response)[-1]).T:
+        key = mix(key ^ numbers.astype(np.uint64))
     return mix(key ^ positions.astype(np.uint64))
 
 

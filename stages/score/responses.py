@@ -23,7 +23,7 @@ class PartResponses:
     """What is to be scored of one part, in the rollouts' order."""
 
     sequences: list[Sequence]  # responses cut to what the teacher can read
-    identities: list[tuple[int, int, int]]  # prompt index, sample, seed: what the draws are seeded by
+    identities: NDArray[np.int64]  # [S, 3] prompt index, sample, seed: what the draws are seeded by
     names: list[str]  # for errors
     truncated: int  # responses that were cut
     topk: StudentTopk | None
@@ -59,9 +59,9 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     table = read_rollouts(job.rollouts.part_folder(part), columns)
     contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where)
     responses: list[list[int]] = table.column("response_token_ids").to_pylist()
-    numbers = [table.column(name).to_pylist() for name in ("prompt_index", "sample", "seed")]
+    numbers = np.stack([table.column(name).to_numpy() for name in ("prompt_index", "sample", "seed")], axis=1)
     prompt_ids = table.column("prompt_id").to_pylist()
-    names = [f"prompt {name!r} sample {sample}" for name, sample in zip(prompt_ids, numbers[1], strict=True)]
+    names = [f"prompt {name!r} sample {sample}" for name, sample in zip(prompt_ids, numbers[:, 1], strict=True)]
     topk = _student_topk(job, part, [len(response) for response in responses])
     sequences, truncated = [], 0
     for context, response, name in zip(contexts, responses, names, strict=True):
@@ -76,7 +76,7 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
             sequence = Sequence(context, response[: max(0, limit + 1 - len(context))])
             truncated += 1
         sequences.append(sequence)
-    return PartResponses(sequences, list(zip(*numbers, strict=True)), names, truncated, topk)
+    return PartResponses(sequences, numbers.astype(np.int64), names, truncated, topk)
 
 
 def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:

@@ -27,7 +27,7 @@ from eopd.stages.score.part_writer import PartWriter
 from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
-from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order
+from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order, ranges
 from eopd.storage.claims import held_parts
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import PartHeader, write_part
@@ -153,15 +153,14 @@ class Scorer:
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:
         seed = self.job.settings.head.seed
         sampled = [np.asarray(responses.sequences[number].response_ids, np.int64) for number in batch.order]
-        keys = [
-            row_keys(seed, responses.identities[number], np.arange(length))
-            for number, length in zip(batch.order, batch.lengths, strict=True)
-        ]
+        lengths = np.asarray(batch.lengths, np.int64)
+        identities = np.repeat(responses.identities[list(batch.order)], lengths, axis=0)
+        keys = row_keys(seed, identities, ranges(np.zeros_like(lengths), lengths))
         if responses.topk is None:
-            return TokenBatch(np.concatenate(sampled), np.concatenate(keys))
+            return TokenBatch(np.concatenate(sampled), keys)
         extra = np.concatenate([responses.extra_ids(number) for number in batch.order])
         counts = np.full(len(extra), extra.shape[1], np.int64)
-        return TokenBatch(np.concatenate(sampled), np.concatenate(keys), counts, extra.reshape(-1))
+        return TokenBatch(np.concatenate(sampled), keys, counts, extra.reshape(-1))
 
     def _write(self, part: int, rows: TeacherRows, responses: PartResponses, engine: HiddenEngine) -> None:
         job = self.job

@@ -56,7 +56,7 @@ CONFIG: dict[str, Any] = {
 SHARPNESS = 18.0
 """Scale of the final norm: mean entropy 1.3 nats over 512 ids."""
 SEQUENCES, LENGTH = 64, 133
-PARTS, RESPONSES = 4, 128
+PARTS, RESPONSES = 12, 128
 STOPS = (2, 3)
 
 

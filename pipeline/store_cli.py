@@ -213,7 +213,9 @@ def copy(
         wanted = garbage.reachable(source, wanted)
     for kind, key in sorted(wanted):
         artifact = listing.open_in(source, kind, key)
-        _say(f"{artifact}: {len(copy_artifact(artifact, _opened(target)))} parts copied to {target}")
+        copied = copy_artifact(artifact, _opened(target))
+        pruned = len(artifact.pruned().intersection(copied))
+        _say(f"{artifact}: {len(copied)} parts copied to {target}{f', {pruned} pruned' if pruned else ''}")
 
 
 def _opened(place: str) -> Path | Bucket:

@@ -28,6 +28,7 @@ from eopd.storage.files import (
     create_exclusively,
     fsync_tree,
     naming_full_disks,
+    replace_atomically,
     sha256_file,
     sha256_text,
 )
@@ -185,8 +186,9 @@ class Artifact(StoredArtifact):
         """Yield an empty folder; commit what was written to it on a clean exit, drop it on an exception.
 
         ``info`` may be a dict that the caller fills before the block ends; a ``set_aside`` in it is the reason why the
-        part is committed empty, and leaves a hint in the folder for listings. When another process committed the
-        part first, the folder is dropped without harm.
+        part is committed empty, and leaves a hint in the folder for listings. A ``pruned`` in it (``storage.pruning``)
+        says that this is what is left of a part: the commit is its tombstone. When another process committed the part
+        first, the folder is dropped without harm.
         """
         assert 0 <= part < self.parts, (part, self.parts)
         nonce = secrets.token_hex(8)
@@ -200,8 +202,8 @@ class Artifact(StoredArtifact):
                 marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
                 if "set_aside" in marker.info:
                     create_exclusively(self.folder / paths.set_aside_name(part), "")
-                text = marker_text(marker, self.kind, self.key)
-                won = create_exclusively(self.folder / paths.marker_name(part), text, lambda: fsync_tree(folder))
+                name, text = marker.file_name, marker_text(marker, self.kind, self.key)
+                won = create_exclusively(self.folder / name, text, lambda: fsync_tree(folder))
         finally:
             if not won:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -228,6 +230,10 @@ class Artifact(StoredArtifact):
     def create(self, name: str, text: str) -> bool:
         """Raises StoreFull or StoreUnwritable."""
         return create_exclusively(self.folder / name, text)
+
+    def replace(self, name: str, text: str) -> None:
+        """Raises StoreFull or StoreUnwritable."""
+        replace_atomically(self.folder / name, text)
 
 
 def open_artifact(store: Path, kind: str, key: str) -> Artifact:

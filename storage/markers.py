@@ -49,6 +49,11 @@ class Marker:
         return "pruned" in self.info
 
     @property
+    def file_name(self) -> str:
+        """Of the file that commits it."""
+        return paths.tombstone_name(self.part) if self.is_pruned else paths.marker_name(self.part)
+
+    @property
     def bytes(self) -> int:
         return sum(int(entry["size"]) for entry in self.files.values())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import fsync_folder, replace_atomically
-from eopd.storage.markers import file_text, marker_text
+from eopd.storage.markers import marker_text
 
 
 def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
@@ -43,7 +43,7 @@ def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
     if part in artifact.pruned():  # also when a kill left it half done
         for path in left_over(artifact, part):
             path.unlink(missing_ok=True)
-        _say_so(artifact)
+        artifact.renew_manifest()
     return freed
 
 
@@ -62,9 +62,3 @@ def revive(artifact: Artifact, part: int) -> None:
     (artifact.folder / paths.tombstone_name(part)).unlink(missing_ok=True)
     fsync_folder(artifact.folder)
     shutil.rmtree(artifact.folder / paths.data_name(part, nonce), ignore_errors=True)
-
-
-def _say_so(artifact: Artifact) -> None:
-    path, text = artifact.folder / paths.MANIFEST, file_text(artifact.manifest_content())
-    if artifact.is_complete() and (not path.exists() or path.read_text("utf-8") != text):
-        replace_atomically(path, text)

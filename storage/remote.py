@@ -232,6 +232,9 @@ class RemoteArtifact(StoredArtifact):
     def create(self, name: str, text: str) -> bool:
         return put_if_absent(self.bucket, f"{self.folder}/{name}", text.encode())
 
+    def replace(self, name: str, text: str) -> None:
+        put(self.bucket, f"{self.folder}/{name}", text.encode())
+
     def part_names(self, marker: Marker) -> set[str]:
         there = sizes(self.bucket, self._data_folder(marker))
         for name in marker.files:

@@ -66,6 +66,10 @@ class StoredArtifact(ABC):
         """Create a file of the artifact's folder whole or not at all. False when there is one already."""
 
     @abstractmethod
+    def replace(self, name: str, text: str) -> None:
+        """Write a file of the artifact's folder, so that a reader sees the old text or the new."""
+
+    @abstractmethod
     def part_names(self, marker: Marker) -> set[str]:
         """Of all files in a part's folder, whoever put them there.
 
@@ -175,6 +179,14 @@ class StoredArtifact(ABC):
         if not self._is_made(self.parts - 1) or self.has(paths.MANIFEST) or not self.is_complete():
             return
         self.create(paths.MANIFEST, file_text(self.manifest_content()))
+
+    def renew_manifest(self) -> None:
+        """Have the manifest say what stands now, once every part is committed: one was pruned, or came back whole."""
+        if not self.is_complete():
+            return
+        text = file_text(self.manifest_content())
+        if not self.has(paths.MANIFEST) or self.read(paths.MANIFEST) != text.encode():
+            self.replace(paths.MANIFEST, text)
 
     # -- bytes -------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,15 @@
 
 A copy follows the commit rule: files first, their bytes checked against the source's marker on the way, the marker
 last and only if absent. So an interrupted copy is continued by running it again, and a copy is an artifact like any
-other.
+other. A part that was pruned is copied as it stands: what is left of it, then its tombstone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,56 +27,61 @@ if TYPE_CHECKING:
 
 
 def copy(source: StoredArtifact, target: Path | Bucket, parts: Iterable[int] | None = None) -> list[int]:
-    """Copy committed parts (all, or those named) that the target lacks; returns the parts copied.
+    """Copy the parts (all, or those named) that the target lacks; returns the parts copied.
+
+    What the target has pruned it lacks if the source has it whole: the copy is beside its tombstone then, and wins.
 
     Raises:
         DamagedPart: the source's bytes are not what its marker says; that part is not copied.
         WrongArtifact: the target has the rollouts that these scores are of, with other bytes.
         StoreFull, StoreUnwritable: the target takes no more.
     """
-    wanted = sorted(source.committed() if parts is None else parts)
+    wanted = source.standing().made if parts is None else set(parts)
     if isinstance(target, Path):
         return _to_folder(source, target, wanted)
     return _to_bucket(source, target, wanted)
 
 
-def _to_folder(source: StoredArtifact, store: Path, wanted: list[int]) -> list[int]:
+def _to_folder(source: StoredArtifact, store: Path, wanted: set[int]) -> list[int]:
     target = Artifact(store, source.identity)
     copied = []
-    for part in wanted:
-        if target.is_committed(part):
-            continue
-        marker = source.marker(part)
+    for marker in _lacking(source, target, wanted):
         _refuse_other_rollouts(source, marker, lambda kind, key: open_artifact(store, kind, key))
-        with target.write_part(part, inputs=marker.inputs, info=marker.info) as folder:
+        with target.write_part(marker.part, inputs=marker.inputs, info=marker.info) as folder:
             for name in marker.files:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(_checked(source, marker, name))
-        copied.append(part)
+        copied.append(marker.part)
+    target.renew_manifest()
     return copied
 
 
-def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: list[int]) -> list[int]:
-    there = RemoteArtifact(bucket, source.kind, source.key)
-    there.create(paths.IDENTITY, file_text(source.identity.to_json()))
-    done = there.committed()
+def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: set[int]) -> list[int]:
+    target = RemoteArtifact(bucket, source.kind, source.key)
+    target.create(paths.IDENTITY, file_text(source.identity.to_json()))
     copied = []
-    for part in wanted:
-        if part in done:
-            continue
-        marker = source.marker(part)
+    for marker in _lacking(source, target, wanted):
         _refuse_other_rollouts(source, marker, partial(RemoteArtifact, bucket))
-        fresh = Marker(part, secrets.token_hex(8), marker.files, marker.inputs, marker.info)
+        fresh = replace(marker, nonce=secrets.token_hex(8))
         for name in marker.files:
             content = _checked(source, marker, name)
-            put(bucket, f"{there.folder}/{paths.data_name(part, fresh.nonce)}/{name}", content)
-        if "set_aside" in fresh.info:
-            there.create(paths.set_aside_name(part), "")
-        if there.create(paths.marker_name(part), marker_text(fresh, source.kind, source.key)):
-            copied.append(part)
-    there.finish()
+            put(bucket, f"{target.folder}/{paths.data_name(marker.part, fresh.nonce)}/{name}", content)
+        if fresh.set_aside is not None:
+            target.create(paths.set_aside_name(marker.part), "")
+        if target.create(fresh.file_name, marker_text(fresh, source.kind, source.key)):
+            copied.append(marker.part)
+    target.renew_manifest()
     return copied
+
+
+def _lacking(source: StoredArtifact, target: StoredArtifact, wanted: set[int]) -> Iterator[Marker]:
+    """The source's markers of those parts that it has and the target has not, or only pruned and the source whole."""
+    there = target.standing()
+    for part in sorted(wanted - there.committed):
+        marker = source.remains(part)
+        if not (marker.is_pruned and part in there.pruned):
+            yield marker
 
 
 def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callable[[str, str], StoredArtifact]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,8 @@ from eopd.storage import garbage, listing, paths, pruning
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import DamagedPart, PrunedPart
 from eopd.storage.pruning import prune, revive
+from eopd.storage.stored import StoredArtifact
+from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 
 FILES = {"model": b"w" * 1000, "sub/figures": b"f" * 10}
@@ -158,3 +162,93 @@ def test_the_marker_wins_over_an_older_tombstone(tmp_path: Path) -> None:
     pruning.prune(artifact, 1, large)
     assert artifact.remains(1).nonce in {path.name.split(".")[1] for path in artifact.folder.glob("part-00001.*")}
     assert verify(tmp_path) == []
+
+
+# -- copies ----------------------------------------------------------------------------------------------------
+
+
+def stands(store: Any, key: str) -> tuple[Any, ...]:
+    """What people and plans see of an artifact, wherever it lies."""
+    found = listing.open_in(store, "checkpoints", key)
+    (row,) = listing.ls(store)
+    shown = {name: value for name, value in listing.show(found).items() if name != "folder"}
+    return found.is_complete(), found.standing(), row, shown, found.manifest
+
+
+def copies_stand_as_pruned(source: Path, target: Any) -> None:
+    """A checkpoint of which one part is pruned, and then the other, in a store like any other."""
+    artifact = make(source)
+    prune(artifact, 1, large)
+    assert copy(artifact, target) == [0, 1]
+    assert copy(artifact, target) == []
+    assert stands(target, artifact.key) == stands(source, artifact.key)
+    assert verify(target) == []
+    there = listing.open_in(target, "checkpoints", artifact.key)
+    with pytest.raises(PrunedPart, match="part 1 was pruned"):
+        there.marker(1)
+    assert there.content(there.remains(1), "sub/figures") == FILES["sub/figures"] + b"\1"
+
+    assert copy(there, source.parent / "back") == [0, 1]
+    assert stands(source.parent / "back", artifact.key) == stands(source, artifact.key)
+    assert verify(source.parent / "back") == []
+
+    prune(artifact, 0, lambda name: True)
+    assert copy(artifact, target) == []  # it has the part whole
+    assert there.committed() == {0}
+    whole = make(source.parent / "whole")
+    assert copy(whole, target) == [1]
+    assert copy(artifact, target) == []
+    assert there.committed() == {0, 1}
+    assert there.manifest == whole.manifest
+    assert verify(target) == []
+
+
+def interrupted_copies_are_continued(source: Path, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends while it copies what is left of a part, and again before the manifest."""
+    artifact = make(source)
+    prune(artifact, 1, large)
+
+    class Killed(Exception):
+        pass
+
+    def die(*arguments: object) -> bytes:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredArtifact, "renew_manifest", die)
+        with pytest.raises(Killed):
+            copy(artifact, target, parts=[0])
+        patched.setattr(Artifact, "content", die)
+        with pytest.raises(Killed):
+            copy(artifact, target)
+    there = listing.open_in(target, "checkpoints", artifact.key)
+    assert there.missing() == [1]
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredArtifact, "renew_manifest", die)
+        patched.setattr(StoredArtifact, "finish", lambda artifact: None)
+        with pytest.raises(Killed):
+            copy(artifact, target)
+    assert [damage.name for damage in verify(target)] == [paths.MANIFEST]
+    assert copy(artifact, target) == []
+    assert verify(target) == []
+    assert stands(target, artifact.key) == stands(source, artifact.key)
+
+
+def test_a_pruned_checkpoint_is_copied_to_a_folder(tmp_path: Path) -> None:
+    copies_stand_as_pruned(tmp_path / "here", tmp_path / "there")
+    reasons = {removal.reason for removal in garbage.plan(tmp_path / "there", None, grace=-1.0)}
+    assert reasons == {"of a part that was made again", "no marker names it"}
+
+
+def test_an_interrupted_copy_to_a_folder_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted_copies_are_continued(tmp_path / "here", tmp_path / "there", monkeypatch)
+
+
+def test_a_part_of_which_nothing_is_left_is_copied(tmp_path: Path) -> None:
+    artifact = make(tmp_path / "here")
+    prune(artifact, 0, lambda name: True)
+    assert copy(artifact, tmp_path / "there") == [0, 1]
+    assert stands(tmp_path / "there", artifact.key) == stands(tmp_path / "here", artifact.key)
+    assert verify(tmp_path / "there") == []
+    shutil.rmtree(artifact.remaining_folder(0))
+    assert verify(tmp_path / "here") == []

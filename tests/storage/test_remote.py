@@ -19,6 +19,7 @@ from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.fetched import FetchedArtifact
 from eopd.storage.needs import HeadNeed
+from eopd.storage.pruning import prune
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import StackedStores
 from eopd.storage.teacher_cache import TeacherCache
@@ -28,6 +29,7 @@ from eopd.storage.verification import Damage, verify
 from tests import s3
 
 from .making import scores
+from .test_pruning import copies_stand_as_pruned, interrupted_copies_are_continued, large, make
 from .test_teacher_cache import assert_identical
 
 pytest.importorskip("obstore", reason="obstore is not installed")
@@ -118,6 +120,43 @@ def test_what_can_be_wrong_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
     with pytest.raises(DamagedPart, match="outside its part folder"):
         TeacherCache(remote).read_part(0)
     assert TeacherCache(remote).read_part(1).responses == 4
+
+
+def test_a_pruned_checkpoint_is_copied_to_a_bucket(tmp_path: Path, bucket: Any) -> None:
+    copies_stand_as_pruned(tmp_path / "here", bucket)
+
+
+def test_an_interrupted_copy_to_a_bucket_is_continued(
+    tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_copies_are_continued(tmp_path / "here", bucket, monkeypatch)
+
+
+def test_what_is_left_in_a_bucket_is_verified_and_repaired(tmp_path: Path, bucket: Any) -> None:
+    import obstore
+
+    artifact = make(tmp_path)
+    prune(artifact, 1, large)
+    copy(artifact, bucket)
+    there = RemoteArtifact(bucket, "checkpoints", artifact.key)
+    left = f"{there.folder}/{paths.data_name(1, there.remains(1).nonce)}/sub/figures"
+    obstore.put(bucket, left, b"g" * 11)
+    (found,) = verify(bucket, repair=True)
+    assert "part 1: the bytes of sub/figures changed" in found.problem
+    assert there.missing() == [1]
+    assert copy(artifact, bucket) == [1]
+    assert there.pruned() == {1}
+    assert verify(bucket) == []
+
+
+def test_what_is_pruned_in_a_bucket_is_not_served(tmp_path: Path, bucket: Any) -> None:
+    artifact = make(tmp_path / "team")
+    prune(artifact, 1, large)
+    copy(artifact, bucket)
+    stack = StackedStores([tmp_path / "private", bucket])
+    assert stack.find(artifact.identity).folder.is_relative_to(tmp_path / "private")
+    copy(make(tmp_path / "whole"), bucket)
+    assert isinstance(StackedStores([tmp_path / "private", bucket]).find(artifact.identity), FetchedArtifact)
 
 
 # -- verify ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
-"""`max_store_bytes`: a run that would outgrow its store is refused before any work, with what would make it fit."""
+"""`max_store_bytes`: a run that would outgrow its store is refused before any work, with what would make it fit.
+
+`eopd run` asks once, and so does a stage's command that a person or a batch system gives; the workers of `eopd run` do
+not ask again, and nobody asks between parts. Nothing is measured on the disk: what is there is the sum of the sizes in
+the markers of other artifacts, a small file a part, and what is to come is the forecast that `eopd plan` shows.
+"""
 
 from __future__ import annotations
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.estimate import Keep
 from eopd.pipeline.overview import Overview, look
-from eopd.pipeline.runner import Runner
+from eopd.pipeline.runner import Runner, states_of
 from eopd.pipeline.words import size
 from eopd.storage import listing
 
@@ -36,10 +41,10 @@ def refuse_too_large(runner: Runner) -> None:
 
 def _others(runner: Runner) -> int:
     """Bytes of the store that this run's plan does not name."""
-    plan = runner.plan
-    ours = {identity.key for job in plan.jobs for identity in (job.output, job.side) if identity is not None}
-    found = listing.ls(runner.store) if runner.store.is_dir() else []
-    return sum(item.bytes for item in found if item.key not in ours)
+    named = (identity for job in runner.plan.jobs for identity in (job.output, job.side, states_of(job)))
+    ours = {identity.key for identity in named if identity is not None}
+    others = ((kind, key) for kind, key in listing.keys(runner.store) if key not in ours)
+    return sum(listing.listed(runner.store, kind, key).bytes for kind, key in others)
 
 
 def _what_would_help(runner: Runner, overview: Overview) -> str:

@@ -179,12 +179,15 @@ def worker_progress() -> Progress | None:
 
 
 def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
+    from eopd.pipeline.budget import refuse_too_large
     from eopd.pipeline.launchers.base import Task
     from eopd.pipeline.launchers.local import stage_command, trains_together
 
     runner = _open(config, overrides)
     job = runner.plan.job(stage, round_)
     chosen = _share(parts, job.output.parts)
+    if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
+        refuse_too_large(runner)
     _write_resolved(runner)
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):

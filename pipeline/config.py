@@ -67,7 +67,7 @@ class RunSettings(Settings):
     runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)
     max_store_bytes: int | None = setting(
         None,
-        "Refuse a run that would take the store beyond this, before any work. None: no limit.",
+        "Refuse a run, or a stage of it, that would take the store beyond this, before any work. None: no limit.",
         keyed=False,
         gt=0,
     )

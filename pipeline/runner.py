@@ -84,7 +84,13 @@ class Runner:
 
     def states(self, job: PlannedJob) -> Artifact:
         """Resumable states of a training job, by optimiser step."""
-        return self.artifact(Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key}))
+        return self.artifact(states_of(job))
+
+    def is_idle(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
+        """Whether nothing is left to do of ``job``, or of ``parts`` of it."""
+        if self.is_done(job):
+            return True
+        return parts is not None and job.side is None and self.artifact(job.output).committed().issuperset(parts)
 
     def run(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
         """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.
@@ -92,11 +98,11 @@ class Runner:
         Raises:
             ConfigError: an input artifact is not complete yet; names the command that makes it.
         """
+        if self.is_idle(job, parts):
+            return False
         output = self.artifact(job.output)
         chosen = list(range(output.parts)) if parts is None else list(parts)
         committed = output.committed()
-        if self.is_done(job) or (parts is not None and committed.issuperset(chosen) and job.side is None):
-            return False
         self._check_inputs(job, chosen)
         for part in self.called_back(job):
             revive(output, part)
@@ -165,6 +171,11 @@ class Runner:
 
     def teacher(self) -> ModelRef:
         return self._external(self.settings.teacher, self.facts.teacher)
+
+
+def states_of(job: PlannedJob) -> Identity:
+    """What the resumable states of a training job are."""
+    return Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key})
 
 
 def _dtype_of(folder: Path) -> str:

@@ -89,10 +89,11 @@ def ls(store: Path | Bucket) -> list[Listed]:
     """
     if isinstance(store, Path) and not store.is_dir():
         raise StoreError(f"there is no store at {store}")
-    return [_listed(store, kind, key) for kind, key in keys(store)]
+    return [listed(store, kind, key) for kind, key in keys(store)]
 
 
-def _listed(store: Path | Bucket, kind: str, key: str) -> Listed:
+def listed(store: Path | Bucket, kind: str, key: str) -> Listed:
+    """One artifact of a store; of a folder, its bytes are those that its markers say."""
     try:
         artifact = open_in(store, kind, key)
         standing = artifact.standing()

@@ -14,12 +14,13 @@ import pytest
 
 from eopd.pipeline.config import load_config
 from eopd.pipeline.planning import plan_run
+from eopd.pipeline.progress import EVENTS_VARIABLE
 from eopd.pipeline.pruning import prune_old
 from eopd.pipeline.runner import Runner
 from eopd.stages.job import NullProgress
 from eopd.storage import garbage
 from eopd.storage.verification import verify
-from tests.end_to_end.conftest import World, environment, eopd
+from tests.end_to_end.conftest import World, checksums, command, environment, eopd
 
 SMALL = {
     "rounds": 4,
@@ -115,3 +116,27 @@ def test_what_another_run_keeps_stays(world: World, tmp_path: Path) -> None:
     shutil.rmtree(world.runs("keeping"))
     assert prune_old(sparing) > 0
     assert (weights(Path(store)), moments(Path(store))) == (1, 1)
+
+
+def test_a_stage_that_would_outgrow_its_store_is_refused_as_the_run_is(world: World) -> None:
+    """By its own command; what is done already is said to be, and the workers of a run do not ask again."""
+    config, store = world.config("outgrown", **SMALL), world.store("outgrown")
+    little = ("--set", "max_store_bytes=1000")
+    whole = eopd("run", config, *little, check=False)
+    for stage, *options in (("rollout", "--parts", "1"), ("score",), ("train",)):
+        refused = eopd(stage, config, *options, *little, check=False)
+        assert (refused.returncode, refused.stderr) == (whole.returncode, whole.stderr)
+    assert whole.returncode == 1
+    assert "max_store_bytes is 1.0 kB, and" in whole.stderr
+    assert not checksums(store)
+    assert not world.runs("outgrown").exists()
+
+    eopd("rollout", config, "--parts", "1", "--set", "max_store_bytes=1000000000")
+    before = checksums(store)
+    assert "complete already" in eopd("rollout", config, "--parts", "1", *little).stderr
+    assert "max_store_bytes is" in eopd("rollout", config, *little, check=False).stderr
+    assert checksums(store) == before
+    events = str(world.folder / "events.jsonl")
+    told = {**environment(), EVENTS_VARIABLE: events}
+    subprocess.run(command("rollout", config, "--parts", "0", *little), env=told, check=True, capture_output=True)
+    assert len(checksums(store)) == 2

@@ -147,3 +147,23 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
     commit(other, other.plan.jobs[0])
     with pytest.raises(ConfigError, match=r"4\.0 kB of other artifacts"):
         refuse_too_large(make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak))
+
+
+def test_states_of_a_training_that_was_stopped_are_not_counted_twice(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    runner = make_runner(tmp_path)
+    peak = look([runner]).peak_bytes
+    with runner.states(runner.plan.job("train", 0)).write_part(2) as folder:
+        (folder / "state").write_bytes(bytes(3000))
+    refuse_too_large(make_runner(tmp_path, max_store_bytes=peak))
+
+
+def test_a_part_that_is_there_leaves_nothing_to_do(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    job = runner.plan.job("rollout", 0)
+    commit(runner, job, [0, 1])
+    assert runner.is_idle(job, [1])
+    assert not runner.is_idle(job, [1, 2])
+    assert not runner.is_idle(job)
+    commit(runner, job, range(2, job.output.parts))
+    assert runner.is_idle(job)

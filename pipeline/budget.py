@@ -52,8 +52,8 @@ def _what_would_help(runner: Runner, overview: Overview) -> str:
     checkpoint = overview.checkpoint_of(runner.settings.name)
     told = (
         f"A checkpoint is {size(checkpoint.weights)} of weights and {size(checkpoint.optimizer)} of optimiser state, "
-        f"{runner.settings.rounds} rounds."
+        "one a round."
     )
     if spared > 0:
-        told += f" train.keep_checkpoints=1 and train.keep_optimizer_states=1 would save {size(spared)};"
-    return f"{told} fewer rounds, `eopd store gc --runs {runner.settings.runs}`, or a higher limit help."
+        told += f" train.keep_checkpoints=1 and train.keep_optimizer_states=1 would save {size(spared)}."
+    return f"{told} Fewer rounds, `eopd store gc --runs {runner.settings.runs}`, or a higher limit help."

@@ -135,12 +135,17 @@ import os, signal, sys, time
 from pathlib import Path
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.claims import claimed_parts
-artifact = Artifact(Path(sys.argv[1]), Identity("rollouts", 1, 40))
+store, dies = Path(sys.argv[1]), sys.argv[2] == "die"
+artifact = Artifact(store, Identity("rollouts", 1, 40))
+while not dies and len(list(store.glob("*.dying"))) < 2:
+    time.sleep(0.01)
 for part in claimed_parts(artifact, range(40)):
     with artifact.write_part(part, info={"by": os.getpid()}) as folder:
         (folder / "f").write_text(f"part {part}")
-        time.sleep(0.01)
-        if sys.argv[2] == "die" and part % 5 == 3:
+        if dies:
+            (store / f"{os.getpid()}.dying").touch()
+        time.sleep(0.05 if dies else 0.01)
+        if dies:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 

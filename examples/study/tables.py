@@ -104,7 +104,7 @@ def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
 
 
 def levels(found: Sequence[Rows]) -> str:
-    lines = _header("setting", "seeds", "rate", *FIGURES, "self-BLEU", "entropy (nats)", "bytes/token", "minutes")
+    lines = _header("setting", "seeds", "rate", *FIGURES, "self-BLEU", "entropy (nats)", "bytes/token", "CPU minutes")
     for rows in found:
         seeds = list(rows.by_seed)
         rate = next(iter(rows.by_seed.values())).content["settings"]["train"]["optimizer"]["lr"]
@@ -112,7 +112,7 @@ def levels(found: Sequence[Rows]) -> str:
         cells += [_level(over_seeds(rows.stacked(seeds, figure).mean(axis=1))) for figure in FIGURES.values()]
         cells += [f"{rows.estimate('metrics', name).mean:.3f}" for name in ("self_bleu", "token_entropy")]
         cells.append(f"{rows.estimate('cost', 'bytes_per_token').mean:.1f}")
-        cells.append(f"{rows.estimate('cost', 'seconds').mean / 60:.1f}")
+        cells.append(f"{rows.estimate('cost', 'cpu_seconds').mean / 60:.1f}")
         lines.append(_line(cells))
     return "\n".join(lines)
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Stamp = tuple[tuple[str, int, int], ...]
+
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
 
@@ -62,6 +64,11 @@ def files(path: Path, split: str | None) -> list[Path]:
         return [path]
     folder = _split(path, split)
     return [folder / "state.json", *_arrow_files(folder)]
+
+
+def stamp(path: Path, split: str | None) -> Stamp:
+    """What changes when a source does: time of the last change (ns) and bytes of its files."""
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files(path, split))
 
 
 def _kind(path: Path) -> str:

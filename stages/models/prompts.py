@@ -103,12 +103,18 @@ class PromptTable:
 
 
 def load_prompts(settings: PromptSettings) -> PromptTable:
-    """Read and check a whole source.
+    """Read and check a whole source; once, where one process does several rounds.
 
     Raises:
         ValueError: no such source, no rows, a malformed line (by number), a missing or empty column (by row, with
             the columns there are), or an id that occurs twice.
     """
+    return _load(settings.model_dump_json(), prompt_sources.stamp(Path(settings.path), settings.split))
+
+
+@lru_cache(maxsize=4)
+def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
+    settings = PromptSettings.model_validate_json(settings_json)
     names = [name for name in settings.columns.model_dump().values() if name is not None]
     prompts: list[Prompt] = []
     first_seen: dict[str, str] = {}

@@ -78,6 +78,16 @@ def test_source_files_change_with_the_content_only(tmp_path: Path) -> None:
     assert len(listed) == 3
 
 
+def test_a_source_is_read_again_when_it_changed(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl")
+    table = load_prompts(prompts(path))
+    assert load_prompts(prompts(path)) is table
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(ROWS[0]["problem"], "another?"), encoding="utf-8")
+    assert load_prompts(prompts(path))[0].messages[0]["content"] == "another?"
+    assert len(load_prompts(prompts(path, limit=2))) == 2
+
+
 def test_ids_may_be_row_numbers_and_prompts_conversations(tmp_path: Path) -> None:
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"}]
     path = write(tmp_path, "jsonl", [{"prompt": talk}, {"prompt": "One?"}])

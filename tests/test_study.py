@@ -100,7 +100,7 @@ def made_up(task: Task, folder: Path, shift: int) -> None:
         "settings": {"train": {"optimizer": {"lr": task.lr}}},
         "alignment": {name: {"all": figures, "above": figures, "below": figures} for name in ("own", "teacher")},
     }
-    cost = {"bytes_per_token": 30.0, "seconds": 60.0}
+    cost = {"bytes_per_token": 30.0, "seconds": 60.0, "cpu_seconds": 60.0}
     results.write(task, {**content, "seed": task.seed, "inputs": {"problems": "p"}, "cost": cost}, folder)
 
 

@@ -29,28 +29,31 @@ def torch_threads(count: int | None) -> Iterator[None]:
         _set_num_threads(before)
 
 
-def even_size(total: int, least: int, most: int) -> int:
-    """Size, from ``least`` to ``most``, of pieces of ``total`` with which threads that start together end together."""
-    threads = torch.get_num_threads()
-    rounds = -(-total // (most * threads))
-    return min(most, max(least, -(-total // max(1, rounds * threads))))
+class OneThreadEach:
+    """As many threads as torch uses now, for pieces of work; kept from call to call, with the memory they hold."""
 
+    def __init__(self) -> None:
+        self._count = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._count, initializer=_set_num_threads, initargs=(1,))
 
-def map_one_thread_each(function: Callable[[Given], Found], pieces: Iterable[Given]) -> list[Found]:
-    """``function`` of every piece, in order, on as many threads as torch uses now. Raises what the first piece raised.
+    def even_size(self, total: int, least: int, most: int) -> int:
+        """Size, from ``least`` to ``most``, of pieces of ``total`` with which all threads end together."""
+        rounds = -(-total // (most * self._count))
+        return min(most, max(least, -(-total // max(1, rounds * self._count))))
 
-    Within ``function`` torch does not divide an operation over threads, and keeps no track of gradients.
-    """
-    threads = torch.get_num_threads()
+    def map(self, function: Callable[[Given], Found], pieces: Iterable[Given]) -> list[Found]:
+        """``function`` of every piece, in order. Raises what the first piece raised.
 
-    def call(piece: Given) -> Found:
-        with torch.inference_mode():
-            return function(piece)
+        Within ``function`` torch does not divide an operation over threads, and keeps no track of gradients.
+        """
 
-    if threads == 1:
-        return [call(piece) for piece in pieces]
-    with ThreadPoolExecutor(threads, initializer=_set_num_threads, initargs=(1,)) as pool:
+        def call(piece: Given) -> Found:
+            with torch.inference_mode():
+                return function(piece)
+
+        if self._count == 1:
+            return [call(piece) for piece in pieces]
         try:
-            return list(pool.map(call, pieces))
+            return list(self._pool.map(call, pieces))
         finally:
-            _set_num_threads(threads)  # what a new thread begins with is one number of the whole process
+            _set_num_threads(self._count)  # what a new thread begins with is one number of the whole process

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.threads import even_size, map_one_thread_each
+from eopd.stages.models.threads import OneThreadEach
 from eopd.stages.score.block_rows import BlockRows
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty
@@ -53,6 +53,7 @@ class StatisticsHead:
         self.stop_ids = stop_ids
         self._whole: WholeRows | None = None
         self._blocks: BlockRows | None = None
+        self._threads = OneThreadEach()
         if self._on_cpu and head.vocab_size <= MOST_IDS:
             self._whole = WholeRows(self.head, rule, temperature, stop_ids, chunk_rows)
         else:
@@ -72,8 +73,8 @@ class StatisticsHead:
         hidden = hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
         if self._whole is not None:
             most = self._whole.rows
-            chunks = _chunks(hidden, batch, even_size(len(hidden), min(LEAST_ROWS, most), most))
-            pieces = map_one_thread_each(partial(_statistics, self._whole), chunks)
+            chunks = _chunks(hidden, batch, self._threads.even_size(len(hidden), min(LEAST_ROWS, most), most))
+            pieces = self._threads.map(partial(_statistics, self._whole), chunks)
         else:
             assert self._blocks is not None
             pieces = [_statistics(self._blocks, chunk) for chunk in _chunks(hidden, batch, self._blocks.rows)]

@@ -28,7 +28,7 @@ from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
 
 MOST_IDS = 4096
 """Up to this vocabulary whole rows are worked on; beyond it blocks of columns (``LogitBlocks``)."""
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 4 << 20
 LEAST_ROWS = 256
 """Chunks with fewer rows would spend their time between the loops."""
 

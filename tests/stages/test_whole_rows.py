@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.threads import even_size, torch_threads
+from eopd.stages.models.threads import OneThreadEach, torch_threads
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.token_batch import TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics
@@ -85,10 +88,26 @@ def test_the_widest_logits_are_still_ordered() -> None:
 
 def test_pieces_are_equal_and_as_many_for_each_thread() -> None:
     with torch_threads(2):
+        even_size = OneThreadEach().even_size
         assert even_size(8512, 256, 1024) == 852  # ten pieces
         assert even_size(2048, 256, 1024) == 1024
         assert even_size(600, 256, 1024) == 300
         assert even_size(10, 256, 1024) == 256, "a small one is not divided"
         assert even_size(0, 256, 1024) == 256
     with torch_threads(1):
-        assert even_size(1025, 256, 1024) == 513
+        assert OneThreadEach().even_size(1025, 256, 1024) == 513
+
+
+def test_threads_are_kept_and_each_is_one_to_torch() -> None:
+    with torch_threads(2):
+        threads = OneThreadEach()
+
+        def who(_: int) -> tuple[int, int]:
+            time.sleep(0.01)
+            return threading.get_ident(), torch.get_num_threads()
+
+        first, second = threads.map(who, range(8)), threads.map(who, range(8))
+        assert torch.get_num_threads() == 2
+    assert {ident for ident, _ in first} == {ident for ident, _ in second}
+    assert len({ident for ident, _ in first}) == 2
+    assert {count for _, count in first} == {1}

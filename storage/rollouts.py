@@ -52,7 +52,9 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
         ValueError: the file holds another record or another version of it.
     """
     path = folder / FILE_NAME
-    found = pq.read_schema(path).metadata or {}
-    if found.get(b"eopd.record") != b"rollouts" or found.get(b"eopd.version") != b"1":
-        raise ValueError(f"{path} is no rollout record of version 1 (metadata {found.get(b'eopd.version')!r})")
-    return pq.read_table(path, columns=list(columns) if columns is not None else None)
+    with pq.ParquetFile(path) as file:
+        found = file.schema_arrow.metadata or {}
+        if found.get(b"eopd.record") != b"rollouts" or found.get(b"eopd.version") != b"1":
+            raise ValueError(f"{path} is no rollout record of version 1 (metadata {found.get(b'eopd.version')!r})")
+        # a part is small: dividing it over threads takes longer than reading it
+        return file.read(columns=list(columns) if columns is not None else None, use_threads=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,20 @@ def run(job: ScoreJob) -> None:
 
 
 @dataclass
+class InReadingOrder:
+    """A part's statistics as the engine's batches came."""
+
+    pieces: list[TokenStatistics] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)  # number of the response of each run of tokens
+    lengths: list[int] = field(default_factory=list)  # tokens of each run
+
+    def rows(self, stop_ids: tuple[int, ...], responses: int) -> TeacherRows:
+        """The record of ``responses`` responses."""
+        statistics = concatenate(self.pieces) if self.pieces else empty(len(stop_ids))
+        return in_response_order(statistics, self.order, self.lengths, np.asarray(stop_ids, np.int32), responses)
+
+
+@dataclass
 class Scorer:
     """One run's state. ``survey`` first, then ``score`` with an engine that is open."""
 
@@ -119,36 +133,32 @@ class Scorer:
                         if job.settings.first_batch_check and not engine.checked:
                             job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
                             engine.checked = True
-                        rows = self._rows(part, responses, engine, head, began)
-                        if rows is not None:
-                            writer.write(partial(self._write, part, rows, responses, engine), claimed.pop_all())
+                        found = self._statistics(part, responses, engine, head, began)
+                        if found is not None:
+                            writer.write(partial(self._write, part, found, responses, engine), claimed.pop_all())
                 writer.finish()
             finally:
                 job.progress.close()
         self._tell(time.monotonic() - began)
 
-    def _rows(
+    def _statistics(
         self, part: int, responses: PartResponses, engine: HiddenEngine, head: StatisticsHead, began: float
-    ) -> TeacherRows | None:
-        """The part's record; None where logits are not finite, which is noted."""
-        pieces: list[TokenStatistics] = []
-        order: list[int] = []
-        lengths: list[int] = []
+    ) -> InReadingOrder | None:
+        """None where logits are not finite, which is noted."""
+        found = InReadingOrder()
         for batch in engine.hidden(responses.sequences):
             try:
-                pieces.append(head(batch.hidden, self._question(responses, batch)))
+                found.pieces.append(head(batch.hidden, self._question(responses, batch)))
             except NotFinite:
                 response, position = first_not_finite(engine, head, responses.sequences, batch.order)
                 self.failures.append(f"part {part}: {responses.names[response]}, response token {position}")
                 return None
-            order += batch.order
-            lengths += batch.lengths
+            found.order += batch.order
+            found.lengths += batch.lengths
             self.done += sum(batch.lengths)
             rate = self.done / max(time.monotonic() - began, 1e-9)
             self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
-        stop_ids = np.asarray(self.job.stop_ids, np.int32)
-        statistics = concatenate(pieces) if pieces else empty(len(stop_ids))
-        return in_response_order(statistics, order, lengths, stop_ids, len(responses.sequences))
+        return found
 
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:
         seed = self.job.settings.head.seed
@@ -162,8 +172,9 @@ class Scorer:
         counts = np.full(len(extra), extra.shape[1], np.int64)
         return TokenBatch(np.concatenate(sampled), keys, counts, extra.reshape(-1))
 
-    def _write(self, part: int, rows: TeacherRows, responses: PartResponses, engine: HiddenEngine) -> None:
+    def _write(self, part: int, found: InReadingOrder, responses: PartResponses, engine: HiddenEngine) -> None:
         job = self.job
+        rows = found.rows(job.stop_ids, len(responses.sequences))
         header = PartHeader(
             teacher=job.teacher.fingerprint,
             tokenizer=fingerprints(self.tokenizer).vocabulary,

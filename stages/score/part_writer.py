@@ -8,27 +8,37 @@ from contextlib import ExitStack
 
 
 class PartWriter:
-    """One thread that encodes and writes; at most one part waits for it, so memory holds two."""
+    """One thread that encodes and writes; at most one part waits for it, so memory holds two.
+
+    A part that was handed over is begun when the caller says so, at a moment when its own work leaves cores free.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="part-writer")
+        self._next: tuple[Callable[[], None], ExitStack] | None = None
         self._last: Future[None] | None = None
 
     def write(self, task: Callable[[], None], claimed: ExitStack) -> None:
-        """Run ``task`` when the one before is done; raises what that one raised."""
+        """Hand over ``task``, when the one before is done; raises what that one raised."""
         with claimed:
             self.finish()
-            held = claimed.pop_all()
-        self._last = self._pool.submit(_run, task, held)
+            self._next = task, claimed.pop_all()
+
+    def begin(self) -> None:
+        """Let the thread begin with what was handed over."""
+        if self._next is not None:
+            self._last, self._next = self._pool.submit(_run, *self._next), None
 
     def finish(self) -> None:
-        """Wait for the last task; raises what it raised."""
+        """Wait for everything that was handed over; raises what it raised."""
+        self.begin()
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
     def close(self) -> None:
-        """Wait for what was begun, and end the thread."""
+        """Wait for what was handed over, and end the thread."""
+        self.begin()
         self._pool.shutdown(wait=True)
 
 

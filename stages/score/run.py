@@ -133,7 +133,7 @@ class Scorer:
                         if job.settings.first_batch_check and not engine.checked:
                             job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
                             engine.checked = True
-                        found = self._statistics(part, responses, engine, head, began)
+                        found = self._statistics(part, responses, engine, head, began, writer)
                         if found is not None:
                             writer.write(partial(self._write, part, found, responses, engine), claimed.pop_all())
                 writer.finish()
@@ -142,11 +142,19 @@ class Scorer:
         self._tell(time.monotonic() - began)
 
     def _statistics(
-        self, part: int, responses: PartResponses, engine: HiddenEngine, head: StatisticsHead, began: float
+        self,
+        part: int,
+        responses: PartResponses,
+        engine: HiddenEngine,
+        head: StatisticsHead,
+        began: float,
+        writer: PartWriter,
     ) -> InReadingOrder | None:
         """None where logits are not finite, which is noted."""
         found = InReadingOrder()
         for batch in engine.hidden(responses.sequences):
+            # not before: on a CPU the teacher's threads wait for each other, so one core taken from them costs all
+            writer.begin()
             try:
                 found.pieces.append(head(batch.hidden, self._question(responses, batch)))
             except NotFinite:

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(tasks, args.results, args.workers)
         return 0
     failed = [] if args.report else make_missing(tasks, args)
-    write_report(chosen, args.results, document)
+    write_report(chosen if args.only or args.smoke else [*chosen, TUNE], args.results, document)
     return report_failures(failed)
 
 

@@ -51,25 +51,27 @@ ALIGNMENT: dict[str, tuple[str, ...]] = {
     "RKL, H <= 0.8": ("own", "below", "rkl"),
     "top-1 agreement": ("teacher", "all", "agreement"),
     "student's tokens > 0.8": ("own", "all", "student_above"),
-    "teacher's there": ("own", "all", "share"),
+    "teacher's there": ("own", "above", "share"),
 }
 """Forward KL on the teacher's responses, reverse KL on the student's own, nats a token."""
 
 
 def load(experiment: Experiment, folder: Path) -> list[Rows]:
-    """Settings with at least one result, those that the experiment borrows first.
+    """Settings with at least one result, those that the experiment borrows first; none where it has none of its own.
 
     Raises:
         ValueError: results of one experiment are of different problems.
     """
     rates = tuned(folder)
+    own = [_rows(experiment, setting.name, setting.name, rates, folder) for setting in experiment.settings]
+    if not any(rows.by_seed for rows in own):
+        return []
     found = []
     for name in experiment.borrows:
         source, setting = name.split("/")
         lender = dataclasses.replace(EXPERIMENTS[source], scale=experiment.scale)
         found.append(_rows(lender, setting, name, rates, folder))
-    found += [_rows(experiment, setting.name, setting.name, rates, folder) for setting in experiment.settings]
-    found = [rows for rows in found if rows.by_seed]
+    found = [rows for rows in (*found, *own) if rows.by_seed]
     problems = {result.content["inputs"]["problems"] for rows in found for result in rows.by_seed.values()}
     if len(problems) > 1:
         raise ValueError(f"experiment {experiment.name}: results of {len(problems)} different sets of problems")

@@ -88,9 +88,16 @@ def claimed_parts(artifact: Artifact, parts: Sequence[int], tell: Callable[[str]
 
 
 def held_parts(
-    artifact: Artifact, parts: Sequence[int], tell: Callable[[str], None] | None = None
+    artifact: Artifact,
+    parts: Sequence[int],
+    tell: Callable[[str], None] | None = None,
+    before_waiting: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, ExitStack]]:
-    """As ``claimed_parts``, with the claim for the caller to close: when the part is committed."""
+    """As ``claimed_parts``, with the claim for the caller to close: when the part is committed.
+
+    Args:
+        before_waiting: sees to it that what the caller still holds will be committed: others may wait for that.
+    """
     waiting = list(parts)
     patience = Patience(tell)
     while waiting:
@@ -109,6 +116,8 @@ def held_parts(
                 yield part, held
         waiting = held_by_others
         if waiting:
+            if before_waiting is not None:
+                before_waiting()
             patience.wait_for(artifact, waiting)
 
 

@@ -127,7 +127,7 @@ class Scorer:
         job.progress.start("score", self.total)
         with closing(PartWriter()) as writer:
             try:
-                for part, claimed in held_parts(job.output, parts, job.progress.line):
+                for part, claimed in held_parts(job.output, parts, job.progress.line, writer.begin):
                     with claimed:
                         responses = read_part(job, part, self.tokenizer, self.limit)
                         if job.settings.first_batch_check and not engine.checked:

@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
-from eopd.storage.claims import claim, claimed_parts
+from eopd.storage.claims import claim, claimed_parts, held_parts
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
 
 
@@ -171,6 +172,24 @@ def test_a_claimed_part_comes_last(artifact: Artifact) -> None:
         assert next(parts) == 1
         write(artifact, 1)
         write(artifact, 0)  # its holder commits
+        assert list(parts) == []
+
+
+def test_who_waits_for_others_lets_them_have_what_it_holds(artifact: Artifact) -> None:
+    """Two processes that each hold a part to be written later, and wait for the other's, would wait for ever."""
+    with ExitStack() as others, ExitStack() as ours:
+        assert others.enter_context(claim(artifact, 1))
+
+        def write_later() -> None:
+            write(artifact, 0)
+            ours.close()
+            write(artifact, 1)  # they got what they waited for, and end
+            others.close()
+
+        parts = held_parts(artifact, [0, 1], before_waiting=write_later)
+        part, held = next(parts)
+        assert part == 0
+        ours.enter_context(held)
         assert list(parts) == []
 
 

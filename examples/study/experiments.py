@@ -55,7 +55,7 @@ TUNE = Experiment(
     scale=TUNING,
     evaluates="tuning",
     settings=(
-        # a fourth rate where the best of three was at an edge, added before any other experiment was begun
+        # a fourth rate where the best of three was at an edge, added before any other result was there
         *_tuned("opd", {"name": "opd"}, (*POLICY_RATES, 8e-4)),
         *_tuned("eopd-0.8", _eopd(0.8), POLICY_RATES),
         *_tuned("mix", _eopd(-1.0), (5e-5, *POLICY_RATES)),

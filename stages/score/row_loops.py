@@ -46,29 +46,16 @@ def sums(logits: Float32, mass: Float32) -> tuple[Float64, Float64]:
 
 
 @compiled
-def reaching(logits: Float32, bounds: Float32) -> Int64:
-    """[C] how many logits of each row [C, V] are at least its bound [C]."""
-    rows, vocabulary = logits.shape
-    counts = np.empty(rows, np.int64)
-    for row in range(rows):
-        count = np.int32(0)
-        for v in range(vocabulary):
-            count = np.int32(count + np.int32(logits[row, v] >= bounds[row]))
-        counts[row] = count
-    return counts
-
-
-@compiled
-def ranks(logits: Float32, values: Float32) -> Int32:
+def above(logits: Float32, values: Float32) -> Int32:
     """[C] how many logits of each row [C, V] exceed its value [C]."""
     rows, vocabulary = logits.shape
-    above = np.empty(rows, np.int32)
+    counts = np.empty(rows, np.int32)
     for row in range(rows):
         count = np.int32(0)
         for v in range(vocabulary):
             count = np.int32(count + np.int32(logits[row, v] > values[row]))
-        above[row] = count
-    return above
+        counts[row] = count
+    return counts
 
 
 @compiled

@@ -82,7 +82,7 @@ class WholeRows:
             token_ids=batch.sampled_ids.astype(np.int32),
             entropy=np.maximum(entropy, 0.0).astype(np.float32),
             sampled_logprob=_floored(sampled - lse),
-            sampled_rank=row_loops.ranks(logits, sampled.astype(np.float32)),
+            sampled_rank=row_loops.above(logits, sampled.astype(np.float32)),
             stop_logprobs=self._stops(logits, lse),
             tail_logmass=_floored(tail_logmass),
             head_counts=head_counts,
@@ -126,7 +126,8 @@ class WholeRows:
         """Sizes [C], ids [K*] and log-probs [K*]; of each row the most probable first."""
         k, least = min(self.rule.k_max, self.head.vocab_size), math.log(self.rule.min_prob)
         bounds = _lowest_from(least, lse)
-        counts = row_loops.reaching(logits, bounds).clip(1, k)
+        # as many reach a bound as exceed the number just below it
+        counts = row_loops.above(logits, np.nextafter(bounds, np.float32(-np.inf))).clip(1, k).astype(np.int64)
         counts[entropy > self.rule.full_head_above] = k
         guesses = np.minimum(bounds, -1.0).view(np.uint32).astype(np.int64)
         entries = row_loops.largest(logits, counts, guesses, k)

@@ -25,8 +25,8 @@ def toy(name: str, **changes: object) -> Experiment:
     return dataclasses.replace(experiments.EXPERIMENTS[name], scale=TOY, **changes)  # type: ignore[arg-type]
 
 
-def test_no_two_settings_are_the_same_run(tmp_path: Path) -> None:
-    tasks = in_order(ALL, tmp_path, seeds=[0])
+def test_no_two_settings_are_the_same_run() -> None:
+    tasks = in_order(ALL, results.RESULTS, seeds=[0])
     assert len({task.key for task in tasks}) == len(tasks) == len({task.name for task in tasks})
 
 

@@ -69,6 +69,26 @@ TUNE = Experiment(
 
 SECOND_SEEDS = (0, 1, 2)
 
+RATES = Experiment(
+    name="rates",
+    question="Is it the objective, or the learning rate that it was given?",
+    reference="main/opd",
+    borrows=("main/opd", "main/eopd-0.8", "main/mix"),
+    # equal rates: 4e-4 twice, then 2e-4 twice
+    primary=(
+        ("eopd-0.8-lr0.0004", "main/opd"),
+        ("eopd-0.8-lr0.0004", "mix-lr0.0004"),
+        ("main/eopd-0.8", "opd-lr0.0002"),
+        ("main/eopd-0.8", "mix-lr0.0002"),
+    ),
+    seeds=MAIN.seeds,
+    settings=(
+        *_tuned("eopd-0.8", _eopd(0.8), (4e-4,)),
+        *_tuned("opd", {"name": "opd"}, (2e-4,)),
+        *_tuned("mix", _eopd(-1.0), (4e-4, 2e-4)),
+    ),
+)
+
 GATE = Experiment(
     name="gate",
     question="Is it the entropy that makes the gate, or would any gate do?",
@@ -114,6 +134,8 @@ REVERSE = Experiment(
     ),
 )
 
+ONCE_RATE = 2e-4
+
 STALENESS = Experiment(
     name="staleness",
     question="What does offline staleness cost, and which advantage and ratio bear it?",
@@ -132,6 +154,16 @@ STALENESS = Experiment(
             for advantage in ("old", "current")
             for ratio in ("ppo", "is", "none")
             if (advantage, ratio, refresh) not in {("old", "ppo", 4), ("current", "ppo", 0)}  # main/opd, main/lightning
+        ),
+        *(  # one rate more for those that sample once: the tuned one is of a single advantage and ratio
+            Setting(
+                f"{advantage}-{ratio}-once-lr{ONCE_RATE:g}",
+                {"name": "opd", "advantage": advantage, "ratio": ratio},
+                ONCE_RATE,
+                refresh=0,
+            )
+            for advantage in ("old", "current")
+            for ratio in ("ppo", "is", "none")
         ),
         *(
             Setting(f"{name}-every{refresh}" if refresh else f"{name}-once", objective, rate, refresh)
@@ -198,6 +230,6 @@ TEXT_PAIR = Experiment(
     ),
 )
 
-EXPERIMENTS = {one.name: one for one in (MAIN, GATE, SUPPORT, REVERSE, BYTES, STALENESS, TEXT_PAIR, TUNE)}
-DEFAULT = ("main", "gate", "support", "reverse", "bytes", "gsm8k", "staleness")
+EXPERIMENTS = {one.name: one for one in (MAIN, RATES, GATE, SUPPORT, REVERSE, BYTES, STALENESS, TEXT_PAIR, TUNE)}
+DEFAULT = ("main", "rates", "gate", "support", "reverse", "bytes", "gsm8k", "staleness")
 """What runs when nothing is named. Tuning comes before any of them, and was done once."""

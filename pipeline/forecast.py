@@ -73,6 +73,7 @@ def forecast(
     tokens_of: dict[str, tuple[int, bool]] = {}  # of what was sampled: tokens, and whether that is a bound
     for state in states:
         job, spec = state.job, specs[state.runs[0]]
+        again = job.output.key in tokens_of  # for a run that wants another side artifact of the same rollouts
         own, stage = sizes.get(job.output.key, Sizes()), by_stage[job.stage]
         if job.output.kind in SAMPLED:
             tokens, at_most = _sampled(job, spec, own if own.responses else stage)
@@ -84,7 +85,9 @@ def forecast(
             tokens *= spec.settings.train.epochs
             size = float(spec.checkpoint.weights + spec.checkpoint.optimizer)
         else:
-            size = tokens * _bytes_per_token(job, spec, own if own.tokens else stage)
+            size = tokens * (
+                (0.0 if again else _bytes_per_token(job, spec, own if own.tokens else stage)) + _beside(job)
+            )
         rate = rates.get(job.stage)
         left = tokens * state.missing / state.parts
         seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
@@ -116,8 +119,12 @@ def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
         found = score_token_bytes(spec.settings.score.head)
     else:
         found = ALIGNED_TOKEN if job.stage == "align" else ROLLOUT_TOKEN
-    side = SIDE_ENTRY * spec.settings.rollout.student_topk if job.stage == "rollout" else 0.0
-    return found + side
+    return found
+
+
+def _beside(job: PlannedJob) -> float:
+    """Bytes a token of the student's own top-k, which a rollout makes beside its responses."""
+    return SIDE_ENTRY * int(job.side.settings["k"]) if job.stage == "rollout" and job.side is not None else 0.0
 
 
 def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None) -> int:

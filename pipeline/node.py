@@ -34,6 +34,10 @@ class Node:
     def running(self) -> bool:
         return bool(self._running)
 
+    @property
+    def parts_running(self) -> set[int]:
+        return {part for parts in self._running for part in parts}
+
     def missing(self) -> list[int]:
         missing = {*self.output.missing(), *self.runner.called_back(self.job)}
         if self._makes_side and self._side is not None:
@@ -43,7 +47,7 @@ class Node:
     def batches(self) -> list[Batch]:
         """What may be tried now or later: parts that failed before, apart, then all others whose inputs are there."""
         missing = set(self._ready()) - self.poisoned.keys()
-        missing -= {part for parts in self._running for part in parts}
+        missing -= self.parts_running
         if self.job.stage == "train":
             if not missing or self.running or self.poisoned:
                 return []

@@ -94,6 +94,12 @@ class PlannedJob:
         return f"{self.stage} {self.round}"
 
     @property
+    def makes(self) -> tuple[str, ...]:
+        """What it makes: jobs of several runs that agree in it are one job."""
+        made = (self.output.kind, self.output.key)
+        return (*made, self.side.key) if self.stage == "rollout" and self.side is not None else made
+
+    @property
     def prompt_indices(self) -> list[list[int]]:
         """Rows of the prompt source that a rollout samples, per part."""
         return self.draw.parts() if self.draw is not None else []
@@ -107,12 +113,20 @@ class Plan:
     def _by_name(self) -> dict[tuple[Stage, int], PlannedJob]:
         return {(job.stage, job.round): job for job in self.jobs}
 
+    @cached_property
+    def _by_key(self) -> dict[str, PlannedJob]:
+        return {job.output.key: job for job in self.jobs}
+
     def job(self, stage: Stage, round_: int) -> PlannedJob:
         found = self._by_name.get((stage, round_))
         if found is not None:
             return found
         rounds = sorted({job.round for job in self.jobs if job.stage == stage})
         raise ConfigError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
+
+    def maker(self, identity: Identity) -> PlannedJob:
+        """The job that makes an input of another one."""
+        return self._by_key[identity.key]
 
     def policy(self, round_: int) -> Identity | None:
         """Checkpoint that is the student at the start of ``round_``; None: the external student."""

@@ -137,7 +137,7 @@ class Runner:
             missing = [p for p in self.lacks(job, identity) if not by_part or p in parts]
             if not missing:
                 continue
-            maker = next(made for made in self.plan.jobs if made.output.key == identity.key)
+            maker = self.plan.maker(identity)
             state = "were pruned" if artifact.pruned().issuperset(missing) else "are missing"
             raise ConfigError(
                 f"{job.name} needs {artifact}, of which parts {missing[:8]} {state}. "

@@ -1,7 +1,7 @@
 """Brings planned jobs to their end through a pool of workers: what is ready is started, what fails is tried again.
 
-A job is ready when its inputs are there (a part of scores: when its part of the rollouts is). Jobs with equal
-outputs are one job. Everything is read from the store's commit markers and claims, so that other processes may do
+A job is ready when its inputs are there (a part of scores: when its part of the rollouts is). Jobs that make
+the same are one job. Everything is read from the store's commit markers and claims, so that other processes may do
 parts of the same jobs at the same time, and a scheduler that was killed goes on where the store is.
 """
 
@@ -44,12 +44,12 @@ class Scheduler:
     def __init__(self, work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: FaultSettings) -> None:
         self._pool, self._policy = pool, policy
         self._pause: Pause | None = None
-        self._nodes: dict[tuple[str, str], Node] = {}
+        self._nodes: dict[tuple[str, ...], Node] = {}
         for runner, job in work:
             if runner.is_done(job):
                 runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
             else:
-                self._nodes.setdefault((job.output.kind, job.output.key), Node(runner, job))
+                self._nodes.setdefault(job.makes, Node(runner, job))
 
     def run(self) -> None:
         while self._nodes:
@@ -84,7 +84,7 @@ class Scheduler:
         """Up to ``room`` batches to start now; what was never tried is divided over the room there is."""
         now = time.monotonic()
         free = [batch for batch in batches if batch.not_before <= now] if room else []
-        parts = node.not_held([part for batch in free for part in batch.parts])
+        parts = node.not_held([part for batch in free for part in batch.parts]) - self._sampled_beside(node)
         found: list[Batch] = []
         for batch in free:
             able = tuple(part for part in batch.parts if part in parts)
@@ -95,6 +95,11 @@ class Scheduler:
             else:
                 found += [Batch(share) for share in shares(able, room - len(found))]
         return found[:room]
+
+    def _sampled_beside(self, node: Node) -> set[int]:
+        """Parts of the same rollouts that are at work for runs that want another side artifact of them, or none."""
+        same = (other for other in self._nodes.values() if other is not node and other.output.key == node.output.key)
+        return {part for other in same for part in other.parts_running}
 
     def _start(self, node: Node, batch: Batch) -> None:
         if self._pause is not None:
@@ -117,7 +122,7 @@ class Scheduler:
 
     def _take_in(self, outcome: Outcome) -> None:
         task = outcome.task
-        node = self._nodes[task.job.output.kind, task.job.output.key]
+        node = self._nodes[task.job.makes]
         batch, progress = node.end(task.parts)
         missing = set(node.missing())
         left = tuple(part for part in task.parts if part in missing)

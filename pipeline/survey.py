@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,16 +72,25 @@ def store_listing(find: Callable[[Identity], Artifact], again: Collection[tuple[
 
 
 def survey(plans: Mapping[str, Plan], listing: Listing, done_by: Mapping[str, str]) -> list[JobState]:
-    """State of every job of the plans of ``run name -> plan``, each key once, in the order of the first that asks.
+    """State of every job of the plans of ``run name -> plan``, each once, in the order of the first that asks.
 
     Args:
         done_by: artifact key -> run that noted doing it (``read_makers``).
     """
-    wanted: dict[str, tuple[PlannedJob, list[str]]] = {}
+    wanted: dict[tuple[str, ...], tuple[PlannedJob, list[str]]] = {}
     for run, plan in plans.items():
         for job in plan.jobs:
-            wanted.setdefault(f"{job.output.kind}/{job.output.key}", (job, []))[1].append(run)
-    return [_state(job, runs, listing(job.output), done_by) for job, runs in wanted.values()]
+            wanted.setdefault(job.makes, (job, []))[1].append(run)
+    return [_state(job, runs, _found(job, listing), done_by) for job, runs in wanted.values()]
+
+
+def _found(job: PlannedJob, listing: Listing) -> Found:
+    """Of a rollout that makes a side artifact too, the parts of which both are there."""
+    found = listing(job.output)
+    if job.stage != "rollout" or job.side is None:
+        return found
+    beside = listing(job.side)
+    return replace(found, committed=set(found.committed) & set(beside.committed))
 
 
 def _state(job: PlannedJob, runs: Sequence[str], found: Found, done_by: Mapping[str, str]) -> JobState:

@@ -68,6 +68,11 @@ class Hands:
         if not runner.artifact(task.job.output).is_committed(part):
             commit(runner, task.job, [part])
             self.made[task.job.output.key, part] += 1
+        side = runner.artifact(task.job.side) if task.job.stage == "rollout" and task.job.side else None
+        if side is not None and not side.is_committed(part):
+            with side.write_part(part):
+                pass
+            self.made[side.key, part] += 1
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
@@ -86,6 +91,20 @@ def test_work_that_two_runs_share_is_done_once(tmp_path: Path) -> None:
     hands = Hands(2)
     run_jobs([(runner, job) for runner in runners for job in runner.plan.jobs], hands, QUICK)
     assert set(hands.made.values()) == {1}
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_runs_that_want_another_side_artifact_share_the_rollouts(tmp_path: Path, room: int) -> None:
+    """Some runs of a sweep ask for the student's top-k: the responses are sampled once, as is what is beside them."""
+    asked = [{"student_topk": k} for k in (0, 4, 8, 4)]
+    runners = [make_runner(tmp_path, name=f"x{n}", rounds=1, rollout=topk) for n, topk in enumerate(asked)]
+    hands = Hands(room)
+    run_jobs([(runner, job) for runner in runners for job in runner.plan.jobs], hands, QUICK)
+    assert all(runner.is_done(job) for runner in runners for job in runner.plan.jobs)
+    assert set(hands.made.values()) == {1}
+    assert len({runner.plan.job("rollout", 0).output.key for runner in runners}) == 1
+    sampling = [task.parts for task in hands.told if task.job.stage == "rollout" and task.job.side is None]
+    assert sorted(part for parts in sampling for part in parts) == [0, 1, 2]
 
 
 def test_a_poisoned_part_stops_only_what_needs_it(tmp_path: Path) -> None:

@@ -113,6 +113,21 @@ def test_two_runs_that_share_a_job_submit_it_once(tmp_path: Path) -> None:
     assert {array.runner.settings.name for array in arrays_of(work, one.settings.launcher.slurm)} == {"x"}
 
 
+def test_runs_that_want_another_side_artifact_sample_once(tmp_path: Path) -> None:
+    """The second array finds the responses of the first and adds what is beside them; each waits for its own."""
+    one = runner(str(tmp_path))
+    rollout = one.settings.rollout.model_copy(update={"student_topk": 4})
+    settings = one.settings.model_copy(update={"name": "other", "rollout": rollout})
+    other = Runner(settings, make_facts(), make_plan(settings, make_facts()), NullProgress())
+    found = arrays_of([(run, job) for run in (one, other) for job in run.plan.jobs], one.settings.launcher.slurm)
+    names = {array: f"{array.runner.settings.name}:{array.name}" for array in found}
+    waiting = {names[array]: dependency(array, names) for array in found}
+    assert waiting["other:rollout-0"] == "afterok:x:rollout-0"
+    assert waiting["other:score-0"] == "aftercorr:other:rollout-0"
+    assert waiting["x:score-0"] == "aftercorr:x:rollout-0"
+    assert "other:evaluate-0" not in waiting  # that is one job
+
+
 @pytest.fixture
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)

@@ -150,6 +150,25 @@ def test_a_survey_is_pure_and_keeps_no_parts() -> None:
     assert found[1].missing == 1
 
 
+def test_rollouts_with_and_without_a_side_artifact_are_jobs_of_their_own(tmp_path: Path) -> None:
+    plain = make_runner(tmp_path, name="plain", rounds=1)
+    beside = make_runner(tmp_path, name="beside", rounds=1, rollout={"student_topk": 4})
+    rollout = beside.plan.job("rollout", 0)
+    assert rollout.side is not None
+    for part, count in enumerate([8, 8, 4]):
+        commit(plain, plain.plan.job("rollout", 0), [part], responses=count, tokens=40 * count)
+    note_job(plain, plain.plan.job("rollout", 0), 1.0)
+    with beside.artifact(rollout.side).write_part(0):
+        pass
+    rows = {row.state.runs: row for row in look([plain, beside]).rows if row.stage == "rollout"}
+    found = {runs: (row.state.state, row.state.done) for runs, row in rows.items()}
+    assert found == {("plain",): ("complete", 3), ("beside",): ("partly", 1)}
+    # 800 tokens; where the responses are counted already, only what is beside them is added
+    assert rows["plain",].bytes == 3000
+    assert rows["beside",].bytes == 800 * 4 * 4
+    assert next(row for row in look([beside]).rows if row.stage == "rollout").bytes == 3000 + 800 * 4 * 4
+
+
 def test_many_rounds_are_folded_by_state(tmp_path: Path) -> None:
     runner = make_runner(tmp_path, rounds=200, rollout={"prompts_per_round": 4, "rows_per_part": 4})
     for round_ in range(3):

@@ -46,12 +46,14 @@ class Array:
 
 def arrays_of(work: Work, settings: SlurmSettings) -> list[Array]:
     """Arrays of all that is missing, each after those it waits for."""
-    made: dict[str, list[Array]] = {}  # by the key of what they make
+    made: dict[tuple[str, ...], list[Array]] = {}  # by what they make
     for runner, job in work:
-        if job.output.key in made or runner.is_done(job):
+        if job.makes in made or runner.is_done(job):
             continue
-        inputs = [made.get(identity.key, []) for identity in job.inputs]
-        made[job.output.key] = [
+        inputs = [made.get(runner.plan.maker(identity).makes, []) for identity in job.inputs]
+        # the same rollouts, for runs that want another side artifact of them, or none
+        inputs += [arrays for makes, arrays in made.items() if makes[:2] == job.makes[:2]]
+        made[job.makes] = [
             array
             for block, chunks in enumerate(_blocks(runner, job, settings))
             for array in _block_arrays(runner, job, block, chunks, inputs)

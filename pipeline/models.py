@@ -20,7 +20,7 @@ class ModelFacts:
     tokenizer_folder: Path
     fingerprint: str  # weights, config and dtype
     tokenizer_fingerprint: str  # every tokenizer file, templates included
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # its main one first
 
 
 def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
@@ -74,18 +74,16 @@ def locate(role: str, path: str, revision: str | None) -> Path:
 
 
 def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
-    """Ids that end a response: eos of generation_config.json and config.json, and the tokenizer's eos token."""
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / name).get("eos_token_id")
-        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    """Ids that end a response: the tokenizer's eos token, which is the main one, then eos of generation_config.json and
+    of config.json."""
     text = _read_json(tokenizer / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
-    if text is not None:
-        for entry in _read_json(tokenizer / "tokenizer.json").get("added_tokens", []):
-            if entry["content"] == text:
-                found.add(int(entry["id"]))
-    return tuple(sorted(found))
+    added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
+    found = [int(entry["id"]) for entry in added if entry["content"] == text]
+    for name in ("generation_config.json", "config.json"):
+        eos = _read_json(folder / name).get("eos_token_id")
+        found += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(dict.fromkeys(found))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -261,6 +261,7 @@ def _train_job(
             "seed": settings.seed,
             "round": round_,
             "total_steps": span,
+            **_swapped_stops(settings, facts),
         },
         inputs={
             "student": _policy_key(facts, policy),
@@ -271,6 +272,13 @@ def _train_job(
     )
     inputs = (rollout.output, score.output) + ((policy,) if policy else ())
     return PlannedJob("train", round_, identity, inputs)
+
+
+def _swapped_stops(settings: RunSettings, facts: Facts) -> dict[str, list[int]]:
+    """Under ``remap`` a checkpoint depends on which stop id is each model's main one, and not only on all of them."""
+    if settings.train.objective.stops != "remap":
+        return {}
+    return {"stops": [*facts.student.stop_ids[:1], *facts.teacher.stop_ids[:1]]}
 
 
 def _measuring_jobs(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from eopd.pipeline.config import ConfigError
@@ -159,6 +161,19 @@ def test_epochs_over_the_prompts(prompts: int, per_round: int, rounds: int) -> N
     draw = plan.job("rollout", 1).draw
     assert draw is not None
     assert draw.sizes == sizes
+
+
+def test_swapped_stops_are_those_of_a_checkpoint_alone() -> None:
+    """The same union, told apart by which id is whose main one: that matters to training under ``remap`` only."""
+    plain = facts()
+    student, teacher = plain.student, plain.teacher
+    swapped = replace(plain, teacher=replace(teacher, stop_ids=(2, 5)))
+    other = replace(plain, teacher=replace(teacher, stop_ids=(5, 2)), student=replace(student, stop_ids=(2,)))
+    for stops, changed in (("class", []), ("remap", ["train"])):
+        run = settings(rounds=1, train={"objective": {"stops": stops}})
+        one, two = make_plan(run, swapped), make_plan(run, other)
+        stages: tuple[Stage, ...] = ("rollout", "score", "train")
+        assert [stage for stage in stages if keys(one, stage) != keys(two, stage)] == changed
 
 
 def test_an_unknown_round_is_refused() -> None:

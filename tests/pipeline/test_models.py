@@ -1,0 +1,56 @@
+"""What a plan reads of a model's folder: its stop ids, the main one first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eopd.pipeline.models import stop_ids_of
+from eopd.stages.train.stops import StopHandling, swap_stops
+from eopd.storage.teacher_record import HeadRule
+from tests.storage.making import dense, rows_of
+
+END, CHAT_END = 3, 7
+"""<|endoftext|> and <|im_end|>, as a chat model of two stop ids has them."""
+
+
+def model(folder: Path, eos: str, generation: list[int], config: int) -> Path:
+    folder.mkdir()
+    added = [{"content": "<|endoftext|>", "id": END}, {"content": "<|im_end|>", "id": CHAT_END}]
+    files = {
+        "tokenizer_config.json": {"eos_token": eos},
+        "tokenizer.json": {"added_tokens": added},
+        "generation_config.json": {"eos_token_id": generation},
+        "config.json": {"eos_token_id": config},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "config", "expected"),
+    [
+        ("<|im_end|>", [CHAT_END, END], CHAT_END, (CHAT_END, END)),
+        ("<|im_end|>", [END, CHAT_END], END, (CHAT_END, END)),
+        ("<|endoftext|>", [END], END, (END,)),
+        ("<|nothing|>", [CHAT_END, END], END, (CHAT_END, END)),
+    ],
+)
+def test_the_main_stop_id_comes_first(
+    tmp_path: Path, eos: str, generation: list[int], config: int, expected: tuple[int, ...]
+) -> None:
+    folder = model(tmp_path / "model", eos, generation, config)
+    assert stop_ids_of(folder, folder) == expected
+
+
+def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Path) -> None:
+    teacher = model(tmp_path / "teacher", "<|im_end|>", [CHAT_END, END], CHAT_END)
+    student = model(tmp_path / "student", "<|endoftext|>", [END], END)
+    rows = rows_of(dense(1, [30], 20), HeadRule(k_max=8, full_head_above=-1.0), stops=(END, CHAT_END))
+    swapped = swap_stops(rows, StopHandling("remap", stop_ids_of(student, student), stop_ids_of(teacher, teacher)))
+    assert np.count_nonzero(rows.head_ids == END) != np.count_nonzero(rows.head_ids == CHAT_END)
+    np.testing.assert_array_equal(swapped.head_ids == END, rows.head_ids == CHAT_END)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.words import size
-from eopd.storage.errors import StoreError
-from eopd.storage.files import create_exclusively, fsync_folder
+from eopd.storage.errors import NoHardLinks, StoreError
+from eopd.storage.files import NEEDS_LINKS, create_exclusively, fsync_folder
 
 LITTLE_SPACE = 5 << 30
 NO_SPACE = 100 << 20
@@ -61,12 +61,9 @@ def _commits(trial: Path, store: Path) -> Finding:
         first, second = create_exclusively(marker, "first"), create_exclusively(marker, "second")
         text = marker.read_text(encoding="utf-8")
         fsync_folder(trial)
+    except NoHardLinks as error:
+        return Finding("store", "broken", f"no hard links in {store}: {error.__cause__}", NEEDS_LINKS)
     except (OSError, StoreError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            remedy = (
-                "FAT, exFAT and some network file systems have no hard links: set store: to ext4, XFS, NFS or Lustre"
-            )
-            return Finding("store", "broken", f"no hard links in {store}: {error.strerror}", remedy)
         return Finding("store", "broken", f"a commit failed in {store}: {error}", "free space, or choose another disk")
     if (first, second, text) != (True, False, "first"):
         remedy = "two workers could overwrite each other there: set store: to another file system"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingArtifact, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, WrongArtifact
 from eopd.storage.files import (
     canonical_json,
     create_exclusively,
@@ -205,9 +205,18 @@ class Artifact(StoredArtifact):
                 name, text = marker.file_name, marker_text(marker, self.kind, self.key)
                 won = create_exclusively(self.folder / name, text, lambda: fsync_tree(folder))
         finally:
-            if not won:
+            if not won and not self.names_data(part, nonce):  # who is stopped after the commit has committed
                 shutil.rmtree(folder, ignore_errors=True)
         self.finish()
+
+    def names_data(self, part: int, nonce: str) -> bool:
+        """Whether the marker or the tombstone of a part names the data folder of ``nonce``; an unreadable one may."""
+        try:
+            return self.remains(part).nonce == nonce
+        except MissingPart:
+            return False
+        except (StoreError, OSError):
+            return True
 
     def set_aside(self, part: int, reason: str) -> None:
         """Commit a part that holds nothing and says why; `eopd store verify --repair` re-queues it."""

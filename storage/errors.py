@@ -39,5 +39,9 @@ class StoreUnwritable(StoreError):
     """The store refuses writes (permissions, a read-only mount or bucket)."""
 
 
+class NoHardLinks(StoreUnwritable):
+    """The file system has no hard links, by which commits are made. Only another one helps."""
+
+
 class StoreUnreadable(StoreError):
     """The store does not answer (network, service or file system). Try again, or use another copy."""

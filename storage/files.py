@@ -16,10 +16,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from eopd.storage.errors import StoreFull, StoreUnwritable
+from eopd.storage.errors import NoHardLinks, StoreFull, StoreUnwritable
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of link(2), for a file of our own
+NEEDS_LINKS = "FAT, exFAT and some network file systems have none: set store: to ext4, XFS, NFS or Lustre"
 
 
 def canonical_json(value: Any) -> str:
@@ -38,19 +40,23 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def naming_full_disks(path: Path) -> Iterator[None]:
-    """Turn the errno of a full or unwritable store into an error that names ``path`` and says what to do."""
+    """Turn the errno of a full or unwritable store into an error that says what to do.
+
+    It names the file that the system names, which may lie elsewhere; ``path`` where the system names none.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _errno(error)
+        number, named = _errno(error), getattr(error, "filename", None)
+        named = named if isinstance(named, str) else path
         if number in _FULL:
             raise StoreFull(
-                f"no space left while writing {path}. Nothing committed is lost: free space, then run the same "
+                f"no space left while writing {named}. Nothing committed is lost: free space, then run the same "
                 "command again."
             ) from error
         if number in _UNWRITABLE:
             reason = os.strerror(number)
-            raise StoreUnwritable(f"cannot write {path}: {reason}. Check its owner and permissions.") from error
+            raise StoreUnwritable(f"cannot use {named}: {reason}. Check its owner and permissions.") from error
         raise
 
 
@@ -151,6 +157,10 @@ def create_exclusively(path: Path, text: str, meanwhile: Callable[[], None] = _n
                 # NFS repeats a request whose answer was lost, and the second finds what the first made: then it is ours
                 if temporary.stat().st_nlink == 1:
                     return False
+            except OSError as error:
+                if error.errno in _NO_LINKS:
+                    raise NoHardLinks(f"no hard links in {path.parent}: {error.strerror}. {NEEDS_LINKS}") from error
+                raise
         fsync_folder(path.parent)
     return True
 

@@ -96,7 +96,7 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
         path = folder / name
         data = paths.data_part(name)
         tombstone = paths.tombstone_part(name)
-        if data is not None and not _is_named(artifact, *data):
+        if data is not None and not artifact.names_data(*data):
             reason = "no marker names it"
         elif data is not None and data[0] in pruned:
             yield from _after_pruning(artifact, data[0], before)
@@ -121,14 +121,6 @@ def _after_pruning(artifact: Artifact, part: int, before: float) -> Iterator[Rem
     for path in paths_left:
         if _last_change(path) < before:
             yield Removal(path, _size(path), "left by an interrupted pruning")
-
-
-def _is_named(artifact: Artifact, part: int, nonce: str) -> bool:
-    try:
-        return artifact.remains(part).nonce == nonce
-    except StoreError:
-        # no marker, or one that cannot be read: then it may be this folder's, and verify has to say so first
-        return part in artifact.committed() | artifact.pruned()
 
 
 def _is_claimed(artifact: Artifact, part: int) -> bool:

@@ -91,7 +91,9 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "link", refuse)
     finding = states(tmp_path)["store"]
     assert finding.state == "broken"
-    assert finding.remedy
+    assert finding.text.startswith(f"no hard links in {tmp_path}")
+    assert "ext4" in finding.remedy
+    assert "space" not in finding.remedy
 
 
 def test_a_package_that_does_not_import_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ import pytest
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim, claimed_parts, held_parts
-from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, StoreUnwritable, WrongArtifact
+from eopd.storage.stopping import Stopped
 
 
 @pytest.fixture
@@ -213,6 +214,36 @@ def test_a_commit_whose_answer_was_lost_is_ours(artifact: Artifact, monkeypatch:
     write(artifact, 0, "ours")
     monkeypatch.undo()
     assert (artifact.part_folder(0) / "sub" / "file.txt").read_text() == "ours"
+
+
+@pytest.mark.parametrize("error", [Stopped(), OSError(errno.EIO, "input/output error")])
+def test_a_stop_after_the_commit_keeps_what_was_committed(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The marker is linked; what comes after it (the temporary file goes, the folder is synced) does not end."""
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.name.startswith(f".{paths.marker_name(0)}"):
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", interrupted)
+        with pytest.raises(type(error)):
+            write(artifact, 0)
+    assert artifact.is_committed(0)
+    artifact.verify_part(0)
+
+
+def test_an_error_names_the_file_that_it_is_about(artifact: Artifact, tmp_path: Path) -> None:
+    def read_elsewhere() -> None:
+        with artifact.write_part(0):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "tokenizer.json"))
+
+    with pytest.raises(StoreUnwritable, match=rf"{tmp_path}/tokenizer.json: Permission denied") as raised:
+        read_elsewhere()
+    assert "part-00000" not in str(raised.value)
 
 
 def test_without_locks_every_claim_is_granted(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

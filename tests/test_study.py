@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +20,9 @@ import pytest
 from eopd.pipeline.config import parse_settings
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.storage.coverage import Coverage
-from examples.study import compare, design, experiments, rates, report, results
+from examples.study import compare, design, experiments, rates, report, results, workers
 from examples.study import run as study_run
-from examples.study.__main__ import in_order
+from examples.study.__main__ import in_order, main
 from examples.study.design import SMOKE, Experiment, Task
 
 TOY = dataclasses.replace(SMOKE, train_problems=600, problems=12, tuning_problems=4)
@@ -150,3 +158,80 @@ def test_the_crossed_bootstrap_knows_the_variance_of_problems() -> None:
     assert both is not None
     assert seeds.low == pytest.approx(seeds.high)
     assert (both.high - both.low) / 2 == pytest.approx(1.96 * a[0].std() / 20, rel=0.1)
+
+
+def test_a_worker_that_is_killed_loses_one_task_which_goes_on(tmp_path: Path) -> None:
+    gate = toy("gate")
+    refused = dataclasses.replace(gate.setting("random"), name="refused", objective={"name": "mc_opd"})
+    tasks = [Task(gate, gate.setting("random"), 100, 2e-4), Task(gate, refused, 101, 2e-4)]
+    rounds = tmp_path / "runs" / "gate.random-seed100" / "rounds.jsonl"
+    said: list[str] = []
+
+    def kill_one() -> None:
+        while not rounds.exists():
+            time.sleep(0.05)
+        (victim,) = multiprocessing.active_children()
+        victim.kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    failed = workers.run_all(tasks, tmp_path, tmp_path / "results", 1, said.append)
+    assert [line.split(":")[0] for line in failed] == ["gate/refused-seed101"]
+    assert said[0].startswith("gate/random-seed100: its process was killed by SIGKILL")
+    assert results.read(tasks[0], tmp_path / "results") is not None
+    assert not (tmp_path / "store-seed100").exists()
+
+
+def test_the_store_of_a_seed_stays_where_one_of_its_tasks_failed(tmp_path: Path) -> None:
+    gate = toy("gate")
+    refused = dataclasses.replace(gate.setting("random"), name="refused", objective={"name": "mc_opd"})
+    store = tmp_path / "store-seed100" / "checkpoints"
+    store.mkdir(parents=True)
+    failed = workers.run_all([Task(gate, refused, 100, 2e-4)], tmp_path, tmp_path / "results", 1, lambda _: None)
+    assert "mc_opd" in failed[0]
+    assert store.exists(), "the rounds that were trained are for the next attempt"
+
+
+def test_two_studies_do_not_share_a_work_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with workers.alone(tmp_path / "study.lock"):
+        assert main(["--only", "gate", "--work", str(tmp_path), "--results", str(tmp_path / "results")]) == 2
+    assert str(tmp_path / "study.lock") in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["study.lock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_in_the_background_is_ended_with_its_workers(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "examples.study", "--smoke", "--only", "gate", "--work", str(tmp_path)]
+    study = subprocess.Popen(
+        command,
+        cwd=design.HERE.parent.parent,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        runs = tmp_path / "smoke" / "runs"
+        while not runs.exists():
+            assert study.poll() is None
+            time.sleep(0.1)
+        study.send_signal(number)
+        assert study.wait(30) == 128 + number
+        until = time.monotonic() + 10
+        while _of_session(study.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not _of_session(study.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+        study.wait()
+
+
+def _of_session(session: int) -> list[str]:
+    """Processes that still live in a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = stat.read_text().rsplit(")", 1)[1].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(stat.parent.name)
+    return found

@@ -22,7 +22,7 @@ from pathlib import Path
 from examples.study import rates, results
 from examples.study.design import HERE, SMOKE, Experiment, Task
 from examples.study.experiments import DEFAULT, EXPERIMENTS, TUNE
-from examples.study.workers import run_all
+from examples.study.workers import alone, run_all
 
 ROOT = HERE.parent.parent
 DOCS = ROOT / "docs" / "study.md"
@@ -43,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the language models of gsm8k take twenty minutes to make: not for a smoke test
     default = [name for name in DEFAULT if not (args.smoke and name == "gsm8k")]
     chosen = [EXPERIMENTS[name] for name in args.only or default]
+    try:
+        if args.list or args.report:
+            return study(chosen, args)
+        with alone(args.work / ("smoke.lock" if args.smoke else "study.lock")):
+            return study(chosen, args)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
     document = DOCS
     if args.smoke:
         args.work = args.work / "smoke"

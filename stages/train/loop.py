@@ -26,7 +26,7 @@ from eopd.stages.train.metrics import sum_metrics
 from eopd.stages.train.objectives.base import Objective, StepContext
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import gradient_norm, scale_gradients
-from eopd.stages.train.parallel import accumulating, student_of
+from eopd.stages.train.parallel import accumulating, reshard, student_of
 from eopd.stages.train.responses import Responses, check_alignment
 from eopd.stages.train.schedule import batch_of_step, learning_rate
 from eopd.stages.train.settings import TrainSettings
@@ -156,6 +156,7 @@ class Loop:
                 rows = torch.from_numpy(batch.rows).to(logprob.device)
                 logprob[rows], entropy[rows] = found.float(), entropies.float()
                 on_progress(batch.packed.tokens)
+        reshard(self.student)
         logprob, entropy = self.accelerator.reduce(logprob), self.accelerator.reduce(entropy)
         return RoundStart(logprob.cpu().numpy(), entropy.cpu().numpy())
 
@@ -204,8 +205,7 @@ class Loop:
                 loss, figures = self.student(batch.packed, batch.teacher, context)
                 loss.backward()
             losses.append(loss.detach())
-            if batch.real:
-                sum_metrics(sums, figures)
+            sum_metrics(sums, figures)  # zeros of a masked one, so that every process has the same names to reduce
         norm = gradient_norm(self.student)
         totals = {name: float(self.accelerator.reduce(value)) for name, value in sorted(sums.items())}
         self._stop_if_broken(step, totals, norm, losses)

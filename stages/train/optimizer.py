@@ -49,9 +49,11 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
     Raises:
         ValueError: the state is of another model; names the first parameter that differs.
     """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
+        assert id(parameter) in stepped, name  # a state of any other object would never be read
         state: dict[str, Any] = {}
         for moment in MOMENTS:
             value = found.get(f"{moment}.{name}")

@@ -53,6 +53,15 @@ def accumulating(module: nn.Module, accelerator: Accelerator, *, last: bool) -> 
         yield
 
 
+def reshard(module: nn.Module) -> None:
+    """Give up what a forward pass without a backward one left gathered: FSDP2 keeps its outermost parameters.
+
+    Until then they are other objects than those that the optimiser was made for.
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (every process must call it); a plain one as it is. Detached."""
     tensor = tensor.detach()

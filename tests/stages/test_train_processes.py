@@ -1,21 +1,32 @@
-"""LoRA and averaged weights on two processes, DDP and FSDP2 over gloo: as on one."""
+"""Training on two processes, DDP and FSDP2 over gloo: as on one."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from eopd.stages.job import ModelRef
 from eopd.stages.train.job import OPTIMIZER, WEIGHTS, TrainJob
 from eopd.stages.train.run import run
 from tests.stages.train_case import make_world, read_rows, train_job
 
-KINDS = {"lora": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {"lr": 1e-2}}, "ema": {"ema": 0.75}}
-FILES = {"lora": (WEIGHTS, "model.safetensors"), "ema": (OPTIMIZER, "ema/model.safetensors")}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {"lr": 1e-2}},
+    "ema": {"ema": 0.75},
+    "short": {"batch_responses": 7, "epochs": 1},  # the last step has one response: none for the second process
+}
+FILES = {
+    "lora": [(WEIGHTS, "model.safetensors")],
+    "ema": [(OPTIMIZER, "ema/model.safetensors")],
+    "short": [(WEIGHTS, "model.safetensors")],
+}
 SHARDINGS = ("none", "fsdp")
 
 
@@ -23,31 +34,67 @@ def job_of(folder: Path, kind: str, sharding: str, processes: int) -> TrainJob:
     return train_job(folder, f"{kind}-{sharding}-{processes}", sharding=sharding, **KINDS[kind])
 
 
+def rounds_of(folder: Path, sharding: str, processes: int) -> Iterator[TrainJob]:
+    """Two rounds, the second with the first one's model and moments; each is to be run before the next is asked for."""
+    first = train_job(folder, f"first-{sharding}-{processes}", sharding=sharding)
+    yield first
+    student = ModelRef(str(first.output.part_folder(WEIGHTS)), fingerprint="second")
+    changes = {"previous": first.output, "student": student, "round": 1, "first_step": 4, "total_steps": 8}
+    yield train_job(folder, f"second-{sharding}-{processes}", sharding=sharding, **changes)
+
+
+def run_rounds(folder: Path, sharding: str, processes: int) -> TrainJob:
+    for job in rounds_of(folder, sharding, processes):
+        run(job)
+    return job
+
+
 def _one_of_two(rank: int, port: int, folder: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    for kind in KINDS:
-        for sharding in SHARDINGS:
+    for sharding in SHARDINGS:
+        for kind in KINDS:
             run(job_of(Path(folder), kind, sharding, 2))
+        run_rounds(Path(folder), sharding, 2)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.timeout(180)
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    make_world(tmp_path)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything above, trained by two processes."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (port, str(tmp_path)), nprocs=2)
-    for kind, (part, file) in FILES.items():
-        single = job_of(tmp_path, kind, "none", 1)
-        run(single)
-        for sharding in SHARDINGS:
-            two = job_of(tmp_path, kind, sharding, 2)
-            for ours, theirs in zip(read_rows(single), read_rows(two), strict=True):
-                expected = pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
-                assert (theirs["loss"], theirs["grad_norm"]) == expected, (kind, sharding)
-            saved = [load_file(job.output.part_folder(part) / file) for job in (single, two)]
-            for name, value in saved[0].items():
-                assert torch.allclose(value, saved[1][name], atol=1e-5), (kind, sharding, name)
+    torch.multiprocessing.spawn(_one_of_two, (port, str(folder)), nprocs=2)
+    return folder
+
+
+def check_equal(single: TrainJob, two: TrainJob, files: list[tuple[int, str]]) -> None:
+    for ours, theirs in zip(read_rows(single), read_rows(two), strict=True):
+        expected = pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
+        assert (theirs["loss"], theirs["grad_norm"]) == expected
+    for part, file in files:
+        saved = [load_file(job.output.part_folder(part) / file) for job in (single, two)]
+        assert saved[0].keys() == saved[1].keys()
+        for name, value in saved[0].items():
+            assert torch.allclose(value, saved[1][name], atol=1e-5), name
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_what_one_does(world: Path, kind: str, sharding: str) -> None:
+    single = job_of(world, kind, "none", 1)
+    run(single)
+    check_equal(single, job_of(world, kind, sharding, 2), FILES[kind])
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_moments_carry_over_on_two_processes(world: Path, sharding: str) -> None:
+    single = run_rounds(world, "none", 1)
+    *_, two = rounds_of(world, sharding, 2)
+    check_equal(single, two, [(WEIGHTS, "model.safetensors"), (OPTIMIZER, "optimizer.safetensors")])

@@ -1,6 +1,6 @@
 """What the teacher cache costs: bytes, gradient error, reading, writing, opening, damage found.
 
-    python -m benchmarks.cache --save               # everything, about 10 minutes on 2 idle cores (20 with the pair)
+    python -m benchmarks.cache --save               # everything, 5 minutes on 2 cores (15 if the pair is not there)
     python -m benchmarks.cache --only bytes read    # some of it
     python -m benchmarks.cache --tokens 1000000     # a smaller cache to read from
 
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="batches of 256 responses a run")
     parser.add_argument("--gradient-tokens", type=int, default=16_384, help="N of the gradient errors")
     parser.add_argument("--models", type=Path, default=Path("runs/gsm8k-pair"), help="the GSM8K pair; made if missing")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"), help="its problems")
+    parser.add_argument("--data", type=Path, default=Path("data/gsm8k"), help="its problems")
     parser.add_argument("--real-responses", type=int, default=1_000, help="samples of the pair's student")
     parser.add_argument("--folder", help="where to put the temporary cache")
     parser.add_argument("--save", action="store_true", help=f"keep the document in {RESULTS.name}")

@@ -1,6 +1,6 @@
 """Train with a plain transformers.Trainer from a teacher cache. Of this project it uses `eopd.storage` only.
 
-    python examples/train_from_cache.py --store store --student examples/countdown/student --output trained
+    python examples/train_from_cache.py --store store --scores scores/<key> --student FOLDER --output trained
 
 The scores are found by key (`--scores`; needed only where the store holds several); the rollouts that they belong to
 are in the scores' identity. The loss of a token is its forward KL to the teacher, up to a constant, unbiased over the

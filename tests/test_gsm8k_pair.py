@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eopd.examples.gsm8k import pair, training
+from eopd.examples.gsm8k import data, pair, training
 from eopd.examples.gsm8k.make import END_OF_TEXT, train_tokenizer
 from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.tokenizers import fingerprints
@@ -82,3 +82,17 @@ def test_the_pair_is_two_model_folders_that_share_a_tokenizer(
     pair.main([*command, "--only", "teacher"])
     assert "there already" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.state"))
+
+
+def test_the_hubs_rows_become_problems() -> None:
+    hub = [{"question": "How many?", "answer": "She sold 48/2 = <<48/2=24>>24 clips.\nThat is all.\n#### 1,024"}]
+    assert list(data.converted(hub, "train")) == [
+        {
+            "id": "gsm8k-train/0",
+            "problem": "How many?",
+            "solution": "She sold 48/2 = 24 clips.\nThat is all.",
+            "answer": "1024",
+        }
+    ]
+    with pytest.raises(ValueError, match="test row 0: no line '#### ANSWER'"):
+        list(data.converted([{"question": "q", "answer": "none"}], "test"))

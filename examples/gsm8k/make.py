@@ -1,6 +1,6 @@
 """A student and a teacher for real text: tiny, randomly initialised, sharing a tokenizer trained on GSM8K.
 
-    python -m examples.gsm8k.make --data ../shared/data/gsm8k/train.jsonl --out runs/gsm8k-models
+    python -m examples.gsm8k.make --data data/gsm8k/train.jsonl --out runs/gsm8k-models
 
 The student is a Qwen3 that ends with ``<|endoftext|>`` and reads plain text; the teacher is a Llama with more
 vocabulary rows than tokens, a chat template, and ``<|im_end|>`` as its stop token: the differences that a real pair

@@ -1,7 +1,7 @@
 """A teacher and a weaker student that know some GSM8K: small language models trained on its problems and solutions.
 
-    python -m examples.gsm8k.pair --data ../shared/data/gsm8k --out runs/gsm8k-pair    # about 10 minutes on 2 cores
-    python -m examples.gsm8k.pair --data ../shared/data/gsm8k --out runs/gsm8k-pair --only measure
+    python -m examples.gsm8k.pair --data data/gsm8k --out runs/gsm8k-pair    # about 10 minutes on 2 cores
+    python -m examples.gsm8k.pair --data data/gsm8k --out runs/gsm8k-pair --only measure
 
 Run again after an interruption, it goes on. Everything is drawn from ``--seed``; equal seeds, versions, processors and
 thread counts give equal bytes. Both models read "problem, new line" and write "solution, <|endoftext|>".

@@ -1,4 +1,4 @@
-"""The committed demo on real text: random tiny models, 64 GSM8K problems, AIME 2024; vLLM where it is installed."""
+"""The committed demo on real text: random tiny models, 94 GSM8K problems; vLLM where it is installed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import pytest
 from tests.end_to_end.conftest import eopd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROBLEMS = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+PROBLEMS = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 @pytest.mark.skipif(not PROBLEMS.exists(), reason="the GSM8K problems are not beside this checkout (../shared/data)")
 def test_every_stage_runs_on_a_pair_of_ones_own(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    make = [sys.executable, "-m", "examples.gsm8k.make", "--data", PROBLEMS, "--out", models]
+    make = [sys.executable, "-m", "examples.gsm8k.make", "--data", PROBLEMS / "train.jsonl", "--out", models]
     subprocess.run([*map(str, make)], cwd=ROOT, check=True, capture_output=True)
     places = {"student.path": models / "student", "teacher.path": models / "teacher"}
+    benchmark = {"name": "gsm8k", "path": str(PROBLEMS / "test.jsonl"), "limit": 30}
+    places |= {"prompts.path": PROBLEMS / "train.jsonl", "evaluate.benchmarks": json.dumps([benchmark])}
     places |= {"store": tmp_path / "store", "runs": tmp_path / "runs", "launcher.kind": "inline"}
     overrides = [part for name, value in places.items() for part in ("--set", f"{name}={value}")]
     result = eopd("run", "gsm8k-demo", *overrides)
@@ -34,4 +36,4 @@ def test_every_stage_runs_on_a_pair_of_ones_own(tmp_path: Path) -> None:
     own = json.loads(aligned[0].read_text())["responses"]["own"]
     assert own["all"]["fkl"] > 0
     assert own["teacher_outside"] > 0  # the teacher's vocabulary has more rows
-    assert all(json.loads(path.read_text())["benchmarks"]["aime24"]["problems"] == 30 for path in results)
+    assert all(json.loads(path.read_text())["benchmarks"]["gsm8k"]["problems"] == 30 for path in results)

@@ -1,0 +1,64 @@
+"""What the documents say of the code, as far as a machine can tell."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eopd.pipeline.config import parse_settings
+from eopd.stages.train.objectives.registry import make_objective
+from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.storage.needs import EntropyNeed
+from tests.test_train_from_cache import make_store
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", "store"} & set(path.parts)]
+LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]+)\)")
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+CONFIG = re.compile(r"```yaml\n(# mine\.yaml\n.*?)```", re.DOTALL)
+
+
+def test_the_page_of_settings_is_what_the_settings_say() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "settings_reference.py"), "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_config_to_start_from_is_valid() -> None:
+    (text,) = CONFIG.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    settings = parse_settings(yaml.safe_load(text), "README.md")
+    assert settings.evaluate is not None
+    assert settings.score.teacher_prompt.suffix == settings.prompts.suffix, "the teacher reads the same instruction"
+
+
+def test_the_cache_is_read_as_the_guide_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    (code,) = SNIPPET.findall((ROOT / "docs" / "your-own.md").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["table"]["prompt_id"][3].as_py() == "3"
+    assert found["rows"].response_offsets.tolist() == [0, 5, 17]  # of 5 and of 12 tokens, in the order asked for
+    assert found["rows"].head_logprobs[found["head"]].tolist() == sorted(
+        found["rows"].head_logprobs[found["head"]].tolist(), reverse=True
+    )
+
+
+def test_the_objective_of_ones_own_is_one(tmp_path: Path) -> None:
+    (code,) = SNIPPET.findall((ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"))
+    (tmp_path / "sure.py").write_text(code, encoding="utf-8")
+    objective = make_objective(ObjectiveSettings(name=f"{tmp_path / 'sure.py'}:make", options={"limit": 0.8}))
+    assert EntropyNeed() in objective.needs
+    assert objective.plan.head_k == 16

@@ -5,7 +5,6 @@ Workers in other processes write what they would show to a file, one JSON event 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from contextlib import suppress
@@ -25,6 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from eopd.stages.job import Progress
+from eopd.storage.jsonl import append_line, parse_lines
 
 LINE_EVERY_SECONDS = 15.0
 EVENT_EVERY_SECONDS = 0.2
@@ -191,8 +191,8 @@ class EventProgress:
         self._write(event)
 
     def _write(self, event: dict[str, Any]) -> None:
-        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        with suppress(OSError):
+            append_line(self._path, event)
 
 
 class Replay:
@@ -212,8 +212,7 @@ class Replay:
             return
         whole, newline, _ = new.rpartition(b"\n")
         self._read += len(whole) + len(newline)
-        for line in whole.splitlines():
-            event = json.loads(line)
+        for event in parse_lines(whole):
             if "end" in event:
                 kind, message = event["end"]
                 self.end = (kind, message)

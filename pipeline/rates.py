@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from eopd.pipeline.plan import STAGES, Stage
-from eopd.pipeline.survey import JobState, read_jobs
+from eopd.pipeline.survey import JobState
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import StoreError
+from eopd.storage.jsonl import read_lines
 from eopd.storage.paths import RunPaths
 
 MARKERS_PER_STAGE = 64
@@ -122,7 +123,7 @@ def _model_of(run: RunPaths, stage: Stage) -> str | None:
 def _rates(store: Path, runs: Sequence[RunPaths], source: str) -> dict[Stage, Rate]:
     latest: dict[Stage, deque[dict[str, Any]]] = {stage: deque(maxlen=JOBS_PER_STAGE) for stage in STAGES}
     for run in runs:
-        for line in read_jobs(run.jobs):
+        for line in read_lines(run.jobs):
             if line.get("stage") in latest and line.get("seconds") and line.get("parts"):
                 latest[line["stage"]].append(line)
     rates: dict[Stage, Rate] = {}

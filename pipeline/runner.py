@@ -19,6 +19,7 @@ from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.files import naming_full_disks
+from eopd.storage.jsonl import append_line
 from eopd.storage.paths import RunPaths
 from eopd.storage.pruning import revive
 from eopd.storage.stacked import StackedStores
@@ -127,8 +128,8 @@ class Runner:
     def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:
         """One line a job that did something: what it cost. For the report's table and for estimates."""
         line = {"stage": job.stage, "round": job.round, "key": job.output.key, "seconds": seconds, "parts": parts}
-        with naming_full_disks(self.paths.jobs), self.paths.jobs.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with naming_full_disks(self.paths.jobs):
+            append_line(self.paths.jobs, line)
 
     def _check_inputs(self, job: PlannedJob, parts: Sequence[int]) -> None:
         for identity in job.inputs:

@@ -5,14 +5,14 @@ A survey may cover the plans of several runs (a sweep): a job that several of th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from eopd.pipeline.plan import Plan, PlannedJob
 from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.jsonl import read_lines
 from eopd.storage.paths import RunPaths
 
 State = Literal["complete", "shared", "partly", "missing"]
@@ -103,24 +103,11 @@ def _state(job: PlannedJob, runs: Sequence[str], found: Found, done_by: Mapping[
     return JobState(job, tuple(runs), state, done, len(found.pruned), found.set_aside, shared_by)
 
 
-def read_jobs(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a run's ``jobs.jsonl``; one cut short by a crash is passed over."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and "key" in found:
-            yield found
-
-
 def read_makers(runs: Path, first: Sequence[str]) -> dict[str, str]:
     """Artifact key -> the run below ``runs`` whose ``jobs.jsonl`` says that it did it; runs in ``first`` win."""
     found: dict[str, str] = {}
     others = sorted(path.parent.name for path in runs.glob("*/jobs.jsonl"))
     for run in [*first, *(name for name in others if name not in first)]:
-        for line in read_jobs(RunPaths(runs / run).jobs):
+        for line in read_lines(RunPaths(runs / run).jobs):
             found.setdefault(str(line["key"]), run)
     return found

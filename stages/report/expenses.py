@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from eopd.stages.report.data import CostRow
 from eopd.storage.artifacts import Artifact
+from eopd.storage.jsonl import read_lines
 
 Job = tuple[str, int, Artifact, int | None]
 """Stage, round, artifact, tokens (None: what its parts say)."""
@@ -16,10 +16,8 @@ Job = tuple[str, int, Artifact, int | None]
 def seconds_by_key(log: Path) -> dict[str, float]:
     """Seconds that a run spent on each artifact, by key, from its ``jobs.jsonl``."""
     found: dict[str, float] = {}
-    if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            found[row["key"]] = found.get(row["key"], 0.0) + row["seconds"]
+    for row in read_lines(log):
+        found[row["key"]] = found.get(row["key"], 0.0) + row["seconds"]
     return found
 
 

@@ -24,6 +24,7 @@ from eopd.stages.report.expenses import Job, costs, seconds_by_key
 from eopd.stages.report.views import Judge, nobody, rollout_views
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.jsonl import read_lines
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
@@ -167,10 +168,8 @@ def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
 def _training(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> list[StepRow]:
     """Steps from the checkpoints; speed from the run's own file, where a step stands there."""
     speeds: dict[tuple[int, int], float] = {}
-    if run.metrics.exists():
-        for line in run.metrics.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            speeds[row["round"], row["step"]] = row.get("tokens_per_s")
+    for row in read_lines(run.metrics):
+        speeds[row["round"], row["step"]] = row.get("tokens_per_s")
     rows = []
     for found in trained:
         assert found.checkpoint is not None

@@ -16,7 +16,7 @@ from eopd.pipeline.overview import Overview, look
 from eopd.pipeline.plan import make_plan
 from eopd.pipeline.plan_table import make_console, plan_table
 from eopd.pipeline.runner import Runner
-from eopd.pipeline.survey import Found, read_jobs, survey
+from eopd.pipeline.survey import Found, survey
 from tests.pipeline.plan_case import commit, make_facts, make_runner, make_settings, note_job
 
 PARAMETERS = 1000
@@ -195,8 +195,3 @@ def test_the_peak_on_disk_is_that_of_the_last_round(tmp_path: Path) -> None:
     assert overview.peak_bytes == data + 3 * weights + 2 * moments + state  # as train.keep_optimizer_states is 1
     assert overview.present_bytes == 3000 + 3000 + 880 * 2000 // 160 // 2  # 2 of 4 parts of the evaluation
     assert peak_disk(overview.rows, {}) == 0
-
-
-def test_a_line_cut_short_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "jobs.jsonl").write_text('{"stage": "score", "key": "k", "seconds": 1.0, "parts": 1}\n{"stage": "sc')
-    assert [line["key"] for line in read_jobs(tmp_path / "jobs.jsonl")] == ["k"]

@@ -150,7 +150,7 @@ def test_costs_take_their_time_from_whoever_did_the_work(tmp_path: Path) -> None
         with artifact.write_part(0, info={"tokens": 7}) as folder:
             (folder / "data").write_bytes(b"12345")
     log = tmp_path / "jobs.jsonl"
-    log.write_text(f'{{"key": "{mine.key}", "seconds": 2.0}}\n{{"key": "{mine.key}", "seconds": 1.5}}\n')
+    log.write_text(f'{{"key": "{mine.key}", "seconds": 2.0}}\n{{"key": "{mine.key}", "seconds": 1.5}}\n{{"k')
     jobs = [("rollout", 0, mine, None), ("rollout", 1, theirs, None), ("train", 1, theirs, 90)]
     rows = costs(jobs, seconds_by_key(log), {theirs.key: 4.0}, {mine.key})
     assert [(row.seconds, row.tokens, row.bytes, row.shared) for row in rows] == [

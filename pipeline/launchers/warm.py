@@ -165,12 +165,17 @@ class Given:
             self._worker.process.send_signal(sig)
 
     def _look(self, seconds: float) -> None:
-        ready, _, _ = select.select([self._worker.answers], [], [], seconds)
+        ready = self._has_answered(seconds)
         if not ready:
-            return
-        answer = os.read(self._worker.answers, 4096)  # a line is shorter than a pipe writes at once
-        # the end of the pipe without an answer: the worker is gone, and how it ended is how the task did
+            if self._worker.process.poll() is None:
+                return
+            ready = self._has_answered(0.0)  # perhaps just before it ended
+        answer = os.read(self._worker.answers, 4096) if ready else b""  # a line is shorter than a pipe writes at once
+        # none, but the end of the pipe (or a child that holds it open): how the worker ended is how the task did
         self._code = json.loads(answer)["code"] if answer else self._worker.process.wait() or -signal.SIGKILL
+
+    def _has_answered(self, seconds: float) -> bool:
+        return bool(select.select([self._worker.answers], [], [], seconds)[0])
 
 
 def _order(arguments: list[str], environment: Mapping[str, str], output: IO[bytes]) -> Order | None:

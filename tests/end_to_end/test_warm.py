@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,35 @@ def test_a_worker_does_many_tasks_and_is_replaced_when_it_dies_or_fails(
     made = checksums(world.store("one-by-one"))
     assert len(made) == 7
     assert made.items() <= checksums(world.store(undisturbed)).items()
+
+
+FORKS = """
+import os, time
+if not os.fork():
+    open(os.environ["CHILD"] + ".new", "w").write(str(os.getpid()))
+    os.rename(os.environ["CHILD"] + ".new", os.environ["CHILD"])
+    time.sleep(60)
+    os._exit(0)
+"""
+
+
+def test_a_killed_worker_ends_its_task_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
+    """A forked process holds the pipe of answers open, so that its end never comes."""
+    (tmp_path / "sitecustomize.py").write_text(FORKS)
+    child = tmp_path / "child"
+    own = {**environment(), "PYTHONPATH": str(tmp_path), "CHILD": str(child)}
+    with WarmWorkers() as workers, (tmp_path / "log").open("ab") as output:
+        command = ["-m", "eopd.pipeline.cli", "rollout", str(tmp_path / "none.yaml"), "--round", "0"]
+        task = workers.spawn(command, own, output)
+        until = time.monotonic() + 30
+        while not child.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        try:
+            os.kill(task.pid, signal.SIGKILL)
+            until = time.monotonic() + 10
+            while task.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            os.kill(int(child.read_text()), 0)
+            assert task.poll() == -signal.SIGKILL
+        finally:
+            os.kill(int(child.read_text()), signal.SIGKILL)

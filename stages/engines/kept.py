@@ -153,7 +153,7 @@ class Engines:
             return None
         from eopd.stages.engines.probe import replace_weights, served
 
-        ref = served(ref, options.dtype)
+        ref = served(ref)
         if sampler.wanted != _wanted(kind, ref, length, options) or sampler.engine.max_tokens < length:
             return None
         if sampler.ref != ref:
@@ -174,7 +174,7 @@ class Engines:
             self.close()
         room = length if options.max_model_len else self._with_room(length, ref)
         engine = open_sampling_engine(kind, ref, max_model_len=room, log_dir=log_dir, options=options)
-        ref = served(ref, options.dtype)
+        ref = served(ref)
         self._sampler = _Sampler(engine, _wanted(kind, ref, room, options), ref)
         return self._sampler
 

@@ -87,7 +87,7 @@ def _vocab_size(ref: ModelRef) -> int:
     return int(config.get("text_config", config)["vocab_size"])
 
 
-def served(ref: ModelRef, dtype: str | None) -> ModelRef:
-    """``ref`` with the dtype it is served in: ``dtype`` where given, its own, or the checkpoint's."""
+def served(ref: ModelRef) -> ModelRef:
+    """``ref`` with the dtype it is served in: its own, or the checkpoint's."""
     folder = model_folder(ref.path, ref.revision)
-    return replace(ref, dtype=resolve_dtype(folder, dtype or ref.dtype))
+    return replace(ref, dtype=resolve_dtype(folder, ref.dtype))

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator
 
 from eopd.stages.job import ModelRef
 from eopd.stages.models.model_config import read_config
@@ -39,7 +40,7 @@ class EngineOptions(Settings):
     device: str | None = setting(
         None, "Device of the transformers engine (None: cuda if present, else cpu)", keyed=False
     )
-    dtype: str | None = setting(None, "Overrides the model's dtype for sampling", keyed=False)
+    dtype: str | None = setting(None, "Refused: a dtype decides what is stored, and is the model's", keyed=False)
     max_batch: int | None = setting(
         None, "Most sequences decoded at once (None: the engine's choice)", keyed=False, ge=1
     )
@@ -60,6 +61,15 @@ class EngineOptions(Settings):
     enforce_eager: bool | None = setting(
         None, "vLLM: do not compile (None: compile on a GPU, never on a CPU)", keyed=False
     )
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_the_model_s(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "a dtype decides what is stored, and how fast or where does not: set student.dtype or teacher.dtype "
+                "(score.dtype for the teacher's scores alone)"
+            )
 
 
 @dataclass(frozen=True)

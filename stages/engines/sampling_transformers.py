@@ -8,7 +8,7 @@ only. Letters: B rows, L tokens so far, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,7 @@ class TransformersSamplingEngine:
 
     def load(self, ref: ModelRef) -> None:
         self._model = None  # the old weights go before the new ones come
-        chosen = ref if self._options.dtype is None else replace(ref, dtype=self._options.dtype)
-        self._model = load_model(chosen, self._device)
+        self._model = load_model(ref, self._device)
 
     @torch.inference_mode()
     def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

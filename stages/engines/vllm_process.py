@@ -150,7 +150,7 @@ class VLLMProcess:
         folder = model_folder(ref.path, ref.revision)
         shared = {
             "model": str(folder),
-            "dtype": resolve_dtype(folder, options.dtype or ref.dtype),
+            "dtype": resolve_dtype(folder, ref.dtype),
             "trust_remote_code": ref.trust_remote_code,
             "load_format": "safetensors",  # other formats can run code
             "skip_tokenizer_init": True,  # token ids in, token ids out

@@ -167,7 +167,7 @@ def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
 
 def _training(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> list[StepRow]:
     """Steps from the checkpoints; speed from the run's own file, where a step stands there."""
-    speeds: dict[tuple[int, int], float] = {}
+    speeds: dict[tuple[int, int], float | None] = {}
     for row in read_lines(run.metrics):
         speeds[row["round"], row["step"]] = row.get("tokens_per_s")
     rows = []

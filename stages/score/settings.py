@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
@@ -64,15 +64,6 @@ class ScoreSettings(Settings):
         "Compare the first sequence's log-probs with the full model's own logits before anything is stored",
         keyed=False,
     )
-
-    @field_validator("engine_options")
-    @classmethod
-    def _dtype_is_keyed(cls, value: EngineOptions) -> EngineOptions:
-        if value.dtype is not None:
-            raise ValueError(
-                f"score.engine_options.dtype={value.dtype!r}: the teacher's dtype decides its scores; set score.dtype"
-            )
-        return value
 
     def identity(self) -> dict[str, Any]:
         """What makes scores other scores, the models and the rollouts aside: part of the artifact's key."""

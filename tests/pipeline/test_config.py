@@ -89,6 +89,8 @@ def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
         ("train.objective.name=eopdd", "nearest: 'eopd'"),
         ("train.objective.name=mc_opd", "refused"),
         ("name=../x", "setting 'name'"),
+        ("rollout.engine_options.dtype=bfloat16", "'rollout.engine_options.dtype' is 'bfloat16': a dtype decides what"),
+        ("evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}", "set student.dtype"),
         ("rounds", "expected key=value"),
         ("name.deeper=1", "is a value, not a group"),
     ],

@@ -135,7 +135,7 @@ def test_weights_that_did_not_move_are_caught_below_the_tolerance(
     engine, _ = ask(engines, "transformers", students[0], 0, told)
     monkeypatch.setattr(TransformersSamplingEngine, "load", lambda self, ref: None)
     with pytest.raises(ValueError, match="did not change at all"):
-        probe.replace_weights(engine, probe.served(students[0], None), probe.served(ModelRef(str(tmp_path)), None))
+        probe.replace_weights(engine, probe.served(students[0]), probe.served(ModelRef(str(tmp_path))))
 
 
 @pytest.mark.parametrize("kind", ENGINES)

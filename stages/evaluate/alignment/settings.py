@@ -49,15 +49,6 @@ class AlignmentSettings(Settings):
             raise ValueError(f"evaluate.alignment.responses names one twice: {list(value)}")
         return value
 
-    @field_validator("engine_options", "teacher_engine_options")
-    @classmethod
-    def _dtype_is_the_model_s(cls, value: EngineOptions) -> EngineOptions:
-        if value.dtype is not None:
-            raise ValueError(
-                f"evaluate.alignment: dtype {value.dtype} would change the figures; set student.dtype or teacher.dtype"
-            )
-        return value
-
     @field_validator("bins")
     @classmethod
     def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:

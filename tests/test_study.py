@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ import pytest
 
 from eopd.pipeline.config import parse_settings
 from eopd.stages.train.objectives.registry import make_objective
+from eopd.stages.train.objectives.settings import FAMILY, own_file_hash
 from eopd.storage.coverage import Coverage
-from examples.study import compare, design, experiments, rates, report, results, workers
+from examples.study import compare, design, experiments, rates, report, results, tables, workers
 from examples.study import run as study_run
 from examples.study.__main__ import in_order, main
 from examples.study.design import SMOKE, Experiment, Task
@@ -63,6 +65,42 @@ def test_every_setting_is_valid_and_its_cache_holds_what_its_objective_needs(tmp
         assert settings.rollout.prompts_per_round <= task.scale.train_problems, task.name
 
 
+def test_a_run_does_not_change_when_a_default_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolved() -> dict[str, object]:
+        tasks = in_order([experiments.MAIN], tmp_path, seeds=[0])
+        return {task.name: parse_settings(task.config(tmp_path), source=task.name).semantic() for task in tasks}
+
+    before = resolved()
+    monkeypatch.setitem(FAMILY, "opd", {**FAMILY["opd"], "advantage": "current", "ratio": "is", "k": 8})
+    monkeypatch.setitem(FAMILY, "eopd", {**FAMILY["eopd"], "support": "bucket"})
+    assert resolved() == before
+
+
+def test_every_keyed_setting_of_a_run_is_stated(tmp_path: Path) -> None:
+    """A new one is to be stated in ``stated.py``, with the value that keeps the study's runs what they were."""
+    for task in in_order(ALL, tmp_path, seeds=[0]):
+        config = task.config(tmp_path)
+        resolved = parse_settings(config, source=task.name).semantic()
+        objective = resolved["train"]["objective"]
+        for made in ("source", "token_key"):  # of a key, not of the settings
+            objective.pop(made, None)
+        if ":" in objective["name"]:  # reads what EOPD reads
+            resolved["train"]["objective"] = {name: objective[name] for name in FAMILY["eopd"]}
+        assert not list(_unsaid(resolved, config)), task.name
+
+
+def _unsaid(resolved: object, said: object, where: str = "") -> Iterator[str]:
+    if isinstance(resolved, dict) and isinstance(said, dict):
+        for name, value in resolved.items():
+            if name in said:
+                yield from _unsaid(value, said[name], f"{where}.{name}")
+            else:
+                yield f"{where}.{name}"
+    elif isinstance(resolved, list) and isinstance(said, list):
+        for one, other in zip(resolved, said, strict=True):
+            yield from _unsaid(one, other, where)
+
+
 def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = toy("gate")
     (task,) = rates.tasks_of(experiment, experiment.setting("random"), {"eopd-0.8": 2e-4}, (100,))
@@ -81,6 +119,8 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     assert content["cost"]["responses"] == TOY.responses
     result = results.read(task, tmp_path / "results")
     assert result is not None
+    assert content["inputs"]["objective"] == own_file_hash(str(design.HERE / "gates.py:random_gate"))
+    assert str(design.HERE) not in path.read_text(), "a result says nothing of this machine's folders"
     assert result.correct.shape == result.distinct.shape == (TOY.problems,)
     assert (result.distinct <= result.correct).all()
     assert result.correct.mean() / 8 == pytest.approx(content["metrics"]["avg_at_k"])
@@ -96,7 +136,10 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     assert results.read(other, tmp_path / "results") is None, "a result of another rate is no result of this task"
 
 
-def made_up(task: Task, folder: Path, shift: int) -> None:
+INPUTS = {"student": "s", "teacher": "t", "prompts": "p", "problems": "q"}
+
+
+def made_up(task: Task, folder: Path, shift: int, **inputs: str) -> None:
     rng = np.random.default_rng(task.seed)
     correct = np.minimum(8, rng.integers(0, 5, size=40) + shift)
     figures = dict.fromkeys(("fkl", "rkl", "agreement", "share", "student_entropy", "student_above"), 0.3)
@@ -109,7 +152,7 @@ def made_up(task: Task, folder: Path, shift: int) -> None:
         "alignment": {name: {"all": figures, "above": figures, "below": figures} for name in ("own", "teacher")},
     }
     cost = {"bytes_per_token": 30.0, "seconds": 60.0, "cpu_seconds": 60.0}
-    results.write(task, {**content, "seed": task.seed, "inputs": {"problems": "p"}, "cost": cost}, folder)
+    results.write(task, {**content, "seed": task.seed, "inputs": {**INPUTS, **inputs}, "cost": cost}, folder)
 
 
 def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: Path) -> None:
@@ -130,6 +173,31 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     report.write([toy("main"), toy("gate"), toy("reverse")], tmp_path, document)
     assert document.read_text() == text
     assert (tmp_path / "study-main.svg").read_bytes() == drawing
+
+
+def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
+    main_task, gate_task = in_order([toy("main"), toy("gate")], tmp_path, seeds=[0], settings=["eopd-0.8", "random"])
+    made_up(main_task, tmp_path, shift=0)
+    made_up(gate_task, tmp_path, shift=0, objective="first")
+    assert len(tables.load(toy("gate"), tmp_path)) == 2
+    made_up(main_task, tmp_path, shift=0, teacher="other")
+    with pytest.raises(
+        ValueError, match=r"gate/random-seed0.json and .*main/eopd-0.8-seed0.json .*: teacher t and other"
+    ):
+        tables.load(toy("gate"), tmp_path)
+    made_up(main_task, tmp_path, shift=0)
+    (proxy,) = in_order([toy("gate")], tmp_path, seeds=[0], settings=["proxy-4"])
+    made_up(proxy, tmp_path, shift=0, objective="second")
+    with pytest.raises(ValueError, match=r"gate/proxy-4-seed0.json and .*: objective second and first"):
+        tables.load(toy("gate"), tmp_path)
+
+
+def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
+    for task in in_order([toy("main"), toy("gate")], tmp_path, seeds=[0, 1, 2, 3, 100], settings=["opd", "random"]):
+        made_up(task, tmp_path, shift=0)
+    seeds = {rows.name: list(rows.by_seed) for rows in tables.load(toy("gate"), tmp_path)}
+    assert seeds == {"main/opd": [0, 1, 2], "random": [0, 1, 2]}
+    assert [list(rows.by_seed) for rows in tables.load(toy("main"), tmp_path)] == [[0, 1, 2, 3]]
 
 
 def test_the_document_has_a_block_of_every_experiment(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eopd.pipeline.config import merge
 from eopd.storage.files import canonical_json, sha256_text
+from examples.study.stated import BENCHMARK, RUN, objective
 from examples.study.worlds import COUNTDOWN, World
 
 HERE = Path(__file__).parent
@@ -138,19 +140,19 @@ class Task:
         }
 
     def config(self, work: Path) -> dict[str, Any]:
-        """The whole config of a run below ``work``: what is stated, where things are, and what makes it fast."""
-        stated, world = self.stated(), self.experiment.world
+        """The whole config of a run below ``work``: every keyed setting, where things are, and what makes it fast."""
+        said, world = self.stated(), self.experiment.world
         problems, models = world.problems(work, self.scale), world.models(work)
-        source = {
-            "columns": {"id": "id", "prompt": "problem", "answer": "answer"},
-            "verifier": world.verifier,
-        }
         # tiny models: one thread, wide batches, everything of a round in one part
         options = {"cpu_threads": 1, "max_batch": world.max_batch}
         engine = {"engine": "transformers", "engine_options": options}
-        benchmark = {"name": world.name, "path": str(problems / f"{self.experiment.evaluates}.jsonl"), **source}
-        return {
-            **stated,
+        benchmark = {
+            **BENCHMARK,
+            "name": world.name,
+            "path": str(problems / f"{self.experiment.evaluates}.jsonl"),
+            "verifier": world.verifier,
+        }
+        here = {
             "name": self.name.replace("/", "."),
             "store": str(work / f"store-seed{self.seed}"),
             "runs": str(work / "runs"),
@@ -158,32 +160,24 @@ class Task:
             "teacher": {"path": str(models["teacher"])},
             "prompts": {
                 "path": str(problems / "train.jsonl"),
-                "template": "plain",
                 "suffix": world.suffix,
-                **source,
+                "verifier": world.verifier,
             },
-            "rollout": {**stated["rollout"], **engine, "rows_per_part": 4096},
-            "score": {**stated["score"], **engine, "row_tokens": world.row_tokens, "first_batch_check": False},
+            "rollout": {**engine, "rows_per_part": 4096},
+            "score": {**engine, "row_tokens": world.row_tokens, "first_batch_check": False},
             "train": {
-                **stated["train"],
-                "objective": _with_own_file(stated["train"]["objective"]),
+                "objective": _with_own_file(objective(said["train"]["objective"])),
                 "row_tokens": world.row_tokens,
                 "cpu_threads": 1,
                 "checkpoint_every_steps": 1_000_000,
             },
-            "evaluate": {
-                **stated["evaluate"],
-                **engine,
-                "rows_per_part": 4096,
-                "benchmarks": [benchmark],
-                "template": "plain",
-                "suffix": world.suffix,
-            },
+            "evaluate": {**engine, "rows_per_part": 4096, "benchmarks": [benchmark], "suffix": world.suffix},
             "launcher": {"kind": "inline"},
         }
+        return merge(merge(dict(RUN), said), here)
 
 
-def _with_own_file(objective: Mapping[str, Any]) -> dict[str, Any]:
+def _with_own_file(whole: Mapping[str, Any]) -> dict[str, Any]:
     """An objective of the study's own is stated as ``gates.py:name``, whatever the current folder is."""
-    name = str(objective.get("name", "eopd"))
-    return {**objective, "name": str(HERE / name) if ":" in name else name}
+    name = str(whole["name"])
+    return {**whole, "name": str(HERE / name) if ":" in name else name}

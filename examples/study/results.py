@@ -8,7 +8,7 @@ two results on the same problems can be compared in pairs, at any k.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Result:
-    """A result as read; ``content`` is the whole JSON."""
+    """A result as read from ``path``; ``content`` is the whole JSON."""
 
+    path: Path
     content: Mapping[str, Any]
     correct: Counts  # [P] of SAMPLES
     distinct: Counts  # [P]
@@ -71,7 +72,28 @@ def read(task: Task, folder: Path) -> Result | None:
         correct, distinct = decode(content["correct"]), decode(content["distinct"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of the study ({error!r}); delete it and run again") from error
-    return Result(content, correct, distinct) if content["key"] == task.key else None
+    return Result(path, content, correct, distinct) if content["key"] == task.key else None
+
+
+INPUTS = ("student", "teacher", "prompts", "problems")
+"""By fingerprint; beside them ``objective``: the source of an objective of the study's own."""
+
+
+def refuse_other_inputs(found: Sequence[Result]) -> None:
+    """Results that are compared are of the same models, problems and objective sources.
+
+    Raises:
+        ValueError: two are not; names their files. Older results do not say the source of their objective.
+    """
+    for name in (*INPUTS, "objective"):
+        known = [result for result in found if name in result.content["inputs"]]
+        for result in known:
+            here, there = result.content["inputs"][name], known[0].content["inputs"][name]
+            if here != there:
+                raise ValueError(
+                    f"{result.path} and {known[0].path} cannot be compared: {name} {here} and {there}. Delete the one "
+                    "that was made by mistake, and run it again"
+                )
 
 
 def encode(counts: Iterable[int]) -> str:

@@ -23,6 +23,7 @@ from eopd.pipeline.inspect import gather_facts
 from eopd.pipeline.plan import Stage, make_plan
 from eopd.pipeline.runner import Runner
 from eopd.stages.job import NullProgress
+from eopd.stages.train.objectives.settings import own_file_hash
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from examples.study import alignment, results
@@ -127,7 +128,9 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
             "teacher": runner.facts.teacher.fingerprint,
             "prompts": runner.facts.prompts_fingerprint,
             "problems": runner.facts.benchmarks[0].fingerprint,
+            **_source(runner),
         },
+        "resolved": _resolved(task, runner),
         "correct": results.encode(row["correct"] for row in rows),
         "distinct": results.encode(row["distinct_correct"] for row in rows),
         "metrics": {name: value for name, value in found.items() if name not in ("skipped",)},
@@ -136,6 +139,19 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
         "cost": _cost(runner),
         "made": {"commit": commit(), "on": datetime.now(UTC).date().isoformat(), "versions": _versions()},
     }
+
+
+def _source(runner: Runner) -> dict[str, str]:
+    """Of an objective of the study's own: its file's content hash."""
+    name = runner.settings.train.objective.name
+    return {"objective": own_file_hash(name)} if ":" in name else {}
+
+
+def _resolved(task: Task, runner: Runner) -> dict[str, Any]:
+    """Every keyed setting that the run had, without the paths of this machine."""
+    found = runner.settings.semantic()
+    found["train"]["objective"]["name"] = task.setting.objective["name"]
+    return found
 
 
 def _training(runner: Runner) -> dict[str, list[float]]:

@@ -59,29 +59,35 @@ ALIGNMENT: dict[str, tuple[str, ...]] = {
 def load(experiment: Experiment, folder: Path) -> list[Rows]:
     """Settings with at least one result, those that the experiment borrows first; none where it has none of its own.
 
+    All are of the experiment's own seeds: others are of development, or of a longer comparison.
+
     Raises:
-        ValueError: results of one experiment are of different problems.
+        ValueError: results are of different inputs (``results.refuse_other_inputs``).
     """
     rates = tuned(folder)
-    own = [_rows(experiment, setting.name, setting.name, rates, folder) for setting in experiment.settings]
+    own = [
+        _rows(experiment, setting.name, setting.name, experiment.seeds, rates, folder)
+        for setting in experiment.settings
+    ]
     if not any(rows.by_seed for rows in own):
         return []
     found = []
     for name in experiment.borrows:
         source, setting = name.split("/")
         lender = dataclasses.replace(EXPERIMENTS[source], scale=experiment.scale)
-        found.append(_rows(lender, setting, name, rates, folder))
+        seeds = tuple(seed for seed in lender.seeds if seed in experiment.seeds)
+        found.append(_rows(lender, setting, name, seeds, rates, folder))
     found = [rows for rows in (*found, *own) if rows.by_seed]
-    problems = {result.content["inputs"]["problems"] for rows in found for result in rows.by_seed.values()}
-    if len(problems) > 1:
-        raise ValueError(f"experiment {experiment.name}: results of {len(problems)} different sets of problems")
+    results.refuse_other_inputs([result for rows in found for result in rows.by_seed.values()])
     return found
 
 
-def _rows(experiment: Experiment, setting: str, name: str, rates: Mapping[str, float], folder: Path) -> Rows:
-    paths = (folder / experiment.name).glob(f"{setting}-seed*.json")
-    seeds = tuple(sorted(int(path.stem.rsplit("-seed", 1)[1]) for path in paths))
+def _rows(
+    experiment: Experiment, setting: str, name: str, seeds: Sequence[int], rates: Mapping[str, float], folder: Path
+) -> Rows:
     chosen = experiment.setting(setting)
+    there = {path.stem for path in (folder / experiment.name).glob(f"{setting}-seed*.json")}
+    seeds = tuple(seed for seed in sorted(seeds) if f"{setting}-seed{seed}" in there)
     read = [(task.seed, results.read(task, folder)) for task in tasks_of(experiment, chosen, rates, seeds)]
     return Rows(name, chosen.says, {seed: result for seed, result in read if result is not None})
 

@@ -11,9 +11,8 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.models import inspect_model
 from eopd.pipeline.plan import BenchmarkFacts, Facts
 from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
+from eopd.storage import paths
 from eopd.storage.fingerprints import Digests
-
-DIGESTS_FILE = ".digests.json"
 
 
 def gather_facts(settings: RunSettings) -> Facts:
@@ -22,7 +21,7 @@ def gather_facts(settings: RunSettings) -> Facts:
     Raises:
         ConfigError: an input is missing or unreadable; names the setting.
     """
-    digests = Digests(Path(settings.store) / DIGESTS_FILE)
+    digests = Digests(Path(settings.store) / paths.DIGESTS)
     student = inspect_model("student", settings.student, digests)
     teacher = inspect_model("teacher", settings.teacher, digests)
     count, fingerprint = _source("prompts", settings.prompts, digests)

@@ -140,7 +140,10 @@ def _existing(place: str) -> Path | Bucket:
 @app.command()
 def gc(
     store: Place = "store",
-    runs: Annotated[Path | None, typer.Option(help="Keep only what the runs in this folder refer to.")] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Keep only what the runs in this folder, and others that use the store, refer to."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
 ) -> None:
     """Remove left-overs of killed jobs and, with --runs, artifacts that none of its runs refers to. Dry run first."""
@@ -154,7 +157,12 @@ def gc(
     if not yes:
         _say(f"{len(removals)} removals would free {size(total)}; nothing was removed (--yes does it)")
         return
-    _say(f"freed {size(garbage.remove(removals))}")
+    removed = garbage.remove(removals)
+    for stayed in removed.stayed:
+        _say(f"stayed: {stayed}")
+    _say(f"freed {size(removed.bytes)}")
+    if removed.stayed:
+        raise typer.Exit(1)
 
 
 def _folder(place: str) -> Path:
@@ -171,23 +179,13 @@ def _folder(place: str) -> Path:
 
 
 def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
-    """(kind, key) of everything in the plans of the runs below ``runs`` that use ``store``."""
-    from eopd.pipeline.config import load_config
-    from eopd.pipeline.planning import plan_run
+    from eopd.pipeline.roots import roots
 
-    roots: set[tuple[str, str]] = set()
-    for config in sorted(runs.glob("*/config.yaml")):
-        settings = load_config(str(config))
-        if store.resolve() in [Path(place).resolve() for place in settings.read_only_stores]:
-            raise ValueError(
-                f"{store} is only read by {config}: what others made in it is not this run's to remove. Collect it "
-                "where its own runs are, or leave out --runs to remove left-overs of killed jobs only"
-            )
-        if Path(settings.store).resolve() != store.resolve():
-            continue
-        for job in plan_run(settings)[1].jobs:
-            roots |= {(identity.kind, identity.key) for identity in (job.output, job.side) if identity is not None}
-    return roots
+    found = roots(runs, store)
+    for config in found:
+        if not config.is_relative_to(runs.resolve()):
+            _say(f"kept as well: what {config} refers to, which uses this store")
+    return {root for some in found.values() for root in some}
 
 
 @app.command()

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from eopd.storage import paths, stopping
 from eopd.storage.artifacts import Artifact
@@ -27,10 +28,12 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 @contextmanager
 def claim(artifact: Artifact, part: int) -> Iterator[bool]:
     """Try to claim a part; yields whether it is ours. Never waits."""
-    with naming_full_disks(artifact.folder):
+    path = artifact.folder / paths.claim_name(part)
+    with naming_full_disks(path):
         artifact.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(artifact.folder / paths.claim_name(part), os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        _share(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -48,10 +51,34 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
         os.close(handle)
 
 
+def _share(handle: int) -> None:
+    """Let the other users of a team's store lock our claim files, whatever our umask is."""
+    found = os.fstat(handle)
+    if found.st_uid == os.geteuid() and found.st_mode & 0o666 != 0o666:
+        with suppress(OSError):  # where it cannot be changed, it is as the umask has it
+            os.fchmod(handle, 0o666)
+
+
 def holder(artifact: Artifact, part: int) -> str | None:
-    """Who is at work on a part, for people ("process 412 on node7 since 12:03:11"); None: nobody."""
+    """Who is at work on a part, for people ("process 412 on node7 since 12:03:11"); None: nobody that can be seen."""
     try:
-        handle = os.open(artifact.folder / paths.claim_name(part), os.O_RDWR)
+        return _locked_by(artifact.folder / paths.claim_name(part))
+    except PermissionError:
+        return None
+
+
+def may_be_held(path: Path) -> bool:
+    """Whether a living process holds this claim file, or one may that cannot be seen."""
+    try:
+        return _locked_by(path) is not None
+    except OSError:
+        return True
+
+
+def _locked_by(path: Path) -> str | None:
+    """Touches nothing. Raises PermissionError where it cannot be told."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:

@@ -6,8 +6,9 @@ A model, a Parquet file or results are read as files. Those are copied part by p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class FetchedArtifact(Artifact):
         here = Artifact(self.store, self.identity)
         if not here.is_committed(part):
             copy(self.remote, self.store, [part])
+        with suppress(PermissionError):  # another user's
+            os.utime(here.folder)  # `eopd store gc` takes what was not asked for lately
         return here.part_folder(part)
 
     @property

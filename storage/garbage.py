@@ -2,23 +2,27 @@
 
 Roots are the artifacts that runs refer to; whatever they were made from is kept with them. Besides artifacts that no
 root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers,
-half-written temporary files and what was fetched from buckets. Only the store that is named is looked at: those that
-runs read behind it are other people's.
+half-written temporary files and what was fetched from buckets. What a living worker has claimed is kept with all that
+it is made from, and so is what was changed lately. Only the store that is named is looked at: those that runs read
+behind it are other people's.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
-from eopd.storage.claims import claim
+from eopd.storage.claims import may_be_held
 from eopd.storage.errors import StoreError
 from eopd.storage.listing import keys, open_in
 from eopd.storage.pruning import left_over
@@ -70,7 +74,10 @@ def plan(
     """
     now = time.time() if now is None else now
     everything = set(keys(store))
-    kept = everything if roots is None else reachable(store, roots)
+    kept = everything
+    if roots is not None:
+        claimed = {(kind, key) for kind, key in everything if any(map(may_be_held, _claims(store / kind / key)))}
+        kept = reachable(store, {*roots, *claimed})
     found: list[Removal] = []
     for kind, key in sorted(everything):
         folder = store / kind / key
@@ -92,7 +99,7 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
     except StoreError:
         return
     pruned = artifact.pruned()
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(artifact.names()):
         path = folder / name
         data = paths.data_part(name)
         tombstone = paths.tombstone_part(name)
@@ -109,7 +116,8 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
             reason = "half-written"
         else:
             continue
-        if _last_change(path) < before and not (data is not None and _is_claimed(artifact, data[0])):
+        claimed = data is not None and may_be_held(folder / paths.claim_name(data[0]))
+        if not claimed and _last_change(path) < before:
             yield Removal(path, _size(path), reason)
 
 
@@ -123,33 +131,62 @@ def _after_pruning(artifact: Artifact, part: int, before: float) -> Iterator[Rem
             yield Removal(path, _size(path), "left by an interrupted pruning")
 
 
-def _is_claimed(artifact: Artifact, part: int) -> bool:
-    with claim(artifact, part) as ours:
-        return not ours
+def _claims(folder: Path) -> Iterator[Path]:
+    return folder.glob(f"part-*{paths.CLAIM}")
 
 
-def remove(removals: Sequence[Removal]) -> int:
-    """Carry out a plan; returns bytes freed. What has vanished meanwhile is passed over."""
-    freed = 0
+@dataclass(frozen=True)
+class Removed:
+    """What came of a plan."""
+
+    bytes: int  # that are gone
+    stayed: tuple[str, ...]  # what could not be removed, and why
+
+
+def remove(removals: Sequence[Removal]) -> Removed:
+    """Carry out a plan. What has vanished meanwhile is passed over."""
+    freed, stayed = 0, []
     for removal in removals:
-        if removal.path.is_dir() and not removal.path.is_symlink():
-            # markers first: a reader must not find a marker whose data are going
-            for pattern in ("part-*.json", "part-*.pruned"):
-                for marker in removal.path.glob(pattern):
-                    marker.unlink(missing_ok=True)
-            shutil.rmtree(removal.path, ignore_errors=True)
-        else:
-            removal.path.unlink(missing_ok=True)
-        freed += removal.bytes
-    return freed
+        try:
+            _remove(removal.path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            stayed.append(f"{error.filename or removal.path}: {error.strerror}")
+        freed += max(removal.bytes - _size(removal.path), 0)
+    return Removed(freed, tuple(stayed))
+
+
+def _remove(path: Path) -> None:
+    """All of it that can go. Raises the first error."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink()
+        return
+    # markers first: a reader must not find a marker whose data are going
+    for pattern in ("part-*.json", "part-*.pruned"):
+        for marker in path.glob(pattern):
+            marker.unlink(missing_ok=True)
+    errors: list[BaseException] = []
+    shutil.rmtree(path, onerror=lambda function, name, error: errors.append(error[1]))
+    for error in errors:
+        if not isinstance(error, FileNotFoundError):
+            raise error
 
 
 def _size(path: Path) -> int:
-    if path.is_dir() and not path.is_symlink():
-        return sum(inner.lstat().st_size for inner in path.rglob("*") if not inner.is_dir())
-    return path.lstat().st_size
+    return sum(found.st_size for found in _files(path) if not stat.S_ISDIR(found.st_mode))
 
 
 def _last_change(path: Path) -> float:
-    inner = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
-    return max((here.lstat().st_mtime for here in inner), default=0.0)
+    """Of anything in it; of what has vanished meanwhile, never."""
+    return max((found.st_mtime for found in _files(path)), default=math.inf)
+
+
+def _files(path: Path) -> Iterator[os.stat_result]:
+    """Of ``path`` and, if it is a folder, of all in it; what vanishes meanwhile is passed over."""
+    names = [str(path)]
+    if not path.is_symlink():
+        names += [os.path.join(here, name) for here, inner, files in os.walk(path) for name in (*inner, *files)]
+    for name in names:
+        with suppress(FileNotFoundError):
+            yield os.lstat(name)

@@ -6,7 +6,10 @@
 <store>/<kind>/<key>/part-00003.<nonce>/    its data
 <store>/<kind>/<key>/part-00003.pruned      in the marker's place once its data were given up
 <store>/<kind>/<key>/part-00003.set_aside   a hint that it was committed empty; its marker says whether and why
+<store>/<kind>/<key>/part-00003.claim       locked by who is at work on it; left where it is
+<store>/<kind>/<key>/*.damaged              set aside by a repair
 <store>/.runs/                              which runs use the store
+<store>/.digests.json                       of files outside the store that were hashed before; may be deleted
 <store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
 <store>/.fetched/<kind>/<key>/              parts of a bucket's artifacts that are read as files: a store of its own
 
@@ -29,14 +32,15 @@ from pathlib import Path
 
 IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
+DIGESTS = ".digests.json"
 FETCHED = ".fetched"
 RUNS = ".runs"
+CLAIM = ".claim"
 KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
-_DAMAGED = re.compile(r"^part-(\d{5,})\.[0-9a-f]{16}\.damaged$")
 
 
 def part_name(part: int) -> str:
@@ -52,7 +56,7 @@ def tombstone_name(part: int) -> str:
 
 
 def claim_name(part: int) -> str:
-    return f"{part_name(part)}.claim"
+    return f"{part_name(part)}{CLAIM}"
 
 
 def set_aside_name(part: int) -> str:

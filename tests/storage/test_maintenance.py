@@ -160,7 +160,7 @@ def test_gc_keeps_what_roots_reach(tmp_path: Path) -> None:
     assert gone.is_complete(), "a plan removes nothing"
     assert garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=3600.0) == []
     assert garbage.plan(tmp_path, None, grace=-1.0) == []
-    assert garbage.remove(plan) == sum(removal.bytes for removal in plan) > 0
+    assert garbage.remove(plan).bytes == sum(removal.bytes for removal in plan) > 0
     assert not gone.folder.exists()
     assert rollouts.is_complete()
     assert kept.is_complete()
@@ -188,6 +188,61 @@ def test_gc_removes_what_no_marker_names(tmp_path: Path) -> None:
     garbage.remove(plan)
     assert artifact.missing() == [0]
     assert TeacherCache(artifact).read([(1, 0)]).responses == 1
+
+
+def test_gc_keeps_what_a_living_worker_makes_and_takes_no_claim(tmp_path: Path) -> None:
+    """Of a run that no root knows: its claim keeps the artifact whole, and all that it is made from."""
+    kept = other(tmp_path, "checkpoints", {}, name="kept")
+    rollouts = other(tmp_path, "rollouts", {}, name="busy")
+    working = Artifact(tmp_path, Identity("scores", 1, 3, {}, {"rollouts": rollouts.key}, {"head": 1}))
+    with working.write_part(0) as folder:
+        (folder / "data").write_text("x")
+    with claim(working, 1) as ours:
+        assert ours
+        before = sorted(tmp_path.rglob("*"))
+        assert garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0) == []
+        assert sorted(tmp_path.rglob("*")) == before
+    plan = garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0)
+    assert {removal.path for removal in plan} == {working.folder, rollouts.folder}
+
+
+def test_gc_beside_others_who_write_and_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a folder listed is gone when it is looked at."""
+    gone = other(tmp_path, "rollouts", {})
+    kept = other(tmp_path, "checkpoints", {})
+    walk = os.walk
+
+    def walk_and_remove(*arguments: object) -> list[tuple[str, list[str], list[str]]]:
+        found = list(walk(*arguments))
+        for path in gone.folder.glob("part-*/data"):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(os, "walk", walk_and_remove)
+    plan = garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0)
+    assert {removal.path for removal in plan} == {gone.folder}
+    shutil.rmtree(gone.folder)
+    assert garbage.remove(plan) == garbage.Removed(0, ())
+
+
+def test_gc_counts_what_is_gone_and_names_what_stayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, stays = (other(tmp_path, "rollouts", {}, name=name) for name in ("gone", "stays"))
+    plan = garbage.plan(tmp_path, [("checkpoints", "none")], grace=-1.0)
+    data = next(stays.folder.glob("part-*/data"))
+    unlink = os.unlink
+
+    def refuse(path: str, **options: int) -> None:
+        if Path(path).name == "data" and os.fstat(options["dir_fd"]).st_ino == data.parent.stat().st_ino:
+            raise PermissionError(13, "Permission denied", str(data))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    removed = garbage.remove(plan)
+    assert not gone.folder.exists()
+    assert data.exists()
+    assert removed.bytes == sum(removal.bytes for removal in plan) - len("stays")
+    assert "Permission denied" in " ".join(removed.stayed)
+    assert "data" in " ".join(removed.stayed)
 
 
 # -- copy and stacks -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_SAME = 1e-12  # values this close, relatively, are one value
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,21 @@ class Interval:
     high: float
 
 
+def group_means(values: Floats, groups: Sequence[str] | None = None) -> Floats:
+    """Means of the columns of ``values`` [P, M]: of each group, then over the groups, whatever their size."""
+    return np.asarray(np.mean([rows.mean(axis=0) for rows in _grouped(values, groups)], axis=0))
+
+
 def resampled_means(
-    values: Floats, *, resamples: int = 2000, seed: int = 0, weights: Sequence[float] | None = None
+    values: Floats, *, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Floats:
     """Means of the columns of ``values`` [P, M] over bootstrap resamples of the problems: [B, M].
 
     All columns share the resampled problems. Pass differences of two runs on the same problems for a paired test.
 
     Args:
-        weights: of each problem [P] in the mean (default: equal).
+        groups: of each problem [P], such as its benchmark. Problems are drawn within their group, so that each keeps
+            its size, and groups count the same (default: one group).
 
     Raises:
         ValueError: no problem.
@@ -39,13 +46,72 @@ def resampled_means(
     if values.ndim != 2 or len(values) == 0:
         raise ValueError(f"a bootstrap needs values [P, M] of at least one problem, got shape {values.shape}")
     rng = np.random.default_rng(seed)
-    problems = len(values)
-    counts = rng.multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
-    if weights is None:
-        means: Floats = counts @ values / problems
-        return means
-    weighted = counts * np.asarray(weights, np.float64)
-    return np.asarray(weighted @ values / weighted.sum(axis=1, keepdims=True))
+    means = []
+    for rows in _grouped(values, groups):
+        problems = len(rows)
+        counts = rng.multinomial(problems, np.full(problems, 1.0 / problems), size=resamples)
+        means.append(counts @ rows / problems)
+    return np.asarray(np.mean(means, axis=0))
+
+
+def bootstrap(
+    values: Floats,
+    *,
+    bounds: tuple[float, float] | None = None,
+    groups: Sequence[str] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> list[Interval | None]:
+    """Intervals of the means of the columns of ``values`` [P, M] (``group_means``), over the problems.
+
+    Percentile bootstrap within the groups. Resamples of a group whose problems all have one value never differ, so the
+    mean of such a group gets other ends: a value not seen among P problems may still have the share that Clopper and
+    Pearson give 0 of P, 1 - (tail) ** (1 / P), and lie at either of the ``bounds``. Ends of such groups and of the
+    resamples are put together by their squares (Zou and Donner 2008).
+
+    Args:
+        bounds: the least and the largest value that a problem can have, such as (0, 1), or (-1, 1) of differences.
+
+    Returns:
+        None for a column of fewer than two problems, or with such a group where ``bounds`` are not given.
+
+    Raises:
+        ValueError: no problem; a confidence outside (0, 1).
+    """
+    resampled = intervals(resampled_means(values, resamples=resamples, seed=seed, groups=groups), confidence)
+    if len(values) < 2:
+        return [None] * values.shape[1]
+    parts = _grouped(values, groups)
+    means = group_means(values, groups)
+    return [
+        _with_unseen(float(mean), found, [rows[:, column] for rows in parts], bounds, (1.0 - confidence) / 2.0)
+        for column, (mean, found) in enumerate(zip(means, resampled, strict=True))
+    ]
+
+
+def _with_unseen(
+    mean: float, resampled: Interval, parts: Sequence[Floats], bounds: tuple[float, float] | None, tail: float
+) -> Interval | None:
+    alike = [values for values in parts if np.ptp(values) <= _SAME * max(1.0, abs(float(values[0])))]
+    if not alike:
+        return resampled
+    if bounds is None:
+        return None
+    below, above = max(0.0, mean - resampled.low) ** 2, max(0.0, resampled.high - mean) ** 2
+    for values in alike:
+        unseen = (1.0 - tail ** (1.0 / len(values))) / len(parts)
+        below += (unseen * (float(values[0]) - bounds[0])) ** 2
+        above += (unseen * (bounds[1] - float(values[0]))) ** 2
+    return Interval(mean - math.sqrt(below), mean + math.sqrt(above))
+
+
+def _grouped(values: Floats, groups: Sequence[str] | None) -> list[Floats]:
+    """The rows of each group, in order of the names."""
+    if groups is None:
+        return [values]
+    names, places = np.unique(np.asarray(groups), return_inverse=True)
+    return [values[places == number] for number in range(len(names))]
 
 
 def intervals(means: Floats, confidence: float = 0.95) -> list[Interval]:

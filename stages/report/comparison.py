@@ -2,100 +2,169 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from eopd.stages.intervals import Interval, intervals, resampled_means, t_interval, welch_interval
+from eopd.stages.intervals import Interval, t_interval, welch_interval
 from eopd.stages.report import words
 from eopd.stages.report.data import ProblemScores, RunData
 from eopd.stages.report.figure import Rows
-
-Floats = NDArray[np.float64]
+from eopd.stages.report.scores import Floats, after, average, mean, over_problems, passed, shared_rounds
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``name`` minus the baseline, of ``metric``. ``over_seeds`` is None where one of them has a single seed."""
+    """``name`` minus the baseline after ``round``, of Avg@k or Pass@k.
+
+    ``over_problems`` is None where there is one problem, ``over_seeds`` where one of the two has a single seed;
+    ``pairs``: the seeds that were compared one by one, none where too few are the same.
+    """
 
     name: str
-    metric: str
+    which: str  # avg or pass
+    k: int
+    round: int
     value: float
-    over_problems: Interval
+    over_problems: Interval | None
     over_seeds: Interval | None
-    paired_seeds: bool
+    pairs: tuple[int, ...]
+
+    @property
+    def metric(self) -> str:
+        return f"{'Avg' if self.which == 'avg' else 'Pass'}@{self.k}"
 
 
-def differences(runs: Sequence[RunData]) -> list[Difference]:
-    """Of every further run to the first, where both were evaluated on the same problems.
+@dataclass(frozen=True)
+class Comparison:
+    """``round``: the one that is compared (None: nothing is). ``notes``: what is not compared, or not as expected."""
 
-    ``over_problems``: bootstrap over the problems of the paired differences, each the mean over its seeds.
-    ``over_seeds``: Student's t of the differences seed by seed where the seeds are the same ones, else Welch's.
+    round: int | None
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+def compare(runs: Sequence[RunData]) -> Comparison:
+    """Every further run with the first, after the last round that all of them were evaluated at, on the same problems.
+
+    ``over_problems``: bootstrap over the problems, within each benchmark, of the paired differences, each the mean over
+    its seeds. ``over_seeds``: Student's t of the differences seed by seed where at least two seeds are in both (the
+    others are left out), else Welch's.
     """
-    found: list[Difference] = []
-    base = runs[0].scores
+    base, notes, rivals = runs[0], [], []
     for run in runs[1:]:
-        other = run.scores
-        if base is None or other is None or base.names != other.names:
-            continue
-        k = min(base.samples, other.samples)
-        for metric, values in (
-            (f"Avg@{k}", [_average(scores) for scores in (base, other)]),
-            (f"Pass@{k}", [_passed(scores, k) for scores in (base, other)]),
+        if base.scores and run.scores:
+            if shared_rounds([base.scores, run.scores]):
+                rivals.append(run)
+            else:
+                notes.append(_why_not(base, run))
+    if not rivals:
+        return Comparison(None, (), tuple(notes))
+    rounds = shared_rounds([run.scores for run in (base, *rivals)])
+    if not rounds:
+        evaluated = words.joined([_evaluated(run) for run in (base, *rivals)])
+        return Comparison(None, (), (*notes, f"No round was evaluated in all runs, so none are compared: {evaluated}."))
+    last = rounds[-1]
+    if any(run.scores[-1].round != last for run in (base, *rivals)):
+        ends = words.joined([f"{run.name} up to round {run.scores[-1].round}" for run in (base, *rivals)])
+        notes.append(
+            f"The runs were evaluated up to different rounds: {ends}. They are compared after round {last}, the last "
+            "that all of them have; figures of a single run are of its own last round."
+        )
+    found = []
+    for run in rivals:
+        one, other = after(base.scores, last), after(run.scores, last)
+        assert one is not None
+        assert other is not None
+        pairs = tuple(sorted(set(one.seeds) & set(other.seeds)))
+        if len(pairs) < 2:
+            pairs = ()
+        notes += _of_seeds(base.name, run.name, one, other, pairs)
+        k = min(one.samples, other.samples)
+        one, other = (_of(scores, pairs or scores.seeds) for scores in (one, other))
+        for which, first, second in (
+            ("avg", average(one), average(other)),
+            ("pass", passed(one, k), passed(other, k)),
         ):
-            found.append(_difference(run.name, metric, values[0], values[1], base, other))
-    return found
+            found.append(Difference(run.name, which, k, last, *_figures(first, second, one, pairs), pairs))
+    return Comparison(last, tuple(found), tuple(notes))
 
 
-def table(runs: Sequence[RunData]) -> Rows:
+def table(comparison: Comparison) -> Rows:
     """The differences as text; no row where nothing can be compared."""
     body = tuple(
         (
             one.name,
             one.metric,
             words.change(one.value),
-            _bounds(one.over_problems),
-            _bounds(one.over_seeds) if one.over_seeds else "one seed",
+            _bounds(one.over_problems) if one.over_problems else "one problem",
+            _over_seeds(one),
             _word(one),
         )
-        for one in differences(runs)
+        for one in comparison.differences
     )
     head = ("run", "metric", "difference", "95 % over problems", "95 % over seeds", "zero is")
     return Rows(head, body)
 
 
-def _difference(
-    name: str, metric: str, first: Floats, second: Floats, base: ProblemScores, other: ProblemScores
-) -> Difference:
-    """``first`` and ``second``: [seeds, problems]."""
-    weights = np.asarray(base.weights)
-    paired = second.mean(axis=0) - first.mean(axis=0)
-    (over_problems,) = intervals(resampled_means(paired[:, None], weights=base.weights))
-    seeds = [np.average(values, axis=1, weights=weights) for values in (first, second)]
-    same = len(base.seeds) > 1 and base.seeds == other.seeds
-    over_seeds = t_interval((seeds[1] - seeds[0]).tolist()) if same else welch_interval(*(s.tolist() for s in seeds))
-    return Difference(name, metric, float(np.average(paired, weights=weights)), over_problems, over_seeds, same)
+def _figures(
+    first: Floats, second: Floats, scores: ProblemScores, pairs: Sequence[int]
+) -> tuple[float, Interval | None, Interval | None]:
+    """Difference and intervals of ``second`` to ``first``, both [S, P]."""
+    difference = second.mean(axis=0) - first.mean(axis=0)
+    one, other = ([mean(row, scores) for row in values] for values in (first, second))
+    by_seed = [b - a for a, b in zip(one, other, strict=True)] if pairs else []
+    over_seeds = t_interval(by_seed) if pairs else welch_interval(one, other)
+    return mean(difference, scores), over_problems(difference, scores), over_seeds
 
 
-def _average(scores: ProblemScores) -> Floats:
-    return np.asarray(scores.correct, np.float64) / scores.samples
+def _of(scores: ProblemScores, seeds: Sequence[int]) -> ProblemScores:
+    """Those seeds alone, in that order."""
+    rows = [scores.correct[scores.seeds.index(seed)] for seed in seeds]
+    return ProblemScores(scores.round, scores.names, scores.benchmarks, scores.samples, list(seeds), rows)
 
 
-def _passed(scores: ProblemScores, k: int) -> Floats:
-    """Unbiased Pass@k of each problem (Chen et al. 2021): 1 - C(n - c, k) / C(n, k)."""
-    n = scores.samples
-    by_count = np.asarray([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
-    return np.asarray(by_count[np.asarray(scores.correct)])
+def _of_seeds(base: str, name: str, one: ProblemScores, other: ProblemScores, pairs: Sequence[int]) -> list[str]:
+    """What the reader must know of the seeds that were compared."""
+    alone = sorted(set(one.seeds) ^ set(other.seeds))
+    if not alone:
+        return []
+    if pairs:
+        return [f"{name} and {base} are compared on seeds {_list(pairs)}; only one of them has {_list(alone)}."]
+    return [f"{name} has seeds {_list(other.seeds)} and {base} {_list(one.seeds)}: they are not compared in pairs."]
+
+
+def _why_not(base: RunData, run: RunData) -> str:
+    one, other = base.scores[-1], after(run.scores, base.scores[-1].round) or run.scores[-1]
+    if one.names == other.names:
+        return f"{run.name} is not compared: {_evaluated(run)}, {_evaluated(base)}."
+    missing, more = (len(set(a) - set(b)) for a, b in ((one.names, other.names), (other.names, one.names)))
+    return (
+        f"{run.name} is not compared: it was not evaluated on the problems of {base.name} ({missing} of its "
+        f"{len(one.names)} are missing, {more} others are there)."
+    )
+
+
+def _evaluated(run: RunData) -> str:
+    return f"{run.name} was evaluated after round {_list(found.round for found in run.scores)}"
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return words.joined([str(number) for number in numbers])
 
 
 def _bounds(interval: Interval) -> str:
     return f"{words.change(interval.low)} to {words.change(interval.high)}"
 
 
+def _over_seeds(one: Difference) -> str:
+    if one.over_seeds is None:
+        return "one seed"
+    return f"{_bounds(one.over_seeds)}, {f'{len(one.pairs)} pairs' if one.pairs else 'not in pairs'}"
+
+
 def _word(one: Difference) -> str:
     """Whether the widest interval holds zero."""
-    bounds = [one.over_problems] + ([one.over_seeds] if one.over_seeds else [])
+    bounds = [found for found in (one.over_problems, one.over_seeds) if found is not None]
+    if one.over_problems is None:
+        return "not known"
     return "excluded" if all(found.low > 0 or found.high < 0 for found in bounds) else "included"

@@ -162,14 +162,15 @@ class CostRow:
 
 @dataclass(frozen=True, config=_CONFIG)
 class ProblemScores:
-    """The last evaluation, problem by problem, so that runs can be compared in pairs.
+    """The evaluation after ``round``, problem by problem, so that runs can be compared in pairs.
 
-    ``correct[s][i]`` of the ``samples`` samples of problem ``names[i]`` are right with ``seeds[s]``; ``weights[i]``:
-    of the problem in the mean (benchmarks count the same, whatever their size).
+    ``correct[s][i]`` of the ``samples`` samples of problem ``names[i]`` are right with ``seeds[s]``; ``benchmarks[i]``:
+    the problem's benchmark (benchmarks count the same, whatever their size).
     """
 
+    round: int
     names: list[str]
-    weights: list[float]
+    benchmarks: list[str]
     samples: int
     seeds: list[int]
     correct: list[list[int]]
@@ -177,6 +178,8 @@ class ProblemScores:
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.correct) or any(len(row) != len(self.names) for row in self.correct):
             raise ValueError("correct must hold a row for each seed and in it a count for each name")
+        if len(self.benchmarks) != len(self.names):
+            raise ValueError(f"benchmarks has {len(self.benchmarks)} entries for {len(self.names)} names")
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -184,7 +187,8 @@ class RunData:
     """One run, or several that differ in nothing but their seeds.
 
     ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as "95 % bootstrap over problems";
-    the gains are last minus first round, paired where they can be. Runs of equal ``kin`` differ in ``seed`` at most.
+    the gains are last minus first round, paired where they can be; ``scores``: one entry an evaluated round, in order.
+    Runs of equal ``kin`` differ in ``seed`` at most.
     """
 
     name: str
@@ -201,7 +205,7 @@ class RunData:
     interval: str = ""
     avg_gain: Estimate | None = None
     pass_gain: Estimate | None = None
-    scores: ProblemScores | None = None
+    scores: list[ProblemScores] = field(default_factory=list)
     seed: int | None = None
     kin: str = ""
     notes: list[str] = field(default_factory=list)

@@ -8,19 +8,17 @@ its own; the others are means over the last epoch of that training.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from eopd.stages.intervals import intervals, resampled_means
 from eopd.stages.report import aligned
-from eopd.stages.report.data import Estimate, Histogram, ProblemScores, RoundData, RunData, StepRow
+from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
 from eopd.stages.report.expenses import Job, costs, seconds_by_key
+from eopd.stages.report.scores import gains
 from eopd.stages.report.views import Judge, nobody, rollout_views
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
@@ -66,9 +64,10 @@ def gather(run: RunArtifacts) -> RunData:
     rounds = [_round(found.round, results.get(found.round), run.rounds) for found in run.rounds]
     trained = [found for found in run.rounds if found.checkpoint]
     scored = [found for found in run.rounds if found.rollouts and found.scores]
-    avg, passed = _gains(run.rounds)
+    scores = [_scores(found.evaluation, found.round, run.seed) for found in run.rounds if found.evaluation]
+    comparable = len(scores) > 1 and scores[0].names == scores[-1].names
+    avg, passed = gains(scores[0], scores[-1]) if comparable else (None, None)
     measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
-    evaluated = [found.evaluation for found in run.rounds if found.evaluation]
     return RunData(
         name=run.name,
         settings=run.settings,
@@ -89,7 +88,7 @@ def gather(run: RunArtifacts) -> RunData:
         interval="95 % bootstrap over problems",
         avg_gain=avg,
         pass_gain=passed,
-        scores=_scores(evaluated[-1], run.seed) if evaluated else None,
+        scores=scores,
         seed=run.seed,
         kin=run.kin,
     )
@@ -182,43 +181,19 @@ def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def _gains(rounds: Sequence[RoundArtifacts]) -> tuple[Estimate | None, Estimate | None]:
-    """Last minus first Avg@k and Pass@k over the same problems, with a paired bootstrap over them."""
-    evaluated = [found.evaluation for found in rounds if found.evaluation]
-    if len(evaluated) < 2:
-        return None, None
-    first, last = (_problems(artifact) for artifact in (evaluated[0], evaluated[-1]))
-    if first.keys() != last.keys():
-        return None, None
-    keys = sorted(first)
-    pairs = np.asarray([[first[key], last[key]] for key in keys], np.float64)  # [problems, 2, (correct, samples)]
-    share = pairs[:, :, 0] / pairs[:, :, 1]
-    solved = pairs[:, :, 0] > 0
-    sizes = Counter(benchmark for benchmark, _ in keys)
-    weights = np.asarray([1.0 / sizes[benchmark] for benchmark, _ in keys])
-    return _paired(share[:, 1] - share[:, 0], weights), _paired(solved[:, 1] * 1.0 - solved[:, 0], weights)
-
-
-def _paired(difference: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> Estimate:
-    (found,) = intervals(resampled_means(difference[:, None], weights=weights.tolist()))
-    return Estimate(float(np.average(difference, weights=weights)), found.low, found.high)
-
-
-def _scores(evaluation: Artifact, seed: int | None) -> ProblemScores:
-    problems = _problems(evaluation)
-    sizes = Counter(name for name, _ in problems)
+def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScores:
+    path = evaluation.part_folder(evaluation.parts - 1) / evaluations.PROBLEMS
+    columns = ["benchmark", "problem_id", "correct", "samples"]
+    table = evaluations.read_table(path, evaluations.PROBLEMS_SCHEMA, columns).to_pylist()
+    rows = sorted(table, key=lambda row: (row["benchmark"], row["problem_id"]))
     return ProblemScores(
-        names=["/".join(name) for name in problems],
-        weights=[1.0 / sizes[name] for name, _ in problems],
-        samples=max(samples for _, samples in problems.values()),
+        round=round_,
+        names=[f"{row['benchmark']}/{row['problem_id']}" for row in rows],
+        benchmarks=[row["benchmark"] for row in rows],
+        samples=max(row["samples"] for row in rows),
         seeds=[seed or 0],
-        correct=[[correct for correct, _ in problems.values()]],
+        correct=[[row["correct"] for row in rows]],
     )
-
-
-def _problems(evaluation: Artifact) -> dict[tuple[str, str], tuple[int, int]]:
-    table = pq.read_table(evaluation.part_folder(evaluation.parts - 1) / evaluations.PROBLEMS).to_pylist()
-    return {(row["benchmark"], row["problem_id"]): (row["correct"], row["samples"]) for row in table}
 
 
 def _histogram(values: np.ndarray[Any, Any]) -> Histogram:

@@ -33,12 +33,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gain:
-    """``name`` such as Avg@8; ``last`` is None when only one round was evaluated."""
+    """``name`` such as Avg@8; ``last`` is None when only one round was evaluated; ``shared``: after the last round that
+    all runs on the page were evaluated at, None where there is none.
+    """
 
     name: str
     first: Measured
     last: Measured | None
     paired: Estimate | None
+    shared: Measured | None = None
 
     @property
     def end(self) -> Measured:
@@ -104,9 +107,10 @@ class RunSummary:
 
 def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
     ks = {which: common_k(runs, f"{which}_at_k") for which in ("avg", "pass")}
+    shared = {which: _last_shared(runs, which, k) for which, k in ks.items()}
     summaries = []
     for index, run in enumerate(runs):
-        found = [_gain(run, which, k) for which, k in ks.items() if k is not None]
+        found = [_gain(run, which, k, shared[which]) for which, k in ks.items() if k is not None]
         gains = tuple(gain for gain in found if gain is not None)
         summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
     return summaries
@@ -128,27 +132,38 @@ def sentence(summaries: Sequence[RunSummary]) -> list[str]:
     said = []
     names = list(dict.fromkeys(gain.name for summary in summaries for gain in summary.gains))
     for name in names:
-        ranked = sorted(
-            ((gain, summary) for summary in summaries for gain in summary.gains if gain.name == name),
-            key=lambda pair: pair[0].end.value if math.isfinite(pair[0].end.value) else -math.inf,
-            reverse=True,
-        )
-        said.append(_ranked(name, ranked, len(summaries)))
+        found = [(gain, summary) for summary in summaries for gain in summary.gains if gain.name == name]
+        said.append(_ranked(name, found, len(summaries)))
     return said or ["No run has an evaluation yet, so nothing can be compared."]
 
 
-def _ranked(name: str, ranked: list[tuple[Gain, RunSummary]], runs: int) -> str:
-    best, owner = ranked[0]
-    text = f"{name} ends highest in {owner.name} at {best.end.text}"
-    if best.last is not None:
-        text += f" (from {best.first.text})"
+def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: int) -> str:
+    """Runs are ranked after one round, the last that all of them were evaluated at."""
+    known = [(gain.shared, gain, summary) for gain, summary in found if gain.shared is not None]
+    if not known:
+        return f"{name}: no round was evaluated in all runs, so none of them is called highest."
+    ranked = sorted(known, key=lambda row: row[0].value if math.isfinite(row[0].value) else -math.inf, reverse=True)
+    best, gain, owner = ranked[0]
+    if all(gain.end == value for value, gain, _ in ranked) and len({value.round for value, _, _ in ranked}) == 1:
+        text = f"{name} ends highest in {owner.name} at {best.text}"
+        if gain.last is not None:
+            text += f" (from {gain.first.text})"
+    else:
+        text = f"{name} after round {best.round}, the last that all have, is highest in {owner.name} at {best.text}"
     if len(ranked) > 1:
-        rival, other = ranked[1]
-        text += f", then {other.name} at {rival.end.text}"
-        if best.end.interval and rival.end.interval and overlaps(best.end, rival.end):
+        rival, _, other = ranked[1]
+        text += f", then {other.name} at {rival.text}"
+        if best.interval and rival.interval and overlaps(best, rival):
             text += "; their intervals overlap"
     absent = runs - len(ranked)
     return text + (f"; {absent} not evaluated." if absent else ".")
+
+
+def _last_shared(runs: Sequence[RunData], which: str, k: int | None) -> int | None:
+    """The last round after which every run that has Avg@k or Pass@k was evaluated."""
+    found = [{item.round for item in run.rounds if k in getattr(item, f"{which}_at_k")} for run in runs]
+    evaluated = [rounds for rounds in found if rounds]
+    return max(set.intersection(*evaluated), default=None) if evaluated else None
 
 
 def _said(gain: Gain) -> str:
@@ -159,15 +174,15 @@ def _said(gain: Gain) -> str:
     return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
 
 
-def _gain(run: RunData, which: str, k: int) -> Gain | None:
-    evaluated = [item for item in run.rounds if k in getattr(item, f"{which}_at_k")]
+def _gain(run: RunData, which: str, k: int, shared: int | None) -> Gain | None:
+    evaluated = [_measured(item, which, k) for item in run.rounds if k in getattr(item, f"{which}_at_k")]
     if not evaluated:
         return None
     name = f"{'Avg' if which == 'avg' else 'Pass'}@{k}"
-    paired = run.avg_gain if which == "avg" else run.pass_gain
+    common = next((found for found in evaluated if found.round == shared), None)
     if len(evaluated) == 1:
-        return Gain(name, _measured(evaluated[0], which, k), None, None)
-    return Gain(name, _measured(evaluated[0], which, k), _measured(evaluated[-1], which, k), paired)
+        return Gain(name, evaluated[0], None, None, common)
+    return Gain(name, evaluated[0], evaluated[-1], run.avg_gain if which == "avg" else run.pass_gain, common)
 
 
 def _measured(item: RoundData, which: str, k: int) -> Measured:

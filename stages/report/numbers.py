@@ -1,6 +1,7 @@
 """Every number of a report as one tidy CSV: run, section, round, x, name, value, low, high.
 
-``x`` is the optimiser step, k, or the lower edge of an entropy bin. Missing figures have no row.
+``x`` is the optimiser step, k, or the lower edge of an entropy bin. Missing figures have no row. Sections
+``difference_over_problems`` and ``difference_over_seeds``: the run minus the first one, with either interval.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from eopd.stages.report import words
+from eopd.stages.report.comparison import compare
 from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, RunData, StepRow
 
 HEAD = ("run", "section", "round", "x", "name", "value", "low", "high")
@@ -25,6 +27,13 @@ def to_csv(data: ReportData) -> str:
     for run in data.runs:
         for row in _run(run):
             writer.writerow((_cell(run.name), *row))
+    for one in compare(data.runs).differences if data.runs else ():
+        for over, found in (("problems", one.over_problems), ("seeds", one.over_seeds)):
+            if found is not None:
+                bounds = (one.value, found.low, found.high)
+                writer.writerow(
+                    (_cell(one.name), f"difference_over_{over}", one.round, one.k, f"{one.which}_at_k", *bounds)
+                )
     return out.getvalue()
 
 

@@ -112,6 +112,7 @@ def render(data: ReportData) -> str:
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     summaries = headline.summarise(data.runs)
+    compared = comparison.compare(data.runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -127,7 +128,8 @@ def render(data: ReportData) -> str:
         sentences=headline.sentence(summaries),
         summaries=summaries,
         beside=headline.beside(summaries),
-        differences=comparison.table(data.runs),
+        compared=compared,
+        differences=comparison.table(compared),
         dumbbells=headline.dumbbells(summaries),
         marker=_marker,
         several=len(data.runs) > 1,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eopd.stages.intervals import t_interval
+from eopd.stages.report import words
 from eopd.stages.report.data import (
     BinnedMean,
     CostRow,
@@ -21,6 +22,7 @@ from eopd.stages.report.data import (
     RunData,
     StepRow,
 )
+from eopd.stages.report.scores import after, gains, shared_rounds
 
 _OF_ROUNDS = [
     item.name
@@ -48,14 +50,19 @@ def _belongs(run: RunData, group: Sequence[RunData]) -> bool:
 
 
 def merged(runs: Sequence[RunData]) -> RunData:
-    """At least two runs as one. A figure that some of them lack is the mean of those that have it."""
+    """At least two runs as one. A figure of a round is the mean over all of them, or is left out where one lacks it;
+    gains and scores are of the rounds that all were evaluated at.
+    """
     first = runs[0]
     seeds = ", ".join(str(run.seed) for run in runs)
     numbers = sorted({item.round for run in runs for item in run.rounds})
+    rounds = [{item.round: item for item in run.rounds} for run in runs]
+    shared = shared_rounds([run.scores for run in runs])
+    avg, passed = _gains(runs, shared)
     return RunData(
         name=_name([run.name for run in runs]),
         settings={**first.settings, "name": ", ".join(run.name for run in runs), "seed": seeds},
-        rounds=[_round([item for run in runs for item in run.rounds if item.round == number]) for number in numbers],
+        rounds=[_round([found.get(number, RoundData(number)) for found in rounds]) for number in numbers],
         training=_training(runs),
         entropy_histogram_teacher=_histogram([run.entropy_histogram_teacher for run in runs]),
         entropy_histogram_student=_histogram([run.entropy_histogram_student for run in runs]),
@@ -69,12 +76,27 @@ def merged(runs: Sequence[RunData]) -> RunData:
         cost=_costs(runs),
         threshold=first.threshold,
         interval=f"95 % Student t over {len(runs)} seeds",
-        avg_gain=_gain([run.avg_gain for run in runs]),
-        pass_gain=_gain([run.pass_gain for run in runs]),
-        scores=_scores([run.scores for run in runs]),
+        avg_gain=avg,
+        pass_gain=passed,
+        scores=[_scores(runs, number) for number in shared],
         kin=first.kin,
-        notes=[f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.", *first.notes],
+        notes=[
+            f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.",
+            *_unequal(runs),
+            *(f"Seed {run.seed}: {note}" for run in runs for note in run.notes),
+        ],
     )
+
+
+def _unequal(runs: Sequence[RunData]) -> list[str]:
+    """What is said where not every seed was evaluated after the same rounds."""
+    found = {run.seed: [item.round for item in run.rounds if item.avg_at_k] for run in runs}
+    shared = sorted(set.intersection(*map(set, found.values())))
+    if all(rounds == shared for rounds in found.values()):
+        return []
+    ends = words.joined([f"seed {seed} up to round {max(rounds, default='none')}" for seed, rounds in found.items()])
+    until = f"means, gains and pairs end at round {shared[-1]}" if shared else "there is no round to take means of"
+    return [f"The seeds were evaluated after different rounds ({ends}): {until}, the last that all of them have."]
 
 
 def _name(names: Sequence[str]) -> str:
@@ -92,18 +114,24 @@ def _mean(values: Iterable[float | None]) -> tuple[float | None, Interval | None
     return float(np.mean(known)), None if found is None else (found.low, found.high)
 
 
+def _of_all(values: Sequence[float | None]) -> tuple[float | None, Interval | None]:
+    """None where one lacks it: a mean of some seeds beside means of all would show a step that is none."""
+    return (None, None) if None in values else _mean(values)
+
+
 def _round(items: Sequence[RoundData]) -> RoundData:
     made: dict[str, Any] = {"round": items[0].round, "intervals": {}}
     for name in _OF_ROUNDS:
-        value, interval = _mean(getattr(item, name) for item in items)
+        value, interval = _of_all([getattr(item, name) for item in items])
         made[name] = round(value) if value is not None and name in _WHOLE else value
         if interval is not None:
             made["intervals"][name] = interval
     for which in ("avg", "pass"):
         values, bounds = {}, {}
         for k in sorted({k for item in items for k in getattr(item, f"{which}_at_k")}):
-            value, interval = _mean(getattr(item, f"{which}_at_k").get(k) for item in items)
-            values[k] = value
+            value, interval = _of_all([getattr(item, f"{which}_at_k").get(k) for item in items])
+            if value is not None:
+                values[k] = value
             if interval is not None:
                 bounds[k] = interval
         made[f"{which}_at_k"], made[f"{which}_interval"] = values, bounds
@@ -111,9 +139,11 @@ def _round(items: Sequence[RoundData]) -> RoundData:
 
 
 def _training(runs: Sequence[RunData]) -> list[StepRow]:
+    """Steps of the rounds that all of them trained."""
     steps: dict[tuple[int, int], list[StepRow]] = {}
+    trained = set.intersection(*({row.round for row in run.training} for run in runs))
     for run in runs:
-        for row in run.training:
+        for row in (row for row in run.training if row.round in trained):
             steps.setdefault((row.round, row.step), []).append(row)
     found = []
     for (round_, step), rows in sorted(steps.items()):
@@ -153,26 +183,38 @@ def _binned(found: Sequence[BinnedMean | None]) -> BinnedMean | None:
     return BinnedMean(known[0].edges, list(means), counts, list(intervals))
 
 
-def _gain(found: Sequence[Estimate | None]) -> Estimate | None:
-    """None unless every seed has one: it would not be the difference of the means that stand beside it."""
-    if any(gain is None for gain in found):
-        return None
-    value, interval = _mean(gain.value for gain in found if gain is not None)
+def _gains(runs: Sequence[RunData], shared: Sequence[int]) -> tuple[Estimate | None, Estimate | None]:
+    """Between the first and the last round that all seeds were evaluated at."""
+    if len(shared) < 2:
+        return None, None
+    ends = [(_known(run, shared[0]), _known(run, shared[-1])) for run in runs]
+    found = [gains(first, last) for first, last in ends if first.names == last.names]
+    if len(found) < len(runs):
+        return None, None
+    avg, passed = (_mean(gain.value for gain in column) for column in zip(*found, strict=True))
+    return _estimate(*avg), _estimate(*passed)
+
+
+def _estimate(value: float | None, interval: Interval | None) -> Estimate | None:
     return None if value is None else Estimate(value, *(interval or (None, None)))
 
 
-def _scores(found: Sequence[ProblemScores | None]) -> ProblemScores | None:
-    known = [scores for scores in found if scores is not None]
-    if len(known) < len(found) or any(
-        (scores.names, scores.samples) != (known[0].names, known[0].samples) for scores in known
-    ):
-        return None
+def _known(run: RunData, round_: int) -> ProblemScores:
+    found = after(run.scores, round_)
+    assert found is not None, (run.name, round_)
+    return found
+
+
+def _scores(runs: Sequence[RunData], round_: int) -> ProblemScores:
+    known = [_known(run, round_) for run in runs]
+    rows = sorted((seed, row) for scores in known for seed, row in zip(scores.seeds, scores.correct, strict=True))
     return ProblemScores(
+        round_,
         known[0].names,
-        known[0].weights,
+        known[0].benchmarks,
         known[0].samples,
-        [seed for scores in known for seed in scores.seeds],
-        [row for scores in known for row in scores.correct],
+        [seed for seed, _ in rows],
+        [row for _, row in rows],
     )
 
 

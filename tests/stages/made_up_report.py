@@ -125,7 +125,7 @@ def made_up_cost(rounds: int = 5, shared: bool = False) -> list[CostRow]:
     return rows
 
 
-def made_up_scores(seed: int, gain: float, problems: int = 200, seeds: int = 1) -> ProblemScores:
+def made_up_scores(seed: int, gain: float, problems: int = 200, seeds: int = 1, round_: int = 5) -> ProblemScores:
     """Hard and easy problems that every run shares, so that pairing pays."""
     ease = [random.Random(number).betavariate(0.5, 0.8) for number in range(problems)]
     correct = []
@@ -133,7 +133,7 @@ def made_up_scores(seed: int, gain: float, problems: int = 200, seeds: int = 1) 
         rng = random.Random(f"{seed} {one}")
         correct.append([sum(rng.random() < min(p + gain / 4, 1.0) for _ in range(8)) for p in ease])
     names = [f"made up/{number}" for number in range(problems)]
-    return ProblemScores(names, [1.0 / problems] * problems, 8, list(range(seeds)), correct)
+    return ProblemScores(round_, names, ["made up"] * problems, 8, list(range(seeds)), correct)
 
 
 def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, shared: bool = False) -> RunData:
@@ -157,7 +157,7 @@ def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, sha
         rollouts=[made_up_rollout(seed * 100 + index, 30 + 7 * (index % 5)) for index in range(12)],
         cost=made_up_cost(shared=shared),
         threshold=0.8,
-        scores=made_up_scores(seed, gain),
+        scores=[made_up_scores(seed, gain)],
         seed=seed,
         interval="95 % bootstrap over problems",
         avg_gain=Estimate(gained, gained - 0.025, gained + 0.025) if seed == 1 else None,

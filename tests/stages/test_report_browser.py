@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium on this 
 def seeds() -> ReportData:
     """Three settings of three seeds each: lines with t intervals, differences in pairs."""
     runs = [
-        replace(made_up_run(f"{name}-s{seed}", 1 + seed, gain), kin=name, seed=seed, scores=made_up_scores(seed, gain))
+        replace(
+            made_up_run(f"{name}-s{seed}", 1 + seed, gain), kin=name, seed=seed, scores=[made_up_scores(seed, gain)]
+        )
         for name, gain in (("opd", 0.15), ("eopd", 0.24), ("fkl", 0.2))
         for seed in range(3)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from eopd.stages.evaluate.passk import pass_at_k
-from eopd.stages.report.comparison import differences, table
+from eopd.stages.report.comparison import Difference, compare, table
 from eopd.stages.report.data import BinnedMean, CostRow, Histogram, ProblemScores, ReportData, RoundData, RunData
 from eopd.stages.report.expenses import costs, seconds_by_key
 from eopd.stages.report.numbers import to_csv
@@ -84,16 +85,20 @@ def test_histograms_add_up_and_bins_are_means_over_seeds() -> None:
 def scores(correct: list[list[int]], samples: int = 4, **changes: object) -> ProblemScores:
     problems = len(correct[0])
     made = ProblemScores(
-        [str(i) for i in range(problems)], [1.0] * problems, samples, list(range(len(correct))), correct
+        1, [str(i) for i in range(problems)], ["one"] * problems, samples, list(range(len(correct))), correct
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def differences(runs: list[RunData]) -> list[Difference]:
+    return list(compare(runs).differences)
+
+
 def test_differences_are_paired_on_problems_and_on_seeds() -> None:
-    base = RunData("base", scores=scores([[0, 1, 2, 4], [1, 1, 2, 4]]))
-    other = RunData("other", scores=scores([[1, 2, 2, 4], [2, 2, 3, 4]]))
+    base = RunData("base", scores=[scores([[0, 1, 2, 4], [1, 1, 2, 4]])])
+    other = RunData("other", scores=[scores([[1, 2, 2, 4], [2, 2, 3, 4]])])
     avg, passed = differences([base, other])
-    assert (avg.name, avg.metric, avg.paired_seeds) == ("other", "Avg@4", True)
+    assert (avg.name, avg.metric, avg.pairs, avg.round) == ("other", "Avg@4", (0, 1), 1)
     assert avg.value == pytest.approx((2 + 3) / 2 / 16)
     seeds = [2 / 16, 3 / 16]
     half = 12.7062 * np.std(seeds, ddof=1) / math.sqrt(2)
@@ -101,12 +106,14 @@ def test_differences_are_paired_on_problems_and_on_seeds() -> None:
     assert avg.over_seeds.low == pytest.approx(np.mean(seeds) - half, abs=1e-4)
     assert passed.metric == "Pass@4"
     assert passed.value == pytest.approx((1 + 0) / 2 / 4)
+    assert avg.over_problems is not None
     assert avg.over_problems.low >= 0
+    assert compare([base, other]).notes == ()
 
 
 def test_pass_at_k_is_compared_at_the_smaller_number_of_samples() -> None:
-    base = RunData("base", scores=scores([[0, 1, 2, 3]], samples=4))
-    other = RunData("other", scores=scores([[1, 1, 1, 1]], samples=2))
+    base = RunData("base", scores=[scores([[0, 1, 2, 3]], samples=4)])
+    other = RunData("other", scores=[scores([[1, 1, 1, 1]], samples=2)])
     _, passed = differences([base, other])
     assert passed.metric == "Pass@2"
     expected = np.mean([pass_at_k(2, 1, 2)] * 4) - np.mean([pass_at_k(4, c, 2) for c in (0, 1, 2, 3)])
@@ -114,23 +121,130 @@ def test_pass_at_k_is_compared_at_the_smaller_number_of_samples() -> None:
     assert passed.over_seeds is None
 
 
-def test_weights_make_benchmarks_equal_and_other_problems_are_not_compared() -> None:
-    base = RunData("base", scores=scores([[0, 0, 0]], weights=[1.0, 0.5, 0.5]))
-    other = RunData("other", scores=scores([[4, 0, 0]], weights=[1.0, 0.5, 0.5]))
+def test_benchmarks_count_the_same_and_other_problems_are_not_compared() -> None:
+    base = RunData("base", scores=[scores([[0, 0, 0]], benchmarks=["a", "b", "b"])])
+    other = RunData("other", scores=[scores([[4, 0, 0]], benchmarks=["a", "b", "b"])])
     assert differences([base, other])[0].value == pytest.approx(0.5)
-    strange = RunData("strange", scores=scores([[4, 0, 0]], names=["x", "y", "z"]))
-    assert differences([base, strange]) == []
-    assert table([base, strange, RunData("bare")]).body == ()
+    strange = RunData("strange", scores=[scores([[4, 0, 0]], names=["0", "y", "z"])])
+    found = compare([base, strange, RunData("bare")])
+    assert table(found).body == ()
+    (note,) = found.notes
+    assert note.startswith("strange is not compared: it was not evaluated on the problems of base (2 of its 3")
+    assert "strange is not compared" in render(ReportData("two", "now", [base, strange]))
+    assert compare([base, strange, other]).differences == tuple(differences([base, other]))
     assert differences([RunData("bare"), other]) == []
+
+
+def evaluated(name: str, seed: int, shares: list[float], kin: str = "") -> RunData:
+    """A run that was evaluated after rounds 0, 1, ...: of 40 problems with 4 samples, about a share is right."""
+    rng = np.random.default_rng(seed)
+    rounds = [RoundData(number, {4: share}, {4: share}) for number, share in enumerate(shares)]
+    found = [
+        scores([rng.binomial(4, share, 40).tolist()], round=number, seeds=[seed]) for number, share in enumerate(shares)
+    ]
+    empty = [RoundData(number) for number in range(len(shares), 5)]
+    return RunData(name, rounds=[*rounds, *empty], scores=found, seed=seed, kin=kin)
+
+
+RISING = [0.1, 0.25, 0.35, 0.45, 0.5]
+
+
+def test_runs_that_stopped_at_different_rounds_are_compared_at_the_last_that_all_have() -> None:
+    """Otherwise a run that was killed after round 1 would look worse than one that went on to round 4."""
+    whole, killed = evaluated("opd", 0, RISING), evaluated("eopd", 1, RISING[:2])
+    found = compare([whole, killed])
+    assert found.round == 1
+    value = np.mean(killed.scores[1].correct) / 4 - np.mean(whole.scores[1].correct) / 4
+    assert found.differences[0].value == pytest.approx(value)
+    assert abs(value) < 0.1
+    note = next(note for note in found.notes if "different rounds" in note)
+    assert "opd up to round 4 and eopd up to round 1" in note
+    assert "after round 1" in note
+    page = render(ReportData("two", "now", [whole, killed]))
+    assert "on the same problems, after round 1" in page
+    assert "Avg@4 after round 1, the last that all have, is highest in opd at 0.250, then eopd at 0.250" in page
+    later = replace(whole, name="later", rounds=whole.rounds[2:], scores=whole.scores[2:])
+    assert compare([killed, later]).differences == ()
+    assert "later was evaluated after round 2, 3 and 4" in compare([killed, later]).notes[0]
+
+
+def test_seeds_that_stopped_at_different_rounds_are_merged_up_to_the_last_that_all_have() -> None:
+    runs = [evaluated("eopd-s0", 0, RISING, "eopd"), evaluated("eopd-s1", 1, [0.2, 0.3], "eopd")]
+    (found,) = grouped(runs)
+    assert [item.avg_at_k.get(4) for item in found.rounds] == [
+        pytest.approx(0.15),
+        pytest.approx(0.275),
+        None,
+        None,
+        None,
+    ]
+    assert [item.round for item in found.scores] == [0, 1]
+    changes = [(np.mean(run.scores[1].correct) - np.mean(run.scores[0].correct)) / 4 for run in runs]
+    assert found.avg_gain is not None
+    assert found.avg_gain.value == pytest.approx(np.mean(changes))
+    (note,) = (note for note in found.notes if "different rounds" in note)
+    assert "seed 0 up to round 4 and seed 1 up to round 1" in note
+    assert "end at round 1" in note
+    assert not any("different rounds" in note for note in grouped([runs[0], replace(runs[0], seed=1)])[0].notes)
+
+
+def test_seeds_are_paired_whatever_their_order_and_those_of_one_run_alone_are_left_out() -> None:
+    """Differences of exactly 0.25 in every pair: unpaired, the spread of the seeds would hide them."""
+    correct = {seed: [seed, (seed + 1) % 3, 1, 0] for seed in range(3)}
+    better = {seed: [count + 1 for count in row] for seed, row in correct.items()}
+    base = RunData("base", scores=[scores([correct[0], correct[1], correct[2]])])
+    other = RunData("other", scores=[scores([better[2], [4, 4, 4, 4], better[0]], seeds=[2, 7, 0])])
+    found = compare([base, other])
+    avg = found.differences[0]
+    assert avg.pairs == (0, 2)
+    assert avg.value == pytest.approx(0.25)
+    assert avg.over_seeds is not None
+    assert (avg.over_seeds.low, avg.over_seeds.high) == pytest.approx((0.25, 0.25))
+    assert found.notes == ("other and base are compared on seeds 0 and 2; only one of them has 1 and 7.",)
+    assert "2 pairs" in table(found).body[0][4]
+    strangers = RunData("strangers", scores=[scores([better[2], better[0]], seeds=[5, 6])])
+    unpaired = compare([base, strangers])
+    assert unpaired.differences[0].pairs == ()
+    assert unpaired.differences[0].over_seeds is not None
+    assert "not compared in pairs" in unpaired.notes[0]
+    assert "not in pairs" in table(unpaired).body[0][4]
+
+
+def test_one_problem_says_nothing_of_others() -> None:
+    runs = [RunData("base", scores=[scores([[0]])]), RunData("other", scores=[scores([[4]])])]
+    found = compare(runs)
+    assert found.differences[0].value == 1.0
+    assert found.differences[0].over_problems is None
+    assert table(found).body[0][3:] == ("one problem", "one seed", "not known")
+
+
+def test_the_numbers_have_the_differences_with_both_intervals() -> None:
+    runs = [
+        RunData("base", scores=[made_up_scores(1, 0.1, seeds=3)]),
+        RunData("=b", scores=[made_up_scores(2, 0.5, seeds=3)]),
+    ]
+    rows = {
+        (row["section"], row["name"]): row
+        for row in csv.DictReader(to_csv(ReportData("two", "now", runs)).splitlines())
+        if row["section"].startswith("difference")
+    }
+    assert len(rows) == 4
+    avg, passed = compare(runs).differences
+    for one in (avg, passed):
+        for over, interval in (("problems", one.over_problems), ("seeds", one.over_seeds)):
+            row = rows[f"difference_over_{over}", f"{one.which}_at_k"]
+            assert interval is not None
+            assert (row["run"], row["round"], row["x"]) == ("'=b", "5", "8")
+            assert [float(row[name]) for name in ("value", "low", "high")] == [one.value, interval.low, interval.high]
 
 
 def test_a_null_difference_is_rarely_called_one() -> None:
     """Two runs of equal ability on the same problems: zero is excluded about one time in twenty."""
     excluded = 0
     for trial in range(60):
-        base = RunData("base", scores=made_up_scores(2 * trial + 1, 0.0, 100))
-        other = RunData("other", scores=made_up_scores(2 * trial + 2, 0.0, 100))
-        excluded += table([base, other]).body[0][-1] == "excluded"
+        base = RunData("base", scores=[made_up_scores(2 * trial + 1, 0.0, 100)])
+        other = RunData("other", scores=[made_up_scores(2 * trial + 2, 0.0, 100)])
+        excluded += table(compare([base, other])).body[0][-1] == "excluded"
     assert excluded <= 9
 
 
@@ -138,7 +252,7 @@ def test_the_page_and_the_numbers_have_the_differences() -> None:
     runs = [made_up_run("opd", 1, 0.1), made_up_run("eopd", 2, 0.5)]
     page = render(ReportData("two", "now", runs))
     assert "Differences from opd, on the same problems" in page
-    assert "Avg@8" in table(runs).body[0]
+    assert "Avg@8" in table(compare(runs)).body[0]
     assert "round,3,,uncertain_fkl," in to_csv(ReportData("two", "now", runs))
     assert "Differences from" not in render(ReportData("one", "now", runs[:1]))
     assert "Against the teacher" in page

@@ -208,13 +208,25 @@ def test_one_evaluation_is_no_gain() -> None:
 
 def test_ranking_names_runs_that_were_not_evaluated() -> None:
     runs = [
-        RunData("low", rounds=[RoundData(0, {8: 0.1}, avg_interval={8: (0.0, 0.2)})]),
+        RunData("low", rounds=[RoundData(1, {8: 0.1}, avg_interval={8: (0.0, 0.2)})]),
         RunData("high", rounds=[RoundData(0, {8: 0.2}), RoundData(1, {8: 0.5}, avg_interval={8: (0.1, 0.6)})]),
         RunData("none"),
     ]
     said = headline.sentence(headline.summarise(runs))
     assert said == [
         "Avg@8 ends highest in high at 0.500 (from 0.200), then low at 0.100; their intervals overlap; 1 not evaluated."
+    ]
+
+
+def test_runs_are_ranked_after_the_last_round_that_all_of_them_have() -> None:
+    ahead = RunData("ahead", rounds=[RoundData(0, {8: 0.1}), RoundData(1, {8: 0.2}), RoundData(4, {8: 0.5})])
+    behind = RunData("behind", rounds=[RoundData(0, {8: 0.2}), RoundData(1, {8: 0.3}), RoundData(2)])
+    assert headline.sentence(headline.summarise([ahead, behind])) == [
+        "Avg@8 after round 1, the last that all have, is highest in behind at 0.300, then ahead at 0.200."
+    ]
+    apart = RunData("apart", rounds=[RoundData(2, {8: 0.4})])
+    assert headline.sentence(headline.summarise([ahead, apart])) == [
+        "Avg@8: no round was evaluated in all runs, so none of them is called highest."
     ]
 
 

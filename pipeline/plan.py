@@ -286,10 +286,12 @@ def _measuring_jobs(
 ) -> list[PlannedJob]:
     """What is asked of the student of a round: nothing, an evaluation, or that and an alignment.
 
+    The first student is always measured, and so is the last (that of round ``rounds``).
+
     Args:
         first: the evaluation of the run's first student; None where this is it.
     """
-    if settings.evaluate is None:
+    if settings.evaluate is None or (round_ % settings.evaluate.every and round_ < settings.rounds):
         return []
     evaluate = _evaluate_job(settings, facts, round_, policy)
     if settings.evaluate.alignment is None:

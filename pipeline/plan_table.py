@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from eopd.pipeline.forecast import Row, Total
 from eopd.pipeline.overview import Overview
+from eopd.pipeline.plan import Stage
 from eopd.pipeline.words import duration, number, size
 
 STYLES = {"complete": "green", "shared": "cyan", "partly": "yellow", "missing": "", "set aside": "red"}
@@ -50,13 +51,26 @@ def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
         by_round: dict[int, list[Row]] = {}
         for row in of_runs:
             by_round.setdefault(row.round, []).append(row)
-        alike = groupby(by_round.values(), key=lambda found: tuple(map(_look, found)))
-        for _, group in alike:
-            rounds = list(group)
+        for rounds in _alike(by_round.values()):
             if every_job or len(rounds) <= FOLDED_ABOVE:
                 yield from ([row] for found in rounds for row in found)
             else:
-                yield from (list(column) for column in zip(*rounds, strict=True))
+                stages = dict.fromkeys(row.stage for found in sorted(rounds, key=len, reverse=True) for row in found)
+                yield from ([row for found in rounds for row in found if row.stage == stage] for stage in stages)
+
+
+def _alike(rounds: Iterable[list[Row]]) -> list[list[list[Row]]]:
+    """Rounds that follow each other, cut where a stage looks otherwise than before; not all are measured."""
+    groups: list[list[list[Row]]] = []
+    looks: dict[Stage, object] = {}
+    for found in rounds:
+        own: dict[Stage, object] = {row.stage: _look(row) for row in found}
+        if not groups or any(looks.get(stage, look) != look for stage, look in own.items()):
+            groups.append([])
+            looks = {}
+        groups[-1].append(found)
+        looks |= own
+    return groups
 
 
 def _look(row: Row) -> tuple[object, ...]:

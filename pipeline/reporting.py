@@ -131,6 +131,7 @@ def _rounds(runner: Runner) -> list[RoundArtifacts]:
             complete("score", round_),
             complete("train", round_),
             complete("align", round_),
+            measured=("evaluate", round_) in outputs,
         )
         for round_ in range(runner.settings.rounds + 1)
     ]

@@ -47,6 +47,9 @@ class EvaluateSettings(Settings):
     """Samples of every problem of every benchmark, verified."""
 
     benchmarks: tuple[BenchmarkSettings, ...] = setting(..., "The benchmarks, by unique names", min_length=1)
+    every: int = setting(
+        1, "Measure the students of every this many rounds; the first and the last always are", keyed=False, ge=1
+    )
     samples: int = setting(8, "Responses to each problem (Avg@k and Pass@k have every k up to it)", ge=1)
     temperature: float = setting(1.0, "Sampling temperature (0: greedy)", ge=0.0)
     top_p: float = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from eopd.stages.report import palette, words
 from eopd.stages.report.data import RoundData, RunData, StepRow
@@ -166,12 +167,7 @@ def _panels(runs: Sequence[RunData], panels: Sequence[Panel], lines: Lines) -> t
 def _round_lines(run: RunData, index: int, panel: Panel, count: int) -> tuple[list[Line], list[tuple[float, str]]]:
     lines = []
     for attribute in filter(None, (panel.solid, panel.dashed)):
-        points = thin(
-            [
-                Point(item.round, getattr(item, attribute), *item.intervals.get(attribute, (None, None)))
-                for item in run.rounds
-            ]
-        )
+        points = _points(run, partial(_figure_of, attribute))
         lines.append(_line(run, index, attribute, panel, points, count))
     return lines, []
 
@@ -201,12 +197,22 @@ def _line(
     return Line(label, points, palette.tone(index), index, dashed, band=band)
 
 
+def _figure_of(attribute: str, item: RoundData) -> Point:
+    return Point(item.round, getattr(item, attribute), *item.intervals.get(attribute, (None, None)))
+
+
+def _points(run: RunData, point: Callable[[RoundData], Point]) -> tuple[Point, ...]:
+    """One a round; none, and no gap, where a figure is missing because the student was not to be measured."""
+    found = [(item, point(item)) for item in run.rounds]
+    return thin([shown for item, shown in found if item.measured or is_shown(shown)])
+
+
 def _by_round(
     runs: Sequence[RunData], name: str, title: str, note: str, rate: Callable[[RoundData], Point], form: Form
 ) -> Figure:
     marks = []
     for index, run in enumerate(runs):
-        points = thin([rate(item) for item in run.rounds])
+        points = _points(run, rate)
         if any(map(is_shown, points)):
             label = "" if len(runs) == 1 else run.name
             marks.append(Line(label, points, palette.tone(index), index))

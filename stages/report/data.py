@@ -68,6 +68,7 @@ class RoundData:
     From ``held_out_entropy`` on: of teacher and student on the evaluation's samples, exact over the full vocabulary;
     ``uncertain_fkl`` is of tokens whose teacher entropy exceeds the threshold, ``student_above`` and ``teacher_above``
     are the shares of tokens with more entropy than that. ``intervals``: of any of the single figures, by its name.
+    ``measured``: whether this student was to be evaluated; a line goes from one that was to the next.
     """
 
     round: int
@@ -93,6 +94,7 @@ class RoundData:
     student_above: float | None = None
     teacher_above: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
+    measured: bool = True
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -40,6 +40,7 @@ class RoundArtifacts:
     scores: Artifact | None = None
     checkpoint: Artifact | None = None
     alignment: Artifact | None = None
+    measured: bool = True  # whether the run evaluates that student at all (evaluate.every)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundAr
         if found.round == number and found.alignment is not None:
             values, figures["intervals"] = aligned.round_figures(aligned.read_alignment(found.alignment))
             figures.update(values)
+    figures["measured"] = all(found.measured for found in rounds if found.round == number)
     if results is None:
         return RoundData(round=number, **figures)
     mean, benchmarks = results["mean"], list(results["benchmarks"].values())

@@ -17,7 +17,9 @@ from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, 
 
 HEAD = ("run", "section", "round", "x", "name", "value", "low", "high")
 Row = tuple[object, ...]
-_NOT_FIGURES = {"round", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals"}
+_NOT_FIGURES = {
+    *("round", "measured", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
+}
 
 
 def to_csv(data: ReportData) -> str:

@@ -27,7 +27,7 @@ from eopd.stages.report.scores import after, gains, shared_rounds
 _OF_ROUNDS = [
     item.name
     for item in fields(RoundData)
-    if item.name not in ("round", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
+    if item.name not in ("round", "measured", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
 ]
 _OF_STEPS = [item.name for item in fields(StepRow) if item.name not in ("round", "step", "further")]
 _WHOLE = ("tokens",)  # counts
@@ -120,7 +120,7 @@ def _of_all(values: Sequence[float | None]) -> tuple[float | None, Interval | No
 
 
 def _round(items: Sequence[RoundData]) -> RoundData:
-    made: dict[str, Any] = {"round": items[0].round, "intervals": {}}
+    made: dict[str, Any] = {"round": items[0].round, "intervals": {}, "measured": any(item.measured for item in items)}
     for name in _OF_ROUNDS:
         value, interval = _of_all([getattr(item, name) for item in items])
         made[name] = round(value) if value is not None and name in _WHOLE else value

@@ -52,6 +52,8 @@ def test_the_paper_presets_are_the_papers() -> None:
         assert (optimizer.lr, optimizer.schedule, optimizer.max_grad_norm) == (3e-6, "cosine", 1.0)
         assert (settings.rollout.prompts_per_round, settings.train.batch_responses) == (128, 32)
         assert settings.teacher.path == "Qwen/Qwen3-8B"
+        assert settings.evaluate is not None
+        assert (settings.evaluate.every, settings.train.keep_checkpoints) == (25, 2)
 
 
 def test_paths_are_relative_to_the_file_that_states_them(minimal: Path, tmp_path: Path) -> None:

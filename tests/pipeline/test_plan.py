@@ -181,6 +181,25 @@ def test_an_unknown_round_is_refused() -> None:
         BASE.job("train", 7)
 
 
+@pytest.mark.parametrize(
+    ("every", "rounds", "measured"),
+    [(1, 3, [0, 1, 2, 3]), (2, 6, [0, 2, 4, 6]), (2, 5, [0, 2, 4, 5]), (25, 60, [0, 25, 50, 60]), (100, 3, [0, 3])],
+)
+def test_students_are_measured_now_and_then_the_first_and_the_last_always(
+    every: int, rounds: int, measured: list[int]
+) -> None:
+    asked = {"alignment": {"responses": ["own", "first"]}}
+    seldom, always = (
+        make_plan(settings(rounds=rounds, evaluate={**asked, "every": number}), facts()) for number in (every, 1)
+    )
+    for stage in ("evaluate", "align"):
+        rounds_of = [job.round for job in seldom.jobs if job.stage == stage]
+        assert rounds_of == measured
+        for round_ in measured:
+            assert seldom.job(stage, round_).output.key == always.job(stage, round_).output.key  # type: ignore[arg-type]
+    assert keys(seldom, "train") == keys(always, "train")
+
+
 def test_alignment_comes_beside_evaluations_and_changes_none_of_their_keys() -> None:
     asked = settings(evaluate={"alignment": {"responses": ["own", "first"]}})
     plan = make_plan(asked, facts())

@@ -184,6 +184,19 @@ def test_many_rounds_are_folded_by_state(tmp_path: Path) -> None:
     assert every.count("\n") > 800
 
 
+def test_rounds_that_are_not_all_measured_are_folded_too(tmp_path: Path) -> None:
+    evaluate = {"every": 25}
+    rollout = {"prompts_per_round": 4, "rows_per_part": 4}
+    runner = make_runner(tmp_path, rounds=200, rollout=rollout, evaluate=evaluate)
+    for stage in ("rollout", "score", "train"):
+        commit(runner, runner.plan.job(stage, 0), responses=8, tokens=80)  # type: ignore[arg-type]
+        note_job(runner, runner.plan.job(stage, 0), 1.0)  # type: ignore[arg-type]
+    shown = text(look([runner]))
+    assert shown.count("\n") < 20
+    assert re.search(r"1-199 +rollout +missing +0/199", shown)
+    assert re.search(r"25-200 +evaluate +missing +0/32 .* 8 of evaluations", shown)
+
+
 def test_the_peak_on_disk_is_that_of_the_last_round(tmp_path: Path) -> None:
     runner = make_runner(tmp_path)
     done_round_0(runner)

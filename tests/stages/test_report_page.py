@@ -177,6 +177,18 @@ def test_a_line_breaks_where_nothing_was_measured() -> None:
     assert drawn.count('class="hit"') == 4
 
 
+def test_a_line_passes_over_students_that_were_not_to_be_measured() -> None:
+    """With evaluate.every: 2 the students between have no figures; the last one's evaluation is yet to come."""
+    rounds = [
+        RoundData(number, {8: 0.2} if number in (0, 2, 4) else {}, fkl=0.1 * number, measured=number % 2 == 0)
+        for number in range(7)
+    ]
+    drawn = {item.name: item for item in figures(report_of(RunData("seldom", rounds=rounds)))}
+    assert len(re.findall(r'<path class="s-c0" d="M[^"]*L', plots.inline(drawn["avg-at-k"], "x"))) == 1
+    assert plots.inline(drawn["avg-at-k"], "x").count('class="hit"') == 3
+    assert plots.inline(drawn["fkl"], "x").count('class="hit"') == 7
+
+
 def test_runs_are_told_apart_without_colour() -> None:
     data = made_up_report(4)
     page = render(data)

@@ -17,7 +17,7 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 
-COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs", "truncated_logprobs")
+COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Responses:
     locations: tuple[tuple[int, int], ...]  # (part, row) in the teacher cache
     sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
     offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
-    truncated_known: bool  # every response carries log-probs of the truncated distribution it was drawn from
 
     def __len__(self) -> int:
         return len(self.names)
@@ -37,6 +36,11 @@ class Responses:
     @property
     def tokens(self) -> int:
         return int(self.offsets[-1])
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """[T] of the whole round."""
+        return np.concatenate([np.asarray(sequence.response_ids, np.int64) for sequence in self.sequences])
 
     def rows_of(self, numbers: Sequence[int]) -> NDArray[np.int64]:
         """Indices [T] into a per-token array of the round, for responses ``numbers`` one after the other."""
@@ -52,7 +56,6 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
         DamagedPart: scores that were made from other rollouts than these.
     """
     names, sequences, locations, sampler = [], [], [], []
-    truncated_known = True
     for part in filled_parts(cache.artifact):
         _check_same_rollouts(rollouts, cache, part)
         table = read_rollouts(rollouts.part_folder(part), COLUMNS).to_pydict()
@@ -65,26 +68,24 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
             locations.append((part, row))
             found = table["logprobs"][row]
             sampler.append(None if found is None else np.asarray(found[:length], np.float32))
-            truncated_known = truncated_known and table["truncated_logprobs"][row] is not None
     if not names:
         raise ValueError(f"{rollouts} holds no response with a scored token: there is nothing to train on")
     offsets = np.cumsum([0, *(len(sequence.response_ids) for sequence in sequences)], dtype=np.int64)
-    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets, truncated_known)
+    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets)
 
 
-def refuse_unknown_sampling(objective: Objective, responses: Responses, truncated: bool) -> None:
-    """A ratio q / q_old needs the distribution that was drawn from: the truncated one where something truncates.
+def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:
+    """Top-p, top-k and min-p draw from another distribution than the one whose log-probs stand for q_old.
 
     Raises:
-        ValueError: the objective uses q_old, top-p, top-k or min-p cut the distribution, and the rollouts do not say
-            what was left of it.
+        ValueError: one of them was used, and the objective reads q_old.
     """
-    if not truncated or "q_old" not in objective.per_round or responses.truncated_known:
+    if not truncated or "q_old" not in objective.per_round:
         return
     raise ValueError(
         f"objective {objective.name!r} weighs tokens by the policy that drew them, but rollout.top_p, rollout.top_k or "
-        "rollout.min_p cut that policy's distribution and the rollouts hold no truncated_logprobs. Sample with "
-        "rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without log-probs of the "
+        "rollout.min_p cut that policy's distribution, of which its log-probs at the round's start say nothing. Sample "
+        "with rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without log-probs of the "
         "round's start (train.objective.advantage=current with train.objective.ratio=none, or a divergence)."
     )
 

@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from eopd.stages.models.loading import load_model
@@ -31,7 +33,7 @@ from eopd.stages.train.metrics import Recorder, means, peak_memory_bytes
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
-from eopd.stages.train.responses import Responses, load_responses, refuse_unknown_sampling
+from eopd.stages.train.responses import Responses, load_responses, refuse_truncated_sampling
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.staleness import response_weights
@@ -41,6 +43,10 @@ from eopd.stages.train.student import Student
 from eopd.storage import stopping
 from eopd.storage.claims import Patience, claim
 from eopd.storage.teacher_cache import TeacherCache
+
+LONGEST_WAIT = timedelta(days=7)
+"""Of processes that train together, for the first of them: it waits for another job's claim, or writes large states.
+The launcher ends all when one dies."""
 
 
 def run(job: TrainJob) -> None:
@@ -84,9 +90,9 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     require_extras(settings)
     cache = TeacherCache(job.scores)
     objective = make_objective(settings.objective)
+    refuse_truncated_sampling(objective, job.truncated_rollouts)
     cache.require(objective.needs)
     responses = load_responses(job.rollouts, cache)
-    refuse_unknown_sampling(objective, responses, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
     model, autocast = _load(job, accelerator), settings.autocast == "bf16"
     student = Student(model, objective, settings.head_chunk_tokens, autocast=autocast)
@@ -119,15 +125,15 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
 
 def _accelerator(settings: TrainSettings) -> Accelerator:
     use_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    return Accelerator(cpu=use_cpu)  # precision is the Student's: accelerate would only see to what it wraps itself
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    # precision is the Student's: accelerate would only see to what it wraps itself
+    return Accelerator(cpu=use_cpu, kwargs_handlers=[waiting])
 
 
 def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     settings = job.settings
     model = load_model(replace(job.student, dtype=settings.param_dtype), accelerator.device)
-    for module in model.modules():  # an importance ratio needs the policy itself, not a random thinning of it
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    _switch_noise_off(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -136,51 +142,79 @@ def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     return model
 
 
+def _switch_noise_off(model: PreTrainedModel) -> None:
+    """An importance ratio needs the policy itself, not a random thinning of it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):  # attention keeps its dropout, a router its jitter, as a number
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
 def _round_start(job: TrainJob, loop: Loop, states: States, responses: Responses) -> RoundStart:
     start = states.round_start()
     if start is None:
         job.progress.start(f"train {job.round}: log-probs at the round's start", responses.tokens)
         start = loop.round_start(job.progress.advance)
+        alone = _alone(loop, responses)
         if job.age:
-            start = _as_sampled(job, start, responses)
+            start = _as_sampled(job, start, responses, alone)
         else:
-            _compare_with_sampler(job, start, responses)
+            _compare_with_sampler(job, start, responses, alone)
         if loop.accelerator.is_main_process:
             states.save_round_start(start)
         job.progress.close()
     return start
 
 
-def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses) -> RoundStart:
-    """For rollouts of an older policy: q_old is what that policy said of its tokens when it sampled them."""
+def _alone(loop: Loop, responses: Responses) -> NDArray[np.bool_]:
+    """Which sampled tokens [T] are outcomes of their own.
+
+    A merged stop is not: the sampler's log-prob is of one id, ours of all of them, so that the two cannot be compared.
+    """
+    merged = loop.stops.merged if loop.objective.plan.stops else ()
+    return ~np.isin(responses.token_ids, merged)
+
+
+def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: NDArray[np.bool_]) -> RoundStart:
+    """For rollouts of an older policy: q_old is what that policy said of its tokens when it sampled them.
+
+    At a merged stop it is what the student says at the round's start: nobody knows what that policy gave the others.
+    """
     if any(sampled is None for sampled in responses.sampler_logprobs):
         raise TrainingStopped(
             f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so no "
             "importance ratio can be formed. Set lag=0 and refresh=1, or sample with an engine that gives log-probs."
         )
-    sampled = np.concatenate([found for found in responses.sampler_logprobs if found is not None])
-    moved = float((sampled - start.logprob).mean())
+    said = np.concatenate([found for found in responses.sampler_logprobs if found is not None])
+    sampled = np.where(alone, said, start.logprob)
+    moved = float((sampled - start.logprob).sum() / max(alone.sum(), 1))
     job.progress.line(
         f"train {job.round}: the policy that sampled is {job.age} rounds old; its KL to this one, by its samples: "
         f"{moved:.4g} nats a token"
     )
     weight = None
     if job.settings.staleness is not None:
-        weight = response_weights(job.settings.staleness, job.age, sampled, start.logprob, responses.offsets)
+        weight = response_weights(job.settings.staleness, job.age, sampled - start.logprob, alone, responses.offsets)
         job.progress.line(f"train {job.round}: its responses weigh {weight.mean():.3f} on average (train.staleness)")
     return RoundStart(sampled.astype(np.float32), start.entropy, weight)
 
 
-def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses) -> None:
+def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses, alone: NDArray[np.bool_]) -> None:
     """The sampler and the trainer must mean the same policy; engine noise aside, their log-probs are equal."""
-    pairs = [
-        (start.logprob[responses.offsets[s] : responses.offsets[s + 1]], sampled)
-        for s, sampled in enumerate(responses.sampler_logprobs)
-        if sampled is not None
-    ]
-    if not pairs:
+    gaps = [np.zeros(0, np.float32)]
+    for number, sampled in enumerate(responses.sampler_logprobs):
+        if sampled is not None:
+            rows = slice(responses.offsets[number], responses.offsets[number + 1])
+            gaps.append(np.abs(start.logprob[rows] - sampled)[alone[rows]])
+    gap = np.concatenate(gaps)
+    if not len(gap):
+        job.progress.line(
+            f"train {job.round}: the rollouts hold no log-probs of the sampler, so it was not checked that it had the "
+            "trainer's weights, template and temperature"
+        )
         return
-    gap = np.abs(np.concatenate([ours for ours, _ in pairs]) - np.concatenate([theirs for _, theirs in pairs]))
     limit = job.settings.max_logprob_gap
     if not float(gap.mean()) <= limit:
         raise TrainingStopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,13 @@ def test_bfloat16_weights_with_adapters(world: Path) -> None:
     exact = trained(world, "wide", lora=LORA)
     rough = trained(world, "narrow", lora=LORA, param_dtype="bfloat16")
     assert [row["loss"] for row in rough] == pytest.approx([row["loss"] for row in exact], rel=0.02)
+
+
+@pytest.mark.parametrize("student", ["qwen3", "mixtral"])
+def test_nothing_random_is_left_in_the_forward_pass(tmp_path: Path, student: str) -> None:
+    make_world(tmp_path, student)
+    still = trained(tmp_path, "still")
+    config = tmp_path / "student" / "config.json"
+    noisy = {**json.loads(config.read_text()), "attention_dropout": 0.1, "router_jitter_noise": 0.1}
+    config.write_text(json.dumps(noisy))
+    assert trained(tmp_path, "noisy") == still

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from eopd.stages.score.run import run as score
 from eopd.stages.train.run import run
-from tests.stages.score_case import random_responses, rollouts, score_job
-from tests.stages.train_case import RESPONSES, make_world, train_job
+from tests.stages.train_case import make_world, train_job
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +44,7 @@ def test_a_ratio_needs_the_distribution_that_was_drawn_from(
         run(job)
         assert job.output.is_complete()
         return
-    with pytest.raises(ValueError, match=r"rollout\.top_p, rollout\.top_k or rollout\.min_p cut .* truncated_logprobs"):
+    with pytest.raises(ValueError, match=r"rollout\.top_p, rollout\.top_k or rollout\.min_p cut"):
         run(job)
     assert not job.output.folder.joinpath("identity.json").exists()
     assert not job.progress_states.committed()
-
-
-def test_truncated_logprobs_make_it_known(world: Path, tmp_path: Path) -> None:
-    rows = random_responses(RESPONSES, seed=3, most=12)
-    for row in rows:
-        row["truncated_logprobs"] = [-0.5] * len(row["response_token_ids"])
-    source = rollouts(tmp_path, [rows[:5], rows[5:]])
-    scores = score_job(tmp_path, world / "teacher", source)
-    score(scores)
-    job = train_job(world, "known", truncated_rollouts=True, rollouts=source, scores=scores.output, epochs=1)
-    run(job)
-    assert job.output.is_complete()

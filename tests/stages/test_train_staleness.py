@@ -24,7 +24,7 @@ from eopd.stages.train.schedule import batch_of_step
 from eopd.stages.train.settings import StalenessSettings
 from eopd.stages.train.staleness import response_weights
 from eopd.storage.teacher_cache import TeacherCache
-from tests.stages.score_case import STOPS, random_responses, rollouts, score_job
+from tests.stages.score_case import STOPS, Lines, random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
 
 LR = {"lr": 1e-2}
@@ -37,14 +37,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def logprobs(model: torch.nn.Module, sequences: list[Sequence]) -> torch.Tensor:
-    """Log-prob of every response token [T], float64; the stop tokens are one outcome."""
+def logprobs(model: torch.nn.Module, sequences: list[Sequence], *, merged: bool = True) -> torch.Tensor:
+    """Log-prob of every response token [T], float64; the stop tokens are one outcome, unless not ``merged``."""
     found = []
     for sequence in sequences:
         (packed,) = pack([sequence], 64)
         with torch.no_grad():
             q = lm_head_of(model).logits(final_hidden(model, packed)).double().log_softmax(dim=1)
-        q[:, list(STOPS)] = q[:, list(STOPS)].logsumexp(dim=1, keepdim=True)
+        if merged:
+            q[:, list(STOPS)] = q[:, list(STOPS)].logsumexp(dim=1, keepdim=True)
         found.append(q.gather(1, packed.target_ids[:, None])[:, 0])
     return torch.cat(found)
 
@@ -97,13 +98,17 @@ def test_weights_by_age_and_by_distance() -> None:
     offsets = np.asarray([0, 2, 5, 6])
     sampled = np.asarray([-1.0, -1.0, -1.0, -1.0, -1.0, -3.0], np.float32)
     student = np.asarray([-2.0, -4.0, -1.0, -2.0, -1.5, -1.0], np.float32)
-    far = response_weights(StalenessSettings(max_kl=0.5), 1, sampled, student, offsets)
+    moved, counted = sampled - student, np.ones(6, bool)
+    far = response_weights(StalenessSettings(max_kl=0.5), 1, moved, counted, offsets)
     assert far == pytest.approx([0.25, 0.25, 1.0, 1.0, 1.0, 1.0])
-    old = response_weights(StalenessSettings(half_life_rounds=2.0), 1, sampled, student, offsets)
+    old = response_weights(StalenessSettings(half_life_rounds=2.0), 1, moved, counted, offsets)
     assert old == pytest.approx([2**-0.5] * 6)
-    both = response_weights(StalenessSettings(half_life_rounds=1.0, max_kl=1.0), 3, sampled, student, offsets)
+    both = response_weights(StalenessSettings(half_life_rounds=1.0, max_kl=1.0), 3, moved, counted, offsets)
     assert both == pytest.approx([0.0625, 0.0625, 0.125, 0.125, 0.125, 0.125])
-    assert response_weights(StalenessSettings(), 3, sampled, student, offsets) == pytest.approx([1.0] * 6)
+    assert response_weights(StalenessSettings(), 3, moved, counted, offsets) == pytest.approx([1.0] * 6)
+    counted[[0, 3, 5]] = False
+    some = response_weights(StalenessSettings(max_kl=0.5), 1, moved, counted, offsets)
+    assert some == pytest.approx([1 / 6, 1 / 6, 1.0, 1.0, 1.0, 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +156,39 @@ def test_weights_survive_a_resume(world: Path, aged: dict[str, Any]) -> None:
     for part in (WEIGHTS, OPTIMIZER):
         assert part_bytes(killed.output, part) == part_bytes(whole.output, part)
     assert 0.0 < read_rows(whole)[0]["weight"] < 0.25
+
+
+@pytest.fixture(scope="module")
+def stopped(world: Path) -> dict[str, Any]:
+    """Rollouts that end with either stop token, and the student's log-probs as a sampler gives them: of one id each."""
+    rows = random_responses(8, seed=3, most=12)
+    student = load_model(train_job(world, "any").student)
+    for number, row in enumerate(rows):
+        row["response_token_ids"].append(STOPS[number % 2])
+        sequence = Sequence(row["prompt_token_ids"], row["response_token_ids"])
+        row["logprobs"] = logprobs(student, [sequence], merged=False).tolist()
+    source = rollouts(world / "store", [rows], name="stopped")
+    job = score_job(world / "store", world / "teacher", source, name="stopped")
+    score(job)
+    return {"rollouts": source, "scores": job.output}
+
+
+def test_a_merged_stop_is_no_step_away_from_the_policy_that_sampled(world: Path, stopped: dict[str, Any]) -> None:
+    settings = {"objective": {"name": "opd"}, "staleness": {"max_kl": 1e-4}, "batch_responses": 8, "epochs": 1}
+    job = train_job(world, "unmoved", age=1, **settings, **stopped)
+    run(job)
+    (row,) = read_rows(job)
+    assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(row["staleness_k1"]) < 1e-5
+    assert 0 <= row["staleness_k3"] < 1e-9
+    assert row["weight"] == 1.0
+
+
+def test_a_merged_stop_is_no_gap_between_sampler_and_trainer(world: Path, stopped: dict[str, Any]) -> None:
+    job = train_job(world, "agreeing", max_logprob_gap=1e-4, progress=Lines(), **stopped)
+    run(job)
+    assert job.output.is_complete()
+    assert not any("no log-probs of the sampler" in line for line in job.progress.lines)
+    told = train_job(world, "untold", progress=Lines())
+    run(told)
+    assert any("no log-probs of the sampler" in line for line in told.progress.lines)

@@ -13,6 +13,7 @@ from eopd.pipeline.doctor_cli import doctor
 from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
 from eopd.pipeline.status_cli import logs, status
 from eopd.pipeline.store_cli import app as store_app
+from eopd.pipeline.student_cli import student
 
 if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
@@ -132,6 +133,7 @@ def run(
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.pruning import prune_old
     from eopd.pipeline.reporting import write_report
+    from eopd.pipeline.students import find_student
     from eopd.stages.train.extras import require_extras
 
     display = make_display()
@@ -151,11 +153,14 @@ def run(
             prune_old(runner)
             page = write_report(runner)
             runner.progress.line(f"report: {page}")
+            trained = find_student(runner, runner.settings.rounds)
+            runner.progress.line(f"{trained}: {trained.folder}; `eopd student RUN --to FOLDER` copies it")
 
 
 app.command()(plan)
 app.command()(status)
 app.command()(logs)
+app.command()(student)
 app.command()(doctor)
 
 

@@ -1,0 +1,103 @@
+"""The students that a run has trained, as model folders: where they lie, and how one is taken out of the store."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.plan import WEIGHTS
+from eopd.pipeline.runner import Runner
+from eopd.storage.files import naming_full_disks
+from eopd.storage.fingerprints import model_files, tokenizer_files
+
+GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Student:
+    round: int  # 0: the first student, R: the one that training round R - 1 made
+    last: int  # the run's last one
+    folder: Path
+    files: tuple[Path, ...]  # the model and its tokenizer
+
+    def __str__(self) -> str:
+        trained = f"trained in round {self.round - 1}" if self.round else "before any training"
+        return f"student {self.round} of {self.last} ({trained})"
+
+
+def newest(runner: Runner) -> int:
+    """Raises ConfigError: no round is trained yet."""
+    for round_ in range(runner.settings.rounds, 0, -1):
+        if _is_there(runner, round_):
+            return round_
+    raise ConfigError(
+        f"{runner.settings.name} has no student of its own yet. `eopd run CONFIG` trains them; --round 0 is the first "
+        "student, before any training"
+    )
+
+
+def find_student(runner: Runner, round_: int) -> Student:
+    """The student before round ``round_``; one that lies in a bucket is fetched.
+
+    Raises:
+        ConfigError: there is no such round, it is not trained yet, or its weights were pruned.
+        StoreError: its files are damaged, or cannot be fetched.
+    """
+    last = runner.settings.rounds
+    if round_ > last:
+        raise ConfigError(f"{runner.settings.name} has the students 0 to {last}, and no student {round_}")
+    if round_ == 0:
+        facts = runner.facts.student
+        found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder)]
+        generation = facts.folder / GENERATION
+        return Student(0, last, facts.folder, (*found, *([generation] if generation.exists() else [])))
+    artifact = runner.artifact(runner.plan.job("train", round_ - 1).output)
+    if not artifact.is_committed(WEIGHTS):
+        there = ", ".join(str(other) for other in range(1, last + 1) if _is_there(runner, other)) or "none"
+        if WEIGHTS in artifact.pruned():
+            raise ConfigError(
+                f"the weights of student {round_} were pruned (train.keep_checkpoints: "
+                f"{runner.settings.train.keep_checkpoints}); those that are there: {there}. A run over another store, "
+                "with train.keep_checkpoints: null, keeps all"
+            )
+        raise ConfigError(
+            f"student {round_} is not trained yet; those that are there: {there}. `eopd run CONFIG` trains them, "
+            f"`eopd train CONFIG --round {round_ - 1}` this one"
+        )
+    folder = artifact.part_folder(WEIGHTS)
+    return Student(round_, last, folder, tuple(_model_files(folder)))
+
+
+def copy_student(student: Student, target: Path) -> None:
+    """Copy the model and its tokenizer to ``target``, which appears whole.
+
+    Raises:
+        ConfigError: there is something at ``target``.
+        StoreFull, StoreUnwritable: it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"--to {target}: there is something already; name a folder that is new or empty")
+    beside = target.resolve().with_name(f".{target.resolve().name}.{secrets.token_hex(8)}")
+    try:
+        with naming_full_disks(target):
+            beside.mkdir(parents=True)
+            for file in student.files:
+                shutil.copyfile(file, beside / file.name)
+            os.replace(beside, target.resolve())
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_there(runner: Runner, round_: int) -> bool:
+    return runner.artifact(runner.plan.job("train", round_ - 1).output).is_committed(WEIGHTS)
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    from eopd.stages.train import remains
+
+    return (path for path in sorted(folder.iterdir()) if remains.weights(path.name))

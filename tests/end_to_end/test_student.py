@@ -1,0 +1,81 @@
+"""`eopd student`: a trained model as a folder that transformers loads, and clear words where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eopd.pipeline.config import ConfigError, load_config
+from eopd.pipeline.plan import WEIGHTS
+from eopd.pipeline.plan_cli import open_runners
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.students import copy_student, find_student, newest
+from eopd.stages.train import remains
+from eopd.storage.pruning import prune
+from tests.end_to_end.conftest import World, eopd
+
+
+def test_the_newest_student_is_named_and_copied(world: World, undisturbed: str, tmp_path: Path) -> None:
+    config, target = world.config(undisturbed), tmp_path / "models" / "trained"
+    named = eopd("student", config)
+    folder = Path(named.stdout.strip())
+    assert folder.is_relative_to(world.store(undisturbed) / "checkpoints")
+    assert named.stderr == "student 2 of 2 (trained in round 1)\n"
+    ended = eopd("run", config).stderr.splitlines()[-1]
+    assert ended == f"student 2 of 2 (trained in round 1): {folder}; `eopd student RUN --to FOLDER` copies it"
+
+    copied = eopd("student", undisturbed, "--runs", world.folder / undisturbed / "runs", "--to", target)
+    assert copied.stdout.strip() == str(target)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert AutoTokenizer.from_pretrained(target)("Ann")["input_ids"]
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(theirs[name].equal(value) for name, value in model.state_dict().items())
+    assert not {"optimizer.safetensors", "metrics.jsonl", "training.json"} & set(os.listdir(target))
+    assert os.listdir(target.parent) == ["trained"]
+    refused = eopd("student", config, "--to", target, check=False)
+    assert refused.returncode == 1
+    assert "there is something already; name a folder that is new or empty" in refused.stderr
+
+
+@pytest.fixture
+def runner(world: World, undisturbed: str) -> Runner:
+    (found,) = open_runners(str(world.config(undisturbed)), None, None)
+    return found
+
+
+def test_an_earlier_student_and_the_first_one(world: World, runner: Runner, tmp_path: Path) -> None:
+    earlier, first = find_student(runner, 1), find_student(runner, 0)
+    assert str(earlier) == "student 1 of 2 (trained in round 0)"
+    assert earlier.folder.parent != find_student(runner, 2).folder.parent
+    assert first.folder == world.folder / "student"
+    (tmp_path / "empty").mkdir()
+    copy_student(first, tmp_path / "empty")
+    assert AutoTokenizer.from_pretrained(tmp_path / "empty")("Ann")["input_ids"]
+    with pytest.raises(ConfigError, match="students 0 to 2, and no student 3"):
+        find_student(runner, 3)
+
+
+def test_a_student_that_is_not_there_is_said_not_to_be(world: World, runner: Runner) -> None:
+    (more,) = open_runners(str(world.config("more", store=str(runner.store), rounds=2)), ["seed=7"], None)
+    with pytest.raises(ConfigError, match=r"no student of its own yet.*eopd run CONFIG"):
+        newest(more)
+    with pytest.raises(ConfigError, match=r"student 1 is not trained yet; those that are there: none"):
+        find_student(more, 1)
+
+
+def test_a_pruned_student_is_said_to_be(world: World, tmp_path: Path) -> None:
+    settings = load_config(str(world.config("pruned-student", evaluate=None)))
+    (runner,) = open_runners(str(world.config("pruned-student", evaluate=None)), None, None)
+    assert runner.settings == settings
+    for round_ in (0, 1):
+        artifact = runner.artifact(runner.plan.job("train", round_).output)
+        for part in (0, 1):
+            with artifact.write_part(part) as folder:
+                (folder / "model.safetensors").write_bytes(b"weights")
+    assert newest(runner) == 2
+    prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
+    with pytest.raises(ConfigError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
+        find_student(runner, 1)

@@ -7,7 +7,7 @@ not covered is refused with what is missing and how to add it, and never approxi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from eopd.storage.errors import StoreError
@@ -41,16 +41,6 @@ class Coverage:
             sampled=bool(found.get("sampled", True)),
         )
 
-    def to_mapping(self) -> dict[str, Any]:
-        return {
-            "head": asdict(self.head),
-            "stop_ids": list(self.stop_ids),
-            "extra_k": self.extra_k,
-            "vocab_size": self.vocab_size,
-            "entropy": self.entropy,
-            "sampled": self.sampled,
-        }
-
     def lacks(self, need: Need) -> str | None:
         """None where the need is met; otherwise what is missing and the settings that add it."""
         head = self.head
@@ -61,9 +51,9 @@ class Coverage:
                 return None if self.sampled else "the sampled tokens' log-probs: imported without. Score it instead"
             case StopsNeed():
                 return None if self.sampled else "stop log-probs: it was imported without. Score it instead"
-            case HeadNeed(1, _):
+            case HeadNeed(1, _, _):
                 return None  # every rule keeps the most probable entry of every token
-            case HeadNeed(k, above):
+            case HeadNeed(k, above, min_prob):
                 whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
                 if not whole and head.k_max < k:
                     return f"heads of {k} entries; it keeps {head.k_max}. Add: score.head.k_max={k}"
@@ -71,6 +61,11 @@ class Coverage:
                     return (
                         f"full heads where entropy > {above:g}; it has them where > {head.full_head_above:g}. "
                         f"Add: score.head.full_head_above={above:g}"
+                    )
+                if head.full_head_above >= 0 and head.min_prob > min_prob:
+                    return (
+                        f"ids of probability {min_prob:g} and more; it has those of {head.min_prob:g} and more. "
+                        f"Add: score.head.min_prob={min_prob:g}"
                     )
                 return None
             case DrawsNeed("beyond_head", _, max_weight):
@@ -110,10 +105,10 @@ class Coverage:
                 "this one; nothing that exists changes."
             )
 
-    def cost(self) -> tuple[int, float, int, int]:
+    def cost(self) -> tuple[int, float, float, int, int]:
         """Order of coverages by what they cost to store and read, cheapest first."""
         head = self.head
-        return (head.k_max, -head.full_head_above, head.n_draws, self.extra_k)
+        return (head.k_max, -head.full_head_above, -head.min_prob, head.n_draws, self.extra_k)
 
 
 def cheapest(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> str | None:
@@ -124,7 +119,7 @@ def cheapest(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> str | 
 
 def needs_of(rule: HeadRule) -> tuple[Need, ...]:
     """What a coverage must answer to hold all that one made by ``rule`` would hold."""
-    head: tuple[Need, ...] = (HeadNeed(rule.k_max, rule.full_head_above),)
+    head: tuple[Need, ...] = (HeadNeed(rule.k_max, rule.full_head_above, rule.min_prob),)
     if rule.draws == "none":
         return head
     return (*head, DrawsNeed(rule.draws, n=rule.n_draws, max_weight=rule.min_prob))

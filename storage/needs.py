@@ -26,10 +26,12 @@ class StopsNeed:
 
 @dataclass(frozen=True)
 class HeadNeed:
-    """The ``k`` most probable ids of every token whose entropy exceeds ``above`` (nats; -1: of every token)."""
+    """The ``k`` most probable ids of every token whose entropy exceeds ``above`` (nats; -1: of every token); of the
+    others those of them that are at least ``min_prob`` probable, and the first in any case."""
 
     k: int
     above: float = -1.0
+    min_prob: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from eopd.pipeline.planning import serving_coverage
 from eopd.stages.score.settings import HeadSettings, ScoreSettings
@@ -11,8 +14,8 @@ from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.stacked import StackedStores
 
 
-def asked(k_max: int) -> Identity:
-    coverage = ScoreSettings(head=HeadSettings(k_max=k_max)).coverage()
+def asked(k_max: int, **head: Any) -> Identity:
+    coverage = ScoreSettings(head=HeadSettings(k_max=k_max, **head)).coverage()
     return Identity("scores", 1, 1, inputs={"rollouts": "r"}, coverage={**coverage, "extra": None})
 
 
@@ -27,6 +30,16 @@ def test_complete_scores_that_hold_as_much_stand_in(tmp_path: Path) -> None:
     assert serving_coverage(stores, asked(16)).key == asked(64).key
     other = replace(asked(16), inputs={"rollouts": "other"})
     assert serving_coverage(stores, other).key == other.key
+
+
+@pytest.mark.parametrize("draws", [{"draws": "none"}, {"draws": "full", "n_draws": 8}, {"draws": "beyond_head"}])
+def test_scores_of_fewer_entries_do_not_stand_in(tmp_path: Path, draws: dict[str, Any]) -> None:
+    """Where the entropy is low a token has the entries of at least min_prob: 0.5 leaves one or two."""
+    make(tmp_path, asked(16, min_prob=0.5, **draws))
+    wanted = asked(16, min_prob=0.03, **draws)
+    assert serving_coverage(StackedStores([tmp_path]), wanted).key == wanted.key
+    make(tmp_path, asked(16, min_prob=0.01, **draws))
+    assert serving_coverage(StackedStores([tmp_path]), wanted).key == asked(16, min_prob=0.01, **draws).key
 
 
 def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ WHOLE = Coverage(HeadRule(k_max=32, full_head_above=-1.0, draws="none"), vocab_s
         (AWARE, DrawsNeed("beyond_head")),
         (AWARE, DrawsNeed("beyond_head", max_weight=0.03)),
         (FIXED, HeadNeed(16)),
+        (FIXED, HeadNeed(16, 0.4, 0.001)),
+        (AWARE, HeadNeed(16, 0.8, 0.03)),
         (FIXED, HeadNeed(64)),
         (FIXED, ExtraIdsNeed(8)),
         (SAMPLED, DrawsNeed("full", n=50)),
@@ -45,6 +47,7 @@ def test_met(coverage: Coverage, need: Need) -> None:
         (AWARE, HeadNeed(2), r"full heads where entropy > -1"),
         (AWARE, DrawsNeed("beyond_head", max_weight=0.01), r"its draws weigh 0\.03\. Add: score\.head\.min_prob=0\.01"),
         (AWARE, DrawsNeed("full", n=50), r"50 draws a token .*score\.head\.draws=full score\.head\.n_draws=50"),
+        (AWARE, HeadNeed(16, 0.8, 0.01), r"ids of probability 0\.01 and more; .*Add: score\.head\.min_prob=0\.01"),
         (AWARE, ExtraIdsNeed(4), r"student's top-4; it has 0"),
         (FIXED, DrawsNeed("beyond_head"), r"it has draws: none\. Add: score\.head\.draws=beyond_head"),
         (SAMPLED, DrawsNeed("full", n=64), r"64 draws"),
@@ -67,8 +70,3 @@ def test_the_cheapest_that_answers() -> None:
     assert cheapest(held, [HeadNeed(8)]) == "fixed"
     assert cheapest(held, []) == "sampled"
     assert cheapest(held, [HeadNeed(65)]) is None
-
-
-def test_mapping_round_trip() -> None:
-    for coverage in (AWARE, FIXED, SAMPLED, WHOLE, Coverage(HeadRule(), entropy=False, sampled=False)):
-        assert Coverage.from_mapping(coverage.to_mapping()) == coverage

@@ -122,9 +122,15 @@ def verify(
     damages = verification.verify(place, only, repair=repair)
     for damage in damages:
         _say(damage.problem if damage.problem.startswith(damage.folder) else f"{damage.folder}: {damage.problem}")
+    left = sum(damage.beyond_repair for damage in damages)
     again = "run the same commands again" if isinstance(place, Path) else "`eopd store copy` puts them there again"
-    _say(f"{len(damages)} damaged" + (f", set aside: {again}" if damages and repair else ""))
-    if damages and not repair:
+    mended = len(damages) - left
+    _say(
+        f"{mended} damaged"
+        + (f", set aside: {again}" if mended and repair else "")
+        + (f"; {left} that no repair can mend" if left else "")
+    )
+    if left or (damages and not repair):
         raise typer.Exit(1)
 
 

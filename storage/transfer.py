@@ -44,6 +44,7 @@ def copy(source: StoredArtifact, target: Path | Bucket, parts: Iterable[int] | N
 
 def _to_folder(source: StoredArtifact, store: Path, wanted: set[int]) -> list[int]:
     target = Artifact(store, source.identity)
+    target.begin()
     copied = []
     for marker in _lacking(source, target, wanted):
         _refuse_other_rollouts(source, marker, lambda kind, key: open_artifact(store, kind, key))

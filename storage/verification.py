@@ -1,8 +1,8 @@
 """Every byte of a store against what was committed. For `eopd store verify` and `verify --repair`.
 
 Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
-Manifests: what the markers add up to. Of a pruned part, the files that were kept. Markers, identities and manifests
-have one text each, so a changed blank shows. Folders and buckets alike.
+Manifests, where there are any: what the markers add up to. Of a pruned part, the files that were kept. Markers,
+identities and manifests have one text each, so a changed blank shows. Folders and buckets alike, beside living runs.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import listing, paths
+from eopd.storage.artifacts import Artifact, Identity, parse_identity
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, NewerSchema, WrongArtifact
 from eopd.storage.files import fsync_folder
 from eopd.storage.markers import file_text, marker_text
@@ -22,6 +24,8 @@ from eopd.storage.stored import StoredArtifact
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
+
+    from eopd.storage.remote import RemoteArtifact
 
 UNSOUND = (DamagedPart, WrongArtifact, MissingPart, MissingArtifact, NewerSchema)
 """Errors that say something of what is stored. Others say that it could not be looked at, which is no damage."""
@@ -34,8 +38,9 @@ class Damage:
     kind: str
     key: str
     part: int | None  # None: the identity or the manifest
-    name: str  # of the file in the artifact's folder that `repair` renames
+    name: str  # of the file in the artifact's folder
     problem: str
+    beyond_repair: bool = False  # a newer eopd wrote it, and may find it sound; or nothing here tells what it was
 
     @property
     def folder(self) -> str:
@@ -48,16 +53,22 @@ def verify(
     """Check every artifact of a store, or ``only`` those (kind, key).
 
     ``repair`` renames the marker of each damaged part to ``.damaged``, so that the next plan, or copy to a bucket, does
-    it again, and damaged identities and manifests, which the next commit writes again. It deletes nothing (`gc` does).
+    it again. Identities and manifests it writes again from what is there: an edited identity from what it says, a
+    damaged or lost one from the manifest, a manifest from the markers. It deletes nothing (`gc` does).
 
     Raises:
         StoreUnreadable, StoreUnwritable: a bucket does not answer, or refuses access.
     """
-    found = list(_without_identity(store)) if only is None else []
+    found: list[Damage] = []
+    for kind, key in listing.unidentified(store) if only is None else ():
+        damage = _without_identity(store, kind, key)
+        if repair:
+            _restore_identity(store, kind, key)
+        found.append(damage)
     for kind, key in listing.keys(store) if only is None else only:
         damages = list(_artifact(store, kind, key))
-        if damages and repair:
-            _repair(store, damages)
+        if repair:
+            _repair(store, kind, key, damages)
         found += damages
     return found
 
@@ -65,80 +76,170 @@ def verify(
 def _artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
     try:
         artifact = listing.open_in(store, kind, key)
+    except MissingArtifact:  # removed since it was listed
+        return
     except UNSOUND as error:
-        yield Damage(kind, key, None, paths.IDENTITY, str(error))
+        yield _damage(kind, key, None, paths.IDENTITY, error)
         return
     if artifact.read(paths.IDENTITY) != file_text(artifact.identity.to_json()).encode():
         yield Damage(kind, key, None, paths.IDENTITY, f"{artifact.folder}/{paths.IDENTITY} was edited")
-    damaged = False
-    standing = artifact.standing()
-    for part in sorted(standing.made):
-        name = paths.marker_name(part) if part in standing.committed else paths.tombstone_name(part)
+    damages = [found for part in sorted(artifact.standing().made) if (found := _part(artifact, part)) is not None]
+    yield from damages
+    damage = None if damages else _manifest(artifact)
+    if damage is not None:
+        yield damage
+
+
+def _damage(kind: str, key: str, part: int | None, name: str, error: Exception) -> Damage:
+    return Damage(kind, key, part, name, str(error), isinstance(error, NewerSchema))
+
+
+def _part(artifact: StoredArtifact, part: int) -> Damage | None:
+    """What is wrong with a part. A living run may drop it, prune it or make it again: then it is looked at again."""
+    seen, damage = None, None
+    while (found := _commit_of(artifact, part)) is not None:
+        if found == seen:
+            return damage
+        seen = found
         try:
-            _check_part(artifact, part, name)
+            _check_part(artifact, part, *found)
         except UNSOUND as error:
-            damaged = True
-            yield Damage(kind, key, part, name, str(error))
-    problem = "" if damaged else _manifest_problem(artifact)
-    if problem:
-        yield Damage(kind, key, None, paths.MANIFEST, problem)
+            damage = _damage(artifact.kind, artifact.key, part, found[0], error)
+        else:
+            return None
+    return None
 
 
-def _check_part(artifact: StoredArtifact, part: int, name: str) -> None:
+def _commit_of(artifact: StoredArtifact, part: int) -> tuple[str, bytes] | None:
+    """Name and text of a part's marker, or of its tombstone."""
+    for name in (paths.marker_name(part), paths.tombstone_name(part)):
+        with suppress(FileNotFoundError):
+            return name, artifact.read(name)
+    return None
+
+
+def _check_part(artifact: StoredArtifact, part: int, name: str, text: bytes) -> None:
     """Raises one of UNSOUND, naming the first thing wrong with a part whose marker, or tombstone, is ``name``."""
     artifact.verify_part(part)
     marker = artifact.remains(part)
-    if artifact.read(name) != marker_text(marker, artifact.kind, artifact.key).encode():
+    if text != marker_text(marker, artifact.kind, artifact.key).encode():
         raise DamagedPart(f"{artifact.folder}/{name} was edited. `eopd store verify --repair` re-queues the part.")
     if marker.set_aside is not None:
         raise DamagedPart(f"{artifact} part {part} was set aside, and holds nothing: {marker.set_aside}")
 
 
-def _manifest_problem(artifact: StoredArtifact) -> str:
-    """What is wrong with the manifest; empty: nothing."""
+def _manifest(artifact: StoredArtifact) -> Damage | None:
+    """What is wrong with the manifest, if there is one: it is for people. Looked at again where a part changed."""
+    seen, damage = None, None
+    while artifact.has(paths.MANIFEST):
+        if (found := artifact.standing()) == seen:
+            return damage
+        seen = found
+        damage = _manifest_damage(artifact)
+        if damage is None:
+            return None
+    return None
+
+
+def _manifest_damage(artifact: StoredArtifact) -> Damage | None:
     path = f"{artifact.folder}/{paths.MANIFEST}"
-    if not artifact.has(paths.MANIFEST):
-        return f"{path} is gone" if artifact.is_complete() else ""
     try:
         # pruning says so here last of all: a kill before that leaves a manifest that names fewer parts
         named = artifact.pruned() & set(artifact.manifest.get("pruned_parts", ()))
         sound = artifact.read(paths.MANIFEST) == file_text(artifact.manifest_content(named)).encode()
+        problem = "" if sound else f"{path} is not what the markers add up to"
+    except NewerSchema as error:
+        return _damage(artifact.kind, artifact.key, None, paths.MANIFEST, error)
     except MissingPart as error:
-        return f"{path} lists a part whose marker is gone: {error}"
+        problem = f"{path} lists a part whose marker is gone: {error}"
     except UNSOUND as error:
-        return f"{path}: {error}"
+        problem = f"{path}: {error}"
+    except FileNotFoundError:
+        problem = f"{path} went while it was looked at"
     except ValueError:  # not UTF-8, or not JSON
-        return f"{path} is not JSON: cut or edited"
-    return "" if sound else f"{path} is not what the markers add up to"
+        problem = f"{path} is not JSON: cut or edited"
+    return Damage(artifact.kind, artifact.key, None, paths.MANIFEST, problem) if problem else None
 
 
-def _without_identity(store: Path | Bucket) -> Iterator[Damage]:
-    """Folders with committed parts and nothing that says what they are."""
-    for kind, key in listing.unidentified(store):
-        path = store / kind / key / paths.IDENTITY if isinstance(store, Path) else f"{kind}/{key}/{paths.IDENTITY}"
-        problem = f"{path} is gone; the next commit, or a copy, writes it again"
-        yield Damage(kind, key, None, paths.IDENTITY, problem)
+def _without_identity(store: Path | Bucket, kind: str, key: str) -> Damage:
+    """Of a folder with committed parts and nothing that says what they are."""
+    lost = _identity_in_manifest(store, kind, key) is None
+    remedy = (
+        "a commit of a missing part writes it again, or a copy from a store that has it; without either, remove the "
+        "folder, and `eopd run` makes it again"
+        if lost
+        else "`eopd store verify --repair` writes it again"
+    )
+    problem = f"{_at(store, kind, key)}/{paths.IDENTITY} is gone; {remedy}"
+    return Damage(kind, key, None, paths.IDENTITY, problem, beyond_repair=lost)
 
 
-def _repair(store: Path | Bucket, damages: Sequence[Damage]) -> None:
-    """Set aside what is damaged of one artifact; its manifest is written again if that was all."""
-    for damage in damages:
-        _set_aside(store, damage)
+def _at(store: Path | Bucket, kind: str, key: str) -> str:
+    return str(store / kind / key) if isinstance(store, Path) else f"{kind}/{key}"
+
+
+def _identity_in_manifest(store: Path | Bucket, kind: str, key: str) -> Identity | None:
+    """The manifest begins with what the identity says."""
     try:
-        artifact = listing.open_in(store, damages[0].kind, damages[0].key)
-    except MissingArtifact:  # its identity was set aside
+        text = _read(store, f"{kind}/{key}", paths.MANIFEST)
+        return parse_identity(text, kind, key, f"{_at(store, kind, key)}/{paths.MANIFEST}")
+    except (FileNotFoundError, *UNSOUND):
+        return None
+
+
+def _restore_identity(store: Path | Bucket, kind: str, key: str) -> None:
+    identity = _identity_in_manifest(store, kind, key)
+    if identity is not None:
+        artifact = Artifact(store, identity) if isinstance(store, Path) else _remote(store, kind, key)
+        artifact.create(paths.IDENTITY, file_text(identity.to_json()))
+
+
+def _repair(store: Path | Bucket, kind: str, key: str, damages: Sequence[Damage]) -> None:
+    """Mend one artifact as far as it goes: what a newer eopd wrote is left as it is."""
+    if any(damage.beyond_repair for damage in damages if damage.part is None):
         return
-    artifact.finish()
+    for damage in damages:
+        if damage.name == paths.IDENTITY:
+            _mend_identity(store, kind, key)
+        elif not damage.beyond_repair:
+            _set_aside(store, damage)
+    with suppress(MissingArtifact):  # its identity was set aside, and nothing says what it was
+        listing.open_in(store, kind, key).finish()
+
+
+def _mend_identity(store: Path | Bucket, kind: str, key: str) -> None:
+    aside = f"{paths.IDENTITY}.{secrets.token_hex(8)}.damaged"
+    try:
+        artifact = listing.open_in(store, kind, key)
+    except UNSOUND:
+        _rename(store, f"{kind}/{key}", paths.IDENTITY, aside)
+        _restore_identity(store, kind, key)
+    else:  # it says what it said, in other blanks
+        artifact.create(aside, artifact.read(paths.IDENTITY).decode(errors="replace"))
+        artifact.replace(paths.IDENTITY, file_text(artifact.identity.to_json()))
 
 
 def _set_aside(store: Path | Bucket, damage: Damage) -> None:
     nonce = secrets.token_hex(8)
-    if damage.part is None:
-        _rename(store, damage.folder, damage.name, f"{damage.name}.{nonce}.damaged")
-        return
-    _rename(store, damage.folder, damage.name, paths.damaged_name(damage.part, nonce))
-    # the manifest lists a part that has to be done again
+    if damage.part is not None:
+        _rename(store, damage.folder, damage.name, paths.damaged_name(damage.part, nonce))
+    # with a part: the manifest lists what has to be done again
     _rename(store, damage.folder, paths.MANIFEST, f"{paths.MANIFEST}.{nonce}.damaged")
+
+
+def _remote(store: Bucket, kind: str, key: str) -> RemoteArtifact:
+    from eopd.storage.remote import RemoteArtifact
+
+    return RemoteArtifact(store, kind, key)
+
+
+def _read(store: Path | Bucket, folder: str, name: str) -> bytes:
+    """Raises FileNotFoundError."""
+    if isinstance(store, Path):
+        return (store / folder / name).read_bytes()
+    from eopd.storage.remote import get
+
+    return get(store, f"{folder}/{name}")
 
 
 def _rename(store: Path | Bucket, folder: str, name: str, to: str) -> None:

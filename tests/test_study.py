@@ -113,10 +113,20 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         study_run.run(task, tmp_path, tmp_path / "results")
     monkeypatch.setattr(study_run, "_sweep", sweep)
+    rounds = tmp_path / "runs" / "gate.random-seed100" / "rounds.jsonl"
+    rows = [json.loads(line) for line in rounds.read_text().splitlines()]
+    before = {"cpu_seconds": 1000.0}
+    rows[0] |= {"commit": "c0ffee", **before}  # as by a process at another commit, and slower
+    rounds.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = study_run.run(task, tmp_path, tmp_path / "results")
     content = json.loads(path.read_text())
-    assert content["cost"]["resumed_at_round"] == 1
-    assert content["cost"]["responses"] == TOY.responses
+    cost = content["cost"]
+    assert cost["resumed_at_round"] == 1
+    assert cost["responses"] == TOY.responses
+    assert cost["seconds"] > sum(cost["stage_seconds"].values()) > 0
+    assert cost["cpu_seconds"] > before["cpu_seconds"], "of both processes"
+    assert cost["shared"] == []
+    assert content["made"]["commits"] == sorted({"c0ffee", study_run.commit()})
     result = results.read(task, tmp_path / "results")
     assert result is not None
     assert content["inputs"]["objective"] == own_file_hash(str(design.HERE / "gates.py:random_gate"))
@@ -139,7 +149,14 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
 INPUTS = {"student": "s", "teacher": "t", "prompts": "p", "problems": "q"}
 
 
-def made_up(task: Task, folder: Path, shift: int, **inputs: str) -> None:
+def made_up(
+    task: Task,
+    folder: Path,
+    shift: int = 0,
+    cost: dict[str, object] | None = None,
+    commits: tuple[str, ...] = (),
+    **inputs: str,
+) -> None:
     rng = np.random.default_rng(task.seed)
     correct = np.minimum(8, rng.integers(0, 5, size=40) + shift)
     figures = dict.fromkeys(("fkl", "rkl", "agreement", "share", "student_entropy", "student_above"), 0.3)
@@ -147,12 +164,16 @@ def made_up(task: Task, folder: Path, shift: int, **inputs: str) -> None:
         "correct": results.encode(correct),
         "distinct": results.encode(correct // 2),
         "metrics": {"self_bleu": 0.5, "token_entropy": 0.3},
-        "made": {"commit": "c0ffee"},
+        "training": {"gate_fraction": [0.1, 0.3]} if task.setting.name == "random" else {},
         "settings": {"train": {"optimizer": {"lr": task.lr}}},
         "alignment": {name: {"all": figures, "above": figures, "below": figures} for name in ("own", "teacher")},
     }
-    cost = {"bytes_per_token": 30.0, "seconds": 60.0, "cpu_seconds": 60.0}
-    results.write(task, {**content, "seed": task.seed, "inputs": {**INPUTS, **inputs}, "cost": cost}, folder)
+    made: dict[str, object] = {"commit": "c0ffee", **({"commits": commits} if commits else {})}
+    stages = {"rollout": 1.0, "score": 1.0, "train": 1.0, "evaluate": 1.0}
+    paid = {"bytes_per_token": 30.0, "seconds": 60.0, "cpu_seconds": 60.0, "tokens": 590_000, "resumed_at_round": 0}
+    paid |= {"stage_seconds": stages, **(cost or {})}
+    body = {**content, "seed": task.seed, "made": made, "inputs": {**INPUTS, **inputs}, "cost": paid}
+    results.write(task, body, folder)
 
 
 def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: Path) -> None:
@@ -166,6 +187,9 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     assert "Written by hand." in text
     assert "| mix | 3 | **+0.1250 [+0.1250, +0.1250]**" in text  # every problem has one right answer more
     assert "main/opd" in text, "the gate's comparison borrows from the main one"
+    assert "| primary, in pairs |" not in text, "neither of the named pairs is there"
+    assert "Unequal tokens" not in text
+    assert " | 0.200 | 590 | 30.0 | 1.0 |" in text, "the random gate's fraction, tokens, bytes and minutes"
     drawing = (tmp_path / "study-main.svg").read_bytes()
     assert b"mix" in drawing
     assert len(drawing) < 50_000
@@ -175,29 +199,70 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     assert (tmp_path / "study-main.svg").read_bytes() == drawing
 
 
+def test_named_pairs_are_primary_where_they_were_named_first(tmp_path: Path) -> None:
+    names = ["opd", "mix", "eopd-0.8", "opd-lr0.0002", "mix-lr0.0002"]
+    for task in in_order([toy("main"), toy("rates")], tmp_path, seeds=[0, 1], settings=names):
+        made_up(task, tmp_path)
+    first, second = (tables.block(one, tables.load(one, tmp_path)) for one in (toy("main"), toy("rates")))
+    assert "| primary, in pairs |" in first
+    assert "| named pairs |" in second
+    assert "primary" not in second
+    header, row = (
+        next(line for line in second.splitlines() if line.startswith(start)) for start in ("| named", "| main")
+    )
+    assert "distinct correct over seeds and problems | self-BLEU | entropy (nats) |" in header
+    assert row.count("[") == header.count("|") - 3, "every difference has an interval"
+
+
 def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
     main_task, gate_task = in_order([toy("main"), toy("gate")], tmp_path, seeds=[0], settings=["eopd-0.8", "random"])
-    made_up(main_task, tmp_path, shift=0)
-    made_up(gate_task, tmp_path, shift=0, objective="first")
+    made_up(main_task, tmp_path)
+    made_up(gate_task, tmp_path, objective="first")
     assert len(tables.load(toy("gate"), tmp_path)) == 2
-    made_up(main_task, tmp_path, shift=0, teacher="other")
+    made_up(main_task, tmp_path, teacher="other")
     with pytest.raises(
         ValueError, match=r"gate/random-seed0.json and .*main/eopd-0.8-seed0.json .*: teacher t and other"
     ):
         tables.load(toy("gate"), tmp_path)
-    made_up(main_task, tmp_path, shift=0)
+    made_up(main_task, tmp_path)
     (proxy,) = in_order([toy("gate")], tmp_path, seeds=[0], settings=["proxy-4"])
-    made_up(proxy, tmp_path, shift=0, objective="second")
+    made_up(proxy, tmp_path, objective="second")
     with pytest.raises(ValueError, match=r"gate/proxy-4-seed0.json and .*: objective second and first"):
         tables.load(toy("gate"), tmp_path)
 
 
 def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
     for task in in_order([toy("main"), toy("gate")], tmp_path, seeds=[0, 1, 2, 3, 100], settings=["opd", "random"]):
-        made_up(task, tmp_path, shift=0)
+        made_up(task, tmp_path)
     seeds = {rows.name: list(rows.by_seed) for rows in tables.load(toy("gate"), tmp_path)}
     assert seeds == {"main/opd": [0, 1, 2], "random": [0, 1, 2]}
     assert [list(rows.by_seed) for rows in tables.load(toy("main"), tmp_path)] == [[0, 1, 2, 3]]
+
+
+def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: Path) -> None:
+    names = ["old-none-once", "old-is-once", "old-none-every16", "old-is-every16", "old-none-every1"]
+    tasks = in_order([toy("staleness")], tmp_path, seeds=[0], settings=names)
+    once = {"train": 1.0, "evaluate": 1.0}
+    costs: dict[str, dict[str, object]] = {
+        "old-none-once": {"cpu_seconds": 240.0},
+        "old-is-once": {"cpu_seconds": 120.0, "stage_seconds": once},  # whose responses were those of the former
+        "old-none-every16": {"cpu_seconds": 6.0, "resumed_at_round": 31},  # its last process only
+        "old-is-every16": {"cpu_seconds": 180.0, "resumed_at_round": 31, "shared": []},
+        "old-none-every1": {"tokens": 600_000},
+    }
+    for task in tasks:
+        made_up(task, tmp_path, cost=costs[task.setting.name], commits=("c0ffee", "decaf"))
+    text = tables.block(toy("staleness"), tables.load(toy("staleness"), tmp_path))
+    ends = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
+        for line in text.splitlines()
+        if "30.0" in line
+    }
+    assert ends == dict(zip(sorted(names), ["3.0", "2.0 †", "1.0", "-", "4.0"], strict=True))
+    assert "† Without sampling and scoring" in text
+    assert "old-none-every1 was trained on 600 thousand" in text
+    assert "(1.7% more" in text
+    assert "made at c0ffee, decaf." in text
 
 
 def test_the_document_has_a_block_of_every_experiment(tmp_path: Path) -> None:
@@ -217,15 +282,53 @@ def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:
     assert compare.over_seeds(np.ones(1)).interval is None
 
 
-def test_the_crossed_bootstrap_knows_the_variance_of_problems() -> None:
-    """Equal seeds, differing problems: the t interval over seeds is a point, the crossed one is not."""
-    a = np.tile(np.random.default_rng(1).normal(0.1, 1.0, size=400), (5, 1))
+@pytest.mark.parametrize(
+    ("seeds", "problems", "residual"),
+    [(1.0, 0.0, 0.1), (0.0, 1.0, 0.1), (0.0, 0.0, 1.0), (0.1, 0.0, 1.0), (0.02, 0.3, 1.0), (0.5, 1.0, 1.0)],
+    ids=["seeds", "problems", "residual", "few seeds' noise", "as measured", "all"],
+)
+def test_crossed_intervals_cover_the_mean_whatever_varies(seeds: float, problems: float, residual: float) -> None:
+    """Known standard deviations, in a study of 5 seeds and 60 problems."""
+    rng = np.random.default_rng(2)
+    draws, s, p = 1000, 5, 60
+    table = seeds * rng.normal(size=(draws, s, 1)) + problems * rng.normal(size=(draws, 1, p))
+    table = table + residual * rng.normal(size=(draws, s, p))
+    found = [compare.crossed(one, np.zeros((s, p))).interval for one in table]
+    low, high = np.array([(one.low, one.high) for one in found if one is not None]).T
+    assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.985
+    true = np.sqrt(seeds**2 / s + problems**2 / p + residual**2 / (s * p))
+    # a bootstrap that draws both is 1.6 times as wide as the residual; four degrees of freedom cost a factor of 1.4
+    assert 0.9 <= np.median(high - low) / 2 / (1.96 * true) <= (1.2 if seeds == 0 else 1.45)
+
+
+def test_a_crossed_interval_is_never_below_the_noise_of_sampling() -> None:
+    """Seeds whose means are equal by luck: the t interval over seeds is a point, the crossed one is not."""
+    a = np.random.default_rng(1).normal(0.1, 1.0, size=(5, 400))
+    a -= a.mean(axis=1, keepdims=True) - 0.1
     b = np.zeros_like(a)
     seeds, both = compare.paired(a, b).interval, compare.crossed(a, b).interval
     assert seeds is not None
     assert both is not None
     assert seeds.low == pytest.approx(seeds.high)
-    assert (both.high - both.low) / 2 == pytest.approx(1.96 * a[0].std() / 20, rel=0.1)
+    assert (both.high - both.low) / 2 == pytest.approx(1.96 * a.std() / np.sqrt(2000), rel=0.1)
+    same = compare.crossed(b, b)
+    assert same.interval is not None
+    assert (same.mean, same.interval.low, same.interval.high) == (0.0, 0.0, 0.0)
+    assert compare.crossed(a[:1], b[:1]).interval is None
+
+
+def test_what_was_made_for_another_setting_is_not_paid_for_again(tmp_path: Path) -> None:
+    experiment = toy("staleness")
+    first, second = (
+        Task(experiment, experiment.setting(name), 100, 5e-5) for name in ("old-ppo-once", "old-none-once")
+    )
+    costs = [
+        json.loads(study_run.run(task, tmp_path, tmp_path / "results").read_text())["cost"] for task in (first, second)
+    ]
+    assert [cost["shared"] for cost in costs] == [[], ["rollout", "score"]]
+    assert costs[1]["tokens"] == costs[0]["tokens"] > 0
+    assert "rollout" in costs[0]["stage_seconds"]
+    assert "rollout" not in costs[1]["stage_seconds"]
 
 
 def test_a_worker_that_is_killed_loses_one_task_which_goes_on(tmp_path: Path) -> None:

@@ -1,22 +1,24 @@
 """Statistics of the study: means and paired differences with intervals. No files.
 
 Seeds are the unit of repetition: a setting's mean has a t interval over seeds, and so has the paired difference of two
-settings, taken seed by seed on the same problems with the same sampling seeds. The crossed bootstrap resamples seeds
-and problems at once and so speaks about other problems too. Letters: S seeds, P problems, B resamples.
+settings, taken seed by seed on the same problems with the same sampling seeds. The crossed interval takes seeds and
+problems at once as drawn, and so speaks about other problems too. Letters: S seeds, P problems.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.stages.intervals import Interval, intervals, t_interval
+from eopd.stages.intervals import Interval, t_interval, t_quantile
 
 Floats = NDArray[np.float64]
 
-RESAMPLES = 4000
+MOST_FREEDOM = 1000  # of a quantile of t, which is the normal one there
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,38 @@ def paired(a: Floats, b: Floats) -> Estimate:
     return over_seeds((a - b).mean(axis=1))
 
 
-def crossed(a: Floats, b: Floats, seed: int = 0) -> Estimate:
-    """Mean of a - b with a percentile interval of a bootstrap that draws seeds and problems independently.
+def crossed(a: Floats, b: Floats) -> Estimate:
+    """Mean of a - b over seeds and problems at once, from the two-way analysis of variance of the differences.
 
-    With few seeds it is too narrow (a bootstrap of S seeds has (S - 1)/S of their variance, and no t): it stands beside
-    ``paired``, never in its place.
+    A difference is mean + seed + problem + residual (the sampling of responses), of variances s, p, r; the mean's is
+    s/S + p/P + r/SP. The mean squares M of seeds, problems and residual expect r + P s, r + S p and r, so it is
+    (M_seeds + M_problems - M_residual) / SP. A component that comes out negative is 0: the interval is never
+    narrower than the residual alone makes it. Degrees of freedom are Satterthwaite's, of the mean squares that are
+    left in the sum. Simulated coverage of the 95 % interval: 94 to 97 % with five seeds, 92 to 97 % with three,
+    whatever the components. (A bootstrap of seeds and problems counts the residual 2.6 times with five seeds.)
     """
     difference = a - b
     seeds, problems = difference.shape
     mean = float(difference.mean())
-    if seeds < 2:
+    if seeds < 2 or problems < 2:
         return Estimate(mean, None, seeds)
-    rng = np.random.default_rng(seed)
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds  # [B, S]
-    by_problem = rng.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES) / problems  # [B, P]
-    means = np.einsum("bs,bs->b", by_seed, by_problem @ difference.T)
-    (found,) = intervals(means[:, None])
-    return Estimate(mean, found, seeds)
+    by_seed, by_problem = difference.mean(axis=1, keepdims=True), difference.mean(axis=0, keepdims=True)
+    freedom = {"seeds": seeds - 1, "problems": problems - 1, "residual": (seeds - 1) * (problems - 1)}
+    squares = {
+        "seeds": problems * np.sum((by_seed - mean) ** 2),
+        "problems": seeds * np.sum((by_problem - mean) ** 2),
+        "residual": np.sum((difference - by_seed - by_problem + mean) ** 2),
+    }
+    within = {name: float(squares[name]) / freedom[name] for name in freedom}
+    kept = [name for name in ("seeds", "problems") if within[name] > within["residual"]]
+    total = sum(within[name] for name in kept) + within["residual"] * (1 - len(kept))
+    if total <= 0.0:
+        return Estimate(mean, Interval(mean, mean), seeds)
+    spread = sum(within[name] ** 2 / freedom[name] for name in (*kept, "residual"))
+    half = _t(min(MOST_FREEDOM, int(total**2 / spread))) * math.sqrt(total / (seeds * problems))
+    return Estimate(mean, Interval(mean - half, mean + half), seeds)
+
+
+@cache
+def _t(freedom: int) -> float:
+    return t_quantile(0.975, max(1, freedom))

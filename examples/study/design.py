@@ -79,7 +79,8 @@ class Experiment:
     scale: Scale = FULL
     world: World = COUNTDOWN
     evaluates: str = "evaluate"  # which problems: evaluate | tuning
-    primary: tuple[tuple[str, str], ...] = ()  # pairs of settings whose differences were named before it ran
+    pairs: tuple[tuple[str, str], ...] = ()  # of settings, whose differences are named
+    primary: bool = False  # the pairs were named before any result was known
     borrows: tuple[str, ...] = ()  # "experiment/setting" whose results belong into this comparison too
 
     def setting(self, name: str) -> Setting:

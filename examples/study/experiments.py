@@ -21,7 +21,8 @@ MAIN = Experiment(
     name="main",
     question="Does the entropy gate keep diversity, and does it raise Pass@8?",
     reference="opd",
-    primary=(("eopd-0.8", "opd"), ("eopd-0.8", "mix")),
+    pairs=(("eopd-0.8", "opd"), ("eopd-0.8", "mix")),
+    primary=True,
     seeds=tuple(range(5)),
     settings=(
         Setting("opd", {"name": "opd"}, "opd", says="sampled reverse KL on every token"),
@@ -75,7 +76,7 @@ RATES = Experiment(
     reference="main/opd",
     borrows=("main/opd", "main/eopd-0.8", "main/mix"),
     # equal rates: 4e-4 twice, then 2e-4 twice
-    primary=(
+    pairs=(
         ("eopd-0.8-lr0.0004", "main/opd"),
         ("eopd-0.8-lr0.0004", "mix-lr0.0004"),
         ("main/eopd-0.8", "opd-lr0.0002"),

@@ -29,7 +29,8 @@ from eopd.storage.artifacts import Artifact
 from examples.study import alignment, results
 from examples.study.design import HERE, Task
 
-SAMPLED: tuple[Stage, ...] = ("rollout", "score")
+STAGES: tuple[Stage, ...] = ("rollout", "score", "train")  # of a round
+COUNTS: dict[str, tuple[str, ...]] = {"rollout": ("responses", "tokens"), "score": ("score_bytes",)}
 WINDOWS = 8  # a run's training figures are kept as means over this many equal stretches
 FIGURES = ("loss", "gate_fraction", "student_entropy", "teacher_entropy", "fkl", "rkl", "top1_agreement", "clipped")
 
@@ -38,25 +39,84 @@ def run(task: Task, work: Path, folder: Path) -> Path:
     """Make the result of ``task`` below ``folder``; intermediate files lie below ``work``. Returns its path."""
     runner = _runner(task, work)
     settings, plan = runner.settings, runner.plan
-    began, cpu = time.monotonic(), time.process_time()
-    first = _first_missing(runner)
+    first, jobs = _first_missing(runner), _read_jobs(runner)
     for round_ in range(first, settings.rounds):
-        for stage in SAMPLED:
-            runner.run(plan.job(stage, round_))
-        _note(runner, round_)
-        runner.run(plan.job("train", round_))
+        for stage in STAGES:
+            _do(runner, stage, round_, jobs)
         _sweep(runner, round_)
-    evaluation = plan.job("evaluate", settings.rounds)
-    runner.run(evaluation)
-    content = _content(task, runner, runner.artifact(evaluation.output))
-    content["cost"] |= {
-        "resumed_at_round": first,
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-    }
+    _do(runner, "evaluate", settings.rounds, jobs)
+    clock = Clock()
+    content = _content(task, runner, runner.artifact(plan.job("evaluate", settings.rounds).output))
+    content["made"] = _made(jobs)
+    content["cost"] = _cost(settings.rounds, jobs) | {"resumed_at_round": first}
+    for name, spent in clock.spent().items():
+        content["cost"][name] = round(content["cost"][name] + spent, 1)
     path = results.write(task, content, folder)
     _clear(runner)
     return path
+
+
+Jobs = dict[tuple[int, str], dict[str, Any]]
+"""A run's rounds.jsonl: one row a job, by round and stage."""
+
+
+class Clock:
+    """Seconds since it was made, on the wall and of this process's CPU."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        wall, cpu = self._began
+        return {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def _do(runner: Runner, stage: Stage, round_: int, jobs: Jobs) -> None:
+    """Do a job if it is not done, and write down what it cost and what its artifacts say, before they are deleted.
+
+    It is written down once: by the process that did it, or as not made where another setting's run did it.
+    """
+    clock = Clock()
+    made = runner.run(runner.plan.job(stage, round_))
+    if not made and (round_, stage) in jobs:
+        return
+    row = {"round": round_, "stage": stage, "made": made, "commit": commit(), **clock.spent()}
+    row |= _counts(runner, stage, round_)
+    # nothing else may have made the folder: round 0 is often there already, made for another setting
+    runner.paths.folder.mkdir(parents=True, exist_ok=True)
+    with _jobs_file(runner).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    jobs[round_, stage] = row
+
+
+def _jobs_file(runner: Runner) -> Path:
+    return runner.paths.folder / "rounds.jsonl"
+
+
+def _read_jobs(runner: Runner) -> Jobs:
+    """What earlier processes wrote down; the last of a job that was done again, after its store was lost."""
+    if not _jobs_file(runner).exists():
+        return {}
+    jobs: Jobs = {}
+    for line in _jobs_file(runner).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "stage" in row:
+            jobs[row["round"], row["stage"]] = row
+        else:  # one row a round, of what was stored and not of what it cost: what was written at first
+            for stage, names in COUNTS.items():
+                counted = {name: row[name] for name in names}
+                jobs[row["round"], stage] = {"round": row["round"], "stage": stage, "made": False, **counted}
+    return jobs
+
+
+def _counts(runner: Runner, stage: Stage, round_: int) -> dict[str, int]:
+    if stage not in COUNTS:
+        return {}
+    artifact = runner.artifact(runner.plan.job(stage, round_).output)
+    markers = [artifact.marker(part) for part in range(artifact.parts)]
+    if stage == "score":
+        return {"score_bytes": sum(marker.bytes for marker in markers)}
+    return {name: sum(marker.info[name] for marker in markers) for name in COUNTS[stage]}
 
 
 def _runner(task: Task, work: Path) -> Runner:
@@ -73,21 +133,6 @@ def _first_missing(runner: Runner) -> int:
         if runner.is_done(runner.plan.job("train", round_)):
             return round_ + 1
     return 0
-
-
-def _note(runner: Runner, round_: int) -> None:
-    """What a round's artifacts say of its cost, before they are deleted."""
-    rollouts, scores = (runner.artifact(runner.plan.job(stage, round_).output) for stage in ("rollout", "score"))
-    row = {
-        "round": round_,
-        "responses": sum(rollouts.marker(part).info["responses"] for part in range(rollouts.parts)),
-        "tokens": sum(rollouts.marker(part).info["tokens"] for part in range(rollouts.parts)),
-        "score_bytes": sum(scores.marker(part).bytes for part in range(scores.parts)),
-    }
-    # nothing else may have made the folder: round 0 is often there already, made for another setting
-    runner.paths.folder.mkdir(parents=True, exist_ok=True)
-    with (runner.paths.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _delete(artifact: Artifact) -> None:
@@ -136,8 +181,6 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
         "metrics": {name: value for name, value in found.items() if name not in ("skipped",)},
         "alignment": alignment.measure(runner, evaluation),
         "training": _training(runner),
-        "cost": _cost(runner),
-        "made": {"commit": commit(), "on": datetime.now(UTC).date().isoformat(), "versions": _versions()},
     }
 
 
@@ -166,18 +209,33 @@ def _training(runner: Runner) -> dict[str, list[float]]:
     return found
 
 
-def _cost(runner: Runner) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
-    for line in runner.paths.jobs.read_text(encoding="utf-8").splitlines():
-        job = json.loads(line)
-        seconds[job["stage"]] = seconds.get(job["stage"], 0.0) + job["seconds"]
-    lines = [json.loads(line) for line in (runner.paths.folder / "rounds.jsonl").read_text().splitlines()]
-    rows = {line["round"]: line for line in lines}.values()  # a resumed round has two
-    totals = {name: sum(row[name] for row in rows) for name in ("responses", "tokens", "score_bytes")}
+def _cost(rounds: int, jobs: Jobs) -> dict[str, Any]:
+    """Of the run's jobs, over all processes that worked on it.
+
+    ``shared``: stages that it never did itself, because another setting's run had; their cost is not in here. Left out
+    where a job is not written down (killed before it could be): then the seconds are too few.
+    """
+    made = [row for row in jobs.values() if row["made"]]
+    stages = sorted({row["stage"] for row in made})
+    counted = [name for names in COUNTS.values() for name in names]
+    cost: dict[str, Any] = {name: sum(row.get(name, 0) for row in jobs.values()) for name in counted}
+    cost |= {name: sum(row[name] for row in made) for name in ("seconds", "cpu_seconds")}
+    cost["bytes_per_token"] = round(cost["score_bytes"] / cost["tokens"], 2)
+    cost["stage_seconds"] = {
+        stage: round(sum(row["seconds"] for row in made if row["stage"] == stage), 1) for stage in stages
+    }
+    if len(jobs) == rounds * len(STAGES) + 1:
+        cost["shared"] = sorted({row["stage"] for row in jobs.values()} - set(stages))
+    return cost
+
+
+def _made(jobs: Jobs) -> dict[str, Any]:
+    """``commits``: of the code of all processes that worked on the run; ``commit``: of the last."""
     return {
-        **totals,
-        "bytes_per_token": round(totals["score_bytes"] / totals["tokens"], 2),
-        "stage_seconds": {stage: round(value, 1) for stage, value in sorted(seconds.items())},
+        "commit": commit(),
+        "commits": sorted({commit(), *(row["commit"] for row in jobs.values() if "commit" in row)}),
+        "on": datetime.now(UTC).date().isoformat(),
+        "versions": _versions(),
     }
 
 

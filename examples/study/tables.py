@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from examples.study.experiments import EXPERIMENTS
 from examples.study.rates import tasks_of, tuned
 from examples.study.results import Counts, Result
 from examples.study.worlds import COUNTDOWN
+
+Figure = Callable[[Mapping[str, Any]], float]
+"""A number of a result's content."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,16 @@ class Rows:
         """[S, P] of ``figure(correct, distinct)``."""
         return np.stack([figure(self.by_seed[seed].correct, self.by_seed[seed].distinct) for seed in seeds])
 
-    def values(self, seeds: Sequence[int], *names: str) -> Floats:
-        """[S] of a number in the results, by its path."""
-        return np.asarray([_at(self.by_seed[seed].content, names) for seed in seeds])
+    def values(self, seeds: Sequence[int], figure: Figure) -> Floats:
+        """[S] of a number of each result."""
+        return np.asarray([figure(self.by_seed[seed].content) for seed in seeds])
 
-    def estimate(self, *names: str) -> Estimate:
-        return over_seeds(self.values(list(self.by_seed), *names))
+    def estimate(self, figure: Figure) -> Estimate:
+        return over_seeds(self.values(list(self.by_seed), figure))
+
+    @property
+    def contents(self) -> list[Mapping[str, Any]]:
+        return [result.content for result in self.by_seed.values()]
 
 
 FIGURES: dict[str, Callable[[Counts, Counts], Floats]] = {
@@ -44,16 +52,40 @@ FIGURES: dict[str, Callable[[Counts, Counts], Floats]] = {
     "distinct correct": lambda correct, distinct: distinct.astype(np.float64),
 }
 
-ALIGNMENT: dict[str, tuple[str, ...]] = {
-    "FKL, H > 0.8": ("teacher", "above", "fkl"),
-    "FKL, H <= 0.8": ("teacher", "below", "fkl"),
-    "RKL, H > 0.8": ("own", "above", "rkl"),
-    "RKL, H <= 0.8": ("own", "below", "rkl"),
-    "top-1 agreement": ("teacher", "all", "agreement"),
-    "student's tokens > 0.8": ("own", "all", "student_above"),
-    "teacher's there": ("own", "above", "share"),
+
+def _at(*names: str) -> Figure:
+    def figure(content: Mapping[str, Any]) -> float:
+        value: Any = content
+        for name in names:
+            value = value[name]
+        return float("nan") if value is None else float(value)
+
+    return figure
+
+
+def _excess(content: Mapping[str, Any]) -> float:
+    own = content["alignment"]["own"]
+    return float(own["all"]["student_above"] - own["above"]["share"])
+
+
+SPREAD: dict[str, Figure] = {
+    "self-BLEU": _at("metrics", "self_bleu"),
+    "entropy (nats)": _at("metrics", "token_entropy"),
+}
+
+ALIGNMENT: dict[str, Figure] = {
+    "FKL, H > 0.8": _at("alignment", "teacher", "above", "fkl"),
+    "FKL, H <= 0.8": _at("alignment", "teacher", "below", "fkl"),
+    "RKL, H > 0.8": _at("alignment", "own", "above", "rkl"),
+    "RKL, H <= 0.8": _at("alignment", "own", "below", "rkl"),
+    "top-1 agreement": _at("alignment", "teacher", "all", "agreement"),
+    "student's tokens > 0.8": _at("alignment", "own", "all", "student_above"),
+    "teacher's there": _at("alignment", "own", "above", "share"),
+    "student's - teacher's": _excess,
 }
 """Forward KL on the teacher's responses, reverse KL on the student's own, nats a token."""
+
+UNEQUAL = 0.01  # of the tokens trained on: settings that differ by more are told so
 
 
 def load(experiment: Experiment, folder: Path) -> list[Rows]:
@@ -96,40 +128,88 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     """Everything that is said of an experiment by its results."""
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
-    told = [experiment_line(experiment, found)]
+    told = [experiment_line(experiment, found), *unequal_tokens(found)]
     told += anchors.lines() if experiment.scale == FULL else []
     graded = experiment.world == COUNTDOWN
-    told += [*primary(experiment, found), levels(found), *differences(experiment, found)] if graded else []
+    told += [*pairs(experiment, found), levels(found), *differences(experiment, found)] if graded else []
     return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])
 
 
 def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
     have = sum(len(rows.by_seed) for rows in found if "/" not in rows.name)
     asked = len(experiment.settings) * len(experiment.seeds)
-    commits = sorted({str(result.content["made"]["commit"]) for rows in found for result in rows.by_seed.values()})
+    made = [content["made"] for rows in found for content in rows.contents]
+    commits = sorted({str(commit) for one in made for commit in one.get("commits", [one["commit"]])})
     missing = f" {asked - have} of the planned {asked} are missing." if have < asked else ""
-    return f"{have} results, made at {', '.join(commits)}.{missing} Intervals are 95 %, Student's t over seeds."
+    said = f"{have} results, made at {', '.join(commits)}.{missing} Intervals are 95 %, Student's t over seeds."
+    if len(experiment.seeds) == 1 or experiment.world != COUNTDOWN:
+        return said
+    return (
+        f"{said} Few seeds can lie close together by luck: their interval is then narrower than the noise of sampling "
+        "allows. Those over seeds and problems never are, and speak of other problems too."
+    )
+
+
+def unequal_tokens(found: Sequence[Rows]) -> list[str]:
+    """A sentence where the settings were not trained on about as many tokens."""
+    tokens = {rows.name: rows.estimate(_at("cost", "tokens")).mean for rows in found}
+    least, most = min(tokens, key=tokens.__getitem__), max(tokens, key=tokens.__getitem__)
+    if tokens[most] <= tokens[least] * (1 + UNEQUAL):
+        return []
+    return [
+        f"**Unequal tokens:** {most} was trained on {tokens[most] / 1000:.0f} thousand, {least} on "
+        f"{tokens[least] / 1000:.0f} thousand ({tokens[most] / tokens[least] - 1:.1%} more for as many responses)."
+    ]
 
 
 def levels(found: Sequence[Rows]) -> str:
-    lines = _header("setting", "seeds", "rate", *FIGURES, "self-BLEU", "entropy (nats)", "bytes/token", "CPU minutes")
+    lines = _header(
+        "setting", "seeds", "rate", *FIGURES, *SPREAD, "gate fraction", "tokens (k)", "bytes/token", "CPU minutes"
+    )
     for rows in found:
         seeds = list(rows.by_seed)
-        rate = next(iter(rows.by_seed.values())).content["settings"]["train"]["optimizer"]["lr"]
+        rate = rows.contents[0]["settings"]["train"]["optimizer"]["lr"]
         cells = [rows.name, str(len(seeds)), f"{rate:g}"]
         cells += [_level(over_seeds(rows.stacked(seeds, figure).mean(axis=1))) for figure in FIGURES.values()]
-        cells += [f"{rows.estimate('metrics', name).mean:.3f}" for name in ("self_bleu", "token_entropy")]
-        cells.append(f"{rows.estimate('cost', 'bytes_per_token').mean:.1f}")
-        cells.append(f"{rows.estimate('cost', 'cpu_seconds').mean / 60:.1f}")
+        cells += [_level(rows.estimate(figure)) for figure in SPREAD.values()]
+        gates = [np.mean(content["training"]["gate_fraction"]) for content in rows.contents if _has_gate(content)]
+        cells.append(f"{np.mean(gates):.3f}" if gates else "-")
+        cells.append(f"{rows.estimate(_at('cost', 'tokens')).mean / 1000:.0f}")
+        cells.append(f"{rows.estimate(_at('cost', 'bytes_per_token')).mean:.1f}")
+        cells.append(_cpu_minutes(rows))
         lines.append(_line(cells))
+    if any(DAGGER in line for line in lines):
+        lines += [
+            "",
+            f"{DAGGER} Without sampling and scoring, or without one of them: another setting had paid for it.",
+        ]
     return "\n".join(lines)
 
 
-def primary(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    """The differences that were named before the experiment ran."""
+def _has_gate(content: Mapping[str, Any]) -> bool:
+    return "gate_fraction" in content["training"]
+
+
+DAGGER = "†"
+
+
+def _cpu_minutes(rows: Rows) -> str:
+    """Mean over the results that paid for everything, else over those that found it made for another setting."""
+    # at first a resumed run counted its last process only; such a result does not say what it shared
+    whole = [
+        cost for cost in (one["cost"] for one in rows.contents) if "shared" in cost or not cost["resumed_at_round"]
+    ]
+    paid = [cost for cost in whole if {"rollout", "score"} <= cost["stage_seconds"].keys()]
+    if not whole:
+        return "-"
+    return f"{np.mean([cost['cpu_seconds'] for cost in paid or whole]) / 60:.1f}{'' if paid else f' {DAGGER}'}"
+
+
+def pairs(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+    """The differences that the experiment names."""
     by_name = {rows.name: rows for rows in found}
-    lines = _header("primary, in pairs", "seeds", *FIGURES, "Pass@8 over seeds and problems")
-    for first, second in experiment.primary:
+    lines = _header("primary, in pairs" if experiment.primary else "named pairs", "seeds", *GRADED)
+    for first, second in experiment.pairs:
         if first in by_name and second in by_name:
             a, b = by_name[first], by_name[second]
             seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
@@ -140,33 +220,36 @@ def primary(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
 
 def differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
     """Paired differences in the graded figures; bold where the interval leaves out 0."""
-    return _against(experiment, found, [*FIGURES, "Pass@8 over seeds and problems"], _graded)
+    return _against(experiment, found, GRADED, _graded)
+
+
+OVER_BOTH = ("Pass@8", "distinct correct")  # these also over seeds and problems
+GRADED = (*FIGURES, *(f"{name} over seeds and problems" for name in OVER_BOTH), *SPREAD)
 
 
 def _graded(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
-    pairs = {name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()}
-    return [*(_difference(paired(*pair)) for pair in pairs.values()), _difference(crossed(*pairs["Pass@8"]))]
+    both = {name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()}
+    found = [*(paired(*pair) for pair in both.values()), *(crossed(*both[name]) for name in OVER_BOTH)]
+    return [_difference(one) for one in (*found, *_apart(rows, reference, seeds, SPREAD.values()))]
+
+
+def _apart(rows: Rows, reference: Rows, seeds: Sequence[int], figures: Iterable[Figure]) -> list[Estimate]:
+    return [over_seeds(rows.values(seeds, figure) - reference.values(seeds, figure)) for figure in figures]
 
 
 def alignment(found: Sequence[Rows]) -> str:
     lines = _header("alignment", *ALIGNMENT)
-    for rows in found:
-        lines.append(_line([rows.name, *(_level(rows.estimate("alignment", *path)) for path in ALIGNMENT.values())]))
+    lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in found]
     return "\n".join(lines)
 
 
 def alignment_differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    names = {name: path for name, path in ALIGNMENT.items() if name != "teacher's there"}
+    figures = {name: figure for name, figure in ALIGNMENT.items() if name != "teacher's there"}
 
     def cells(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
-        return [
-            _difference(
-                over_seeds(rows.values(seeds, "alignment", *path) - reference.values(seeds, "alignment", *path))
-            )
-            for path in names.values()
-        ]
+        return [_difference(one) for one in _apart(rows, reference, seeds, figures.values())]
 
-    return _against(experiment, found, list(names), cells)
+    return _against(experiment, found, list(figures), cells)
 
 
 def _against(
@@ -184,14 +267,6 @@ def _against(
         if rows is not reference and seeds:
             lines.append(_line([rows.name, str(len(seeds)), *cells(rows, reference, seeds)]))
     return ["\n".join(lines)] if len(lines) > 2 else []
-
-
-def _at(content: Mapping[str, object], names: Sequence[str]) -> float:
-    value: object = content
-    for name in names:
-        assert isinstance(value, Mapping), (name, names)
-        value = value[name]
-    return float("nan") if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _header(*names: str) -> list[str]:

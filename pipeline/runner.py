@@ -321,6 +321,7 @@ def _start_align(runner: Runner, job: PlannedJob, parts: Sequence[int]) -> None:
             teacher=runner.teacher(),
             teacher_prompt=runner.settings.score.teacher_prompt,
             stop_ids=runner.facts.stop_ids,
+            engines=_engines(runner),
         )
     )
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eopd.stages.engines.hidden import HiddenBatch
-from eopd.stages.engines.sampling import EngineOptions
+from eopd.stages.engines.sampling import EngineOptions, torch_device
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import LMHead, lm_head_of
 from eopd.stages.models.loading import load_model
+from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence, pack
 
 
@@ -27,7 +29,7 @@ class TransformersHiddenEngine:
 
     def __init__(self, ref: ModelRef, *, options: EngineOptions, batch_tokens: int, row_tokens: int) -> None:
         self.version = version("transformers")
-        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch_device(options)
         self._batch_tokens, self._row_tokens = batch_tokens, min(row_tokens, batch_tokens)
         self._model: Any = load_model(ref, self._device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
@@ -50,13 +52,14 @@ class TransformersHiddenEngine:
     def close(self) -> None:
         self._model = None
         del self.head
-        if self._device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        give_back_gpu_memory()
 
 
 def full_model_logits(model: Any, sequence: Sequence, device: str) -> Tensor:
     """[T, V] float32, by the model's own forward pass over one unpacked sequence."""
-    ids = [*sequence.context_ids, *sequence.response_ids[:-1]]
-    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-    own: Tensor = logits[0, len(sequence.context_ids) - 1 :].float()
+    ids, count = [*sequence.context_ids, *sequence.response_ids[:-1]], len(sequence.response_ids)
+    # of the whole context they could be larger than the model
+    kept = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
+    own: Tensor = logits[0, -count:].float()
     return own

@@ -74,7 +74,7 @@ class VLLMHiddenEngine:
         head = stored_lm_head(folder, self.dtype, trust_remote_code=ref.trust_remote_code)  # refuses before vLLM loads
         from vllm.config import PoolerConfig
 
-        length, at_once = longest + 1, options.max_batch or MOST_AT_ONCE
+        at_once = options.max_batch or MOST_AT_ONCE
         self._process = VLLMProcess(
             ref,
             log=self._log,
@@ -84,8 +84,8 @@ class VLLMHiddenEngine:
             tokenizer=str(model_folder(ref.tokenizer_path, ref.revision if ref.tokenizer is None else None)),
             runner="pooling",
             pooler_config=PoolerConfig(task="token_embed", use_activation=False),
-            max_model_len=length,
-            max_num_batched_tokens=max(length, batch_tokens, at_once),
+            max_model_len=longest,
+            max_num_batched_tokens=max(longest, batch_tokens, at_once),
             max_num_seqs=at_once,
             # a prompt read in pieces would be pooled in pieces
             enable_chunked_prefill=False,

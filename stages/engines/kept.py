@@ -108,7 +108,7 @@ class Engines:
             if reader is None or reader.wanted != wanted or reader.longest < longest:
                 if reader is not None or not self._fits_beside(ref, options):
                     self.close()
-                longest = self._with_room(longest, ref, spare=1)  # vLLM's pooling runner wants one token more
+                longest = self._with_room(longest, ref)
                 engine = open_hidden_engine(
                     kind,
                     ref,
@@ -178,12 +178,12 @@ class Engines:
         self._sampler = _Sampler(engine, _wanted(kind, ref, room, options), ref)
         return self._sampler
 
-    def _with_room(self, length: int, ref: ModelRef, spare: int = 0) -> int:
+    def _with_room(self, length: int, ref: ModelRef) -> int:
         if not self._keep:
             return length
         limit = longest_readable(_folder(ref))
         roomy = -(-length // ROOM_TOKENS) * ROOM_TOKENS
-        return roomy if limit is None else max(length, min(roomy, limit - spare))
+        return roomy if limit is None else max(length, min(roomy, limit))
 
     def _fits_beside(self, ref: ModelRef, options: EngineOptions) -> bool:
         """Whether an engine for ``ref`` can be opened beside the other one."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import field_validator
 
 from eopd.stages.job import ModelRef
-from eopd.stages.models.model_config import read_config
+from eopd.stages.models.model_config import longest_readable
 from eopd.stages.settings import Settings, setting
 
 EngineKind = Literal["auto", "vllm", "transformers"]
@@ -70,6 +70,13 @@ class EngineOptions(Settings):
                 "a dtype decides what is stored, and how fast or where does not: set student.dtype or teacher.dtype "
                 "(score.dtype for the teacher's scores alone)"
             )
+
+
+def torch_device(options: EngineOptions) -> str:
+    """Where a model that transformers runs is loaded to."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -188,10 +195,10 @@ def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingPara
 
 def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
     """Raises ValueError when a model was not made for sequences of ``max_model_len`` tokens."""
-    longest = read_config(folder).get("max_position_embeddings")
+    longest = longest_readable(folder)
     if longest is not None and max_model_len > longest:
         raise ValueError(
-            f"{name} reads at most {longest} tokens (max_position_embeddings), but prompt and response may take "
+            f"{name} reads at most {longest} tokens (its config), but prompt and response may take "
             f"{max_model_len}: lower max_prompt_tokens or max_new_tokens"
         )
 

@@ -27,10 +27,12 @@ from eopd.stages.engines.sampling import (
     SamplingRequest,
     check_model_length,
     check_requests,
+    torch_device,
 )
 from eopd.stages.engines.truncation import truncate
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_model, model_folder
+from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
 
 MAX_BATCH = 256
@@ -48,7 +50,7 @@ class TransformersSamplingEngine:
         self.version = version("transformers")
         self.max_tokens = max_model_len
         self._options = options
-        self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch_device(options)
         self._model: Any = None
         self.load(ref)
 
@@ -86,8 +88,7 @@ class TransformersSamplingEngine:
 
     def close(self) -> None:
         self._model = None
-        if self._device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        give_back_gpu_memory()
 
     def _rows_that_fit(self, requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
         """Sequences whose KV cache fits: on a GPU into half of what is free, on a CPU into the same as vLLM's.

@@ -22,6 +22,7 @@ import torch
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
+from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.model_config import resolve_dtype
 from eopd.stages.output import output_to
 
@@ -58,6 +59,7 @@ class VLLMProcess:
                 self._set_environment()
                 if self.on_cpu and options.cpu_threads is not None:
                     torch.set_num_threads(options.cpu_threads)
+                give_back_gpu_memory()  # of jobs before, those that failed too
                 with self._eagerly(), _out_of_sight("llvmlite.binding.ffi"):
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:

@@ -1,7 +1,8 @@
-"""How much memory there is, and how much weights take. Needs no torch."""
+"""How much memory there is, how much weights take, and giving a GPU's back. Needs no torch on import."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 
@@ -17,3 +18,15 @@ def free_memory() -> int:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a model folder's safetensors files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def give_back_gpu_memory() -> None:
+    """Hand the GPU what torch keeps of it for models that are gone, and the next engine finds taken.
+
+    Does nothing without one.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

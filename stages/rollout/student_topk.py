@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from eopd.stages.engines.sampling import torch_device
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
+from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
 from eopd.stages.models.packing import pack
+from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.job import RolloutJob
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
@@ -24,7 +27,7 @@ from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.student_topk import StudentTopk, write_student_topk
 
-BATCH_TOKENS = 8192
+ROW_TOKENS, BATCH_TOKENS = 2048, 8192
 LOGIT_BYTES = 256 * 2**20
 """Of one block of float32 logits."""
 
@@ -35,7 +38,15 @@ def find_student_topk(job: RolloutJob, side: Artifact) -> None:
     Raises:
         ValueError: ``rollout.student_topk`` is 0 or more than the vocabulary has.
     """
-    device = job.settings.engine_options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device(job.settings.engine_options)
+    if device != "cpu":
+        job.engines.close()
+    with torch_threads(job.settings.engine_options.cpu_threads):
+        _find(job, side, device)
+    give_back_gpu_memory()
+
+
+def _find(job: RolloutJob, side: Artifact, device: str) -> None:
     model = load_model(job.policy, device)
     vocabulary = lm_head_of(model).vocab_size
     k = job.settings.student_topk
@@ -67,8 +78,7 @@ def topk_of(model: Any, sequences: list[PackSequence], k: int, temperature: floa
     logprobs = np.zeros((int(starts[-1]), k), dtype=np.float32)
     head = lm_head_of(model).float()
     block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
-    row_tokens = max((sequence.input_length for sequence in sequences), default=1)
-    for packed in pack(sequences, row_tokens=row_tokens, token_budget=max(BATCH_TOKENS, row_tokens)):
+    for packed in pack(sequences, ROW_TOKENS, BATCH_TOKENS):
         hidden = final_hidden(model, packed.to(device))
         at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in packed.order])
         for first in range(0, len(at), block):

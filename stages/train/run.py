@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from eopd.stages.models.loading import load_model
+from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.train.checkpoint import carry_over, commit
 from eopd.stages.train.ema import Ema
@@ -66,6 +67,7 @@ def run(job: TrainJob) -> None:
         if needed:
             with stopping.in_hand():  # in every process: they stop together, at the end of a step
                 _train(job, accelerator)
+    give_back_gpu_memory()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate import run as evaluating
 from eopd.stages.evaluate.alignment.bins import SUMMED
 from eopd.stages.evaluate.alignment.job import AlignmentJob
@@ -160,6 +162,23 @@ def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJ
     with pytest.raises(ValueError, match=r"names no columns\.teacher_prompt"):
         run(job)
     assert not job.output.committed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU could be read on")
+@pytest.mark.parametrize("whose", ["engine_options", "teacher_engine_options"])
+def test_kept_engines_make_room_on_a_gpu(evaluated: EvaluateJob, tmp_path: Path, whose: str) -> None:
+    engines = Engines(keep=True)
+    with engines.sampling("transformers", STUDENT, max_model_len=16, log_dir=tmp_path, progress=Lines()):
+        pass
+    job = replace(align(evaluated, tmp_path, **{whose: {"device": "cuda"}}), engines=engines)
+    with pytest.raises((RuntimeError, AssertionError)):  # this machine has none
+        run(job)
+    assert not engines.any_open
+    with engines.sampling("transformers", STUDENT, max_model_len=16, log_dir=tmp_path, progress=Lines()):
+        pass
+    run(replace(align(evaluated, tmp_path), engines=engines))
+    assert engines.any_open
+    engines.close()
 
 
 @pytest.mark.vllm

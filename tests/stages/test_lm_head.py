@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from eopd.stages.engines.hidden_transformers import full_model_logits
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import ARCHITECTURES, LMHead, lm_head_of
 from eopd.stages.models.packing import Sequence, pack
-from tests.stages.tiny_models import CONFIGS, tiny_model
+from tests.stages.tiny_models import CONFIGS, REQUIRED, tiny_model
 
 
 def test_every_known_architecture_has_a_tiny_model() -> None:
@@ -94,3 +95,16 @@ def test_an_output_layer_that_is_not_linear_is_refused() -> None:
 def test_rows_that_are_not_the_vocabulary_are_refused() -> None:
     with pytest.raises(ValueError, match="64 rows"):
         LMHead(torch.zeros(64, 8), None, 1.0, None, 60)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_the_check_s_own_logits_are_of_the_response_alone(name: str) -> None:
+    model = tiny_model(name)
+    widths: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda layer, given, out: widths.append(out.shape[1]))
+    ids = torch.randint(3, 300, (44,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        found = full_model_logits(model, Sequence(ids[:40], ids[40:]), "cpu")
+        expected = model(torch.tensor([ids])).logits[0, 39:-1]
+    assert widths[0] == len(found) == 4
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from eopd.stages.engines.sampling import derive_seed
@@ -274,3 +275,25 @@ def test_with_vllm_a_part_sampled_alone_is_the_same_bytes(
         cut = sampled_oracle.at(sampled_oracle.truncated(full, top_p=0.9), row["response_token_ids"])
         assert row["logprobs"] is None
         np.testing.assert_allclose(row["truncated_logprobs"], cut, atol=1e-3)
+
+
+class Threads(NullProgress):
+    """Keeps how many threads torch used when a bar moved."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def advance(self, n: int, **figures: float) -> None:
+        self.seen.append(torch.get_num_threads())
+
+
+def test_the_student_s_top_k_is_found_on_the_threads_that_are_asked_for(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
+) -> None:
+    before = torch.get_num_threads()
+    run(make_job(tmp_path, policy[0]))
+    job = with_side(make_job(tmp_path, policy[0], rollout={"engine_options": {"cpu_threads": before + 2}}))
+    threads = Threads()
+    run(replace(job, progress=threads))
+    assert threads.seen == [before + 2] * len(PARTS)
+    assert torch.get_num_threads() == before

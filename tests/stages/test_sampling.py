@@ -167,7 +167,7 @@ def test_threads_are_given_back(saved: tuple[Path, PreTrainedModel]) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel]) -> None:
+def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
     engine = open_engine(saved[0])
     parameters = SamplingParameters(max_new_tokens=60)
     with pytest.raises(ValueError, match="request 2: a prompt of 8 tokens and max_new_tokens 60 do not fit the 64"):
@@ -176,6 +176,9 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel]) -
         engine.sample([SamplingRequest([], 0)], replace(parameters, max_new_tokens=1))
     with pytest.raises(ValueError, match="reads at most 256 tokens"):
         open_sampling_engine("transformers", ModelRef(str(saved[0])), max_model_len=257, log_dir=saved[0])
+    save_tiny("gpt2", tmp_path)
+    with pytest.raises(ValueError, match="reads at most 256 tokens"):
+        open_sampling_engine("transformers", ModelRef(str(tmp_path)), max_model_len=257, log_dir=tmp_path)
     with pytest.raises(ValueError, match=r"nowhere.*does not exist"):
         open_sampling_engine("transformers", ModelRef("./nowhere"), max_model_len=8, log_dir=saved[0])
     assert engine.sample([], parameters) == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eopd.stages.engines.hidden import open_hidden_engine
+from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
@@ -88,3 +89,15 @@ def test_the_stored_head_is_the_models(name: str, tmp_path: Path) -> None:
     assert torch.equal(stored.weight, own.weight)
     assert (stored.bias is None) == (own.bias is None)
     assert stored.bias is None or torch.equal(stored.bias, own.bias)  # type: ignore[arg-type]
+
+
+def test_a_sequence_as_long_as_the_teacher_reads_is_scored(tmp_path: Path) -> None:
+    save_teacher("qwen3", tmp_path / "teacher")
+    data = [response_row(0, np.random.default_rng(0).integers(3, 300, 254).tolist())]  # 256 tokens to read
+    engines = Engines(keep=True)
+    job = score_job(
+        tmp_path, tmp_path / "teacher", rollouts(tmp_path, [data]), engine="vllm", batch_tokens=64, engines=engines
+    )
+    run(job)
+    engines.close()
+    assert TeacherCache(job.output).token_counts(0).tolist() == [254]

@@ -78,7 +78,7 @@ def compare(
     with torch.inference_mode():
         for start in range(0, len(hidden[0]), rows):
             logits = [
-                _merge(head.logits(states[start : start + rows]) / temperature, merged)
+                _merge(head.logits(states[start : start + rows].to(head.weight.device)) / temperature, merged)
                 for states, head in zip(hidden, heads, strict=True)
             ]
             found.append(_chunk(logits[0], logits[1].to(logits[0].device)).cpu())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
@@ -30,3 +31,4 @@ class AlignmentJob:
     teacher: ModelRef
     teacher_prompt: TeacherPromptSettings
     stop_ids: tuple[int, ...]
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is read on

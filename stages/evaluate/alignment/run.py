@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eopd.stages.engines.hidden import HiddenEngine, open_hidden_engine
-from eopd.stages.engines.sampling import EngineKind, EngineOptions
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
 from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
 from eopd.stages.evaluate.alignment.job import AlignmentJob
 from eopd.stages.evaluate.alignment.reading import read_pairs
@@ -75,6 +75,8 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
     found = {part: reader.read(*layout[part][1:]) for part in todo}
     longest = max(responses.longest for responses in found.values())
     settings = _settings(job)
+    if any(torch_device(options) != "cpu" for options in (settings.engine_options, settings.teacher_engine_options)):
+        job.engines.close()
     with ExitStack() as stack:
         job.progress.start("align", sum(responses.tokens for responses in found.values()))
         stack.callback(job.progress.close)

@@ -32,7 +32,7 @@ def gather_facts(settings: RunSettings) -> Facts:
         rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
     digests.save()
-    return Facts(student, teacher, count, fingerprint, tuple(benchmarks))
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), digests)
 
 
 def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError, ModelSettings
 from eopd.storage.files import canonical_json, sha256_text
-from eopd.storage.fingerprints import LENGTH, Digests, model_files, tokenizer_files
+from eopd.storage.fingerprints import LENGTH, Digests, code_files, model_files, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ModelFacts:
 
     folder: Path
     tokenizer_folder: Path
-    fingerprint: str  # weights, config and dtype
+    fingerprint: str  # weights, config, dtype, and code that is trusted
     tokenizer_fingerprint: str  # every tokenizer file, templates included
     stop_ids: tuple[int, ...]  # its main one first
 
@@ -41,13 +41,14 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
         )
     if not tokenizer_files(tokenizer):
         raise ConfigError(f"{role}.path: no tokenizer files in {tokenizer}; name their folder in {role}.tokenizer")
-    weights = digests.of_files(folder, files)
+    ours, theirs = (code_files(folder), code_files(tokenizer)) if settings.trust_remote_code else ([], [])
+    weights = digests.of_files(folder, [*files, *ours])
     semantic = {"weights": weights, "dtype": settings.dtype, "remote_code": settings.trust_remote_code}
     return ModelFacts(
         folder=folder,
         tokenizer_folder=tokenizer,
         fingerprint=sha256_text(canonical_json(semantic))[:LENGTH],
-        tokenizer_fingerprint=digests.of_files(tokenizer, tokenizer_files(tokenizer)),
+        tokenizer_fingerprint=digests.of_files(tokenizer, [*tokenizer_files(tokenizer), *theirs]),
         stop_ids=stop_ids_of(folder, tokenizer),
     )
 

@@ -27,6 +27,8 @@ def register(runner: Runner) -> None:
     if not note.exists():
         note.parent.mkdir(parents=True, exist_ok=True)
         create_exclusively(note, config + "\n")
+    if runner.facts.digests is not None:
+        runner.facts.digests.save()  # the store may be there only now: workers need not hash the models again
 
 
 def configs(store: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +23,7 @@ from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.train.schedule import steps_per_round
 from eopd.storage.artifacts import Identity
 from eopd.storage.files import canonical_json, sha256_text
-from eopd.storage.fingerprints import LENGTH
+from eopd.storage.fingerprints import LENGTH, Digests
 
 Stage = Literal["rollout", "score", "train", "evaluate", "align"]
 STAGES: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate", "align")
@@ -51,6 +51,7 @@ class Facts:
     prompt_count: int
     prompts_fingerprint: str
     benchmarks: tuple[BenchmarkFacts, ...] = ()
+    digests: Digests | None = field(default=None, compare=False, repr=False)  # by which all this was told
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

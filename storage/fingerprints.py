@@ -1,15 +1,17 @@
 """Fingerprints of external files and model folders: what keys say instead of a path.
 
-Hashing a large model takes a while, so digests are remembered per (path, size, mtime) in a small JSON file; the
-file is a cache and may be deleted at any time.
+Hashing a large model takes a while, so digests are remembered per path and state (size, times, inode) in a small JSON
+file; the file is a cache and may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, replace_atomically, sha256_file, sha256_text
 
 LENGTH = 20
@@ -33,20 +35,19 @@ class Digests:
     def __init__(self, memory: Path | None = None) -> None:
         self._memory = memory
         self._known: dict[str, list[object]] = {}
-        if memory is not None and memory.exists():
-            try:
-                self._known = json.loads(memory.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                self._known = {}  # a cache cut short by a crash: made anew
+        if memory is not None:
+            with suppress(OSError, ValueError):  # a cache that is not there, or cut short by a crash, is made anew
+                found = json.loads(memory.read_text(encoding="utf-8"))
+                self._known = found if isinstance(found, dict) else {}
         self._grown = False
 
     def of_file(self, path: Path) -> str:
         path = path.resolve()
         state = path.stat()
-        stamp = [state.st_size, state.st_mtime_ns]
+        stamp = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
         known = self._known.get(str(path))
-        if known is not None and known[:2] == stamp:
-            return str(known[2])
+        if isinstance(known, list) and known[:-1] == stamp:
+            return str(known[-1])
         digest = sha256_file(path)
         self._known[str(path)] = [*stamp, digest]
         self._grown = True
@@ -58,9 +59,11 @@ class Digests:
         return sha256_text(canonical_json(listing))[:LENGTH]
 
     def save(self) -> None:
-        if self._memory is not None and self._grown:
-            replace_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
-            self._grown = False
+        """Where there is a folder to keep them in and it can be written; whoever only looks leaves no folder behind."""
+        if self._memory is not None and self._grown and self._memory.parent.is_dir():
+            with suppress(StoreError):
+                replace_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
+                self._grown = False
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -71,3 +74,8 @@ def model_files(folder: Path) -> list[Path]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def code_files(folder: Path) -> list[Path]:
+    """Python code that comes with a model, and decides its outputs where it is trusted (trust_remote_code)."""
+    return sorted(folder.glob("*.py"))

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eopd.pipeline.models import stop_ids_of
+from eopd.pipeline.config import ModelSettings
+from eopd.pipeline.models import inspect_model, stop_ids_of
 from eopd.stages.train.stops import StopHandling, swap_stops
+from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule
 from tests.storage.making import dense, rows_of
 
@@ -54,3 +56,20 @@ def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Pat
     swapped = swap_stops(rows, StopHandling("remap", stop_ids_of(student, student), stop_ids_of(teacher, teacher)))
     assert np.count_nonzero(rows.head_ids == END) != np.count_nonzero(rows.head_ids == CHAT_END)
     np.testing.assert_array_equal(swapped.head_ids == END, rows.head_ids == CHAT_END)
+
+
+def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "<|endoftext|>", [END], END)
+    (folder / "model.safetensors").write_bytes(b"")
+
+    def facts(trusted: bool) -> tuple[str, str]:
+        settings = ModelSettings(path=str(folder), trust_remote_code=trusted)
+        found = inspect_model("student", settings, Digests())
+        return found.fingerprint, found.tokenizer_fingerprint
+
+    before = [facts(trusted) for trusted in (False, True)]
+    (folder / "modeling_own.py").write_text("scale = 2")
+    after = [facts(trusted) for trusted in (False, True)]
+    assert after[0] == before[0]
+    assert after[1][0] != before[1][0]
+    assert after[1][1] != before[1][1]

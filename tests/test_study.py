@@ -28,6 +28,7 @@ from examples.study.__main__ import in_order, main
 from examples.study.design import SMOKE, Experiment, Task
 
 TOY = dataclasses.replace(SMOKE, train_problems=600, problems=12, tuning_problems=4)
+RATES = rates.untuned()
 ALL = tuple(experiments.EXPERIMENTS.values())
 
 
@@ -36,12 +37,13 @@ def toy(name: str, **changes: object) -> Experiment:
 
 
 def test_no_two_settings_are_the_same_run() -> None:
-    tasks = in_order(ALL, results.RESULTS, seeds=[0])
-    assert len({task.key for task in tasks}) == len(tasks) == len({task.name for task in tasks})
+    for known in (RATES, rates.tuned(results.RESULTS)):
+        tasks = in_order(ALL, known, seeds=[0])
+        assert len({task.key for task in tasks}) == len(tasks) == len({task.name for task in tasks})
 
 
 def test_a_seed_is_finished_before_the_next_begins(tmp_path: Path) -> None:
-    tasks = in_order([experiments.MAIN], tmp_path)
+    tasks = in_order([experiments.MAIN], RATES)
     assert [task.seed for task in tasks] == sorted(task.seed for task in tasks)
     assert len(tasks) == 9 * 5
 
@@ -56,7 +58,7 @@ def test_every_borrowed_setting_exists() -> None:
 
 
 def test_every_setting_is_valid_and_its_cache_holds_what_its_objective_needs(tmp_path: Path) -> None:
-    for task in in_order(ALL, tmp_path, seeds=[0]):
+    for task in in_order(ALL, RATES, seeds=[0]):
         settings = parse_settings(task.config(tmp_path), source=task.name)
         objective = make_objective(settings.train.objective)
         Coverage(settings.score.head.rule(), vocab_size=64).require(objective.needs, task.name)
@@ -67,7 +69,7 @@ def test_every_setting_is_valid_and_its_cache_holds_what_its_objective_needs(tmp
 
 def test_a_run_does_not_change_when_a_default_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolved() -> dict[str, object]:
-        tasks = in_order([experiments.MAIN], tmp_path, seeds=[0])
+        tasks = in_order([experiments.MAIN], RATES, seeds=[0])
         return {task.name: parse_settings(task.config(tmp_path), source=task.name).semantic() for task in tasks}
 
     before = resolved()
@@ -78,7 +80,7 @@ def test_a_run_does_not_change_when_a_default_does(tmp_path: Path, monkeypatch: 
 
 def test_every_keyed_setting_of_a_run_is_stated(tmp_path: Path) -> None:
     """A new one is to be stated in ``stated.py``, with the value that keeps the study's runs what they were."""
-    for task in in_order(ALL, tmp_path, seeds=[0]):
+    for task in in_order(ALL, RATES, seeds=[0]):
         config = task.config(tmp_path)
         resolved = parse_settings(config, source=task.name).semantic()
         objective = resolved["train"]["objective"]
@@ -143,7 +145,8 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     left = {path.parent.name for path in tmp_path.glob("store-seed100/*/*/part-00000.json")}
     assert len(left) == 1, "the rollouts of round 0 stay for the other settings, nothing else does"
     other = dataclasses.replace(task, lr=3e-4)
-    assert results.read(other, tmp_path / "results") is None, "a result of another rate is no result of this task"
+    with pytest.raises(ValueError, match=rf"random-seed100.json is a .*{task.key}.* than gate/random.*{other.key}"):
+        results.read(other, tmp_path / "results")
 
 
 INPUTS = {"student": "s", "teacher": "t", "prompts": "p", "problems": "q"}
@@ -177,11 +180,11 @@ def made_up(
 
 
 def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: Path) -> None:
-    for task in in_order([toy("main"), toy("gate")], tmp_path, seeds=[0, 1, 2], settings=["opd", "mix", "random"]):
+    for task in in_order([toy("main"), toy("gate")], RATES, seeds=[0, 1, 2], settings=["opd", "mix", "random"]):
         made_up(task, tmp_path, shift=task.setting.name == "mix")
     document = tmp_path / "study.md"
     document.write_text("# Mine\n\n<!-- study:main -->\nold\n<!-- /study -->\nWritten by hand.\n")
-    report.write([toy("main"), toy("gate"), toy("reverse")], tmp_path, document)
+    report.write([toy("main"), toy("gate"), toy("reverse")], RATES, tmp_path, document)
     text = document.read_text()
     assert "old" not in text
     assert "Written by hand." in text
@@ -194,16 +197,16 @@ def test_the_report_compares_what_is_there_and_keeps_what_was_written(tmp_path: 
     assert b"mix" in drawing
     assert len(drawing) < 50_000
     assert "No result yet: `python -m examples.study --only reverse`" in text, "borrowed results alone are no results"
-    report.write([toy("main"), toy("gate"), toy("reverse")], tmp_path, document)
+    report.write([toy("main"), toy("gate"), toy("reverse")], RATES, tmp_path, document)
     assert document.read_text() == text
     assert (tmp_path / "study-main.svg").read_bytes() == drawing
 
 
 def test_named_pairs_are_primary_where_they_were_named_first(tmp_path: Path) -> None:
     names = ["opd", "mix", "eopd-0.8", "opd-lr0.0002", "mix-lr0.0002"]
-    for task in in_order([toy("main"), toy("rates")], tmp_path, seeds=[0, 1], settings=names):
+    for task in in_order([toy("main"), toy("rates")], RATES, seeds=[0, 1], settings=names):
         made_up(task, tmp_path)
-    first, second = (tables.block(one, tables.load(one, tmp_path)) for one in (toy("main"), toy("rates")))
+    first, second = (tables.block(one, tables.load(one, RATES, tmp_path)) for one in (toy("main"), toy("rates")))
     assert "| primary, in pairs |" in first
     assert "| named pairs |" in second
     assert "primary" not in second
@@ -214,34 +217,58 @@ def test_named_pairs_are_primary_where_they_were_named_first(tmp_path: Path) -> 
     assert row.count("[") == header.count("|") - 3, "every difference has an interval"
 
 
+def test_a_result_of_other_settings_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = in_order([experiments.TUNE], RATES, seeds=[100])[0]
+    made_up(dataclasses.replace(task, lr=3e-4), tmp_path)
+    before = results.path_of(task, tmp_path).read_bytes()
+    with pytest.raises(ValueError, match="is a result of other settings"):
+        made_up(task, tmp_path)
+    assert main(["--only", "tuning", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]) == 2
+    assert f"{results.path_of(task, tmp_path)} is a result of other settings" in capsys.readouterr().err
+    assert results.path_of(task, tmp_path).read_bytes() == before
+
+
+def test_a_report_does_not_guess_learning_rates(tmp_path: Path) -> None:
+    for task in in_order([experiments.TUNE], RATES):
+        if task.setting.name != "opd-lr0.0002":
+            made_up(task, tmp_path, shift=task.setting.name in ("mix-lr5e-05", "opd-lr0.0008"))
+    found = rates.tuned(tmp_path)
+    assert found["mix"] == 5e-5, "the best of the grid"
+    assert tables.load(experiments.MAIN, found, tmp_path) == [], "nothing to look up a rate for"
+    for task in in_order([experiments.MAIN], RATES, seeds=[0], settings=["opd"]):
+        made_up(task, tmp_path)
+    with pytest.raises(ValueError, match=r"rate of opd is not known, for want of tuning/opd-lr0.0002:"):
+        tables.load(experiments.MAIN, found, tmp_path)
+
+
 def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
-    main_task, gate_task = in_order([toy("main"), toy("gate")], tmp_path, seeds=[0], settings=["eopd-0.8", "random"])
+    main_task, gate_task = in_order([toy("main"), toy("gate")], RATES, seeds=[0], settings=["eopd-0.8", "random"])
     made_up(main_task, tmp_path)
     made_up(gate_task, tmp_path, objective="first")
-    assert len(tables.load(toy("gate"), tmp_path)) == 2
+    assert len(tables.load(toy("gate"), RATES, tmp_path)) == 2
     made_up(main_task, tmp_path, teacher="other")
     with pytest.raises(
         ValueError, match=r"gate/random-seed0.json and .*main/eopd-0.8-seed0.json .*: teacher t and other"
     ):
-        tables.load(toy("gate"), tmp_path)
+        tables.load(toy("gate"), RATES, tmp_path)
     made_up(main_task, tmp_path)
-    (proxy,) = in_order([toy("gate")], tmp_path, seeds=[0], settings=["proxy-4"])
+    (proxy,) = in_order([toy("gate")], RATES, seeds=[0], settings=["proxy-4"])
     made_up(proxy, tmp_path, objective="second")
     with pytest.raises(ValueError, match=r"gate/proxy-4-seed0.json and .*: objective second and first"):
-        tables.load(toy("gate"), tmp_path)
+        tables.load(toy("gate"), RATES, tmp_path)
 
 
 def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
-    for task in in_order([toy("main"), toy("gate")], tmp_path, seeds=[0, 1, 2, 3, 100], settings=["opd", "random"]):
+    for task in in_order([toy("main"), toy("gate")], RATES, seeds=[0, 1, 2, 3, 100], settings=["opd", "random"]):
         made_up(task, tmp_path)
-    seeds = {rows.name: list(rows.by_seed) for rows in tables.load(toy("gate"), tmp_path)}
+    seeds = {rows.name: list(rows.by_seed) for rows in tables.load(toy("gate"), RATES, tmp_path)}
     assert seeds == {"main/opd": [0, 1, 2], "random": [0, 1, 2]}
-    assert [list(rows.by_seed) for rows in tables.load(toy("main"), tmp_path)] == [[0, 1, 2, 3]]
+    assert [list(rows.by_seed) for rows in tables.load(toy("main"), RATES, tmp_path)] == [[0, 1, 2, 3]]
 
 
 def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: Path) -> None:
     names = ["old-none-once", "old-is-once", "old-none-every16", "old-is-every16", "old-none-every1"]
-    tasks = in_order([toy("staleness")], tmp_path, seeds=[0], settings=names)
+    tasks = in_order([toy("staleness")], RATES, seeds=[0], settings=names)
     once = {"train": 1.0, "evaluate": 1.0}
     costs: dict[str, dict[str, object]] = {
         "old-none-once": {"cpu_seconds": 240.0},
@@ -252,7 +279,7 @@ def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: 
     }
     for task in tasks:
         made_up(task, tmp_path, cost=costs[task.setting.name], commits=("c0ffee", "decaf"))
-    text = tables.block(toy("staleness"), tables.load(toy("staleness"), tmp_path))
+    text = tables.block(toy("staleness"), tables.load(toy("staleness"), RATES, tmp_path))
     ends = {
         line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
         for line in text.splitlines()
@@ -268,7 +295,7 @@ def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: 
 def test_the_document_has_a_block_of_every_experiment(tmp_path: Path) -> None:
     document = tmp_path / "study.md"
     document.write_text((design.HERE.parent.parent / "docs" / "study.md").read_text())
-    report.write(ALL, tmp_path, document)
+    report.write(ALL, RATES, tmp_path, document)
     text = document.read_text()
     assert text.count("<!-- study:") == len(ALL)
     for one in ALL:

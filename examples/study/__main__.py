@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.study import rates, results
@@ -61,17 +61,25 @@ def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
         if not (args.list or args.report):
             shutil.rmtree(args.work, ignore_errors=True)
         chosen = [dataclasses.replace(one, scale=SMOKE, seeds=(0, 1) if one.name == "main" else (0,)) for one in chosen]
-    if not (args.smoke or args.list or args.report or rates.is_tuned(args.results)):
+    failed: list[str] = []
+    known = rates.untuned() if args.smoke else rates.tuned(args.results)
+    if known.missing and not args.report:
         say("learning rates first: --only tuning")
-        failed = make_missing(in_order([TUNE], args.results), args)
+        tuning = in_order([TUNE], known)
+        if args.list:
+            show(tuning, args.results, args.workers)
+            return 0
+        failed = make_missing(tuning, args)
         if failed:
             return report_failures(failed)
-    tasks = in_order(chosen, args.results, args.seeds, args.settings)
-    if args.list:
-        show(tasks, args.results, args.workers)
-        return 0
-    failed = [] if args.report else make_missing(tasks, args)
-    write_report(chosen if args.only or args.smoke else [*chosen, TUNE], args.results, document)
+        known = rates.tuned(args.results)
+    if not args.report:
+        tasks = in_order(chosen, known, args.seeds, args.settings)
+        if args.list:
+            show(tasks, args.results, args.workers)
+            return 0
+        failed = make_missing(tasks, args)
+    write_report(chosen if args.only or args.smoke else [*chosen, TUNE], known, args.results, document)
     return report_failures(failed)
 
 
@@ -89,20 +97,19 @@ def report_failures(failed: Sequence[str]) -> int:
 
 def in_order(
     experiments: Sequence[Experiment],
-    folder: Path,
+    known: Mapping[str, float],
     seeds: Sequence[int] | None = None,
     settings: Sequence[str] | None = None,
 ) -> list[Task]:
     """All settings of the first seed of the first experiment, then its second seed, ...: a study that is stopped
     has whole seeds, which can be compared."""
-    tuned = rates.tuned(folder)
     return [
         task
         for experiment in experiments
         for seed in seeds or experiment.seeds
         for setting in experiment.settings
         if not settings or setting.name in settings
-        for task in rates.tasks_of(experiment, setting, tuned, (seed,))
+        for task in rates.tasks_of(experiment, setting, known, (seed,))
     ]
 
 
@@ -121,10 +128,10 @@ def show(tasks: Sequence[Task], folder: Path, workers: int) -> None:
     say(f"{len(spent)} of {len(tasks)} results are there; {len(lacking)} missing{about}")
 
 
-def write_report(experiments: Sequence[Experiment], folder: Path, document: Path) -> None:
+def write_report(experiments: Sequence[Experiment], known: Mapping[str, float], folder: Path, document: Path) -> None:
     from examples.study.report import write
 
-    write(experiments, folder, document)
+    write(experiments, known, folder, document)
     say(f"report: {document}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +12,52 @@ from examples.study.design import SAMPLES, Experiment, Setting, Task
 from examples.study.experiments import TUNE
 
 
+class Rates(dict[str, float]):
+    """Rate by tuned objective. To ask for one of which a tuning result is missing is an error that names it."""
+
+    def __init__(self, known: Mapping[str, float], missing: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(known)
+        self.missing = missing
+
+    def __missing__(self, objective: str) -> float:
+        raise ValueError(
+            f"the learning rate of {objective} is not known, for want of {', '.join(self.missing[objective])}: "
+            "make them first (python -m examples.study --only tuning)"
+        )
+
+
 def tasks_of(
     experiment: Experiment, setting: Setting, rates: Mapping[str, float], seeds: tuple[int, ...]
 ) -> list[Task]:
     """One task a seed, the setting's rate looked up where it names a tuned objective."""
-    lr = setting.lr if isinstance(setting.lr, float) else rates[setting.lr]
-    return [Task(experiment, setting, seed, lr) for seed in seeds]
+    return [
+        Task(experiment, setting, seed, setting.lr if isinstance(setting.lr, float) else rates[setting.lr])
+        for seed in seeds
+    ]
 
 
-def tuned(folder: Path) -> dict[str, float]:
-    """Rate by tuned objective: the best Avg@8 + Pass@8, mean over the tuning seeds.
-
-    An objective of which a result is missing gets the middle of its rates: only ``--smoke`` trains with those.
-    """
-    found: dict[str, float] = {}
+def tuned(folder: Path) -> Rates:
+    """The best Avg@8 + Pass@8, mean over the tuning seeds, of every objective all of whose results are there."""
+    known: dict[str, float] = {}
+    missing: dict[str, list[str]] = {}
     for name, settings in _grid().items():
-        scores = [_score(setting, folder) for setting in settings]
-        known = [score for score in scores if score is not None]
-        best = int(np.argmax(known)) if len(known) == len(scores) else len(settings) // 2
-        rate = settings[best].lr
-        assert isinstance(rate, float)
-        found[name] = rate
-    return found
+        scores = {setting.name: _score(setting, folder) for setting in settings}
+        absent = [f"{TUNE.name}/{setting}" for setting, score in scores.items() if score is None]
+        if absent:
+            missing[name] = absent
+        else:
+            known[name] = _rate(max(settings, key=lambda setting: scores[setting.name] or 0.0))
+    return Rates(known, missing)
 
 
-def is_tuned(folder: Path) -> bool:
-    return all(_score(setting, folder) is not None for setting in TUNE.settings)
+def untuned() -> Rates:
+    """What ``--smoke`` trains with: one rate that no experiment states, so that no two settings are the same run."""
+    return Rates(dict.fromkeys(_grid(), 3e-4), {})
+
+
+def _rate(setting: Setting) -> float:
+    assert isinstance(setting.lr, float), setting
+    return setting.lr
 
 
 def _grid() -> dict[str, list[Setting]]:

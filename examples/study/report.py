@@ -8,7 +8,7 @@ A block's name is an experiment; what stands outside of blocks is kept as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.study import figure, tables
@@ -18,14 +18,14 @@ from examples.study.worlds import COUNTDOWN
 BLOCK = re.compile(r"<!-- study:(?P<name>[a-z0-9_]+) -->\n.*?<!-- /study -->", re.DOTALL)
 
 
-def write(experiments: Sequence[Experiment], folder: Path, document: Path) -> None:
+def write(experiments: Sequence[Experiment], rates: Mapping[str, float], folder: Path, document: Path) -> None:
     """Write the blocks of ``experiments`` in ``document``; those that it lacks are put at its end."""
     text = document.read_text(encoding="utf-8") if document.exists() else "# Study\n"
     for experiment in experiments:
         if f"<!-- study:{experiment.name} -->" not in text:
             text += f"\n## {experiment.question}\n\n<!-- study:{experiment.name} -->\n<!-- /study -->\n"
     document.parent.mkdir(parents=True, exist_ok=True)
-    bodies = {experiment.name: _body(experiment, folder, document) for experiment in experiments}
+    bodies = {experiment.name: _body(experiment, rates, folder, document) for experiment in experiments}
 
     def fill(found: re.Match[str]) -> str:
         body = bodies.get(found["name"])
@@ -34,8 +34,8 @@ def write(experiments: Sequence[Experiment], folder: Path, document: Path) -> No
     document.write_text(BLOCK.sub(fill, text), encoding="utf-8")
 
 
-def _body(experiment: Experiment, folder: Path, document: Path) -> str:
-    found = tables.load(experiment, folder)
+def _body(experiment: Experiment, rates: Mapping[str, float], folder: Path, document: Path) -> str:
+    found = tables.load(experiment, rates, folder)
     body = tables.block(experiment, found)
     drawing = document.with_name(f"{document.stem}-{experiment.name}.svg")
     if experiment.world == COUNTDOWN and figure.write(experiment, found, drawing):

@@ -49,6 +49,8 @@ def path_of(task: Task, folder: Path) -> Path:
 
 
 def write(task: Task, content: Mapping[str, Any], folder: Path) -> Path:
+    """Raises: ValueError where a result of other settings is in the way (``read``)."""
+    read(task, folder)
     path = path_of(task, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {"record": RECORD, "version": VERSION, "key": task.key, **content}
@@ -57,10 +59,10 @@ def write(task: Task, content: Mapping[str, Any], folder: Path) -> Path:
 
 
 def read(task: Task, folder: Path) -> Result | None:
-    """The task's result; None where there is none, or one of other settings than the task's.
+    """The task's result; None where there is none.
 
     Raises:
-        ValueError: the file is not a result; names it.
+        ValueError: the file is not a result, or one of other settings than the task has; names it.
     """
     path = path_of(task, folder)
     if not path.exists():
@@ -72,7 +74,12 @@ def read(task: Task, folder: Path) -> Result | None:
         correct, distinct = decode(content["correct"]), decode(content["distinct"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of the study ({error!r}); delete it and run again") from error
-    return Result(path, content, correct, distinct) if content["key"] == task.key else None
+    if content["key"] != task.key:
+        raise ValueError(
+            f"{path} is a result of other settings (key {content['key']}) than {task.name} has now (key {task.key}): "
+            "undo the change of the settings, or move the file away"
+        )
+    return Result(path, content, correct, distinct)
 
 
 INPUTS = ("student", "teacher", "prompts", "problems")

@@ -14,7 +14,7 @@ from examples.study import anchors, results
 from examples.study.compare import Estimate, Floats, crossed, over_seeds, paired
 from examples.study.design import FULL, SAMPLES, Experiment
 from examples.study.experiments import EXPERIMENTS
-from examples.study.rates import tasks_of, tuned
+from examples.study.rates import tasks_of
 from examples.study.results import Counts, Result
 from examples.study.worlds import COUNTDOWN
 
@@ -88,15 +88,15 @@ ALIGNMENT: dict[str, Figure] = {
 UNEQUAL = 0.01  # of the tokens trained on: settings that differ by more are told so
 
 
-def load(experiment: Experiment, folder: Path) -> list[Rows]:
+def load(experiment: Experiment, rates: Mapping[str, float], folder: Path) -> list[Rows]:
     """Settings with at least one result, those that the experiment borrows first; none where it has none of its own.
 
     All are of the experiment's own seeds: others are of development, or of a longer comparison.
 
     Raises:
-        ValueError: results are of different inputs (``results.refuse_other_inputs``).
+        ValueError: results are of different inputs, or of other settings than the experiment has; or the rate that
+            they are to have is not known.
     """
-    rates = tuned(folder)
     own = [
         _rows(experiment, setting.name, setting.name, experiment.seeds, rates, folder)
         for setting in experiment.settings

@@ -24,6 +24,11 @@ class ModelRef:
     def tokenizer_path(self) -> str:
         return self.tokenizer or self.path
 
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """``revision`` is of the model: a tokenizer of another place has none."""
+        return self.revision if self.tokenizer is None else None
+
 
 class Progress(Protocol):
     """What a person sees of long work."""

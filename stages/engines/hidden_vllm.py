@@ -81,7 +81,7 @@ class VLLMHiddenEngine:
             options=options,
             # text is never seen, but the pooling runner insists on a tokenizer
             skip_tokenizer_init=False,
-            tokenizer=str(model_folder(ref.tokenizer_path, ref.revision if ref.tokenizer is None else None)),
+            tokenizer=str(model_folder(ref.tokenizer_path, ref.tokenizer_revision)),
             runner="pooling",
             pooler_config=PoolerConfig(task="token_embed", use_activation=False),
             max_model_len=longest,

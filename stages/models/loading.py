@@ -100,7 +100,7 @@ def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: a missing folder or hub id, or a folder without ``tokenizer.json``.
     """
-    return load_tokenizer_at(ref.tokenizer or ref.path, ref.revision, trust_remote_code=ref.trust_remote_code)
+    return load_tokenizer_at(ref.tokenizer_path, ref.tokenizer_revision, trust_remote_code=ref.trust_remote_code)
 
 
 def load_tokenizer_at(

@@ -1,4 +1,4 @@
-"""What a tokenizer means: ids to bytes, stop ids, chat template, and the three fingerprints of these.
+"""What a tokenizer means: ids to bytes, chat template, and the three fingerprints of these.
 
 Only the first (id -> bytes) decides whether a teacher can score a student's tokens; the other two may differ.
 """
@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from eopd.stages.models.loading import load_tokenizer, model_folder
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from eopd.stages.job import ModelRef
 
 
 @dataclass(frozen=True)
@@ -75,25 +71,6 @@ def check_same_vocabulary(
             f"{ours.get(first)!r} against {theirs.get(first)!r}; scores of one are meaningless for the other. "
             "Use a teacher of the student's own token vocabulary."
         )
-
-
-def stop_ids(ref: ModelRef) -> tuple[int, ...]:
-    """Ids at which the model is meant to stop, ascending: generation config, model config and tokenizer eos."""
-    folder = model_folder(ref.path, ref.revision)
-    found: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            value = json.loads(path.read_text()).get("eos_token_id")
-            found.update(_as_ids(value))
-    found.update(_as_ids(load_tokenizer(ref).eos_token_id))
-    return tuple(sorted(found))
-
-
-def _as_ids(value: Any) -> Iterable[int]:
-    if value is None:
-        return ()
-    return [int(item) for item in value] if isinstance(value, list) else [int(value)]
 
 
 def fingerprints(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = ()) -> TokenizerFingerprints:

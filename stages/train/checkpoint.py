@@ -91,8 +91,8 @@ def _save_model(job: TrainJob, model: Any, weights: dict[str, Tensor], folder: P
     """A folder that loads on its own: the student's tokenizer and generation settings are copied as they are."""
     with no_progress_bars():
         unwrap(model).save_pretrained(folder, state_dict=weights)
-    for file in tokenizer_files(model_folder(job.student.tokenizer_path)):
+    for file in tokenizer_files(model_folder(job.student.tokenizer_path, job.student.tokenizer_revision)):
         shutil.copyfile(file, folder / file.name)
-    generation = model_folder(job.student.path) / "generation_config.json"
+    generation = model_folder(job.student.path, job.student.revision) / "generation_config.json"
     if generation.exists() and not (folder / generation.name).exists():
         shutil.copyfile(generation, folder / generation.name)

@@ -52,13 +52,8 @@ def sparse_head_loss(
     Raises:
         ValueError: ``hidden`` and ``batch`` differ in tokens, or the context lacks what the objective needs.
     """
-    if len(hidden) != batch.tokens:
-        raise ValueError(
-            f"{len(hidden)} hidden states for {batch.tokens} teacher rows: response and cache do not match"
-        )
-    head = replace(
-        head, weight=local_parameter(head.weight), bias=None if head.bias is None else local_parameter(head.bias)
-    )
+    _check_tokens(hidden, batch)
+    head = _whole(head)
     wanted = torch.is_grad_enabled()
     needs = _Wanted(
         wanted and hidden.requires_grad,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
-from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints, id_to_bytes, render_chat, stop_ids
-from tests.stages.tiny_models import save_teacher, save_tiny, tiny_tokenizer
+from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints, id_to_bytes, render_chat
+from tests.stages.tiny_models import save_tiny, tiny_tokenizer
 
 
 def test_a_missing_folder_and_a_missing_hub_id_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +94,6 @@ def test_the_three_fingerprints_tell_apart_what_they_are_for(tmp_path: Path) -> 
     assert fingerprints(load_tokenizer_at(str(tmp_path / "a")), stops=(2, 3)).special != a.special
 
 
-def test_stop_ids_come_from_every_place(tmp_path: Path) -> None:
-    save_teacher("llama", tmp_path)
-    assert stop_ids(ModelRef(str(tmp_path))) == (2,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert stop_ids(ModelRef(str(tmp_path))) == (2, 7, 9)
-
-
 @pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
 def test_rendering_equals_apply_chat_template(tmp_path: Path, arguments: dict[str, bool]) -> None:
     tiny_tokenizer(tmp_path)
@@ -112,6 +104,18 @@ def test_rendering_equals_apply_chat_template(tmp_path: Path, arguments: dict[st
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         render_chat(tokenizer, messages)
+
+
+def test_a_revision_of_the_model_is_none_of_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, commit = tmp_path / "models--someone--tokens", "a" * 40
+    tiny_tokenizer(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert len(load_tokenizer(ModelRef("someone/model", revision="b" * 40, tokenizer="someone/tokens"))) == 300
+    with pytest.raises(ValueError, match=r"someone/tokens' \(revision b+\)"):
+        load_tokenizer(ModelRef("someone/tokens", revision="b" * 40))
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.reopold import advantage_floor
 from eopd.stages.train.objectives.settings import FAMILY, ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch, teacherless_rows
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.tropd import hashed_uniform
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student_head import sparse_head_loss
 from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, SampledNeed, StopsNeed
-from eopd.storage.teacher_record import HeadRule
+from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.reference_formulas import eopd_forward, eopd_loss, nemo_renorm, trl_tail, verl_topk
 from tests.stages.dense_oracle import Case, make_case, rows_of
 
@@ -315,10 +315,41 @@ def test_missing_context_is_named() -> None:
         batch_of(case, name="rs_kd")
 
 
+@pytest.mark.parametrize("name", ["rkl_topk", "vopd"])
+def test_no_more_of_the_students_ids_are_used_than_are_asked_for(name: str) -> None:
+    """Whatever was stored beyond them for another run."""
+    exact, more = (batch_of(make_case(5, extra=stored), name=name, student_topk=2) for stored in (2, 6))
+    assert exact.in_extra.sum(dim=1).max() == 2
+    for field in fields(TeacherBatch):
+        assert np.array_equal(getattr(exact, field.name), getattr(more, field.name)), field.name
+
+
+def rows_that_say_nothing(rows: TeacherRows) -> TeacherRows:
+    """Of the same tokens: empty heads, tail mass 1, no stop."""
+    none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    zeros, offsets = np.zeros(rows.tokens, np.float32), np.zeros(rows.tokens + 1, np.int64)
+    return replace(
+        rows,
+        entropy=zeros,
+        sampled_logprob=zeros,
+        stop_ids=none,
+        stop_logprobs=np.zeros((rows.tokens, 0), np.float32),
+        head_offsets=offsets,
+        head_ids=none,
+        head_logprobs=nothing,
+        tail_logmass=zeros,
+        draw_offsets=offsets,
+        draw_ids=none,
+        extra_offsets=offsets,
+        extra_ids=none,
+        extra_logprobs=nothing,
+    )
+
+
 def test_sft_needs_no_teacher() -> None:
     case = make_case(13)
     objective = make_objective(ObjectiveSettings(name="sft"))
-    rows = teacherless_rows(case.rows.token_ids, case.rows.response_offsets)
+    rows = rows_that_say_nothing(case.rows)
     batch = TeacherBatch.build(rows, case.rule, StopHandling("class", (3,), (5,)), objective.plan, case.vocab)
     loss, _ = sparse_head_loss(case.hidden, case.head, batch, objective, case.context)
     q = case.head.logits(case.hidden).log_softmax(dim=1)

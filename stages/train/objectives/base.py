@@ -40,7 +40,7 @@ class StepContext:
     """What an objective may know beside the two models. ``mask`` is 0 or a weight."""
 
     mask: Tensor  # [T]
-    normaliser: float  # all valid tokens of the optimiser step, over micro-batches and ranks
+    normaliser: float  # valid tokens of the optimiser step over all micro-batches and ranks, divided by the ranks
     temperature: float = 1.0
     q_old: Tensor | None = None  # [T] log-prob of the sampled token at the round's start
     student_entropy_round: Tensor | None = None  # [T] student entropy at the round's start
@@ -79,7 +79,7 @@ class SupportPlan:
 
     head_k: int | None = 16  # head entries; None: all stored
     draws: str = "none"  # none | beyond_head | full
-    extra: int = 0  # ids of the student's own
+    extra: int = 0  # ids of the student's own, its most probable first
     stops: bool = True  # apply stop handling
 
 

@@ -125,7 +125,8 @@ class Layout:
         rows, tokens, merged = self.rows, self.rows.tokens, bool(self.merged)
         head, draws = self.head, self._draws()
         extra = entries_of(rows.extra_offsets, rows.extra_ids, rows.extra_logprobs)
-        extra = extra.where((extra.ids < self.vocab) & (self.plan.extra > 0))
+        rank = np.arange(len(extra.ids)) - rows.extra_offsets[extra.token]  # as the student ranked them
+        extra = extra.where((extra.ids < self.vocab) & (rank < self.plan.extra))
         sampled = entries_of(np.arange(tokens + 1), rows.token_ids, rows.sampled_logprob)
         stop_draws = np.bincount(draws.token, weights=draws.value * self._is_stop(draws.ids), minlength=tokens)
         sampled_stop, extra_stop = self._is_stop(sampled.ids), extra.token[self._is_stop(extra.ids)]

@@ -71,7 +71,9 @@ class ObjectiveSettings(Settings):
         "`bucket` makes it one outcome, `sampled` uses the stored draws and is unbiased.",
     )
     draws: Literal["beyond_head", "full"] = setting("beyond_head", "Draws that `support: sampled` reads.")
-    n_draws: int = setting(50, "Draws a token, where draws are `full`.", ge=1)
+    n_draws: int = setting(
+        50, "Draws a token that must be stored, where draws are `full`; all that are stored are used.", ge=1
+    )
     rkl: Literal["sampled", "topk"] = setting(
         "sampled",
         "Reverse KL on the sampled token as a policy gradient (paper), or `topk`: summed over the stored head and the "

@@ -105,28 +105,3 @@ class TeacherBatch:
             for name, array in arrays.items()
         }
         return cls(support_offsets=offsets, width=int(width), **tensors)
-
-
-def teacherless_rows(token_ids: NDArray[np.int32], response_offsets: Index) -> TeacherRows:
-    """Rows that say nothing, for objectives that need no teacher (sft): empty heads, tail mass 1, entropy 0."""
-    tokens = len(token_ids)
-    none32, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    zeros, offsets = np.zeros(tokens, np.float32), np.zeros(tokens + 1, np.int64)
-    return TeacherRows(
-        response_offsets=response_offsets,
-        token_ids=token_ids,
-        entropy=zeros,
-        sampled_logprob=zeros,
-        sampled_rank=np.zeros(tokens, np.int32),
-        stop_ids=none32,
-        stop_logprobs=np.zeros((tokens, 0), np.float32),
-        head_offsets=offsets,
-        head_ids=none32,
-        head_logprobs=nothing,
-        tail_logmass=zeros,
-        draw_offsets=offsets,
-        draw_ids=none32,
-        extra_offsets=offsets,
-        extra_ids=none32,
-        extra_logprobs=nothing,
-    )

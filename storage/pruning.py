@@ -17,6 +17,7 @@ from pathlib import Path
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import MissingPart
 from eopd.storage.files import fsync_folder, replace_atomically
 from eopd.storage.markers import marker_text
 
@@ -56,8 +57,16 @@ def left_over(artifact: Artifact, part: int) -> list[Path]:
 
 
 def revive(artifact: Artifact, part: int) -> None:
-    """Make a pruned part missing, so that the stage that makes it does so again."""
-    nonce = artifact.remains(part).nonce
+    """Make a pruned part missing, so that the stage that makes it does so again.
+
+    Nothing happens where another process was first, or has made it again. Several may do this at a time.
+    """
+    try:
+        nonce = artifact.tombstone(part).nonce
+    except MissingPart:
+        return
+    if artifact.is_committed(part):
+        return
     (artifact.folder / paths.MANIFEST).unlink(missing_ok=True)
     (artifact.folder / paths.tombstone_name(part)).unlink(missing_ok=True)
     fsync_folder(artifact.folder)

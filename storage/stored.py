@@ -151,7 +151,14 @@ class StoredArtifact(ABC):
         try:
             return self.marker(part)
         except PrunedPart:
+            return self.tombstone(part)
+
+    def tombstone(self, part: int) -> Marker:
+        """What a pruned part left in its marker's place. Raises as ``marker``; MissingPart: there is none."""
+        try:
             return self._marker(part, paths.tombstone_name(part))
+        except FileNotFoundError as error:
+            raise MissingPart(f"{self} part {part} has no tombstone: it was called back, or never pruned.") from error
 
     def _marker(self, part: int, name: str) -> Marker:
         return parse_marker(self.read(name), self.kind, self.key, part, f"{self.folder}/{name}")

@@ -14,9 +14,10 @@ from eopd.pipeline.neighbours import configs, register
 from eopd.pipeline.node import Node
 from eopd.pipeline.overview import look
 from eopd.pipeline.plan import OPTIMIZER, WEIGHTS, Stage
-from eopd.pipeline.pruning import may_go, rebuilds, wanted
+from eopd.pipeline.pruning import may_go, prune_old, rebuilds, wanted
 from eopd.pipeline.runner import Runner
 from eopd.storage.pruning import prune
+from eopd.storage.stacked import StackedStores
 from tests.pipeline.plan_case import commit, make_runner
 
 Named = set[tuple[int, str]]
@@ -117,6 +118,21 @@ def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:
 def finished_runner(runner: Runner) -> Runner:
     """The same run, started again."""
     return Runner(runner.settings, runner.facts, runner.plan, runner.progress)
+
+
+def test_what_was_fetched_from_a_bucket_is_not_pruned(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    from eopd.storage.remote import open_bucket
+
+    team = finished(tmp_path / "team", 2)
+    runner = make_runner(tmp_path, rounds=4, train={"keep_checkpoints": 1, "keep_optimizer_states": 1})
+    bucket = open_bucket(f"file://{team.store}")
+    vars(runner)["stores"] = StackedStores([runner.store, bucket])
+    fetched = [runner.artifact(runner.plan.job("train", 0).output).part_folder(part) for part in (WEIGHTS, OPTIMIZER)]
+    assert all(folder.is_relative_to(runner.store) for folder in fetched)
+    assert named(runner, may_go(runner)) == {(0, "weights"), (0, "optimizer")}
+    assert prune_old(runner) == 0
+    assert all((folder / "data").exists() for folder in fetched)
 
 
 def test_a_store_knows_its_runs(tmp_path: Path) -> None:

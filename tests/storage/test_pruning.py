@@ -148,6 +148,23 @@ def test_a_part_called_back_is_made_and_pruned_again(tmp_path: Path) -> None:
     assert not (artifact.folder / paths.marker_name(1)).exists()
 
 
+def test_calling_back_twice_leaves_what_was_made_meanwhile(tmp_path: Path) -> None:
+    """Two processes call a part back; one makes it again before the other gets there."""
+    artifact = make(tmp_path)
+    prune(artifact, 1, large)
+    tombstone = artifact.folder / paths.tombstone_name(1)
+    old = tombstone.read_bytes()
+    revive(artifact, 1)
+    revive(artifact, 1)
+    assert artifact.missing() == [1]
+    commit(artifact, 1)
+    tombstone.write_bytes(old)
+    for _ in range(2):
+        revive(artifact, 1)
+        artifact.verify_part(1)
+        tombstone.unlink(missing_ok=True)
+
+
 def test_the_marker_wins_over_an_older_tombstone(tmp_path: Path) -> None:
     """Killed after the tombstone was written: the part is there; gc drops the tombstone, pruning renews it."""
     artifact = make(tmp_path)

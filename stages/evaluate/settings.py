@@ -80,6 +80,12 @@ class EvaluateSettings(Settings):
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
 
+    @field_validator("temperature")
+    @classmethod
+    def _can_be_sampled_at(cls, value: float) -> float:
+        SamplingParameters(temperature=value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateSettings:
         names = [benchmark.name for benchmark in self.benchmarks]

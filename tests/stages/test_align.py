@@ -157,6 +157,15 @@ def test_responses_longer_than_a_model_reads_are_cut_and_counted(
     assert found["all"]["tokens"] == sum(kept)
 
 
+def test_a_source_of_which_every_part_was_set_aside_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = align(evaluated, tmp_path, ("own", "first"))
+    broken = Artifact(tmp_path, Identity("evaluations", 1, evaluated.output.parts, {"name": "broken"}))
+    for part in range(broken.parts - 1):
+        broken.set_aside(part, "failed 3 times: out of luck")
+    with pytest.raises(ValueError, match=r"every part of 'first' was set aside \(.*out of luck\).*verify --repair"):
+        run(replace(job, sources=(*job.sources[:1], ("first", broken))))
+
+
 def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
     job = replace(align(evaluated, tmp_path), teacher_prompt=TeacherPromptSettings(kind="column"))
     with pytest.raises(ValueError, match=r"names no columns\.teacher_prompt"):

@@ -217,6 +217,7 @@ def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:
     [
         ({"benchmarks": []}, "at least 1"),
         ({"samples": 0}, "greater than or equal to 1"),
+        ({"temperature": 0.005}, r"temperature\n.*must be 0 \(greedy\) or at least 0\.01"),
         ({"top_p": 0.0}, "greater than 0"),
         ({"suffx": "x"}, "Extra inputs"),
         ({"template_arguments": {"enable_thinking": False}}, "belong to template: chat"),

@@ -145,10 +145,18 @@ def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
     settings = _settings(job)
     markers = [job.output.marker(part) for part in range(len(layout))]
     filled = [part for part, marker in enumerate(markers) if marker.set_aside is None]
-    bins = EntropyBins(tuple(markers[filled[0]].info["edges"]), settings.tau)
     found: dict[str, Any] = {}
     for whose in dict.fromkeys(source[0] for source in layout):
         parts = [part for part in filled if layout[part][0] == whose]
+        if not parts:
+            reason = next(
+                marker.set_aside for marker, source in zip(markers, layout, strict=True) if source[0] == whose
+            )
+            raise ValueError(
+                f"evaluate.alignment.responses: every part of {whose!r} was set aside ({reason}), so nothing "
+                "can be compared. `eopd store verify --repair` re-queues what was set aside"
+            )
+        bins = EntropyBins(tuple(markers[parts[0]].info["edges"]), settings.tau)
         sums, problems = _read(job.output, parts, bins)
         said = summarise(sums, problems, bins, resamples=job.settings.resamples, confidence=job.settings.confidence)
         found[whose] = {**said.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}

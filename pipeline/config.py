@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.stages.evaluate.settings import EvaluateSettings
@@ -106,6 +106,14 @@ class RunSettings(Settings):
                 f"scores/KEY {store} --inputs` puts what it made there"
             )
         return store
+
+    @field_validator("evaluate")
+    @classmethod
+    def _measured_as_trained(cls, evaluate: EvaluateSettings | None, info: ValidationInfo) -> EvaluateSettings | None:
+        """Before any key is made: a base model that is trained on plain prompts is evaluated on such, too."""
+        if evaluate is None or not {"prompts", "rollout"} <= info.data.keys():  # one of them was refused
+            return evaluate
+        return evaluate.following(info.data["prompts"], info.data["rollout"].max_new_tokens)
 
     @field_validator("name")
     @classmethod

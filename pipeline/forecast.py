@@ -109,7 +109,7 @@ def _sampled(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool
         return round(responses * measured.tokens / measured.responses), False
     settings = spec.settings.evaluate if job.stage == "evaluate" else spec.settings.rollout
     assert settings is not None
-    return responses * settings.max_new_tokens, True
+    return responses * settings.parameters(()).max_new_tokens, True
 
 
 def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:

@@ -82,7 +82,7 @@ def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -
         sampling = job.engines.sampling(
             job.settings.engine,
             job.policy,
-            max_model_len=longest + job.settings.max_new_tokens,
+            max_model_len=longest + job.settings.parameters(()).max_new_tokens,
             log_dir=job.log_dir,
             progress=job.progress,
             options=job.settings.engine_options,

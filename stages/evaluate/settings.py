@@ -44,7 +44,10 @@ class BenchmarkSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Samples of every problem of every benchmark, verified."""
+    """Samples of every problem of every benchmark, verified.
+
+    What is null here and has a value in training is as it is there: a run's settings fill it in (``following``).
+    """
 
     benchmarks: tuple[BenchmarkSettings, ...] = setting(..., "The benchmarks, by unique names", min_length=1)
     every: int = setting(
@@ -55,13 +58,17 @@ class EvaluateSettings(Settings):
     top_p: float = setting(
         1.0, "Sample from the smallest set of tokens with this mass (1: all; paper: 0.8)", gt=0, le=1
     )
-    max_new_tokens: int = setting(1024, "Longest response, tokens; a longer one is cut and rarely right", ge=1)
-    template: Literal["chat", "plain"] = setting(
-        "chat", "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted"
+    max_new_tokens: int | None = setting(
+        None, "Longest response, tokens; a longer one is cut and rarely right (null: as rollout.max_new_tokens)", ge=1
+    )
+    template: Literal["chat", "plain"] | None = setting(
+        None,
+        "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted (null: as "
+        "`prompts` has it, with its template_arguments and system where there are none here)",
     )
     template_arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
     system: str | None = setting(None, "System message put before the problem (chat only)")
-    suffix: str = setting("", "Text put after the problem")
+    suffix: str | None = setting(None, "Text put after the problem (null: as prompts.suffix)")
     max_prompt_tokens: int = setting(2048, "Longest prompt, tokens", ge=1)
     too_long: Literal["skip", "refuse"] = setting(
         "refuse", "A longer prompt is left out and counted, or refused: results without it are of other problems"
@@ -100,6 +107,19 @@ class EvaluateSettings(Settings):
             )
         return self
 
+    def following(self, prompts: PromptSettings, max_new_tokens: int) -> EvaluateSettings:
+        """With what is null as a run's prompts and rollouts have it."""
+        filled: dict[str, Any] = {}
+        if self.max_new_tokens is None:
+            filled["max_new_tokens"] = max_new_tokens
+        if self.suffix is None:
+            filled["suffix"] = prompts.suffix
+        if self.template is None:
+            filled["template"] = prompts.template
+            filled["template_arguments"] = self.template_arguments or prompts.template_arguments
+            filled["system"] = prompts.system if self.system is None else self.system
+        return EvaluateSettings.model_validate({**self.model_dump(), **filled}) if filled else self
+
     def prompts_of(self, benchmark: BenchmarkSettings) -> PromptSettings:
         """The benchmark as a prompt source."""
         return PromptSettings(
@@ -108,15 +128,16 @@ class EvaluateSettings(Settings):
             limit=benchmark.limit,
             columns=Columns(**benchmark.columns.model_dump()),
             verifier=benchmark.verifier,
-            template=self.template,
+            template=self.template or "chat",
             template_arguments=self.template_arguments,
             system=self.system,
-            suffix=self.suffix,
+            suffix=self.suffix or "",
             max_prompt_tokens=self.max_prompt_tokens,
             too_long=self.too_long,
         )
 
     def parameters(self, stop_ids: tuple[int, ...]) -> SamplingParameters:
+        assert self.max_new_tokens is not None, "a run fills it in"
         return SamplingParameters(
             temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, stop_ids=stop_ids
         )

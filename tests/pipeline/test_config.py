@@ -153,3 +153,42 @@ def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             parse_settings({**raw, **wrong}, "test")
+
+
+PLAIN = {"path": "p", "template": "plain", "suffix": "\nAnswer:"}
+CHAT = {"path": "p", "system": "Be brief.", "template_arguments": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked", "found"),
+    [
+        (PLAIN, {}, ("plain", "\nAnswer:", None, {}, 512)),
+        (CHAT, {}, ("chat", "", "Be brief.", {"enable_thinking": False}, 512)),
+        (PLAIN, {"suffix": "", "max_new_tokens": 8192}, ("plain", "", None, {}, 8192)),
+        (PLAIN, {"template": "chat"}, ("chat", "\nAnswer:", None, {}, 512)),
+        (CHAT, {"template": "plain", "suffix": "?"}, ("plain", "?", None, {}, 512)),
+        (CHAT, {"template": "chat"}, ("chat", "", None, {}, 512)),
+        (CHAT, {"system": "Think."}, ("chat", "", "Think.", {"enable_thinking": False}, 512)),
+    ],
+)
+def test_a_student_is_measured_on_prompts_as_it_is_trained_on_them(
+    prompts: dict[str, object], asked: dict[str, object], found: tuple[object, ...]
+) -> None:
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": prompts}
+    benchmarks = [{"name": "b", "path": "b"}]
+    raw |= {"rollout": {"max_new_tokens": 512}, "evaluate": {"benchmarks": benchmarks, **asked}}
+    settings = parse_settings(raw, "test")
+    evaluate = settings.evaluate
+    assert evaluate is not None
+    own = (evaluate.template, evaluate.suffix, evaluate.system, evaluate.template_arguments, evaluate.max_new_tokens)
+    assert own == found
+    assert parse_settings(settings.model_dump(mode="json"), "resolved") == settings
+    names = ("template", "suffix", "system", "template_arguments", "max_new_tokens")
+    stated = parse_settings({**raw, "evaluate": {"benchmarks": benchmarks, **dict(zip(names, own, strict=True))}}, "s")
+    assert stated.semantic() == settings.semantic()
+
+
+def test_a_format_that_does_not_fit_what_it_follows_is_refused() -> None:
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": PLAIN}
+    with pytest.raises(ConfigError, match="belong to template: chat"):
+        parse_settings({**raw, "evaluate": {"benchmarks": [{"name": "b", "path": "b"}], "system": "Be brief."}}, "test")

@@ -52,7 +52,8 @@ def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
         for row in of_runs:
             by_round.setdefault(row.round, []).append(row)
         for rounds in _alike(by_round.values()):
-            if every_job or len(rounds) <= FOLDED_ABOVE:
+            trained = sum(row.stage == "train" for found in rounds for row in found)
+            if every_job or trained <= FOLDED_ABOVE:
                 yield from ([row] for found in rounds for row in found)
             else:
                 stages = dict.fromkeys(row.stage for found in sorted(rounds, key=len, reverse=True) for row in found)

@@ -47,6 +47,7 @@ from eopd.stages.train.schedule import batch_of_step
 from eopd.stages.train.states import read_jsonl
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
+from eopd.storage.extras import installing
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
@@ -242,7 +243,7 @@ def measure(steps: int, repeats: int) -> dict[str, Any]:
         ValueError: TRL is not installed.
     """
     if find_spec("trl") is None:
-        raise ValueError("the comparison needs TRL, which is not installed: pip install 'eopd[peers]'")
+        raise ValueError(f"the comparison needs TRL, which is not installed. To add it, {installing('peers')}")
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     large = compare(Shape(steps=steps), repeats)
     small = compare(whole_vocabulary(Shape(steps=steps, vocab=32)), repeats)

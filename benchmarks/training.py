@@ -2,7 +2,7 @@
 
     python -m benchmarks.training                                  # everything, T = 2,048, V = 151,936, D = 1,024
     python -m benchmarks.training --parts oracle,memory --tokens 512
-    python -m benchmarks.training --parts trl --steps 8            # needs TRL: pip install 'eopd[peers]'
+    python -m benchmarks.training --parts trl --steps 8            # needs TRL: .venv/bin/uv pip install -e '.[peers]'
 
 The last line is one JSON document.
 """

@@ -1,4 +1,4 @@
-"""`eopd doctor`: what of this machine would stop a run, found before one is started, each with what to do about it.
+"""`eopd doctor`: what would stop a run on this machine, found before one is started, each with what to do about it.
 
 Heavy packages are imported in processes of their own, all at once and with a time limit: a broken one then says why it
 is broken, and cannot take the doctor with it.
@@ -19,9 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from eopd.pipeline.config import RunSettings
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding, State
 from eopd.pipeline.store_check import check_store
 from eopd.pipeline.words import size
+from eopd.storage.extras import installing
 
 IMPORT_SECONDS = 120.0
 LITTLE_MEMORY = 4 << 30
@@ -39,13 +42,19 @@ found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
 """
 
 
-def examine(store: Path, *, engines: bool = True) -> list[Finding]:
-    """Every finding, in the order of what depends on what. ``engines=False`` leaves out the slow import of vLLM."""
+def examine(store: Path, settings: RunSettings | None = None, *, engines: bool = True) -> list[Finding]:
+    """Every finding, in the order of what depends on what.
+
+    Args:
+        settings: whose models, prompts, benchmarks and launcher are looked at too.
+        engines: import vLLM too, which is slow.
+    """
     with ThreadPoolExecutor() as pool:
         torch = pool.submit(probe, "torch", TORCH_PROBE)
         transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
         vllm = pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and _there("vllm") else None
         rest = [*_python(), *_packages(), *_machine(), *check_store(store), *_optional()]
+        rest += check_inputs(settings) if settings is not None else ()
         heavy = [
             *_torch(torch.result()),
             _imported("transformers", transformers.result(), "broken"),
@@ -82,7 +91,12 @@ def _python() -> Iterator[Finding]:
 def _packages() -> Iterator[Finding]:
     gone = [name for name in NEEDED if not _there(name)]
     if gone:
-        yield Finding("packages", "broken", f"not installed: {', '.join(gone)}", "make setup, or pip install eopd")
+        yield Finding(
+            "packages",
+            "broken",
+            f"not installed: {', '.join(gone)}",
+            "run `make setup` in the folder of eopd's sources",
+        )
     else:
         yield Finding("packages", "ok", f"{len(NEEDED)} more are installed")
 
@@ -163,7 +177,9 @@ def _driver() -> str | None:
 def _vllm(found: dict[str, Any] | str | None, engines: bool) -> Finding:
     if found is None:
         text = "not looked at" if not engines else "not installed: sampling and scoring use transformers, more slowly"
-        return Finding("vllm", "absent", text, "" if not engines else "make setup, or pip install 'eopd[vllm]'")
+        return Finding(
+            "vllm", "absent", text, "" if not engines else "run `make setup`: it installs the build for this hardware"
+        )
     return _imported("vllm", found, "warning")
 
 
@@ -201,7 +217,7 @@ def _optional() -> Iterator[Finding]:
     chromium = _which("chromium", "chromium-browser", "google-chrome")
     yield _or_absent("chromium", chromium, "tests of the report in a browser are skipped")
     ray = _version("ray") if _there("ray") else None
-    yield _or_absent("ray", ray, "launcher.kind: ray needs pip install 'eopd[ray]'")
+    yield _or_absent("ray", ray, f"for launcher.kind: ray, {installing('ray')}")
     yield _or_absent("slurm", _which("sbatch"), "launcher.kind: slurm works where sbatch is")
 
 

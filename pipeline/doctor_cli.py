@@ -1,4 +1,4 @@
-"""`eopd doctor`: a self-check of the machine, the packages and the store."""
+"""`eopd doctor`: a self-check of the machine, the packages, the store and what a config names."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red", "absent": "d
 
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Look at the store this config uses.")
+        str | None, typer.Argument(metavar="[CONFIG]", help="Look at all that a run of this config needs, too.")
     ] = None,
     store: Annotated[Path | None, typer.Option("--store", help="Look at this store (default: ./store).")] = None,
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Import vLLM too, which takes long.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check this machine, the packages and the store; exit code 1 when a run could not work."""
+    """Check this machine, the packages, the store and what CONFIG names; exit code 1 when a run could not work."""
+    from eopd.pipeline.config import load_config
     from eopd.pipeline.doctor import examine, worst
 
+    settings = load_config(config) if config is not None else None
     if store is None:
-        from eopd.pipeline.config import load_config
-
-        store = Path(load_config(config).store) if config is not None else Path("store")
-    findings = examine(store, engines=engines)
+        store = Path(settings.store if settings is not None else "store")
+    findings = examine(store, settings, engines=engines)
     if as_json:
         sys.stdout.write(json.dumps([vars(finding) for finding in findings], indent=1) + "\n")
     else:

@@ -35,9 +35,17 @@ def gather_facts(settings: RunSettings) -> Facts:
     return Facts(student, teacher, count, fingerprint, tuple(benchmarks), digests)
 
 
-def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
+def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]:
+    """Files of a prompt source and how many prompts they hold. Raises ConfigError: it is not there, or empty."""
     try:
-        files = source_files(settings)
-        return count_prompts(settings), digests.of_files(files[0].parent, files)
+        return source_files(settings), count_prompts(settings)
     except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
+    files, count = count_source(where, settings)
+    try:
+        return count, digests.of_files(files[0].parent, files)
+    except OSError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -29,20 +29,9 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
     Raises:
         ConfigError: its folder or hub id is not at hand, or lacks a file; says what to do.
     """
-    folder = locate(role, settings.path, settings.revision)
-    tokenizer = locate(f"{role}.tokenizer", settings.tokenizer, None) if settings.tokenizer else folder
-    files = model_files(folder)
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
-    if len(files) == 1:
-        raise ConfigError(
-            f"{role}.path: {folder} has no *.safetensors weights. Convert the checkpoint with "
-            "model.save_pretrained(folder); pickled weights are not read."
-        )
-    if not tokenizer_files(tokenizer):
-        raise ConfigError(f"{role}.path: no tokenizer files in {tokenizer}; name their folder in {role}.tokenizer")
+    folder, tokenizer = find_weights(role, settings), find_tokenizer(role, settings)
     ours, theirs = (code_files(folder), code_files(tokenizer)) if settings.trust_remote_code else ([], [])
-    weights = digests.of_files(folder, [*files, *ours])
+    weights = digests.of_files(folder, [*model_files(folder), *ours])
     semantic = {"weights": weights, "dtype": settings.dtype, "remote_code": settings.trust_remote_code}
     return ModelFacts(
         folder=folder,
@@ -51,6 +40,30 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
         tokenizer_fingerprint=digests.of_files(tokenizer, [*tokenizer_files(tokenizer), *theirs]),
         stop_ids=stop_ids_of(folder, tokenizer),
     )
+
+
+def find_weights(role: str, settings: ModelSettings) -> Path:
+    """Folder of the model. Raises ConfigError, as ``inspect_model``."""
+    folder = locate(role, settings.path, settings.revision)
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
+    if len(model_files(folder)) == 1:
+        raise ConfigError(
+            f"{role}.path: {folder} has no *.safetensors weights. Convert the checkpoint with "
+            "model.save_pretrained(folder); pickled weights are not read."
+        )
+    return folder
+
+
+def find_tokenizer(role: str, settings: ModelSettings) -> Path:
+    """Folder of its tokenizer. Raises ConfigError, as ``inspect_model``."""
+    if settings.tokenizer is None:
+        folder = locate(role, settings.path, settings.revision)
+    else:
+        folder = locate(f"{role}.tokenizer", settings.tokenizer, None)
+    if not tokenizer_files(folder):
+        raise ConfigError(f"{role}.path: no tokenizer files in {folder}; name their folder in {role}.tokenizer")
+    return folder
 
 
 def locate(role: str, path: str, revision: str | None) -> Path:

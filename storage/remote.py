@@ -23,6 +23,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from eopd.storage import paths
 from eopd.storage.artifacts import Identity, parse_identity
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.extras import installing
 from eopd.storage.markers import Marker
 from eopd.storage.stored import StoredArtifact
 
@@ -43,7 +44,9 @@ def open_bucket(url: str, **options: Any) -> Bucket:
         import obstore.exceptions
         import obstore.store
     except ImportError as error:
-        raise StoreError(f"{url} needs obstore: pip install 'eopd[objectstore]'") from error
+        raise StoreError(
+            f"{url} needs obstore, which is not installed. To add it, {installing('objectstore')}"
+        ) from error
     try:
         return obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:

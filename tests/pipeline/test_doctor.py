@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from eopd.pipeline.config import CONFIG_FOLDER, parse_settings
 from eopd.pipeline.doctor import known_versions, probe, worst
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.store_check import check_store
 
@@ -140,3 +143,69 @@ def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
     assert "make setup" in found["transformers"]["remedy"]
     assert found["torch"]["state"] == "ok"
     assert found["store"]["state"] == "ok"
+
+
+def looked_at(**changes: Any) -> dict[str, Finding]:
+    countdown = CONFIG_FOLDER.parent / "examples" / "countdown"
+    raw: dict[str, Any] = {
+        "name": "x",
+        "student": {"path": str(countdown / "student")},
+        "teacher": {"path": str(countdown / "teacher")},
+        "prompts": {"path": str(countdown / "train.jsonl"), "columns": {"prompt": "problem"}},
+        "evaluate": {"benchmarks": [{"name": "b", "path": str(countdown / "evaluate.jsonl")}]},
+    }
+    return {finding.name: finding for finding in check_inputs(parse_settings(raw | changes, "test"))}
+
+
+def test_what_a_config_names_is_there() -> None:
+    found = looked_at()
+    assert {name: finding.state for name, finding in found.items()} == dict.fromkeys(
+        (
+            *("student", "student.tokenizer", "teacher", "teacher.tokenizer", "prompts", "evaluate.benchmarks.0"),
+            *("train", "launcher.kind: local"),
+        ),
+        "ok",
+    )
+    assert found["prompts"].text.startswith("6,000 in ")
+
+
+def test_all_that_is_missing_of_what_a_config_names_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    (tmp_path / "other.jsonl").write_text('{"question": "1 + 1"}\n')
+    found = looked_at(
+        student={"path": str(tmp_path / "student"), "tokenizer": str(tmp_path / "tokenizer")},
+        teacher={"path": str(tmp_path / "teacher")},
+        prompts={"path": str(tmp_path / "gone.jsonl")},
+        evaluate={"benchmarks": [{"name": "b", "path": str(tmp_path / "other.jsonl")}]},
+        read_only_stores=[str(tmp_path / "team")],
+        launcher={"kind": "slurm"},
+    )
+    broken = {name: finding for name, finding in found.items() if finding.state == "broken"}
+    assert set(broken) == {
+        *("student", "student.tokenizer", "teacher", "prompts", "evaluate.benchmarks.0", "read_only_stores"),
+        "launcher.kind: slurm",
+    }
+    assert all(finding.remedy for finding in broken.values())
+    assert broken["student"].text == f"student.path: there is no folder {tmp_path / 'student'}"
+    assert "save_pretrained" in broken["teacher"].remedy
+    assert "no column 'problem'" in broken["evaluate.benchmarks.0"].text
+    assert "sbatch" in broken["launcher.kind: slurm"].text
+
+
+def test_the_command_looks_at_what_its_config_names(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("name: x\nstudent: {path: ./none}\nteacher: {path: ./none}\nprompts: {path: ./none.jsonl}\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "eopd.pipeline.cli", "doctor", str(config), "--no-engines"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    for words in ("student.path: there is no folder", "teacher.path: there is no folder", "does not exist"):
+        assert words in " ".join(result.stdout.split())

@@ -8,6 +8,7 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.launchers.ray.settings import RaySettings
+from eopd.storage.extras import installing
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,7 +28,7 @@ def connect(asked: RaySettings) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("launcher.kind is ray, but ray is not installed: pip install 'eopd[ray]'") from error
+        raise ConfigError(f"launcher.kind is ray, but ray is not installed. To add it, {installing('ray')}") from error
     if not ray.is_initialized():
         heeding = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place
         try:

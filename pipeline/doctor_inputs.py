@@ -1,0 +1,88 @@
+"""What a config names and a run needs: models, prompts, benchmarks, stores and the launcher's program.
+
+Looked at with the functions that a plan is made with, each by itself, so that all that is missing is said at once.
+Nothing is hashed and no torch is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
+
+from eopd.pipeline.config import ModelSettings, RunSettings
+from eopd.pipeline.findings import Finding
+from eopd.pipeline.inspect import count_source
+from eopd.pipeline.models import find_tokenizer, find_weights
+from eopd.stages.models.prompts import PromptSettings, load_prompts
+from eopd.stages.train.extras import require_extras
+from eopd.storage.errors import StoreError
+from eopd.storage.extras import installing
+from eopd.storage.stacked import StackedStores
+
+
+def check_inputs(settings: RunSettings) -> Iterator[Finding]:
+    """A finding for each thing that the config names."""
+    yield from _model("student", settings.student)
+    yield from _model("teacher", settings.teacher)
+    yield _source("prompts", settings.prompts)
+    if settings.evaluate is not None:
+        for number, benchmark in enumerate(settings.evaluate.benchmarks):
+            yield _source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark))
+    for place in settings.read_only_stores:
+        yield _tried("read_only_stores", partial(_read_only, settings.store, place), _HAVE_STORE)
+    yield _tried("train", partial(_packages, settings), "")
+    yield _launcher(settings.launcher.kind)
+
+
+_HAVE_STORE = "mount or create it, or take it out of read_only_stores"
+_HAVE_SOURCE = "name a JSONL or Parquet file, or a folder saved with save_to_disk, and its columns"
+
+
+def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
+    """``look`` says what is there, or raises the error that a run would end with, often with the cure after it."""
+    try:
+        return Finding(name, "ok", look())
+    except (ValueError, OSError, StoreError) as error:
+        text, _, cure = str(error).removeprefix(f"{name}: ").partition(". ")
+        return Finding(name, "broken", text, cure or remedy)
+
+
+def _model(role: Literal["student", "teacher"], settings: ModelSettings) -> Iterator[Finding]:
+    weights = _tried(role, lambda: str(find_weights(role, settings)), f"point {role}.path to a model folder")
+    yield weights
+    if weights.state == "ok" or settings.tokenizer is not None:
+        remedy = f"point {role}.tokenizer to its folder"
+        yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings)), remedy)
+
+
+def _source(where: str, settings: PromptSettings) -> Finding:
+    def look() -> str:
+        _, count = count_source(where, settings)
+        load_prompts(settings.model_copy(update={"limit": 1}))  # the columns are there
+        return f"{count:,} in {settings.path}"
+
+    return _tried(where, look, _HAVE_SOURCE)
+
+
+def _read_only(private: str, place: str) -> str:
+    StackedStores.at(private, [place])  # a bucket is not asked for anything yet
+    return place
+
+
+def _packages(settings: RunSettings) -> str:
+    require_extras(settings.train)
+    return "what the settings of training ask for is installed"
+
+
+def _launcher(kind: str) -> Finding:
+    name = f"launcher.kind: {kind}"
+    if kind == "slurm":
+        program = shutil.which("sbatch")
+        cure = "start it on a machine of the Slurm cluster, or set launcher.kind: local"
+        return Finding(name, "ok", program) if program else Finding(name, "broken", "there is no sbatch here", cure)
+    if kind == "ray" and importlib.util.find_spec("ray") is None:
+        return Finding(name, "broken", "ray is not installed", f"{installing('ray')}, or set launcher.kind: local")
+    return Finding(name, "ok", "ray is installed" if kind == "ray" else "needs nothing else")

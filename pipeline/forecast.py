@@ -37,7 +37,7 @@ class Row:
     state: JobState
     tokens: int
     bytes: int
-    present: int  # bytes of it that are there
+    present: int  # bytes of it that are there, in the store that is written to
     at_most: bool  # nothing like it was measured: tokens and bytes are bounds
     seconds: float | None
 
@@ -96,7 +96,12 @@ def forecast(
 
 
 def _present(state: JobState, size: float, spec: RunSpec) -> float:
-    """Of ``size`` bytes, those that are there. A checkpoint's optimiser is written first and pruned first."""
+    """Of ``size`` bytes, those that are in the store that is written to.
+
+    A checkpoint's optimiser is written first and pruned first.
+    """
+    if state.elsewhere:
+        return 0.0
     if state.job.stage != "train":
         return size * (state.done - state.pruned) / state.parts
     optimizer, weights = state.done >= 1 and state.pruned == 0, state.done == state.parts and state.pruned < 2
@@ -128,22 +133,26 @@ def _beside(job: PlannedJob) -> float:
 
 
 def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None) -> int:
-    """Bytes of all artifacts of these runs at their worst moment, should each run reach its own at the same time.
+    """Bytes of what these runs have or make in the store that is written to, at the worst moment.
+
+    Should each run reach its own at the same time; what runs have in common is the first one's.
 
     Args:
         keep: what pruning leaves; None: as each run's settings say.
     """
     total = 0
     for run, spec in specs.items():
-        rounds = spec.settings.rounds
-        data, trained = [0] * rounds, 0
-        for row in rows:
-            if row.state.runs[0] != run:
-                continue
+        own = [row for row in rows if row.state.runs[0] == run and not row.state.elsewhere]
+        made = [row for row in own if row.stage == "train"]
+        if not made:
+            total += sum(row.bytes for row in own)
+            continue
+        first = spec.settings.rounds - len(made)  # those of the rounds before lie elsewhere
+        data = [0] * len(made)
+        for row in own:
             if row.stage != "train":
-                data[min(row.round, rounds - 1)] += row.bytes
-            elif row.state.is_done:
-                trained += 1
+                data[min(max(row.round - first, 0), len(data) - 1)] += row.bytes
+        trained = sum(row.state.is_done for row in made)
         train = spec.settings.train
         kept = keep or Keep(train.keep_checkpoints, train.keep_optimizer_states)
         total += peak_bytes(spec.checkpoint, data, kept, train.keep_progress, trained)

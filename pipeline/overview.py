@@ -23,7 +23,7 @@ class Overview:
     store: Path
     rows: tuple[Row, ...]
     rates: dict[Stage, Rate]
-    peak_bytes: int  # of these runs' own artifacts
+    peak_bytes: int  # of these runs' own artifacts, in the store that is written to
     free_bytes: int  # at the store
     asked: int  # jobs that the runs ask for, each run counted by itself
     specs: Mapping[str, RunSpec] = field(default_factory=dict)  # of each run
@@ -81,7 +81,7 @@ def look(runners: Sequence[Runner]) -> Overview:
     names = [runner.settings.name for runner in runners]
     again = {part for runner in runners for part in rebuilds(runner)}
     plans = {runner.settings.name: runner.plan for runner in runners}
-    states = survey(plans, store_listing(first.artifact, again), read_makers(folder, names))
+    states = survey(plans, store_listing(first.artifact, first.is_own, again), read_makers(folder, names))
     specs = {runner.settings.name: _spec(runner) for runner in runners}
     models: dict[Stage, str] = dict.fromkeys(STAGES, first.settings.student.path)
     models["score"] = first.settings.teacher.path

@@ -93,7 +93,7 @@ def _rules(runner: Runner, going: Parts) -> Iterator[tuple[Artifact, int, Callab
 
     for job in _trained(runner):
         artifact = runner.artifact(job.output)
-        if artifact.folder != runner.store / artifact.kind / artifact.key:  # in another store, or fetched from there
+        if not runner.is_own(artifact):  # in another store, or fetched from there
             continue
         whole = (artifact.key, WEIGHTS) in going
         if whole:

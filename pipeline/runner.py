@@ -57,6 +57,10 @@ class Runner:
         """Where this artifact is, or is to be made."""
         return self.stores.find(identity)
 
+    def is_own(self, artifact: Artifact) -> bool:
+        """Whether it lies, or is to be made, in the store that is written to."""
+        return artifact.folder == self.store / artifact.kind / artifact.key
+
     def is_made(self, job: PlannedJob) -> bool:
         """Whether all of ``job`` was done once, be it pruned since."""
         made = self.artifact(job.output).is_complete()
@@ -114,15 +118,18 @@ class Runner:
         seconds = time.monotonic() - began
         self.progress.close()
         self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
-        if made:
-            self._log(job, seconds, made)
-        self._prune_after(job)
+        self._close_books(job, seconds, made)
         return True
 
-    def _prune_after(self, job: PlannedJob) -> None:
+    def _close_books(self, job: PlannedJob, seconds: float, made: int) -> None:
+        """By one process alone, where several train together."""
         from eopd.pipeline.launchers.local import rank
 
-        if job.stage != "score" and rank() == 0 and self.is_made(job):
+        if rank() > 0:
+            return
+        if made:
+            self._log(job, seconds, made)
+        if job.stage != "score" and self.is_made(job):
             prune_old(self)
 
     def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:

@@ -25,6 +25,7 @@ class Found:
     committed: Collection[int] = frozenset()
     pruned: Collection[int] = frozenset()  # committed once, their data given up since
     set_aside: Mapping[int, str] = field(default_factory=dict)  # committed empty after failing too often: why
+    elsewhere: bool = False  # in a store that is only read
 
 
 Listing = Callable[[Identity], Found]
@@ -41,6 +42,7 @@ class JobState:
     pruned: int = 0
     set_aside: Mapping[int, str] = field(default_factory=dict)
     maker: str = ""  # of a shared one: the run that did it, where one of `runs` has noted that
+    elsewhere: bool = False  # it lies in a store that is only read
 
     @property
     def parts(self) -> int:
@@ -55,10 +57,13 @@ class JobState:
         return self.state in ("complete", "shared")
 
 
-def store_listing(find: Callable[[Identity], Artifact], again: Collection[tuple[str, int]] = ()) -> Listing:
+def store_listing(
+    find: Callable[[Identity], Artifact], is_own: Callable[[Artifact], bool], again: Collection[tuple[str, int]] = ()
+) -> Listing:
     """The listing of real stores: of the artifact that ``find`` says serves an identity (``Runner.artifact``).
 
     Args:
+        is_own: whether an artifact is in the store that is written to (``Runner.is_own``).
         again: pruned parts (key, part) that something needs; they count as missing.
     """
 
@@ -66,7 +71,7 @@ def store_listing(find: Callable[[Identity], Artifact], again: Collection[tuple[
         artifact = find(identity)
         standing = artifact.standing()
         pruned = {part for part in standing.pruned if (identity.key, part) not in again}
-        return Found(standing.committed, pruned, artifact.reasons_aside(standing))
+        return Found(standing.committed, pruned, artifact.reasons_aside(standing), not is_own(artifact))
 
     return listing
 
@@ -95,12 +100,21 @@ def _found(job: PlannedJob, listing: Listing) -> Found:
 
 def _state(job: PlannedJob, runs: Sequence[str], found: Found, done_by: Mapping[str, str]) -> JobState:
     done = len(found.committed) + len(found.pruned)
-    if done < job.output.parts:
-        return JobState(job, tuple(runs), "partly" if done else "missing", done, len(found.pruned), found.set_aside)
-    maker = done_by.get(job.output.key, "")
-    state: State = "complete" if maker in runs else "shared"
-    shared_by = maker if state == "shared" else ""
-    return JobState(job, tuple(runs), state, done, len(found.pruned), found.set_aside, shared_by)
+    maker = ""
+    state: State = "partly" if done else "missing"
+    if done == job.output.parts:
+        maker = done_by.get(job.output.key, "")
+        state = "complete" if maker in runs else "shared"
+    return JobState(
+        job,
+        tuple(runs),
+        state,
+        done,
+        len(found.pruned),
+        found.set_aside,
+        maker if state == "shared" else "",
+        found.elsewhere,
+    )
 
 
 def read_makers(runs: Path, first: Sequence[str]) -> dict[str, str]:

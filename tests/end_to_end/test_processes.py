@@ -19,6 +19,8 @@ def test_two_processes_give_the_single_process_loss_curve(world: World, undistur
     for run, path in (("single", single), (name, config)):
         eopd("run", path)
         rows = [json.loads(line) for line in (world.runs(run) / "metrics.jsonl").read_text().splitlines()]
+        jobs = [json.loads(line) for line in (world.runs(run) / "jobs.jsonl").read_text().splitlines()]
+        assert [job["stage"] for job in jobs].count("train") == 1  # noted once, whoever trained it together
         curves.append([(row["loss"], row["grad_norm"], row["tokens"]) for row in rows])
     assert len(curves[0]) == len(curves[1]) == 12
     for ours, theirs in zip(*curves, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eopd.pipeline.budget import refuse_too_large
 from eopd.pipeline.estimate import KEEP_ALL
 from eopd.pipeline.forecast import peak_disk
 from eopd.pipeline.overview import Overview, look
@@ -182,6 +183,28 @@ def test_many_rounds_are_folded_by_state(tmp_path: Path) -> None:
     assert re.search(r"0-2 +rollout +complete +3/3", folded)
     assert re.search(r"3-199 +score +missing +0/197", folded)
     assert every.count("\n") > 800
+
+
+def test_what_lies_in_a_store_that_is_only_read_takes_no_space(tmp_path: Path) -> None:
+    """The first two rounds are the team's, with their checkpoints; the third is to be made here."""
+    team = make_runner(tmp_path, name="team", store=str(tmp_path / "team"))
+    for job in team.plan.jobs:
+        if job.round < 2 or (job.stage, job.round) == ("evaluate", 2):
+            commit(team, job, responses=8, tokens=320)
+    mine = make_runner(tmp_path, name="mine", read_only_stores=[str(tmp_path / "team")])
+    overview, whole = look([mine]), look([make_runner(tmp_path, name="alone")])
+    assert states(overview)["train 1"] == "shared"
+    assert overview.present_bytes == 0
+    own = [row for row in overview.rows if not row.state.elsewhere]
+    assert [row.state.job.name for row in own] == ["rollout 2", "score 2", "train 2", "evaluate 3"]
+    weights, moments = 4 * PARAMETERS, 2 * 4 * PARAMETERS
+    data = sum(row.bytes for row in own if row.stage != "train")
+    assert overview.peak_bytes == data + 2 * (weights + moments)  # the checkpoint, and its last resumable state
+    assert overview.peak_bytes < whole.peak_bytes
+    roomy = make_runner(
+        tmp_path, name="mine", read_only_stores=[str(tmp_path / "team")], max_store_bytes=overview.peak_bytes
+    )
+    refuse_too_large(roomy)
 
 
 def test_rounds_that_are_not_all_measured_are_folded_too(tmp_path: Path) -> None:

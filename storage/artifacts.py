@@ -36,6 +36,7 @@ from eopd.storage.markers import REPAIR, SCHEMA, Marker, file_text, marker_text,
 from eopd.storage.stored import StoredArtifact
 
 KEY_LENGTH = 20
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,10 @@ class Artifact(StoredArtifact):
         folder = self._checked_folder(marker)
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
-    def content(self, marker: Marker, name: str) -> bytes:
-        return (self._checked_folder(marker) / name).read_bytes()
-
-    def sha256(self, marker: Marker, name: str) -> str:
-        return sha256_file(self._data_folder(marker) / name)
+    def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
+        with (self._data_folder(marker) / name).open("rb") as file:
+            while piece := file.read(READ_BYTES):
+                yield piece
 
     # -- writing -----------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Stores in object storage (s3://, gs://, az://, http:// and what else obstore opens): read lazily, filled by copying.
 
-The layout and the commit rule are those of a local store: the marker is put if absent, after the part's files. Reads
-ask for the byte ranges of the chunks they need; nothing is downloaded whole. Nothing is deleted: a repair renames.
-obstore is an optional dependency.
+The layout and the commit rule are those of a local store: the marker is put if absent, after the part's files. Scores
+are read by the byte ranges of the chunks that are needed; what has to be a whole file, or is checked or copied, travels
+in pieces and is never held whole. Nothing is deleted: a repair renames. obstore is an optional dependency.
 
     bucket = open_bucket("s3://team/scores")         # credentials: from the environment, as obstore documents
     cache = TeacherCache(RemoteArtifact(bucket, "scores", key))
@@ -11,7 +11,6 @@ obstore is an optional dependency.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 READ_BYTES = 16 << 20
 """Of a large object in one request, which has to end before the client's timeout."""
+WRITE_BYTES = 16 << 20
+"""Likewise; an object of S3 has at most 10,000 such pieces."""
 
 
 def open_bucket(url: str, **options: Any) -> Bucket:
@@ -85,12 +86,16 @@ def get(bucket: Bucket, path: str) -> bytes:
         return bytes(obstore.get(bucket, path).bytes())
 
 
-def put(bucket: Bucket, path: str, content: bytes) -> None:
-    """Raises StoreUnwritable (no permission, no such bucket) or StoreUnreadable."""
+def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
+    """Create an object whole or not at all, be it large and in pieces: what the pieces raise leaves none.
+
+    Raises:
+        StoreUnwritable (no permission, no such bucket) or StoreUnreadable.
+    """
     import obstore
 
     with _naming_missing_buckets(bucket), naming_refusals(bucket, path):
-        obstore.put(bucket, path, content)
+        obstore.put(bucket, path, content, chunk_size=WRITE_BYTES, max_concurrency=4)
 
 
 def put_if_absent(bucket: Bucket, path: str, content: bytes) -> bool:
@@ -244,18 +249,14 @@ class RemoteArtifact(StoredArtifact):
             self._check_size(marker, name, there.get(name))
         return set(there)
 
-    def content(self, marker: Marker, name: str) -> bytes:
-        return get(self.bucket, f"{self._data_folder(marker)}/{name}")
-
-    def sha256(self, marker: Marker, name: str) -> str:
+    def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
         import obstore
 
         path, size = f"{self._data_folder(marker)}/{name}", int(marker.files[name]["size"])
-        digest = hashlib.sha256()
         for start in range(0, size, READ_BYTES):
             with naming_refusals(self.bucket, path):
-                digest.update(obstore.get_range(self.bucket, path, start=start, end=min(start + READ_BYTES, size)))
-        return digest.hexdigest()
+                piece = obstore.get_range(self.bucket, path, start=start, end=min(start + READ_BYTES, size))
+            yield bytes(piece)
 
     def _data_folder(self, marker: Marker) -> str:
         return f"{self.folder}/{paths.data_name(marker.part, marker.nonce)}"

@@ -6,9 +6,10 @@ folder and the bytes of its parts' files. How these are come by is all that the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,12 +79,8 @@ class StoredArtifact(ABC):
         """
 
     @abstractmethod
-    def content(self, marker: Marker, name: str) -> bytes:
-        """A file of a part. Raises FileNotFoundError or DamagedPart."""
-
-    @abstractmethod
-    def sha256(self, marker: Marker, name: str) -> str:
-        """Of a file of a part, however large. Raises FileNotFoundError."""
+    def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
+        """A file of a part, however large, in its order. Raises FileNotFoundError."""
 
     @property
     def parts(self) -> int:
@@ -201,17 +198,25 @@ class StoredArtifact(ABC):
         """Every byte of a part (of what is left of it) against its marker; DamagedPart names the first bad file."""
         marker = self.remains(part)
         there = self.part_names(marker)
-        for name, entry in marker.files.items():
-            try:
-                intact = self.sha256(marker, name) == entry["sha256"]
-            except FileNotFoundError as error:
-                raise DamagedPart(f"{self} part {part}: {name} is gone. {REPAIR}") from error
-            if not intact:
-                raise DamagedPart(f"{self} part {part}: the bytes of {name} changed. {REPAIR}")
+        for name in marker.files:
+            for _ in self.checked(marker, name):
+                pass
         strangers = sorted(there - set(marker.files))
         if strangers and not marker.is_pruned:  # what a kill kept from going is no damage: `gc` names it
             added_to = f"{self.folder}/{paths.data_name(part, marker.nonce)}"
             raise DamagedPart(f"{self} part {part}: {strangers[0]} was added to {added_to}")
+
+    def checked(self, marker: Marker, name: str) -> Iterator[bytes]:
+        """As ``pieces``, of a file that the marker names; after the last one, DamagedPart if they are not its bytes."""
+        digest = hashlib.sha256()
+        try:
+            for piece in self.pieces(marker, name):
+                digest.update(piece)
+                yield piece
+        except FileNotFoundError as error:
+            raise DamagedPart(f"{self} part {marker.part}: {name} is gone. {REPAIR}") from error
+        if digest.hexdigest() != marker.files[name]["sha256"]:
+            raise DamagedPart(f"{self} part {marker.part}: the bytes of {name} changed. {REPAIR}")
 
     def _check_size(self, marker: Marker, name: str, found: int | None) -> None:
         """Raises DamagedPart where a file is gone (``found`` is None) or has not the bytes of its marker."""

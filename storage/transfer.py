@@ -7,7 +7,6 @@ other. A part that was pruned is copied as it stands: what is left of it, then i
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, WrongArtifact
+from eopd.storage.errors import MissingArtifact, MissingPart, WrongArtifact
 from eopd.storage.markers import Marker, file_text, marker_text
 from eopd.storage.remote import RemoteArtifact, put
 from eopd.storage.stored import StoredArtifact
@@ -52,7 +51,8 @@ def _to_folder(source: StoredArtifact, store: Path, wanted: set[int]) -> list[in
             for name in marker.files:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(_checked(source, marker, name))
+                with path.open("wb") as file:
+                    file.writelines(source.checked(marker, name))
         copied.append(marker.part)
     target.renew_manifest()
     return copied
@@ -66,8 +66,8 @@ def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: set[int]) -> list
         _refuse_other_rollouts(source, marker, partial(RemoteArtifact, bucket))
         fresh = replace(marker, nonce=secrets.token_hex(8))
         for name in marker.files:
-            content = _checked(source, marker, name)
-            put(bucket, f"{target.folder}/{paths.data_name(marker.part, fresh.nonce)}/{name}", content)
+            path = f"{target.folder}/{paths.data_name(marker.part, fresh.nonce)}/{name}"
+            put(bucket, path, source.checked(marker, name))
         if fresh.set_aside is not None:
             target.create(paths.set_aside_name(marker.part), "")
         if target.create(fresh.file_name, marker_text(fresh, source.kind, source.key)):
@@ -82,6 +82,7 @@ def _lacking(source: StoredArtifact, target: StoredArtifact, wanted: set[int]) -
     for part in sorted(wanted - there.committed):
         marker = source.remains(part)
         if not (marker.is_pruned and part in there.pruned):
+            source.part_names(marker)  # all are there, and plain files
             yield marker
 
 
@@ -99,13 +100,3 @@ def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callab
             f"{source} part {marker.part} was made from other rollouts than the target's: rollouts/{key} has other "
             "bytes there. Score the target's own, or copy to another store together with --inputs"
         )
-
-
-def _checked(source: StoredArtifact, marker: Marker, name: str) -> bytes:
-    try:
-        content = source.content(marker, name)
-    except FileNotFoundError as error:
-        raise DamagedPart(f"{source} part {marker.part}: {name} is gone") from error
-    if hashlib.sha256(content).hexdigest() != marker.files[name]["sha256"]:
-        raise DamagedPart(f"{source} part {marker.part}: the bytes of {name} changed. Run `eopd store verify` there.")
-    return content

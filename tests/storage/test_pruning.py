@@ -203,7 +203,7 @@ def copies_stand_as_pruned(source: Path, target: Any) -> None:
     there = listing.open_in(target, "checkpoints", artifact.key)
     with pytest.raises(PrunedPart, match="part 1 was pruned"):
         there.marker(1)
-    assert there.content(there.remains(1), "sub/figures") == FILES["sub/figures"] + b"\1"
+    assert b"".join(there.checked(there.remains(1), "sub/figures")) == FILES["sub/figures"] + b"\1"
 
     assert copy(there, source.parent / "back") == [0, 1]
     assert stands(source.parent / "back", artifact.key) == stands(source, artifact.key)
@@ -235,7 +235,7 @@ def interrupted_copies_are_continued(source: Path, target: Any, monkeypatch: pyt
         patched.setattr(StoredArtifact, "renew_manifest", die)
         with pytest.raises(Killed):
             copy(artifact, target, parts=[0])
-        patched.setattr(Artifact, "content", die)
+        patched.setattr(Artifact, "pieces", die)
         with pytest.raises(Killed):
             copy(artifact, target)
     there = listing.open_in(target, "checkpoints", artifact.key)

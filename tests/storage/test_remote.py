@@ -269,22 +269,63 @@ def test_what_cannot_be_looked_at_is_not_damaged(tmp_path: Path, bucket: Any, mo
     def no_answer(*arguments: object) -> str:
         raise StoreUnreadable("no answer")
 
-    monkeypatch.setattr(RemoteArtifact, "sha256", no_answer)
+    monkeypatch.setattr(RemoteArtifact, "pieces", no_answer)
     with pytest.raises(StoreUnreadable, match="no answer"):
         verify(bucket, repair=True)
     assert contents(bucket) == whole
 
 
 def test_objects_are_read_in_ranges(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore
+
     artifact = Artifact(tmp_path, Identity("rollouts", 1, 1))
     with artifact.write_part(0) as folder:
         (folder / "large").write_bytes(bytes(range(250)) * 10)
         (folder / "empty").touch()
     copy(artifact, bucket)
-    monkeypatch.setattr(remote, "READ_BYTES", 1000)
-    assert verify(bucket) == []
-    monkeypatch.setattr(remote, "READ_BYTES", 1250)
-    assert verify(bucket) == []
+    data = f"/{paths.data_name(0, RemoteArtifact(bucket, 'rollouts', artifact.key).marker(0).nonce)}/"
+    asked: list[int] = []
+    get, get_range = obstore.get, obstore.get_range
+
+    def whole(store: Any, path: str) -> Any:
+        assert data not in path, f"{path} was asked for in one request"
+        return get(store, path)
+
+    def ranged(store: Any, path: str, *, start: int, end: int) -> Any:
+        asked.append(end - start)
+        return get_range(store, path, start=start, end=end)
+
+    monkeypatch.setattr(obstore, "get", whole)
+    monkeypatch.setattr(obstore, "get_range", ranged)
+    source = RemoteArtifact(bucket, "rollouts", artifact.key)
+    for size in (1000, 1250):
+        monkeypatch.setattr(remote, "READ_BYTES", size)
+        assert verify(bucket) == []
+        assert max(asked) == size
+        asked.clear()
+        assert copy(source, tmp_path / f"in pieces of {size}") == [0]
+        assert max(asked) == size
+        assert verify(tmp_path / f"in pieces of {size}") == []
+        assert verify(bucket) == []
+
+
+def test_large_files_are_put_in_pieces(tmp_path: Path, endpoint: str) -> None:
+    """And none of what turns out to be damaged on the way."""
+    s3.client(endpoint).create_bucket(Bucket="large")
+    there = opened(endpoint, "s3://large")
+    artifact = Artifact(tmp_path, Identity("rollouts", 1, 2))
+    for part in range(2):
+        with artifact.write_part(part) as folder:
+            (folder / "large").write_bytes(bytes(remote.WRITE_BYTES + 1))
+    file = artifact.part_folder(1) / "large"
+    file.write_bytes(bytes(remote.WRITE_BYTES) + b"x")
+    with pytest.raises(DamagedPart, match="part 1: the bytes of large changed"):
+        copy(artifact, there)
+    found = [entry for entry in s3.client(endpoint).list_objects_v2(Bucket="large")["Contents"] if entry["Size"] > 1000]
+    assert [entry["ETag"][-3:] for entry in found] == ['-2"']
+    assert verify(there) == []
+    assert copy(RemoteArtifact(there, "rollouts", artifact.key), tmp_path / "back", [0]) == [0]
+    assert Artifact(tmp_path / "back", artifact.identity).marker(0).checksum == artifact.marker(0).checksum
 
 
 # -- who may what ----------------------------------------------------------------------------------------------

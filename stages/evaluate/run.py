@@ -25,7 +25,7 @@ from eopd.storage.claims import claimed_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ def _do_part(
         "responses": len(rows),
         "seconds": round(sampled - started, 3),
         "verifying_seconds": round(time.monotonic() - sampled, 3),
+        "verifier": verifier.named(),
         "skipped": content.skipped,
     }
     with job.output.write_part(part, info=info) as folder:
@@ -241,12 +242,14 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
         "record": "evaluation_results",
         "version": RESULTS_VERSION,
         "benchmarks": {name: one.values for name, one in found.items()},
-        "mean": overall(found, settings.confidence),
+        "mean": overall(found, resamples=settings.resamples, confidence=settings.confidence),
         "settings": settings.model_dump(mode="json"),
         "seed": job.seed,
         "stop_ids": list(job.stop_ids),
         "model": {"fingerprint": job.policy.fingerprint, "dtype": job.policy.dtype},
         "engines": sorted({f"{info['engine']} {info['engine_version']}" for info in (markers[p].info for p in filled)}),
+        # what graded the parts: more than one where it was upgraded between them
+        "verifiers": sorted({info["verifier"] for info in (markers[p].info for p in filled) if info["responses"]}),
         "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
     }
     if left_out:

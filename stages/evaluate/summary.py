@@ -1,7 +1,8 @@
 """From verified samples to the figures of a benchmark.
 
 Rates and probabilities lie in [0, 1], entropies are in nats, lengths in tokens (stop token included). Intervals are
-percentile bootstrap over problems. Letters: P problems, n samples a problem, M figures.
+bootstrap over problems, None where the problems say nothing of the spread (``stages.intervals``). Letters: P problems,
+n samples a problem, M figures, B resamples.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from eopd.stages.evaluate import diversity, passk
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
-from eopd.stages.intervals import intervals, resampled_means
+from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
 
 Row = dict[str, Any]
 
@@ -30,8 +31,8 @@ class Tally:
     lengths: list[int] = field(default_factory=list)
     stopped: int = 0
     ungraded: int = 0
-    surprise: float = 0.0  # sum of -log-prob of the sampled tokens under the distribution sampled from, nats
-    surprise_tokens: int = 0
+    # a problem each: sum of -log-prob of its sampled tokens under the distribution sampled from (nats), and the tokens
+    surprise: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, samples: pa.Table, skipped: Iterable[str] = ()) -> None:
         """One part's samples, whose rows come problem by problem."""
@@ -51,12 +52,10 @@ class Tally:
         truncated = sum(row["finish_reason"] == "length" for row in rows)
         self.lengths += lengths
         self.stopped += len(rows) - truncated
+        # what was sampled from is the truncated distribution, where one is
+        logprobs = [row["truncated_logprobs"] or row["logprobs"] or [] for row in rows]
+        self.surprise.append((-math.fsum(map(math.fsum, logprobs)), sum(map(len, logprobs))))
         for row in rows:
-            # what was sampled from is the truncated distribution, where one is
-            logprobs = row["truncated_logprobs"] or row["logprobs"]
-            if logprobs is not None:
-                self.surprise -= math.fsum(logprobs)
-                self.surprise_tokens += len(logprobs)
             reason = row["reason"] or ""
             self.ungraded += reason == DIED or reason.startswith(TIMED_OUT)
         self.problems.append(
@@ -76,10 +75,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Figures:
-    """A benchmark's results (JSON values), and its resampled means for averages over benchmarks."""
+    """A benchmark's results (JSON values), and what means over several benchmarks are made of."""
 
     values: Row
-    resampled: passk.Floats  # [B, n + 2]: Pass@1 .. Pass@n, Avg@n, distinct correct
+    by_problem: dict[str, passk.Floats]  # [P, M], or fewer problems where the others have no such figure
+    drawn_entropy: passk.Floats  # [B]: token entropy in resamples
 
 
 def figures(tally: Tally, *, resamples: int, confidence: float, seed: int) -> Figures:
@@ -91,59 +91,138 @@ def figures(tally: Tally, *, resamples: int, confidence: float, seed: int) -> Fi
     if not tally.problems:
         raise ValueError(f"no problem was evaluated; {len(tally.skipped)} prompts were too long")
     n = tally.problems[0]["samples"]
-    correct = [row["correct"] for row in tally.problems]
-    distinct = np.asarray([row["distinct_correct"] for row in tally.problems], dtype=np.float64)
-    columns = np.column_stack([passk.pass_at_all(n, correct), np.asarray(correct) / n, distinct])
-    resampled = resampled_means(columns, resamples=resamples, seed=seed)
     lengths = np.asarray(tally.lengths)
-    responses = len(lengths)
+    surprise = np.asarray([sums for sums in tally.surprise if sums[1]], dtype=np.float64)  # [P, 2], nats and tokens
+    drawn = _drawn_ratios(surprise, resamples, seed) if len(surprise) else np.zeros(0)
+    by_problem = _by_problem(tally.problems, n)
+    said = {
+        name: _means([values], bounds, resamples=resamples, confidence=confidence, seed=seed)
+        for name, (values, bounds) in by_problem.items()
+    }
     values = {
         "problems": len(tally.problems),
         "skipped": sorted(tally.skipped),
         "samples": n,
-        **_headline(columns.mean(axis=0), resampled, confidence),
-        "self_bleu": _mean(row["self_bleu"] for row in tally.problems),
-        "distinct_4": _mean(row["distinct_4"] for row in tally.problems),
+        **_named(said),
         "response_tokens": {
             "mean": float(lengths.mean()),
+            "interval": said["response_tokens"][0][1],
             "median": float(np.median(lengths)),
             "p95": float(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
             "total": int(lengths.sum()),
         },
-        "stop_rate": tally.stopped / responses,
-        "truncation_rate": 1.0 - tally.stopped / responses,
+        "stop_rate": tally.stopped / len(lengths),
         # an unbiased estimate of the mean entropy of the distribution that was sampled from
-        "token_entropy": tally.surprise / tally.surprise_tokens if tally.surprise_tokens else None,
+        "token_entropy": float(surprise[:, 0].sum() / surprise[:, 1].sum()) if len(drawn) else None,
+        "token_entropy_interval": _of_draws(drawn, confidence),
         "ungraded": tally.ungraded,
     }
-    return Figures(values, resampled)
+    return Figures(values, {name: rows for name, (rows, _) in by_problem.items()}, drawn)
 
 
-def overall(benchmarks: Mapping[str, Figures], confidence: float) -> Row:
-    """The unweighted mean over benchmarks, as the paper's tables have it."""
-    widths = {found.values["samples"] for found in benchmarks.values()}
+def overall(benchmarks: Mapping[str, Figures], *, resamples: int, confidence: float) -> Row:
+    """The unweighted mean over benchmarks, as the paper's tables have it; ``ungraded`` is a sum."""
+    found = list(benchmarks.values())
+    widths = {one.values["samples"] for one in found}
     assert len(widths) == 1, widths
-    resampled = np.mean([found.resampled for found in benchmarks.values()], axis=0)
-    point = np.mean([_point(found.values) for found in benchmarks.values()], axis=0)
-    return _headline(point, resampled, confidence)
-
-
-def _point(values: Row) -> list[float]:
-    return [*values["pass_at_k"].values(), values["avg_at_k"], values["distinct_correct"]]
-
-
-def _headline(point: passk.Floats, resampled: passk.Floats, confidence: float) -> Row:
-    n = len(point) - 2
-    bounds = [[interval.low, interval.high] for interval in intervals(resampled, confidence)]
-    return {
-        "avg_at_k": float(point[n]),
-        "avg_interval": bounds[n],
-        "pass_at_k": {str(k): float(point[k - 1]) for k in range(1, n + 1)},
-        "pass_interval": {str(k): bounds[k - 1] for k in range(1, n + 1)},
-        "distinct_correct": float(point[n + 1]),
-        "distinct_correct_interval": bounds[n + 1],
+    said = {
+        name: _means(
+            [one.by_problem[name] for one in found],
+            _bounds(name, *widths),
+            resamples=resamples,
+            confidence=confidence,
+            seed=0,
+        )
+        for name in found[0].by_problem
     }
+    entropies = [one.values["token_entropy"] for one in found]
+    measured = None not in entropies
+    drawn = np.mean([one.drawn_entropy for one in found], axis=0) if measured else np.zeros(0)
+    return {
+        **_named(said),
+        "response_tokens": dict(zip(("mean", "interval"), said["response_tokens"][0], strict=True)),
+        "stop_rate": float(np.mean([one.values["stop_rate"] for one in found])),
+        "token_entropy": float(np.mean(entropies)) if measured else None,
+        "token_entropy_interval": _of_draws(drawn, confidence),
+        "ungraded": sum(one.values["ungraded"] for one in found),
+    }
+
+
+def _by_problem(problems: Sequence[Row], n: int) -> dict[str, tuple[passk.Floats, tuple[float, float] | None]]:
+    """Figures that are means over problems, with the least and the largest value of each."""
+    correct = [row["correct"] for row in problems]
+    columns: dict[str, Any] = {
+        "pass_at_k": passk.pass_at_all(n, correct),
+        "avg_at_k": [count / n for count in correct],
+        "distinct_correct": [row["distinct_correct"] for row in problems],
+        "self_bleu": [row["self_bleu"] for row in problems if row["self_bleu"] is not None],
+        "distinct_4": [row["distinct_4"] for row in problems if row["distinct_4"] is not None],
+        "truncation_rate": [row["truncated"] / n for row in problems],
+        "response_tokens": [row["response_tokens"] for row in problems],
+    }
+    return {
+        name: (np.asarray(values, np.float64).reshape(len(values), n if name == "pass_at_k" else 1), _bounds(name, n))
+        for name, values in columns.items()
+    }
+
+
+def _bounds(name: str, n: int) -> tuple[float, float] | None:
+    if name == "response_tokens":
+        return None
+    return (0.0, float(n)) if name == "distinct_correct" else (0.0, 1.0)
+
+
+def _means(
+    benchmarks: Sequence[passk.Floats],
+    bounds: tuple[float, float] | None,
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> list[tuple[float | None, list[float] | None]]:
+    """Mean over benchmarks and interval of each column; None where a benchmark has no such figure."""
+    if not all(map(len, benchmarks)):
+        return [(None, None)]
+    values = np.concatenate(benchmarks)
+    groups = [str(number) for number, rows in enumerate(benchmarks) for _ in rows]
+    found = bootstrap(values, bounds=bounds, groups=groups, resamples=resamples, seed=seed, confidence=confidence)
+    return [(float(mean), _pair(each)) for mean, each in zip(group_means(values, groups), found, strict=True)]
+
+
+def _named(said: Mapping[str, list[tuple[float | None, list[float] | None]]]) -> Row:
+    """Means and intervals under the names that the results give them."""
+    avg, distinct, truncation = (said[name][0] for name in ("avg_at_k", "distinct_correct", "truncation_rate"))
+    bleu, grams = said["self_bleu"][0], said["distinct_4"][0]
+    return {
+        "avg_at_k": avg[0],
+        "avg_interval": avg[1],
+        "pass_at_k": {str(k): value for k, (value, _) in enumerate(said["pass_at_k"], 1)},
+        "pass_interval": {str(k): bounds for k, (_, bounds) in enumerate(said["pass_at_k"], 1)},
+        "distinct_correct": distinct[0],
+        "distinct_correct_interval": distinct[1],
+        "self_bleu": bleu[0],
+        "self_bleu_interval": bleu[1],
+        "distinct_4": grams[0],
+        "distinct_4_interval": grams[1],
+        "truncation_rate": truncation[0],
+        "truncation_rate_interval": truncation[1],
+    }
+
+
+def _drawn_ratios(sums: passk.Floats, resamples: int, seed: int) -> passk.Floats:
+    """First over second column of the sums [P, 2] of resampled problems: [B]."""
+    drawn = resampled_means(sums, resamples=resamples, seed=seed)
+    return np.asarray(drawn[:, 0] / drawn[:, 1])
+
+
+def _of_draws(drawn: passk.Floats, confidence: float) -> list[float] | None:
+    """None where the draws never differ."""
+    return _pair(*intervals(drawn[:, None], confidence)) if len(drawn) and np.ptp(drawn) > 0.0 else None
+
+
+def _pair(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
 
 
 def _without_stop(row: Row) -> list[int]:
@@ -153,8 +232,3 @@ def _without_stop(row: Row) -> list[int]:
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None

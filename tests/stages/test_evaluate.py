@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from eopd.stages.evaluate import run as stage
 from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
-from eopd.stages.evaluate.summary import Tally, figures
+from eopd.stages.evaluate.summary import Tally, figures, overall
 from eopd.stages.evaluate.verifiers.countdown import verify
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.storage import evaluations
@@ -139,6 +140,15 @@ def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     assert one["stop_rate"] + one["truncation_rate"] == pytest.approx(1.0)
     other = found["benchmarks"]["exact"]
     assert found["mean"]["avg_at_k"] == pytest.approx((one["avg_at_k"] + other["avg_at_k"]) / 2)
+    for name in ("self_bleu", "distinct_4", "truncation_rate", "token_entropy"):
+        low, high = one[f"{name}_interval"]
+        assert low <= one[name] <= high
+        assert found["mean"][name] == pytest.approx((one[name] + other[name]) / 2)
+    low, high = one["response_tokens"]["interval"]
+    assert low <= one["response_tokens"]["mean"] <= high
+    assert found["mean"]["stop_rate"] == pytest.approx((one["stop_rate"] + other["stop_rate"]) / 2)
+    assert found["mean"]["ungraded"] == 0
+    assert found["verifiers"] == [f"countdown (eopd {version('eopd')})", f"exact (eopd {version('eopd')})"]
     assert found["settings"]["samples"] == 4
     assert found["model"]["fingerprint"] == "student"
     folder = evaluated.output.part_folder(evaluated.output.parts - 1)
@@ -205,6 +215,47 @@ def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(tmp_pat
 def test_a_benchmark_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 9 parts, but its benchmarks make 3"):
         stage.run(job_for(tmp_path, settings_for(), planned=9))
+
+
+def problem(correct: int, number: int) -> dict[str, Any]:
+    return {
+        "benchmark": "made up",
+        "problem_id": str(number),
+        "samples": 4,
+        "correct": correct,
+        "distinct_correct": min(correct, 1),
+        "self_bleu": 0.5,
+        "distinct_4": None,
+        "response_tokens": 8.0,
+        "truncated": 4,
+    }
+
+
+def tally_of(correct: Sequence[int]) -> Tally:
+    problems = [problem(count, number) for number, count in enumerate(correct)]
+    return Tally(problems, lengths=[8] * 4 * len(correct), surprise=[(4.0 + n, 32) for n in range(len(correct))])
+
+
+def test_results_without_spread_claim_no_certainty() -> None:
+    """0 of 30 problems: another thirty may hold some that are solved; one problem says nothing of others."""
+    none = figures(tally_of([0] * 30), resamples=100, confidence=0.95, seed=0)
+    assert none.values["avg_interval"] == pytest.approx([0.0, 0.1157], abs=1e-4)
+    assert none.values["pass_interval"]["4"] == pytest.approx([0.0, 0.1157], abs=1e-4)
+    assert none.values["distinct_correct_interval"] == pytest.approx([0.0, 4 * 0.1157], abs=1e-4)
+    assert none.values["truncation_rate_interval"] == pytest.approx([1 - 0.1157, 1.0], abs=1e-4)
+    assert none.values["response_tokens"]["interval"] is None
+    assert (none.values["distinct_4"], none.values["distinct_4_interval"]) == (None, None)
+    entropy = none.values["token_entropy"]
+    assert entropy == pytest.approx(sum(4.0 + n for n in range(30)) / (30 * 32))
+    assert none.values["token_entropy_interval"][0] < entropy < none.values["token_entropy_interval"][1]
+    one = figures(tally_of([4]), resamples=100, confidence=0.95, seed=0)
+    assert one.values["avg_at_k"] == 1.0
+    assert one.values["avg_interval"] is None
+    assert one.values["token_entropy_interval"] is None
+    both = overall({"none": none, "one": one}, resamples=100, confidence=0.95)
+    assert both["avg_at_k"] == 0.5
+    assert both["distinct_4"] is None
+    assert both["avg_interval"][0] < 0.1
 
 
 def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:

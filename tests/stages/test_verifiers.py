@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from eopd.stages.evaluate.settings import VERIFIERS
 from eopd.stages.evaluate.verifiers import countdown, exact, mathematics
+from eopd.stages.evaluate.verifiers.equations import equations
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
 from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
 
@@ -109,6 +112,7 @@ def test_registry_knows_the_names_that_settings_allow() -> None:
     with pytest.raises(ValueError, match="countdown, exact, math"):
         open_verifier("maths")
     verifier = open_verifier("countdown")
+    assert verifier.named() == f"countdown (eopd {version('eopd')})"
     with pytest.raises(ValueError, match="numbers=target"):
         verifier.check_answer("24")
     assert [v.correct for v in verifier.verify_many([("4+7=11", "4,7=11"), ("7-4=3", "4,7=11")])] == [True, False]
@@ -154,6 +158,49 @@ def test_math_outlives_an_answer_that_hangs(math_verifier: MathVerifier) -> None
     assert time.monotonic() - started < 60
 
 
+def test_a_reworded_solution_is_no_new_one_and_other_steps_are(math_verifier: MathVerifier) -> None:
+    first = "In April she sold 48 clips.\nIn May she sold 48 / 2 = 24.\nAltogether 48 + 24 = 72. \\boxed{72}"
+    reworded = (
+        "- **May**: $48 \\div 2 = 24$ clips\n- so over both months that is $48+24 = 72$, the answer is \\boxed{72}"
+    )
+    reordered = "We want 48+24=72, for 48/2=24 were sold in May. \\boxed{72}"
+    other = "Each half of May's clips is 12, so 48 * 1.5 = 72. \\boxed{72}"
+    silent = "It is \\boxed{72}"
+    forms = [
+        v.form
+        for v in math_verifier.verify_many([(text, "72") for text in (first, reworded, reordered, other, silent)])
+    ]
+    assert forms[0] is not None
+    assert forms[0] == forms[1] == forms[2]
+    assert len(set(forms)) == 3
+    assert math_verifier.named() == f"math-verify {version('math-verify')}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", []),
+        ("no equation, but 3 + 4", []),
+        ("Total = 48 + 24 = 72.", ["48+24=72"]),
+        (r"so $x = \dfrac{1}{2}$ and \(y=3\), thus", ["x=1/2", "y=3"]),
+        (r"\[ 3 \times 4 = 12 \]", ["3*4=12"]),
+        ("1. 1,234 apples + 6 pears = 1240 fruits", ["1234+6=1240"]),
+        ("$5 + \\$3 = $8", ["5+3=8"]),
+        (r"\boxed{x=5}", ["x=5"]),
+        ("2x=6, x=3, 2x=6", ["2x=6", "x=3"]),
+    ],
+)
+def test_equations_of_a_text(text: str, found: list[str]) -> None:
+    assert equations(text) == found
+
+
+@pytest.mark.parametrize("text", [" " * 200_000, "=" * 200_000, "\\frac{" * 30_000, "1 = " * 50_000, "**" * 100_000])
+def test_equations_of_hostile_text_take_no_time(text: str) -> None:
+    started = time.monotonic()
+    equations(text)
+    assert time.monotonic() - started < 2.0
+
+
 MATH_BOMBS = [
     r"\boxed{9**9**9**9}",
     r"\boxed{(x+y+z)^{3000}}",  # expands into millions of terms
@@ -192,6 +239,56 @@ def test_a_worker_that_hangs_or_dies_costs_its_own_answer_only() -> None:
     reasons = {response: v.reason or "" for response, v in zip(asked, verdicts, strict=True)}
     assert reasons["hang"].startswith(mathematics.TIMED_OUT)
     assert reasons["die"] == mathematics.DIED
+
+
+SLOW_ONCE = """
+import pathlib, sys, time
+print('{"ready": true, "version": "7"}', flush=True)
+for line in sys.stdin:
+    seen = pathlib.Path(sys.argv[1])
+    if 'slow' in line and not seen.exists():
+        seen.touch()
+        time.sleep(60)
+    print('{"correct": true, "form": "x"}', flush=True)
+"""
+
+
+def test_an_answer_that_was_slow_once_is_graded_again(tmp_path: Path) -> None:
+    """As on a machine that was busy with something else."""
+    command = (sys.executable, "-c", SLOW_ONCE, str(tmp_path / "seen"))
+    with MathVerifier(seconds=1.0, workers=2, command=command) as verifier:
+        verdicts = verifier.verify_many([("fine", "1"), ("slow", "1"), ("fine", "1")])
+        assert verifier.named() == "math-verify 7"
+    assert [v.correct for v in verdicts] == [True] * 3
+
+
+DIES_ONCE_STARTED = """
+import json, pathlib, sys
+starts = pathlib.Path(sys.argv[1])
+started = len(starts.read_text()) if starts.exists() else 0
+starts.write_text('x' * (started + 1))
+if started in json.loads(sys.argv[2]):
+    sys.exit(1)
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    if 'die' in line:
+        sys.exit(3)
+    print('{"correct": true, "form": "x"}', flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "correct"), [([1], [True, False, True, True]), ([1, 2], [True, False, False, True])]
+)
+def test_a_grader_that_cannot_be_started_again_costs_one_answer(
+    tmp_path: Path, failing: list[int], correct: list[bool]
+) -> None:
+    """Starts are counted from 0; one that fails is tried once more."""
+    command = (sys.executable, "-c", DIES_ONCE_STARTED, str(tmp_path / "starts"), json.dumps(failing))
+    with MathVerifier(seconds=5.0, workers=1, command=command) as verifier:
+        verdicts = verifier.verify_many([(response, "1") for response in ("fine", "die", "fine", "fine")])
+    assert [v.correct for v in verdicts] == correct
+    assert {v.reason for v in verdicts if not v.correct} == {mathematics.DIED}
 
 
 def test_a_grader_left_alone_ends_by_itself() -> None:

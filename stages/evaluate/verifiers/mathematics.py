@@ -1,8 +1,9 @@
 """Mathematics, graded by math-verify in processes that can be killed.
 
 An answer can make the algebra behind it run for ever or fill the memory, in places that no signal handler reaches.
-So every answer has a time limit, after which its process is killed and a new one started: that answer is wrong
-with a reason that says so, and all others are graded.
+So every answer has a time limit, after which its process is killed and a new one started. The limit is wall time, and
+a busy machine is slow: answers that pass it are graded once more, one at a time, when all others are done. One that
+passes it again is wrong, with a reason that says so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from eopd.stages.evaluate.verifiers.verdict import Verdict
 
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
 START_SECONDS = 120.0
+RESTART_PAUSE_SECONDS = 1.0
 TIMED_OUT = "the grader took too long"
 DIED = "the grader died"
 
 
 class WorkerDied(RuntimeError):
     """The grading process ended by itself (out of memory, or a crash of a library)."""
+
+
+class NotStarted(RuntimeError):
+    """A grading process did not come up."""
 
 
 class MathVerifier:
@@ -45,16 +51,24 @@ class MathVerifier:
         self._command = tuple(command)
         self._free: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._workers = workers
+        self._version: str | None = None  # None until a process has started
         for _ in range(workers):
             self._free.put(None)
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         with ThreadPoolExecutor(self._workers) as threads:
-            return list(threads.map(self._verify, pairs))
+            verdicts = list(threads.map(self._verify, pairs))
+        return [
+            self._verify(pair) if (verdict.reason or "").startswith(TIMED_OUT) else verdict
+            for pair, verdict in zip(pairs, verdicts, strict=True)
+        ]
 
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
             raise ValueError("the reference answer is empty")
+
+    def named(self) -> str:
+        return f"math-verify {self._version}" if self._version else "math-verify"
 
     def close(self) -> None:
         for _ in range(self._workers):
@@ -74,7 +88,7 @@ class MathVerifier:
         worker = self._free.get()
         try:
             if worker is None:
-                worker = _Worker(self._command)
+                worker = self._start()
             found = worker.ask({"response": response, "answer": answer, "seconds": self._seconds}, self._seconds)
             return Verdict(bool(found["correct"]), form=found.get("form"), reason=found.get("reason"))
         except TimeoutError:
@@ -87,6 +101,23 @@ class MathVerifier:
             return Verdict(False, reason=DIED)
         finally:
             self._free.put(worker)
+
+    def _start(self) -> _Worker:
+        """Of the first process a failure is everybody's (no math-verify); of a later one, after a kill, it is the
+        machine's (no memory, no time): it is tried again, then costs one answer.
+        """
+        try:
+            worker = _Worker(self._command)
+        except (OSError, NotStarted):
+            if self._version is None:
+                raise
+            time.sleep(RESTART_PAUSE_SECONDS)
+            try:
+                worker = _Worker(self._command)
+            except (OSError, NotStarted) as error:
+                raise WorkerDied(str(error)) from error
+        self._version = worker.version
+        return worker
 
 
 def _kill(worker: _Worker | None) -> None:
@@ -103,10 +134,10 @@ class _Worker:
         )
         self._buffer = b""
         try:
-            self._read(START_SECONDS)
+            self.version = str(self._read(START_SECONDS).get("version", ""))
         except (TimeoutError, WorkerDied) as error:
             self.kill()
-            raise RuntimeError(
+            raise NotStarted(
                 f"the mathematics grader did not start ({error}): is math-verify installed? "
                 f"Run `{' '.join(command)} < /dev/null` to see why."
             ) from error

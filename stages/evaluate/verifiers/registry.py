@@ -6,6 +6,7 @@ A verifier judges many (response, reference answer) pairs at once, so that one t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Protocol
 
 from eopd.stages.evaluate.verifiers import countdown, exact
@@ -26,6 +27,9 @@ class Verifier(Protocol):
     def check_answer(self, answer: str) -> None:
         """Raises ValueError where this verifier cannot read the reference answer: asked before anything is sampled."""
 
+    def named(self) -> str:
+        """Name and version of what judged, for the results; to be asked after ``verify_many``."""
+
     def close(self) -> None:
         """Free what it holds."""
 
@@ -33,7 +37,8 @@ class Verifier(Protocol):
 class PlainVerifier:
     """A pure function of response and answer, in this process."""
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, name: str, judge: Judge) -> None:
+        self._name = name
         self._judge = judge
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
@@ -41,6 +46,9 @@ class PlainVerifier:
 
     def check_answer(self, answer: str) -> None:
         self._judge("", answer)
+
+    def named(self) -> str:
+        return f"{self._name} (eopd {version('eopd')})"
 
     def close(self) -> None:
         pass
@@ -66,4 +74,4 @@ def open_verifier(name: str, *, seconds: float = 5.0, workers: int = 1) -> Verif
         return MathVerifier(seconds=seconds, workers=workers)
     if name not in PLAIN:
         raise ValueError(f"verifier {name!r} is unknown; there are {', '.join(sorted(NAMES))}")
-    return PlainVerifier(PLAIN[name])
+    return PlainVerifier(name, PLAIN[name])

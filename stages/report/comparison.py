@@ -78,6 +78,9 @@ def compare(runs: Sequence[RunData]) -> Comparison:
         pairs = tuple(sorted(set(one.seeds) & set(other.seeds)))
         if len(pairs) < 2:
             pairs = ()
+        if base.graders and run.graders and base.graders != run.graders:
+            graders = [f"{each.name} by {words.joined(each.graders)}" for each in (base, run)]
+            notes.append(f"Graded by different verifiers, which may be all of a difference: {'; '.join(graders)}.")
         notes += _of_seeds(base.name, run.name, one, other, pairs)
         k = min(one.samples, other.samples)
         one, other = (_of(scores, pairs or scores.seeds) for scores in (one, other))

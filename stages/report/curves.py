@@ -36,7 +36,17 @@ ROUND_PANELS = (
     Panel("gate-fraction", "Gate fraction", "gate_fraction", "percent", "tokens whose teacher entropy passes the gate"),
     Panel("rkl", "Reverse KL", "rkl", note="student to teacher, nats per token"),
     Panel("fkl", "Forward KL", "fkl", note="teacher to student, nats per token"),
-    Panel("distinct-correct", "Distinct correct answers", "distinct_correct", note="different solutions a problem"),
+    Panel(
+        "distinct-correct",
+        "Distinct correct solutions",
+        "distinct_correct",
+        note="a problem · apart by equations (math), expression (countdown) or text (exact)",
+    ),
+    Panel("self-bleu", "Self-BLEU", "self_bleu", "rate", "likeness of a problem's samples, 1: all equal"),
+    Panel("distinct-4", "Distinct 4-grams", "distinct_4", "rate", "different ones among all of a problem's samples"),
+    Panel(
+        "token-entropy", "Sampled entropy", "token_entropy", note="nats a token, of what the evaluation sampled from"
+    ),
     Panel("response-length", "Response length", "response_length", note="mean tokens a response"),
     Panel("truncation", "Truncation rate", "truncation_rate", "percent", "responses cut off at the length limit"),
     Panel("tokens", "Student tokens", "tokens", "count", "response tokens trained on in the round"),

@@ -65,9 +65,11 @@ class BinnedMean:
 class RoundData:
     """One round's figures. Round 0 is the first student, before any training.
 
-    From ``held_out_entropy`` on: of teacher and student on the evaluation's samples, exact over the full vocabulary;
-    ``uncertain_fkl`` is of tokens whose teacher entropy exceeds the threshold, ``student_above`` and ``teacher_above``
-    are the shares of tokens with more entropy than that. ``intervals``: of any of the single figures, by its name.
+    ``token_entropy``: of what the evaluation sampled (nats); ``ungraded``: answers that the grader gave up on;
+    ``left_out``: problems that were not evaluated. From ``held_out_entropy`` on: of teacher and student on the
+    evaluation's samples, exact over the full vocabulary; ``uncertain_fkl`` is of tokens whose teacher entropy exceeds
+    the threshold, ``student_above`` and ``teacher_above`` are the shares of tokens with more entropy than that.
+    ``intervals``: of any of the single figures, by its name.
     ``measured``: whether this student was to be evaluated; a line goes from one that was to the next.
     """
 
@@ -83,8 +85,14 @@ class RoundData:
     fkl: float | None = None
     tokens: int | None = None
     truncation_rate: float | None = None
+    stop_rate: float | None = None
     response_length: float | None = None
     distinct_correct: float | None = None
+    self_bleu: float | None = None
+    distinct_4: float | None = None
+    token_entropy: float | None = None
+    ungraded: int | None = None
+    left_out: int | None = None
     held_out_entropy: float | None = None
     held_out_teacher_entropy: float | None = None
     held_out_fkl: float | None = None
@@ -190,7 +198,8 @@ class RunData:
 
     ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as "95 % bootstrap over problems";
     the gains are last minus first round, paired where they can be; ``scores``: one entry an evaluated round, in order.
-    Runs of equal ``kin`` differ in ``seed`` at most.
+    Runs of equal ``kin`` differ in ``seed`` at most. ``graders``: verifiers with their versions; ``warnings``: what a
+    reader must know before believing the figures.
     """
 
     name: str
@@ -210,6 +219,8 @@ class RunData:
     scores: list[ProblemScores] = field(default_factory=list)
     seed: int | None = None
     kin: str = ""
+    graders: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eopd.stages.report import aligned
+from eopd.stages.report import aligned, evaluated
 from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
 from eopd.stages.report.expenses import Job, costs, seconds_by_key
 from eopd.stages.report.scores import gains
@@ -92,6 +92,8 @@ def gather(run: RunArtifacts) -> RunData:
         scores=scores,
         seed=run.seed,
         kin=run.kin,
+        graders=sorted({name for found in results.values() for name in evaluated.graders(found)}),
+        warnings=evaluated.warnings(results),
     )
 
 
@@ -121,27 +123,10 @@ def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundAr
             values, figures["intervals"] = aligned.round_figures(aligned.read_alignment(found.alignment))
             figures.update(values)
     figures["measured"] = all(found.measured for found in rounds if found.round == number)
-    if results is None:
-        return RoundData(round=number, **figures)
-    mean, benchmarks = results["mean"], list(results["benchmarks"].values())
-    samples = benchmarks[0]["samples"]
-    return RoundData(
-        round=number,
-        avg_at_k={samples: mean["avg_at_k"]},
-        avg_interval={samples: tuple(mean["avg_interval"])},
-        pass_at_k={int(k): value for k, value in mean["pass_at_k"].items()},
-        pass_interval={int(k): tuple(value) for k, value in mean["pass_interval"].items()},
-        truncation_rate=_mean(found["truncation_rate"] for found in benchmarks),
-        response_length=_mean(found["response_tokens"]["mean"] for found in benchmarks),
-        distinct_correct=mean["distinct_correct"],
-        **{
-            **figures,
-            "intervals": {
-                **figures.get("intervals", {}),
-                "distinct_correct": tuple(mean["distinct_correct_interval"]),
-            },
-        },
-    )
+    if results is not None:
+        measured, intervals = evaluated.round_figures(results)
+        figures |= {**measured, "intervals": {**figures.get("intervals", {}), **intervals}}
+    return RoundData(round=number, **figures)
 
 
 def _figures_of(number: int, rounds: Sequence[RoundArtifacts]) -> dict[str, Any]:
@@ -177,10 +162,6 @@ def _training(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> list[Step
         for row in _steps(found.checkpoint):
             rows.append(StepRow.of({**row, "tokens_per_s": speeds.get((row["round"], row["step"]))}))
     return rows
-
-
-def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
 
 
 def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScores:

@@ -129,6 +129,9 @@ def render(data: ReportData) -> str:
         summaries=summaries,
         beside=headline.beside(summaries),
         compared=compared,
+        evaluations=tables.evaluations(data.runs),
+        graders=[(run.name, words.joined(run.graders)) for run in data.runs if run.graders],
+        warnings=[(run.name, run.warnings) for run in data.runs if run.warnings],
         differences=comparison.table(compared),
         dumbbells=headline.dumbbells(summaries),
         marker=_marker,
@@ -152,8 +155,11 @@ def _cleaned(data: ReportData) -> ReportData:
         while name in seen:
             name = f"{name} ({index + 1})"
         seen.add(name)
-        notes = [words.printable(note, 1000) for note in run.notes]
-        runs.append(_replace(run, name=name, notes=notes, interval=words.printable(run.interval, 120)))
+        said = {
+            field: [words.printable(text, 1000) for text in getattr(run, field)]
+            for field in ("notes", "warnings", "graders")
+        }
+        runs.append(_replace(run, name=name, interval=words.printable(run.interval, 120), **said))
     title, generated = words.printable(data.title, 200), words.printable(data.generated, 100)
     return ReportData(title=title, generated=generated, runs=runs)
 

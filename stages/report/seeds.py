@@ -31,6 +31,7 @@ _OF_ROUNDS = [
 ]
 _OF_STEPS = [item.name for item in fields(StepRow) if item.name not in ("round", "step", "further")]
 _WHOLE = ("tokens",)  # counts
+_SUMMED = ("ungraded", "left_out")
 
 
 def grouped(runs: Sequence[RunData]) -> list[RunData]:
@@ -80,6 +81,8 @@ def merged(runs: Sequence[RunData]) -> RunData:
         pass_gain=passed,
         scores=[_scores(runs, number) for number in shared],
         kin=first.kin,
+        graders=sorted({name for run in runs for name in run.graders}),
+        warnings=[f"Seed {run.seed}: {warning}" for run in runs for warning in run.warnings],
         notes=[
             f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.",
             *_unequal(runs),
@@ -122,6 +125,10 @@ def _of_all(values: Sequence[float | None]) -> tuple[float | None, Interval | No
 def _round(items: Sequence[RoundData]) -> RoundData:
     made: dict[str, Any] = {"round": items[0].round, "intervals": {}, "measured": any(item.measured for item in items)}
     for name in _OF_ROUNDS:
+        if name in _SUMMED:
+            counts = [getattr(item, name) for item in items]
+            made[name] = None if None in counts else sum(counts)
+            continue
         value, interval = _of_all([getattr(item, name) for item in items])
         made[name] = round(value) if value is not None and name in _WHOLE else value
         if interval is not None:

@@ -1,4 +1,4 @@
-"""The cost table and the settings, as text for the template."""
+"""The tables of evaluations, costs and settings, as text for the template."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from eopd.stages.report import palette, words
-from eopd.stages.report.data import CostRow, RunData
+from eopd.stages.report.data import CostRow, RoundData, RunData
+from eopd.stages.report.figure import Rows
+from eopd.stages.report.words import Form
 
 _MOST_ROUND_ROWS = 400
+_OF_EVALUATIONS: tuple[tuple[str, str, Form], ...] = (
+    ("distinct correct", "distinct_correct", "number"),
+    ("self-BLEU", "self_bleu", "rate"),
+    ("distinct 4-grams", "distinct_4", "rate"),
+    ("sampled entropy", "token_entropy", "number"),
+    ("tokens", "response_length", "number"),
+    ("stopped", "stop_rate", "percent"),
+    ("truncated", "truncation_rate", "percent"),
+    ("ungraded", "ungraded", "count"),
+    ("left out", "left_out", "count"),
+)
 _LONGEST_VALUE = 300
 
 
@@ -46,6 +59,30 @@ class SettingsTable:
     names: tuple[str, ...]
     differing: tuple[tuple[str, tuple[str, ...]], ...]
     whole: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+def evaluations(runs: Sequence[RunData]) -> Rows:
+    """Every figure of every evaluation, with its interval in brackets."""
+    found = [(run, item) for run in runs for item in run.rounds if item.avg_at_k]
+    body = tuple((run.name, str(item.round), *_evaluation(item)) for run, item in found[:_MOST_ROUND_ROWS])
+    head = ("run", "round", "Avg@k", "Pass@k", *(title for title, _, _ in _OF_EVALUATIONS))
+    return Rows(head, body, len(found) - len(body))
+
+
+def _evaluation(item: RoundData) -> list[str]:
+    cells = []
+    for which in ("avg", "pass"):
+        k = max(getattr(item, f"{which}_at_k"), default=0)
+        value, bounds = (getattr(item, f"{which}_{name}").get(k) for name in ("at_k", "interval"))
+        cells.append(_with_interval(value, bounds, "rate") + (f" at {k}" if value is not None else ""))
+    for _, name, form in _OF_EVALUATIONS:
+        cells.append(_with_interval(getattr(item, name), item.intervals.get(name), form))
+    return cells
+
+
+def _with_interval(value: float | None, bounds: tuple[float, float] | None, form: Form) -> str:
+    spread = words.interval(*bounds, form) if bounds else ""
+    return words.number(value, form) + (f" ({spread})" if spread else "")
 
 
 def costs(runs: Sequence[RunData]) -> list[RunCost]:

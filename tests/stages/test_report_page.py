@@ -105,6 +105,8 @@ def evil_report() -> ReportData:
         name=EVIL,
         interval=EVIL,
         notes=[EVIL],
+        warnings=[EVIL],
+        graders=[EVIL],
         settings={EVIL: {EVIL: [EVIL]}, "train": {EVIL: EVIL}},
         training=[StepRow(1, step, loss=1.0, further={EVIL: 1.0}) for step in range(3)],
         further_by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},

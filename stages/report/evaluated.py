@@ -1,0 +1,89 @@
+"""From an evaluation's results to what the report shows of it: figures of a round, and what must be said of them.
+
+Results of version 1 have no intervals but those of Avg@k, Pass@k and distinct correct solutions, and no verifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eopd.stages.report import words
+
+_MEANS = ("distinct_correct", "self_bleu", "distinct_4", "token_entropy", "truncation_rate", "stop_rate")
+_MOST_ROUNDS = 6
+
+Results = Mapping[str, Any]
+Bounds = tuple[float, float]
+
+
+def round_figures(results: Results) -> tuple[dict[str, Any], dict[str, Bounds]]:
+    """Fields of ``RoundData``, means over the benchmarks, and the intervals of the single ones."""
+    mean, benchmarks = results["mean"], list(results["benchmarks"].values())
+    samples = benchmarks[0]["samples"]
+    passed = {int(k): bounds for k, bounds in mean["pass_interval"].items() if bounds is not None}
+    figures = {
+        "avg_at_k": {samples: mean["avg_at_k"]},
+        "avg_interval": {samples: tuple(mean["avg_interval"])} if mean["avg_interval"] else {},
+        "pass_at_k": {int(k): value for k, value in mean["pass_at_k"].items()},
+        "pass_interval": {k: tuple(bounds) for k, bounds in passed.items()},
+        "response_length": _mean([found["response_tokens"]["mean"] for found in benchmarks]),
+        "ungraded": sum(found["ungraded"] for found in benchmarks),
+        "left_out": sum(_left_out(results)),
+    }
+    bounds = {"response_length": mean.get("response_tokens", {}).get("interval")}
+    for name in _MEANS:
+        figures[name] = mean[name] if name in mean else _mean([found[name] for found in benchmarks])
+        bounds[name] = mean.get(f"{name}_interval")
+    return figures, {name: (found[0], found[1]) for name, found in bounds.items() if found is not None}
+
+
+def graders(results: Results) -> list[str]:
+    """Verifiers by name and version."""
+    return list(results.get("verifiers", ()))
+
+
+def warnings(results: Mapping[int, Results]) -> list[str]:
+    """What spoils the figures of some rounds; nothing of those that are as they should be."""
+    given_up, missing, long = {}, {}, {}
+    for number, found in results.items():
+        benchmarks = found["benchmarks"].values()
+        answers = sum(one["problems"] * one["samples"] for one in benchmarks)
+        ungraded = sum(one["ungraded"] for one in benchmarks)
+        set_aside, skipped = _left_out(found)
+        if ungraded:
+            given_up[number] = f"{ungraded} of {answers} ({words.number(ungraded / answers, 'percent')})"
+        if set_aside:
+            missing[number] = str(set_aside)
+        if skipped:
+            long[number] = str(skipped)
+    said = []
+    if given_up:
+        said.append(f"The grader gave up on answers, which count as wrong: {_by_round(given_up)}.")
+    if missing:
+        said.append(f"Problems are missing, set aside after failures; figures are of the others: {_by_round(missing)}.")
+    if long:
+        said.append(f"Problems with too long prompts are left out: {_by_round(long)}.")
+    names = sorted({tuple(graders(found)) for found in results.values()})
+    if len(names) > 1:
+        versions = "; ".join(words.joined(list(each)) or "not recorded" for each in names)
+        said.append(f"Rounds were graded by different verifiers ({versions}): changes may be due to that alone.")
+    return said
+
+
+def _left_out(results: Results) -> tuple[int, int]:
+    """Problems of parts that were set aside, and those with too long prompts."""
+    set_aside = sum(rows["stop"] - rows["start"] for rows in results.get("left_out", ()))
+    return set_aside, sum(len(found["skipped"]) for found in results["benchmarks"].values())
+
+
+def _by_round(found: Mapping[int, str]) -> str:
+    said = [f"{text} in round {number}" for number, text in sorted(found.items())]
+    more = len(said) - _MOST_ROUNDS
+    return ", ".join(said[:_MOST_ROUNDS]) + (f" and {more} more rounds" if more > 0 else "")
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of the benchmarks; None where one lacks it."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -27,7 +27,7 @@ from examples.study import run as study_run
 from examples.study.__main__ import in_order, main
 from examples.study.design import SMOKE, Experiment, Task
 
-TOY = dataclasses.replace(SMOKE, train_problems=600, problems=12, tuning_problems=4)
+TOY = dataclasses.replace(SMOKE, problems=12, tuning_problems=4)
 RATES = rates.untuned()
 ALL = tuple(experiments.EXPERIMENTS.values())
 
@@ -101,6 +101,40 @@ def _unsaid(resolved: object, said: object, where: str = "") -> Iterator[str]:
     elif isinstance(resolved, list) and isinstance(said, list):
         for one, other in zip(resolved, said, strict=True):
             yield from _unsaid(one, other, where)
+
+
+def test_rounds_of_every_setting_are_whole() -> None:
+    for one in ALL:
+        for setting in one.settings:
+            for scale in (one.scale, SMOKE):
+                assert setting.rounds(scale) * (setting.refresh or scale.iterations) == scale.iterations
+    with pytest.raises(AssertionError):
+        experiments.STALENESS.setting("old-ppo-every16").rounds(dataclasses.replace(SMOKE, iterations=24))
+
+
+def test_a_smoke_run_ends_in_a_report(tmp_path: Path) -> None:
+    arguments = [
+        "--smoke",
+        "--only",
+        "main",
+        "--settings",
+        "opd",
+        "mix",
+        "--seeds",
+        "0",
+        "--work",
+        str(tmp_path),
+        "--workers",
+        "1",
+    ]
+    assert main(arguments) == 0
+    text = (tmp_path / "smoke" / "study.md").read_text()
+    assert "2 results, made at " in text
+    levels = {line.split(" | ")[0]: line.split(" | ") for line in text.split("\n\n")[3].splitlines()}
+    assert levels["| mix"][8] == "1.000", "its gate is open everywhere"
+    assert levels["| opd"][9] == "18", "thousand tokens"
+    assert "| mix | 1 | " in text.split("against opd, in pairs")[1]
+    assert not (tmp_path / "smoke" / "store-seed0").exists()
 
 
 def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,11 +142,13 @@ class _Worker:
 
     def end(self) -> str:
         """End the process if it has not ended; how it did."""
+        self.pipe.close()
+        if self.task is None:  # it waits for one, and the end of the pipe ends it
+            self._process.join(PATIENCE_SECONDS)
         self._process.terminate()
         self._process.join(PATIENCE_SECONDS)
         self._process.kill()
         self._process.join()
-        self.pipe.close()
         code = self._process.exitcode or 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
@@ -162,8 +164,7 @@ def _serve(pipe: Connection, work: Path, folder: Path) -> None:
         ask_to_stop_when_orphaned()
     torch.set_num_threads(1)
     commit()
-    while True:
-        task = pipe.recv()
+    while (task := _next(pipe)) is not None:
         began = time.monotonic()
         try:
             run(task, work, folder)
@@ -171,6 +172,15 @@ def _serve(pipe: Connection, work: Path, folder: Path) -> None:
             pipe.send(f"{type(error).__name__}: {error}")
         else:
             pipe.send(time.monotonic() - began)
+
+
+def _next(pipe: Connection) -> Task | None:
+    """The next task; None when there is none to come."""
+    try:
+        task: Task = pipe.recv()
+    except EOFError:
+        return None
+    return task
 
 
 @contextmanager

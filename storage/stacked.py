@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
-from eopd.storage.coverage import Coverage, cheapest
-from eopd.storage.errors import MissingPart, StoreError
+from eopd.storage.errors import StoreError
 from eopd.storage.listing import coverages
-from eopd.storage.needs import Need
 from eopd.storage.places import open_place
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ class StackedStores:
         self.private: Path = stores[0]
         self.stores = list(stores)
         self._elsewhere: dict[tuple[str, str], tuple[int, Artifact] | None] = {}
+        self._fitting: dict[tuple[int, str, str], bool] = {}
 
     @classmethod
     def at(cls, private: str, read_only: Sequence[str]) -> StackedStores:
@@ -58,7 +57,7 @@ class StackedStores:
     def find(self, identity: Identity) -> Artifact:
         """The artifact of this identity to read from, or to make (in the private store)."""
         own = Artifact(self.private, identity)
-        if len(self.stores) == 1 or own.standing().made:
+        if len(self.stores) == 1 or own.is_begun() or own.standing().made:
             return own
         found = self._complete(identity.kind, identity.key)
         if found is None or not self._fits(*found):
@@ -79,29 +78,6 @@ class StackedStores:
                     found[key] = elsewhere[1]
         return list(found.values())
 
-    def find_scores(self, identity: str, needs: Sequence[Need]) -> Artifact:
-        """The cheapest complete coverage of scores that answers ``needs``, wherever it lies.
-
-        Args:
-            identity: key of the scores without coverage (``Identity.base_key``).
-
-        Raises:
-            NeedNotMet: there are complete coverages, but none answers; names what the cheapest lacks.
-            MissingPart: no complete coverage of this identity is in any store.
-        """
-        from eopd.storage.teacher_cache import TeacherCache
-
-        found = {artifact.key: artifact for artifact in self.coverages(identity)}
-        if not found:
-            raise MissingPart(f"no complete scores {identity} in {self.stores}. Run the score stage.")
-        held: dict[str, Coverage] = {name: TeacherCache(artifact).coverage for name, artifact in found.items()}
-        best = cheapest(held, needs)
-        if best is None:
-            widest = max(held, key=lambda name: held[name].cost())
-            held[widest].require(needs, repr(found[widest]))
-            raise AssertionError(needs)
-        return found[best]
-
     def _complete(self, kind: str, key: str) -> tuple[int, Artifact] | None:
         """The first read-only store (its number) that has all of it."""
         if (kind, key) not in self._elsewhere:
@@ -119,15 +95,19 @@ class StackedStores:
         key = found.identity.inputs.get("rollouts")
         if found.kind not in MADE_BY_PART or key is None:
             return True
-        begun = _open(self.private, "rollouts", key, self.private)
-        if begun is None or not begun.standing().made:
+        known = self._fitting.get((number, found.kind, found.key))
+        if known is not None:
+            return known
+        read = _open(self.private, "rollouts", key, self.private)
+        if read is None or not read.standing().made:
             elsewhere = self._complete("rollouts", key)
             if elsewhere is None or elsewhere[0] == number:
                 return True
-            begun = elsewhere[1]
-        return all(
-            found.marker(part).inputs.get("rollouts") == begun.marker(part).checksum for part in begun.committed()
-        )
+            read = elsewhere[1]
+        fits = all(found.marker(part).inputs.get("rollouts") == read.marker(part).checksum for part in read.committed())
+        if is_whole(read):  # else more of them may come, and others than those
+            self._fitting[number, found.kind, found.key] = fits
+        return fits
 
 
 def is_whole(artifact: Artifact) -> bool:

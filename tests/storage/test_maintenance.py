@@ -16,7 +16,7 @@ from eopd.storage import garbage, listing, paths, statistics
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
-from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet, import_topk, imported_header
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
@@ -361,16 +361,12 @@ def test_stacked_stores(tmp_path: Path) -> None:
     new = Identity("scores", 1, 2, {"test": 2})
     assert stack.find(new).folder == private / "scores" / new.key
     base = small.identity.base_key
-    assert stack.find_scores(base, [HeadNeed(4, 0.8)]).key == small.key
-    assert stack.find_scores(base, [HeadNeed(16, 0.8), EntropyNeed()]).key == large.key
-    with pytest.raises(NeedNotMet, match="heads of 64 entries; it keeps 32"):
-        stack.find_scores(base, [HeadNeed(64, 0.8)])
-    with pytest.raises(MissingPart, match="no complete scores"):
-        stack.find_scores("0" * 20, [])
+    assert {found.key for found in stack.coverages(base)} == {small.key, large.key}
+    assert stack.coverages("0" * 20) == []
     with pytest.raises(ValueError, match="first of stacked stores"):
         StackedStores([])
     os.chmod(team, 0o555)
-    assert TeacherCache(stack.find_scores(base, [])).read([(0, 0)]).responses == 1
+    assert TeacherCache(stack.find(small.identity)).read([(0, 0)]).responses == 1
     os.chmod(team, 0o755)
 
 
@@ -413,6 +409,39 @@ def test_what_is_begun_privately_is_finished_there(tmp_path: Path) -> None:
     rollouts = by_part(team, "rollouts", b"x")
     copy(rollouts, private, parts=[1])
     assert StackedStores([private, team]).find(rollouts.identity).missing() == [0]
+    shutil.rmtree(private)
+    mine = Artifact(private, rollouts.identity)
+    mine.begin()
+    assert StackedStores([private, team]).find(rollouts.identity).folder == mine.folder
+
+
+def test_whether_scores_fit_is_looked_at_once_the_rollouts_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team, private = tmp_path / "team", tmp_path / "private"
+    scored = by_part(team, "scores", b"scores", by_part(team, "rollouts", b"x"))
+    mine = by_part(private, "rollouts", b"y")
+    mine.drop_part(1)
+    stack = StackedStores([private, team])
+    looked: list[Path] = []
+    marker = Artifact.marker
+
+    def look(here: Artifact, part: int) -> Marker:
+        looked.append(here.folder)
+        return marker(here, part)
+
+    def find() -> int:
+        """How many markers are read."""
+        looked.clear()
+        assert stack.find(scored.identity).folder == private / "scores" / scored.key
+        return len(looked)
+
+    monkeypatch.setattr(Artifact, "marker", look)
+    assert find() == find() > 0
+    with mine.write_part(1) as folder:
+        (folder / "data").write_bytes(b"y")
+    assert find() > 0
+    assert find() == 0
 
 
 # -- export and import -----------------------------------------------------------------------------------------

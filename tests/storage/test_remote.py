@@ -18,7 +18,6 @@ from eopd.storage import paths, remote
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.fetched import FetchedArtifact
-from eopd.storage.needs import HeadNeed
 from eopd.storage.pruning import prune
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import StackedStores
@@ -89,7 +88,7 @@ def test_a_team_bucket_behind_a_private_store(tmp_path: Path, bucket: Any) -> No
     artifact, _ = scores(tmp_path / "here", head=HeadRule(k_max=8))
     copy(artifact, bucket)
     stack = StackedStores([tmp_path / "private", bucket])
-    found = stack.find_scores(artifact.identity.base_key, [HeadNeed(4, 0.8)])
+    (found,) = stack.coverages(artifact.identity.base_key)
     assert isinstance(found, FetchedArtifact)
     assert isinstance(stack.find(artifact.identity), FetchedArtifact)
     assert TeacherCache(found).read([(0, 1)]).responses == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,9 +80,10 @@ def stats(
 ) -> None:
     """What scores hold: bytes by field, entropy, mass kept by k, tokens gated by tau. Choose k and tau from this."""
     from eopd.storage import statistics
+    from eopd.storage.sources import filled_parts
 
     cache = _scores(store, name)
-    found = statistics.stats(cache, sorted(cache.artifact.committed())[:parts])
+    found = statistics.stats(cache, islice(filled_parts(cache.artifact), parts))
     _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
     if plot is not None:
         statistics.plot(found, _writable(plot))

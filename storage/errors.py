@@ -45,3 +45,7 @@ class NoHardLinks(StoreUnwritable):
 
 class StoreUnreadable(StoreError):
     """The store does not answer (network, service or file system). Try again, or use another copy."""
+
+
+UNSOUND = (DamagedPart, WrongArtifact, MissingPart, MissingArtifact, NewerSchema)
+"""Errors that say something of what is stored. Others say that it could not be looked at, which is no damage."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
-from eopd.storage.errors import StoreError
+from eopd.storage.errors import UNSOUND, StoreError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -139,7 +140,8 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
         **artifact.identity.to_json(),
         "key": artifact.key,
         "folder": str(artifact.folder),
-        "missing": artifact.missing(),
+        "missing": artifact.parts - len(markers),
+        "first_missing": artifact.first_missing(),
         "bytes": sum(marker.bytes for marker in markers.values()),
         "parts_committed": {
             str(part): {
@@ -163,6 +165,9 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
 
 
 def coverages(store: Path, identity: str) -> list[Artifact]:
-    """Every coverage of the scores with this identity key that a store knows of."""
-    folders = sorted((store / "scores" / identity).glob(f"*/{paths.IDENTITY}"))
-    return [open_artifact(store, "scores", f"{identity}/{path.parent.name}") for path in folders]
+    """Every coverage of the scores with this identity key that a store knows of, and that this eopd can read."""
+    found = []
+    for path in sorted((store / "scores" / identity).glob(f"*/{paths.IDENTITY}")):
+        with suppress(*UNSOUND):  # `verify` says what is wrong with it
+            found.append(open_artifact(store, "scores", f"{identity}/{path.parent.name}"))
+    return found

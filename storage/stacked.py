@@ -12,12 +12,13 @@ Zarr and obstore are imported when a bucket is opened: planning over folders nee
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
-from eopd.storage.errors import StoreError
+from eopd.storage.errors import UNSOUND, StoreError
 from eopd.storage.listing import coverages
 from eopd.storage.places import open_place
 
@@ -73,9 +74,10 @@ class StackedStores:
         for store in self.stores[1:]:
             for name in _coverages(store, identity):
                 key = f"{identity}/{name}"
-                elsewhere = self._complete("scores", key)
-                if key not in found and elsewhere is not None and self._fits(*elsewhere):
-                    found[key] = elsewhere[1]
+                with suppress(*UNSOUND):  # of another than what is asked for: no reason to stop
+                    elsewhere = self._complete("scores", key)
+                    if key not in found and elsewhere is not None and self._fits(*elsewhere):
+                        found[key] = elsewhere[1]
         return list(found.values())
 
     def _complete(self, kind: str, key: str) -> tuple[int, Artifact] | None:

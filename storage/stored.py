@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +121,15 @@ class StoredArtifact(ABC):
 
     def missing(self) -> list[int]:
         """Parts that have never been made, or have to be made again."""
+        return list(self._missing())
+
+    def first_missing(self, count: int = 8) -> list[int]:
+        """As ``missing``: only the first ones, for states of a training there may be any number of."""
+        return list(islice(self._missing(), count))
+
+    def _missing(self) -> Iterator[int]:
         made = self.standing().made
-        return [part for part in range(self.parts) if part not in made]
+        return (part for part in range(self.parts) if part not in made)
 
     def is_complete(self) -> bool:
         """The one definition: every part was committed, and nothing is left to do.
@@ -166,7 +174,7 @@ class StoredArtifact(ABC):
         try:
             found: dict[str, Any] = json.loads(self.read(paths.MANIFEST))
         except FileNotFoundError as error:
-            raise MissingPart(f"{self} is not complete: parts {self.missing()[:8]} are missing") from error
+            raise MissingPart(f"{self} is not complete: parts {self.first_missing()} are missing") from error
         refuse_newer_schema(found, Path(self.folder) / paths.MANIFEST)
         return found
 

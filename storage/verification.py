@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from eopd.storage import listing, paths
 from eopd.storage.artifacts import Artifact, Identity, parse_identity
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, NewerSchema, WrongArtifact
+from eopd.storage.errors import UNSOUND, DamagedPart, MissingArtifact, MissingPart, NewerSchema
 from eopd.storage.files import fsync_folder
 from eopd.storage.markers import file_text, marker_text
 from eopd.storage.stored import StoredArtifact
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
     from eopd.storage.remote import RemoteArtifact
-
-UNSOUND = (DamagedPart, WrongArtifact, MissingPart, MissingArtifact, NewerSchema)
-"""Errors that say something of what is stored. Others say that it could not be looked at, which is no damage."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,19 @@ def test_scores_of_fewer_entries_do_not_stand_in(tmp_path: Path, draws: dict[str
     assert serving_coverage(StackedStores([tmp_path]), wanted).key == asked(16, min_prob=0.01, **draws).key
 
 
+@pytest.mark.parametrize("where", ["private", "team"])
+@pytest.mark.parametrize("text", ["{", '"schema": 99'])
+def test_a_sibling_that_cannot_be_read_is_passed_over(tmp_path: Path, where: str, text: str) -> None:
+    """Damaged, or written by a newer eopd."""
+    (tmp_path / "team").mkdir()
+    make(tmp_path / where, asked(32))
+    make(tmp_path / where, asked(64))
+    path = tmp_path / where / "scores" / asked(32).key / "identity.json"
+    path.write_text(text if text == "{" else path.read_text().replace('"schema": 1', text))
+    stores = StackedStores([tmp_path / "private", tmp_path / "team"])
+    assert serving_coverage(stores, asked(16)).key == asked(64).key
+
+
 def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:
     """Whoever starts tasks says first what it makes; a wider sibling that is there meanwhile changes nothing."""
     stores = StackedStores([tmp_path])

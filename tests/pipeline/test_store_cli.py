@@ -51,6 +51,15 @@ def test_stats_and_export(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".table*"))
 
 
+def test_stats_pass_over_parts_that_were_set_aside(tmp_path: Path) -> None:
+    artifact, found = scores(tmp_path, parts=3)
+    artifact.drop_part(0)
+    artifact.set_aside(0, "no memory")
+    assert "responses of 2 parts" in run("stats", artifact.key, "--store", tmp_path)
+    one = run("stats", artifact.key, "--store", tmp_path, "--parts", 1)
+    assert f"{found[1].responses} responses of 1 parts" in one
+
+
 def test_verify_and_repair(tmp_path: Path) -> None:
     artifact, _ = scores(tmp_path)
     assert run("verify", "--store", tmp_path) == "0 damaged\n"

@@ -16,7 +16,7 @@ from eopd.storage import garbage, listing, paths, statistics
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
-from eopd.storage.errors import DamagedPart, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet, import_topk, imported_header
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
@@ -57,10 +57,23 @@ def test_listing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store"):
         listing.ls(tmp_path / "nowhere")
     shown = listing.show(artifact)
-    assert shown["missing"] == []
+    assert shown["missing"] == 0
     assert shown["parts_committed"]["1"]["inputs"] == {"rollouts": "rollouts"}
     (artifact.folder / paths.IDENTITY).write_text("{")
     assert "not JSON" in {entry.key: entry for entry in listing.ls(tmp_path)}[artifact.key].problem
+
+
+def test_states_of_a_training_are_shown_by_count(tmp_path: Path) -> None:
+    """As many as there may be optimiser steps: nobody lists those that are not there."""
+    artifact = Artifact(tmp_path, Identity("progress", 1, 10**9))
+    for part in (0, 2):
+        with artifact.write_part(part) as folder:
+            (folder / "state").write_text("x")
+    shown = listing.show(artifact)
+    assert shown["missing"] == 10**9 - 2
+    assert shown["first_missing"] == [1, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(MissingPart, match=r"parts \[1, 3, 4, 5, 6, 7, 8, 9\] are missing"):
+        _ = artifact.manifest
 
 
 def test_stats(tmp_path: Path) -> None:

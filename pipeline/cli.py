@@ -191,6 +191,9 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
     runner = _open(config, overrides)
     job = runner.plan.job(stage, round_)
     chosen = _share(parts, job.output.parts)
+    if chosen == []:
+        runner.progress.line(f"{job.name}: share {parts} is empty, as there are only {job.output.parts} parts")
+        return
     if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
         refuse_too_large(runner)
     _write_resolved(runner)

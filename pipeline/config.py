@@ -1,8 +1,9 @@
 """The settings of a run: one YAML file, typed, with ``--set`` overrides.
 
 A config may name a base with ``extends: ./other.yaml``. A string that starts with ``./`` or ``../`` is a path
-relative to the file that states it (for ``--set``: to the current folder); any other relative path is relative to
-the current folder. Unknown keys are refused with the nearest known one.
+relative to the file that states it (for ``--set``: to the current folder), one that starts with ``~/`` lies in the
+home folder; any other relative path is relative to the current folder. Unknown keys are refused with the nearest known
+one, and so is a key that stands twice in one group.
 """
 
 from __future__ import annotations
@@ -189,9 +190,13 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{seen[-1] if seen else path} extends {path}, which does not exist") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except _Twice as error:
+        raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -210,7 +215,35 @@ def _resolve_paths(value: Any, folder: Path) -> Any:
         return [_resolve_paths(item, folder) for item in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
     return value
+
+
+class _Twice(Exception):
+    """A key that stands twice in one group."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that loses nothing: PyYAML takes the last of equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in first:
+                raise _Twice(
+                    f"line {line}: {key.value!r} is already given in line {first[key.value]}; keep one of them"
+                )
+            first[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError or _Twice."""
+    return yaml.load(text, _Loader)  # a safe one
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,9 +257,11 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"--set {override!r}: expected key=value, such as train.lr=1e-5")
+        raise ConfigError(f"--set {override!r}: expected key=value, such as train.optimizer.lr=1e-5")
     try:
-        value = _resolve_paths(yaml.safe_load(text), Path.cwd())
+        value = _resolve_paths(_load_yaml(text), Path.cwd())
+    except _Twice as error:
+        raise ConfigError(f"--set {override!r}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
     here = raw

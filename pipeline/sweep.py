@@ -18,7 +18,7 @@ from typing import Any
 from eopd.pipeline.config import ConfigError, RunSettings, load_raw, merge, parse_settings, read_list
 from eopd.stages.job import Progress
 
-SHARED = ("store", "runs", "launcher")
+SHARED = ("store", "read_only_stores", "runs", "launcher")
 
 
 def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[RunSettings]:

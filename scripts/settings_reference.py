@@ -30,8 +30,8 @@ HEAD = """\
 
 Every key of a config, written by `python scripts/settings_reference.py` from the code. `a.b` is `b` below `a` in YAML,
 and `--set a.b=value` on the command line. A config may name another as its base (`extends: ./base.yaml`). A path that
-starts with `./` or `../` is relative to the file that states it (with `--set`: to the current folder), any other
-relative path to the current folder. Unknown keys are refused.
+starts with `./` or `../` is relative to the file that states it (with `--set`: to the current folder), one that starts
+with `~/` lies in the home folder, any other relative path is relative to the current folder. Unknown keys are refused.
 
 **Keyed** settings decide what an artifact contains: change one, and what depends on it is made anew, beside what is
 there. The others (no dot in the column) say how fast or where, and may be changed at any time, also of a run under

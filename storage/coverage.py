@@ -101,7 +101,7 @@ class Coverage:
             raise NeedNotMet(
                 f"{where} lacks "
                 + "; ".join(missing)
-                + ". `eopd score --set <the above>` makes a sibling coverage beside "
+                + ". `eopd score CONFIG --set <the above>` makes a sibling coverage beside "
                 "this one; nothing that exists changes."
             )
 

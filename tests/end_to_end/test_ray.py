@@ -8,13 +8,18 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eopd.pipeline.launchers.base import Task
+from eopd.pipeline.launchers.ray.pool import RayPool
+from eopd.pipeline.progress import LineDisplay
 from tests.end_to_end.conftest import World, checksums, command, environment, eopd
 from tests.end_to_end.workers import parent_of, worker_of
+from tests.pipeline.plan_case import make_runner
 
 ray = pytest.importorskip("ray", reason="needs ray (the extra of that name)")
 
@@ -37,6 +42,29 @@ def test_no_node_is_large_enough(world: World, cluster: Any) -> None:
     assert "rollout asks for 1 CPU, 2 GPU on a node, more than any of the Ray cluster's 1 nodes has" in result.stderr
     assert "(at most 1 CPU, 0 GPU)" in result.stderr
     assert result.stdout == ""
+
+
+def test_a_log_that_finds_no_space_on_its_node_is_a_full_disk(tmp_path: Path, cluster: Any) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "nr_inodes=12", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    runner = make_runner(disk, launcher={"kind": "ray", "ray": {"address": cluster.address}})
+    pool = RayPool(runner.settings, LineDisplay())
+    try:
+        runner.paths.logs.mkdir(parents=True)
+        with suppress(OSError):
+            for number in range(12):
+                (disk / str(number)).touch()
+        pool.start(Task(runner, runner.plan.job("rollout", 0), (0,)))
+        (outcome,) = pool.wait(60.0)
+        assert outcome.kind == "full", outcome.message
+        assert "No space left" in outcome.message
+    finally:
+        pool.close()
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_two_nodes_train_together(world: World, one_round: str, cluster: Any) -> None:

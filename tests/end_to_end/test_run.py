@@ -99,6 +99,13 @@ def test_a_late_policy_samples_what_a_newer_student_trains_on(world: World) -> N
     assert "train 0: the policy that sampled" not in result.stderr
 
 
+def test_a_share_of_few_parts_may_be_empty(world: World) -> None:
+    """Eight machines and three parts: five of them have nothing to do, which does not mean that all is done."""
+    said = eopd("rollout", world.config("shares"), "--parts", "5/8").stderr
+    assert said == "rollout 0: share 5/8 is empty, as there are only 3 parts\n"
+    assert not (world.runs("shares") / "config.yaml").exists()
+
+
 def test_plan_changes_nothing_and_tells_what_is_there(world: World, undisturbed: str) -> None:
     result = eopd("plan", world.config("planned"))
     assert len(re.findall(r" missing +0/", result.stdout)) == 9

@@ -75,6 +75,7 @@ def read(path: Path) -> list[dict[str, object]]:
         ("sweep: [{seed: 1}]", "entry 1 must be settings with a name"),
         ("sweep: [{name: a}, {name: a}]", "entry 2: the name 'a' is taken"),
         ("sweep: [{name: a, store: x}]", "'store' is common to all runs"),
+        ("sweep: [{name: a, read_only_stores: [x]}]", "'read_only_stores' is common to all runs"),
         ("sweep: [{name: a, sed: 1}]", "Did you mean seed?"),
         ("sweep: [{name: a/b}]", "setting 'name'"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings
+from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings, read_list
 from eopd.stages.settings import Settings
 
 MINIMAL = """
@@ -63,6 +63,26 @@ def test_paths_are_relative_to_the_file_that_states_them(minimal: Path, tmp_path
     assert settings.teacher.path == "some/teacher"
 
 
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "home.yaml"
+    config.write_text(MINIMAL.replace("../prompts.jsonl", "~/prompts.jsonl") + "store: [~/store, ~/team]\n")
+    settings = load_config(str(config), ["runs=~/runs"])
+    assert settings.prompts.path == str(tmp_path / "prompts.jsonl")
+    assert (settings.store, settings.read_only_stores) == (str(tmp_path / "store"), [str(tmp_path / "team")])
+    assert settings.runs == str(tmp_path / "runs")
+
+
+def test_a_key_that_stands_twice_is_refused(minimal: Path, tmp_path: Path) -> None:
+    """YAML would take the last one without a word: half of a `train:` that was written twice would be lost."""
+    minimal.write_text(MINIMAL + "train: {epochs: 2}\nseed: 1\ntrain: {batch_responses: 8}\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml: line 8: 'train' is already given in line 6"):
+        load_config(str(minimal))
+    shared = "one: &one {epochs: 2}\nsweep: [{name: a, train: {<<: *one, epochs: 3}}]\n"
+    (tmp_path / "sweep.yaml").write_text(shared)
+    assert read_list(tmp_path / "sweep.yaml", "sweep") == [{"name": "a", "train": {"epochs": 3}}]
+
+
 def test_overrides(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = load_config(str(minimal), ["train.optimizer.lr=1e-5", "rounds=3", "student.path=./elsewhere", "seed=7"])
@@ -93,7 +113,8 @@ def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
         ("name=../x", "setting 'name'"),
         ("rollout.engine_options.dtype=bfloat16", "'rollout.engine_options.dtype' is 'bfloat16': a dtype decides what"),
         ("evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}", "set student.dtype"),
-        ("rounds", "expected key=value"),
+        ("rounds", "expected key=value, such as train.optimizer.lr=1e-5"),
+        ("train={epochs: 2, epochs: 3}", "'epochs' is already given in line 1"),
         ("name.deeper=1", "is a value, not a group"),
     ],
 )
@@ -110,6 +131,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     broken.write_text("a: [1")
     with pytest.raises(ConfigError, match="is not YAML"):
         load_config(str(broken))
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: Gauß".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8 text \(byte 9\)"):
+        load_config(str(latin))
     loop = tmp_path / "loop.yaml"
     loop.write_text("extends: ./loop.yaml\n")
     with pytest.raises(ConfigError, match="extends itself"):

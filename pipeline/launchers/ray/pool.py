@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings
-from eopd.pipeline.launchers.base import Outcome, Task
+from eopd.pipeline.launchers.base import Kind, Outcome, Task
 from eopd.pipeline.launchers.local import gpus_of, kind_of, last_words, stage_command
 from eopd.pipeline.launchers.ray.cluster import connect, first_sentence
 from eopd.pipeline.launchers.ray.settings import RayResources
 from eopd.pipeline.plan import Stage
 from eopd.pipeline.progress import EVENTS_VARIABLE, Display, Replay
+from eopd.storage.files import is_full
 
 GIB = 1024**3
 LOOK_SECONDS = 0.2
@@ -169,7 +170,8 @@ class RayPool:
         try:
             code = self._ray.get(answer)
         except RayTaskError as error:  # the command could not be started on that node
-            return Outcome(worker.task, "failed", f"{error.cause!r} (log: {worker.log})")
+            kind: Kind = "full" if is_full(error.cause) else "failed"
+            return Outcome(worker.task, kind, f"{error.cause!r} (log: {worker.log})")
         except RayError as error:  # its node or its process is gone, or it was cancelled
             return Outcome(worker.task, "lost", first_sentence(error))
         worker.replay.catch_up()

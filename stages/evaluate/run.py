@@ -235,7 +235,9 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
         samples = evaluations.read_table(path, evaluations.SAMPLES_SCHEMA)
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
     found = {
-        benchmark.name: figures(tally, resamples=settings.resamples, confidence=settings.confidence, seed=number)
+        benchmark.name: figures(
+            benchmark.name, tally, resamples=settings.resamples, confidence=settings.confidence, seed=number
+        )
         for number, (benchmark, tally) in enumerate(zip(settings.benchmarks, tallies, strict=True))
     }
     results = {

@@ -13,7 +13,6 @@ from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, count_prompts
 from eopd.stages.settings import Settings, setting
 
-VERIFIERS = ("countdown", "exact", "math")
 VerifierName = Literal["countdown", "exact", "math"]
 
 

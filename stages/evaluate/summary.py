@@ -82,14 +82,17 @@ class Figures:
     drawn_entropy: passk.Floats  # [B]: token entropy in resamples
 
 
-def figures(tally: Tally, *, resamples: int, confidence: float, seed: int) -> Figures:
-    """Everything that is said of one benchmark.
+def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed: int) -> Figures:
+    """Everything that is said of the benchmark ``name``.
 
     Raises:
         ValueError: no problem was evaluated.
     """
     if not tally.problems:
-        raise ValueError(f"no problem was evaluated; {len(tally.skipped)} prompts were too long")
+        raise ValueError(
+            f"benchmark {name}: no problem was evaluated; {len(tally.skipped)} prompts were too long (raise "
+            "evaluate.max_prompt_tokens), all others are of parts that were set aside"
+        )
     n = tally.problems[0]["samples"]
     lengths = np.asarray(tally.lengths)
     surprise = np.asarray([sums for sums in tally.surprise if sums[1]], dtype=np.float64)  # [P, 2], nats and tokens
@@ -113,7 +116,8 @@ def figures(tally: Tally, *, resamples: int, confidence: float, seed: int) -> Fi
             "total": int(lengths.sum()),
         },
         "stop_rate": tally.stopped / len(lengths),
-        # an unbiased estimate of the mean entropy of the distribution that was sampled from
+        # an unbiased estimate of the mean entropy of the distribution that was sampled from; of greedy samples it is
+        # no entropy but their surprise at temperature 1
         "token_entropy": float(surprise[:, 0].sum() / surprise[:, 1].sum()) if len(drawn) else None,
         "token_entropy_interval": _of_draws(drawn, confidence),
         "ungraded": tally.ungraded,

@@ -203,11 +203,21 @@ def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None
     assert 0 < one["problems"] < 12
 
 
-def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verifier", "answers", "why"),
+    [
+        ("countdown", ("1,2=3", "3"), "numbers=target"),
+        ("math", ("3", "$"), r"'\$' holds nothing that math-verify can read"),
+    ],
+)
+def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(
+    tmp_path: Path, verifier: str, answers: tuple[str, str], why: str
+) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"id": "a", "problem": "1,2=3:", "answer": "1,2=3"}\n{"id": "b", "problem": "x", "answer": "3"}\n')
-    job = job_for(tmp_path, settings_for(benchmarks=[{"name": "bad", "path": str(bad), "verifier": "countdown"}]))
-    with pytest.raises(ValueError, match=r"benchmark bad, problem 'b': .*numbers=target"):
+    rows = [{"id": name, "problem": "x", "answer": answer} for name, answer in zip("ab", answers, strict=True)]
+    bad.write_text("\n".join(map(json.dumps, rows)))
+    job = job_for(tmp_path, settings_for(benchmarks=[{"name": "bad", "path": str(bad), "verifier": verifier}]))
+    with pytest.raises(ValueError, match=rf"benchmark bad, problem 'b': .*{why}"):
         stage.run(job)
     assert not job.output.committed()
 
@@ -238,7 +248,7 @@ def tally_of(correct: Sequence[int]) -> Tally:
 
 def test_results_without_spread_claim_no_certainty() -> None:
     """0 of 30 problems: another thirty may hold some that are solved; one problem says nothing of others."""
-    none = figures(tally_of([0] * 30), resamples=100, confidence=0.95, seed=0)
+    none = figures("b", tally_of([0] * 30), resamples=100, confidence=0.95, seed=0)
     assert none.values["avg_interval"] == pytest.approx([0.0, 0.1157], abs=1e-4)
     assert none.values["pass_interval"]["4"] == pytest.approx([0.0, 0.1157], abs=1e-4)
     assert none.values["distinct_correct_interval"] == pytest.approx([0.0, 4 * 0.1157], abs=1e-4)
@@ -248,7 +258,7 @@ def test_results_without_spread_claim_no_certainty() -> None:
     entropy = none.values["token_entropy"]
     assert entropy == pytest.approx(sum(4.0 + n for n in range(30)) / (30 * 32))
     assert none.values["token_entropy_interval"][0] < entropy < none.values["token_entropy_interval"][1]
-    one = figures(tally_of([4]), resamples=100, confidence=0.95, seed=0)
+    one = figures("b", tally_of([4]), resamples=100, confidence=0.95, seed=0)
     assert one.values["avg_at_k"] == 1.0
     assert one.values["avg_interval"] is None
     assert one.values["token_entropy_interval"] is None
@@ -259,8 +269,8 @@ def test_results_without_spread_claim_no_certainty() -> None:
 
 
 def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:
-    with pytest.raises(ValueError, match="2 prompts were too long"):
-        figures(Tally(skipped=["a", "b"]), resamples=100, confidence=0.95, seed=0)
+    with pytest.raises(ValueError, match="benchmark b: no problem was evaluated; 2 prompts were too long"):
+        figures("b", Tally(skipped=["a", "b"]), resamples=100, confidence=0.95, seed=0)
 
 
 @pytest.mark.parametrize(

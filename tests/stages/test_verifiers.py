@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.stages.evaluate.settings import VERIFIERS
 from eopd.stages.evaluate.verifiers import countdown, exact, mathematics
 from eopd.stages.evaluate.verifiers.equations import equations
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
-from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
+from eopd.stages.evaluate.verifiers.registry import NAMES, PLAIN, open_verifier
 
 RIGHT = [
     ("9-7=2,2*2=4,4*4=16", "4,7,9,2=16"),
@@ -108,7 +107,7 @@ def test_exact_ignores_unicode_form_and_white_space_only() -> None:
 
 
 def test_registry_knows_the_names_that_settings_allow() -> None:
-    assert sorted(NAMES) == sorted(VERIFIERS)
+    assert {*PLAIN, "math"} == set(NAMES)
     with pytest.raises(ValueError, match="countdown, exact, math"):
         open_verifier("maths")
     verifier = open_verifier("countdown")
@@ -148,6 +147,19 @@ def test_math_grades_as_people_would(math_verifier: MathVerifier) -> None:
     verdicts = math_verifier.verify_many([*MATH_RIGHT, *MATH_WRONG])
     assert [v.correct for v in verdicts] == [True] * len(MATH_RIGHT) + [False] * len(MATH_WRONG)
     assert all((v.form is not None) == v.correct for v in verdicts)
+
+
+@pytest.mark.parametrize("answer", ["$", "$$", "$ $", r"\boxed{}", ""])
+def test_math_names_a_reference_that_holds_nothing(math_verifier: MathVerifier, answer: str) -> None:
+    with pytest.raises(ValueError, match="the reference answer"):
+        math_verifier.check_answer(answer)
+
+
+def test_math_reads_references_as_they_come_and_refuses_to_judge_by_others(math_verifier: MathVerifier) -> None:
+    for _, answer in MATH_RIGHT:
+        math_verifier.check_answer(answer)
+    with pytest.raises(ValueError, match=r"the reference answer '\$' holds nothing"):
+        math_verifier.verify_many([(r"\boxed{2}", "2"), (r"\boxed{2}", "$")])
 
 
 def test_math_outlives_an_answer_that_hangs(math_verifier: MathVerifier) -> None:

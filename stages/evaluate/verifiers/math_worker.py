@@ -21,6 +21,7 @@ from typing import Any
 from eopd.stages.evaluate.verifiers.equations import equations
 
 MEMORY_BYTES = 4 << 30
+UNREADABLE = "the reference answer cannot be read"
 MAX_CHARACTERS = 20_000
 """The answer stands at the end: of a longer response only the last so many characters are read."""
 
@@ -49,7 +50,7 @@ def grade(response: str, answer: str) -> dict[str, Any]:
     marked = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
     gold = parse(marked, parsing_timeout=None) or parse(answer, parsing_timeout=None)
     if not gold:
-        return {"correct": False, "reason": "the reference answer cannot be read"}
+        return {"correct": False, "reason": UNREADABLE}
     found = parse(response[-MAX_CHARACTERS:], parsing_timeout=None)
     if not found:
         return {"correct": False, "reason": "no answer found"}

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from eopd.stages.evaluate.verifiers.math_worker import UNREADABLE
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
@@ -58,14 +59,21 @@ class MathVerifier:
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         with ThreadPoolExecutor(self._workers) as threads:
             verdicts = list(threads.map(self._verify, pairs))
-        return [
+        verdicts = [
             self._verify(pair) if (verdict.reason or "").startswith(TIMED_OUT) else verdict
             for pair, verdict in zip(pairs, verdicts, strict=True)
         ]
+        for (_, answer), verdict in zip(pairs, verdicts, strict=True):
+            if verdict.reason == UNREADABLE:
+                raise ValueError(f"the reference answer {answer!r} holds nothing that math-verify can read")
+        return verdicts
 
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
             raise ValueError("the reference answer is empty")
+        [verdict] = self.verify_many([("", answer)])
+        if verdict.reason == DIED or (verdict.reason or "").startswith(TIMED_OUT):
+            raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
 
     def named(self) -> str:
         return f"math-verify {self._version}" if self._version else "math-verify"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Protocol, get_args
 
+from eopd.stages.evaluate.settings import VerifierName
 from eopd.stages.evaluate.verifiers import countdown, exact
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
@@ -55,9 +56,9 @@ class PlainVerifier:
 
 
 PLAIN: dict[str, Judge] = {"countdown": countdown.verify, "exact": exact.verify}
-"""Verifiers that are a pure function; adding one here is all that a new task needs."""
+"""Verifiers that are a pure function. One more here, and in ``VerifierName``, is all that a new task needs."""
 
-NAMES = (*PLAIN, "math")
+NAMES: tuple[str, ...] = get_args(VerifierName)
 
 
 def open_verifier(name: str, *, seconds: float = 5.0, workers: int = 1) -> Verifier:

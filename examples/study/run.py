@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -47,7 +48,7 @@ def run(task: Task, work: Path, folder: Path) -> Path:
     _do(runner, "evaluate", settings.rounds, jobs)
     clock = Clock()
     content = _content(task, runner, runner.artifact(plan.job("evaluate", settings.rounds).output))
-    content["made"] = _made(jobs)
+    content["made"] = made(row["commit"] for row in jobs.values() if "commit" in row)
     content["cost"] = _cost(settings.rounds, jobs) | {"resumed_at_round": first}
     for name, spent in clock.spent().items():
         content["cost"][name] = round(content["cost"][name] + spent, 1)
@@ -229,19 +230,15 @@ def _cost(rounds: int, jobs: Jobs) -> dict[str, Any]:
     return cost
 
 
-def _made(jobs: Jobs) -> dict[str, Any]:
-    """``commits``: of the code of all processes that worked on the run; ``commit``: of the last."""
+def made(commits: Iterable[str] = ()) -> dict[str, Any]:
+    """Where a measurement is from. ``commits``: of the code of all processes that worked on it; ``commit``: of this."""
+    names = ("eopd", "torch", "transformers", "numpy", "zarr")
     return {
         "commit": commit(),
-        "commits": sorted({commit(), *(row["commit"] for row in jobs.values() if "commit" in row)}),
+        "commits": sorted({commit(), *commits}),
         "on": datetime.now(UTC).date().isoformat(),
-        "versions": _versions(),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("eopd", "torch", "transformers", "numpy", "zarr")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
 @cache

@@ -129,7 +129,7 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
     told = [experiment_line(experiment, found), *unequal_tokens(found)]
-    told += anchors.lines() if experiment.scale == FULL else []
+    told += anchors.lines(found[0].contents[0]["inputs"]) if experiment.scale == FULL else []
     graded = experiment.world == COUNTDOWN
     told += [*pairs(experiment, found), levels(found), *differences(experiment, found)] if graded else []
     return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])

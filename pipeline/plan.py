@@ -263,6 +263,7 @@ def _train_job(
             "round": round_,
             "total_steps": span,
             **_swapped_stops(settings, facts),
+            **_merged_stops(settings, facts, round_),
         },
         inputs={
             "student": _policy_key(facts, policy),
@@ -280,6 +281,12 @@ def _swapped_stops(settings: RunSettings, facts: Facts) -> dict[str, list[int]]:
     if settings.train.objective.stops != "remap":
         return {}
     return {"stops": [*facts.student.stop_ids[:1], *facts.teacher.stop_ids[:1]]}
+
+
+def _merged_stops(settings: RunSettings, facts: Facts, round_: int) -> dict[str, str]:
+    """Of responses of an older policy q_old at a merged stop was first the sampler's, of one id."""
+    merged = settings.train.objective.stops == "class" and len(facts.stop_ids) > 1
+    return {"merged_stops": "round start"} if merged and sampling_round(settings, round_) != round_ else {}
 
 
 def _measuring_jobs(

@@ -139,6 +139,20 @@ def test_a_late_policy_leaves_rollouts_free_of_the_training_before() -> None:
     assert plan.job("train", 0).output in plan.job("rollout", 2).inputs
 
 
+def test_training_on_an_older_policy_s_merged_stops_is_told_apart() -> None:
+    one_stop = replace(facts(), teacher=replace(facts().teacher, stop_ids=(2,)))
+    remapped = settings(lag=1, train={"objective": {"stops": "remap"}})
+    for asked, known, told in (
+        (settings(lag=1), facts(), [False, True, True]),
+        (settings(refresh=2), facts(), [False, True, False]),
+        (settings(), facts(), [False] * 3),
+        (settings(lag=1), one_stop, [False] * 3),
+        (remapped, facts(), [False] * 3),
+    ):
+        jobs = [make_plan(asked, known).job("train", round_) for round_ in range(3)]
+        assert ["merged_stops" in job.output.settings for job in jobs] == told
+
+
 def test_rollouts_of_one_policy_in_several_rounds_are_different_ones() -> None:
     plan = make_plan(settings(rounds=3, refresh=3), facts())
     assert len(set(keys(plan, "rollout"))) == 3

@@ -128,7 +128,6 @@ def run(
     ] = False,
 ) -> None:
     """Every stage of every round in order, skipping what is complete; then the report."""
-    from eopd.pipeline.budget import refuse_too_large
     from eopd.pipeline.launchers.start import bring_to_end, show_submission
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.pruning import prune_old
@@ -146,7 +145,7 @@ def run(
         sys.stdout.write(show_submission(work, launcher))
         return
     for runner in runners:
-        refuse_too_large(runner)
+        _refuse_what_cannot_end_well(runner)
         _write_resolved(runner)
     if bring_to_end(work, launcher, display):
         for runner in runners:
@@ -184,7 +183,6 @@ def worker_progress() -> Progress | None:
 
 
 def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
-    from eopd.pipeline.budget import refuse_too_large
     from eopd.pipeline.launchers.base import Task
     from eopd.pipeline.launchers.local import stage_command, trains_together
 
@@ -195,13 +193,22 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: share {parts} is empty, as there are only {job.output.parts} parts")
         return
     if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
-        refuse_too_large(runner)
+        _refuse_what_cannot_end_well(runner)
     _write_resolved(runner)
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):
         os.execv(sys.executable, [sys.executable, *stage_command(task)])
     if not runner.run(job, chosen):
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
+
+
+def _refuse_what_cannot_end_well(runner: Runner) -> None:
+    """Raises ConfigError before any work."""
+    from eopd.pipeline.budget import refuse_too_large
+    from eopd.pipeline.vocabularies import refuse_other_vocabulary
+
+    refuse_other_vocabulary(runner.facts)
+    refuse_too_large(runner)
 
 
 def _share(text: str | None, parts: int) -> list[int] | None:

@@ -16,8 +16,8 @@ from eopd.pipeline.config import ModelSettings, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.inspect import count_source
 from eopd.pipeline.models import find_tokenizer, find_weights
+from eopd.pipeline.vocabularies import compare_vocabularies
 from eopd.stages.models.prompts import PromptSettings, load_prompts
-from eopd.stages.train.extras import require_extras
 from eopd.storage.errors import StoreError
 from eopd.storage.extras import installing
 from eopd.storage.stacked import StackedStores
@@ -27,6 +27,7 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     """A finding for each thing that the config names."""
     yield from _model("student", settings.student)
     yield from _model("teacher", settings.teacher)
+    yield from _tokens(settings)
     yield _source("prompts", settings.prompts)
     if settings.evaluate is not None:
         for number, benchmark in enumerate(settings.evaluate.benchmarks):
@@ -58,6 +59,20 @@ def _model(role: Literal["student", "teacher"], settings: ModelSettings) -> Iter
         yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings)), remedy)
 
 
+def _tokens(settings: RunSettings) -> Iterator[Finding]:
+    """Whether teacher and student share their tokens, where both tokenizers are there."""
+    try:
+        teacher, student = find_tokenizer("teacher", settings.teacher), find_tokenizer("student", settings.student)
+    except (ValueError, OSError):
+        return
+
+    def look() -> str:
+        compare_vocabularies(teacher, student)
+        return "teacher and student share them"
+
+    yield _tried("tokens", look, "")
+
+
 def _source(where: str, settings: PromptSettings) -> Finding:
     def look() -> str:
         _, count = count_source(where, settings)
@@ -73,6 +88,8 @@ def _read_only(private: str, place: str) -> str:
 
 
 def _packages(settings: RunSettings) -> str:
+    from eopd.stages.train.extras import require_extras
+
     require_extras(settings.train)
     return "what the settings of training ask for is installed"
 

@@ -20,6 +20,7 @@ from eopd.pipeline.doctor import known_versions, probe, worst
 from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.store_check import check_store
+from tests.stages.tiny_models import tiny_tokenizer
 
 NOBODY = 65534
 
@@ -161,12 +162,21 @@ def test_what_a_config_names_is_there() -> None:
     found = looked_at()
     assert {name: finding.state for name, finding in found.items()} == dict.fromkeys(
         (
-            *("student", "student.tokenizer", "teacher", "teacher.tokenizer", "prompts", "evaluate.benchmarks.0"),
-            *("train", "launcher.kind: local"),
+            *("student", "student.tokenizer", "teacher", "teacher.tokenizer", "tokens", "prompts"),
+            *("evaluate.benchmarks.0", "train", "launcher.kind: local"),
         ),
         "ok",
     )
     assert found["prompts"].text.startswith("6,000 in ")
+
+
+def test_a_teacher_of_other_tokens_is_found(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    student = CONFIG_FOLDER.parent / "examples" / "countdown" / "student"
+    found = looked_at(teacher={"path": str(student), "tokenizer": str(tmp_path)})["tokens"]
+    assert found.state == "broken"
+    assert "the tokenizers of teacher and student differ at" in found.text
+    assert found.remedy == "Use a teacher of the student's own token vocabulary."
 
 
 def test_all_that_is_missing_of_what_a_config_names_is_said_at_once(

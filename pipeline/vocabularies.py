@@ -1,0 +1,39 @@
+"""Teacher and student must share their tokens: said before hours of sampling, and not when the teacher is loaded.
+
+The score stage compares the loaded tokenizers; this looks at their `tokenizer.json` alone, and is silent where a model
+has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.plan import Facts
+
+FILE = "tokenizer.json"
+
+
+def refuse_other_vocabulary(facts: Facts) -> None:
+    """Raises ConfigError where an id means other bytes to the teacher than to the student."""
+    if facts.teacher.tokenizer_fingerprint != facts.student.tokenizer_fingerprint:
+        compare_vocabularies(facts.teacher.tokenizer_folder, facts.student.tokenizer_folder)
+
+
+def compare_vocabularies(teacher: Path, student: Path) -> None:
+    """The same, of two folders of tokenizers."""
+    files = (teacher / FILE, student / FILE)
+    if not all(file.exists() for file in files):
+        return
+    from tokenizers import Tokenizer
+
+    from eopd.stages.models.vocabulary import check_same, id_to_bytes
+
+    try:
+        ours, theirs = (id_to_bytes(Tokenizer.from_file(str(file))) for file in files)
+    except Exception:  # of the library's own; the stage that loads the tokenizer says what is wrong with it
+        return
+    try:
+        check_same(ours, theirs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

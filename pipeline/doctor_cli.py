@@ -16,18 +16,20 @@ def doctor(
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG]", help="Look at all that a run of this config needs, too.")
     ] = None,
-    store: Annotated[Path | None, typer.Option("--store", help="Look at this store (default: ./store).")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="Look at this store (default: ./store).")] = None,
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Import vLLM too, which takes long.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check this machine, the packages, the store and what CONFIG names; exit code 1 when a run could not work."""
     from eopd.pipeline.config import load_config
     from eopd.pipeline.doctor import examine, worst
+    from eopd.storage.places import open_place
 
     settings = load_config(config) if config is not None else None
-    if store is None:
-        store = Path(settings.store if settings is not None else "store")
-    findings = examine(store, settings, engines=engines)
+    folder = open_place(store or (settings.store if settings is not None else "store"))
+    if not isinstance(folder, Path):
+        raise ValueError(f"--store {store} is a bucket; name the folder that a run would write to")
+    findings = examine(folder, settings, engines=engines)
     if as_json:
         sys.stdout.write(json.dumps([vars(finding) for finding in findings], indent=1) + "\n")
     else:

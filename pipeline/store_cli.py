@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Store = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+Folder = Annotated[str, typer.Option("--store", help="Folder of the store.")]
 Place = Annotated[str, typer.Option("--store", help="Folder of the store, or URL of a bucket such as s3://team/store.")]
 Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/key; its beginning is enough.")]
 
@@ -245,7 +245,7 @@ def export(
 @app.command("import")
 def import_(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file of uncompressed top-k lists.")],
-    store: Store = Path("store"),
+    store: Folder = "store",
     teacher: Annotated[str, typer.Option(help="Name of the teacher that made it.")] = ...,  # type: ignore[assignment]
     tokenizer: Annotated[str, typer.Option(help="Name of its tokenizer.")] = ...,  # type: ignore[assignment]
     vocab_size: Annotated[int, typer.Option(help="Rows of the teacher's vocabulary.")] = ...,  # type: ignore[assignment]
@@ -262,11 +262,15 @@ def import_(
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    if not isinstance(place := _opened(store), Path):
+        raise ValueError(
+            f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
+        )
     rows = import_topk(path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted)
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
     digest = sha256_file(path)
     artifact = Artifact(
-        store, Identity("scores", 1, 1, {"imported": {"shifted": shifted}}, {"capture": digest}, {"head": "capture"})
+        place, Identity("scores", 1, 1, {"imported": {"shifted": shifted}}, {"capture": digest}, {"head": "capture"})
     )
     if not artifact.is_committed(0):
         with artifact.write_part(0, inputs={"capture": digest}) as folder:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from eopd.storage.errors import StoreError
+
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
@@ -19,10 +21,15 @@ def open_place(place: str) -> Path | Bucket:
     """A folder (its path, or file://path) or a bucket; neither is touched.
 
     Raises:
-        StoreError: obstore is not installed, or cannot open such a URL.
+        StoreError: obstore is not installed, or cannot open such a URL; a file:// URL names another machine.
     """
     if is_bucket(place):
         from eopd.storage.remote import open_bucket  # Zarr: only where there is a bucket
 
         return open_bucket(place)
-    return Path(unquote(urlsplit(place).path) if place.startswith("file://") else place)
+    if not place.startswith("file://"):
+        return Path(place)
+    found = urlsplit(place)
+    if found.netloc not in ("", "localhost"):
+        raise StoreError(f"{place} names a machine, {found.netloc}: the folder /team/store is file:///team/store")
+    return Path(unquote(found.path))

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from eopd.pipeline.doctor_cli import doctor
 from eopd.pipeline.store_cli import app
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.listing import keys
 from tests import s3
 from tests.storage.making import scores
+
+doctor_app = typer.Typer()
+doctor_app.command()(doctor)
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -134,6 +139,9 @@ def test_copy_with_all_that_it_was_made_from(tmp_path: Path) -> None:
     assert len(list(keys(there))) == 4
 
 
+IMPORTED = ("--teacher", "t", "--tokenizer", "k", "--vocab-size", "10")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -146,12 +154,27 @@ def test_copy_with_all_that_it_was_made_from(tmp_path: Path) -> None:
         (("stats", "scores/", "--plot", "{}/h.png", "--store", "{}"), r"must end in \.svg"),
         (("gc", "--store", "s3://team/store"), "is a bucket, where eopd deletes nothing"),
         (("verify", "zzz", "--store", "{}"), "names no artifact"),
+        (("import", "{}/x", *IMPORTED, "--store", "s3://team/store"), "is a bucket, and import writes to a folder"),
+        (("ls", "--store", "file://team/store"), "names a machine, team: .* is file:///team/store"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     scores(tmp_path)
+    (tmp_path / "x").touch()
     with Artifact(tmp_path, Identity("rollouts", 1, 1)).write_part(0) as folder:
         (folder / "data").write_text("x")
     with pytest.raises(Exception, match=words) as raised:
         run(*(argument.format(tmp_path) for argument in arguments))
     assert type(raised.value).__name__ in ("StoreError", "ValueError")
+
+
+def test_a_folder_by_its_url(tmp_path: Path) -> None:
+    scores(tmp_path)
+    for place in (f"file://{tmp_path}", f"file://localhost{tmp_path}"):
+        assert "1 artifacts" in run("ls", "--store", place)
+
+
+def test_the_doctor_refuses_a_bucket() -> None:
+    result = CliRunner().invoke(doctor_app, ["--store", "s3://team/store"])
+    assert isinstance(result.exception, ValueError)
+    assert "s3://team/store is a bucket" in str(result.exception)

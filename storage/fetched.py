@@ -19,12 +19,11 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreUnwritable
 from eopd.storage.markers import Marker
 from eopd.storage.remote import RemoteArtifact
-from eopd.storage.stored import Standing
 from eopd.storage.transfer import copy
 
 
 class FetchedArtifact(Artifact):
-    """A complete artifact of a bucket.
+    """A complete artifact of a bucket: what stands in it, and its parts' bytes, are the bucket's.
 
     Args:
         remote: where it is.
@@ -40,42 +39,58 @@ class FetchedArtifact(Artifact):
         return repr(self.remote)
 
     @cached_property
-    def _standing(self) -> Standing:
-        return self.remote.standing()
+    def _names(self) -> list[str]:
+        return self.remote.names()
 
-    def standing(self) -> Standing:
-        return self._standing
+    def names(self) -> list[str]:
+        return self._names
 
-    def is_committed(self, part: int) -> bool:
-        return part in self._standing.committed
+    def has(self, name: str) -> bool:
+        return name in self._names
 
-    def marker(self, part: int) -> Marker:
-        return self.remote.marker(part)
+    def read(self, name: str) -> bytes:
+        return self.remote.read(name)
+
+    def part_names(self, marker: Marker) -> set[str]:
+        return self.remote.part_names(marker)
+
+    def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
+        return self.remote.pieces(marker, name)
 
     def part_store(self, part: int, marker: Marker) -> Store:
         """The part's files, read in place."""
         return self.remote.part_store(part, marker)
 
-    def part_folder(self, part: int) -> Path:
+    def _checked_folder(self, marker: Marker) -> Path:
         """The part's files, fetched if they are not here yet.
 
         Raises:
-            MissingPart, DamagedPart, StoreUnreadable; StoreFull, StoreUnwritable: they cannot be kept here.
+            DamagedPart, StoreUnreadable; StoreFull, StoreUnwritable: they cannot be kept here.
         """
         here = Artifact(self.store, self.identity)
-        if not here.is_committed(part):
-            copy(self.remote, self.store, [part])
+        if marker.part not in here.standing().made:
+            copy(self.remote, self.store, [marker.part])
         with suppress(PermissionError):  # another user's
             os.utime(here.folder)  # `eopd store gc` takes what was not asked for lately
-        return here.part_folder(part)
+        return here.remaining_folder(marker.part)
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.manifest_content()
+    # -- nothing of it is written ------------------------------------------------------------------------------
 
     @contextmanager
     def write_part(
         self, part: int, *, inputs: Mapping[str, str] | None = None, info: Mapping[str, Any] | None = None
     ) -> Iterator[Path]:
-        raise StoreUnwritable(f"{self} is in a store that is only read")
+        raise self._refusal()
         yield self.folder
+
+    def drop_part(self, part: int) -> None:
+        raise self._refusal()
+
+    def create(self, name: str, text: str) -> bool:
+        raise self._refusal()
+
+    def replace(self, name: str, text: str) -> None:
+        raise self._refusal()
+
+    def _refusal(self) -> StoreUnwritable:
+        return StoreUnwritable(f"{self} is in a store that is only read")

@@ -24,7 +24,7 @@ from zarr.core.sync import sync
 
 from eopd.storage.codec import PartArrays
 from eopd.storage.errors import DamagedPart
-from eopd.storage.markers import Marker
+from eopd.storage.markers import REPAIR, Marker
 from eopd.storage.zarr_inline import FolderStore, open_array
 from eopd.storage.zarr_write import METADATA, write_array, write_attributes
 
@@ -34,7 +34,6 @@ CHUNKS_PER_SHARD = 512
 ARRAYS = ("tokens", "entries")
 _CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
 _LARGEST_CHUNK = 1 << 27
-_REPAIR = "`eopd store verify --repair` re-queues it."
 
 
 def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
@@ -99,7 +98,7 @@ class ZarrPart:
         stored = self._run(store.get(name, default_buffer_prototype()))
         text = b"" if stored is None else stored.to_bytes()
         if name not in marker.files or hashlib.sha256(text).hexdigest() != marker.files[name]["sha256"]:
-            raise DamagedPart(f"{self.where}: the bytes of {name} changed. {_REPAIR}")
+            raise DamagedPart(f"{self.where}: the bytes of {name} changed. {REPAIR}")
         found: dict[str, Any] = json.loads(text)
         return found
 
@@ -132,4 +131,4 @@ def naming_damage(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, KeyError, IndexError, FileNotFoundError, TypeError, AssertionError) as error:
-        raise DamagedPart(f"{where} cannot be decoded ({error}). {_REPAIR}") from error
+        raise DamagedPart(f"{where} cannot be decoded ({error}). {REPAIR}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eopd.storage import paths, remote
+from eopd.storage import garbage, paths, remote
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.fetched import FetchedArtifact
@@ -156,6 +157,43 @@ def test_what_is_pruned_in_a_bucket_is_not_served(tmp_path: Path, bucket: Any) -
     assert stack.find(artifact.identity).folder.is_relative_to(tmp_path / "private")
     copy(make(tmp_path / "whole"), bucket)
     assert isinstance(StackedStores([tmp_path / "private", bucket]).find(artifact.identity), FetchedArtifact)
+
+
+def test_what_a_bucket_serves_is_as_it_stands_there(tmp_path: Path, bucket: Any) -> None:
+    """Every answer is the bucket's; files are fetched, and kept while they are asked for."""
+    artifact = make(tmp_path / "team")
+    copy(artifact, bucket)
+    found = StackedStores([tmp_path / "private", bucket]).find(artifact.identity)
+    assert isinstance(found, FetchedArtifact)
+    assert found.is_begun()
+    assert found.is_complete()
+    assert found.manifest == artifact.manifest
+    marker = found.marker(1)
+    assert found.remains(1) == marker
+    assert found.part_names(marker) == set(marker.files)
+    assert b"".join(found.checked(marker, "model")) == (artifact.part_folder(1) / "model").read_bytes()
+    found.verify_part(1)
+    assert not (tmp_path / "private").exists()
+
+    folder = found.remaining_folder(1)
+    assert (folder / "sub" / "figures").read_bytes() == (artifact.part_folder(1) / "sub" / "figures").read_bytes()
+    assert folder == found.part_folder(1)
+    assert folder.is_relative_to(tmp_path / "private" / paths.FETCHED)
+    for change in (
+        lambda: found.drop_part(1),
+        lambda: found.set_aside(0, "no"),
+        lambda: found.replace(paths.MANIFEST, ""),
+        lambda: found.create("x", ""),
+    ):
+        with pytest.raises(StoreUnwritable, match="only read"):
+            change()
+
+    for path in folder.parent.rglob("*"):
+        os.utime(path, (0, 0))
+    os.utime(folder.parent, (0, 0))
+    assert [removal.path for removal in garbage.plan(tmp_path / "private", None)] == [folder.parent]
+    assert found.part_folder(1) == folder
+    assert garbage.plan(tmp_path / "private", None) == []
 
 
 # -- verify ----------------------------------------------------------------------------------------------------

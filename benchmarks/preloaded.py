@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from eopd.pipeline.launchers import local
+from eopd.pipeline.launchers import local, processes
 
 
 class Forked:
@@ -72,7 +72,7 @@ def fork_process(arguments: list[str], environment: Mapping[str, str], output: I
     code = 1
     try:
         os.setsid()
-        local.ask_to_stop_when_orphaned()
+        processes.ask_to_stop_when_orphaned()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(output.fileno(), 1)

@@ -172,7 +172,7 @@ def _open(config: str, overrides: list[str] | None, display: Display | None = No
 
 def worker_progress() -> Progress | None:
     """Of a process that another one started: its events, or nothing where the first of several speaks for all."""
-    from eopd.pipeline.launchers.local import rank
+    from eopd.pipeline.launchers.processes import rank
     from eopd.pipeline.progress import EVENTS_VARIABLE, EventProgress
     from eopd.stages.job import NullProgress
 
@@ -184,7 +184,7 @@ def worker_progress() -> Progress | None:
 
 def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
     from eopd.pipeline.launchers.base import Task
-    from eopd.pipeline.launchers.local import stage_command, trains_together
+    from eopd.pipeline.launchers.processes import stage_command, trains_together
 
     runner = _open(config, overrides)
     job = runner.plan.job(stage, round_)
@@ -232,7 +232,7 @@ def _share(text: str | None, parts: int) -> list[int] | None:
 def _write_resolved(runner: Runner) -> None:
     import yaml
 
-    from eopd.pipeline.launchers.local import rank
+    from eopd.pipeline.launchers.processes import rank
     from eopd.pipeline.neighbours import register
     from eopd.storage.files import replace_atomically
 

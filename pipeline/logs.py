@@ -12,7 +12,7 @@ from eopd.pipeline.config import ConfigError
 
 TAIL_BYTES = 1 << 16
 ERROR = re.compile(r"^(eopd: .+|(?:[\w.]+\.)?\w*(?:Error|Exception|Stopped|StoreFull)\b.*)$")
-_STAGE_LOG = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d+)\b")
+_OF_A_JOB = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,16 @@ class LastWords:
     log: Path
     line: str
     when: float  # of the log's last change, seconds since the epoch
+
+
+def job_name(stage: str, round_: int) -> str:
+    """What the names of a job's logs begin with."""
+    return f"{stage}-{round_}"
+
+
+def log_name(stage: str, round_: int, worker: int | None = None) -> str:
+    """Of a job's log, or of one worker's."""
+    return job_name(stage, round_) + (".log" if worker is None else f".worker-{worker}.log")
 
 
 def find_logs(folder: Path, stage: str | None = None, round_: int | None = None) -> list[Path]:
@@ -38,7 +48,7 @@ def find_logs(folder: Path, stage: str | None = None, round_: int | None = None)
 
 
 def _is_of(path: Path, stage: str | None, round_: int | None) -> bool:
-    named = _STAGE_LOG.match(path.name)
+    named = _OF_A_JOB.match(path.name)
     own_stage = named["stage"] if named else path.name.split(".")[0]
     if stage is not None and not own_stage.startswith(stage):
         return False

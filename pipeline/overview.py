@@ -14,6 +14,7 @@ from eopd.pipeline.plan import STAGES, Stage
 from eopd.pipeline.pruning import rebuilds
 from eopd.pipeline.rates import Rate, measure_rates, sample_sizes
 from eopd.pipeline.runner import Runner
+from eopd.pipeline.store_check import existing
 from eopd.pipeline.survey import read_makers, store_listing, survey
 
 
@@ -93,7 +94,7 @@ def look(runners: Sequence[Runner]) -> Overview:
         rows=tuple(rows),
         rates=rates,
         peak_bytes=peak_disk(rows, specs),
-        free_bytes=shutil.disk_usage(_existing(store)).free,
+        free_bytes=shutil.disk_usage(existing(store)).free,
         asked=sum(len(runner.plan.jobs) for runner in runners),
         specs=specs,
     )
@@ -102,8 +103,3 @@ def look(runners: Sequence[Runner]) -> Overview:
 def _spec(runner: Runner) -> RunSpec:
     shapes = read_shapes(runner.facts.student.folder)
     return RunSpec(runner.settings, runner.facts, checkpoint_bytes(shapes, runner.settings.train))
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    return path if path.exists() else _existing(path.parent)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
+from eopd.pipeline.launchers.processes import rank
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.needs import refuse_unmet_needs
 from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
@@ -123,8 +124,6 @@ class Runner:
 
     def _close_books(self, job: PlannedJob, seconds: float, made: int) -> None:
         """By one process alone, where several train together."""
-        from eopd.pipeline.launchers.local import rank
-
         if rank() > 0:
             return
         if made:

@@ -21,7 +21,7 @@ NO_SPACE = 100 << 20
 
 def check_store(store: Path) -> Iterator[Finding]:
     """Space, permissions, exclusive creation and locks at ``store``; where it does not exist yet, above it."""
-    place = _existing(store)
+    place = existing(store)
     yield _space(place)
     trial = place / f".doctor-{secrets.token_hex(8)}"
     try:
@@ -40,9 +40,10 @@ def check_store(store: Path) -> Iterator[Finding]:
         shutil.rmtree(trial, ignore_errors=True)
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """``path``, or the folder above it that exists."""
     path = path.resolve()
-    return path if os.path.lexists(path) or path == path.parent else _existing(path.parent)
+    return path if os.path.lexists(path) or path == path.parent else existing(path.parent)
 
 
 def _space(place: Path) -> Finding:

@@ -1,4 +1,4 @@
-"""What a launcher is: workers that take one task each, or something that brings a whole plan to its end by itself."""
+"""What a launcher is: workers that take one task each. Slurm alone brings a whole plan to its end by itself."""
 
 from __future__ import annotations
 
@@ -54,13 +54,6 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Let what runs commit the part in hand, then stop it; an interruption meanwhile stops it at once."""
-
-
-class Launcher(Protocol):
-    """Something that runs a plan without the scheduler, such as a batch system with dependencies of its own."""
-
-    def launch(self, work: Sequence[tuple[Runner, PlannedJob]]) -> bool:
-        """Bring all of it to its end; False when it goes on without us."""
 
 
 def few_parts(parts: Sequence[int]) -> str:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
-from eopd.pipeline.launchers.local import stage_command, trains_together
+from eopd.pipeline.launchers.processes import stage_command, trains_together
+from eopd.pipeline.logs import log_name
 from eopd.pipeline.plan import Stage
 from eopd.storage.files import is_full
 
@@ -65,7 +66,7 @@ def run_here(task: Task) -> tuple[Kind, str]:
         task.runner.progress.close()
         if is_full(error):
             return "full", str(error)
-        log = task.runner.paths.logs / f"{task.job.stage}-{task.job.round}.log"
+        log = task.runner.paths.logs / log_name(task.job.stage, task.job.round)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         return "failed", f"{str(error) or type(error).__name__} (log: {log})"

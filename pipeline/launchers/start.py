@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.launchers.base import Pool
 from eopd.pipeline.launchers.inline import InlinePool
-from eopd.pipeline.launchers.local import LocalPool, Spawn
+from eopd.pipeline.launchers.local import LocalPool
+from eopd.pipeline.launchers.processes import Spawn
 from eopd.pipeline.launchers.ray.pool import RayPool
 from eopd.pipeline.launchers.slurm.launcher import SlurmLauncher
 from eopd.pipeline.launchers.slurm.script import Place, dry_run

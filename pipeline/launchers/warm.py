@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO
 
-from eopd.pipeline.launchers.local import Process, ask_to_stop_when_orphaned, spawn_process
+from eopd.pipeline.launchers.processes import Process, ask_to_stop_when_orphaned, spawn_process
 from eopd.pipeline.progress import EVENTS_VARIABLE
 from eopd.pipeline.worker import Order
 

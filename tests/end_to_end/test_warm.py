@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.launchers.local import Process
+from eopd.pipeline.launchers.processes import Process
 from eopd.pipeline.launchers.warm import WarmWorkers
 from tests.end_to_end.world import World, checksums, environment, eopd
 

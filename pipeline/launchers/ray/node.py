@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from eopd.pipeline.launchers.local import ask_to_stop_when_orphaned
+from eopd.pipeline.launchers.processes import ask_to_stop_when_orphaned
 
 POLL_SECONDS = 0.1
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
-from eopd.pipeline.launchers.local import gpus_of, kind_of, last_words, stage_command
+from eopd.pipeline.launchers.processes import gpus_of, kind_of, last_words, stage_command
 from eopd.pipeline.launchers.ray.cluster import connect, first_sentence
 from eopd.pipeline.launchers.ray.settings import RayResources
+from eopd.pipeline.logs import log_name
 from eopd.pipeline.plan import Stage
 from eopd.pipeline.progress import EVENTS_VARIABLE, Display, Replay
 from eopd.storage.files import is_full
@@ -81,7 +82,7 @@ class RayPool:
         paths, job = task.runner.paths, task.job
         slot = min(set(range(len(self._workers) + 1)) - {worker.slot for worker in self._workers})
         paths.logs.mkdir(parents=True, exist_ok=True)
-        log = (paths.logs / f"{job.stage}-{job.round}.worker-{slot}.log").absolute()
+        log = (paths.logs / log_name(job.stage, job.round, slot)).absolute()
         events = (paths.logs / f".events-{secrets.token_hex(4)}.jsonl").absolute()
         start = log.stat().st_size if log.exists() else 0
         need = self._need(job.stage)

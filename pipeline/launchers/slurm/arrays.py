@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from eopd.pipeline.launchers.slurm.settings import SlurmSettings
+from eopd.pipeline.logs import job_name
 from eopd.pipeline.plan import SUMMED_UP, PlannedJob
 from eopd.pipeline.runner import Runner
 
@@ -32,7 +33,7 @@ class Array:
     @property
     def name(self) -> str:
         """Unique in its run: rollout-0, score-1-2 (the third thousand of tasks), score-1.ready."""
-        return f"{self.job.stage}-{self.job.round}" + (f"-{self.block}" if self.block else "") + self.suffix
+        return job_name(self.job.stage, self.job.round) + (f"-{self.block}" if self.block else "") + self.suffix
 
     @property
     def parts(self) -> int:

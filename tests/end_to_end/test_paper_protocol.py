@@ -9,18 +9,45 @@ import pytest
 import yaml
 
 from eopd.pipeline.config import load_config
+from eopd.stages.models.prompts import load_prompts, render_prompt
 from eopd.storage import evaluations
 from tests.end_to_end.conftest import World, eopd
+from tests.stages.tiny_tokenizer import tiny_tokenizer
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
 SIX = {"math500", "amc23", "minerva_math", "olympiadbench", "aime24", "aime25"}
 
 
+def test_the_papers_prompts_are_separated_from_what_they_ask_for(tmp_path: Path) -> None:
+    """A suffix is put after the problem as it is: without a separator of its own it would run into the last word."""
+    problem = "How long was Aya in the coffee shop."
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"id": "a", "problem": problem, "answer": "204"}) + "\n")
+    preset = load_config("paper/qwen3-0.6b")
+    assert preset.evaluate is not None
+    benchmark = preset.evaluate.benchmarks[0].model_copy(update={"path": str(path)})
+    tokenizer = tiny_tokenizer()
+    rendered = [
+        tokenizer.decode(render_prompt(tokenizer, load_prompts(settings)[0], settings))
+        for settings in (preset.prompts.model_copy(update={"path": str(path)}), preset.evaluate.prompts_of(benchmark))
+    ]
+    assert rendered == [
+        f"{problem} Let's think step by step and output the final answer within \\boxed{{}}.",
+        f"{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    ]
+
+
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside this checkout (../shared/data)")
-def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(world: World, tmp_path: Path) -> None:
+def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the preset's own paths, which are relative to the folder that eopd is started in."""
     preset = load_config("paper/qwen3-0.6b").evaluate
     assert preset is not None
-    asked = [{"name": b.name, "path": str(BENCHMARKS / f"{b.name}.jsonl"), "limit": 2} for b in preset.benchmarks]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "benchmarks").symlink_to(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    asked = [{"name": one.name, "path": one.path, "limit": 2} for one in preset.benchmarks]
     config = tmp_path / "paper.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -42,7 +69,7 @@ def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(world: World, 
     assert set(found["benchmarks"]) == SIX
     settings = found["settings"]
     assert (settings["samples"], settings["temperature"], settings["top_p"]) == (8, 1.0, 0.8)
-    assert settings["suffix"] == "Please reason step by step, and put your final answer within \\boxed{}."
+    assert settings["suffix"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert settings["template"] == "plain"
     assert all(one["verifier"] == "math" for one in settings["benchmarks"])
     for one in found["benchmarks"].values():

@@ -215,7 +215,7 @@ def _read(path: str) -> str:
 
 def _optional() -> Iterator[Finding]:
     chromium = _which("chromium", "chromium-browser", "google-chrome")
-    yield _or_absent("chromium", chromium, "tests of the report in a browser are skipped")
+    yield _or_absent("chromium", chromium, "tests of the report fail without it (EOPD_NO_BROWSER=1 leaves them out)")
     ray = _version("ray") if _there("ray") else None
     yield _or_absent("ray", ray, f"for launcher.kind: ray, {installing('ray')}")
     yield _or_absent("slurm", _which("sbatch"), "launcher.kind: slurm works where sbatch is")

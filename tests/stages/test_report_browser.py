@@ -1,7 +1,11 @@
-"""The report page in a real headless browser. All data are made up."""
+"""The report page in a real headless browser. All data are made up.
+
+They fail where there is no Chromium, unless EOPD_NO_BROWSER=1 says that they are to be left out.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,7 @@ from tests.stages.headless_browser import Browser, browser, chromium
 from tests.stages.made_up_report import made_up_report, made_up_run, made_up_scores
 from tests.stages.test_report_page import evil_report
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium on this machine (Debian: apt install chromium)")
+pytestmark = pytest.mark.skipif(os.environ.get("EOPD_NO_BROWSER") == "1", reason="EOPD_NO_BROWSER=1")
 
 
 def seeds() -> ReportData:
@@ -43,6 +47,12 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if chromium() is None:
+        pytest.fail(
+            "no Chromium on this machine: install it (Debian: apt install chromium; Google Chrome will do), or "
+            "set EOPD_NO_BROWSER=1 to leave the tests of the report in a browser out",
+            pytrace=False,
+        )
     with browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 

@@ -13,7 +13,10 @@ from eopd.storage.zarr_inline import FolderStore
 
 
 class ScoreSource(Protocol):
-    """Parts of one artifact, each with its commit marker."""
+    """Parts of one artifact, each with its commit marker.
+
+    One with ``part_store(part, marker) -> Store`` has its parts read where they are, and not as files of a folder.
+    """
 
     @property
     def parts(self) -> int: ...
@@ -23,12 +26,6 @@ class ScoreSource(Protocol):
     def marker(self, part: int) -> Marker:
         """Raises MissingPart, DamagedPart, WrongArtifact or NewerSchema."""
         ...
-
-
-class StoreSource(ScoreSource, Protocol):
-    """A source whose parts are read where they are, and not as files of a folder."""
-
-    def part_store(self, part: int, marker: Marker) -> Store: ...
 
 
 def filled_parts(source: ScoreSource) -> Iterator[int]:
@@ -50,6 +47,7 @@ def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
     """The files of a committed part, their presence and sizes checked against its marker, and the marker."""
     marker = source.marker(part)
     if hasattr(source, "part_store"):
-        return source.part_store(part, marker), marker
+        found: Store = source.part_store(part, marker)
+        return found, marker
     assert isinstance(source, Artifact), source
     return FolderStore(source.part_folder(part)), marker

@@ -200,6 +200,8 @@ def _repair(store: Path | Bucket, kind: str, key: str, damages: Sequence[Damage]
             _mend_identity(store, kind, key)
         elif not damage.beyond_repair:
             _set_aside(store, damage)
+    if any(damage.beyond_repair for damage in damages):
+        return
     with suppress(MissingArtifact):  # its identity was set aside, and nothing says what it was
         listing.open_in(store, kind, key).finish()
 

@@ -202,6 +202,8 @@ def test_what_a_newer_eopd_wrote_is_not_repaired(tmp_path: Path, name: str) -> N
     artifact, _ = scores(tmp_path)
     path = artifact.folder / name
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    if name == paths.marker_name(1):
+        (artifact.folder / paths.MANIFEST).unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     (found,) = verify(tmp_path, repair=True)
     assert found.beyond_repair

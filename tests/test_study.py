@@ -24,7 +24,7 @@ from eopd.stages.train.objectives.settings import FAMILY, own_file_hash
 from eopd.storage.coverage import Coverage
 from examples.study import anchors, compare, design, experiments, rates, report, results, tables, workers
 from examples.study import run as study_run
-from examples.study.__main__ import in_order, main
+from examples.study.__main__ import at_toy_size, in_order, main
 from examples.study.design import SMOKE, Experiment, Task
 
 TOY = dataclasses.replace(SMOKE, problems=12, tuning_problems=4)
@@ -103,13 +103,13 @@ def _unsaid(resolved: object, said: object, where: str = "") -> Iterator[str]:
             yield from _unsaid(one, other, where)
 
 
-def test_rounds_of_every_setting_are_whole() -> None:
-    for one in ALL:
+def test_rounds_are_whole() -> None:
+    for one in (*ALL, *map(at_toy_size, ALL)):
         for setting in one.settings:
-            for scale in (one.scale, SMOKE):
-                assert setting.rounds(scale) * (setting.refresh or scale.iterations) == scale.iterations
+            assert setting.rounds(one.scale) * (setting.refresh or one.scale.iterations) == one.scale.iterations
+            assert (setting.rounds(one.scale) == 1) == (setting.refresh == 0), "only those that sample once have one"
     with pytest.raises(AssertionError):
-        experiments.STALENESS.setting("old-ppo-every16").rounds(dataclasses.replace(SMOKE, iterations=24))
+        experiments.STALENESS.setting("old-ppo-every16").rounds(SMOKE)
 
 
 def test_a_smoke_run_ends_in_a_report(tmp_path: Path) -> None:
@@ -316,14 +316,14 @@ def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
 
 
 def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: Path) -> None:
-    names = ["old-none-once", "old-is-once", "old-none-every16", "old-is-every16", "old-none-every1"]
+    names = ["old-none-once", "old-is-once", "old-none-every4", "old-is-every4", "old-none-every1"]
     tasks = in_order([toy("staleness")], RATES, seeds=[0], settings=names)
     once = {"train": 1.0, "evaluate": 1.0}
     costs: dict[str, dict[str, object]] = {
         "old-none-once": {"cpu_seconds": 240.0},
         "old-is-once": {"cpu_seconds": 120.0, "stage_seconds": once},  # whose responses were those of the former
-        "old-none-every16": {"cpu_seconds": 6.0, "resumed_at_round": 31},  # its last process only
-        "old-is-every16": {"cpu_seconds": 180.0, "resumed_at_round": 31, "shared": []},
+        "old-none-every4": {"cpu_seconds": 6.0, "resumed_at_round": 31},  # its last process only
+        "old-is-every4": {"cpu_seconds": 180.0, "resumed_at_round": 31, "shared": []},
         "old-none-every1": {"tokens": 600_000},
     }
     for task in tasks:
@@ -414,6 +414,7 @@ def test_a_worker_that_is_killed_loses_one_task_which_goes_on(tmp_path: Path) ->
     rounds = tmp_path / "runs" / "gate.random-seed100" / "rounds.jsonl"
     trained = tmp_path / "store-seed101" / "checkpoints"
     trained.mkdir(parents=True)
+    (tmp_path / "runs" / "main.opd-seed100").mkdir(parents=True)  # stopped earlier, and not asked for this time
     said: list[str] = []
 
     def kill_one() -> None:
@@ -428,8 +429,8 @@ def test_a_worker_that_is_killed_loses_one_task_which_goes_on(tmp_path: Path) ->
     assert [line.split(":")[0] for line in failed] == ["gate/refused-seed101"]
     assert said[0].startswith("gate/random-seed100: its process was killed by SIGKILL")
     assert results.read(tasks[0], tmp_path / "results") is not None
-    assert not (tmp_path / "store-seed100").exists()
     assert trained.exists(), "what was trained is for the next attempt where a task of the seed failed"
+    assert (tmp_path / "store-seed100").exists(), "and where another run of the seed was stopped"
 
 
 def test_two_studies_do_not_share_a_work_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

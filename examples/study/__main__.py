@@ -60,7 +60,7 @@ def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
         args.results, document = args.work / "results", args.work / "study.md"
         if not (args.list or args.report):
             shutil.rmtree(args.work, ignore_errors=True)
-        chosen = [dataclasses.replace(one, scale=SMOKE, seeds=(0, 1) if one.name == "main" else (0,)) for one in chosen]
+        chosen = [at_toy_size(one) for one in chosen]
     failed: list[str] = []
     known = rates.untuned() if args.smoke else rates.tuned(args.results)
     if known.missing and not args.report:
@@ -81,6 +81,13 @@ def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
         failed = make_missing(tasks, args)
     write_report(chosen if args.only or args.smoke else [*chosen, TUNE], known, args.results, document)
     return report_failures(failed)
+
+
+def at_toy_size(experiment: Experiment) -> Experiment:
+    """Without the settings whose round is longer than the whole toy run: they would be those that sample once."""
+    settings = tuple(setting for setting in experiment.settings if setting.refresh < SMOKE.iterations)
+    seeds = (0, 1) if experiment.name == "main" else (0,)
+    return dataclasses.replace(experiment, scale=SMOKE, settings=settings, seeds=seeds)
 
 
 def make_missing(tasks: Sequence[Task], args: argparse.Namespace) -> list[str]:

@@ -35,7 +35,6 @@ class Scale:
     train_problems: int
     problems: int  # evaluated
     tuning_problems: int
-    iteration: int = ITERATION_RESPONSES  # responses
 
     def __post_init__(self) -> None:
         # a round draws each problem at most once, and the settings that sample once have one round
@@ -43,18 +42,14 @@ class Scale:
 
     @property
     def responses(self) -> int:
-        return self.iterations * self.iteration
+        return self.iterations * ITERATION_RESPONSES
 
 
 FULL = Scale(iterations=256, train_problems=20_000, problems=2_500, tuning_problems=500)
 TUNING = Scale(iterations=64, train_problems=20_000, problems=2_500, tuning_problems=500)
 TEXT = Scale(iterations=16, train_problems=4_096, problems=300, tuning_problems=0)
 """Of the language models: a sixteenth of the responses, each about eight times as long."""
-SMOKE = Scale(iterations=16, train_problems=600, problems=60, tuning_problems=20, iteration=64)
-"""As few iterations as every ``refresh`` divides."""
-
-
-_USUAL = ("iteration", ITERATION_RESPONSES)  # came later than the first results: their keys are without it
+SMOKE = Scale(iterations=8, train_problems=600, problems=60, tuning_problems=20)
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,7 @@ class Task:
     @property
     def key(self) -> str:
         """Of everything this file says about the run. A result that carries another key is of other settings."""
-        scale = {name: value for name, value in asdict(self.scale).items() if (name, value) != _USUAL}
-        stated: dict[str, Any] = {"scale": scale, "evaluates": self.experiment.evaluates}
+        stated: dict[str, Any] = {"scale": asdict(self.scale), "evaluates": self.experiment.evaluates}
         if self.experiment.world != COUNTDOWN:
             stated["world"] = self.experiment.world.name
         return sha256_text(canonical_json({**stated, "config": self.stated()}))[:20]

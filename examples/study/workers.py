@@ -44,7 +44,8 @@ def run_all(tasks: Sequence[Task], work: Path, folder: Path, workers: int, say: 
     """Make the results of ``tasks``, in their order; returns what failed and why. A failure stops nothing else.
 
     A task whose worker dies is begun again once, after all others. A seed's store is deleted when all of its tasks are
-    done; where one failed it stays, for the next attempt. SIGINT and SIGTERM end the workers too.
+    done, and stays for the next attempt where one failed or another run of the seed was begun and stopped. SIGINT and
+    SIGTERM end the workers too.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers, which are started anew
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -96,7 +97,8 @@ class _Log:
             f"{elapsed / 60:.1f} min so far, about {remaining / 60:.0f} min left"
         )
         self._left[task.seed] -= 1
-        if not self._left[task.seed]:
+        begun = any((self._work / "runs").glob(f"*-seed{task.seed}"))  # by a process that was stopped
+        if not self._left[task.seed] and not begun:
             shutil.rmtree(self._work / f"store-seed{task.seed}", ignore_errors=True)
 
     def failed(self, task: Task, why: str) -> None:

@@ -43,6 +43,12 @@ def graders(results: Results) -> list[str]:
     return list(results.get("verifiers", ()))
 
 
+def interval(results: Mapping[int, Results]) -> str:
+    """What the intervals of a run's figures are."""
+    said = {found["settings"]["confidence"] for found in results.values() if "settings" in found} or {0.95}
+    return f"{' and '.join(f'{100 * confidence:g}' for confidence in sorted(said))} % bootstrap over problems"
+
+
 def warnings(results: Mapping[int, Results]) -> list[str]:
     """What spoils the figures of some rounds; nothing of those that are as they should be."""
     given_up, missing, long = {}, {}, {}

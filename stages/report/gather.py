@@ -86,7 +86,7 @@ def gather(run: RunArtifacts) -> RunData:
         ],
         cost=costs(_jobs(run), seconds_by_key(run.jobs), run.elsewhere, run.also_read),
         threshold=run.tau,
-        interval="95 % bootstrap over problems",
+        interval=evaluated.interval(results),
         avg_gain=avg,
         pass_gain=passed,
         scores=scores,

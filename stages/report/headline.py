@@ -182,7 +182,10 @@ def _gain(run: RunData, which: str, k: int, shared: int | None) -> Gain | None:
     common = next((found for found in evaluated if found.round == shared), None)
     if len(evaluated) == 1:
         return Gain(name, evaluated[0], None, None, common)
-    return Gain(name, evaluated[0], evaluated[-1], run.avg_gain if which == "avg" else run.pass_gain, common)
+    paired = run.avg_gain if which == "avg" else run.pass_gain
+    if any(found.samples != k for found in run.scores):
+        paired = None  # it is of all samples, not of k
+    return Gain(name, evaluated[0], evaluated[-1], paired, common)
 
 
 def _measured(item: RoundData, which: str, k: int) -> Measured:

@@ -27,7 +27,10 @@ def seeds() -> ReportData:
     """Three settings of three seeds each: lines with t intervals, differences in pairs."""
     runs = [
         replace(
-            made_up_run(f"{name}-s{seed}", 1 + seed, gain), kin=name, seed=seed, scores=[made_up_scores(seed, gain)]
+            made_up_run(f"{name}-s{seed}", 1 + seed, gain),
+            kin=name,
+            seed=seed,
+            scores=[replace(made_up_scores(seed, gain), seeds=[seed])],
         )
         for name, gain in (("opd", 0.15), ("eopd", 0.24), ("fkl", 0.2))
         for seed in range(3)

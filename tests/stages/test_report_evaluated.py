@@ -114,7 +114,9 @@ def test_every_figure_of_an_evaluation_is_in_the_table_and_in_the_numbers(tmp_pa
 
 def test_figures_without_an_interval_are_shown_without_one(tmp_path: Path) -> None:
     mean = {**OLD, **NEW, "avg_interval": None, "pass_interval": {"1": None, "2": None}}
-    (item,) = gathered(tmp_path, evaluation(tmp_path, 0, mean, ONE)).rounds
+    run = gathered(tmp_path, evaluation(tmp_path, 0, mean, ONE, settings={"confidence": 0.9}))
+    assert run.interval == "90 % bootstrap over problems"
+    (item,) = run.rounds
     assert item.avg_at_k == {2: 0.25}
     assert item.avg_interval == {}
     assert item.pass_interval == {}

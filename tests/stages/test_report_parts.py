@@ -33,7 +33,7 @@ from eopd.stages.report.job import ReportJob
 from eopd.stages.report.palette import heat
 from eopd.stages.report.run import run
 from eopd.stages.report.scales import Scale, log_ticks, tick_labels, ticks, value_range
-from tests.stages.made_up_report import made_up_report, made_up_run
+from tests.stages.made_up_report import made_up_report, made_up_run, made_up_scores
 
 
 def test_data_survive_json(tmp_path: Path) -> None:
@@ -198,6 +198,17 @@ def test_the_headline_says_what_was_gained(
     summary = gain_of(rounds[0], rounds[1], paired)
     assert headline.sentence([summary]) == [sentence]
     assert settled in summary.gains[0].detail
+
+
+def test_a_gain_of_all_samples_is_not_shown_as_one_at_fewer() -> None:
+    """Where another run has 4 samples, Pass@4 is shown of both; the paired change of this run is that of Pass@8."""
+    rounds = [RoundData(0, {8: 0.1}, {4: 0.2, 8: 0.3}), RoundData(1, {8: 0.2}, {4: 0.5, 8: 0.9})]
+    eight = RunData("eight", rounds=rounds, pass_gain=Estimate(0.6, 0.5, 0.7), scores=[made_up_scores(1, 0.1)])
+    four = RunData("four", rounds=[RoundData(0, {4: 0.1}, {4: 0.2})])
+    (gain,) = headline.summarise([eight, four])[0].gains
+    assert (gain.name, gain.paired) == ("Pass@4", None)
+    assert gain.difference == pytest.approx(0.3)
+    assert headline.summarise([eight])[0].gains[1].paired == Estimate(0.6, 0.5, 0.7)
 
 
 def test_one_evaluation_is_no_gain() -> None:

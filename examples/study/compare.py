@@ -18,12 +18,13 @@ from eopd.stages.intervals import Interval, t_interval, t_quantile
 
 Floats = NDArray[np.float64]
 
+LEAST_SEEDS = 3  # of a crossed interval: with two it would cover 87 % where seeds differ much
 MOST_FREEDOM = 1000  # of a quantile of t, which is the normal one there
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; None with fewer than two seeds."""
+    """A mean with its 95 % interval; None with too few seeds."""
 
     mean: float
     interval: Interval | None
@@ -58,7 +59,7 @@ def crossed(a: Floats, b: Floats) -> Estimate:
     difference = a - b
     seeds, problems = difference.shape
     mean = float(difference.mean())
-    if seeds < 2 or problems < 2:
+    if seeds < LEAST_SEEDS or problems < 2:
         return Estimate(mean, None, seeds)
     by_seed, by_problem = difference.mean(axis=1, keepdims=True), difference.mean(axis=0, keepdims=True)
     freedom = {"seeds": seeds - 1, "problems": problems - 1, "residual": (seeds - 1) * (problems - 1)}

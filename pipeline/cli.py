@@ -132,7 +132,7 @@ def run(
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.pruning import prune_old
     from eopd.pipeline.reporting import write_report
-    from eopd.pipeline.students import find_student
+    from eopd.pipeline.students import whereabouts
     from eopd.stages.train.extras import require_extras
 
     display = make_display()
@@ -152,8 +152,7 @@ def run(
             prune_old(runner)
             page = write_report(runner)
             runner.progress.line(f"report: {page}")
-            trained = find_student(runner, runner.settings.rounds)
-            runner.progress.line(f"{trained}: {trained.folder}; `eopd student RUN --to FOLDER` copies it")
+            runner.progress.line(whereabouts(runner))
 
 
 app.command()(plan)

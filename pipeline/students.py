@@ -73,6 +73,16 @@ def find_student(runner: Runner, round_: int) -> Student:
     return Student(round_, last, folder, tuple(_model_files(folder)))
 
 
+def whereabouts(runner: Runner) -> str:
+    """At the end of a run: where its last student lies. None is fetched from a bucket for that."""
+    last = runner.settings.rounds
+    artifact = runner.artifact(runner.plan.job("train", last - 1).output)
+    if not artifact.folder.is_dir():
+        return f"student {last} of {last} lies in a bucket ({artifact}); `eopd student RUN --to FOLDER` fetches it"
+    student = find_student(runner, last)
+    return f"{student}: {student.folder}; `eopd student RUN --to FOLDER` copies it"
+
+
 def copy_student(student: Student, target: Path) -> None:
     """Copy the model and its tokenizer to ``target``, which appears whole.
 

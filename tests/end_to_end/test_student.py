@@ -12,9 +12,12 @@ from eopd.pipeline.config import ConfigError, load_config
 from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.plan_cli import open_runners
 from eopd.pipeline.runner import Runner
-from eopd.pipeline.students import copy_student, find_student, newest
+from eopd.pipeline.students import copy_student, find_student, newest, whereabouts
 from eopd.stages.train import remains
+from eopd.storage.places import open_place
 from eopd.storage.pruning import prune
+from eopd.storage.transfer import copy
+from tests import s3
 from tests.end_to_end.conftest import World, eopd
 
 
@@ -79,3 +82,26 @@ def test_a_pruned_student_is_said_to_be(world: World, tmp_path: Path) -> None:
     prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
     with pytest.raises(ConfigError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
         find_student(runner, 1)
+
+
+def test_a_student_in_a_bucket_is_fetched_when_it_is_asked_for(
+    world: World, runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason="needs obstore (the extra objectstore)")
+    pytest.importorskip("moto", reason="needs moto, a server that speaks S3")
+    with s3.server() as endpoint:
+        for name, value in s3.environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        s3.client(endpoint).create_bucket(Bucket="team")
+        for job in runner.plan.jobs:
+            if job.stage == "train":
+                copy(runner.artifact(job.output), open_place("s3://team/store"))
+        own = tmp_path / "store"
+        config = world.config("from-a-bucket", store=[str(own), "s3://team/store"])
+        (other,) = open_runners(str(config), None, None)
+        assert "student 2 of 2 lies in a bucket" in whereabouts(other)
+        assert not (own / ".fetched").exists()
+        found = find_student(other, newest(other))
+        assert found.folder.is_relative_to(own / ".fetched")
+        assert AutoModelForCausalLM.from_pretrained(found.folder)
+        assert whereabouts(other).startswith(f"student 2 of 2 (trained in round 1): {found.folder}; ")

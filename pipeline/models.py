@@ -11,6 +11,8 @@ from eopd.pipeline.config import ConfigError, ModelSettings
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import LENGTH, Digests, code_files, model_files, tokenizer_files
 
+NOISE = ("attention_dropout", "router_jitter_noise")
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -21,6 +23,7 @@ class ModelFacts:
     fingerprint: str  # weights, config, dtype, and code that is trusted
     tokenizer_fingerprint: str  # every tokenizer file, templates included
     stop_ids: tuple[int, ...]  # its main one first
+    is_noisy: bool = False  # its config asks for dropout in attention, or for jitter in a router
 
 
 def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
@@ -39,6 +42,7 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
         fingerprint=sha256_text(canonical_json(semantic))[:LENGTH],
         tokenizer_fingerprint=digests.of_files(tokenizer, [*tokenizer_files(tokenizer), *theirs]),
         stop_ids=stop_ids_of(folder, tokenizer),
+        is_noisy=any(_read_json(folder / "config.json").get(name) for name in NOISE),
     )
 
 

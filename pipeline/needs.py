@@ -1,4 +1,4 @@
-"""Whether the scores that a run plans hold what its objective reads: said before anything is sampled or scored."""
+"""Whether what a run plans to sample and store is what its objective reads: said before anything is done."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ def refuse_unmet_needs(runner: Runner, round_: int) -> None:
     """Compare the objective's needs with the planned coverage of a round's scores.
 
     Raises:
-        ConfigError: something is not covered; names the objective, what is missing and the command that adds it.
+        ConfigError: something is not covered, with the objective, what is missing and the command that adds it; or the
+            objective reads q_old, and the rollouts cut the distribution that they are drawn from.
     """
     from eopd.stages.train.objectives.registry import make_objective
+    from eopd.stages.train.responses import refuse_truncated_sampling
 
     settings = runner.settings
+    objective = make_objective(settings.train.objective)
+    try:
+        refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     coverage = _planned(runner, round_)
-    missing = [text for need in make_objective(settings.train.objective).needs if (text := coverage.lacks(need))]
+    missing = [text for need in objective.needs if (text := coverage.lacks(need))]
     if not missing:
         return
     changes = [piece for text in missing for piece in text.partition("Add: ")[2].split()]

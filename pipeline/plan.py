@@ -264,6 +264,8 @@ def _train_job(
             "total_steps": span,
             **_swapped_stops(settings, facts),
             **_merged_stops(settings, facts, round_),
+            **_own_ids(settings),
+            **_noise(facts),
         },
         inputs={
             "student": _policy_key(facts, policy),
@@ -287,6 +289,17 @@ def _merged_stops(settings: RunSettings, facts: Facts, round_: int) -> dict[str,
     """Of responses of an older policy q_old at a merged stop was first the sampler's, of one id."""
     merged = settings.train.objective.stops == "class" and len(facts.stop_ids) > 1
     return {"merged_stops": "round start"} if merged and sampling_round(settings, round_) != round_ else {}
+
+
+def _own_ids(settings: RunSettings) -> dict[str, str]:
+    """All of the student's own ids that were stored were used at first, however few the objective asks for."""
+    more = settings.rollout.student_topk > settings.train.objective.student_topk
+    return {"own_ids": "as many as asked for"} if more and "student_topk" in settings.train.objective.used else {}
+
+
+def _noise(facts: Facts) -> dict[str, str]:
+    """Students whose attention drops out, or whose router jitters, were trained with that noise at first."""
+    return {"noise": "none"} if facts.student.is_noisy else {}
 
 
 def _measuring_jobs(

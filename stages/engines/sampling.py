@@ -15,11 +15,11 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import field_validator
+from pydantic import model_validator
 
 from eopd.stages.job import ModelRef
 from eopd.stages.models.model_config import longest_readable
@@ -40,7 +40,6 @@ class EngineOptions(Settings):
     device: str | None = setting(
         None, "Device of the transformers engine (None: cuda if present, else cpu)", keyed=False
     )
-    dtype: str | None = setting(None, "Refused: a dtype decides what is stored, and is the model's", keyed=False)
     max_batch: int | None = setting(
         None, "Most sequences decoded at once (None: the engine's choice)", keyed=False, ge=1
     )
@@ -62,14 +61,18 @@ class EngineOptions(Settings):
         None, "vLLM: do not compile (None: compile on a GPU, never on a CPU)", keyed=False
     )
 
-    @field_validator("dtype")
+    @model_validator(mode="before")
     @classmethod
-    def _dtype_is_the_model_s(cls, value: str | None) -> None:
-        if value is not None:
+    def _dtype_is_the_model_s(cls, raw: Any) -> Any:
+        """A dtype here is refused; null, as older resolved configs have it, is passed over."""
+        if not isinstance(raw, dict) or "dtype" not in raw:
+            return raw
+        if raw["dtype"] is not None:
             raise ValueError(
-                "a dtype decides what is stored, and how fast or where does not: set student.dtype or teacher.dtype "
-                "(score.dtype for the teacher's scores alone)"
+                f"dtype: {raw['dtype']} decides what is stored, and how fast or where does not: set student.dtype or "
+                "teacher.dtype (score.dtype for the teacher's scores alone)"
             )
+        return {name: value for name, value in raw.items() if name != "dtype"}
 
 
 def torch_device(options: EngineOptions) -> str:

@@ -114,6 +114,11 @@ class EvaluateSettings(Settings):
         if self.suffix is None:
             filled["suffix"] = prompts.suffix
         if self.template is None:
+            if prompts.template == "plain" and (self.template_arguments or self.system is not None):
+                raise ValueError(
+                    "evaluate.template_arguments and evaluate.system belong to template: chat, and prompts.template, "
+                    "which evaluate follows, is plain: set evaluate.template: chat"
+                )
             filled["template"] = prompts.template
             filled["template_arguments"] = self.template_arguments or prompts.template_arguments
             filled["system"] = prompts.system if self.system is None else self.system

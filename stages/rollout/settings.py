@@ -12,7 +12,13 @@ class RolloutSettings(Settings):
     prompts_per_round: int = setting(128, "Prompts drawn each round, without repetition within an epoch", ge=1)
     samples_per_prompt: int = setting(1, "Responses to each prompt", ge=1)
     temperature: float = setting(1.0, "Sampling temperature", ge=MIN_TEMPERATURE)
-    top_p: float = setting(1.0, "Sample from the smallest set of tokens with this mass (1: all)", gt=0.0, le=1.0)
+    top_p: float = setting(
+        1.0,
+        "Sample from the smallest set of tokens with this mass (1: all; less, and any top_k or min_p, is refused for "
+        "objectives that weigh tokens by the policy that drew them)",
+        gt=0.0,
+        le=1.0,
+    )
     top_k: int = setting(0, "Sample from this many most probable tokens (0: all)", ge=0)
     min_p: float = setting(0.0, "Sample from tokens at least this probable, relative to the top one", ge=0.0, le=1.0)
     max_new_tokens: int = setting(1024, "Longest response, tokens; a longer one is cut (finish reason: length)", ge=1)

@@ -111,7 +111,7 @@ def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
         ("train.objective.name=eopdd", "nearest: 'eopd'"),
         ("train.objective.name=mc_opd", "refused"),
         ("name=../x", "setting 'name'"),
-        ("rollout.engine_options.dtype=bfloat16", "'rollout.engine_options.dtype' is 'bfloat16': a dtype decides what"),
+        ("rollout.engine_options.dtype=bfloat16", "dtype: bfloat16 decides what is stored"),
         ("evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}", "set student.dtype"),
         ("rounds", "expected key=value, such as train.optimizer.lr=1e-5"),
         ("train={epochs: 2, epochs: 3}", "'epochs' is already given in line 1"),

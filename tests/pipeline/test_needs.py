@@ -38,6 +38,15 @@ def test_what_is_covered_passes(tmp_path: Path) -> None:
     refuse_unmet_needs(runner_with(tmp_path, {"name": "tropd"}, vocab=32, score={"head": whole}), 0)
 
 
+def test_rollouts_that_cut_their_distribution_are_refused_before_they_are_sampled(tmp_path: Path) -> None:
+    sampled = {"top_p": 0.95, "prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4}
+    runner = runner_with(tmp_path, {"name": "eopd"}, rollout=sampled)
+    with pytest.raises(ConfigError, match=r"Sample with rollout\.top_p=1"):
+        runner.run(runner.plan.job("rollout", 0))
+    assert not runner.store.exists()
+    refuse_unmet_needs(runner_with(tmp_path, {"name": "fkl"}, rollout=sampled), 0)
+
+
 def test_the_students_own_ids_must_be_stored(tmp_path: Path) -> None:
     objective = {"name": "rkl_topk", "student_topk": 8}
     with pytest.raises(ConfigError, match=r"--set rollout\.student_topk=8"):

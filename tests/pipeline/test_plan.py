@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from eopd.pipeline.config import ConfigError
-from eopd.pipeline.plan import Plan, Stage, make_plan, steps_of_round
+from eopd.pipeline.plan import Facts, Plan, Stage, make_plan, steps_of_round
 from tests.pipeline.plan_case import make_facts as facts
 from tests.pipeline.plan_case import make_settings as settings
 
@@ -212,6 +212,19 @@ def test_students_are_measured_now_and_then_the_first_and_the_last_always(
         for round_ in measured:
             assert seldom.job(stage, round_).output.key == always.job(stage, round_).output.key  # type: ignore[arg-type]
     assert keys(seldom, "train") == keys(always, "train")
+
+
+def test_what_was_trained_otherwise_at_first_is_told_apart() -> None:
+    def told(found: Facts, **changes: object) -> set[str]:
+        return set(make_plan(settings(**changes), found).job("train", 0).output.settings) & {"own_ids", "noise"}
+
+    assert told(facts()) == set()
+    some = {"objective": {"name": "rkl_topk", "student_topk": 4}}
+    assert told(facts(), train=some, rollout={"student_topk": 4}) == set()
+    assert told(facts(), train=some, rollout={"student_topk": 8}) == {"own_ids"}
+    assert told(facts(), train={"objective": {"name": "fkl"}}, rollout={"student_topk": 8}) == set()
+    noisy = replace(facts().student, is_noisy=True)
+    assert told(replace(facts(), student=noisy)) == {"noise"}
 
 
 def test_alignment_comes_beside_evaluations_and_changes_none_of_their_keys() -> None:

@@ -42,7 +42,7 @@ def test_a_missing_package_is_named_before_training(world: Path, name: str) -> N
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
     job = train_job(world, f"missing-{name}", trackers=[name])
-    with pytest.raises(ValueError, match=f"train.trackers names '{name}', .* uv pip install -e"):
+    with pytest.raises(ValueError, match=f"train.trackers names '{name}', .*uv pip install -e"):
         run(job)
     assert not job.progress_states.committed()
 

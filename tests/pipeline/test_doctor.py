@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +17,11 @@ from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.store_check import check_store
 from tests.stages.tiny_models import tiny_tokenizer
-
-NOBODY = 65534
+from tests.strangers import unprivileged
 
 
 def states(store: Path) -> dict[str, Finding]:
     return {finding.name: finding for finding in check_store(store)}
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """As another user where we are root, for whom permissions are no obstacle."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder below which every user may look; pytest's are for one user only."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
 
 
 def test_a_good_store_is_tried_out_and_left_as_it_was(tmp_path: Path) -> None:

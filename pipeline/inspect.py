@@ -11,17 +11,19 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.models import inspect_model
 from eopd.pipeline.plan import BenchmarkFacts, Facts
 from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
-from eopd.storage import paths
 from eopd.storage.fingerprints import Digests
 
 
-def gather_facts(settings: RunSettings) -> Facts:
+def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:
     """Fingerprints and counts of every input.
+
+    Args:
+        digests: of files that were hashed before; those that the store remembers unless given.
 
     Raises:
         ConfigError: an input is missing or unreadable; names the setting.
     """
-    digests = Digests(Path(settings.store) / paths.DIGESTS)
+    digests = Digests.of_store(settings.store) if digests is None else digests
     student = inspect_model("student", settings.student, digests)
     teacher = inspect_model("teacher", settings.teacher, digests)
     count, fingerprint = _source("prompts", settings.prompts, digests)

@@ -53,11 +53,18 @@ def open_runners(
     from eopd.pipeline.runner import Runner
     from eopd.pipeline.sweep import NamedProgress, load_sweep
     from eopd.stages.job import NullProgress
+    from eopd.storage.fingerprints import Digests
 
     if sweep is None:
         settings = load_config(config, overrides or ())
         return [Runner(settings, *plan_run(settings), progress() if progress else NullProgress())]
+    runs = load_sweep(config, sweep, overrides or ())
+    digests = Digests.of_store(runs[0].store)  # of all: where there is no store yet, nothing else remembers them
     return [
-        Runner(settings, *plan_run(settings), NamedProgress(settings.name, progress()) if progress else NullProgress())
-        for settings in load_sweep(config, sweep, overrides or ())
+        Runner(
+            settings,
+            *plan_run(settings, digests=digests),
+            NamedProgress(settings.name, progress()) if progress else NullProgress(),
+        )
+        for settings in runs
     ]

@@ -8,13 +8,18 @@ from eopd.pipeline.plan import Facts, Plan, make_plan
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.coverage import Coverage, cheapest, needs_of
 from eopd.storage.errors import StoreError
+from eopd.storage.fingerprints import Digests
 from eopd.storage.stacked import StackedStores
 
 
-def plan_run(settings: RunSettings, facts: Facts | None = None) -> tuple[Facts, Plan]:
-    """Facts (gathered, unless given) and plan. A wider coverage that one of the stores has serves scores."""
+def plan_run(settings: RunSettings, facts: Facts | None = None, digests: Digests | None = None) -> tuple[Facts, Plan]:
+    """Facts (gathered, unless given) and plan. A wider coverage that one of the stores has serves scores.
+
+    Args:
+        digests: as ``gather_facts``; who plans several runs over one store hashes each file once with them.
+    """
     stores = StackedStores.at(settings.store, settings.read_only_stores)
-    facts = facts or gather_facts(settings)
+    facts = facts or gather_facts(settings, digests)
     return facts, make_plan(settings, facts, lambda identity: serving_coverage(stores, identity))
 
 

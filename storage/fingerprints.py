@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from eopd.storage import paths
 from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, replace_atomically, sha256_file, sha256_text
 
@@ -40,6 +41,11 @@ class Digests:
                 found = json.loads(memory.read_text(encoding="utf-8"))
                 self._known = found if isinstance(found, dict) else {}
         self._grown = False
+
+    @classmethod
+    def of_store(cls, store: str | Path) -> Digests:
+        """Remembered in a store."""
+        return cls(Path(store) / paths.DIGESTS)
 
     def of_file(self, path: Path) -> str:
         path = path.resolve()

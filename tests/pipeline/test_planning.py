@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from eopd.pipeline.plan_cli import open_runners
 from eopd.pipeline.planning import serving_coverage
 from eopd.stages.score.settings import HeadSettings, ScoreSettings
+from eopd.storage import fingerprints
 from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.files import sha256_file
 from eopd.storage.stacked import StackedStores
 
 
@@ -61,3 +64,21 @@ def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:
     Artifact(tmp_path, asked(16)).begin()
     make(tmp_path, asked(64))
     assert serving_coverage(stores, asked(16)).key == asked(16).key
+
+
+def test_a_sweep_over_a_new_store_hashes_each_file_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr(fingerprints, "sha256_file", counting)
+    (home / "mine.yaml").write_text(
+        "{name: x, student: {path: model}, teacher: {path: model}, prompts: {path: prompts.jsonl}}"
+    )
+    (home / "sweep.yaml").write_text("sweep: [{name: a, seed: 1}, {name: b, seed: 2}, {name: c, seed: 3}]")
+    runners = open_runners("mine.yaml", None, "sweep.yaml")
+    assert [runner.settings.name for runner in runners] == ["x-a", "x-b", "x-c"]
+    assert sorted(hashed) == ["config.json", "model.safetensors", "prompts.jsonl", "tokenizer.json"]
+    assert not (home / "store").exists()

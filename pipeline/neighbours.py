@@ -1,10 +1,12 @@
-"""The other runs that use a store. Each notes its resolved config in ``<store>/.runs`` when it is started.
+"""The other runs that use a store. Each notes in ``<store>/.runs`` when it is started its resolved config and, in a
+second line, the folder that it was started in: what relative paths in the config are relative to.
 
 A run may be deleted at any time: a note whose config is gone is passed over.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING
 from eopd.pipeline.config import ConfigError, load_config
 from eopd.stages.job import NullProgress
 from eopd.storage import paths
-from eopd.storage.files import create_exclusively, sha256_text
+from eopd.storage.errors import StoreError
+from eopd.storage.files import replace_atomically, sha256_text
 
 if TYPE_CHECKING:
     from eopd.pipeline.runner import Runner
@@ -24,18 +27,30 @@ def register(runner: Runner) -> None:
     """Note in the store that this run uses it."""
     config = str(runner.paths.config.resolve())
     note = runner.store / paths.RUNS / sha256_text(config)[:NAME_LENGTH]
-    if not note.exists():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        create_exclusively(note, config + "\n")
+    text = f"{config}\n{Path.cwd()}\n"
+    if not note.exists() or note.read_text(encoding="utf-8") != text:
+        replace_atomically(note, text)
     if runner.facts.digests is not None:
         runner.facts.digests.save()  # the store may be there only now: workers need not hash the models again
 
 
-def configs(store: Path) -> list[Path]:
-    """Resolved configs of the runs that use ``store`` and still exist."""
-    notes = sorted((store / paths.RUNS).glob("*"))
-    found = [Path(note.read_text(encoding="utf-8").strip()) for note in notes if not note.name.startswith(".")]
-    return [config for config in found if config.is_file()]
+def configs(store: Path) -> dict[Path, Path | None]:
+    """Resolved configs of the runs that use ``store`` and still exist, as far as can be seen, and where each was
+    started; None in an older note."""
+    notes = [note for note in sorted((store / paths.RUNS).glob("*")) if not note.name.startswith(".")]
+    lines = [note.read_text(encoding="utf-8").strip().split("\n") for note in notes]
+    return {Path(config): Path(*started) if started else None for config, *started in lines if not _is_gone(config)}
+
+
+def _is_gone(config: str) -> bool:
+    """One that another user does not let us see may be there."""
+    try:
+        os.stat(config)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def sharing_checkpoints(runner: Runner) -> Iterator[tuple[Path, Runner | str]]:
@@ -52,8 +67,8 @@ def sharing_checkpoints(runner: Runner) -> Iterator[tuple[Path, Runner | str]]:
             # both are in a checkpoint's key: where they differ, no checkpoint is the same, and no plan is needed
             if settings.seed != ours.seed or settings.train.semantic() != ours.train.semantic():
                 continue
-            facts, plan = plan_run(settings)
-        except (ConfigError, ValueError) as error:
+            facts, plan = plan_run(settings, digests=runner.facts.digests)
+        except (ConfigError, ValueError, StoreError, OSError) as error:
             yield config, str(error)
             continue
         yield config, Runner(settings, facts, plan, NullProgress())

@@ -2,7 +2,8 @@
 
 A run refers to all that its plan names, and to the resumable states of its trainings. Its plan is made where it was
 started, since a resolved config names folders as they were given. The runs are those in the folder that is named, and
-those that the store itself knows of (``pipeline.neighbours``), wherever they are.
+those that the store itself knows of (``pipeline.neighbours``), wherever they are; the store's note says where they were
+started.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from eopd.pipeline.neighbours import configs
 from eopd.pipeline.planning import plan_run
 from eopd.pipeline.runner import states_of
 from eopd.storage.errors import StoreError
+from eopd.storage.fingerprints import Digests
 from eopd.storage.listing import keys
 from eopd.storage.places import is_bucket, open_place
 
@@ -31,13 +33,15 @@ def roots(runs: Path, store: Path) -> dict[Path, set[Root]]:
             cannot be planned; says which.
     """
     store = store.resolve()
-    known = {config.resolve() for config in configs(store)}
-    below = {config.resolve() for config in runs.glob("*/config.yaml")}
+    digests = Digests.of_store(store)
+    known = {config.resolve(): started for config, started in configs(store).items()}
+    below = {config.resolve(): config.absolute() for config in runs.glob("*/config.yaml")}
     found: dict[Path, set[Root]] = {}
-    for config in sorted(known | below):
+    for config in sorted(known.keys() | below.keys()):
         with _naming(config):
             settings = load_config(str(config))
-        base = _started_in(config, settings)
+            told = _started_in(settings, known.get(config), below.get(config, config), config)
+        base = Path.cwd() if told is None else told
         folders = [open_place(place) for place in settings.read_only_stores if not is_bucket(place)]
         if store in [(base / folder).resolve() for folder in folders]:
             raise ValueError(
@@ -45,14 +49,14 @@ def roots(runs: Path, store: Path) -> dict[Path, set[Root]]:
                 "where its own runs are, or leave out --runs to remove left-overs of killed jobs only"
             )
         if (base / settings.store).resolve() == store:
-            with _naming(config):
-                found[config] = set(_of_run(settings, base))
+            with _naming(config, told is not None):
+                found[config] = set(_of_run(settings, base, digests))
         elif config in known and not Path(settings.store).is_absolute():
             raise ValueError(
                 f"{config} uses {store}, and names it {settings.store}: run `eopd store gc` in the folder that this is "
                 "relative to"
             )
-    if not below & found.keys():
+    if not below.keys() & found.keys():
         raise ValueError(f"no run below {runs} uses {store}: nothing tells what of it is still wanted")
     if not any(some.intersection(keys(store)) for some in found.values()):
         raise ValueError(
@@ -62,29 +66,50 @@ def roots(runs: Path, store: Path) -> dict[Path, set[Root]]:
     return found
 
 
-def _started_in(config: Path, settings: RunSettings) -> Path:
-    """The folder that a run's relative paths start from: ``config`` is <that>/<runs>/<name>/config.yaml."""
-    folder, runs = config.parent.parent, Path(settings.runs)
-    depth = len(runs.parts)
-    if not runs.is_absolute() and folder.parts[len(folder.parts) - depth :] == runs.parts:
-        return Path(*folder.parts[: len(folder.parts) - depth])
-    return Path.cwd()
+def _started_in(settings: RunSettings, noted: Path | None, *configs: Path) -> Path | None:
+    """The folder that a run's relative paths start from; None: nothing tells.
+
+    Args:
+        noted: what the store's note says.
+        configs: names of the run's config; without links the last one, which is <that>/<runs>/<name>/config.yaml.
+    """
+    if noted is not None and noted.is_dir():
+        return noted
+    runs = Path(settings.runs)
+    if runs.is_absolute():
+        return None
+    able = [Path.cwd()]
+    for folder in (config.parent.parent for config in configs):
+        above = len(folder.parts) - len(runs.parts)
+        able += [Path(*folder.parts[:above])] if folder.parts[above:] == runs.parts else []
+    here = configs[-1].parent.parent
+    return next((folder for folder in able if (folder / runs).resolve() == here), None)
 
 
-def _of_run(settings: RunSettings, base: Path) -> Iterator[Root]:
+def _of_run(settings: RunSettings, base: Path, digests: Digests) -> Iterator[Root]:
     with contextlib.chdir(base):
-        jobs = plan_run(settings)[1].jobs
+        jobs = plan_run(settings, digests=digests)[1].jobs
     for job in jobs:
         named = (job.output, job.side, states_of(job) if job.stage == "train" else None)
         yield from ((identity.kind, identity.key) for identity in named if identity is not None)
 
 
 @contextlib.contextmanager
-def _naming(config: Path) -> Iterator[None]:
+def _naming(config: Path, told: bool = True) -> Iterator[None]:
+    """Args:
+    told: whether the folder that its relative paths start from is known.
+    """
     try:
         yield
-    except (ConfigError, StoreError) as error:
+    except OSError as error:
         raise ValueError(
-            f"what {config} refers to cannot be told: {error}. Mend that; or, if nothing of this run is wanted any "
-            f"more, remove {config.parent}"
+            f"what {config} refers to cannot be told: {error}. Mend that, or run `eopd store gc` as a user who may "
+            "read all that this run names"
         ) from error
+    except (ConfigError, StoreError) as error:
+        mend = (
+            f"Mend that; or, if nothing of this run is wanted any more, remove {config.parent}"
+            if told
+            else "Mend that, or run `eopd store gc` in the folder that the run was started in"
+        )
+        raise ValueError(f"what {config} refers to cannot be told: {error}. {mend}") from error

@@ -139,10 +139,10 @@ def test_a_store_knows_its_runs(tmp_path: Path) -> None:
     runner = make_runner(tmp_path)
     register(runner)
     register(runner)
-    assert configs(runner.store) == []  # a run whose config is gone
+    assert configs(runner.store) == {}  # a run whose config is gone
     runner.paths.config.parent.mkdir(parents=True)
     runner.paths.config.touch()
-    assert configs(runner.store) == [runner.paths.config]
+    assert configs(runner.store) == {runner.paths.config: Path.cwd()}
 
 
 def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:

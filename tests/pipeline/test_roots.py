@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from eopd.pipeline.config import parse_settings
-from eopd.pipeline.neighbours import register
+from eopd.pipeline.neighbours import register, sharing_checkpoints
 from eopd.pipeline.planning import plan_run
+from eopd.pipeline.roots import roots
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.store_cli import app
 from eopd.stages.job import NullProgress
+from eopd.storage import paths
 from eopd.storage.artifacts import Artifact
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runs are started: models of one weight, and a prompt."""
-    home = tmp_path / "home"
-    model = home / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps({"vocab_size": 10, "eos_token_id": 2}))
-    (model / "tokenizer.json").write_text("{}")
-    save_file({"weight": np.zeros(1)}, model / "model.safetensors")
-    (home / "prompts.jsonl").write_text(json.dumps({"prompt": "1 + 1"}) + "\n")
-    monkeypatch.chdir(home)
-    return home
+from tests.strangers import unprivileged
 
 
 def start(name: str, *, known: bool = True, **changes: Any) -> Runner:
@@ -48,6 +36,12 @@ def start(name: str, *, known: bool = True, **changes: Any) -> Runner:
         register(runner)
     commit(runner.artifact(runner.plan.job("rollout", 0).output))
     return runner
+
+
+def forget_where_it_was_started(home: Path) -> None:
+    """As notes were before they said that."""
+    for note in (home / "store" / paths.RUNS).iterdir():
+        note.write_text(note.read_text().splitlines()[0] + "\n")
 
 
 def commit(artifact: Artifact, part: int = 0) -> Artifact:
@@ -91,6 +85,64 @@ def test_runs_that_the_store_knows_of_are_honoured_wherever_they_are(home: Path)
     assert f"kept as well: what {theirs.paths.config} refers to" in text
     for runner in (ours, theirs):
         assert runner.artifact(runner.plan.job("rollout", 0).output).committed() == {0}
+
+
+@pytest.mark.parametrize("since", ["the note says where", "it does not"])
+def test_runs_behind_a_link_are_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str) -> None:
+    """`runs` leads to a large disk: what the config's other folders are relative to is not there."""
+    disk = tmp_path / "disk" / "all-runs"
+    disk.mkdir(parents=True)
+    (home / "runs").symlink_to(disk)
+    runner = start("one")
+    if since == "it does not":
+        forget_where_it_was_started(home)
+    assert gc(home, "--runs", "runs", "--yes") == "freed 0 B\n"
+    monkeypatch.chdir(tmp_path)
+    assert gc(home, "--store", home / "store", "--runs", home / "runs", "--yes") == "freed 0 B\n"
+    monkeypatch.chdir(home)
+    assert runner.artifact(runner.plan.job("rollout", 0).output).committed() == {0}
+
+
+def test_a_run_is_planned_where_it_was_started_last(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = start("one", runs=str(tmp_path / "runs"))
+    shutil.copytree(home, tmp_path / "moved", symlinks=True)
+    monkeypatch.chdir(tmp_path / "moved")
+    register(runner)
+    shutil.rmtree(home)
+    monkeypatch.chdir(tmp_path)
+    assert gc(tmp_path / "moved", "--store", "moved/store", "--runs", "runs", "--yes") == "freed 0 B\n"
+
+
+def test_a_run_that_was_started_nobody_knows_where_is_not_to_be_removed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start("one", runs=str(tmp_path / "runs"), store=str(home / "store"))
+    forget_where_it_was_started(home)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="in the folder that the run was started in") as refusal:
+        gc(home, "--store", home / "store", "--runs", "runs")
+    assert "remove" not in str(refusal.value)
+
+
+def test_runs_in_a_closed_home_are_not_passed_over(
+    home: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    shutil.copytree(home, open_folder / "home")
+    monkeypatch.chdir(open_folder / "home")
+    theirs, ours = start("two", runs=str(open_folder / "theirs" / "runs"), seed=1), start("one")
+    (open_folder / "theirs").chmod(0o700)
+    with unprivileged():
+        with pytest.raises(
+            ValueError, match=r"theirs/runs/two/config.yaml refers to cannot be told: .*Permission denied"
+        ):
+            roots(Path("runs"), Path("store"))
+        ((config, why),) = sharing_checkpoints(ours)
+    assert config == theirs.paths.config
+    assert "Permission denied" in str(why)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from pathlib import Path
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.runner import Runner
+from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
-from eopd.storage.fingerprints import model_files, tokenizer_files
+from eopd.storage.fingerprints import code_files, model_files, tokenizer_files
 
 GENERATION = "generation_config.json"
 
@@ -51,9 +52,11 @@ def find_student(runner: Runner, round_: int) -> Student:
     last = runner.settings.rounds
     if round_ > last:
         raise ConfigError(f"{runner.settings.name} has the students 0 to {last}, and no student {round_}")
+    facts, code = runner.facts.student, []
+    if runner.settings.student.trust_remote_code:
+        code = [*code_files(facts.tokenizer_folder), *code_files(facts.folder)]
     if round_ == 0:
-        facts = runner.facts.student
-        found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder)]
+        found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder), *code]
         generation = facts.folder / GENERATION
         return Student(0, last, facts.folder, (*found, *([generation] if generation.exists() else [])))
     artifact = runner.artifact(runner.plan.job("train", round_ - 1).output)
@@ -70,16 +73,22 @@ def find_student(runner: Runner, round_: int) -> Student:
             f"`eopd train CONFIG --round {round_ - 1}` this one"
         )
     folder = artifact.part_folder(WEIGHTS)
-    return Student(round_, last, folder, tuple(_model_files(folder)))
+    return Student(round_, last, folder, (*code, *_model_files(folder)))  # what it was saved with wins
 
 
 def whereabouts(runner: Runner) -> str:
-    """At the end of a run: where its last student lies. None is fetched from a bucket for that."""
+    """At the end of a run: where its last student lies, or why no folder of it can be named.
+
+    None is fetched from a bucket for that.
+    """
     last = runner.settings.rounds
     artifact = runner.artifact(runner.plan.job("train", last - 1).output)
     if not artifact.folder.is_dir():
         return f"student {last} of {last} lies in a bucket ({artifact}); `eopd student RUN --to FOLDER` fetches it"
-    student = find_student(runner, last)
+    try:
+        student = find_student(runner, last)
+    except (ConfigError, StoreError) as error:  # nothing that the run was to do has failed
+        return f"no folder of student {last} of {last}: {error}"
     return f"{student}: {student.folder}; `eopd student RUN --to FOLDER` copies it"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_pruned_student_is_said_to_be(world: World, tmp_path: Path) -> None:
     prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
     with pytest.raises(ConfigError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
         find_student(runner, 1)
+
+
+def test_a_complete_sweep_whose_student_was_pruned_ends_well(world: World, one_round: str, tmp_path: Path) -> None:
+    shutil.copytree(world.store(one_round), tmp_path / "store")
+    config = world.config("seen-again", rounds=1, evaluate=None, store=str(tmp_path / "store"))
+    (runner,) = open_runners(str(config), None, None)
+    prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("sweep: [{name: a}, {name: b}]")
+    ended = eopd("run", config, "--sweep", sweep).stderr
+    for name in ("a", "b"):
+        assert f"seen-again-{name}: no folder of student 1 of 1: the weights of student 1 were pruned" in ended
+        assert (world.folder / "seen-again" / "runs" / f"seen-again-{name}" / "report" / "index.html").is_file()
 
 
 def test_a_student_in_a_bucket_is_fetched_when_it_is_asked_for(

@@ -1,0 +1,50 @@
+"""Which files a student is made of, and what is said where it has no folder any more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eopd.pipeline.plan import WEIGHTS
+from eopd.pipeline.runner import Runner
+from eopd.pipeline.students import copy_student, find_student, whereabouts
+from eopd.storage.pruning import prune
+from tests.pipeline.plan_case import commit, make_runner
+
+
+def trained(folder: Path, **changes: object) -> Runner:
+    runner = make_runner(folder, **{"rounds": 2, **changes})
+    for round_ in range(2):
+        commit(runner, runner.plan.job("train", round_))
+    return runner
+
+
+def test_a_student_without_a_folder_is_no_error_at_the_end_of_a_run(tmp_path: Path) -> None:
+    """A longer run over the same store pruned it; or its files are damaged."""
+    runner = trained(tmp_path)
+    artifact = runner.artifact(runner.plan.job("train", 1).output)
+    assert whereabouts(runner).endswith(f"{artifact.part_folder(WEIGHTS)}; `eopd student RUN --to FOLDER` copies it")
+    data = artifact.part_folder(WEIGHTS) / "data"
+    data.write_text("cut short")
+    assert "no folder of student 2 of 2: checkpoints/" in whereabouts(runner)
+    assert "verify --repair" in whereabouts(runner)
+    data.write_bytes(b"x" * 1000)
+    prune(artifact, WEIGHTS, lambda name: True)
+    assert whereabouts(runner).startswith("no folder of student 2 of 2: the weights of student 2 were pruned")
+
+
+def test_the_code_of_a_model_is_copied_with_it_where_it_is_trusted(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "modeling_own.py", "tokenization_own.py"):
+        (tmp_path / name).write_text("the first one's")
+    trusting = {"student": {"path": str(tmp_path), "trust_remote_code": True}}
+    runner = trained(tmp_path, **trusting)
+    artifact = runner.artifact(runner.plan.job("train", 1).output)
+    artifact.drop_part(WEIGHTS)
+    with artifact.write_part(WEIGHTS) as folder:
+        (folder / "modeling_own.py").write_text("as it was saved")
+    for round_, words in ((0, "the first one's"), (2, "as it was saved")):
+        target = tmp_path / f"copied {round_}"
+        copy_student(find_student(runner, round_), target)
+        assert (target / "modeling_own.py").read_text() == words
+        assert (target / "tokenization_own.py").exists()
+    plain = make_runner(tmp_path, student={"path": str(tmp_path)})
+    assert not [file for file in find_student(plain, 0).files if file.suffix == ".py"]

@@ -123,5 +123,6 @@ def read_makers(runs: Path, first: Sequence[str]) -> dict[str, str]:
     others = sorted(path.parent.name for path in runs.glob("*/jobs.jsonl"))
     for run in [*first, *(name for name in others if name not in first)]:
         for line in read_lines(RunPaths(runs / run).jobs):
-            found.setdefault(str(line["key"]), run)
+            if "key" in line:
+                found.setdefault(str(line["key"]), run)
     return found

@@ -70,7 +70,7 @@ class FetchedArtifact(Artifact):
         here = Artifact(self.store, self.identity)
         if marker.part not in here.standing().made:
             copy(self.remote, self.store, [marker.part])
-        with suppress(PermissionError):  # another user's
+        with suppress(OSError):  # another user's, or on a mount that is only read
             os.utime(here.folder)  # `eopd store gc` takes what was not asked for lately
         return here.remaining_folder(marker.part)
 

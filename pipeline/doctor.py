@@ -1,7 +1,7 @@
 """`eopd doctor`: what would stop a run on this machine, found before one is started, each with what to do about it.
 
 Heavy packages are imported in processes of their own, all at once and with a time limit: a broken one then says why it
-is broken, and cannot take the doctor with it.
+is broken, and cannot take the doctor with it. What needs other packages is imported where it is looked at.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eopd.pipeline.config import RunSettings
-from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding, State
-from eopd.pipeline.store_check import check_store
 from eopd.pipeline.words import size
 from eopd.storage.extras import installing
+
+if TYPE_CHECKING:
+    from eopd.pipeline.config import RunSettings
 
 IMPORT_SECONDS = 120.0
 LITTLE_MEMORY = 4 << 30
@@ -53,8 +53,8 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
         torch = pool.submit(probe, "torch", TORCH_PROBE)
         transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
         vllm = pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and _there("vllm") else None
-        rest = [*_python(), *_packages(), *_machine(), *check_store(store), *_optional()]
-        rest += check_inputs(settings) if settings is not None else ()
+        rest = [*_python(), *_packages(), *_machine(), *_store(store), *_optional()]
+        rest += _inputs(settings) if settings is not None else ()
         heavy = [
             *_torch(torch.result()),
             _imported("transformers", transformers.result(), "broken"),
@@ -99,6 +99,27 @@ def _packages() -> Iterator[Finding]:
         )
     else:
         yield Finding("packages", "ok", f"{len(NEEDED)} more are installed")
+
+
+def not_looked_at(name: str, error: ImportError) -> Finding:
+    """What cannot be looked at without a package that is missing or broken."""
+    return Finding(name, "broken", f"not looked at: {error}", "run `make setup` again")
+
+
+def _store(store: Path) -> list[Finding]:
+    try:
+        from eopd.pipeline.store_check import check_store
+    except ImportError as error:
+        return [not_looked_at("store", error)]
+    return list(check_store(store))
+
+
+def _inputs(settings: RunSettings) -> list[Finding]:
+    try:
+        from eopd.pipeline.doctor_inputs import check_inputs
+    except ImportError as error:
+        return [not_looked_at("what the config names", error)]
+    return list(check_inputs(settings))
 
 
 def _there(package: str) -> bool:

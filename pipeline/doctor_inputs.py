@@ -46,6 +46,8 @@ def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
     """``look`` says what is there, or raises the error that a run would end with, often with the cure after it."""
     try:
         return Finding(name, "ok", look())
+    except ImportError as error:
+        return Finding(name, "broken", f"not looked at: {error}", "run `make setup` again")
     except (ValueError, OSError, StoreError) as error:
         text, _, cure = str(error).removeprefix(f"{name}: ").partition(". ")
         return Finding(name, "broken", text, cure or remedy)

@@ -97,18 +97,22 @@ def test_only_what_is_broken_fails() -> None:
     assert worst([Finding("a", "ok", ""), Finding("b", "broken", "")]) == 1
 
 
-def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
-    """transformers cannot be imported: the whole command still answers, names it, and ends with 1."""
-    masked = tmp_path / "masked"
-    (masked / "transformers").mkdir(parents=True)
-    (masked / "transformers" / "__init__.py").write_text("raise ImportError('masked')\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "eopd.pipeline.cli", "doctor", "--no-engines", "--json", "--store", str(tmp_path)],
+def on_masked(package: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command where a package cannot be imported."""
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text("raise ImportError('masked')\n")
+    return subprocess.run(
+        [sys.executable, "-m", "eopd.pipeline.cli", "doctor", "--no-engines", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(masked), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
         check=False,
     )
+
+
+def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
+    """transformers cannot be imported: the whole command still answers, names it, and ends with 1."""
+    result = on_masked("transformers", tmp_path / "masked", "--json", "--store", tmp_path)
     assert result.returncode == 1, result.stderr
     found = {finding["name"]: finding for finding in json.loads(result.stdout)}
     assert found["transformers"]["state"] == "broken"
@@ -116,6 +120,21 @@ def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
     assert "make setup" in found["transformers"]["remedy"]
     assert found["torch"]["state"] == "ok"
     assert found["store"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("numpy", "quickstart: not looked at: masked"),
+        ("safetensors", "store: not looked at: masked"),
+        ("rich", "student"),
+    ],
+)
+def test_the_command_needs_none_of_the_packages_that_it_reports_on(tmp_path: Path, package: str, words: str) -> None:
+    result = on_masked(package, tmp_path / "masked", "quickstart", "--store", tmp_path)
+    assert "Traceback" not in result.stderr
+    assert words in " ".join(result.stdout.split())
+    assert result.returncode == int(package != "rich")
 
 
 def looked_at(**changes: Any) -> dict[str, Finding]:

@@ -75,7 +75,7 @@ def _gather(runners: Sequence[Runner]) -> list[RunData]:
                     jobs=runner.paths.jobs,
                     seed=settings.seed,
                     kin=_kin(runner),
-                    judge=_judge,
+                    judge=judge_rollouts,
                     elsewhere={key: seconds for log in others for key, seconds in log.items()},
                     also_read={key for key, count in readers.items() if count > 1},
                 )
@@ -94,17 +94,17 @@ def _kin(runner: Runner) -> str:
     return sha256_text(canonical_json({"settings": semantic, "inputs": inputs}))[:LENGTH]
 
 
-def _judge(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Verdicts on shown rollouts; None where there is no such verifier, or it cannot read the answers."""
+def judge_rollouts(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    """Verdicts on shown rollouts; None where there is no such verifier, or it cannot read the reference answer
+    (training needs none).
+    """
     from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
 
     if verifier not in NAMES or not pairs:
         return [None] * len(pairs)
     judge = open_verifier(verifier, seconds=SECONDS_AN_ANSWER, workers=GRADERS)
     try:
-        return [verdict.correct for verdict in judge.verify_many(pairs)]
-    except ValueError:  # a reference answer that this verifier cannot read: training needs none
-        return [None] * len(pairs)
+        return [verdict.correct if verdict.readable else None for verdict in judge.verify_many(pairs)]
     finally:
         judge.close()
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
+VERSION = 1  # one more with every change of what ``verify`` says: stored beside the verdicts
 MAX_CHARACTERS = 4096
 MAX_DIGITS = 9
 _NUMBER = rf"-?[0-9]{{1,{MAX_DIGITS}}}"

@@ -6,6 +6,8 @@ import unicodedata
 
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
+VERSION = 1  # one more with every change of what ``verify`` says: stored beside the verdicts
+
 
 def verify(response: str, answer: str) -> Verdict:
     """Correct when both texts are equal after NFC normalisation with runs of white space made one space."""

@@ -19,9 +19,9 @@ from importlib.metadata import version
 from typing import Any
 
 from eopd.stages.evaluate.verifiers.equations import equations
+from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
 
 MEMORY_BYTES = 4 << 30
-UNREADABLE = "the reference answer cannot be read"
 MAX_CHARACTERS = 20_000
 """The answer stands at the end: of a longer response only the last so many characters are read."""
 

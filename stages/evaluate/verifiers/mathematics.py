@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from eopd.stages.evaluate.verifiers.math_worker import UNREADABLE
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
@@ -59,19 +58,17 @@ class MathVerifier:
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         with ThreadPoolExecutor(self._workers) as threads:
             verdicts = list(threads.map(self._verify, pairs))
-        verdicts = [
+        return [
             self._verify(pair) if (verdict.reason or "").startswith(TIMED_OUT) else verdict
             for pair, verdict in zip(pairs, verdicts, strict=True)
         ]
-        for (_, answer), verdict in zip(pairs, verdicts, strict=True):
-            if verdict.reason == UNREADABLE:
-                raise ValueError(f"the reference answer {answer!r} holds nothing that math-verify can read")
-        return verdicts
 
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
             raise ValueError("the reference answer is empty")
         [verdict] = self.verify_many([("", answer)])
+        if not verdict.readable:
+            raise ValueError(f"the reference answer {answer!r} holds nothing that math-verify can read")
         if verdict.reason == DIED or (verdict.reason or "").startswith(TIMED_OUT):
             raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
 

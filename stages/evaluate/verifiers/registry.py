@@ -6,23 +6,20 @@ A verifier judges many (response, reference answer) pairs at once, so that one t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Protocol, get_args
 
 from eopd.stages.evaluate.settings import VerifierName
 from eopd.stages.evaluate.verifiers import countdown, exact
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
-from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.evaluate.verifiers.verdict import UNREADABLE, Verdict
 
 Judge = Callable[[str, str], Verdict]
 
 
 class Verifier(Protocol):
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response, reference answer) pairs, in order.
-
-        Raises:
-            ValueError: a reference answer that this verifier cannot read.
+        """Verdicts of (response, reference answer) pairs, in order; ``UNREADABLE`` where this verifier cannot read the
+        reference answer, whatever the others are.
         """
 
     def check_answer(self, answer: str) -> None:
@@ -38,25 +35,42 @@ class Verifier(Protocol):
 class PlainVerifier:
     """A pure function of response and answer, in this process."""
 
-    def __init__(self, name: str, judge: Judge) -> None:
+    def __init__(self, name: str, judge: Judge, version: int) -> None:
         self._name = name
         self._judge = judge
+        self._version = version
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [self._judge(response, answer) for response, answer in pairs]
+        readable = {answer: self._reads(answer) for _, answer in pairs}
+        return [
+            self._judge(response, answer) if readable[answer] else Verdict(False, reason=UNREADABLE)
+            for response, answer in pairs
+        ]
 
     def check_answer(self, answer: str) -> None:
         self._judge("", answer)
 
     def named(self) -> str:
-        return f"{self._name} (eopd {version('eopd')})"
+        return f"{self._name} {self._version}"
 
     def close(self) -> None:
         pass
 
+    def _reads(self, answer: str) -> bool:
+        try:
+            self.check_answer(answer)
+        except ValueError:
+            return False
+        return True
 
-PLAIN: dict[str, Judge] = {"countdown": countdown.verify, "exact": exact.verify}
-"""Verifiers that are a pure function. One more here, and in ``VerifierName``, is all that a new task needs."""
+
+PLAIN: dict[str, tuple[Judge, int]] = {
+    "countdown": (countdown.verify, countdown.VERSION),
+    "exact": (exact.verify, exact.VERSION),
+}
+"""Verifiers that are a pure function, which raises ValueError where it cannot read the reference answer; and its
+version. One more here, and in ``VerifierName``, is all that a new task needs.
+"""
 
 NAMES: tuple[str, ...] = get_args(VerifierName)
 
@@ -75,4 +89,4 @@ def open_verifier(name: str, *, seconds: float = 5.0, workers: int = 1) -> Verif
         return MathVerifier(seconds=seconds, workers=workers)
     if name not in PLAIN:
         raise ValueError(f"verifier {name!r} is unknown; there are {', '.join(sorted(NAMES))}")
-    return PlainVerifier(name, PLAIN[name])
+    return PlainVerifier(name, *PLAIN[name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+UNREADABLE = "the reference answer cannot be read"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -12,3 +14,8 @@ class Verdict:
     correct: bool
     form: str | None = None
     reason: str | None = None
+
+    @property
+    def readable(self) -> bool:
+        """Whether the verifier could read the reference answer: if not, nothing was judged."""
+        return self.reason != UNREADABLE

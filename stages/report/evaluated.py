@@ -12,6 +12,8 @@ from eopd.stages.report import words
 
 _MEANS = ("distinct_correct", "self_bleu", "distinct_4", "token_entropy", "truncation_rate", "stop_rate")
 _MOST_ROUNDS = 6
+_CONFIDENCE = 0.95  # where results do not say it
+_NAMED_BY_EOPD = " (eopd 0.1.0)"
 
 Results = Mapping[str, Any]
 Bounds = tuple[float, float]
@@ -39,14 +41,20 @@ def round_figures(results: Results) -> tuple[dict[str, Any], dict[str, Bounds]]:
 
 
 def graders(results: Results) -> list[str]:
-    """Verifiers by name and version."""
-    return list(results.get("verifiers", ()))
+    """Verifiers by name and version. Plain ones were named with eopd 0.1.0 while they had no version of their own."""
+    return [name.replace(_NAMED_BY_EOPD, " 1") for name in results.get("verifiers", ())]
 
 
 def interval(results: Mapping[int, Results]) -> str:
     """What the intervals of a run's figures are."""
-    said = {found["settings"]["confidence"] for found in results.values() if "settings" in found} or {0.95}
-    return f"{' and '.join(f'{100 * confidence:g}' for confidence in sorted(said))} % bootstrap over problems"
+    said = sorted({confidence(found) for found in results.values()} or {_CONFIDENCE})
+    return f"{' and '.join(f'{100 * each:g}' for each in said)} % bootstrap over problems"
+
+
+def confidence(results: Results) -> float:
+    """Of the intervals of one evaluation."""
+    found: float = results.get("settings", {}).get("confidence", _CONFIDENCE)
+    return found
 
 
 def warnings(results: Mapping[int, Results]) -> list[str]:

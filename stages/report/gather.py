@@ -67,7 +67,9 @@ def gather(run: RunArtifacts) -> RunData:
     scored = [found for found in run.rounds if found.rollouts and found.scores]
     scores = [_scores(found.evaluation, found.round, run.seed) for found in run.rounds if found.evaluation]
     comparable = len(scores) > 1 and scores[0].names == scores[-1].names
-    avg, passed = gains(scores[0], scores[-1]) if comparable else (None, None)
+    avg, passed = (
+        gains(scores[0], scores[-1], evaluated.confidence(results[scores[-1].round])) if comparable else (None, None)
+    )
     measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
     return RunData(
         name=run.name,

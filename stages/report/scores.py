@@ -49,20 +49,20 @@ def mean(values: Floats, scores: ProblemScores) -> float:
     return float(group_means(values[:, None], scores.benchmarks)[0])
 
 
-def over_problems(differences: Floats, scores: ProblemScores) -> Interval | None:
+def over_problems(differences: Floats, scores: ProblemScores, confidence: float = 0.95) -> Interval | None:
     """Of the mean of paired differences [P] of rates."""
-    (found,) = bootstrap(differences[:, None], bounds=(-1.0, 1.0), groups=scores.benchmarks)
+    (found,) = bootstrap(differences[:, None], bounds=(-1.0, 1.0), groups=scores.benchmarks, confidence=confidence)
     return found
 
 
-def gains(first: ProblemScores, last: ProblemScores) -> tuple[Estimate, Estimate]:
+def gains(first: ProblemScores, last: ProblemScores, confidence: float = 0.95) -> tuple[Estimate, Estimate]:
     """Last minus first Avg@k and Pass@k (k: all samples) of one run, with intervals over the problems."""
     k = min(first.samples, last.samples)
     pairs = ((average(first), average(last)), (passed(first, k), passed(last, k)))
-    avg, at_k = (_gain((after - before).mean(axis=0), first) for before, after in pairs)
+    avg, at_k = (_gain((after - before).mean(axis=0), first, confidence) for before, after in pairs)
     return avg, at_k
 
 
-def _gain(differences: Floats, scores: ProblemScores) -> Estimate:
-    found = over_problems(differences, scores)
+def _gain(differences: Floats, scores: ProblemScores, confidence: float) -> Estimate:
+    found = over_problems(differences, scores, confidence)
     return Estimate(mean(differences, scores), *((found.low, found.high) if found else (None, None)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eopd.stages.report.data import ReportData, RunData
+from eopd.stages.report.data import Estimate, ReportData, RunData
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.stages.report.numbers import to_csv
 from eopd.stages.report.page import render
@@ -120,6 +120,30 @@ def test_figures_without_an_interval_are_shown_without_one(tmp_path: Path) -> No
     assert item.avg_at_k == {2: 0.25}
     assert item.avg_interval == {}
     assert item.pass_interval == {}
+
+
+def test_the_interval_of_a_change_has_the_confidence_of_the_run(tmp_path: Path) -> None:
+    def changed(confidence: float) -> Estimate:
+        store = tmp_path / str(confidence)
+        found = [evaluation(store, number, OLD, ONE, settings={"confidence": confidence}) for number in (0, 1)]
+        gain = gathered(store, *found).avg_gain
+        assert gain is not None
+        return gain
+
+    wide, narrow = changed(0.95), changed(0.5)
+    assert wide.low is not None
+    assert narrow.low is not None
+    assert wide.value == narrow.value
+    assert wide.low < narrow.low
+
+
+def test_plain_verifiers_that_were_named_with_eopd_are_not_taken_for_others(tmp_path: Path) -> None:
+    old = evaluation(tmp_path, 0, OLD, ONE, verifiers=["countdown (eopd 0.1.0)"])
+    new = evaluation(tmp_path, 1, OLD, ONE, verifiers=["countdown 1"])
+    run = gathered(tmp_path, old, new)
+    assert (run.graders, run.warnings) == (["countdown 1"], [])
+    later = evaluation(tmp_path, 2, OLD, ONE, verifiers=["countdown 2"])
+    assert "(countdown 1; countdown 2)" in gathered(tmp_path, old, later).warnings[0]
 
 
 def test_scores_are_by_problem_whatever_the_order_of_the_benchmarks(tmp_path: Path) -> None:

@@ -36,42 +36,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``round``: the one that is compared (None: nothing is). ``notes``: what is not compared, or not as expected."""
+    """``notes``: what is not compared, or not as expected."""
 
-    round: int | None
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
 
 
 def compare(runs: Sequence[RunData]) -> Comparison:
-    """Every further run with the first, after the last round that all of them were evaluated at, on the same problems.
+    """Every further run with the first, after the last round that the two were evaluated at, on the same problems.
 
     ``over_problems``: bootstrap over the problems, within each benchmark, of the paired differences, each the mean over
     its seeds. ``over_seeds``: Student's t of the differences seed by seed where at least two seeds are in both (the
     others are left out), else Welch's.
     """
-    base, notes, rivals = runs[0], [], []
+    base, notes, found, ends = runs[0], [], [], []
     for run in runs[1:]:
-        if base.scores and run.scores:
-            if shared_rounds([base.scores, run.scores]):
-                rivals.append(run)
-            else:
-                notes.append(_why_not(base, run))
-    if not rivals:
-        return Comparison(None, (), tuple(notes))
-    rounds = shared_rounds([run.scores for run in (base, *rivals)])
-    if not rounds:
-        evaluated = words.joined([_evaluated(run) for run in (base, *rivals)])
-        return Comparison(None, (), (*notes, f"No round was evaluated in all runs, so none are compared: {evaluated}."))
-    last = rounds[-1]
-    if any(run.scores[-1].round != last for run in (base, *rivals)):
-        ends = words.joined([f"{run.name} up to round {run.scores[-1].round}" for run in (base, *rivals)])
-        notes.append(
-            f"The runs were evaluated up to different rounds: {ends}. They are compared after round {last}, the last "
-            "that all of them have; figures of a single run are of its own last round."
-        )
-    found = []
-    for run in rivals:
+        if not base.scores or not run.scores:
+            continue
+        rounds = shared_rounds([base.scores, run.scores])
+        if not rounds:
+            notes.append(_why_not(base, run))
+            continue
+        last = rounds[-1]
+        if any(each.scores[-1].round != last for each in (base, run)):
+            ends.append(_up_to(run))
         one, other = after(base.scores, last), after(run.scores, last)
         assert one is not None
         assert other is not None
@@ -89,7 +77,12 @@ def compare(runs: Sequence[RunData]) -> Comparison:
             ("pass", passed(one, k), passed(other, k)),
         ):
             found.append(Difference(run.name, which, k, last, *_figures(first, second, one, pairs), pairs))
-    return Comparison(last, tuple(found), tuple(notes))
+    if ends:
+        notes.append(
+            f"Runs were evaluated up to different rounds: {words.joined([*ends, _up_to(base)])}. Each is compared with "
+            f"{base.name} after the last round that both have; figures of a single run are of its own last round."
+        )
+    return Comparison(tuple(found), tuple(notes))
 
 
 def table(comparison: Comparison) -> Rows:
@@ -97,6 +90,7 @@ def table(comparison: Comparison) -> Rows:
     body = tuple(
         (
             one.name,
+            str(one.round),
             one.metric,
             words.change(one.value),
             _bounds(one.over_problems) if one.over_problems else "one problem",
@@ -105,7 +99,7 @@ def table(comparison: Comparison) -> Rows:
         )
         for one in comparison.differences
     )
-    head = ("run", "metric", "difference", "95 % over problems", "95 % over seeds", "zero is")
+    head = ("run", "round", "metric", "difference", "95 % over problems", "95 % over seeds", "zero is")
     return Rows(head, body)
 
 
@@ -149,6 +143,10 @@ def _why_not(base: RunData, run: RunData) -> str:
 
 def _evaluated(run: RunData) -> str:
     return f"{run.name} was evaluated after round {_list(found.round for found in run.scores)}"
+
+
+def _up_to(run: RunData) -> str:
+    return f"{run.name} up to round {run.scores[-1].round}"
 
 
 def _list(numbers: Iterable[int]) -> str:

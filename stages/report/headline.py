@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,15 +34,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gain:
-    """``name`` such as Avg@8; ``last`` is None when only one round was evaluated; ``shared``: after the last round that
-    all runs on the page were evaluated at, None where there is none.
+    """``name`` such as Avg@8; ``last`` is None when only one round was evaluated; ``ranked``: after the round that runs
+    are ranked after, None where this one was not evaluated then.
     """
 
     name: str
     first: Measured
     last: Measured | None
     paired: Estimate | None
-    shared: Measured | None = None
+    ranked: Measured | None = None
 
     @property
     def end(self) -> Measured:
@@ -107,10 +108,10 @@ class RunSummary:
 
 def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
     ks = {which: common_k(runs, f"{which}_at_k") for which in ("avg", "pass")}
-    shared = {which: _last_shared(runs, which, k) for which, k in ks.items()}
+    rounds = {which: _ranking_round(runs, which, k) for which, k in ks.items()}
     summaries = []
     for index, run in enumerate(runs):
-        found = [_gain(run, which, k, shared[which]) for which, k in ks.items() if k is not None]
+        found = [_gain(run, which, k, rounds[which]) for which, k in ks.items() if k is not None]
         gains = tuple(gain for gain in found if gain is not None)
         summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
     return summaries
@@ -133,37 +134,40 @@ def sentence(summaries: Sequence[RunSummary]) -> list[str]:
     names = list(dict.fromkeys(gain.name for summary in summaries for gain in summary.gains))
     for name in names:
         found = [(gain, summary) for summary in summaries for gain in summary.gains if gain.name == name]
-        said.append(_ranked(name, found, len(summaries)))
+        said.append(_ranked(name, found, [summary.name for summary in summaries]))
     return said or ["No run has an evaluation yet, so nothing can be compared."]
 
 
-def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: int) -> str:
-    """Runs are ranked after one round, the last that all of them were evaluated at."""
-    known = [(gain.shared, gain, summary) for gain, summary in found if gain.shared is not None]
+def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: Sequence[str]) -> str:
+    """Runs are ranked after one round; those that were not evaluated then are named."""
+    known = [(gain.ranked, gain, summary) for gain, summary in found if gain.ranked is not None]
     if not known:
-        return f"{name}: no round was evaluated in all runs, so none of them is called highest."
+        return f"{name}: no two runs were evaluated after the same round of training, so none is called highest."
     ranked = sorted(known, key=lambda row: row[0].value if math.isfinite(row[0].value) else -math.inf, reverse=True)
     best, gain, owner = ranked[0]
-    if all(gain.end == value for value, gain, _ in ranked) and len({value.round for value, _, _ in ranked}) == 1:
+    names = {summary.name for _, _, summary in ranked}
+    absent = [run for run in runs if run not in names]
+    if all(gain.end == value for value, gain, _ in ranked):
         text = f"{name} ends highest in {owner.name} at {best.text}"
         if gain.last is not None:
             text += f" (from {gain.first.text})"
     else:
-        text = f"{name} after round {best.round}, the last that all have, is highest in {owner.name} at {best.text}"
-    if len(ranked) > 1:
-        rival, _, other = ranked[1]
-        text += f", then {other.name} at {rival.text}"
-        if best.interval and rival.interval and overlaps(best, rival):
-            text += "; their intervals overlap"
-    absent = runs - len(ranked)
-    return text + (f"; {absent} not evaluated." if absent else ".")
+        those = "two of them" if absent else "all"
+        text = f"{name} after round {best.round}, the last that {those} have, is highest in {owner.name} at {best.text}"
+    rival, _, other = ranked[1]
+    text += f", then {other.name} at {rival.text}"
+    if best.interval and rival.interval and overlaps(best, rival):
+        text += "; their intervals overlap"
+    return text + (f"; not evaluated after round {best.round}: {words.joined(absent)}." if absent else ".")
 
 
-def _last_shared(runs: Sequence[RunData], which: str, k: int | None) -> int | None:
-    """The last round after which every run that has Avg@k or Pass@k was evaluated."""
-    found = [{item.round for item in run.rounds if k in getattr(item, f"{which}_at_k")} for run in runs]
-    evaluated = [rounds for rounds in found if rounds]
-    return max(set.intersection(*evaluated), default=None) if evaluated else None
+def _ranking_round(runs: Sequence[RunData], which: str, k: int | None) -> int | None:
+    """The last round after which at least two runs were evaluated, so that a run that is behind hides no other; not
+    round 0, the untrained students, where some run has a trained one.
+    """
+    counts = Counter(item.round for run in runs for item in run.rounds if k in getattr(item, f"{which}_at_k"))
+    last = max((number for number, count in counts.items() if count > 1), default=None)
+    return None if last == 0 and max(counts) > 0 else last
 
 
 def _said(gain: Gain) -> str:
@@ -174,18 +178,18 @@ def _said(gain: Gain) -> str:
     return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
 
 
-def _gain(run: RunData, which: str, k: int, shared: int | None) -> Gain | None:
+def _gain(run: RunData, which: str, k: int, ranking_round: int | None) -> Gain | None:
     evaluated = [_measured(item, which, k) for item in run.rounds if k in getattr(item, f"{which}_at_k")]
     if not evaluated:
         return None
     name = f"{'Avg' if which == 'avg' else 'Pass'}@{k}"
-    common = next((found for found in evaluated if found.round == shared), None)
+    ranked = next((found for found in evaluated if found.round == ranking_round), None)
     if len(evaluated) == 1:
-        return Gain(name, evaluated[0], None, None, common)
+        return Gain(name, evaluated[0], None, None, ranked)
     paired = run.avg_gain if which == "avg" else run.pass_gain
     if any(found.samples != k for found in run.scores):
         paired = None  # it is of all samples, not of k
-    return Gain(name, evaluated[0], evaluated[-1], paired, common)
+    return Gain(name, evaluated[0], evaluated[-1], paired, ranked)
 
 
 def _measured(item: RoundData, which: str, k: int) -> Measured:

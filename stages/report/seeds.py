@@ -95,11 +95,16 @@ def _unequal(runs: Sequence[RunData]) -> list[str]:
     """What is said where not every seed was evaluated after the same rounds."""
     found = {run.seed: [item.round for item in run.rounds if item.avg_at_k] for run in runs}
     shared = sorted(set.intersection(*map(set, found.values())))
-    if all(rounds == shared for rounds in found.values()):
+    differing = sorted(set().union(*found.values()) - set(shared))
+    if not differing:
         return []
-    ends = words.joined([f"seed {seed} up to round {max(rounds, default='none')}" for seed, rounds in found.items()])
-    until = f"means, gains and pairs end at round {shared[-1]}" if shared else "there is no round to take means of"
-    return [f"The seeds were evaluated after different rounds ({ends}): {until}, the last that all of them have."]
+    whose = [f"seed {seed} after {_list(set(rounds) & set(differing))}" for seed, rounds in found.items()]
+    rest = "means, gains and pairs leave them out" if shared else "there is no round to take means of"
+    return [f"Not every seed was evaluated after round {_list(differing)} ({'; '.join(whose)}): {rest}."]
+
+
+def _list(rounds: Iterable[int]) -> str:
+    return words.joined([str(number) for number in sorted(rounds)]) or "none of these"
 
 
 def _name(names: Sequence[str]) -> str:
@@ -123,7 +128,7 @@ def _of_all(values: Sequence[float | None]) -> tuple[float | None, Interval | No
 
 
 def _round(items: Sequence[RoundData]) -> RoundData:
-    made: dict[str, Any] = {"round": items[0].round, "intervals": {}, "measured": any(item.measured for item in items)}
+    made: dict[str, Any] = {"round": items[0].round, "intervals": {}, "measured": all(item.measured for item in items)}
     for name in _OF_ROUNDS:
         if name in _SUMMED:
             counts = [getattr(item, name) for item in items]

@@ -12,6 +12,7 @@ import pytest
 
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.report.comparison import Difference, compare, table
+from eopd.stages.report.curves import quality
 from eopd.stages.report.data import BinnedMean, CostRow, Histogram, ProblemScores, ReportData, RoundData, RunData
 from eopd.stages.report.expenses import costs, seconds_by_key
 from eopd.stages.report.numbers import to_csv
@@ -149,23 +150,36 @@ def evaluated(name: str, seed: int, shares: list[float], kin: str = "") -> RunDa
 RISING = [0.1, 0.25, 0.35, 0.45, 0.5]
 
 
-def test_runs_that_stopped_at_different_rounds_are_compared_at_the_last_that_all_have() -> None:
+def test_runs_that_stopped_at_different_rounds_are_compared_at_the_last_that_both_have() -> None:
     """Otherwise a run that was killed after round 1 would look worse than one that went on to round 4."""
     whole, killed = evaluated("opd", 0, RISING), evaluated("eopd", 1, RISING[:2])
     found = compare([whole, killed])
-    assert found.round == 1
+    assert {one.round for one in found.differences} == {1}
     value = np.mean(killed.scores[1].correct) / 4 - np.mean(whole.scores[1].correct) / 4
     assert found.differences[0].value == pytest.approx(value)
     assert abs(value) < 0.1
     note = next(note for note in found.notes if "different rounds" in note)
-    assert "opd up to round 4 and eopd up to round 1" in note
-    assert "after round 1" in note
+    assert "eopd up to round 1 and opd up to round 4" in note
     page = render(ReportData("two", "now", [whole, killed]))
-    assert "on the same problems, after round 1" in page
+    assert "Differences from opd, on the same problems" in page
+    assert table(found).head[1] == "round"
+    assert [row[1] for row in table(found).body] == ["1", "1"]
     assert "Avg@4 after round 1, the last that all have, is highest in opd at 0.250, then eopd at 0.250" in page
     later = replace(whole, name="later", rounds=whole.rounds[2:], scores=whole.scores[2:])
     assert compare([killed, later]).differences == ()
     assert "later was evaluated after round 2, 3 and 4" in compare([killed, later]).notes[0]
+
+
+def test_a_run_that_is_behind_changes_no_comparison_of_the_others() -> None:
+    base, other, late = evaluated("opd", 0, RISING), evaluated("eopd", 1, RISING), evaluated("late", 2, RISING[:1])
+    alone, found = compare([base, other]), compare([base, late, other])
+    assert not any("different rounds" in note for note in alone.notes)
+    assert {one.round for one in alone.differences} == {4}
+    assert tuple(one for one in found.differences if one.name == "eopd") == alone.differences
+    assert {one.round for one in found.differences if one.name == "late"} == {0}
+    (note,) = (note for note in found.notes if "different rounds" in note)
+    assert "late up to round 0 and opd up to round 4" in note
+    assert "eopd" not in note
 
 
 def test_seeds_that_stopped_at_different_rounds_are_merged_up_to_the_last_that_all_have() -> None:
@@ -182,10 +196,32 @@ def test_seeds_that_stopped_at_different_rounds_are_merged_up_to_the_last_that_a
     changes = [(np.mean(run.scores[1].correct) - np.mean(run.scores[0].correct)) / 4 for run in runs]
     assert found.avg_gain is not None
     assert found.avg_gain.value == pytest.approx(np.mean(changes))
-    (note,) = (note for note in found.notes if "different rounds" in note)
-    assert "seed 0 up to round 4 and seed 1 up to round 1" in note
-    assert "end at round 1" in note
-    assert not any("different rounds" in note for note in grouped([runs[0], replace(runs[0], seed=1)])[0].notes)
+    assert found.notes[1] == (
+        "Not every seed was evaluated after round 2, 3 and 4 (seed 0 after 2, 3 and 4; seed 1 after none of these): "
+        "means, gains and pairs leave them out."
+    )
+    assert not any("Not every seed" in note for note in grouped([runs[0], replace(runs[0], seed=1)])[0].notes)
+
+
+def test_seeds_with_other_intervals_of_evaluation_are_one_whole_line() -> None:
+    often = evaluated("eopd-s0", 0, RISING, "eopd")
+    rounds = [
+        item if number % 2 == 0 else RoundData(number, measured=False) for number, item in enumerate(often.rounds)
+    ]
+    seldom = replace(often, name="eopd-s1", seed=1, rounds=rounds, scores=often.scores[::2])
+    (found,) = grouped([often, seldom])
+    (drawn,) = (figure for figure in quality([found]) if figure.name == "avg-at-k")
+    (line,) = drawn.marks
+    assert [(point.x, point.y) for point in line.points] == [(n, pytest.approx(RISING[n])) for n in (0, 2, 4)]
+    assert found.notes[1] == (
+        "Not every seed was evaluated after round 1 and 3 (seed 0 after 1 and 3; seed 1 after none of these): "
+        "means, gains and pairs leave them out."
+    )
+    broken = replace(
+        often, seed=1, rounds=[replace(item, avg_at_k={}) if item.round == 1 else item for item in often.rounds]
+    )
+    (drawn,) = (figure for figure in quality(grouped([often, broken])) if figure.name == "avg-at-k")
+    assert drawn.marks[0].points[1].y is None, "one that was to be measured and is not leaves a gap"
 
 
 def test_seeds_are_paired_whatever_their_order_and_those_of_one_run_alone_are_left_out() -> None:
@@ -201,13 +237,13 @@ def test_seeds_are_paired_whatever_their_order_and_those_of_one_run_alone_are_le
     assert avg.over_seeds is not None
     assert (avg.over_seeds.low, avg.over_seeds.high) == pytest.approx((0.25, 0.25))
     assert found.notes == ("other and base are compared on seeds 0 and 2; only one of them has 1 and 7.",)
-    assert "2 pairs" in table(found).body[0][4]
+    assert "2 pairs" in table(found).body[0][5]
     strangers = RunData("strangers", scores=[scores([better[2], better[0]], seeds=[5, 6])])
     unpaired = compare([base, strangers])
     assert unpaired.differences[0].pairs == ()
     assert unpaired.differences[0].over_seeds is not None
     assert "not compared in pairs" in unpaired.notes[0]
-    assert "not in pairs" in table(unpaired).body[0][4]
+    assert "not in pairs" in table(unpaired).body[0][5]
 
 
 def test_one_problem_says_nothing_of_others() -> None:
@@ -215,7 +251,7 @@ def test_one_problem_says_nothing_of_others() -> None:
     found = compare(runs)
     assert found.differences[0].value == 1.0
     assert found.differences[0].over_problems is None
-    assert table(found).body[0][3:] == ("one problem", "one seed", "not known")
+    assert table(found).body[0][4:] == ("one problem", "one seed", "not known")
 
 
 def test_the_numbers_have_the_differences_with_both_intervals() -> None:

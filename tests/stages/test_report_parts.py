@@ -225,7 +225,8 @@ def test_ranking_names_runs_that_were_not_evaluated() -> None:
     ]
     said = headline.sentence(headline.summarise(runs))
     assert said == [
-        "Avg@8 ends highest in high at 0.500 (from 0.200), then low at 0.100; their intervals overlap; 1 not evaluated."
+        "Avg@8 ends highest in high at 0.500 (from 0.200), then low at 0.100; their intervals overlap; not "
+        "evaluated after round 1: none."
     ]
 
 
@@ -237,7 +238,28 @@ def test_runs_are_ranked_after_the_last_round_that_all_of_them_have() -> None:
     ]
     apart = RunData("apart", rounds=[RoundData(2, {8: 0.4})])
     assert headline.sentence(headline.summarise([ahead, apart])) == [
-        "Avg@8: no round was evaluated in all runs, so none of them is called highest."
+        "Avg@8: no two runs were evaluated after the same round of training, so none is called highest."
+    ]
+
+
+def test_a_run_that_is_behind_is_named_and_keeps_no_others_from_being_ranked() -> None:
+    def after(name: str, *shares: float) -> RunData:
+        return RunData(name, rounds=[RoundData(number, {8: share}) for number, share in enumerate(shares)])
+
+    low, high, late = after("low", 0.1, 0.2, 0.3), after("high", 0.1, 0.4, 0.6), after("late", 0.15)
+    assert headline.sentence(headline.summarise([late, low, high])) == [
+        "Avg@8 ends highest in high at 0.600 (from 0.100), then low at 0.300; not evaluated after round 2: late."
+    ]
+    further = after("further", 0.1, 0.2, 0.3, 0.7)
+    assert headline.sentence(headline.summarise([further, late, high])) == [
+        "Avg@8 after round 2, the last that two of them have, is highest in high at 0.600, then further at 0.300; not "
+        "evaluated after round 2: late."
+    ]
+    assert headline.sentence(headline.summarise([low, late])) == [
+        "Avg@8: no two runs were evaluated after the same round of training, so none is called highest."
+    ]
+    assert headline.sentence(headline.summarise([late, after("other", 0.1)])) == [
+        "Avg@8 ends highest in late at 0.150, then other at 0.100."
     ]
 
 

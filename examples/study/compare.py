@@ -53,8 +53,9 @@ def crossed(a: Floats, b: Floats) -> Estimate:
     s/S + p/P + r/SP. The mean squares M of seeds, problems and residual expect r + P s, r + S p and r, so it is
     (M_seeds + M_problems - M_residual) / SP. A component that comes out negative is 0: the interval is never
     narrower than the residual alone makes it. Degrees of freedom are Satterthwaite's, of the mean squares that are
-    left in the sum. Simulated coverage of the 95 % interval: 94 to 97 % with five seeds, 92 to 97 % with three,
-    whatever the components. (A bootstrap of seeds and problems counts the residual 2.6 times with five seeds.)
+    left in the sum: where only the seeds' is, the interval is that of ``paired``. Simulated coverage of the 95 %
+    interval (60 problems): 94 to 98 % with five seeds, 92 to 98 % with three, whatever the components. (A bootstrap
+    of seeds and problems counts the residual 2.6 times with five seeds.)
     """
     difference = a - b
     seeds, problems = difference.shape
@@ -70,14 +71,23 @@ def crossed(a: Floats, b: Floats) -> Estimate:
     }
     within = {name: float(squares[name]) / freedom[name] for name in freedom}
     kept = [name for name in ("seeds", "problems") if within[name] > within["residual"]]
-    total = sum(within[name] for name in kept) + within["residual"] * (1 - len(kept))
+    weights = {**dict.fromkeys(kept, 1), "residual": 1 - len(kept)}
+    total = sum(weight * within[name] for name, weight in weights.items())
     if total <= 0.0:
         return Estimate(mean, Interval(mean, mean), seeds)
-    spread = sum(within[name] ** 2 / freedom[name] for name in (*kept, "residual"))
-    half = _t(min(MOST_FREEDOM, int(total**2 / spread))) * math.sqrt(total / (seeds * problems))
+    spread = sum((weight * within[name]) ** 2 / freedom[name] for name, weight in weights.items())
+    half = _t(total**2 / spread) * math.sqrt(total / (seeds * problems))
     return Estimate(mean, Interval(mean - half, mean + half), seeds)
 
 
+def _t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t; between whole degrees of freedom, linear in their reciprocal."""
+    freedom = min(max(1.0, freedom), MOST_FREEDOM)
+    below = math.floor(freedom)
+    share = (1 / below - 1 / freedom) * below * (below + 1)
+    return (1 - share) * _t_of(below) + share * _t_of(below + 1)
+
+
 @cache
-def _t(freedom: int) -> float:
-    return t_quantile(0.975, max(1, freedom))
+def _t_of(freedom: int) -> float:
+    return t_quantile(0.975, freedom)

@@ -19,8 +19,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eopd.pipeline.config import ConfigError
 from examples.study import rates, results
 from examples.study.design import HERE, SMOKE, Experiment, Task
+from examples.study.errors import StudyError
 from examples.study.experiments import DEFAULT, EXPERIMENTS, TUNE
 from examples.study.workers import alone, run_all
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return study(chosen, args)
         with alone(args.work / ("smoke.lock" if args.smoke else "study.lock")):
             return study(chosen, args)
-    except ValueError as error:
+    except (StudyError, ConfigError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from eopd.storage.files import replace_atomically
 from examples.study.design import FULL, HERE, SAMPLES, Scale, Task
+from examples.study.errors import StudyError
 from examples.study.experiments import MAIN
 from examples.study.worlds import COUNTDOWN
 
@@ -54,14 +55,14 @@ def lines(inputs: Mapping[str, str]) -> list[str]:
     """Sentences for the report, beside results of ``inputs``; none where the anchors were not measured.
 
     Raises:
-        ValueError: the anchors are of other inputs. The first ones do not say what they are of.
+        StudyError: the anchors are of other inputs. The first ones do not say what they are of.
     """
     if not PATH.exists():
         return []
     found = json.loads(PATH.read_text(encoding="utf-8"))
     for name, fingerprint in found.get("inputs", {}).items():
         if fingerprint != inputs[name]:
-            raise ValueError(
+            raise StudyError(
                 f"{PATH} is of other {name} ({fingerprint}) than the results beside it ({inputs[name]}): measure it "
                 "again (python -m examples.study.anchors)"
             )

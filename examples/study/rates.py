@@ -9,6 +9,7 @@ import numpy as np
 
 from examples.study import results
 from examples.study.design import SAMPLES, Experiment, Setting, Task
+from examples.study.errors import StudyError
 from examples.study.experiments import TUNE
 
 
@@ -20,7 +21,7 @@ class Rates(dict[str, float]):
         self.missing = missing
 
     def __missing__(self, objective: str) -> float:
-        raise ValueError(
+        raise StudyError(
             f"the learning rate of {objective} is not known, for want of {', '.join(self.missing[objective])}: "
             "make them first (python -m examples.study --only tuning)"
         )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from eopd.storage.files import replace_atomically
 from examples.study.design import HERE, SAMPLES, Task
+from examples.study.errors import StudyError
 
 RESULTS = HERE / "results"
 RECORD, VERSION = "study_result", 1
@@ -49,7 +50,7 @@ def path_of(task: Task, folder: Path) -> Path:
 
 
 def write(task: Task, content: Mapping[str, Any], folder: Path) -> Path:
-    """Raises: ValueError where a result of other settings is in the way (``read``)."""
+    """Raises: StudyError where a result of other settings is in the way (``read``)."""
     read(task, folder)
     path = path_of(task, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def read(task: Task, folder: Path) -> Result | None:
     """The task's result; None where there is none.
 
     Raises:
-        ValueError: the file is not a result, or one of other settings than the task has; names it.
+        StudyError: the file is not a result, or one of other settings than the task has; names it.
     """
     path = path_of(task, folder)
     if not path.exists():
@@ -73,9 +74,9 @@ def read(task: Task, folder: Path) -> Result | None:
             raise ValueError(f"record {content['record']!r} version {content['version']!r}")
         correct, distinct = decode(content["correct"]), decode(content["distinct"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of the study ({error!r}); delete it and run again") from error
+        raise StudyError(f"{path} is no result of the study ({error!r}); delete it and run again") from error
     if content["key"] != task.key:
-        raise ValueError(
+        raise StudyError(
             f"{path} is a result of other settings (key {content['key']}) than {task.name} has now (key {task.key}): "
             "undo the change of the settings, or move the file away"
         )
@@ -90,14 +91,14 @@ def refuse_other_inputs(found: Sequence[Result]) -> None:
     """Results that are compared are of the same models, problems and objective sources.
 
     Raises:
-        ValueError: two are not; names their files. Older results do not say the source of their objective.
+        StudyError: two are not; names their files. Older results do not say the source of their objective.
     """
     for name in (*INPUTS, "objective"):
         known = [result for result in found if name in result.content["inputs"]]
         for result in known:
             here, there = result.content["inputs"][name], known[0].content["inputs"][name]
             if here != there:
-                raise ValueError(
+                raise StudyError(
                     f"{result.path} and {known[0].path} cannot be compared: {name} {here} and {there}. Delete the one "
                     "that was made by mistake, and run it again"
                 )

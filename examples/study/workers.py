@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from examples.study.design import Task
+from examples.study.errors import StudyError
 
 TRIES = 2  # of a task whose worker dies
 PATIENCE_SECONDS = 10.0  # between asking a worker to end and killing it
@@ -27,14 +28,14 @@ def alone(lock: Path) -> Iterator[None]:
     """Hold ``lock``: two studies over one work folder would delete each other's stores.
 
     Raises:
-        ValueError: another process holds it.
+        StudyError: another process holds it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise StudyError(
                 f"a study is running already (it holds {lock}): wait for it, or give another --work"
             ) from error
         yield

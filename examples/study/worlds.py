@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from examples.study.errors import StudyError
+
 if TYPE_CHECKING:
     from examples.study.design import Scale
 
 EXAMPLES = Path(__file__).parent.parent
-GSM8K_DATA = EXAMPLES.parent.parent / "shared" / "data" / "gsm8k"
 FILES = ("train", "evaluate", "tuning")
 PROBLEM_SEED = 7
 
@@ -48,7 +49,7 @@ class World:
         """Make what is missing of models and problems; safe to call from several processes.
 
         Raises:
-            ValueError: GSM8K is not at hand; names where it is looked for.
+            StudyError: GSM8K is not at hand; names where it is looked for.
         """
         folder = self.problems(work, scale)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,12 +93,16 @@ def _split(lines: list[str], folder: Path, scale: Scale) -> None:
 
 
 def _gsm8k_data(work: Path) -> Path:
-    for folder in (GSM8K_DATA, work / "gsm8k"):
+    """Where ``examples.gsm8k.data`` puts it, of this repository or of the current folder; then other places."""
+    root = EXAMPLES.parent
+    places = (root / "data" / "gsm8k", Path("data/gsm8k"), root.parent / "shared" / "data" / "gsm8k", work / "gsm8k")
+    for folder in places:
         if (folder / "train.jsonl").exists() and (folder / "test.jsonl").exists():
             return folder
-    raise ValueError(
-        f"GSM8K's train.jsonl and test.jsonl (id, problem, solution, answer) are in neither {GSM8K_DATA} "
-        f"nor {work / 'gsm8k'}: put them there, or leave the experiment out with --only"
+    looked = ", ".join(str(folder.absolute()) for folder in places)
+    raise StudyError(
+        f"GSM8K's train.jsonl and test.jsonl are in none of {looked}: make them (python -m examples.gsm8k.data), or "
+        "leave the experiment out with --only"
     )
 
 

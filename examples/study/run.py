@@ -27,6 +27,7 @@ from eopd.stages.job import NullProgress
 from eopd.stages.train.objectives.settings import own_file_hash
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.jsonl import append_line, read_lines
 from examples.study import alignment, results
 from examples.study.design import HERE, Task
 
@@ -75,19 +76,28 @@ class Clock:
 def _do(runner: Runner, stage: Stage, round_: int, jobs: Jobs) -> None:
     """Do a job if it is not done, and write down what it cost and what its artifacts say, before they are deleted.
 
-    It is written down once: by the process that did it, or as not made where another setting's run did it.
+    That it is begun is written down before: where a process is killed, its own jobs are told from those that another
+    setting's run did.
     """
-    clock = Clock()
-    made = runner.run(runner.plan.job(stage, round_))
-    if not made and (round_, stage) in jobs:
-        return
-    row = {"round": round_, "stage": stage, "made": made, "commit": commit(), **clock.spent()}
-    row |= _counts(runner, stage, round_)
+    job = runner.plan.job(stage, round_)
+    row: dict[str, Any] = {"round": round_, "stage": stage, "made": not runner.is_done(job), "commit": commit()}
+    if row["made"]:
+        row["parts_before"] = len(runner.artifact(job.output).committed())
+        _write_down(runner, row, jobs)
+        clock = Clock()
+        row["made"] = runner.run(job)
+        row |= clock.spent()
+    elif (round_, stage) in jobs:
+        row = jobs[round_, stage]
+    _write_down(runner, row | _counts(runner, stage, round_), jobs)
+
+
+def _write_down(runner: Runner, row: dict[str, Any], jobs: Jobs) -> None:
+    """A job's row; it takes the place of an earlier one."""
+    jobs[row["round"], row["stage"]] = row
     # nothing else may have made the folder: round 0 is often there already, made for another setting
     runner.paths.folder.mkdir(parents=True, exist_ok=True)
-    with _jobs_file(runner).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    jobs[round_, stage] = row
+    append_line(_jobs_file(runner), row)
 
 
 def _jobs_file(runner: Runner) -> Path:
@@ -95,12 +105,9 @@ def _jobs_file(runner: Runner) -> Path:
 
 
 def _read_jobs(runner: Runner) -> Jobs:
-    """What earlier processes wrote down; the last of a job that was done again, after its store was lost."""
-    if not _jobs_file(runner).exists():
-        return {}
+    """What earlier processes wrote down; the last of a job."""
     jobs: Jobs = {}
-    for line in _jobs_file(runner).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_lines(_jobs_file(runner)):
         if "stage" in row:
             jobs[row["round"], row["stage"]] = row
         else:  # one row a round, of what was stored and not of what it cost: what was written at first
@@ -200,7 +207,7 @@ def _resolved(task: Task, runner: Runner) -> dict[str, Any]:
 
 def _training(runner: Runner) -> dict[str, list[float]]:
     """Figures of the optimiser steps, as means over WINDOWS equal stretches of the run."""
-    rows = [json.loads(line) for line in runner.paths.metrics.read_text(encoding="utf-8").splitlines()]
+    rows = list(read_lines(runner.paths.metrics))
     found = {}
     for name in FIGURES:
         values = [row[name] for row in rows if name in row]
@@ -213,20 +220,21 @@ def _training(runner: Runner) -> dict[str, list[float]]:
 def _cost(rounds: int, jobs: Jobs) -> dict[str, Any]:
     """Of the run's jobs, over all processes that worked on it.
 
-    ``shared``: stages that it never did itself, because another setting's run had; their cost is not in here. Left out
-    where a job is not written down (killed before it could be): then the seconds are too few.
+    ``shared``: stages that it never did itself, because another setting's run had; their cost is not in here. None
+    where a process was killed after it made something and before it wrote down the cost: then the seconds are too few.
     """
     made = [row for row in jobs.values() if row["made"]]
+    whole = all("seconds" in row and not row.get("parts_before") for row in made)
     stages = sorted({row["stage"] for row in made})
     counted = [name for names in COUNTS.values() for name in names]
     cost: dict[str, Any] = {name: sum(row.get(name, 0) for row in jobs.values()) for name in counted}
-    cost |= {name: sum(row[name] for row in made) for name in ("seconds", "cpu_seconds")}
+    cost |= {name: sum(row.get(name, 0.0) for row in made) for name in ("seconds", "cpu_seconds")}
     cost["bytes_per_token"] = round(cost["score_bytes"] / cost["tokens"], 2)
     cost["stage_seconds"] = {
-        stage: round(sum(row["seconds"] for row in made if row["stage"] == stage), 1) for stage in stages
+        stage: round(sum(row.get("seconds", 0.0) for row in made if row["stage"] == stage), 1) for stage in stages
     }
-    if len(jobs) == rounds * len(STAGES) + 1:
-        cost["shared"] = sorted({row["stage"] for row in jobs.values()} - set(stages))
+    whole = whole and len(jobs) == rounds * len(STAGES) + 1
+    cost["shared"] = sorted({row["stage"] for row in jobs.values()} - set(stages)) if whole else None
     return cost
 
 

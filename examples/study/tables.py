@@ -94,7 +94,7 @@ def load(experiment: Experiment, rates: Mapping[str, float], folder: Path) -> li
     All are of the experiment's own seeds: others are of development, or of a longer comparison.
 
     Raises:
-        ValueError: results are of different inputs, or of other settings than the experiment has; or the rate that
+        StudyError: results are of different inputs, or of other settings than the experiment has; or the rate that
             they are to have is not known.
     """
     own = [
@@ -195,14 +195,19 @@ DAGGER = "†"
 
 def _cpu_minutes(rows: Rows) -> str:
     """Mean over the results that paid for everything, else over those that found it made for another setting."""
-    # at first a resumed run counted its last process only; such a result does not say what it shared
-    whole = [
-        cost for cost in (one["cost"] for one in rows.contents) if "shared" in cost or not cost["resumed_at_round"]
-    ]
+    whole = [one["cost"] for one in rows.contents if _is_whole(one["cost"])]
     paid = [cost for cost in whole if {"rollout", "score"} <= cost["stage_seconds"].keys()]
     if not whole:
         return "-"
     return f"{np.mean([cost['cpu_seconds'] for cost in paid or whole]) / 60:.1f}{'' if paid else f' {DAGGER}'}"
+
+
+def _is_whole(cost: Mapping[str, Any]) -> bool:
+    """Whether it is of all processes that worked on the run."""
+    if "shared" in cost:
+        return cost["shared"] is not None
+    # at first, when no result said what it shared, a resumed run counted its last process only
+    return not cost["resumed_at_round"]
 
 
 def pairs(experiment: Experiment, found: Sequence[Rows]) -> list[str]:

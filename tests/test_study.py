@@ -4,36 +4,56 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from eopd.pipeline.config import parse_settings
+from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.runner import Runner
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import FAMILY, own_file_hash
 from eopd.storage.coverage import Coverage
-from examples.study import anchors, compare, design, experiments, rates, report, results, tables, workers
+from examples.study import anchors, compare, design, experiments, rates, report, results, tables, workers, worlds
 from examples.study import run as study_run
 from examples.study.__main__ import at_toy_size, in_order, main
-from examples.study.design import SMOKE, Experiment, Task
+from examples.study.design import SMOKE, Experiment, Scale, Task
+from examples.study.errors import StudyError
 
 TOY = dataclasses.replace(SMOKE, problems=12, tuning_problems=4)
+TINY = Scale(iterations=2, train_problems=128, problems=12, tuning_problems=4)
 RATES = rates.untuned()
 ALL = tuple(experiments.EXPERIMENTS.values())
 
 
 def toy(name: str, **changes: object) -> Experiment:
     return dataclasses.replace(experiments.EXPERIMENTS[name], scale=TOY, **changes)  # type: ignore[arg-type]
+
+
+def tiny(name: str) -> Experiment:
+    """With two rounds, or one where a setting samples once: to be run."""
+    one = experiments.EXPERIMENTS[name]
+    settings = tuple(dataclasses.replace(setting, refresh=min(1, setting.refresh)) for setting in one.settings)
+    return dataclasses.replace(one, scale=TINY, settings=settings)
+
+
+def table(text: str, first: str) -> dict[str, dict[str, str]]:
+    """The Markdown table whose first column is called ``first``: by row, by column."""
+    lines = text.splitlines()
+    begin = next(place for place, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: "|" in line, lines[begin:])]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
 
 
 def test_no_two_settings_are_the_same_run() -> None:
@@ -113,33 +133,21 @@ def test_rounds_are_whole() -> None:
         experiments.STALENESS.setting("old-ppo-every16").rounds(SMOKE)
 
 
-def test_a_smoke_run_ends_in_a_report(tmp_path: Path) -> None:
-    arguments = [
-        "--smoke",
-        "--only",
-        "main",
-        "--settings",
-        "opd",
-        "mix",
-        "--seeds",
-        "0",
-        "--work",
-        str(tmp_path),
-        "--workers",
-        "1",
-    ]
-    assert main(arguments) == 0
+def test_a_smoke_run_ends_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.study.__main__.SMOKE", TOY)
+    arguments = ["--smoke", "--only", "main", "--settings", "opd", "mix", "--seeds", "0", "--workers", "1"]
+    assert main([*arguments, "--work", str(tmp_path)]) == 0
     text = (tmp_path / "smoke" / "study.md").read_text()
     assert "2 results, made at " in text
-    levels = {line.split(" | ")[0]: line.split(" | ") for line in text.split("\n\n")[3].splitlines()}
-    assert levels["| mix"][8] == "1.000", "its gate is open everywhere"
-    assert levels["| opd"][9] == "18", "thousand tokens"
-    assert "| mix | 1 | " in text.split("against opd, in pairs")[1]
+    levels = table(text, "setting")
+    assert levels["mix"]["gate fraction"] == "1.000", "its gate is open everywhere"
+    assert levels["opd"]["tokens (k)"] == "18"
+    assert table(text, "against opd, in pairs")["mix"]["seeds"] == "1"
     assert not (tmp_path / "smoke" / "store-seed0").exists()
 
 
 def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = toy("gate")
+    experiment = tiny("gate")
     (task,) = rates.tasks_of(experiment, experiment.setting("random"), {"eopd-0.8": 2e-4}, (100,))
     sweep = study_run._sweep
 
@@ -153,13 +161,15 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     rounds = tmp_path / "runs" / "gate.random-seed100" / "rounds.jsonl"
     rows = [json.loads(line) for line in rounds.read_text().splitlines()]
     before = {"cpu_seconds": 1000.0}
-    rows[0] |= {"commit": "c0ffee", **before}  # as by a process at another commit, and slower
+    next(row for row in rows if "seconds" in row).update(
+        commit="c0ffee", **before
+    )  # as by a process at another commit, and slower
     rounds.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = study_run.run(task, tmp_path, tmp_path / "results")
     content = json.loads(path.read_text())
     cost = content["cost"]
     assert cost["resumed_at_round"] == 1
-    assert cost["responses"] == TOY.responses
+    assert cost["responses"] == TINY.responses
     assert cost["seconds"] > sum(cost["stage_seconds"].values()) > 0
     assert cost["cpu_seconds"] > before["cpu_seconds"], "of both processes"
     assert cost["shared"] == []
@@ -180,7 +190,7 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     left = {path.parent.name for path in tmp_path.glob("store-seed100/*/*/part-00000.json")}
     assert len(left) == 1, "the rollouts of round 0 stay for the other settings, nothing else does"
     other = dataclasses.replace(task, lr=3e-4)
-    with pytest.raises(ValueError, match=rf"random-seed100.json is a .*{task.key}.* than gate/random.*{other.key}"):
+    with pytest.raises(StudyError, match=rf"random-seed100.json is a .*{task.key}.* than gate/random.*{other.key}"):
         results.read(other, tmp_path / "results")
 
 
@@ -256,7 +266,7 @@ def test_a_result_of_other_settings_is_never_replaced(tmp_path: Path, capsys: py
     task = in_order([experiments.TUNE], RATES, seeds=[100])[0]
     made_up(dataclasses.replace(task, lr=3e-4), tmp_path)
     before = results.path_of(task, tmp_path).read_bytes()
-    with pytest.raises(ValueError, match="is a result of other settings"):
+    with pytest.raises(StudyError, match="is a result of other settings"):
         made_up(task, tmp_path)
     assert main(["--only", "tuning", "--work", str(tmp_path / "work"), "--results", str(tmp_path)]) == 2
     assert f"{results.path_of(task, tmp_path)} is a result of other settings" in capsys.readouterr().err
@@ -272,7 +282,7 @@ def test_a_report_does_not_guess_learning_rates(tmp_path: Path) -> None:
     assert tables.load(experiments.MAIN, found, tmp_path) == [], "nothing to look up a rate for"
     for task in in_order([experiments.MAIN], RATES, seeds=[0], settings=["opd"]):
         made_up(task, tmp_path)
-    with pytest.raises(ValueError, match=r"rate of opd is not known, for want of tuning/opd-lr0.0002:"):
+    with pytest.raises(StudyError, match=r"rate of opd is not known, for want of tuning/opd-lr0.0002:"):
         tables.load(experiments.MAIN, found, tmp_path)
 
 
@@ -283,13 +293,13 @@ def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
     assert len(tables.load(toy("gate"), RATES, tmp_path)) == 2
     made_up(main_task, tmp_path, teacher="other")
     with pytest.raises(
-        ValueError, match=r"gate/random-seed0.json and .*main/eopd-0.8-seed0.json .*: teacher t and other"
+        StudyError, match=r"gate/random-seed0.json and .*main/eopd-0.8-seed0.json .*: teacher t and other"
     ):
         tables.load(toy("gate"), RATES, tmp_path)
     made_up(main_task, tmp_path)
     (proxy,) = in_order([toy("gate")], RATES, seeds=[0], settings=["proxy-4"])
     made_up(proxy, tmp_path, objective="second")
-    with pytest.raises(ValueError, match=r"gate/proxy-4-seed0.json and .*: objective second and first"):
+    with pytest.raises(StudyError, match=r"gate/proxy-4-seed0.json and .*: objective second and first"):
         tables.load(toy("gate"), RATES, tmp_path)
 
 
@@ -304,7 +314,7 @@ def test_anchors_say_what_they_are_of(tmp_path: Path, monkeypatch: pytest.Monkey
     assert anchors.lines(found["inputs"]) == []
     anchors.PATH.write_text(json.dumps(found))
     assert "The student before training: Avg@8 0." in anchors.lines(found["inputs"])[0]
-    with pytest.raises(ValueError, match=r"anchors.json is of other problems .* than the results"):
+    with pytest.raises(StudyError, match=r"anchors.json is of other problems .* than the results"):
         anchors.lines(committed["inputs"])
 
 
@@ -317,7 +327,7 @@ def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
 
 
 def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: Path) -> None:
-    names = ["old-none-once", "old-is-once", "old-none-every4", "old-is-every4", "old-none-every1"]
+    names = ["old-none-once", "old-is-once", "old-none-every4", "old-is-every4", "old-none-every1", "old-ppo-once"]
     tasks = in_order([toy("staleness")], RATES, seeds=[0], settings=names)
     once = {"train": 1.0, "evaluate": 1.0}
     costs: dict[str, dict[str, object]] = {
@@ -326,16 +336,13 @@ def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: 
         "old-none-every4": {"cpu_seconds": 6.0, "resumed_at_round": 31},  # its last process only
         "old-is-every4": {"cpu_seconds": 180.0, "resumed_at_round": 31, "shared": []},
         "old-none-every1": {"tokens": 600_000},
+        "old-ppo-once": {"shared": None},  # killed before it wrote down what its sampling cost
     }
     for task in tasks:
         made_up(task, tmp_path, cost=costs[task.setting.name], commits=("c0ffee", "decaf"))
     text = tables.block(toy("staleness"), tables.load(toy("staleness"), RATES, tmp_path))
-    ends = {
-        line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ")
-        for line in text.splitlines()
-        if "30.0" in line
-    }
-    assert ends == dict(zip(sorted(names), ["3.0", "2.0 †", "1.0", "-", "4.0"], strict=True))
+    minutes = {name: row["CPU minutes"] for name, row in table(text, "setting").items()}
+    assert minutes == dict(zip(sorted(names), ["3.0", "2.0 †", "1.0", "-", "4.0", "-"], strict=True))
     assert "† Without sampling and scoring" in text
     assert "old-none-every1 was trained on 600 thousand" in text
     assert "(1.7% more" in text
@@ -359,23 +366,38 @@ def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:
     assert compare.over_seeds(np.ones(1)).interval is None
 
 
+@pytest.mark.parametrize("s", [3, 5])
+def test_a_crossed_interval_of_seeds_alone_is_that_of_the_pairs(s: int) -> None:
+    """Seeds vary, problems less than the noise of sampling does: nothing but the seeds' mean square is left."""
+    a = np.random.default_rng(s).normal(size=(s, 40))
+    a += np.arange(s)[:, None] - a.mean(axis=0)
+    seeds, both = compare.paired(a, 0 * a), compare.crossed(a, 0 * a)
+    assert seeds.interval is not None
+    assert both.interval is not None
+    assert (both.interval.low, both.interval.high) == pytest.approx((seeds.interval.low, seeds.interval.high))
+
+
+@pytest.mark.parametrize(("s", "least", "widest"), [(3, 0.905, 2.25), (5, 0.93, 1.45)], ids=["3 seeds", "5 seeds"])
 @pytest.mark.parametrize(
     ("seeds", "problems", "residual"),
     [(1.0, 0.0, 0.1), (0.0, 1.0, 0.1), (0.0, 0.0, 1.0), (0.1, 0.0, 1.0), (0.02, 0.3, 1.0), (0.5, 1.0, 1.0)],
     ids=["seeds", "problems", "residual", "few seeds' noise", "as measured", "all"],
 )
-def test_crossed_intervals_cover_the_mean_whatever_varies(seeds: float, problems: float, residual: float) -> None:
-    """Known standard deviations, in a study of 5 seeds and 60 problems."""
+def test_crossed_intervals_cover_the_mean_whatever_varies(
+    seeds: float, problems: float, residual: float, s: int, least: float, widest: float
+) -> None:
+    """Known standard deviations, in a study of 60 problems."""
     rng = np.random.default_rng(2)
-    draws, s, p = 1000, 5, 60
+    draws, p = 1000, 60
     table = seeds * rng.normal(size=(draws, s, 1)) + problems * rng.normal(size=(draws, 1, p))
     table = table + residual * rng.normal(size=(draws, s, p))
     found = [compare.crossed(one, np.zeros((s, p))).interval for one in table]
     low, high = np.array([(one.low, one.high) for one in found if one is not None]).T
-    assert 0.93 <= np.mean((low <= 0) & (high >= 0)) <= 0.985
+    assert least <= np.mean((low <= 0) & (high >= 0)) <= 0.985
     true = np.sqrt(seeds**2 / s + problems**2 / p + residual**2 / (s * p))
-    # a bootstrap that draws both is 1.6 times as wide as the residual; four degrees of freedom cost a factor of 1.4
-    assert 0.9 <= np.median(high - low) / 2 / (1.96 * true) <= (1.2 if seeds == 0 else 1.45)
+    # a bootstrap that draws both is 1.6 times as wide as the residual; S - 1 degrees of freedom cost a factor of
+    # 1.4 (S = 5) or 2.2 (S = 3)
+    assert 0.9 <= np.median(high - low) / 2 / (1.96 * true) <= (1.2 if seeds == 0 else widest)
 
 
 def test_a_crossed_interval_is_never_below_the_noise_of_sampling() -> None:
@@ -395,7 +417,7 @@ def test_a_crossed_interval_is_never_below_the_noise_of_sampling() -> None:
 
 
 def test_what_was_made_for_another_setting_is_not_paid_for_again(tmp_path: Path) -> None:
-    experiment = toy("staleness")
+    experiment = tiny("staleness")
     first, second = (
         Task(experiment, experiment.setting(name), 100, 5e-5) for name in ("old-ppo-once", "old-none-once")
     )
@@ -408,30 +430,110 @@ def test_what_was_made_for_another_setting_is_not_paid_for_again(tmp_path: Path)
     assert "rollout" not in costs[1]["stage_seconds"]
 
 
+def test_a_cost_that_a_killed_process_did_not_write_down_is_not_said_to_be_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny("staleness")
+    task = Task(experiment, experiment.setting("old-none-once"), 100, 5e-5)
+    run = Runner.run
+
+    def killed_after_scoring(self: Runner, job: PlannedJob) -> bool:
+        made = run(self, job)
+        if job.stage == "score":
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(Runner, "run", killed_after_scoring)
+    with pytest.raises(KeyboardInterrupt):
+        study_run.run(task, tmp_path, tmp_path / "results")
+    monkeypatch.setattr(Runner, "run", run)
+    with (tmp_path / "runs" / "staleness.old-none-once-seed100" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 0, "sta')  # a write cut short
+    cost = json.loads(study_run.run(task, tmp_path, tmp_path / "results").read_text())["cost"]
+    assert cost["shared"] is None, "not known, as what scoring cost is not"
+    assert cost["responses"] == TINY.responses
+    assert cost["score_bytes"] > 0
+
+
+DEADLY = """
+import dataclasses, json, os, signal
+from pathlib import Path
+from examples.study import gates
+
+ROUNDS = Path(__file__).parent / "runs" / "gate.random-seed100" / "rounds.jsonl"
+DEATH = Path(__file__).with_name("death")
+
+def random_gate(settings):
+    objective = gates.random_gate(settings)
+
+    def token_loss(student, teacher, context):
+        if not DEATH.exists() and any(json.loads(line)["round"] == 1 for line in ROUNDS.read_text().splitlines()):
+            DEATH.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return objective.token_loss(student, teacher, context)
+
+    return dataclasses.replace(objective, token_loss=token_loss)
+"""
+
+
+class DeadlyTask(Task):
+    """Training its round 1 kills the process, once."""
+
+    def config(self, work: Path) -> dict[str, Any]:
+        config = super().config(work)
+        config["train"]["objective"]["name"] = f"{work / 'deadly.py'}:random_gate"
+        return config
+
+
 def test_a_worker_that_is_killed_loses_one_task_which_goes_on(tmp_path: Path) -> None:
-    gate = toy("gate")
+    gate = tiny("gate")
     refused = dataclasses.replace(gate.setting("random"), name="refused", objective={"name": "mc_opd"})
-    tasks = [Task(gate, gate.setting("random"), 100, 2e-4), Task(gate, refused, 101, 2e-4)]
-    rounds = tmp_path / "runs" / "gate.random-seed100" / "rounds.jsonl"
+    tasks = [DeadlyTask(gate, gate.setting("random"), 100, 2e-4), Task(gate, refused, 101, 2e-4)]
+    (tmp_path / "deadly.py").write_text(DEADLY)
     trained = tmp_path / "store-seed101" / "checkpoints"
     trained.mkdir(parents=True)
     (tmp_path / "runs" / "main.opd-seed100").mkdir(parents=True)  # stopped earlier, and not asked for this time
     said: list[str] = []
-
-    def kill_one() -> None:
-        while not rounds.exists():
-            time.sleep(0.05)
-        (victim,) = multiprocessing.active_children()
-        victim.kill()
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
     failed = workers.run_all(tasks, tmp_path, tmp_path / "results", 1, said.append)
     assert [line.split(":")[0] for line in failed] == ["gate/refused-seed101"]
     assert said[0].startswith("gate/random-seed100: its process was killed by SIGKILL")
-    assert results.read(tasks[0], tmp_path / "results") is not None
+    made = results.read(tasks[0], tmp_path / "results")
+    assert made is not None
+    assert (made.content["cost"]["resumed_at_round"], made.content["cost"]["shared"]) == (1, [])
     assert trained.exists(), "what was trained is for the next attempt where a task of the seed failed"
     assert (tmp_path / "store-seed100").exists(), "and where another run of the seed was stopped"
+
+
+def test_an_error_that_is_not_the_users_keeps_its_trace(tmp_path: Path) -> None:
+    for task in in_order([at_toy_size(experiments.MAIN)], RATES, seeds=[0, 1], settings=["opd"]):
+        made_up(task, tmp_path / "smoke" / "results")
+    short = results.path_of(task, tmp_path / "smoke" / "results")
+    content = json.loads(short.read_text())
+    short.write_text(json.dumps({**content, "correct": content["correct"][1:]}))
+    with pytest.raises(ValueError, match="must have the same shape"):
+        main(["--smoke", "--report", "--only", "main", "--work", str(tmp_path)])
+
+
+def test_gsm8k_is_found_where_its_script_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "EXAMPLES", tmp_path / "repository" / "examples")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    work = tmp_path / "work"
+    for role in ("student", "teacher"):
+        (work / "gsm8k-pair" / role).mkdir(parents=True)
+        (work / "gsm8k-pair" / role / "model.safetensors").touch()
+    scale = TINY
+    with pytest.raises(StudyError, match=r"python -m examples.gsm8k.data"):
+        worlds.GSM8K.prepare(work, scale)
+    for place in ("shared/data/gsm8k", "here/data/gsm8k", "repository/data/gsm8k"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        for name in ("train", "test"):
+            (folder / f"{name}.jsonl").write_text(f"{place}\n")
+        worlds.GSM8K.prepare(work, scale)
+        problems = worlds.GSM8K.problems(work, scale)
+        assert (problems / "train.jsonl").read_text() == f"{place}\n", "before the places that were there already"
+        shutil.rmtree(problems)
 
 
 def test_two_studies_do_not_share_a_work_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ has none.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
@@ -20,8 +21,10 @@ def refuse_other_vocabulary(facts: Facts) -> None:
         compare_vocabularies(facts.teacher.tokenizer_folder, facts.student.tokenizer_folder)
 
 
+@lru_cache
 def compare_vocabularies(teacher: Path, student: Path) -> None:
-    """The same, of two folders of tokenizers."""
+    """The same, of two folders of tokenizers. Once in a process: reading large ones takes seconds, and the runs of a
+    sweep have the same."""
     files = (teacher / FILE, student / FILE)
     if not all(file.exists() for file in files):
         return

@@ -8,6 +8,7 @@ import pytest
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.vocabularies import compare_vocabularies
+from eopd.stages.models import vocabulary
 from tests.end_to_end.conftest import World, eopd
 from tests.stages.tiny_models import tiny_tokenizer
 
@@ -20,6 +21,17 @@ def test_folders_of_tokenizers_are_compared_by_what_ids_mean(tmp_path: Path) -> 
     compare_vocabularies(tmp_path / "none", tmp_path / "student")  # the stage that loads it says that it is missing
     with pytest.raises(ConfigError, match="teacher and student differ at 2 ids, first at id 259"):
         compare_vocabularies(tmp_path / "other", tmp_path / "student")
+
+
+def test_two_folders_are_compared_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_tokenizer(tmp_path / "student")
+    tiny_tokenizer(tmp_path / "teacher", template=None)
+    compared: list[object] = []
+    check_same = vocabulary.check_same
+    monkeypatch.setattr(vocabulary, "check_same", lambda *pair: compared.append(pair) or check_same(*pair))
+    for _ in range(3):
+        compare_vocabularies(tmp_path / "teacher", tmp_path / "student")
+    assert len(compared) == 1
 
 
 def test_a_run_of_two_vocabularies_samples_nothing(world: World, tmp_path: Path) -> None:

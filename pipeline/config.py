@@ -227,7 +227,9 @@ class _Twice(Exception):
 class _Loader(yaml.SafeLoader):
     """YAML that loses nothing: PyYAML takes the last of equal keys without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """As the file has it: constructing puts what `<<` merges among a mapping's own keys."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -238,7 +240,7 @@ class _Loader(yaml.SafeLoader):
                     f"line {line}: {key.value!r} is already given in line {first[key.value]}; keep one of them"
                 )
             first[key.value] = line
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _load_yaml(text: str) -> Any:

@@ -83,6 +83,20 @@ def test_a_key_that_stands_twice_is_refused(minimal: Path, tmp_path: Path) -> No
     assert read_list(tmp_path / "sweep.yaml", "sweep") == [{"name": "a", "train": {"epochs": 3}}]
 
 
+def test_what_is_merged_is_merged_twice_and_not_given_twice(tmp_path: Path) -> None:
+    """YAML's `<<`, of a group that merges another itself."""
+    text = "b: &b {a: 1, k: 1}\nsweep: [{inner: &x {<<: *b, k: 2}}, {<<: *x}, {<<: *x, a: 3}]\n"
+    (tmp_path / "sweep.yaml").write_text(text)
+    assert read_list(tmp_path / "sweep.yaml", "sweep") == [
+        {"inner": {"a": 1, "k": 2}},
+        {"a": 1, "k": 2},
+        {"a": 3, "k": 2},
+    ]
+    (tmp_path / "sweep.yaml").write_text(text.replace("k: 2", "k: 2, k: 3"))
+    with pytest.raises(ConfigError, match="line 2: 'k' is already given in line 2"):
+        read_list(tmp_path / "sweep.yaml", "sweep")
+
+
 def test_overrides(minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = load_config(str(minimal), ["train.optimizer.lr=1e-5", "rounds=3", "student.path=./elsewhere", "seed=7"])

@@ -18,7 +18,7 @@ from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import MissingArtifact, MissingPart, WrongArtifact
 from eopd.storage.markers import Marker, file_text, marker_text
-from eopd.storage.remote import RemoteArtifact, put
+from eopd.storage.remote import WRITE_BYTES, RemoteArtifact, put
 from eopd.storage.stored import StoredArtifact
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: set[int]) -> list
         fresh = replace(marker, nonce=secrets.token_hex(8))
         for name in marker.files:
             path = f"{target.folder}/{paths.data_name(marker.part, fresh.nonce)}/{name}"
-            put(bucket, path, source.checked(marker, name))
+            pieces = source.checked(marker, name)
+            small = int(marker.files[name]["size"]) <= WRITE_BYTES  # one request instead of three
+            put(bucket, path, b"".join(pieces) if small else pieces)
         if fresh.set_aside is not None:
             target.create(paths.set_aside_name(marker.part), "")
         if target.create(fresh.file_name, marker_text(fresh, source.kind, source.key)):
@@ -82,7 +84,8 @@ def _lacking(source: StoredArtifact, target: StoredArtifact, wanted: set[int]) -
     for part in sorted(wanted - there.committed):
         marker = source.remains(part)
         if not (marker.is_pruned and part in there.pruned):
-            source.part_names(marker)  # all are there, and plain files
+            if isinstance(source, Artifact):
+                source.part_names(marker)  # all are there, and plain files
             yield marker
 
 

@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -363,6 +364,60 @@ def test_large_files_are_put_in_pieces(tmp_path: Path, endpoint: str) -> None:
     assert verify(there) == []
     assert copy(RemoteArtifact(there, "rollouts", artifact.key), tmp_path / "back", [0]) == [0]
     assert Artifact(tmp_path / "back", artifact.identity).marker(0).checksum == artifact.marker(0).checksum
+
+
+def test_copying_asks_for_no_more_than_it_needs(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file is put in one request (S3 marks what came in pieces), and a bucket's part is not listed first."""
+    import obstore
+
+    s3.client(endpoint).create_bucket(Bucket="small")
+    there = opened(endpoint, "s3://small")
+    artifact = make(tmp_path / "here")
+    copy(artifact, there)
+    tags = [entry["ETag"] for entry in s3.client(endpoint).list_objects_v2(Bucket="small")["Contents"]]
+    assert len(tags) == len([path for path in artifact.folder.rglob("*") if path.is_file()])
+    assert not [tag for tag in tags if "-" in tag]
+
+    listings: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "list", lambda *arguments, **named: listings.append(str(named)) or iter(()))
+        copy(RemoteArtifact(there, artifact.kind, artifact.key), tmp_path / "back")
+    assert listings == []
+    assert verify(tmp_path / "back") == []
+
+
+@pytest.mark.parametrize(("damage", "words"), [(b"x", "bytes of model changed"), (None, "model is gone")])
+def test_what_is_short_or_gone_in_a_bucket_is_not_copied(
+    tmp_path: Path, bucket: Any, damage: bytes | None, words: str
+) -> None:
+    import obstore
+
+    artifact = make(tmp_path / "here")
+    copy(artifact, bucket)
+    source = RemoteArtifact(bucket, artifact.kind, artifact.key)
+    path = f"{source.folder}/{paths.data_name(1, source.marker(1).nonce)}/model"
+    obstore.delete(bucket, path) if damage is None else obstore.put(bucket, path, damage)
+    with pytest.raises(DamagedPart, match=f"part 1: .*{words}"):
+        copy(source, tmp_path / "back")
+    assert 1 not in Artifact(tmp_path / "back", artifact.identity).committed()
+
+
+def test_what_was_fetched_is_read_where_nothing_can_be_written(tmp_path: Path, bucket: Any) -> None:
+    artifact = make(tmp_path / "team")
+    copy(artifact, bucket)
+    private = tmp_path / "private"
+    private.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(private)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        folder = StackedStores([private, bucket]).find(artifact.identity).part_folder(1)
+        subprocess.run(["mount", "-o", "remount,ro", str(private)], check=True)
+        assert StackedStores([private, bucket]).find(artifact.identity).part_folder(1) == folder
+    finally:
+        subprocess.run(["umount", str(private)], check=True)
 
 
 # -- who may what ----------------------------------------------------------------------------------------------

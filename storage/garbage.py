@@ -76,8 +76,10 @@ def plan(
     everything = set(keys(store))
     kept = everything
     if roots is not None:
-        claimed = {(kind, key) for kind, key in everything if any(map(may_be_held, _claims(store / kind / key)))}
-        kept = reachable(store, {*roots, *claimed})
+        kept = reachable(store, roots)
+        unwanted = everything - kept
+        claimed = {(kind, key) for kind, key in unwanted if any(map(may_be_held, _claims(store / kind / key)))}
+        kept = kept | reachable(store, claimed) if claimed else kept
     found: list[Removal] = []
     for kind, key in sorted(everything):
         folder = store / kind / key

@@ -14,7 +14,7 @@ import pytest
 
 from eopd.storage import garbage, listing, paths, statistics
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
-from eopd.storage.claims import claim
+from eopd.storage.claims import claim, may_be_held
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet, import_topk, imported_header
@@ -57,7 +57,7 @@ def test_listing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store"):
         listing.ls(tmp_path / "nowhere")
     shown = listing.show(artifact)
-    assert shown["missing"] == 0
+    assert shown["missing_parts"] == 0
     assert shown["parts_committed"]["1"]["inputs"] == {"rollouts": "rollouts"}
     (artifact.folder / paths.IDENTITY).write_text("{")
     assert "not JSON" in {entry.key: entry for entry in listing.ls(tmp_path)}[artifact.key].problem
@@ -70,7 +70,7 @@ def test_states_of_a_training_are_shown_by_count(tmp_path: Path) -> None:
         with artifact.write_part(part) as folder:
             (folder / "state").write_text("x")
     shown = listing.show(artifact)
-    assert shown["missing"] == 10**9 - 2
+    assert shown["missing_parts"] == 10**9 - 2
     assert shown["first_missing"] == [1, 3, 4, 5, 6, 7, 8, 9]
     with pytest.raises(MissingPart, match=r"parts \[1, 3, 4, 5, 6, 7, 8, 9\] are missing"):
         _ = artifact.manifest
@@ -285,6 +285,17 @@ def test_gc_removes_what_no_marker_names(tmp_path: Path) -> None:
     garbage.remove(plan)
     assert artifact.missing() == [0]
     assert TeacherCache(artifact).read([(1, 0)]).responses == 1
+
+
+def test_gc_looks_for_workers_only_at_what_no_run_refers_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, gone = other(tmp_path, "checkpoints", {}, name="kept"), other(tmp_path, "checkpoints", {}, name="gone")
+    for artifact in (kept, gone):
+        (artifact.folder / paths.claim_name(0)).touch()
+    opened: list[Path] = []
+    monkeypatch.setattr(garbage, "may_be_held", lambda path: opened.append(path) or may_be_held(path))
+    plan = garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0)
+    assert [removal.path for removal in plan] == [gone.folder]
+    assert opened == [gone.folder / paths.claim_name(0)]
 
 
 def test_gc_keeps_what_a_living_worker_makes_and_takes_no_claim(tmp_path: Path) -> None:

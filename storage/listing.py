@@ -140,7 +140,7 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
         **artifact.identity.to_json(),
         "key": artifact.key,
         "folder": str(artifact.folder),
-        "missing": artifact.parts - len(markers),
+        "missing_parts": artifact.parts - len(markers),
         "first_missing": artifact.first_missing(),
         "bytes": sum(marker.bytes for marker in markers.values()),
         "parts_committed": {

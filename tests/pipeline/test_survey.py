@@ -17,7 +17,7 @@ from eopd.pipeline.overview import Overview, look
 from eopd.pipeline.plan import make_plan
 from eopd.pipeline.plan_table import make_console, plan_table
 from eopd.pipeline.runner import Runner
-from eopd.pipeline.survey import Found, survey
+from eopd.pipeline.survey import Found, read_makers, survey
 from tests.pipeline.plan_case import commit, make_facts, make_runner, make_settings, note_job
 
 PARAMETERS = 1000
@@ -149,6 +149,12 @@ def test_a_survey_is_pure_and_keeps_no_parts() -> None:
     assert len(asked) == len(found) == len(plan.jobs)
     assert found[1].done == 2
     assert found[1].missing == 1
+
+
+def test_a_line_that_names_no_artifact_says_nothing_of_who_made_one(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "jobs.jsonl").write_text('{"key": "k"}\n{"stage": "score"}\n{"key": "l"}\n')
+    assert read_makers(tmp_path, ["x"]) == {"k": "x", "l": "x"}
 
 
 def test_rollouts_with_and_without_a_side_artifact_are_jobs_of_their_own(tmp_path: Path) -> None:

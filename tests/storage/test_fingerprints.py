@@ -24,13 +24,13 @@ def test_digests_are_remembered(tmp_path: Path) -> None:
 
 def test_another_file_of_the_same_size_and_time_is_hashed(tmp_path: Path) -> None:
     """`cp -p` or rsync of other weights in place of the old ones."""
-    file, memory = tmp_path / "file", tmp_path / "memory.json"
-    file.write_text("one")
-    state = file.stat()
-    digests = Digests(memory)
-    digests.of_file(file)
-    digests.save()
+    file = tmp_path / "file"
     for change in ("replaced", "written over"):
+        file.write_text("one")
+        state = file.stat()
+        digests = Digests(memory := tmp_path / f"before it is {change}.json")
+        digests.of_file(file)
+        digests.save()
         if change == "replaced":
             (tmp_path / "new").write_text("two")
             os.replace(tmp_path / "new", file)

@@ -55,7 +55,7 @@ def test_a_pruned_part_keeps_its_small_files_and_says_so(tmp_path: Path) -> None
     (row,) = listing.ls(tmp_path)
     assert (row.complete, row.committed, row.pruned, row.bytes) == (True, 1, 1, 1012 + 11)
     shown = listing.show(open_artifact(tmp_path, "checkpoints", artifact.key))
-    assert shown["missing"] == 0
+    assert shown["missing_parts"] == 0
     assert list(shown["parts_committed"]) == ["0"]
     assert shown["parts_pruned"]["1"]["files_left"] == ["sub/figures"]
     assert shown["parts_pruned"]["1"]["pruned"] == {"bytes": 1012, "checksum": sums["1"]}

@@ -227,7 +227,7 @@ class _Twice(Exception):
 class _Loader(yaml.SafeLoader):
     """YAML that loses nothing: PyYAML takes the last of equal keys without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As the file has it: constructing puts what `<<` merges among a mapping's own keys."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}

@@ -126,6 +126,10 @@ class Artifact(StoredArtifact):
         """Whether somebody has set out to make it."""
         return self.has(paths.IDENTITY)
 
+    def is_under_way(self) -> bool:
+        """Whether somebody has come to make a part of it: parts, what is left of some, or claims are there."""
+        return any(name.startswith(paths.PART) for name in self.names())
+
     # -- reading -----------------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:

@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 DIGESTS = ".digests.json"
 FETCHED = ".fetched"
 RUNS = ".runs"
+PART = "part-"
 CLAIM = ".claim"
 KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
@@ -44,7 +45,7 @@ _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
 
 
 def part_name(part: int) -> str:
-    return f"part-{part:05d}"
+    return f"{PART}{part:05d}"
 
 
 def marker_name(part: int) -> str:

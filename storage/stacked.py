@@ -1,9 +1,10 @@
 """Several stores as one: a private one in front of read-only ones (a team's folder, a bucket).
 
-An artifact is read whole from one store, and written to the private one. What has been begun there is finished there;
-else the first store that has all of it serves it, where it lies. Nothing is copied but what has to be files and is
-in a bucket (``storage.fetched``). Scores of another store count only when they are of the rollouts that are read: two
-stores may hold rollouts of one key whose bytes differ (a GPU's do).
+An artifact is read whole from one store, and written to the private one. What is under way there is finished there
+(what was submitted, and cancelled before anybody came to a part of it, is not); else the first store that has all of it
+serves it, where it lies. Nothing is copied but what has to be files and is in a bucket (``storage.fetched``). Scores of
+another store count only when they are of the rollouts that are read: two stores may hold rollouts of one key whose
+bytes differ (a GPU's do).
 
 A process asks the read-only stores once for each artifact; what is committed to them later is seen by the next.
 Zarr and obstore are imported when a bucket is opened: planning over folders needs neither.
@@ -58,7 +59,7 @@ class StackedStores:
     def find(self, identity: Identity) -> Artifact:
         """The artifact of this identity to read from, or to make (in the private store)."""
         own = Artifact(self.private, identity)
-        if len(self.stores) == 1 or own.is_begun() or own.standing().made:
+        if len(self.stores) == 1 or own.is_under_way():
             return own
         found = self._complete(identity.kind, identity.key)
         if found is None or not self._fits(*found):

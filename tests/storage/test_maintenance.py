@@ -437,7 +437,10 @@ def test_what_is_begun_privately_is_finished_there(tmp_path: Path) -> None:
     assert StackedStores([private, team]).find(rollouts.identity).missing() == [0]
     shutil.rmtree(private)
     mine = Artifact(private, rollouts.identity)
-    mine.begin()
+    mine.begin()  # by a launcher whose jobs were cancelled
+    assert StackedStores([private, team]).find(rollouts.identity).folder == rollouts.folder
+    with claim(mine, 0):
+        assert StackedStores([private, team]).find(rollouts.identity).folder == mine.folder
     assert StackedStores([private, team]).find(rollouts.identity).folder == mine.folder
 
 

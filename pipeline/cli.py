@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from eopd.stages.job import Progress
 
 app = typer.Typer(
-    help="Offline-teacher distillation of language models: the teacher runs once, its scores are stored, training "
-    "reads them.\n\nCONFIG is a YAML file, or the name of one that comes with eopd (such as quickstart).",
+    help="Offline-teacher distillation of language models: the teacher reads what the student sampled once, in batch; "
+    "its scores are stored, and training reads them.\n\n"
+    "CONFIG is a YAML file, or the name of one that comes with eopd (such as quickstart).",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -118,3 +118,11 @@ def scores(
             write_part(folder, rows, header(head, vocabulary))
         written.append(rows)
     return artifact, written
+
+
+def other(store: Path, kind: str, inputs: dict[str, str], parts: int = 1, name: str = "x") -> Artifact:
+    artifact = Artifact(store, Identity(kind, 1, parts, {"name": name}, inputs))
+    for part in range(parts):
+        with artifact.write_part(part) as folder:
+            (folder / "data").write_text(name)
+    return artifact

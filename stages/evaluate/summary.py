@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from eopd.stages.evaluate import diversity, passk
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
+from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
 from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
 
 Row = dict[str, Any]
@@ -57,7 +58,7 @@ class Tally:
         self.surprise.append((-math.fsum(map(math.fsum, logprobs)), sum(map(len, logprobs))))
         for row in rows:
             reason = row["reason"] or ""
-            self.ungraded += reason == DIED or reason.startswith(TIMED_OUT)
+            self.ungraded += reason in (DIED, UNREADABLE) or reason.startswith(TIMED_OUT)
         self.problems.append(
             {
                 "benchmark": rows[0]["benchmark"],

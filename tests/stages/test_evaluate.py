@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
@@ -18,6 +19,8 @@ from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
 from eopd.stages.evaluate.summary import Tally, figures, overall
 from eopd.stages.evaluate.verifiers.countdown import verify
+from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
+from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact, Identity
@@ -238,6 +241,28 @@ def problem(correct: int, number: int) -> dict[str, Any]:
         "response_tokens": 8.0,
         "truncated": 4,
     }
+
+
+def test_answers_that_nobody_judged_are_counted() -> None:
+    reasons = [None, "another number", DIED, f"{TIMED_OUT} (10 s)", UNREADABLE]
+    rows = [
+        {
+            "benchmark": "b",
+            "problem_id": "p",
+            "correct": False,
+            "form": None,
+            "reason": reason,
+            "response_token_ids": [5, 2],
+            "stop_token_id": 2,
+            "finish_reason": "stop",
+            "logprobs": [-1.0, -0.5],
+            "truncated_logprobs": None,
+        }
+        for reason in reasons
+    ]
+    tally = Tally()
+    tally.add(pa.Table.from_pylist(rows))
+    assert (tally.ungraded, tally.problems[0]["samples"]) == (3, 5)
 
 
 def tally_of(correct: Sequence[int]) -> Tally:

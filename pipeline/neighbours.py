@@ -6,6 +6,7 @@ A run may be deleted at any time: a note whose config is gone is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from eopd.stages.job import NullProgress
 from eopd.storage import paths
 from eopd.storage.errors import StoreError
 from eopd.storage.files import replace_atomically, sha256_text
+from eopd.storage.fingerprints import Digests
+from eopd.storage.places import is_bucket
 
 if TYPE_CHECKING:
     from eopd.pipeline.runner import Runner
@@ -58,8 +61,9 @@ def sharing_checkpoints(runner: Runner) -> Iterator[tuple[Path, Runner | str]]:
     from eopd.pipeline.planning import plan_run
     from eopd.pipeline.runner import Runner
 
-    ours = runner.settings
-    for config in configs(runner.store):
+    ours, store = runner.settings, runner.store.resolve()
+    digests = Digests.of_store(store)
+    for config, started in configs(store).items():
         if config == runner.paths.config.resolve():
             continue
         try:
@@ -67,7 +71,10 @@ def sharing_checkpoints(runner: Runner) -> Iterator[tuple[Path, Runner | str]]:
             # both are in a checkpoint's key: where they differ, no checkpoint is the same, and no plan is needed
             if settings.seed != ours.seed or settings.train.semantic() != ours.train.semantic():
                 continue
-            facts, plan = plan_run(settings, digests=runner.facts.digests)
+            with contextlib.chdir(started or Path.cwd()):  # its models and prompts are named relative to that
+                behind = [place if is_bucket(place) else os.path.abspath(place) for place in settings.read_only_stores]
+                settings = settings.model_copy(update={"store": str(store), "read_only_stores": behind})
+                facts, plan = plan_run(settings, digests=digests)
         except (ConfigError, ValueError, StoreError, OSError) as error:
             yield config, str(error)
             continue

@@ -145,6 +145,24 @@ def test_runs_in_a_closed_home_are_not_passed_over(
     assert "Permission denied" in str(why)
 
 
+def test_a_neighbour_is_planned_where_it_was_started(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = start("two", store=str(home / "store"))
+    shutil.copytree(home, tmp_path / "ours", ignore=shutil.ignore_patterns("store", "runs"))
+    with (tmp_path / "ours" / "prompts.jsonl").open("a") as prompts:
+        prompts.write('{"prompt": "of ours alone"}\n')
+    monkeypatch.chdir(tmp_path / "ours")
+    ours = start("one", store=str(home / "store"))
+    ((config, other),) = sharing_checkpoints(ours)
+    assert config.samefile(home / "runs" / "two" / "config.yaml")
+    assert not isinstance(other, str)
+    job = other.plan.job("train", 0)
+    assert job.output.key == theirs.plan.job("train", 0).output.key != ours.plan.job("train", 0).output.key
+    assert other.artifact(job.output).folder.is_relative_to(home / "store")
+    assert Path.cwd() == tmp_path / "ours"
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
     [

@@ -33,10 +33,10 @@ def compare_vocabularies(teacher: Path, student: Path) -> None:
     from eopd.stages.models.vocabulary import check_same, id_to_bytes
 
     try:
-        ours, theirs = (id_to_bytes(Tokenizer.from_file(str(file))) for file in files)
-    except Exception:  # of the library's own; the stage that loads the tokenizer says what is wrong with it
+        ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
+    except Exception:  # what the library raises; the stage that loads the tokenizer says what is wrong with it
         return
     try:
-        check_same(ours, theirs)
+        check_same(id_to_bytes(ours), id_to_bytes(theirs))
     except ValueError as error:
         raise ConfigError(str(error)) from error

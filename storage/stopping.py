@@ -55,6 +55,17 @@ def in_hand() -> Iterator[None]:
 
 
 @contextmanager
+def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT (also where it was ignored, as in the background) and SIGTERM go to ``handler`` until this ends."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def stopping_on_signals(tell: Callable[[], None]) -> Iterator[None]:
     """SIGINT and SIGTERM stop what runs inside: once what is in hand is done, or, the second time, at once.
 
@@ -68,10 +79,8 @@ def stopping_on_signals(tell: Callable[[], None]) -> Iterator[None]:
             raise Stopped
         tell()
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _wished.clear()
+    with heeding(heed):
+        try:
+            yield
+        finally:
+            _wished.clear()

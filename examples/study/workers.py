@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 
+from eopd.storage.stopping import heeding
 from examples.study.design import Task
 from examples.study.errors import StudyError
 
@@ -53,7 +54,7 @@ def run_all(tasks: Sequence[Task], work: Path, folder: Path, workers: int, say: 
     log = _Log(tasks, work, say)
     waiting = deque(tasks)
     pool: list[_Worker] = []
-    with _ended_by_signals():
+    with heeding(_end):
         try:
             pool += [_Worker(work, folder) for _ in range(min(workers, len(tasks)))]
             while waiting or any(worker.task for worker in pool):
@@ -186,16 +187,6 @@ def _next(pipe: Connection) -> Task | None:
     return task
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and SIGINT even where it is ignored (a process started in the background), raise in this thread."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int, frame: FrameType | None) -> None:
+    """A signal ends the study, and with it its workers."""
+    raise SystemExit(128 + number)

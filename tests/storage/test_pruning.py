@@ -148,17 +148,23 @@ def test_a_part_called_back_is_made_and_pruned_again(tmp_path: Path) -> None:
     assert not (artifact.folder / paths.marker_name(1)).exists()
 
 
-def test_calling_back_twice_leaves_what_was_made_meanwhile(tmp_path: Path) -> None:
-    """Two processes call a part back; one makes it again before the other gets there."""
-    artifact = make(tmp_path)
+def made_again(store: Path) -> tuple[Artifact, Path]:
+    """A part that was pruned, called back twice and made again, with the old tombstone beside it; and that."""
+    artifact = make(store)
     prune(artifact, 1, large)
     tombstone = artifact.folder / paths.tombstone_name(1)
     old = tombstone.read_bytes()
-    revive(artifact, 1)
-    revive(artifact, 1)
+    for _ in range(2):
+        revive(artifact, 1)
     assert artifact.missing() == [1]
     commit(artifact, 1)
     tombstone.write_bytes(old)
+    return artifact, tombstone
+
+
+def test_calling_back_twice_leaves_what_was_made_meanwhile(tmp_path: Path) -> None:
+    """Two processes call a part back; one makes it again before the other gets there."""
+    artifact, tombstone = made_again(tmp_path)
     for _ in range(2):
         revive(artifact, 1)
         artifact.verify_part(1)
@@ -167,13 +173,7 @@ def test_calling_back_twice_leaves_what_was_made_meanwhile(tmp_path: Path) -> No
 
 def test_the_marker_wins_over_an_older_tombstone(tmp_path: Path) -> None:
     """Killed after the tombstone was written: the part is there; gc drops the tombstone, pruning renews it."""
-    artifact = make(tmp_path)
-    prune(artifact, 1, large)
-    tombstone = artifact.folder / paths.tombstone_name(1)
-    old = tombstone.read_bytes()
-    revive(artifact, 1)
-    commit(artifact, 1)
-    tombstone.write_bytes(old)
+    artifact, tombstone = made_again(tmp_path)
     assert artifact.committed() == {0, 1}
     assert [removal.path for removal in garbage.plan(tmp_path, None, grace=-1.0)] == [tombstone]
     pruning.prune(artifact, 1, large)

@@ -98,8 +98,14 @@ GATE = Experiment(
     seeds=SECOND_SEEDS,
     settings=(
         Setting("random", _own("random_gate"), "eopd-0.8", says="as many tokens as H > 0.8 has, drawn at random"),
-        Setting(
-            "proxy-4", _own("proxy_gate", options={"proxy_k": 4}), "eopd-0.8", says="entropy of the top 4 alone > 0.8"
+        *(
+            Setting(
+                f"proxy-{k}",
+                _own("proxy_gate", options={"proxy_k": k}),
+                "eopd-0.8",
+                says=f"entropy of the top {k} alone > 0.8",
+            )
+            for k in (4, 16)
         ),
     ),
 )

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
 from examples.study import rates, results
-from examples.study.design import HERE, SMOKE, Experiment, Task
+from examples.study.design import HERE, SMOKE, SMOKE_TEXT, Experiment, Task
 from examples.study.errors import StudyError
 from examples.study.experiments import DEFAULT, EXPERIMENTS, TUNE
 from examples.study.workers import alone, run_all
+from examples.study.worlds import GSM8K, TOY_GSM8K, gsm8k_data
 
 ROOT = HERE.parent.parent
 DOCS = ROOT / "docs" / "study.md"
@@ -42,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write the report from the results that are there")
     parser.add_argument("--smoke", action="store_true", help="toy size, results and report below --work/smoke")
     args = parser.parse_args(arguments)
-    # the language models of gsm8k take twenty minutes to make: not for a smoke test
-    default = [name for name in DEFAULT if not (args.smoke and name == "gsm8k")]
-    chosen = [EXPERIMENTS[name] for name in args.only or default]
+    chosen = [EXPERIMENTS[name] for name in args.only or DEFAULT]
     try:
         if args.list or args.report:
             return study(chosen, args)
@@ -62,7 +61,7 @@ def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
         args.results, document = args.work / "results", args.work / "study.md"
         if not (args.list or args.report):
             shutil.rmtree(args.work, ignore_errors=True)
-        chosen = [at_toy_size(one) for one in chosen]
+        chosen = [at_toy_size(one) for one in (chosen if args.only else with_data(chosen, args.work))]
     failed: list[str] = []
     known = rates.untuned() if args.smoke else rates.tuned(args.results)
     if known.missing and not args.report:
@@ -85,8 +84,21 @@ def study(chosen: list[Experiment], args: argparse.Namespace) -> int:
     return report_failures(failed)
 
 
+def with_data(experiments: Sequence[Experiment], work: Path) -> list[Experiment]:
+    """Those whose data is at hand: a smoke run does not ask for GSM8K."""
+    try:
+        gsm8k_data(work)
+    except StudyError as error:
+        say(f"gsm8k is left out: {error}")
+        return [experiment for experiment in experiments if experiment.world != GSM8K]
+    return list(experiments)
+
+
 def at_toy_size(experiment: Experiment) -> Experiment:
     """Without the settings whose round is longer than the whole toy run: they would be those that sample once."""
+    if experiment.world == GSM8K:
+        settings = tuple(dataclasses.replace(setting, refresh=1) for setting in experiment.settings)
+        return dataclasses.replace(experiment, scale=SMOKE_TEXT, world=TOY_GSM8K, settings=settings, seeds=(0,))
     settings = tuple(setting for setting in experiment.settings if setting.refresh < SMOKE.iterations)
     seeds = (0, 1) if experiment.name == "main" else (0,)
     return dataclasses.replace(experiment, scale=SMOKE, settings=settings, seeds=seeds)

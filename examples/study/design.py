@@ -50,6 +50,7 @@ TUNING = Scale(iterations=64, train_problems=20_000, problems=2_500, tuning_prob
 TEXT = Scale(iterations=16, train_problems=4_096, problems=300, tuning_problems=0)
 """Of the language models: a sixteenth of the responses, each about eight times as long."""
 SMOKE = Scale(iterations=8, train_problems=600, problems=60, tuning_problems=20)
+SMOKE_TEXT = Scale(iterations=2, train_problems=128, problems=20, tuning_problems=0)
 
 
 @dataclass(frozen=True)

@@ -282,13 +282,21 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+UNKNOWN = "-"
+"""Where a mean is of nothing: no token of a run is in the bin."""
+
+
 def _level(estimate: Estimate) -> str:
+    if np.isnan(estimate.mean):
+        return UNKNOWN
     interval = estimate.interval
     half = "" if interval is None else f" ± {(interval.high - interval.low) / 2:.4f}"
     return f"{estimate.mean:.4f}{half}"
 
 
 def _difference(estimate: Estimate) -> str:
+    if np.isnan(estimate.mean):
+        return UNKNOWN
     if estimate.interval is None:
         return f"{estimate.mean:+.4f}"
     text = f"{estimate.mean:+.4f} [{estimate.interval.low:+.4f}, {estimate.interval.high:+.4f}]"

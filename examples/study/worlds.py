@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ class World:
     suffix: str
     row_tokens: int
     max_batch: int
+    model_steps: tuple[int, int] | None = None  # of GSM8K's teacher and student; None: as many as the pair is made with
 
     def models(self, work: Path) -> dict[str, Path]:
         """Folders of student and teacher."""
@@ -57,12 +58,12 @@ class World:
             if not all((folder / f"{name}.jsonl").exists() for name in FILES):
                 _countdown_problems(folder, scale) if self.name == "countdown" else _gsm8k_problems(folder, work, scale)
             if not all((model / "model.safetensors").exists() for model in self.models(work).values()):
-                _gsm8k_models(work)
+                _gsm8k_models(work, self.model_steps)
 
 
 COUNTDOWN = World("countdown", 32, 8, "countdown", "", 64, 1024)
 GSM8K = World("gsm8k", 160, 1, "exact", "\n", 512, 256)
-WORLDS = {world.name: world for world in (COUNTDOWN, GSM8K)}
+TOY_GSM8K = replace(GSM8K, new_tokens=32, model_steps=(8, 4))
 
 
 @contextmanager
@@ -92,8 +93,12 @@ def _split(lines: list[str], folder: Path, scale: Scale) -> None:
     (folder / "tuning.jsonl").write_text("".join(lines[scale.problems : both]), encoding="utf-8")
 
 
-def _gsm8k_data(work: Path) -> Path:
-    """Where ``examples.gsm8k.data`` puts it, of this repository or of the current folder; then other places."""
+def gsm8k_data(work: Path) -> Path:
+    """Where ``examples.gsm8k.data`` puts it, of this repository or of the current folder; then other places.
+
+    Raises:
+        StudyError: it is in none of them; names them.
+    """
     root = EXAMPLES.parent
     places = (root / "data" / "gsm8k", Path("data/gsm8k"), root.parent / "shared" / "data" / "gsm8k", work / "gsm8k")
     for folder in places:
@@ -107,15 +112,18 @@ def _gsm8k_data(work: Path) -> Path:
 
 
 def _gsm8k_problems(folder: Path, work: Path, scale: Scale) -> None:
-    data = _gsm8k_data(work)
+    data = gsm8k_data(work)
     train = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(train[: scale.train_problems]), encoding="utf-8")
     _split((data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True), folder, scale)
 
 
-def _gsm8k_models(work: Path) -> None:
+def _gsm8k_models(work: Path, steps: tuple[int, int] | None) -> None:
     """About 20 minutes on one thread, once a work folder; goes on where it was stopped."""
     from eopd.examples.gsm8k import pair
 
-    steps = [part for name in ("teacher", "student") for part in ("--only", name)]
-    pair.main(["--data", str(_gsm8k_data(work)), "--out", str(work / "gsm8k-pair"), "--threads", "1", *steps])
+    arguments = ["--data", str(gsm8k_data(work)), "--out", str(work / "gsm8k-pair"), "--threads", "1"]
+    arguments += ["--only", "teacher", "--only", "student"]
+    if steps:
+        arguments += ["--teacher-steps", str(steps[0]), "--student-steps", str(steps[1])]
+    pair.main(arguments)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.study import anchors, design, experiments, rates, report, results, tables
+from examples.study import anchors, design, experiments, rates, report, results, tables, worlds
 from examples.study import run as study_run
-from examples.study.__main__ import at_toy_size, in_order, main
+from examples.study.__main__ import at_toy_size, in_order, main, with_data
 from examples.study.errors import StudyError
 from tests.study.toys import ALL, RATES, TOY, made_up, table, toy
 
@@ -115,6 +115,33 @@ def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:
     seeds = {rows.name: list(rows.by_seed) for rows in tables.load(toy("gate"), RATES, tmp_path)}
     assert seeds == {"main/opd": [0, 1, 2], "random": [0, 1, 2]}
     assert [list(rows.by_seed) for rows in tables.load(toy("main"), RATES, tmp_path)] == [[0, 1, 2, 3]]
+
+
+def test_a_mean_of_nothing_is_no_number(tmp_path: Path) -> None:
+    experiment = toy("main", seeds=(0, 1))
+    for task in in_order([experiment], RATES, settings=["opd", "mix"]):
+        path = made_up(task, tmp_path)
+        content = json.loads(path.read_text())
+        content["alignment"]["teacher"]["below"] = {**content["alignment"]["teacher"]["below"], "fkl": None}
+        path.write_text(json.dumps(content))
+    text = tables.block(experiment, tables.load(experiment, RATES, tmp_path))
+    assert table(text, "alignment")["opd"]["FKL, H <= 0.8"] == "-"
+    assert table(text, "alignment")["opd"]["FKL, H > 0.8"].startswith("0.3000")
+    assert "nan" not in text
+
+
+def test_a_smoke_run_without_gsm8k_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worlds, "EXAMPLES", tmp_path / "repository" / "examples")
+    monkeypatch.chdir(tmp_path)
+    assert [one.name for one in with_data(ALL, tmp_path)] == [one.name for one in ALL if one.name != "gsm8k"]
+    assert "gsm8k is left out: GSM8K's train.jsonl" in capsys.readouterr().out
+    folder = tmp_path / "data" / "gsm8k"
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").touch()
+    assert with_data(ALL, tmp_path) == list(ALL)
 
 
 def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: Path) -> None:

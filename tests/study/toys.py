@@ -49,7 +49,7 @@ def made_up(
     cost: dict[str, object] | None = None,
     commits: tuple[str, ...] = (),
     **inputs: str,
-) -> None:
+) -> Path:
     rng = np.random.default_rng(task.seed)
     correct = np.minimum(8, rng.integers(0, 5, size=40) + shift)
     figures = dict.fromkeys(("fkl", "rkl", "agreement", "share", "student_entropy", "student_above"), 0.3)
@@ -66,4 +66,4 @@ def made_up(
     paid = {"bytes_per_token": 30.0, "seconds": 60.0, "cpu_seconds": 60.0, "tokens": 590_000, "resumed_at_round": 0}
     paid |= {"stage_seconds": stages, **(cost or {})}
     body = {**content, "seed": task.seed, "made": made, "inputs": {**INPUTS, **inputs}, "cost": paid}
-    results.write(task, body, folder)
+    return results.write(task, body, folder)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eopd.stages.intervals import Interval, t_interval, welch_interval
 from eopd.stages.report import words
 from eopd.stages.report.data import ProblemScores, RunData
 from eopd.stages.report.figure import Rows
-from eopd.stages.report.scores import Floats, after, average, mean, over_problems, passed, shared_rounds
+from eopd.stages.report.scores import Floats, after, asked, average, mean, over_problems, passed, shared_rounds
+
+_OF_NO_FIGURE = {  # of `evaluate`: what changes no figure, what the problems' names tell already, and the sample count
+    *("alignment", "every", "engine", "engine_options", "verifier_workers", "rows_per_part", "confidence", "resamples"),
+    *("benchmarks", "max_prompt_tokens", "too_long", "samples"),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def compare(runs: Sequence[RunData]) -> Comparison:
         if base.graders and run.graders and base.graders != run.graders:
             graders = [f"{each.name} by {words.joined(each.graders)}" for each in (base, run)]
             notes.append(f"Graded by different verifiers, which may be all of a difference: {'; '.join(graders)}.")
+        notes += _of_settings(base, run)
         notes += _of_seeds(base.name, run.name, one, other, pairs)
         k = min(one.samples, other.samples)
         one, other = (_of(scores, pairs or scores.seeds) for scores in (one, other))
@@ -117,7 +124,7 @@ def _figures(
 def _of(scores: ProblemScores, seeds: Sequence[int]) -> ProblemScores:
     """Those seeds alone, in that order."""
     rows = [scores.correct[scores.seeds.index(seed)] for seed in seeds]
-    return ProblemScores(scores.round, scores.names, scores.benchmarks, scores.samples, list(seeds), rows)
+    return replace(scores, seeds=list(seeds), correct=rows)
 
 
 def _of_seeds(base: str, name: str, one: ProblemScores, other: ProblemScores, pairs: Sequence[int]) -> list[str]:
@@ -130,10 +137,37 @@ def _of_seeds(base: str, name: str, one: ProblemScores, other: ProblemScores, pa
     return [f"{name} has seeds {_list(other.seeds)} and {base} {_list(one.seeds)}: they are not compared in pairs."]
 
 
+def _of_settings(base: RunData, run: RunData) -> list[str]:
+    """How the two were evaluated otherwise."""
+    one, other = (each.settings.get("evaluate") or {} for each in (base, run))
+    differing = [
+        f"evaluate.{key} is {_setting(one.get(key))} in {base.name} and {_setting(other.get(key))} in {run.name}"
+        for key in {**one, **other}
+        if key not in _OF_NO_FIGURE and one.get(key) != other.get(key)
+    ]
+    if not differing:
+        return []
+    return [f"Evaluated with other settings, which may be all of a difference: {'; '.join(differing)}."]
+
+
+def _setting(value: object) -> str:
+    if value is None or value == "":
+        return "not set" if value is None else "empty"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return words.printable(text, 80)
+
+
 def _why_not(base: RunData, run: RunData) -> str:
     one, other = base.scores[-1], after(run.scores, base.scores[-1].round) or run.scores[-1]
-    if one.names == other.names:
+    if asked(one) == asked(other):
         return f"{run.name} is not compared: {_evaluated(run)}, {_evaluated(base)}."
+    if one.names == other.names:
+        names = sorted({**one.sources, **other.sources})
+        changed = [name for name in names if one.sources.get(name) != other.sources.get(name)]
+        return (
+            f"{run.name} is not compared: its problems and those of {base.name} are of different files (benchmark "
+            f"{words.joined(changed)}), and may differ under the same ids."
+        )
     missing, more = (len(set(a) - set(b)) for a, b in ((one.names, other.names), (other.names, one.names)))
     return (
         f"{run.name} is not compared: it was not evaluated on the problems of {base.name} ({missing} of its "

@@ -175,7 +175,8 @@ class ProblemScores:
     """The evaluation after ``round``, problem by problem, so that runs can be compared in pairs.
 
     ``correct[s][i]`` of the ``samples`` samples of problem ``names[i]`` are right with ``seeds[s]``; ``benchmarks[i]``:
-    the problem's benchmark (benchmarks count the same, whatever their size).
+    the problem's benchmark (benchmarks count the same, whatever their size); ``sources``: the fingerprint of each
+    benchmark's files.
     """
 
     round: int
@@ -184,6 +185,7 @@ class ProblemScores:
     samples: int
     seeds: list[int]
     correct: list[list[int]]
+    sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.correct) or any(len(row) != len(self.names) for row in self.correct):

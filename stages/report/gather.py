@@ -18,7 +18,7 @@ import numpy as np
 from eopd.stages.report import aligned, evaluated
 from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
 from eopd.stages.report.expenses import Job, costs, seconds_by_key
-from eopd.stages.report.scores import gains
+from eopd.stages.report.scores import asked, gains
 from eopd.stages.report.views import Judge, nobody, rollout_views
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
@@ -27,6 +27,7 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
+_BENCHMARK = "benchmark "  # before its name among an evaluation's inputs
 FIGURES = ("student_entropy", "teacher_entropy", "gate_fraction", "rkl", "fkl")
 
 
@@ -66,7 +67,7 @@ def gather(run: RunArtifacts) -> RunData:
     trained = [found for found in run.rounds if found.checkpoint]
     scored = [found for found in run.rounds if found.rollouts and found.scores]
     scores = [_scores(found.evaluation, found.round, run.seed) for found in run.rounds if found.evaluation]
-    comparable = len(scores) > 1 and scores[0].names == scores[-1].names
+    comparable = len(scores) > 1 and asked(scores[0]) == asked(scores[-1])
     avg, passed = (
         gains(scores[0], scores[-1], evaluated.confidence(results[scores[-1].round])) if comparable else (None, None)
     )
@@ -171,6 +172,7 @@ def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScore
     columns = ["benchmark", "problem_id", "correct", "samples"]
     table = evaluations.read_table(path, evaluations.PROBLEMS_SCHEMA, columns).to_pylist()
     rows = sorted(table, key=lambda row: (row["benchmark"], row["problem_id"]))
+    inputs = evaluation.identity.inputs
     return ProblemScores(
         round=round_,
         names=[f"{row['benchmark']}/{row['problem_id']}" for row in rows],
@@ -178,6 +180,7 @@ def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScore
         samples=max(row["samples"] for row in rows),
         seeds=[seed or 0],
         correct=[[row["correct"] for row in rows]],
+        sources={key.removeprefix(_BENCHMARK): inputs[key] for key in inputs if key.startswith(_BENCHMARK)},
     )
 
 

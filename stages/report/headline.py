@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -14,6 +14,10 @@ from eopd.stages.report.curves import common_k
 from eopd.stages.report.data import Estimate, RoundData, RunData
 from eopd.stages.report.figure import Rows
 from eopd.stages.report.scales import Scale
+from eopd.stages.report.scores import asked
+
+Ranking = tuple[int, Hashable]
+"""The round that runs are ranked after, and what they were asked then (``scores.asked``)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Measured:
 @dataclass(frozen=True)
 class Gain:
     """``name`` such as Avg@8; ``last`` is None when only one round was evaluated; ``ranked``: after the round that runs
-    are ranked after, None where this one was not evaluated then.
+    are ranked after, None where this one was not evaluated then on the problems of the others.
     """
 
     name: str
@@ -108,10 +112,10 @@ class RunSummary:
 
 def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
     ks = {which: common_k(runs, f"{which}_at_k") for which in ("avg", "pass")}
-    rounds = {which: _ranking_round(runs, which, k) for which, k in ks.items()}
+    ranking = _ranking(runs)
     summaries = []
     for index, run in enumerate(runs):
-        found = [_gain(run, which, k, rounds[which]) for which, k in ks.items() if k is not None]
+        found = [_gain(run, which, k, ranking) for which, k in ks.items() if k is not None]
         gains = tuple(gain for gain in found if gain is not None)
         summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
     return summaries
@@ -139,10 +143,13 @@ def sentence(summaries: Sequence[RunSummary]) -> list[str]:
 
 
 def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: Sequence[str]) -> str:
-    """Runs are ranked after one round; those that were not evaluated then are named."""
+    """Runs are ranked after one round; those that were not evaluated then, on the same problems, are named."""
     known = [(gain.ranked, gain, summary) for gain, summary in found if gain.ranked is not None]
     if not known:
-        return f"{name}: no two runs were evaluated after the same round of training, so none is called highest."
+        return (
+            f"{name}: no two runs were evaluated after the same round of training on the same problems, so none is "
+            "called highest."
+        )
     ranked = sorted(known, key=lambda row: row[0].value if math.isfinite(row[0].value) else -math.inf, reverse=True)
     best, gain, owner = ranked[0]
     names = {summary.name for _, _, summary in ranked}
@@ -158,16 +165,19 @@ def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: Sequence[str]
     text += f", then {other.name} at {rival.text}"
     if best.interval and rival.interval and overlaps(best, rival):
         text += "; their intervals overlap"
-    return text + (f"; not evaluated after round {best.round}: {words.joined(absent)}." if absent else ".")
+    others = f"; not evaluated after round {best.round} on these problems: {words.joined(absent)}" if absent else ""
+    return f"{text}{others}."
 
 
-def _ranking_round(runs: Sequence[RunData], which: str, k: int | None) -> int | None:
-    """The last round after which at least two runs were evaluated, so that a run that is behind hides no other; not
-    round 0, the untrained students, where some run has a trained one.
+def _ranking(runs: Sequence[RunData]) -> Ranking | None:
+    """The last round after which at least two runs were evaluated on the same problems, so that a run that is behind
+    hides no other, and the problems of most of them; not round 0, the untrained students, where some run has a trained
+    one.
     """
-    counts = Counter(item.round for run in runs for item in run.rounds if k in getattr(item, f"{which}_at_k"))
-    last = max((number for number, count in counts.items() if count > 1), default=None)
-    return None if last == 0 and max(counts) > 0 else last
+    counts = Counter((found.round, asked(found)) for run in runs for found in run.scores)
+    shared = [each for each, count in counts.items() if count > 1]
+    last = max(shared, key=lambda each: (each[0], counts[each]), default=None)
+    return None if last is not None and last[0] == 0 and any(number for number, _ in counts) else last
 
 
 def _said(gain: Gain) -> str:
@@ -178,12 +188,13 @@ def _said(gain: Gain) -> str:
     return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
 
 
-def _gain(run: RunData, which: str, k: int, ranking_round: int | None) -> Gain | None:
+def _gain(run: RunData, which: str, k: int, ranking: Ranking | None) -> Gain | None:
     evaluated = [_measured(item, which, k) for item in run.rounds if k in getattr(item, f"{which}_at_k")]
     if not evaluated:
         return None
     name = f"{'Avg' if which == 'avg' else 'Pass'}@{k}"
-    ranked = next((found for found in evaluated if found.round == ranking_round), None)
+    rankable = {found.round for found in run.scores if (found.round, asked(found)) == ranking}
+    ranked = next((found for found in evaluated if found.round in rankable), None)
     if len(evaluated) == 1:
         return Gain(name, evaluated[0], None, None, ranked)
     paired = run.avg_gain if which == "avg" else run.pass_gain

@@ -6,7 +6,7 @@ Letters: S seeds, P problems.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,17 @@ def after(scores: Sequence[ProblemScores], round_: int) -> ProblemScores | None:
     return next((found for found in scores if found.round == round_), None)
 
 
+def asked(scores: ProblemScores) -> Hashable:
+    """Equal for evaluations on the same problems, by name and by the files that they are of."""
+    return (*scores.names, *sorted(scores.sources.items()))
+
+
 def shared_rounds(runs: Sequence[Sequence[ProblemScores]]) -> list[int]:
     """Rounds after which all runs were evaluated on the same problems, in order."""
     rounds = []
     for first in runs[0] if runs else ():
         found = [after(scores, first.round) for scores in runs]
-        if all(other is not None and other.names == first.names for other in found):
+        if all(other is not None and asked(other) == asked(first) for other in found):
             rounds.append(first.round)
     return sorted(rounds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from eopd.stages.report.data import (
     RunData,
     StepRow,
 )
-from eopd.stages.report.scores import after, gains, shared_rounds
+from eopd.stages.report.scores import after, asked, gains, shared_rounds
 
 _OF_ROUNDS = [
     item.name
@@ -200,7 +200,7 @@ def _gains(runs: Sequence[RunData], shared: Sequence[int]) -> tuple[Estimate | N
     if len(shared) < 2:
         return None, None
     ends = [(_known(run, shared[0]), _known(run, shared[-1])) for run in runs]
-    found = [gains(first, last) for first, last in ends if first.names == last.names]
+    found = [gains(first, last) for first, last in ends if asked(first) == asked(last)]
     if len(found) < len(runs):
         return None, None
     avg, passed = (_mean(gain.value for gain in column) for column in zip(*found, strict=True))
@@ -220,14 +220,7 @@ def _known(run: RunData, round_: int) -> ProblemScores:
 def _scores(runs: Sequence[RunData], round_: int) -> ProblemScores:
     known = [_known(run, round_) for run in runs]
     rows = sorted((seed, row) for scores in known for seed, row in zip(scores.seeds, scores.correct, strict=True))
-    return ProblemScores(
-        round_,
-        known[0].names,
-        known[0].benchmarks,
-        known[0].samples,
-        [seed for seed, _ in rows],
-        [row for _, row in rows],
-    )
+    return replace(known[0], seeds=[seed for seed, _ in rows], correct=[row for _, row in rows])
 
 
 def _costs(runs: Sequence[RunData]) -> list[CostRow]:

@@ -136,6 +136,36 @@ def test_benchmarks_count_the_same_and_other_problems_are_not_compared() -> None
     assert differences([RunData("bare"), other]) == []
 
 
+def test_problems_of_another_file_are_not_compared_whatever_their_ids() -> None:
+    base = RunData("base", scores=[scores([[0, 0, 0]], sources={"one": "f1"})])
+    other = RunData("other", scores=[scores([[4, 0, 0]], sources={"one": "f2"})])
+    found = compare([base, other])
+    assert found.differences == ()
+    assert found.notes == (
+        "other is not compared: its problems and those of base are of different files (benchmark one), and may differ "
+        "under the same ids.",
+    )
+    assert len(differences([base, replace(other, scores=[scores([[4, 0, 0]], sources={"one": "f1"})])])) == 2
+
+
+def test_what_was_sampled_otherwise_is_said_beside_the_difference() -> None:
+    def run(name: str, **evaluate: object) -> RunData:
+        return RunData(name, settings={"evaluate": evaluate}, scores=[scores([[0, 1, 2]])])
+
+    same = {"benchmarks": [{"path": "a"}], "engine": "vllm", "engine_options": {"max_batch": 1}, "every": 1}
+    base = run("opd", temperature=1.0, suffix="", **same)
+    cold = run("cold", temperature=0.2, suffix="", benchmarks=[{"path": "b"}], engine="auto", every=2)
+    found = compare([base, cold, replace(base, name="twin")])
+    assert [one.name for one in found.differences] == ["cold", "cold", "twin", "twin"]
+    assert found.notes == (
+        "Evaluated with other settings, which may be all of a difference: evaluate.temperature is 1.0 in opd and 0.2 "
+        "in cold.",
+    )
+    (note,) = compare([base, run("asked", temperature=1.0, suffix="Think.", system="Be brief.", **same)]).notes
+    assert "evaluate.suffix is empty in opd and Think. in asked" in note
+    assert "evaluate.system is not set in opd and Be brief. in asked" in note
+
+
 def evaluated(name: str, seed: int, shares: list[float], kin: str = "") -> RunData:
     """A run that was evaluated after rounds 0, 1, ...: of 40 problems with 4 samples, about a share is right."""
     rng = np.random.default_rng(seed)

@@ -54,7 +54,8 @@ NEW = {
 
 def evaluation(store: Path, number: int, mean: dict[str, Any], one: dict[str, Any], **more: Any) -> Artifact:
     """An evaluation of two benchmarks with two problems each; the summary alone."""
-    artifact = Artifact(store, Identity("evaluations", 2, 1, {"made up": number}))
+    files = {"benchmark a": "fa", "benchmark b": "fb", "policy": str(number)}
+    artifact = Artifact(store, Identity("evaluations", 2, 1, {"made up": number}, files))
     rows = [
         {
             "benchmark": benchmark,
@@ -152,6 +153,7 @@ def test_scores_are_by_problem_whatever_the_order_of_the_benchmarks(tmp_path: Pa
     assert run.scores[0].names == ["a/0", "a/1", "b/0", "b/1"]
     assert run.scores[0].benchmarks == ["a", "a", "b", "b"]
     assert run.scores[0].correct == [[0, 1, 0, 1]]
+    assert run.scores[0].sources == {"a": "fa", "b": "fb"}
 
 
 def test_a_run_with_answers_that_were_not_graded_or_problems_left_out_does_not_look_clean(tmp_path: Path) -> None:

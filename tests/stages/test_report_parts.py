@@ -18,6 +18,7 @@ from eopd.stages.report.data import (
     CostRow,
     Estimate,
     Histogram,
+    ProblemScores,
     ReportData,
     RolloutView,
     RoundData,
@@ -217,50 +218,75 @@ def test_one_evaluation_is_no_gain() -> None:
     assert summary.gains[0].last is None
 
 
+def ended(name: str, shares: dict[int, float], benchmark: str = "one", problems: int = 1) -> RunData:
+    """A run with these Avg@8 after these rounds, of problems of one benchmark."""
+    names = [f"{benchmark}/{number}" for number in range(problems)]
+    scores = [
+        ProblemScores(number, names, [benchmark] * problems, 8, [0], [[round(8 * share)] * problems])
+        for number, share in shares.items()
+    ]
+    return RunData(name, rounds=[RoundData(number, {8: share}) for number, share in shares.items()], scores=scores)
+
+
+def said_of(*runs: RunData) -> str:
+    (said,) = headline.sentence(headline.summarise(runs))
+    return said
+
+
+NO_RANKING = (
+    "Avg@8: no two runs were evaluated after the same round of training on the same problems, so none is called "
+    "highest."
+)
+
+
 def test_ranking_names_runs_that_were_not_evaluated() -> None:
-    runs = [
-        RunData("low", rounds=[RoundData(1, {8: 0.1}, avg_interval={8: (0.0, 0.2)})]),
-        RunData("high", rounds=[RoundData(0, {8: 0.2}), RoundData(1, {8: 0.5}, avg_interval={8: (0.1, 0.6)})]),
-        RunData("none"),
-    ]
-    said = headline.sentence(headline.summarise(runs))
-    assert said == [
+    low, high = ended("low", {1: 0.1}), ended("high", {0: 0.2, 1: 0.5})
+    low = replace(low, rounds=[RoundData(1, {8: 0.1}, avg_interval={8: (0.0, 0.2)})])
+    high = replace(high, rounds=[high.rounds[0], RoundData(1, {8: 0.5}, avg_interval={8: (0.1, 0.6)})])
+    assert said_of(low, high, RunData("none")) == (
         "Avg@8 ends highest in high at 0.500 (from 0.200), then low at 0.100; their intervals overlap; not "
-        "evaluated after round 1: none."
-    ]
+        "evaluated after round 1 on these problems: none."
+    )
 
 
 def test_runs_are_ranked_after_the_last_round_that_all_of_them_have() -> None:
-    ahead = RunData("ahead", rounds=[RoundData(0, {8: 0.1}), RoundData(1, {8: 0.2}), RoundData(4, {8: 0.5})])
-    behind = RunData("behind", rounds=[RoundData(0, {8: 0.2}), RoundData(1, {8: 0.3}), RoundData(2)])
-    assert headline.sentence(headline.summarise([ahead, behind])) == [
+    ahead = ended("ahead", {0: 0.1, 1: 0.2, 4: 0.5})
+    behind = ended("behind", {0: 0.2, 1: 0.3})
+    behind = replace(behind, rounds=[*behind.rounds, RoundData(2)])
+    assert said_of(ahead, behind) == (
         "Avg@8 after round 1, the last that all have, is highest in behind at 0.300, then ahead at 0.200."
-    ]
-    apart = RunData("apart", rounds=[RoundData(2, {8: 0.4})])
-    assert headline.sentence(headline.summarise([ahead, apart])) == [
-        "Avg@8: no two runs were evaluated after the same round of training, so none is called highest."
-    ]
+    )
+    assert said_of(ahead, ended("apart", {2: 0.4})) == NO_RANKING
 
 
 def test_a_run_that_is_behind_is_named_and_keeps_no_others_from_being_ranked() -> None:
-    def after(name: str, *shares: float) -> RunData:
-        return RunData(name, rounds=[RoundData(number, {8: share}) for number, share in enumerate(shares)])
-
-    low, high, late = after("low", 0.1, 0.2, 0.3), after("high", 0.1, 0.4, 0.6), after("late", 0.15)
-    assert headline.sentence(headline.summarise([late, low, high])) == [
-        "Avg@8 ends highest in high at 0.600 (from 0.100), then low at 0.300; not evaluated after round 2: late."
-    ]
-    further = after("further", 0.1, 0.2, 0.3, 0.7)
-    assert headline.sentence(headline.summarise([further, late, high])) == [
+    low, high = ended("low", {0: 0.1, 1: 0.2, 2: 0.3}), ended("high", {0: 0.1, 1: 0.4, 2: 0.6})
+    late = ended("late", {0: 0.15})
+    assert said_of(late, low, high) == (
+        "Avg@8 ends highest in high at 0.600 (from 0.100), then low at 0.300; not evaluated after round 2 on these "
+        "problems: late."
+    )
+    further = ended("further", {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.7})
+    assert said_of(further, late, high) == (
         "Avg@8 after round 2, the last that two of them have, is highest in high at 0.600, then further at 0.300; not "
-        "evaluated after round 2: late."
-    ]
-    assert headline.sentence(headline.summarise([low, late])) == [
-        "Avg@8: no two runs were evaluated after the same round of training, so none is called highest."
-    ]
-    assert headline.sentence(headline.summarise([late, after("other", 0.1)])) == [
-        "Avg@8 ends highest in late at 0.150, then other at 0.100."
-    ]
+        "evaluated after round 2 on these problems: late."
+    )
+    assert said_of(low, late) == NO_RANKING
+    assert said_of(late, ended("other", {0: 0.1})) == "Avg@8 ends highest in late at 0.150, then other at 0.100."
+
+
+def test_runs_that_were_evaluated_on_other_problems_are_not_ranked() -> None:
+    easy, hard = ended("easy", {0: 0.5, 1: 0.75}, "math500"), ended("hard", {0: 0.1, 1: 0.25}, "aime24")
+    assert said_of(easy, hard) == NO_RANKING
+    assert said_of(easy, ended("few", {0: 0.6, 1: 0.8}, "math500", problems=2)) == NO_RANKING
+    assert said_of(hard, easy, ended("other", {0: 0.5, 1: 0.5}, "math500")) == (
+        "Avg@8 ends highest in easy at 0.750 (from 0.500), then other at 0.500; not evaluated after round 1 on these "
+        "problems: hard."
+    )
+    of_another_file = replace(
+        easy, name="newer", scores=[replace(one, sources={"math500": "f"}) for one in easy.scores]
+    )
+    assert said_of(easy, of_another_file) == NO_RANKING
 
 
 def test_runs_are_compared_at_the_largest_k_they_share() -> None:

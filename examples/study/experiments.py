@@ -134,6 +134,7 @@ REVERSE = Experiment(
     question="Reverse KL on the sampled token, or summed over the stored head?",
     reference="main/opd",
     borrows=("main/opd", "main/eopd-0.8"),
+    pairs=(("eopd-topk", "opd-topk"),),
     seeds=SECOND_SEEDS,
     settings=(
         Setting("opd-topk", {"name": "opd", "rkl": "topk"}, "opd-topk", says="reverse KL over the top 16 and a bucket"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,16 +96,20 @@ def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_anchors_say_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = anchors.measure_both(tmp_path, TOY)
+    found = anchors.measure_both(tmp_path, TOY, seeds=(0, 1))
     committed = json.loads((results.RESULTS / "main" / "opd-seed0.json").read_text())
     for role in anchors.ROLES:
         assert found["inputs"][role] == committed["inputs"][role], "of the models that the study trained"
-        assert found[role]["problems"] == TOY.problems
+        assert [one["problems"] for one in found[role]] == [TOY.problems] * 2
+        assert found[role][0] != found[role][1], "other samples"
     assert found["made"]["commit"] == study_run.commit()
     monkeypatch.setattr(anchors, "PATH", tmp_path / "anchors.json")
     assert anchors.lines(found["inputs"]) == []
     anchors.PATH.write_text(json.dumps(found))
-    assert "The student before training: Avg@8 0." in anchors.lines(found["inputs"])[0]
+    (line,) = anchors.lines(found["inputs"])
+    mean = (found["student"][0]["pass_at_k"] + found["student"][1]["pass_at_k"]) / 2
+    assert re.search(rf"The student before training: Avg@8 0\.\d+ ± \d\.\d+, Pass@8 {mean:.4f} ± ", line)
+    assert line.endswith("(the same problems, 2 seeds).")
     with pytest.raises(StudyError, match=r"anchors.json is of other problems .* than the results"):
         anchors.lines(committed["inputs"])
 

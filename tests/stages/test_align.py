@@ -38,11 +38,19 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
     return job
 
 
+@pytest.fixture(scope="module")
+def evaluated_first(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
+    """Other samples for the same problems."""
+    job = replace(job_for(tmp_path_factory.mktemp("first"), settings_for(alignment=ALIGNMENT)), seed=8)
+    evaluating.run(job)
+    return job
+
+
 def align(evaluated: EvaluateJob, store: Path, sources: tuple[str, ...] = ("own",), **alignment: Any) -> AlignmentJob:
     settings = settings_for(alignment={**ALIGNMENT, "responses": sources, **alignment})
     count = len(sources) * (evaluated.output.parts - 1) + 1
     asked = settings.alignment.semantic() if settings.alignment else {}
-    output = Artifact(store, Identity("alignments", 1, count, asked))
+    output = Artifact(store, Identity("alignments", 2, count, asked))
     return AlignmentJob(
         output,
         range(count),
@@ -126,12 +134,19 @@ def test_parts_can_be_done_apart_and_add_up_to_the_same_bytes(
     assert results_of(job)["responses"] == results_of(aligned)["responses"]
 
 
-def test_fewer_problems_and_a_fixed_set_beside_its_own(evaluated: EvaluateJob, tmp_path: Path) -> None:
-    job = align(evaluated, tmp_path, ("own", "first"), samples=1, limit=7)
-    run(job)
+def test_fewer_problems_and_a_fixed_set_beside_its_own(
+    evaluated: EvaluateJob, evaluated_first: EvaluateJob, tmp_path: Path
+) -> None:
+    """Each under its own name: what reading either evaluation alone gives."""
+    job = align(evaluated, tmp_path / "both", ("own", "first"), samples=1, limit=7)
+    run(replace(job, sources=(job.sources[0], ("first", evaluated_first.output))))
     found = results_of(job)["responses"]
     assert found["own"]["problems"] == found["own"]["responses"] == 7
-    assert found["own"] == found["first"]  # the first student is its own fixed set
+    for name, source in (("own", evaluated), ("first", evaluated_first)):
+        alone = align(source, tmp_path / name, samples=1, limit=7)
+        run(alone)
+        assert found[name] == results_of(alone)["responses"]["own"]
+    assert found["own"]["all"]["fkl"] != found["first"]["all"]["fkl"]
 
 
 def test_the_teacher_reads_its_own_template(evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path) -> None:

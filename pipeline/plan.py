@@ -30,7 +30,7 @@ STAGES: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate", "align")
 SUMMED_UP: tuple[Stage, ...] = ("evaluate", "align")  # whose last part is a summary of all others
 
 # A stage's version enters its keys. Raise it when the stage makes other bytes from the same settings.
-VERSIONS = {"rollouts": 1, "student_topk": 1, "scores": 1, "checkpoints": 1, "evaluations": 2, "alignments": 1}
+VERSIONS = {"rollouts": 1, "student_topk": 1, "scores": 1, "checkpoints": 1, "evaluations": 2, "alignments": 2}
 
 WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
 

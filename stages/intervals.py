@@ -93,7 +93,7 @@ def bootstrap(
 def _with_unseen(
     mean: float, resampled: Interval, parts: Sequence[Floats], bounds: tuple[float, float] | None, tail: float
 ) -> Interval | None:
-    alike = [values for values in parts if np.ptp(values) <= _SAME * max(1.0, abs(float(values[0])))]
+    alike = [values for values in parts if all_alike(values)]
     if not alike:
         return resampled
     if bounds is None:
@@ -104,6 +104,11 @@ def _with_unseen(
         below += (unseen * (float(values[0]) - bounds[0])) ** 2
         above += (unseen * (bounds[1] - float(values[0]))) ** 2
     return Interval(mean - math.sqrt(below), mean + math.sqrt(above))
+
+
+def all_alike(values: Floats) -> bool:
+    """Are all ``values`` one value, rounding apart?"""
+    return bool(np.ptp(values) <= _SAME * max(1.0, abs(float(values[0]))))
 
 
 def _grouped(values: Floats, groups: Sequence[str] | None) -> list[Floats]:

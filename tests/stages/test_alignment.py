@@ -186,6 +186,43 @@ def test_intervals_are_over_problems_not_tokens() -> None:
     assert alone.bins[2].tokens == 0
 
 
+def test_where_resamples_never_differ_no_interval_is_claimed() -> None:
+    """The bins with the fewest tokens are one problem's: nothing is known of others, which is not no spread."""
+    bins = EntropyBins.of((1.0,), 0.8, 50)
+    rng = np.random.default_rng(0)
+    sums = np.zeros((30, bins.count, len(SUMMED)))
+    sums[:, 0, 0] = rng.integers(5, 20, 30)
+    sums[:, 0, SUMMED.index("fkl")] = sums[:, 0, 0] * rng.random(30)
+    sums[:, 0, SUMMED.index("agreement")] = sums[:, 0, 0]  # wherever one looks
+    sums[3:5, 2, 0] = 7
+    sums[3:5, 2, SUMMED.index("fkl")] = 7 * 1.4, 7 * 2.1
+    apart = summarise(sums, list(range(30)), bins)
+    assert apart.bins[0].agreement == 1.0
+    assert set(apart.bins[0].intervals) == {"fkl"}
+    assert apart.bins[2].intervals["fkl"] == pytest.approx((1.4, 2.1))
+    one = summarise(sums, [*range(4), 3, *range(5, 30)], bins)  # both responses are of one problem
+    assert one.bins[2].fkl == pytest.approx(1.75)
+    assert one.bins[2].intervals == {}
+    each = summarise(sums[3:5], [0, 1], bins, benchmarks=["a", "b"])  # two benchmarks of one problem
+    assert each.all.intervals == {}
+
+
+def test_problems_are_drawn_within_their_benchmark() -> None:
+    """Of two that differ, but hardly within themselves, each is drawn as often as it has problems."""
+    bins = EntropyBins.of((1.0,), 0.8, 50)
+    rng = np.random.default_rng(0)
+    sums = np.zeros((40, bins.count, len(SUMMED)))
+    sums[:, 0, 0] = 10
+    sums[:, 0, SUMMED.index("fkl")] = 10 * np.concatenate([rng.normal(1.0, 0.01, 10), rng.normal(3.0, 0.01, 30)])
+    benchmarks = ["b"] * 10 + ["a"] * 30
+    apart, together = (summarise(sums, list(range(40)), bins, benchmarks=names) for names in (benchmarks, None))
+    assert apart.all.fkl == together.all.fkl == pytest.approx(2.5, abs=0.02)  # tokens count, not benchmarks
+    low, high = apart.all.intervals["fkl"]
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 / math.sqrt(40), rel=0.4)
+    low, high = together.all.intervals["fkl"]
+    assert high - low > 0.3
+
+
 def test_memory_is_bounded_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     logits = LMHead.logits

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.evaluate.alignment.divergence import TokenFigures
-from eopd.stages.intervals import intervals
+from eopd.stages.intervals import all_alike, intervals
 
 Floats = NDArray[np.float64]
 SUMMED = (
@@ -74,7 +74,8 @@ class EntropyBins:
 class Means:
     """Means over the tokens of a bin (or of several); None where it holds none.
 
-    ``share``: its tokens among all. ``intervals``: (low, high) of figures by name, percentile bootstrap over problems.
+    ``share``: its tokens among all. ``intervals``: (low, high) of figures by name, percentile bootstrap over problems;
+    none where resamples never differ, as where one problem has all tokens or all have one value.
     """
 
     tokens: int
@@ -117,11 +118,17 @@ def summarise(
     problems: Sequence[object],
     bins: EntropyBins,
     *,
+    benchmarks: Sequence[str] | None = None,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Alignment:
     """What the sums [R, B, F] of responses say; ``problems`` [R] names the problem of each, for the intervals.
+
+    Means are over tokens, whosever they are: a benchmark of many and long responses weighs more than a small one.
+
+    Args:
+        benchmarks: of each response [R]; problems are drawn within theirs (default: one for all).
 
     Raises:
         ValueError: no token at all.
@@ -129,11 +136,10 @@ def summarise(
     if not len(sums) or sums[:, :, 0].sum() == 0:
         raise ValueError("no response has a token, so there is nothing to compare teacher and student on")
     numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
-    by_problem = np.zeros((len(numbers), *sums.shape[1:]))
+    by_problem = np.zeros((len(numbers), *sums.shape[1:]))  # [P, B, F]
     np.add.at(by_problem, [numbers[problem] for problem in problems], sums)
-    count = len(numbers)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    resampled = (weights @ by_problem.reshape(count, -1)).reshape(resamples, *sums.shape[1:])  # [N, B, F]
+    homes = dict(zip(problems, benchmarks or [""] * len(sums), strict=True))
+    resampled = _resampled(by_problem, [homes[problem] for problem in numbers], resamples, seed)
     whole = by_problem.sum(axis=0)
     total = whole[:, 0].sum()
 
@@ -145,7 +151,7 @@ def summarise(
         edges=bins.edges,
         tau=bins.tau,
         responses=len(sums),
-        problems=count,
+        problems=len(numbers),
         all=means(slice(None)),
         above=means(bins.gated),
         below=means(slice(0, bins.gated.start)),
@@ -153,6 +159,17 @@ def summarise(
         teacher_outside=float(outside["teacher_outside"]),
         student_outside=float(outside["student_outside"]),
     )
+
+
+def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, seed: int) -> Floats:
+    """Sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
+    rng = np.random.default_rng(seed)
+    found = np.zeros((resamples, *by_problem.shape[1:]))
+    for name in sorted(set(benchmarks)):
+        rows = by_problem[[one == name for one in benchmarks]]
+        weights = rng.multinomial(len(rows), np.full(len(rows), 1.0 / len(rows)), size=resamples)
+        found += (weights @ rows.reshape(len(rows), -1)).reshape(found.shape)
+    return found
 
 
 def _means(whole: Floats, total: float, resampled: Floats, confidence: float) -> Means:
@@ -163,8 +180,11 @@ def _means(whole: Floats, total: float, resampled: Floats, confidence: float) ->
         return Means(0, share, None, None, None, None, None, None, {})
     drawn = resampled[resampled[:, 0] > 0]  # resamples that missed the bin say nothing of it
     values = {name: float(value / tokens) for name, value in zip(SUMMED, whole, strict=True)}
-    columns = [SUMMED.index(name) for name in WITH_INTERVAL]
-    bounds = intervals(drawn[:, columns] / drawn[:, :1], confidence)
-    said = {name: (found.low, found.high) for name, found in zip(WITH_INTERVAL, bounds, strict=True)}
+    ratios = drawn[:, [SUMMED.index(name) for name in WITH_INTERVAL]] / drawn[:, :1]
+    said = {
+        name: (found.low, found.high)
+        for name, found, column in zip(WITH_INTERVAL, intervals(ratios, confidence), ratios.T, strict=True)
+        if not all_alike(column)  # resamples that never differ know of no spread, not of none
+    }
     kept = {name: values[name] for name in SUMMED if name in Means.__dataclass_fields__ and name != "tokens"}
     return Means(tokens=int(tokens), share=share, intervals=said, **kept)

@@ -158,7 +158,14 @@ def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
             )
         bins = EntropyBins(tuple(markers[parts[0]].info["edges"]), settings.tau)
         sums, problems = _read(job.output, parts, bins)
-        said = summarise(sums, problems, bins, resamples=job.settings.resamples, confidence=job.settings.confidence)
+        said = summarise(
+            sums,
+            problems,
+            bins,
+            benchmarks=[benchmark for benchmark, _ in problems],
+            resamples=job.settings.resamples,
+            confidence=job.settings.confidence,
+        )
         found[whose] = {**said.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
         job.progress.line(
             f"align: {said.all.tokens:,} tokens of {whose} responses: FKL {said.all.fkl:.3f}, RKL {said.all.rkl:.3f} "
@@ -184,12 +191,14 @@ def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
         (folder / alignments.RESULTS).write_text(text, encoding="utf-8")
 
 
-def _read(output: Artifact, parts: Sequence[int], bins: EntropyBins) -> tuple[np.ndarray[Any, Any], list[object]]:
-    """Sums [R, B, F] of all responses that have a token, and the problem of each."""
+def _read(
+    output: Artifact, parts: Sequence[int], bins: EntropyBins
+) -> tuple[np.ndarray[Any, Any], list[tuple[str, str]]]:
+    """Sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
     sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
     for part in parts:
         for row in alignments.read_sums(output.part_folder(part) / alignments.SUMS).to_pylist():
             key = (row["benchmark"], row["problem_id"], row["sample"])
             sums.setdefault(key, np.zeros((bins.count, len(SUMMED))))[row["bin"]] = [row[name] for name in SUMMED]
-    problems: list[object] = [key[:2] for key in sums]
+    problems = [key[:2] for key in sums]
     return np.asarray(list(sums.values())).reshape(len(sums), bins.count, len(SUMMED)), problems

@@ -71,6 +71,7 @@ class RoundData:
     the threshold, ``student_above`` and ``teacher_above`` are the shares of tokens with more entropy than that.
     ``intervals``: of any of the single figures, by its name.
     ``measured``: whether this student was to be evaluated; a line goes from one that was to the next.
+    ``benchmarks``: the evaluation's figures on each of its benchmarks, by name; those above are means over them.
     """
 
     round: int
@@ -103,6 +104,7 @@ class RoundData:
     teacher_above: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
     measured: bool = True
+    benchmarks: dict[str, RoundData] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_CONFIG)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eopd.stages.report import words
+from eopd.stages.report.data import RoundData
 
 _MEANS = ("distinct_correct", "self_bleu", "distinct_4", "token_entropy", "truncation_rate", "stop_rate")
 _MOST_ROUNDS = 6
@@ -22,21 +23,45 @@ Bounds = tuple[float, float]
 def round_figures(results: Results) -> tuple[dict[str, Any], dict[str, Bounds]]:
     """Fields of ``RoundData``, means over the benchmarks, and the intervals of the single ones."""
     mean, benchmarks = results["mean"], list(results["benchmarks"].values())
-    samples = benchmarks[0]["samples"]
-    passed = {int(k): bounds for k, bounds in mean["pass_interval"].items() if bounds is not None}
-    figures = {
-        "avg_at_k": {samples: mean["avg_at_k"]},
-        "avg_interval": {samples: tuple(mean["avg_interval"])} if mean["avg_interval"] else {},
-        "pass_at_k": {int(k): value for k, value in mean["pass_at_k"].items()},
-        "pass_interval": {k: tuple(bounds) for k, bounds in passed.items()},
-        "response_length": _mean([found["response_tokens"]["mean"] for found in benchmarks]),
+    means = {name: _mean([found[name] for found in benchmarks]) for name in _MEANS}
+    length = {"mean": _mean([found["response_tokens"]["mean"] for found in benchmarks])}
+    whole = {
+        **means,
+        **mean,
+        "samples": benchmarks[0]["samples"],
+        "response_tokens": {**length, **mean.get("response_tokens", {})},
         "ungraded": sum(found["ungraded"] for found in benchmarks),
-        "left_out": sum(_left_out(results)),
     }
-    bounds = {"response_length": mean.get("response_tokens", {}).get("interval")}
-    for name in _MEANS:
-        figures[name] = mean[name] if name in mean else _mean([found[name] for found in benchmarks])
-        bounds[name] = mean.get(f"{name}_interval")
+    return _figures(whole, sum(_left_out(results)))
+
+
+def by_benchmark(number: int, results: Results) -> dict[str, RoundData]:
+    """The same of each benchmark, by its name, after round ``number``."""
+    found = {}
+    for name, values in results["benchmarks"].items():
+        figures, intervals = _figures(values, sum(_left_out(results, name)))
+        found[name] = RoundData(number, **figures, intervals=intervals)
+    return found
+
+
+def _figures(values: Mapping[str, Any], left_out: int) -> tuple[dict[str, Any], dict[str, Bounds]]:
+    """Of one benchmark, or of the mean over several."""
+    samples, tokens = values["samples"], values["response_tokens"]
+    passed = {int(k): bounds for k, bounds in values["pass_interval"].items() if bounds is not None}
+    figures = {
+        "avg_at_k": {samples: values["avg_at_k"]},
+        "avg_interval": {samples: tuple(values["avg_interval"])} if values["avg_interval"] else {},
+        "pass_at_k": {int(k): value for k, value in values["pass_at_k"].items()},
+        "pass_interval": {k: tuple(bounds) for k, bounds in passed.items()},
+        "response_length": tokens["mean"],
+        "ungraded": values["ungraded"],
+        "left_out": left_out,
+        **{name: values[name] for name in _MEANS},
+    }
+    bounds = {
+        "response_length": tokens.get("interval"),
+        **{name: values.get(f"{name}_interval") for name in _MEANS},
+    }
     return figures, {name: (found[0], found[1]) for name, found in bounds.items() if found is not None}
 
 
@@ -85,10 +110,11 @@ def warnings(results: Mapping[int, Results]) -> list[str]:
     return said
 
 
-def _left_out(results: Results) -> tuple[int, int]:
-    """Problems of parts that were set aside, and those with too long prompts."""
-    set_aside = sum(rows["stop"] - rows["start"] for rows in results.get("left_out", ()))
-    return set_aside, sum(len(found["skipped"]) for found in results["benchmarks"].values())
+def _left_out(results: Results, benchmark: str | None = None) -> tuple[int, int]:
+    """Problems of parts that were set aside, and those with too long prompts; of all benchmarks (None) or of one."""
+    aside = [rows for rows in results.get("left_out", ()) if benchmark in (None, rows["benchmark"])]
+    skipped = [found["skipped"] for name, found in results["benchmarks"].items() if benchmark in (None, name)]
+    return sum(rows["stop"] - rows["start"] for rows in aside), sum(map(len, skipped))
 
 
 def _by_round(found: Mapping[int, str]) -> str:

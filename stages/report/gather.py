@@ -129,6 +129,7 @@ def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundAr
     if results is not None:
         measured, intervals = evaluated.round_figures(results)
         figures |= {**measured, "intervals": {**figures.get("intervals", {}), **intervals}}
+        figures["benchmarks"] = evaluated.by_benchmark(number, results)
     return RoundData(round=number, **figures)
 
 

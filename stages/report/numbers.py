@@ -1,6 +1,7 @@
-"""Every number of a report as one tidy CSV: run, section, round, x, name, value, low, high.
+"""Every number of a report as one tidy CSV: run, section, round, x, name, value, low, high, benchmark.
 
-``x`` is the optimiser step, k, or the lower edge of an entropy bin. Missing figures have no row. Sections
+``x`` is the optimiser step, k, or the lower edge of an entropy bin. Missing figures have no row. Section ``benchmark``:
+figures of an evaluation on one of several benchmarks, their means being in section ``round``. Sections
 ``difference_over_problems`` and ``difference_over_seeds``: the run minus the first one, with either interval.
 """
 
@@ -15,10 +16,11 @@ from eopd.stages.report import words
 from eopd.stages.report.comparison import compare
 from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, RunData, StepRow
 
-HEAD = ("run", "section", "round", "x", "name", "value", "low", "high")
+HEAD = ("run", "section", "round", "x", "name", "value", "low", "high", "benchmark")
 Row = tuple[object, ...]
 _NOT_FIGURES = {
-    *("round", "measured", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
+    *("round", "measured", "step", "further", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals"),
+    "benchmarks",
 }
 
 
@@ -28,14 +30,15 @@ def to_csv(data: ReportData) -> str:
     writer.writerow(HEAD)
     for run in data.runs:
         for row in _run(run):
-            writer.writerow((_cell(run.name), *row))
+            writer.writerow((_cell(run.name), *row, ""))
+        for benchmark, row in _of_benchmarks(run):
+            writer.writerow((_cell(run.name), *row, _cell(benchmark)))
     for one in compare(data.runs).differences if data.runs else ():
         for over, found in (("problems", one.over_problems), ("seeds", one.over_seeds)):
             if found is not None:
                 bounds = (one.value, found.low, found.high)
-                writer.writerow(
-                    (_cell(one.name), f"difference_over_{over}", one.round, one.k, f"{one.which}_at_k", *bounds)
-                )
+                what = (f"difference_over_{over}", one.round, one.k, f"{one.which}_at_k")
+                writer.writerow((_cell(one.name), *what, *bounds, ""))
     return out.getvalue()
 
 
@@ -67,12 +70,19 @@ def _run(run: RunData) -> Iterator[Row]:
                 yield (section, cost.round, "", _cell(f"{cost.stage}.{name}"), value, "", "")
 
 
-def _round(item: RoundData) -> Iterator[Row]:
+def _of_benchmarks(run: RunData) -> Iterator[tuple[str, Row]]:
+    """Of the evaluations on several; the figures of a single benchmark are those of the round."""
+    for item in run.rounds:
+        for name, found in item.benchmarks.items() if len(item.benchmarks) > 1 else ():
+            yield from ((name, row) for row in _round(found, "benchmark"))
+
+
+def _round(item: RoundData, section: str = "round") -> Iterator[Row]:
     for which in ("avg", "pass"):
         intervals = getattr(item, f"{which}_interval")
         for k, value in sorted(getattr(item, f"{which}_at_k").items()):
-            yield ("round", item.round, k, f"{which}_at_k", value, *intervals.get(k, ("", "")))
-    yield from _figures("round", item, "")
+            yield (section, item.round, k, f"{which}_at_k", value, *intervals.get(k, ("", "")))
+    yield from _figures(section, item, "")
 
 
 def _figures(section: str, item: RoundData | StepRow, x: object) -> Iterator[Row]:

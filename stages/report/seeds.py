@@ -24,11 +24,9 @@ from eopd.stages.report.data import (
 )
 from eopd.stages.report.scores import after, asked, gains, shared_rounds
 
-_OF_ROUNDS = [
-    item.name
-    for item in fields(RoundData)
-    if item.name not in ("round", "measured", "avg_at_k", "pass_at_k", "avg_interval", "pass_interval", "intervals")
-]
+_NOT_FIGURES = ("round", "measured", "benchmarks", "intervals")
+_RATES = ("avg_at_k", "pass_at_k", "avg_interval", "pass_interval")
+_OF_ROUNDS = [item.name for item in fields(RoundData) if item.name not in (*_NOT_FIGURES, *_RATES)]
 _OF_STEPS = [item.name for item in fields(StepRow) if item.name not in ("round", "step", "further")]
 _WHOLE = ("tokens",)  # counts
 _SUMMED = ("ungraded", "left_out")
@@ -147,6 +145,11 @@ def _round(items: Sequence[RoundData]) -> RoundData:
             if interval is not None:
                 bounds[k] = interval
         made[f"{which}_at_k"], made[f"{which}_interval"] = values, bounds
+    made["benchmarks"] = {
+        name: _round([item.benchmarks[name] for item in items])
+        for name in items[0].benchmarks
+        if all(name in item.benchmarks for item in items)
+    }
     return RoundData(**made)
 
 

@@ -62,11 +62,23 @@ class SettingsTable:
 
 
 def evaluations(runs: Sequence[RunData]) -> Rows:
-    """Every figure of every evaluation, with its interval in brackets."""
-    found = [(run, item) for run in runs for item in run.rounds if item.avg_at_k]
-    body = tuple((run.name, str(item.round), *_evaluation(item)) for run, item in found[:_MOST_ROUND_ROWS])
-    head = ("run", "round", "Avg@k", "Pass@k", *(title for title, _, _ in _OF_EVALUATIONS))
+    """Every figure of every evaluation, with its interval in brackets; of each benchmark, where there are several."""
+    rounds = [(run, item) for run in runs for item in run.rounds if item.avg_at_k]
+    found = [(run, *each) for run, item in rounds for each in _by_benchmark(item)]
+    several = len({name for _, item in rounds for name in item.benchmarks}) > 1
+    body = tuple(
+        (run.name, str(item.round), *([name] if several else []), *_evaluation(item))
+        for run, name, item in found[:_MOST_ROUND_ROWS]
+    )
+    benchmark = ("benchmark",) if several else ()
+    head = ("run", "round", *benchmark, "Avg@k", "Pass@k", *(title for title, _, _ in _OF_EVALUATIONS))
     return Rows(head, body, len(found) - len(body))
+
+
+def _by_benchmark(item: RoundData) -> list[tuple[str, RoundData]]:
+    """What is measured of each benchmark, under its name, after the mean over several."""
+    named = [(words.printable(name, 60), found) for name, found in item.benchmarks.items()]
+    return named if len(named) == 1 else [("mean", item), *named]
 
 
 def _evaluation(item: RoundData) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eopd.stages.report import tables
 from eopd.stages.report.data import Estimate, ReportData, RunData
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.stages.report.numbers import to_csv
@@ -88,7 +90,7 @@ def gathered(tmp_path: Path, *found: Artifact, name: str = "run", seed: int = 0)
 def test_every_figure_of_an_evaluation_is_in_the_table_and_in_the_numbers(tmp_path: Path, mean: dict[str, Any]) -> None:
     run = gathered(tmp_path, evaluation(tmp_path, 0, mean, ONE))
     data = ReportData("one", "now", [run])
-    rows = {row["name"]: row for row in csv.DictReader(to_csv(data).splitlines())}
+    rows = {row["name"]: row for row in csv.DictReader(to_csv(data).splitlines()) if row["section"] == "round"}
     wanted = {
         "self_bleu": 0.75,
         "distinct_4": 0.125,
@@ -111,6 +113,81 @@ def test_every_figure_of_an_evaluation_is_in_the_table_and_in_the_numbers(tmp_pa
         assert cell in table
     assert run.warnings == []
     assert 'class="notes warnings"' not in page
+
+
+AIME = {
+    **ONE,
+    "avg_at_k": 0.125,
+    "avg_interval": [0.0625, 0.1875],
+    "pass_at_k": {"1": 0.125, "2": 0.375},
+    "pass_interval": {"1": [0.0625, 0.1875], "2": [0.3125, 0.4375]},
+    "distinct_correct": 0.25,
+    "distinct_correct_interval": [0.0, 0.5],
+    "response_tokens": {"mean": 33.0, "interval": [31.0, 35.0], "median": 30.0, "p95": 50.0, "max": 60, "total": 132},
+    "ungraded": 1,
+    "skipped": ["x"],
+}
+
+
+def of_two(tmp_path: Path, number: int = 0) -> Artifact:
+    left_out = [{"benchmark": "b", "start": 4, "stop": 9}]
+    benchmarks = {"a": {**ONE, "avg_at_k": 0.375, "avg_interval": [0.25, 0.5]}, "b": AIME}
+    return evaluation(tmp_path, number, {**OLD, **NEW}, ONE, left_out=left_out, benchmarks=benchmarks)
+
+
+def test_figures_of_each_benchmark_are_in_the_table_and_in_the_numbers(tmp_path: Path) -> None:
+    data = ReportData("one", "now", [gathered(tmp_path, of_two(tmp_path))])
+    rows = list(csv.DictReader(to_csv(data).splitlines()))
+    found = {(row["name"], row["x"]): row for row in rows if row["section"] == "benchmark" and row["benchmark"] == "b"}
+    wanted = {
+        ("avg_at_k", "2"): (0.125, 0.0625, 0.1875),
+        ("pass_at_k", "1"): (0.125, 0.0625, 0.1875),
+        ("pass_at_k", "2"): (0.375, 0.3125, 0.4375),
+        ("distinct_correct", ""): (0.25, 0.0, 0.5),
+        ("response_length", ""): (33.0, 31.0, 35.0),
+        ("ungraded", ""): (1, None, None),
+        ("left_out", ""): (6, None, None),
+    }
+    said = {
+        key: tuple(float(found[key][name]) if found[key][name] else None for name in ("value", "low", "high"))
+        for key in wanted
+    }
+    assert said == wanted
+    assert {row["round"] for row in found.values()} == {"0"}
+    means = [row for row in rows if row["name"] == "avg_at_k" and row["section"] == "round"]
+    assert [(row["value"], row["benchmark"]) for row in means] == [("0.25", "")]
+    table = render(data).split("Every evaluation</summary>")[1].split("</table>")[0]
+    lines = [re.sub("<[^>]*>", "|", line) for line in table.split("<tr>")]
+    assert "|benchmark|" in lines[1]
+    assert [line.split("|")[5] for line in lines[2:]] == ["mean", "a", "b"]
+    assert "0.125 (0.062–0.188) at 2" in lines[4]
+
+
+def test_the_only_benchmark_needs_no_row_of_its_own(tmp_path: Path) -> None:
+    def of(benchmark: str, number: int) -> RunData:
+        made = evaluation(tmp_path, number, OLD, ONE, benchmarks={benchmark: ONE})
+        return gathered(tmp_path, made, name=f"run{number}")
+
+    alone = ReportData("one", "now", [of("b", 0)])
+    assert "benchmark" not in {row["section"] for row in csv.DictReader(to_csv(alone).splitlines())}
+    assert tables.evaluations(alone.runs).head[:3] == ("run", "round", "Avg@k")
+    both = tables.evaluations([of("b", 0), of("a", 1)])
+    assert both.head[:3] == ("run", "round", "benchmark")
+    assert [row[:3] for row in both.body] == [("run0", "0", "b"), ("run1", "0", "a")]
+
+
+def test_figures_of_a_benchmark_are_means_over_the_seeds(tmp_path: Path) -> None:
+    one = gathered(tmp_path, of_two(tmp_path))
+    better = {**AIME, "avg_at_k": 0.375}
+    other = gathered(
+        tmp_path, evaluation(tmp_path, 1, OLD, ONE, benchmarks={"b": better, "a": ONE}), seed=1, name="other"
+    )
+    found = merged([one, other]).rounds[0].benchmarks
+    assert sorted(found) == ["a", "b"]
+    assert found["b"].avg_at_k == {2: 0.25}
+    low, high = found["b"].avg_interval[2]
+    assert low < 0.25 < high
+    assert found["b"].pass_at_k == {1: 0.125, 2: 0.375}
 
 
 def test_figures_without_an_interval_are_shown_without_one(tmp_path: Path) -> None:

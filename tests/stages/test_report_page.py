@@ -104,6 +104,7 @@ def evil_report() -> ReportData:
         made_up_run(),
         name=EVIL,
         interval=EVIL,
+        rounds=[RoundData(0, {8: 0.5}, benchmarks={EVIL: RoundData(0, {8: 0.5}), "b": RoundData(0, {8: 0.5})})],
         notes=[EVIL],
         warnings=[EVIL],
         graders=[EVIL],

@@ -20,7 +20,8 @@ _OF_NO_FIGURE = {  # of `evaluate`: what changes no figure, what the problems' n
 
 @dataclass(frozen=True)
 class Difference:
-    """``name`` minus the baseline after ``round``, of Avg@k or Pass@k.
+    """``name`` minus the baseline after ``round``, of Avg@k or Pass@k; ``k`` None: Avg@k of all samples of each of the
+    two, which have different numbers of them.
 
     ``over_problems`` is None where there is one problem, ``over_seeds`` where one of the two has a single seed;
     ``pairs``: the seeds that were compared one by one, none where too few are the same.
@@ -28,7 +29,7 @@ class Difference:
 
     name: str
     which: str  # avg or pass
-    k: int
+    k: int | None
     round: int
     value: float
     over_problems: Interval | None
@@ -37,7 +38,7 @@ class Difference:
 
     @property
     def metric(self) -> str:
-        return f"{'Avg' if self.which == 'avg' else 'Pass'}@{self.k}"
+        return f"{'Avg' if self.which == 'avg' else 'Pass'}@{self.k or 'k'}"
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def compare(runs: Sequence[RunData]) -> Comparison:
         notes += _of_seeds(base.name, run.name, one, other, pairs)
         k = min(one.samples, other.samples)
         one, other = (_of(scores, pairs or scores.seeds) for scores in (one, other))
-        for which, first, second in (
-            ("avg", average(one), average(other)),
-            ("pass", passed(one, k), passed(other, k)),
+        for which, at, first, second in (
+            ("avg", k if one.samples == other.samples else None, average(one), average(other)),
+            ("pass", k, passed(one, k), passed(other, k)),
         ):
-            found.append(Difference(run.name, which, k, last, *_figures(first, second, one, pairs), pairs))
+            found.append(Difference(run.name, which, at, last, *_figures(first, second, one, pairs), pairs))
     if ends:
         notes.append(
             f"Runs were evaluated up to different rounds: {words.joined([*ends, _up_to(base)])}. Each is compared with "

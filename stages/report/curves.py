@@ -10,6 +10,7 @@ from functools import partial
 from eopd.stages.report import palette, words
 from eopd.stages.report.data import RoundData, RunData, StepRow
 from eopd.stages.report.figure import Axis, Figure, Line, Point, is_shown, thin
+from eopd.stages.report.rates import Rate, rates
 from eopd.stages.report.words import Form
 
 _MOST_BANDS = 3  # with more runs than this, ranges would hide the lines
@@ -87,23 +88,9 @@ def key_of(runs: Sequence[RunData]) -> tuple[tuple[str, str, int], ...]:
     return tuple((run.name, palette.tone(index), index) for index, run in enumerate(runs))
 
 
-def common_k(runs: Sequence[RunData], which: str) -> int | None:
-    """The largest k at which every run that has ``avg_at_k`` or ``pass_at_k`` was evaluated."""
-    found = [set().union(*(getattr(item, which) for item in run.rounds)) for run in runs]
-    measured = [ks for ks in found if ks]
-    shared = set.intersection(*measured) if measured else set()
-    return max(shared, default=None)
-
-
 def quality(runs: Sequence[RunData]) -> list[Figure]:
     """Avg@k and Pass@k by round, and Pass@k over k in the first and the last round."""
-    figures = []
-    for which, title in (("avg", "Avg"), ("pass", "Pass")):
-        k = common_k(runs, f"{which}_at_k")
-        if k is None:
-            continue
-        note = "mean share of right samples" if which == "avg" else f"share of problems solved in {k} samples"
-        figures.append(_by_round(runs, f"{which}-at-k", f"{title}@{k}", note, _rate_of(which, k), "rate"))
+    figures = [_by_round(runs, rate) for rate in rates(runs)]
     by_k = [line for index, run in enumerate(runs) for line in _pass_over_k(run, index, len(runs) == 1)]
     if any(len(line.points) > 1 for line in by_k):
         figures.append(
@@ -217,25 +204,21 @@ def _points(run: RunData, point: Callable[[RoundData], Point]) -> tuple[Point, .
     return thin([shown for item, shown in found if item.measured or is_shown(shown)])
 
 
-def _by_round(
-    runs: Sequence[RunData], name: str, title: str, note: str, rate: Callable[[RoundData], Point], form: Form
-) -> Figure:
+def _by_round(runs: Sequence[RunData], rate: Rate) -> Figure:
     marks = []
     for index, run in enumerate(runs):
-        points = _points(run, rate)
+        points = _points(run, partial(_rate_of, rate))
         if any(map(is_shown, points)):
             label = "" if len(runs) == 1 else run.name
             marks.append(Line(label, points, palette.tone(index), index))
-    axis = Axis(title, form, low=0.0, high=1.0)
-    return Figure(name, title, note, Axis("round", "count", whole=True), axis, tuple(marks), key=key_of(runs))
+    axis = Axis(rate.name, "rate", low=0.0, high=1.0)
+    x = Axis("round", "count", whole=True)
+    return Figure(f"{rate.which}-at-k", rate.name, rate.note, x, axis, tuple(marks), key=key_of(runs))
 
 
-def _rate_of(which: str, k: int) -> Callable[[RoundData], Point]:
-    def point(item: RoundData) -> Point:
-        low, high = getattr(item, f"{which}_interval").get(k, (None, None))
-        return Point(item.round, getattr(item, f"{which}_at_k").get(k), low, high)
-
-    return point
+def _rate_of(rate: Rate, item: RoundData) -> Point:
+    found = rate.of(item)
+    return Point(item.round, None) if found is None else Point(item.round, found.value, found.low, found.high)
 
 
 def _pass_over_k(run: RunData, index: int, alone: bool) -> list[Line]:

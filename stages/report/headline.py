@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from eopd.stages.report import palette, plots, words
-from eopd.stages.report.curves import common_k
-from eopd.stages.report.data import Estimate, RoundData, RunData
+from eopd.stages.report.data import Estimate, RunData
 from eopd.stages.report.figure import Rows
+from eopd.stages.report.rates import Rate, rates
 from eopd.stages.report.scales import Scale
 from eopd.stages.report.scores import asked
 
@@ -111,11 +111,10 @@ class RunSummary:
 
 
 def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
-    ks = {which: common_k(runs, f"{which}_at_k") for which in ("avg", "pass")}
-    ranking = _ranking(runs)
+    shown, ranking = rates(runs), _ranking(runs)
     summaries = []
     for index, run in enumerate(runs):
-        found = [_gain(run, which, k, ranking) for which, k in ks.items() if k is not None]
+        found = [_gain(run, rate, ranking) for rate in shown]
         gains = tuple(gain for gain in found if gain is not None)
         summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
     return summaries
@@ -188,24 +187,19 @@ def _said(gain: Gain) -> str:
     return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
 
 
-def _gain(run: RunData, which: str, k: int, ranking: Ranking | None) -> Gain | None:
-    evaluated = [_measured(item, which, k) for item in run.rounds if k in getattr(item, f"{which}_at_k")]
+def _gain(run: RunData, rate: Rate, ranking: Ranking | None) -> Gain | None:
+    values = [(item.round, rate.of(item)) for item in run.rounds]
+    evaluated = [Measured(number, one.value, one.low, one.high) for number, one in values if one is not None]
     if not evaluated:
         return None
-    name = f"{'Avg' if which == 'avg' else 'Pass'}@{k}"
     rankable = {found.round for found in run.scores if (found.round, asked(found)) == ranking}
     ranked = next((found for found in evaluated if found.round in rankable), None)
     if len(evaluated) == 1:
-        return Gain(name, evaluated[0], None, None, ranked)
-    paired = run.avg_gain if which == "avg" else run.pass_gain
-    if any(found.samples != k for found in run.scores):
+        return Gain(rate.name, evaluated[0], None, None, ranked)
+    paired = run.avg_gain if rate.which == "avg" else run.pass_gain
+    if rate.k is not None and any(found.samples != rate.k for found in run.scores):
         paired = None  # it is of all samples, not of k
-    return Gain(name, evaluated[0], evaluated[-1], paired, ranked)
-
-
-def _measured(item: RoundData, which: str, k: int) -> Measured:
-    low, high = getattr(item, f"{which}_interval").get(k, (None, None))
-    return Measured(item.round, getattr(item, f"{which}_at_k")[k], low, high)
+    return Gain(rate.name, evaluated[0], evaluated[-1], paired, ranked)
 
 
 def _facts(run: RunData) -> tuple[tuple[str, str], ...]:

@@ -38,9 +38,9 @@ def made_up_rounds(seed: int, rounds: int = 6, gain: float = 0.24, start: float 
         found.append(
             RoundData(
                 round=number,
-                avg_at_k=dict.fromkeys(ks, avg),
+                avg_at_k={8: avg},
                 pass_at_k=ks,
-                avg_interval=dict.fromkeys(ks, (avg - 0.022, avg + 0.022)),
+                avg_interval={8: (avg - 0.022, avg + 0.022)},
                 pass_interval={k: (value - 0.03, min(value + 0.03, 1.0)) for k, value in ks.items()},
                 student_entropy=0.52 - 0.2 * reach + rng.uniform(-0.01, 0.01),
                 teacher_entropy=None if number == 0 else 0.34 - 0.06 * reach,

@@ -115,8 +115,10 @@ def test_differences_are_paired_on_problems_and_on_seeds() -> None:
 def test_pass_at_k_is_compared_at_the_smaller_number_of_samples() -> None:
     base = RunData("base", scores=[scores([[0, 1, 2, 3]], samples=4)])
     other = RunData("other", scores=[scores([[1, 1, 1, 1]], samples=2)])
-    _, passed = differences([base, other])
-    assert passed.metric == "Pass@2"
+    avg, passed = differences([base, other])
+    assert (avg.metric, passed.metric) == ("Avg@k", "Pass@2")
+    row = next(row for row in to_csv(ReportData("two", "now", [base, other])).splitlines() if "avg_at_k" in row)
+    assert row.startswith("other,difference_over_problems,1,,avg_at_k,")
     expected = np.mean([pass_at_k(2, 1, 2)] * 4) - np.mean([pass_at_k(4, c, 2) for c in (0, 1, 2, 3)])
     assert passed.value == pytest.approx(expected)
     assert passed.over_seeds is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eopd.stages.report import headline, numbers, raster, tables, words
-from eopd.stages.report.curves import by_step, common_k
+from eopd.stages.report.curves import by_step, quality
 from eopd.stages.report.data import (
     BinnedMean,
     CostRow,
@@ -204,9 +204,11 @@ def test_the_headline_says_what_was_gained(
 def test_a_gain_of_all_samples_is_not_shown_as_one_at_fewer() -> None:
     """Where another run has 4 samples, Pass@4 is shown of both; the paired change of this run is that of Pass@8."""
     rounds = [RoundData(0, {8: 0.1}, {4: 0.2, 8: 0.3}), RoundData(1, {8: 0.2}, {4: 0.5, 8: 0.9})]
-    eight = RunData("eight", rounds=rounds, pass_gain=Estimate(0.6, 0.5, 0.7), scores=[made_up_scores(1, 0.1)])
+    paired = {"avg_gain": Estimate(0.1, 0.05, 0.15), "pass_gain": Estimate(0.6, 0.5, 0.7)}
+    eight = RunData("eight", rounds=rounds, **paired, scores=[made_up_scores(1, 0.1)])
     four = RunData("four", rounds=[RoundData(0, {4: 0.1}, {4: 0.2})])
-    (gain,) = headline.summarise([eight, four])[0].gains
+    avg, gain = headline.summarise([eight, four])[0].gains
+    assert (avg.name, avg.paired) == ("Avg@k", paired["avg_gain"])
     assert (gain.name, gain.paired) == ("Pass@4", None)
     assert gain.difference == pytest.approx(0.3)
     assert headline.summarise([eight])[0].gains[1].paired == Estimate(0.6, 0.5, 0.7)
@@ -289,13 +291,29 @@ def test_runs_that_were_evaluated_on_other_problems_are_not_ranked() -> None:
     assert said_of(easy, of_another_file) == NO_RANKING
 
 
-def test_runs_are_compared_at_the_largest_k_they_share() -> None:
-    runs = [
-        RunData("a", rounds=[RoundData(0, {1: 0.1, 8: 0.2})]),
-        RunData("b", rounds=[RoundData(0, {1: 0.1, 4: 0.2})]),
+def test_runs_with_other_numbers_of_samples_are_shown_together() -> None:
+    """Avg@k is of all samples of each, as its expectation is the same for every k; Pass@k at a k that both have."""
+    eight = RunData("eight", rounds=[RoundData(0, {8: 0.2}, {1: 0.2, 4: 0.5, 8: 0.7}, {8: (0.1, 0.3)})])
+    four = RunData("four", rounds=[RoundData(0, {4: 0.25}, {1: 0.25, 4: 0.6})])
+    avg, passed, _ = quality([eight, four])
+    assert (avg.title, avg.note) == ("Avg@k", "mean share of right samples, of 4 and 8 a problem")
+    assert [mark.points for mark in avg.marks if isinstance(mark, Line)] == [
+        (Point(0, 0.2, 0.1, 0.3),),
+        (Point(0, 0.25),),
     ]
-    assert common_k(runs, "avg_at_k") == 1
-    assert common_k(runs, "pass_at_k") is None
+    assert passed.title == "Pass@4"
+    assert passed.ys() == [0.5, 0.6]
+    gains = [gain for summary in headline.summarise([eight, four]) for gain in summary.gains]
+    assert [(gain.name, gain.first.value) for gain in gains] == [
+        ("Avg@k", 0.2),
+        ("Pass@4", 0.5),
+        ("Avg@k", 0.25),
+        ("Pass@4", 0.6),
+    ]
+    assert [figure.title for figure in quality([eight])][:2] == ["Avg@8", "Pass@8"]
+    assert [figure.title for figure in quality([eight, RunData("none")])][:2] == ["Avg@8", "Pass@8"]
+    apart = RunData("apart", rounds=[RoundData(0, {2: 0.1}, {2: 0.1})])
+    assert "pass-at-k" not in {figure.name for figure in quality([eight, apart])}
 
 
 def test_steps_that_begin_again_each_round_follow_one_another() -> None:

@@ -31,9 +31,9 @@ class Panel:
     dashed: str = ""
 
 
-_ENTROPY_NOTE = "nats a token · student solid, teacher dashed"
+ENTROPY_NOTE = "nats a token · student solid, teacher dashed"
 ROUND_PANELS = (
-    Panel("entropy", "Entropy", "student_entropy", note=_ENTROPY_NOTE, dashed="teacher_entropy"),
+    Panel("entropy", "Entropy", "student_entropy", note=ENTROPY_NOTE, dashed="teacher_entropy"),
     Panel("gate-fraction", "Gate fraction", "gate_fraction", "percent", "tokens whose teacher entropy passes the gate"),
     Panel("rkl", "Reverse KL", "rkl", note="student to teacher, nats per token"),
     Panel("fkl", "Forward KL", "fkl", note="teacher to student, nats per token"),
@@ -52,29 +52,12 @@ ROUND_PANELS = (
     Panel("truncation", "Truncation rate", "truncation_rate", "percent", "responses cut off at the length limit"),
     Panel("tokens", "Student tokens", "tokens", "count", "response tokens trained on in the round"),
 )
-HELD_OUT_PANELS = (
-    Panel(
-        "uncertain-fkl", "Forward KL on uncertain tokens", "uncertain_fkl", note="teacher entropy past the threshold"
-    ),
-    Panel("held-out-fkl", "Forward KL on all tokens", "held_out_fkl", note="teacher to student, nats per token"),
-    Panel("held-out-rkl", "Reverse KL on all tokens", "held_out_rkl", note="student to teacher, nats per token"),
-    Panel("agreement", "Top-1 agreement", "agreement", "percent", "the most probable token is the same"),
-    Panel(
-        "above-threshold",
-        "Uncertain tokens",
-        "student_above",
-        "percent",
-        "entropy past the threshold · student solid, teacher dashed",
-        dashed="teacher_above",
-    ),
-    Panel("held-out-entropy", "Entropy", "held_out_entropy", note=_ENTROPY_NOTE, dashed="held_out_teacher_entropy"),
-)
 STEP_PANELS = (
     Panel("step-loss", "Loss", "loss"),
     Panel("step-rkl", "Reverse KL", "rkl", note="nats per token"),
     Panel("step-fkl", "Forward KL", "fkl", note="nats per token"),
     Panel("step-gate-fraction", "Gate fraction", "gate_fraction", "percent"),
-    Panel("step-entropy", "Entropy", "student_entropy", note=_ENTROPY_NOTE, dashed="teacher_entropy"),
+    Panel("step-entropy", "Entropy", "student_entropy", note=ENTROPY_NOTE, dashed="teacher_entropy"),
     Panel("step-retained-mass", "Retained mass", "retained_mass", "percent", "teacher probability in the stored head"),
     Panel("step-grad-norm", "Gradient norm", "grad_norm"),
     Panel("step-tokens-per-s", "Training speed", "tokens_per_s", "count", "tokens a second"),
@@ -107,14 +90,9 @@ def quality(runs: Sequence[RunData]) -> list[Figure]:
     return figures
 
 
-def by_round(runs: Sequence[RunData]) -> tuple[list[Figure], list[str]]:
+def by_round(runs: Sequence[RunData], panels: Sequence[Panel] = ROUND_PANELS) -> tuple[list[Figure], list[str]]:
     """Figures by round, and the titles of those nothing was measured for."""
-    return _panels(runs, ROUND_PANELS, _round_lines)
-
-
-def held_out(runs: Sequence[RunData]) -> list[Figure]:
-    """Figures of teacher against student on the evaluation's samples, by round."""
-    return _panels(runs, HELD_OUT_PANELS, _round_lines)[0]
+    return _panels(runs, panels, _round_lines)
 
 
 def by_step(runs: Sequence[RunData]) -> tuple[list[Figure], list[str]]:

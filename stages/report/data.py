@@ -18,6 +18,10 @@ from pydantic.dataclasses import dataclass
 
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 Interval = tuple[float, float]
+FIRST = "first_"
+"""Before the name of a figure of teacher and student that is of the first student's samples, the fixed set."""
+FORWARD_KL = "Forward KL"
+"""Among figures by entropy bin."""
 
 
 @dataclass(frozen=True, config=_CONFIG)
@@ -68,7 +72,8 @@ class RoundData:
     ``token_entropy``: of what the evaluation sampled (nats); ``ungraded``: answers that the grader gave up on;
     ``left_out``: problems that were not evaluated. From ``held_out_entropy`` on: of teacher and student on the
     evaluation's samples, exact over the full vocabulary; ``uncertain_fkl`` is of tokens whose teacher entropy exceeds
-    the threshold, ``student_above`` and ``teacher_above`` are the shares of tokens with more entropy than that.
+    the threshold, ``student_above`` and ``teacher_above`` are the shares of tokens with more entropy than that. They
+    are of the student's own samples, those that begin with ``first_`` of the first student's, one fixed set.
     ``intervals``: of any of the single figures, by its name.
     ``measured``: whether this student was to be evaluated; a line goes from one that was to the next.
     ``benchmarks``: the evaluation's figures on each of its benchmarks, by name; those above are means over them.
@@ -102,6 +107,14 @@ class RoundData:
     agreement: float | None = None
     student_above: float | None = None
     teacher_above: float | None = None
+    first_held_out_entropy: float | None = None
+    first_held_out_teacher_entropy: float | None = None
+    first_held_out_fkl: float | None = None
+    first_held_out_rkl: float | None = None
+    first_uncertain_fkl: float | None = None
+    first_agreement: float | None = None
+    first_student_above: float | None = None
+    first_teacher_above: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
     measured: bool = True
     benchmarks: dict[str, RoundData] = field(default_factory=dict)
@@ -202,6 +215,8 @@ class RunData:
 
     ``threshold``: the gate's tau (nats); ``interval``: what the intervals are, such as "95 % bootstrap over problems";
     the gains are last minus first round, paired where they can be; ``scores``: one entry an evaluated round, in order.
+    ``by_entropy_bin``: means by bin of teacher entropy, by title, of the student's own samples;
+    ``first_by_entropy_bin``: of the first student's; ``read_with``: what both are measured with, by name (teacher ...).
     Runs of equal ``kin`` differ in ``seed`` at most. ``graders``: verifiers with their versions; ``warnings``: what a
     reader must know before believing the figures.
     """
@@ -212,8 +227,9 @@ class RunData:
     training: list[StepRow] = field(default_factory=list)
     entropy_histogram_teacher: Histogram | None = None
     entropy_histogram_student: Histogram | None = None
-    fkl_by_entropy_bin: BinnedMean | None = None
-    further_by_entropy_bin: dict[str, BinnedMean] = field(default_factory=dict)
+    by_entropy_bin: dict[str, BinnedMean] = field(default_factory=dict)
+    first_by_entropy_bin: dict[str, BinnedMean] = field(default_factory=dict)
+    read_with: dict[str, str] = field(default_factory=dict)
     rollouts: list[RolloutView] = field(default_factory=list)
     cost: list[CostRow] = field(default_factory=list)
     threshold: float | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from eopd.stages.report import palette, words
+from eopd.stages.report import held_out, palette, words
 from eopd.stages.report.curves import key_of
-from eopd.stages.report.data import BinnedMean, Histogram, RunData
+from eopd.stages.report.data import FIRST, FORWARD_KL, BinnedMean, Histogram, RunData
 from eopd.stages.report.figure import Axis, Figure, Line, Steps, is_shown
 
 _OPEN = 4  # a last bin this many times wider than the one before is open: its end is not to scale
@@ -41,34 +41,33 @@ def histograms(runs: Sequence[RunData]) -> list[Figure]:
 
 
 def by_entropy_bin(runs: Sequence[RunData]) -> list[Figure]:
-    """FKL by teacher-entropy bin, then whatever else was measured by bin."""
+    """FKL by teacher-entropy bin, then whatever else was measured by bin; each kind of responses apart."""
+    own, first = [run.by_entropy_bin for run in runs], [run.first_by_entropy_bin for run in runs]
+    return [*_by_entropy_bin(runs, own, ""), *_by_entropy_bin(runs, first, FIRST)]
+
+
+def _by_entropy_bin(runs: Sequence[RunData], measured: Sequence[Mapping[str, BinnedMean]], kind: str) -> list[Figure]:
     figures = []
-    columns: list[tuple[str, str, str, list[BinnedMean | None]]] = [
-        (
-            "fkl-by-entropy",
-            "Forward KL by teacher entropy",
-            "mean of the tokens in each bin, nats",
-            [run.fkl_by_entropy_bin for run in runs],
-        )
-    ]
-    names = sorted({name for run in runs for name in run.further_by_entropy_bin})
-    columns += [
-        (
-            f"by-entropy-{index}",
-            f"{words.printable(name, 40)} by teacher entropy",
-            "mean of the tokens in each bin",
-            found,
-        )
-        for index, name in enumerate(names)
-        for found in [[run.further_by_entropy_bin.get(name) for run in runs]]
-    ]
-    for name, title, note, found in columns:
+    names = sorted({name for binned in measured for name in binned}, key=lambda name: (name != FORWARD_KL, name))
+    for number, name in enumerate(names):
+        found = [binned.get(name) for binned in measured]
         marks = tuple(_means(runs, index, binned) for index, binned in enumerate(found) if binned is not None)
         shown = tuple(mark for mark in marks if _has_data(mark))
         if shown:
-            rules = _gate(runs[0]) if len({run.threshold for run in runs}) == 1 else ()
-            axis = Axis("teacher entropy, nats")
-            figures.append(Figure(name, title, note, axis, Axis(title), shown, rules=rules, key=key_of(runs)))
+            title = f"{words.printable(name, 40)} by teacher entropy{held_out.TITLES[kind]}"
+            unit = "mean of the tokens in each bin" + (", nats" if name == FORWARD_KL else "")
+            figures.append(
+                Figure(
+                    f"{kind.replace('_', '-')}{'fkl-by-entropy' if name == FORWARD_KL else f'by-entropy-{number}'}",
+                    title,
+                    f"{unit} · {held_out.NOTES[kind]}",
+                    Axis("teacher entropy, nats"),
+                    Axis(title),
+                    shown,
+                    rules=_gate(runs[0]) if len({run.threshold for run in runs}) == 1 else (),
+                    key=key_of(runs),
+                )
+            )
     return figures
 
 

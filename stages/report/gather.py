@@ -79,8 +79,9 @@ def gather(run: RunArtifacts) -> RunData:
         training=_training(run, trained),
         entropy_histogram_teacher=_teacher_histogram(scored[-1].scores) if scored else None,
         entropy_histogram_student=_student_histogram(trained),
-        fkl_by_entropy_bin=aligned.binned(measured[-1], "fkl") if measured else None,
-        further_by_entropy_bin=aligned.further(measured[-1]) if measured else {},
+        by_entropy_bin=aligned.binned(measured[-1], "own") if measured else {},
+        first_by_entropy_bin=aligned.binned(measured[-1], "first") if measured else {},
+        read_with=aligned.read_with(measured[-1]) if measured else {},
         rollouts=[
             view
             for found in _first_and_last(scored)

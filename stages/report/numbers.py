@@ -14,7 +14,7 @@ from dataclasses import fields
 
 from eopd.stages.report import words
 from eopd.stages.report.comparison import compare
-from eopd.stages.report.data import Estimate, Histogram, ReportData, RoundData, RunData, StepRow
+from eopd.stages.report.data import FIRST, Estimate, Histogram, ReportData, RoundData, RunData, StepRow
 
 HEAD = ("run", "section", "round", "x", "name", "value", "low", "high", "benchmark")
 Row = tuple[object, ...]
@@ -56,12 +56,11 @@ def _run(run: RunData) -> Iterator[Row]:
         if isinstance(histogram, Histogram):
             for low, count in zip(histogram.edges, histogram.counts, strict=False):
                 yield ("entropy_histogram", "", low, who, count, "", "")
-    binned = {"fkl": run.fkl_by_entropy_bin, **run.further_by_entropy_bin}
-    for name, means in binned.items():
-        if means is not None:
+    for section, binned in (("", run.by_entropy_bin), (FIRST, run.first_by_entropy_bin)):
+        for name, means in binned.items():
             for low, mean, bounds in zip(means.edges[:-1], means.means, means.bounds, strict=True):
                 if mean is not None:
-                    yield ("by_entropy_bin", "", low, _cell(name), mean, *(bounds or ("", "")))
+                    yield (f"{section}by_entropy_bin", "", low, _cell(name), mean, *(bounds or ("", "")))
     for cost in run.cost:
         for name in ("seconds", "tokens", "bytes"):
             value = getattr(cost, name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from eopd.stages.report import comparison, curves, distributions, headline, palette, plots, tables, words
+from eopd.stages.report import comparison, curves, distributions, headline, held_out, palette, plots, tables, words
 from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.figure import Figure, Rows, rows
 from eopd.stages.report.rollout_html import gallery
@@ -26,7 +26,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 @dataclass(frozen=True)
 class Section:
-    """A group of figures. ``missing``: titles of those that no run has numbers for; ``more``: figures folded away."""
+    """A group of figures. ``missing``: titles of those that no run has numbers for; ``more``: figures folded away;
+    ``notes``: what must be known before comparing their lines.
+    """
 
     ident: str
     short: str  # in the navigation
@@ -35,6 +37,7 @@ class Section:
     figures: tuple[Figure, ...]
     missing: tuple[str, ...]
     more: tuple[Figure, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def sections(runs: Sequence[RunData]) -> list[Section]:
@@ -43,6 +46,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
     steps, steps_missing = curves.by_step(runs)
     binned = distributions.by_entropy_bin(runs)
     histograms = distributions.histograms(runs)
+    measured = held_out.figures(runs)
     spread_missing = [
         *([] if histograms else ["token entropy"]),
         *([] if binned else ["forward KL by teacher entropy"]),
@@ -80,8 +84,9 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             "Teacher",
             "Against the teacher",
             "Teacher and student on the evaluation's samples, exact over the full vocabulary.",
-            tuple(curves.held_out(runs)),
-            () if curves.held_out(runs) else ("alignment on held-out samples (set evaluate.alignment)",),
+            tuple(measured),
+            () if measured else ("alignment on held-out samples (set evaluate.alignment)",),
+            notes=tuple(held_out.notes(runs)),
         ),
         Section(
             "spread",
@@ -90,6 +95,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             "Most tokens are certain; the method is about the few at which several continuations are right.",
             (*histograms, *binned),
             tuple(spread_missing),
+            notes=tuple(held_out.notes(runs)) if binned else (),
         ),
     ]
 

@@ -65,12 +65,9 @@ def merged(runs: Sequence[RunData]) -> RunData:
         training=_training(runs),
         entropy_histogram_teacher=_histogram([run.entropy_histogram_teacher for run in runs]),
         entropy_histogram_student=_histogram([run.entropy_histogram_student for run in runs]),
-        fkl_by_entropy_bin=_binned([run.fkl_by_entropy_bin for run in runs]),
-        further_by_entropy_bin={
-            name: mean
-            for name in first.further_by_entropy_bin
-            if (mean := _binned([run.further_by_entropy_bin.get(name) for run in runs])) is not None
-        },
+        by_entropy_bin=_binned([run.by_entropy_bin for run in runs]),
+        first_by_entropy_bin=_binned([run.first_by_entropy_bin for run in runs]),
+        read_with=_shared([run.read_with for run in runs if run.read_with]),
         rollouts=first.rollouts,
         cost=_costs(runs),
         threshold=first.threshold,
@@ -184,10 +181,16 @@ def _histogram(found: Sequence[Histogram | None]) -> Histogram | None:
     return Histogram(edges, counts.tolist())
 
 
-def _binned(found: Sequence[BinnedMean | None]) -> BinnedMean | None:
-    """Bin by bin; counts are of all seeds."""
-    known = [binned for binned in found if binned is not None]
-    if not known or any(binned.edges != known[0].edges for binned in known):
+def _binned(runs: Sequence[dict[str, BinnedMean]]) -> dict[str, BinnedMean]:
+    """Means over the seeds that have them, of each title."""
+    titles = list(dict.fromkeys(title for found in runs for title in found))
+    means = {title: _bin_by_bin([found[title] for found in runs if title in found]) for title in titles}
+    return {title: mean for title, mean in means.items() if mean is not None}
+
+
+def _bin_by_bin(known: Sequence[BinnedMean]) -> BinnedMean | None:
+    """Counts are of all seeds."""
+    if any(binned.edges != known[0].edges for binned in known):
         return None
     means, intervals = zip(
         *(_mean(column) for column in zip(*(each.means for each in known), strict=True)), strict=True
@@ -196,6 +199,11 @@ def _binned(found: Sequence[BinnedMean | None]) -> BinnedMean | None:
     if all(binned.counts is not None for binned in known):
         counts = [sum(column) for column in zip(*(each.counts or [] for each in known), strict=True)]
     return BinnedMean(known[0].edges, list(means), counts, list(intervals))
+
+
+def _shared(found: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What is the same in all: each seed has, for instance, a fixed set of its own."""
+    return {name: text for name, text in (found[0] if found else {}).items() if all(o.get(name) == text for o in found)}
 
 
 def _gains(runs: Sequence[RunData], shared: Sequence[int]) -> tuple[Estimate | None, Estimate | None]:

@@ -6,6 +6,7 @@ import math
 import random
 
 from eopd.stages.report.data import (
+    FORWARD_KL,
     BinnedMean,
     CostRow,
     Estimate,
@@ -156,12 +157,13 @@ def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, sha
         training=made_up_training(seed),
         entropy_histogram_teacher=made_up_histogram(seed, 0.45),
         entropy_histogram_student=made_up_histogram(seed + 50, 0.6),
-        fkl_by_entropy_bin=made_up_binned(),
-        further_by_entropy_bin={
-            "Top-1 agreement": BinnedMean(EDGES[::3], [0.97 - 0.2 * edge for edge in EDGES[::3][:-1]])
+        by_entropy_bin={
+            FORWARD_KL: made_up_binned(),
+            "Top-1 agreement": BinnedMean(EDGES[::3], [0.97 - 0.2 * edge for edge in EDGES[::3][:-1]]),
         },
         rollouts=[made_up_rollout(seed * 100 + index, 30 + 7 * (index % 5)) for index in range(12)],
         cost=made_up_cost(shared=shared),
+        read_with={"evaluate.alignment.tau": "0.8", "the teacher": "made up"},
         threshold=0.8,
         scores=[made_up_scores(seed, gain)],
         seed=seed,

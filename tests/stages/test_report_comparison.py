@@ -13,7 +13,16 @@ import pytest
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.report.comparison import Difference, compare, table
 from eopd.stages.report.curves import quality
-from eopd.stages.report.data import BinnedMean, CostRow, Histogram, ProblemScores, ReportData, RoundData, RunData
+from eopd.stages.report.data import (
+    FORWARD_KL,
+    BinnedMean,
+    CostRow,
+    Histogram,
+    ProblemScores,
+    ReportData,
+    RoundData,
+    RunData,
+)
 from eopd.stages.report.expenses import costs, seconds_by_key
 from eopd.stages.report.numbers import to_csv
 from eopd.stages.report.page import render
@@ -61,19 +70,21 @@ def test_histograms_add_up_and_bins_are_means_over_seeds() -> None:
     first = replace(
         first,
         entropy_histogram_teacher=Histogram([0.0, 1.0], [4]),
-        fkl_by_entropy_bin=BinnedMean([0.0, 1.0, 2.0], [1.0, None], [30, 0]),
+        by_entropy_bin={FORWARD_KL: BinnedMean([0.0, 1.0, 2.0], [1.0, None], [30, 0])},
+        read_with={"the teacher": "t", "the fixed set": "a"},
         cost=[CostRow("score", 0, 5.0, key="k", shared=True), CostRow("train", 0, 2.0, key="x")],
     )
     second = replace(
         second,
         entropy_histogram_teacher=Histogram([0.0, 1.0, 20.0], [5, 1]),
-        fkl_by_entropy_bin=BinnedMean([0.0, 1.0, 2.0], [2.0, 7.0], [10, 5]),
+        by_entropy_bin={FORWARD_KL: BinnedMean([0.0, 1.0, 2.0], [2.0, 7.0], [10, 5])},
+        read_with={"the teacher": "t", "the fixed set": "b"},
         cost=[CostRow("score", 0, 5.0, key="k", shared=True), CostRow("train", 0, 3.0, key="y")],
     )
     found = merged([first, second])
     assert found.entropy_histogram_teacher == Histogram([0.0, 1.0, 20.0], [9, 1])
-    binned = found.fkl_by_entropy_bin
-    assert binned is not None
+    assert found.read_with == {"the teacher": "t"}
+    binned = found.by_entropy_bin[FORWARD_KL]
     assert (binned.means, binned.counts) == ([1.5, 7.0], [40, 5])
     half = 12.706 * 0.5  # Student's t with one degree of freedom, times the standard error of 1 and 2
     low, high = binned.bounds[0] or (0.0, 0.0)

@@ -110,11 +110,13 @@ def evil_report() -> ReportData:
         graders=[EVIL],
         settings={EVIL: {EVIL: [EVIL]}, "train": {EVIL: EVIL}},
         training=[StepRow(1, step, loss=1.0, further={EVIL: 1.0}) for step in range(3)],
-        further_by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
+        by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
+        first_by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
+        read_with={EVIL: EVIL},
         cost=[CostRow(EVIL, 1, 1.0)],
         rollouts=[RolloutView(EVIL, [EVIL, "<script>", ""], [0.1, 2.0, None], [-1.0, -2.0, None], verdict=EVIL)],
     )
-    other = replace(run, settings={"train": {"lr": 1}})
+    other = replace(run, settings={"train": {"lr": 1}}, read_with={EVIL: "other"})
     return ReportData(title=EVIL, generated=EVIL, runs=[run, other])
 
 

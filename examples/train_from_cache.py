@@ -26,6 +26,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.listing import find
 from eopd.storage.needs import DrawsNeed
 from eopd.storage.rollouts import read_rollouts
+from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 
@@ -33,7 +34,7 @@ class Scored(Dataset[tuple[int, int]]):
     """Responses with at least one scored token, as (part, row): what a batch is read by."""
 
     def __init__(self, cache: TeacherCache) -> None:
-        counts = {part: cache.token_counts(part) for part in sorted(cache.artifact.committed())}
+        counts = {part: cache.token_counts(part) for part in filled_parts(cache.artifact)}
         self.places = [(part, int(row)) for part, found in counts.items() for row in np.flatnonzero(found)]
 
     def __len__(self) -> int:

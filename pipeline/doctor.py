@@ -30,8 +30,8 @@ IMPORT_SECONDS = 120.0
 LITTLE_MEMORY = 4 << 30
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "scripts"
 NEEDED = (
-    *("accelerate", "datasets", "jinja2", "math_verify", "matplotlib", "numpy", "pyarrow", "pydantic", "rich"),
-    *("safetensors", "tensorboard", "tokenizers", "yaml", "zarr"),
+    *("accelerate", "datasets", "huggingface_hub", "jinja2", "markupsafe", "math_verify", "matplotlib", "numba"),
+    *("numcodecs", "numpy", "pyarrow", "pydantic", "rich", "safetensors", "tensorboard", "tokenizers", "yaml", "zarr"),
 )
 TORCH_PROBE = """
 cuda = torch.cuda.is_available()

@@ -8,13 +8,10 @@ Nothing here loads a model: shapes are in the headers of its safetensors files. 
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eopd.pipeline.config import ConfigError
 from eopd.stages.score.settings import HeadSettings
@@ -24,7 +21,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = 2  # of AdamW: means of the gradient and of its square
-LONGEST_HEADER = 100 << 20  # bytes; what safetensors itself reads
 
 ROLLOUT_TOKEN = 12.0  # id, log-prob and text of a token in Parquet, before compression
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_out")
@@ -63,24 +59,17 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ConfigError: a file of weights is not safetensors; names it.
     """
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, entry in _header(path).items():
-            if name != "__metadata__":
-                shapes[name] = tuple(int(size) for size in entry["shape"])
+        try:
+            with safe_open(path, "np") as file:
+                names = file.keys()
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is no safetensors file ({error}); download or save the model again") from error
     return shapes
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            found: dict[str, Any] = json.loads(file.read(length))
-    except (struct.error, ValueError) as error:
-        raise ConfigError(f"{path} is no safetensors file ({error}); download or save the model again") from error
-    return found
 
 
 def parameter_count(shapes: Shapes) -> int:

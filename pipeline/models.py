@@ -75,7 +75,7 @@ def locate(role: str, path: str, revision: str | None) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if looks_local:
         raise ConfigError(f"{role}.path: there is no folder {path}. Point it to a model folder, or to a hub id.")
     from huggingface_hub import snapshot_download

@@ -73,7 +73,7 @@ class Stream:
     """
 
     def __init__(self, name: str, extra: int, values: Integers, bounds: Int64) -> None:
-        symbols.check(values, extra)
+        symbols.check(name, values, extra)
         self.name, self.extra, self.bounds = name, extra, bounds
         self.values: Int32 = np.ascontiguousarray(values, np.int32)
 

@@ -44,10 +44,10 @@ def largest(extra: int) -> int:
     return 1 << min(MAX_RAW, (256 >> extra) - 2 + extra)
 
 
-def check(values: NDArray[Any], extra: int) -> None:
-    """Raises ValueError where a number has no symbol."""
+def check(name: str, values: NDArray[Any], extra: int) -> None:
+    """Raises ValueError where a number of the field ``name`` has no symbol."""
     if values.size and (values.min() < 0 or values.max() >= largest(extra)):
-        raise ValueError(f"numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
+        raise ValueError(f"{name}: numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
 
 
 def raw_counts(symbols: Symbols, extra: int) -> NDArray[np.uint8]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,29 @@ def test_the_page_of_settings_is_what_the_settings_say() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = LINK.findall(page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_messages_are_quoted_as_the_code_says_them() -> None:
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    cells = [row.split("|")[1] for row in rows if row.startswith("| ") and "(vLLM)" not in row]
+    quoted = [
+        piece.strip(" ;") for cell in cells for words in re.findall(r"`([^`]+)`", cell) for piece in words.split("…")
+    ]
+    said = " ".join(_texts())
+    pieces = [piece for piece in quoted if piece]
+    assert len(pieces) > 10
+    assert [piece for piece in pieces if piece not in said] == []
+
+
+def _texts() -> Iterator[str]:
+    """Every text in the code, and the text of every setting's name."""
+    for package in ("pipeline", "stages", "storage"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
 
 
 def test_the_config_to_start_from_is_valid() -> None:

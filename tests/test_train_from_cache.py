@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,11 @@ def test_positions_and_targets(tmp_path: Path) -> None:
     cache = TeacherCache(scores)
     places = Scored(cache).places
     assert places == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3)]
+    short = Artifact(tmp_path, Identity("scores", 1, 2, {}, {"rollouts": "other"}, {"head": "aware"}))
+    with short.write_part(0) as folder:
+        shutil.copytree(scores.part_folder(0), folder, dirs_exist_ok=True)
+    short.set_aside(1, "NaN logits")
+    assert Scored(TeacherCache(short)).places == [(0, 0), (0, 2), (0, 3)], "a part that was set aside holds nothing"
     rollouts = Artifact(tmp_path, Identity("rollouts", 1, 2))
     batch = Collator(cache, rollouts)([(0, 2), (1, 0)])
     ids = batch["input_ids"]

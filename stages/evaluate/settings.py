@@ -10,10 +10,8 @@ from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
 from eopd.stages.evaluate.alignment.settings import AlignmentSettings
-from eopd.stages.models.prompts import Columns, PromptSettings, count_prompts
+from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
 from eopd.stages.settings import Settings, setting
-
-VerifierName = Literal["countdown", "exact", "math"]
 
 
 class ProblemColumns(Columns):

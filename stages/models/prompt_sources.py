@@ -75,7 +75,7 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
     if not path.exists():
-        raise ValueError(f"prompt source {path} does not exist: check prompts.path")
+        raise ValueError(f"prompt source {path} does not exist: check its path")
     if path.stat().st_size == 0:
         raise ValueError(f"prompt source {path} is empty")
     if path.suffix.lower() in JSON_LINES:
@@ -112,8 +112,7 @@ def _require(columns: Sequence[str], there: Any, where: str) -> None:
     for name in columns:
         if name not in there:
             raise ValueError(
-                f"{where} has no column {name!r}; it has {', '.join(sorted(there)) or 'none'}. Map them with "
-                "prompts.columns."
+                f"{where} has no column {name!r}; it has {', '.join(sorted(there)) or 'none'}. Map them with columns."
             )
 
 
@@ -147,11 +146,11 @@ def _split(path: Path, split: str | None) -> Path:
     listing = path / "dataset_dict.json"
     if not listing.exists():
         if split is not None:
-            raise ValueError(f"prompts.split is {split!r}, but {path} holds one data set without splits; remove it")
+            raise ValueError(f"split is {split!r}, but {path} holds one data set without splits; remove it")
         return path
     splits = _json(listing).get("splits", [])
     if split not in splits:
-        raise ValueError(f"prompts.split is {split!r}, but {path} has the splits {', '.join(splits)}; choose one")
+        raise ValueError(f"split is {split!r}, but {path} has the splits {', '.join(splits)}; choose one")
     return path / str(split)
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
+VerifierName = Literal["countdown", "exact", "math"]
+
 
 class Columns(Settings):
     """Which column of the source holds what."""
@@ -44,7 +46,7 @@ class PromptSettings(Settings):
     split: str | None = setting(None, "Split of a folder that holds several")
     limit: int | None = setting(None, "Use the first rows only (null: all)", ge=1)
     columns: Columns = setting(Columns, "Which column holds what")
-    verifier: str | None = setting(None, "Name of the verifier that judges answers to these prompts")
+    verifier: VerifierName | None = setting(None, "Who judges answers to these prompts, in the report")
     template: Literal["chat", "plain"] = setting(
         "chat", "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted"
     )
@@ -58,8 +60,8 @@ class PromptSettings(Settings):
     def _plain_has_no_chat_arguments(self) -> PromptSettings:
         if self.template == "plain" and (self.system is not None or self.template_arguments):
             raise ValueError(
-                "prompts.system and prompts.template_arguments belong to template: chat; with template: plain write "
-                "what you need into the prompt or prompts.suffix"
+                "system and template_arguments belong to template: chat; with template: plain write what you need into "
+                "the prompt or the suffix"
             )
         return self
 

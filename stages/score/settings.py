@@ -22,7 +22,7 @@ class HeadSettings(Settings):
     )
     draws: DrawMode = setting("beyond_head", "beyond_head: unbiased draws of the rest; full: of everything; none")
     n_draws: int = setting(0, "Draws a token, with draws: full", ge=0)
-    seed: int = setting(0, "Of the draws")
+    seed: int = setting(0, "Seed of the draws")
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> HeadSettings:
@@ -61,7 +61,7 @@ class ScoreSettings(Settings):
     )
     first_batch_check: bool = setting(
         True,
-        "Compare the first sequence's log-probs with the full model's own logits before anything is stored",
+        "Compare the shortest sequence's distributions with the full model's own before anything is stored",
         keyed=False,
     )
 

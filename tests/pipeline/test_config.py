@@ -129,6 +129,11 @@ def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
         ("evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}", "set student.dtype"),
         ("rounds", "expected key=value, such as train.optimizer.lr=1e-5"),
         ("train={epochs: 2, epochs: 3}", "'epochs' is already given in line 1"),
+        (
+            "prompts.verifier=maths",
+            "setting 'prompts.verifier' is 'maths': Input should be 'countdown', 'exact' or 'math'",
+        ),
+        ("prompts={path: p, template: plain, system: s}", "system and template_arguments belong to template: chat"),
         ("name.deeper=1", "is a value, not a group"),
     ],
 )

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eopd.pipeline.config import ModelSettings
-from eopd.pipeline.models import inspect_model, stop_ids_of
+from eopd.pipeline.config import ConfigError, ModelSettings
+from eopd.pipeline.models import inspect_model, locate, stop_ids_of
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule
@@ -73,3 +73,16 @@ def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
     assert after[0] == before[0]
     assert after[1][0] != before[1][0]
     assert after[1][1] != before[1][1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/model"])
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"student.path: '{name}' is neither a folder nor in the local hub cache"):
+        locate("student", name, None)
+    commit, cached = "a" * 40, tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert locate("student", name, None) == snapshot

@@ -31,9 +31,9 @@ class RaySettings(Settings):
         "this machine alone, started for the run.",
         keyed=False,
     )
-    rollout: RayResources = setting(RayResources, "Of rollout tasks.", keyed=False)
-    score: RayResources = setting(RayResources, "Of score tasks.", keyed=False)
-    train: RayResources = setting(RayResources, "Of training, on each of its nodes.", keyed=False)
+    rollout: RayResources = setting(RayResources, "Resources of rollout tasks.", keyed=False)
+    score: RayResources = setting(RayResources, "Resources of score tasks.", keyed=False)
+    train: RayResources = setting(RayResources, "Resources of training, on each of its nodes.", keyed=False)
     evaluate: RayResources = setting(RayResources, "Of evaluate tasks.", keyed=False)
     align: RayResources = setting(RayResources, "Of align tasks.", keyed=False)
     workers: int | None = setting(

@@ -10,7 +10,7 @@ from eopd.stages.settings import Settings, setting
 class SlurmResources(Settings):
     """Of one task. What is not set here is left to the settings of all stages, then to the cluster's defaults."""
 
-    partition: str | None = setting(None, "--partition.", keyed=False)
+    partition: str | None = setting(None, "Partition (--partition).", keyed=False)
     account: str | None = setting(None, "--account.", keyed=False)
     time: str | None = setting(
         None,
@@ -35,9 +35,9 @@ class SlurmResources(Settings):
 
 class SlurmSettings(Settings):
     resources: SlurmResources = setting(SlurmResources, "Of every task, where its stage says nothing.", keyed=False)
-    rollout: SlurmResources = setting(SlurmResources, "Of rollout tasks.", keyed=False)
-    score: SlurmResources = setting(SlurmResources, "Of score tasks.", keyed=False)
-    train: SlurmResources = setting(SlurmResources, "Of training.", keyed=False)
+    rollout: SlurmResources = setting(SlurmResources, "Resources of rollout tasks.", keyed=False)
+    score: SlurmResources = setting(SlurmResources, "Resources of score tasks.", keyed=False)
+    train: SlurmResources = setting(SlurmResources, "Resources of training.", keyed=False)
     evaluate: SlurmResources = setting(SlurmResources, "Of evaluate tasks.", keyed=False)
     align: SlurmResources = setting(SlurmResources, "Of align tasks.", keyed=False)
     parts_per_task: int = setting(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, get_args
 
-from eopd.stages.evaluate.settings import VerifierName
 from eopd.stages.evaluate.verifiers import countdown, exact
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
 from eopd.stages.evaluate.verifiers.verdict import UNREADABLE, Verdict
+from eopd.stages.models.prompts import VerifierName
 
 Judge = Callable[[str, str], Verdict]
 

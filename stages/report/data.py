@@ -67,8 +67,9 @@ class BinnedMean:
 
 @dataclass(frozen=True, config=_CONFIG)
 class RoundData:
-    """One round's figures. Round 0 is the first student, before any training.
+    """Figures of the student at a round's start. Round 0 is the first student, before any training.
 
+    From ``student_entropy`` to ``fkl``: of the round's first step, before any update. ``tokens``: that it trains on.
     ``token_entropy``: of what the evaluation sampled (nats); ``ungraded``: answers that the grader gave up on;
     ``left_out``: problems that were not evaluated. From ``held_out_entropy`` on: of teacher and student on the
     evaluation's samples, exact over the full vocabulary; ``uncertain_fkl`` is of tokens whose teacher entropy exceeds

@@ -1,8 +1,8 @@
 """From artifacts to what the report shows, and to ``summary.json``.
 
-Round 0 is the first student: its figures of entropy and divergence come from the first step of training, taken with
-its weights on its own fresh rollouts. Round r > 0 is the student that training round r - 1 made: Avg@k and Pass@k are
-its own; the others are means over the last epoch of that training.
+Round r is the student at its start: the first one, or the one that training round r - 1 made. Its figures of entropy
+and divergence are those of the round's first step, taken with its weights before any update; the student that the last
+training made has none.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ def gather(run: RunArtifacts) -> RunData:
         gains(scores[0], scores[-1], evaluated.confidence(results[scores[-1].round])) if comparable else (None, None)
     )
     measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
+    teacher, student = _histograms(run.rounds)
     return RunData(
         name=run.name,
         settings=run.settings,
         rounds=rounds,
         training=_training(run, trained),
-        entropy_histogram_teacher=_teacher_histogram(scored[-1].scores) if scored else None,
-        entropy_histogram_student=_student_histogram(trained),
+        entropy_histogram_teacher=teacher,
+        entropy_histogram_student=student,
         by_entropy_bin=aligned.binned(measured[-1], "own") if measured else {},
         first_by_entropy_bin=aligned.binned(measured[-1], "first") if measured else {},
         read_with=aligned.read_with(measured[-1]) if measured else {},
@@ -135,20 +136,12 @@ def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundAr
 
 
 def _figures_of(number: int, rounds: Sequence[RoundArtifacts]) -> dict[str, Any]:
-    trained = {found.round: found.checkpoint for found in rounds if found.checkpoint}
-    source = trained.get(max(number - 1, 0))
-    if source is None:
+    trained = next((found.checkpoint for found in rounds if found.round == number and found.checkpoint), None)
+    if trained is None:
         return {}
-    steps = _steps(source)
-    chosen = steps[:1] if number == 0 else [row for row in steps if row["epoch"] == steps[-1]["epoch"]]
-    weights = np.asarray([row["tokens"] for row in chosen])
-    figures: dict[str, Any] = {}
-    if number > 0:
-        figures["tokens"] = int(sum(row["tokens"] for row in steps if row["epoch"] == 0))
-    for name in FIGURES:
-        if all(name in row for row in chosen):
-            figures[name] = float(np.average([row[name] for row in chosen], weights=weights))
-    return figures
+    steps = _steps(trained)
+    first = {name: float(steps[0][name]) for name in FIGURES if name in steps[0]}
+    return {**first, "tokens": int(sum(row["tokens"] for row in steps if row["epoch"] == 0))}
 
 
 def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
@@ -192,20 +185,37 @@ def _histogram(values: np.ndarray[Any, Any]) -> Histogram:
     return Histogram(list(edges), counts.tolist())
 
 
+def _histograms(rounds: Sequence[RoundArtifacts]) -> tuple[Histogram | None, Histogram | None]:
+    """Of the teacher and of the student, on the tokens of one round: the last that has both, else that has either."""
+    either = [found for found in rounds if found.scores or _round_start(found)]
+    both = [found for found in either if found.scores and _round_start(found)]
+    if not either:
+        return None, None
+    chosen = (both or either)[-1]
+    return _teacher_histogram(chosen.scores), _student_histogram(chosen)
+
+
 def _teacher_histogram(scores: Artifact | None) -> Histogram | None:
     """None where nothing of the scores is left."""
-    assert scores is not None
+    if scores is None:
+        return None
     cache = TeacherCache(scores)
     entropies = [cache.read_part(part).entropy for part in filled_parts(scores)]
     return _histogram(np.concatenate(entropies)) if entropies else None
 
 
-def _student_histogram(trained: Sequence[RoundArtifacts]) -> Histogram | None:
-    """Of the last round whose optimiser part was not pruned."""
+def _student_histogram(found: RoundArtifacts) -> Histogram | None:
     from safetensors.numpy import load_file
 
-    kept = [found.checkpoint for found in trained if found.checkpoint and found.checkpoint.is_committed(1)]
-    return _histogram(load_file(kept[-1].part_folder(1) / "round_start.safetensors")["entropy"]) if kept else None
+    path = _round_start(found)
+    return _histogram(load_file(path)["entropy"]) if path else None
+
+
+def _round_start(found: RoundArtifacts) -> Path | None:
+    """What the student said of the round's tokens at its start; None once it was pruned."""
+    if found.checkpoint is None or not found.checkpoint.is_committed(1):
+        return None
+    return found.checkpoint.part_folder(1) / "round_start.safetensors"
 
 
 def _first_and_last(found: Sequence[RoundArtifacts]) -> list[RoundArtifacts]:

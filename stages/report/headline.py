@@ -212,10 +212,12 @@ def _facts(run: RunData) -> tuple[tuple[str, str], ...]:
         ("Forward KL", "fkl", "number"),
         ("Gate fraction", "gate_fraction", "percent"),
     ):
-        values = [getattr(item, attribute) for item in run.rounds if getattr(item, attribute) is not None]
-        if values:
-            ends = [words.number(value, form) for value in (values[0], values[-1])]  # type: ignore[arg-type]
-            facts.append((title, " → ".join(ends) if len(values) > 1 else ends[0]))
+        known = [(item.round, getattr(item, attribute)) for item in run.rounds if getattr(item, attribute) is not None]
+        if known:
+            ends = [words.number(value, form) for _, value in (known[0], known[-1])]  # type: ignore[arg-type]
+            last = known[-1][0]
+            when = "" if last == run.rounds[-1].round else f" (round {last})"
+            facts.append((title, (" → ".join(ends) if len(known) > 1 else ends[0]) + when))
     tokens = [item.tokens for item in run.rounds if item.tokens is not None]
     if tokens:
         facts.append(("Student tokens", words.number(sum(tokens), "count")))

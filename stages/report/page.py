@@ -65,7 +65,9 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             "rounds",
             "Rounds",
             "Round by round",
-            "Each round samples from the student that the round before trained. Round 0 is the first student.",
+            "Each round samples from the student that the round before trained. Round 0 is the first student. Entropy, "
+            "gate fraction and divergences are of the round's first training step, before any update: the last student "
+            "trains no more and has none.",
             tuple(rounds),
             tuple(rounds_missing),
         ),

@@ -54,15 +54,13 @@ def write_comparison(runners: Sequence[Runner], folder: Path) -> Path:
 
 
 def _gather(runners: Sequence[Runner]) -> list[RunData]:
-    from eopd.stages.report.expenses import seconds_by_key
     from eopd.stages.report.gather import RunArtifacts, gather
 
-    logs = [seconds_by_key(runner.paths.jobs) for runner in runners]
+    logs = {runner.paths.jobs for runner in runners}
     readers = Counter(key for runner in runners for key in {job.output.key for job in runner.plan.jobs})
     found = []
-    for number, runner in enumerate(runners):
+    for runner in runners:
         settings, objective = runner.settings, runner.settings.train.objective
-        others = [log for other, log in enumerate(logs) if other != number]
         found.append(
             gather(
                 RunArtifacts(
@@ -76,7 +74,7 @@ def _gather(runners: Sequence[Runner]) -> list[RunData]:
                     seed=settings.seed,
                     kin=_kin(runner),
                     judge=judge_rollouts,
-                    elsewhere={key: seconds for log in others for key, seconds in log.items()},
+                    elsewhere=sorted(logs - {runner.paths.jobs}),
                     also_read={key for key, count in readers.items() if count > 1},
                 )
             )

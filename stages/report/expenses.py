@@ -13,18 +13,20 @@ Job = tuple[str, int, Artifact, int | None]
 """Stage, round, artifact, tokens (None: what its parts say)."""
 
 
-def seconds_by_key(log: Path) -> dict[str, float]:
-    """Seconds that a run spent on each artifact, by key, from its ``jobs.jsonl``."""
+def seconds_by_key(*logs: Path) -> dict[str, float]:
+    """Seconds that runs spent on each artifact, by key, from their ``jobs.jsonl``."""
     found: dict[str, float] = {}
-    for row in read_lines(log):
-        found[row["key"]] = found.get(row["key"], 0.0) + row["seconds"]
+    for log in logs:
+        for row in read_lines(log):
+            found[row["key"]] = found.get(row["key"], 0.0) + row["seconds"]
     return found
 
 
 def costs(
     jobs: Sequence[Job], own: Mapping[str, float], elsewhere: Mapping[str, float], also_read: Collection[str]
 ) -> list[CostRow]:
-    """One row a job. A job that this run found complete is shared, and so is one that others on the page read too.
+    """One row a job, with the time of all runs on the page that did parts of it. A job that this run found complete is
+    shared, and so is one that others on the page read too.
 
     Args:
         own: seconds by artifact key, of this run.
@@ -33,17 +35,17 @@ def costs(
     """
     rows = []
     for stage, round_, artifact, tokens in jobs:
-        took = own.get(artifact.key)
+        took = [found[artifact.key] for found in (own, elsewhere) if artifact.key in found]
         markers = [artifact.remains(part) for part in range(artifact.parts)]
         counted = [int(marker.info["tokens"]) for marker in markers if "tokens" in marker.info]
         rows.append(
             CostRow(
                 stage,
                 round_,
-                elsewhere.get(artifact.key) if took is None else took,
+                sum(took) if took else None,
                 tokens=tokens if tokens is not None else sum(counted) if counted else None,
                 bytes=sum(marker.committed_bytes for marker in markers),
-                shared=took is None or artifact.key in also_read,
+                shared=artifact.key not in own or artifact.key in also_read,
                 key=artifact.key,
             )
         )

@@ -8,8 +8,8 @@ training made has none.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class RunArtifacts:
     seed: int | None = None
     kin: str = ""  # equal for runs that differ in nothing but their seed
     judge: Judge = nobody
-    elsewhere: Mapping[str, float] = field(default_factory=dict)  # seconds by artifact key, of other runs on the page
+    elsewhere: Sequence[Path] = ()  # jobs.jsonl of the other runs on the page
     also_read: Collection[str] = ()  # keys of artifacts that other runs on the page read too
 
 
@@ -89,7 +89,7 @@ def gather(run: RunArtifacts) -> RunData:
             if found.rollouts and found.scores
             for view in rollout_views(found.rollouts, found.scores, found.round, run.tokenizer, run.judge)
         ],
-        cost=costs(_jobs(run), seconds_by_key(run.jobs), run.elsewhere, run.also_read),
+        cost=costs(_jobs(run), seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere), run.also_read),
         threshold=run.tau,
         interval=evaluated.interval(results),
         avg_gain=avg,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from eopd.stages.report import palette, plots, words
+from eopd.stages.report import palette, plots, tables, words
 from eopd.stages.report.data import Estimate, RunData
 from eopd.stages.report.figure import Rows
 from eopd.stages.report.rates import Rate, rates
@@ -221,9 +221,8 @@ def _facts(run: RunData) -> tuple[tuple[str, str], ...]:
     tokens = [item.tokens for item in run.rounds if item.tokens is not None]
     if tokens:
         facts.append(("Student tokens", words.number(sum(tokens), "count")))
-    seconds = [row.seconds for row in run.cost if row.seconds is not None]
-    if seconds:
-        facts.append(("Time in all stages", words.duration(sum(seconds))))
+    if any(row.seconds is not None for row in run.cost):
+        facts.append(("Time in all stages", tables.time_of(run.cost)))
     return tuple(facts)
 
 

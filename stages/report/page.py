@@ -150,6 +150,7 @@ def render(data: ReportData) -> str:
         gallery=gallery(data.runs),
         heat=_heat_legend(),
         costs=tables.costs(data.runs),
+        whole_time=tables.whole_time(data.runs),
         settings=tables.settings(data.runs),
         notes=[(run.name, run.notes) for run in data.runs if run.notes],
     )

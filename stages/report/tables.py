@@ -29,7 +29,7 @@ _LONGEST_VALUE = 300
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage of one run over all rounds. ``share``: of the run's measured time, 0 to 1."""
+    """One stage of one run over all rounds. ``share``: of the run's known time, 0 to 1."""
 
     stage: str
     seconds: str
@@ -101,6 +101,22 @@ def costs(runs: Sequence[RunData]) -> list[RunCost]:
     return [_run_cost(run, index) for index, run in enumerate(runs) if run.cost]
 
 
+def time_of(rows: Sequence[CostRow]) -> str:
+    """Of these jobs together, and of how many it is not known."""
+    known, unknown = _total(row.seconds for row in rows), sum(row.seconds is None for row in rows)
+    if known is None or not unknown:
+        return words.duration(known)
+    return f"{words.duration(known)} (+ {unknown} job{'s' if unknown > 1 else ''} of unknown time)"
+
+
+def whole_time(runs: Sequence[RunData]) -> str:
+    """Of all runs together; what several of them read counts once."""
+    jobs = {
+        row.key or f"{number} {place}": row for number, run in enumerate(runs) for place, row in enumerate(run.cost)
+    }
+    return time_of(list(jobs.values()))
+
+
 def settings(runs: Sequence[RunData]) -> SettingsTable:
     flat = [flatten(run.settings) for run in runs]
     keys = list(dict.fromkeys(key for table in flat for key in table))
@@ -138,7 +154,7 @@ def _run_cost(run: RunData, index: int) -> RunCost:
         index,
         palette.tone(index),
         stages,
-        words.duration(whole),
+        time_of(run.cost),
         words.duration(own or 0.0) if shared else "",
         by_round,
         len(run.cost) - len(by_round),
@@ -155,7 +171,7 @@ def _stage(name: str, rows: list[CostRow], whole: float | None) -> StageCost:
     shared = sum(row.shared for row in rows)
     return StageCost(
         words.printable(name, 60),
-        words.duration(seconds),
+        time_of(rows),
         words.number(tokens, "count"),
         words.number(speed, "count"),
         words.size(_total(row.bytes for row in rows)),

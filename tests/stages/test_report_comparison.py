@@ -352,4 +352,6 @@ def test_costs_take_their_time_from_whoever_did_the_work(tmp_path: Path) -> None
         (4.0, 90, 5, True),
     ]
     assert not costs(jobs[:1], seconds_by_key(log), {}, ())[0].shared
+    assert costs(jobs[:1], seconds_by_key(log), {mine.key: 1.0}, ())[0].seconds == 4.5, "both did parts of it"
+    assert seconds_by_key(log, log) == {mine.key: 7.0}
     assert seconds_by_key(tmp_path / "none") == {}

@@ -31,6 +31,7 @@ from eopd.stages.report.data import (
 from eopd.stages.report.distributions import share_above
 from eopd.stages.report.figure import Axis, Figure, Line, Point, rows, thin
 from eopd.stages.report.job import ReportJob
+from eopd.stages.report.page import render
 from eopd.stages.report.palette import heat
 from eopd.stages.report.run import run
 from eopd.stages.report.scales import Scale, log_ticks, tick_labels, ticks, value_range
@@ -340,11 +341,29 @@ def test_costs_add_up_and_mark_shared_work() -> None:
     ]
     cost = tables.costs([RunData("r", cost=rows_)])[0]
     score, train = cost.stages
-    assert (cost.total, cost.own) == ("8.0 s", "6.0 s")
+    assert (cost.total, cost.own) == ("8.0 s (+ 1 job of unknown time)", "6.0 s")
     assert (score.seconds, score.tokens, score.speed, score.size) == ("4.0 s", "400", "100", "2 kB")
     assert (score.share, score.shared) == (0.5, "1 of 2 shared")
+    assert train.seconds == "4.0 s (+ 1 job of unknown time)"
     assert (train.speed, train.size, train.shared) == ("not measured", "not measured", "")
     assert tables.costs([RunData("r")]) == []
+    (summary,) = headline.summarise([RunData("r", cost=rows_)])
+    assert dict(summary.facts)["Time in all stages"] == "8.0 s (+ 1 job of unknown time)"
+
+
+def test_the_time_of_all_runs_counts_shared_work_once() -> None:
+    """Both read one scoring; who scored the second round is on no page."""
+    shared = [CostRow("score", 0, 60.0, key="a", shared=True), CostRow("score", 1, None, key="b", shared=True)]
+    runs = [
+        RunData(name, cost=[*shared, CostRow("train", 0, 10.0, key=name), CostRow("train", 1, 5.0)])
+        for name in ("x", "y")
+    ]
+    assert [cost.total for cost in tables.costs(runs)] == ["1 min 15 s (+ 1 job of unknown time)"] * 2
+    assert tables.whole_time(runs) == "1 min 30 s (+ 1 job of unknown time)"
+    said = "1 min 30 s (+ 1 job of unknown time) for all runs together"
+    assert said in render(ReportData("two", "now", runs))
+    assert "for all runs together" not in render(ReportData("one", "now", runs[:1]))
+    assert tables.whole_time([RunData("r", cost=shared[1:])]) == "not measured"
 
 
 def test_settings_are_flattened_and_compared() -> None:

@@ -1,13 +1,15 @@
 """Every colour of the report, light and dark, in one place: the page, the SVG files and the PNG files read it.
 
 Series colours are told apart by colour-blind readers in lightness or hue, and are never the only channel: runs also
-differ in marker shape, teacher and student in dashes. The heat scale is one hue whose lightness changes steadily, so
-its order survives any kind of colour blindness; text on every step of it keeps a contrast of 4.5 (tested).
+differ in marker shape, teacher and student in dashes; colour and marker together repeat after 40 runs. The heat scale
+is one hue whose lightness changes steadily, so its order survives any kind of colour blindness; text on every step of
+it keeps a contrast of 4.5 (tested).
 """
 
 from __future__ import annotations
 
 SERIES = 8  # series colours before they repeat
+MARKERS = ("circle", "square", "diamond", "triangle", "plus")  # their number has no factor in common with SERIES
 HEAT_EDGES = (0.05, 0.2, 0.5, 0.8, 1.3, 2.0)  # nats; a token's heat is the number of edges at or below its entropy
 
 LIGHT = {
@@ -65,6 +67,11 @@ DARK = {
 def tone(index: int) -> str:
     """Name of the series colour of the ``index``-th run or series."""
     return f"c{index % SERIES}"
+
+
+def marker(index: int) -> str:
+    """Name of the marker of the ``index``-th run."""
+    return MARKERS[index % len(MARKERS)]
 
 
 def heat(entropy: float) -> int:

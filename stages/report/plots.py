@@ -19,6 +19,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 12, 40
 _NAMES = 74  # room for names at the line ends
 _MOST_WHISKERS = 16
 _MOST_TIPS = 600  # points with a tooltip of their own, a figure
+_CORNERS = {
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
+    "triangle": [(0, -1.2), (1.15, 0.85), (-1.15, 0.85)],
+    "plus": [
+        *((-0.45, -1.25), (0.45, -1.25), (0.45, -0.45), (1.25, -0.45), (1.25, 0.45), (0.45, 0.45)),
+        *((0.45, 1.25), (-0.45, 1.25), (-0.45, 0.45), (-1.25, 0.45), (-1.25, -0.45), (-0.45, -0.45)),
+    ],
+}
 
 
 def inline(figure: Figure, ident: str) -> str:
@@ -44,15 +53,11 @@ def standalone(figure: Figure) -> str:
 
 
 def shape(run: int, x: float, y: float, classes: str, size: float = 3.4) -> str:
-    """The marker of a run: circle, square, diamond or triangle, in turn."""
-    if run % 4 == 0:
+    """The marker of a run, in turn (``palette.MARKERS``)."""
+    marker = palette.marker(run)
+    if marker == "circle":
         return f'<circle class="{classes}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
-    corners = {
-        1: [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-        2: [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
-        3: [(0, -1.2), (1.15, 0.85), (-1.15, 0.85)],
-    }[run % 4]
-    return f'<path class="{classes}" d="{_path([(x + size * dx, y + size * dy) for dx, dy in corners])}Z"/>'
+    return f'<path class="{classes}" d="{_path([(x + size * dx, y + size * dy) for dx, dy in _CORNERS[marker]])}Z"/>'
 
 
 def _body(figure: Figure) -> str:
@@ -143,9 +148,9 @@ def _line(line: Line, figure: Figure, x: Scale, y: Scale, tips: bool) -> str:
         corners = [(x(point.x), _height(y, point)) for point in piece]
         if len(corners) > 1:
             parts.append(f'<path class="s-{line.tone}{dash}" d="{_path(corners)}"/>')
-        if marked or len(piece) == 1:
-            fill = "hollow" if line.hollow or line.dashed else f"f-{line.tone}"
-            parts.extend(shape(line.run, *corner, f"s-{line.tone} {fill} dot") for corner in corners)
+        fill = "hollow" if line.hollow or line.dashed else f"f-{line.tone}"
+        ends = corners[-1:] if len(piece) == 1 or (figure.key and piece is pieces[-1]) else []
+        parts.extend(shape(line.run, *at, f"s-{line.tone} {fill} dot") for at in (corners if marked else ends))
         if tips:
             parts.extend(_tip(line, point, figure, x, y) for point in piece)
     return "".join(parts)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from eopd.stages.report import palette, words
@@ -18,8 +19,10 @@ from eopd.stages.report.figure import Figure, Line, Steps, is_shown
 from eopd.stages.report.scales import log_ticks, tick_labels, ticks, value_range
 
 _COLOUR = palette.LIGHT
-_MARKERS = ("o", "s", "D", "^")
-_MOST_KEYS = 12
+_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "plus": "P"}
+_WIDTH, _HEIGHT = 6.4, 4.2  # inches, without the legend
+_KEY_HEIGHT = 0.19  # of a line of the legend
+_KEY_WIDTH = 84  # characters that a line of it holds
 # A dollar sign in a run's name is text, not mathematics.
 _STYLE: Mapping[str, object] = {"text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
 
@@ -27,7 +30,7 @@ _STYLE: Mapping[str, object] = {"text.parse_math": False, "font.size": 9, "font.
 def png(figure: Figure) -> bytes:
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         canvas = Canvas(
-            figsize=(6.4, 4.2),
+            figsize=(_WIDTH, _HEIGHT),
             dpi=160,
             facecolor=_COLOUR["paper"],
             layout=ConstrainedLayoutEngine(w_pad=0.18, h_pad=0.18),
@@ -38,25 +41,29 @@ def png(figure: Figure) -> bytes:
             if isinstance(mark, Steps):
                 _steps(axes, mark)
             else:
-                _line(axes, mark)
+                _line(axes, mark, compared=bool(figure.key))
         _dress(axes, figure)
+        _legend(canvas, axes, figure)
         out = io.BytesIO()
         canvas.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
 
-def _line(axes: Axes, line: Line) -> None:
+def _line(axes: Axes, line: Line, *, compared: bool) -> None:
+    """A long line has its marker at the end alone, where it must be told from others."""
     colour = _COLOUR[line.tone]
     gaps = [point.y if is_shown(point) and point.y is not None else math.nan for point in line.points]
     xs = [point.x for point in line.points]
     many = len(xs) > 16
+    shown = [number for number, point in enumerate(line.points) if is_shown(point)]
     axes.plot(
         xs,
         gaps,
         color=colour,
         linewidth=1.8,
         linestyle=(0, (4, 3)) if line.dashed else "-",
-        marker="" if many else _MARKERS[line.run % len(_MARKERS)],
+        marker="" if many and not compared else _MARKERS[palette.marker(line.run)],
+        markevery=[max(shown)] if many and shown else None,
         markersize=5,
         markerfacecolor=_COLOUR["paper"] if line.hollow or line.dashed else colour,
         label=_text(line.label) or None,
@@ -109,8 +116,27 @@ def _dress(axes: Axes, figure: Figure) -> None:
     for at, label in figure.rules:
         axes.axvline(at, color=_COLOUR["muted"], linewidth=0.8, linestyle=":")
         axes.annotate(_text(label), (at, 0.97), xycoords=("data", "axes fraction"), color=_COLOUR["muted"], fontsize=8)
-    if 1 < len(figure.marks) <= _MOST_KEYS:
-        axes.legend(frameon=False, fontsize=8, labelcolor=_COLOUR["ink"])
+
+
+def _legend(canvas: Canvas, axes: Axes, figure: Figure) -> None:
+    """Below the axes, and the picture higher by as much: every run where runs are compared, else every mark."""
+    handles = [
+        Line2D([], [], color=_COLOUR[tone], marker=_MARKERS[palette.marker(run)], markersize=5, label=_text(label))
+        for label, tone, run in figure.key
+    ] or axes.get_legend_handles_labels()[0]
+    if len(handles) < 2:
+        return
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(3, _KEY_WIDTH // (longest + 6)))
+    canvas.set_figheight(_HEIGHT + _KEY_HEIGHT * math.ceil(len(handles) / columns))
+    canvas.legend(
+        handles=handles,
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        labelcolor=_COLOUR["ink"],
+    )
 
 
 def _scale(axes: Axes, figure: Figure) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.stages.report import headline, numbers, raster, tables, words
+from eopd.stages.report import headline, numbers, palette, plots, raster, tables, words
 from eopd.stages.report.curves import by_step, quality
 from eopd.stages.report.data import (
     BinnedMean,
@@ -421,3 +421,38 @@ def test_png_is_drawn_with_the_series_colour() -> None:
     colours = {colour for _, colour in image.getcolors(1 << 24)}
     assert (0xBF, 0x53, 0x12) in colours
     assert (0xFB, 0xFA, 0xF7) in colours
+
+
+def compared(runs: int, points: int = 4) -> Figure:
+    """Horizontal lines, with a key of every run."""
+    lines = tuple(
+        Line(f"run {run}", tuple(Point(x, 0.2 + 0.02 * run) for x in range(points)), palette.tone(run), run)
+        for run in range(runs)
+    )
+    key = tuple((line.label, line.tone, line.run) for line in lines)
+    return Figure("f", "F", "note", Axis("x"), Axis("y", "rate"), lines, key=key)
+
+
+def test_twenty_runs_are_told_apart_by_colour_and_marker() -> None:
+    looks = {(palette.tone(run), plots.shape(run, 0, 0, "")) for run in range(40)}
+    assert len(looks) == 40
+    drawn = plots.standalone(compared(20))
+    assert all(f">run {number}</text>" in drawn for number in range(20))
+    assert plots.inline(compared(20, points=100), "x").count(" dot") == 20, "a long line has one marker, at its end"
+    alone = replace(compared(1, points=100), key=())
+    assert plots.inline(alone, "x").count(" dot") == 0
+
+
+@pytest.mark.parametrize("runs", [2, 20])
+def test_the_legend_of_a_png_stands_below_the_axes_whatever_the_number_of_runs(runs: int) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    import io
+
+    bare = image_module.open(io.BytesIO(raster.png(replace(compared(runs), key=(), marks=compared(1).marks))))
+    image = image_module.open(io.BytesIO(raster.png(compared(runs)))).convert("RGB")
+    assert image.width == bare.width
+    assert image.height > bare.height
+    below = image.crop((0, bare.height, image.width, image.height))
+    wanted = {palette.LIGHT[palette.tone(run)] for run in range(runs)}
+    found = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in below.getcolors(1 << 24)}
+    assert wanted <= found

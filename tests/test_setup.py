@@ -1,4 +1,4 @@
-"""`make setup` where .venv holds the builds for other hardware: tiny wheels of the same names, installed by the real uv."""
+"""`make setup` where .venv holds builds for other hardware: tiny wheels of the same names, installed by the real uv."""
 
 from __future__ import annotations
 

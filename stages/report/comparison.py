@@ -141,11 +141,11 @@ def _of_seeds(base: str, name: str, one: ProblemScores, other: ProblemScores, pa
 def _of_settings(base: RunData, run: RunData) -> list[str]:
     """How the two were evaluated otherwise."""
     one, other = (each.settings.get("evaluate") or {} for each in (base, run))
-    differing = [
-        f"evaluate.{key} is {_setting(one.get(key))} in {base.name} and {_setting(other.get(key))} in {run.name}"
-        for key in {**one, **other}
-        if key not in _OF_NO_FIGURE and one.get(key) != other.get(key)
-    ]
+    differing = []
+    for key in {**one, **other}:
+        apart = words.by_whom([(base.name, _setting(one.get(key))), (run.name, _setting(other.get(key)))])
+        if key not in _OF_NO_FIGURE and apart:
+            differing.append(f"evaluate.{words.printable(key, 80)} is {apart}")
     if not differing:
         return []
     return [f"Evaluated with other settings, which may be all of a difference: {'; '.join(differing)}."]
@@ -154,8 +154,7 @@ def _of_settings(base: RunData, run: RunData) -> list[str]:
 def _setting(value: object) -> str:
     if value is None or value == "":
         return "not set" if value is None else "empty"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return words.printable(text, 80)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _why_not(base: RunData, run: RunData) -> str:

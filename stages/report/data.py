@@ -219,7 +219,7 @@ class RunData:
     ``by_entropy_bin``: means by bin of teacher entropy, by title, of the student's own samples;
     ``first_by_entropy_bin``: of the first student's; ``read_with``: what both are measured with, by name (teacher ...).
     Runs of equal ``kin`` differ in ``seed`` at most. ``graders``: verifiers with their versions; ``warnings``: what a
-    reader must know before believing the figures.
+    reader must know before believing the figures. ``head``: the ids that the divergences of training are of, in words.
     """
 
     name: str
@@ -241,6 +241,7 @@ class RunData:
     seed: int | None = None
     kin: str = ""
     graders: list[str] = field(default_factory=list)
+    head: str = ""
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eopd.stages.report import aligned, evaluated
+from eopd.stages.report import aligned, evaluated, heads, words
 from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
 from eopd.stages.report.expenses import Job, costs, seconds_by_key
 from eopd.stages.report.scores import asked, gains
@@ -53,7 +53,7 @@ class RunArtifacts:
     tau: float | None
     metrics: Path  # the run's metrics.jsonl, with timings
     jobs: Path  # the run's jobs.jsonl
-    seed: int | None = None
+    seed: int = 0
     kin: str = ""  # equal for runs that differ in nothing but their seed
     judge: Judge = nobody
     elsewhere: Sequence[Path] = ()  # jobs.jsonl of the other runs on the page
@@ -98,6 +98,7 @@ def gather(run: RunArtifacts) -> RunData:
         seed=run.seed,
         kin=run.kin,
         graders=sorted({name for found in results.values() for name in evaluated.graders(found)}),
+        head=_heads(run, trained),
         warnings=evaluated.warnings(results),
     )
 
@@ -162,7 +163,13 @@ def _training(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> list[Step
     return rows
 
 
-def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScores:
+def _heads(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> str:
+    """Of all its rounds."""
+    read = [heads.read_head(found.scores, run.settings["train"]["objective"]) for found in trained if found.scores]
+    return words.joined(sorted(set(read)))
+
+
+def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
     path = evaluation.part_folder(evaluation.parts - 1) / evaluations.PROBLEMS
     columns = ["benchmark", "problem_id", "correct", "samples"]
     table = evaluations.read_table(path, evaluations.PROBLEMS_SCHEMA, columns).to_pylist()
@@ -173,7 +180,7 @@ def _scores(evaluation: Artifact, round_: int, seed: int | None) -> ProblemScore
         names=[f"{row['benchmark']}/{row['problem_id']}" for row in rows],
         benchmarks=[row["benchmark"] for row in rows],
         samples=max(row["samples"] for row in rows),
-        seeds=[seed or 0],
+        seeds=[seed],
         correct=[[row["correct"] for row in rows]],
         sources={key.removeprefix(_BENCHMARK): inputs[key] for key in inputs if key.startswith(_BENCHMARK)},
     )

@@ -25,13 +25,9 @@ def notes(runs: Sequence[RunData]) -> list[str]:
     read = [(run.name, run.read_with) for run in runs if run.read_with]
     differing = []
     for name in dict.fromkeys(name for _, found in read for name in found):
-        whose: dict[str, list[str]] = {}
-        for run, found in read:
-            if name in found:
-                whose.setdefault(found[name], []).append(run)
-        if len(whose) > 1:
-            said = [f"{words.printable(text, 80)} in {words.joined(names)}" for text, names in whose.items()]
-            differing.append(f"{words.printable(name, 80)} is {words.joined(said)}")
+        apart = words.by_whom([(run, found[name]) for run, found in read if name in found])
+        if apart:
+            differing.append(f"{words.printable(name, 80)} is {apart}")
     if not differing:
         return []
     return [f"Read otherwise, which may be all of a difference: {'; '.join(differing)}."]

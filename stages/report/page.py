@@ -15,7 +15,18 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from eopd.stages.report import comparison, curves, distributions, headline, held_out, palette, plots, tables, words
+from eopd.stages.report import (
+    comparison,
+    curves,
+    distributions,
+    headline,
+    heads,
+    held_out,
+    palette,
+    plots,
+    tables,
+    words,
+)
 from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.figure import Figure, Rows, rows
 from eopd.stages.report.rollout_html import gallery
@@ -70,6 +81,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             "trains no more and has none.",
             tuple(rounds),
             tuple(rounds_missing),
+            notes=tuple(heads.notes(runs)),
         ),
         Section(
             "training",
@@ -80,6 +92,7 @@ def sections(runs: Sequence[RunData]) -> list[Section]:
             tuple(figure for figure in steps if not curves.is_further(figure)),
             tuple(steps_missing),
             tuple(figure for figure in steps if curves.is_further(figure)),
+            notes=tuple(heads.notes(runs)),
         ),
         Section(
             "held-out",

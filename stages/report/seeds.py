@@ -77,6 +77,7 @@ def merged(runs: Sequence[RunData]) -> RunData:
         scores=[_scores(runs, number) for number in shared],
         kin=first.kin,
         graders=sorted({name for run in runs for name in run.graders}),
+        head=words.joined(sorted({run.head for run in runs if run.head})),
         warnings=[f"Seed {run.seed}: {warning}" for run in runs for warning in run.warnings],
         notes=[
             f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 Form = Literal["number", "rate", "percent", "count"]
@@ -98,6 +99,16 @@ def size(count: float | None) -> str:
 def joined(items: list[str]) -> str:
     """a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def by_whom(found: Iterable[tuple[str, str]]) -> str:
+    """Of (name, what is said of it): 1 in a and b and 2 in c. Empty where the same is said of all."""
+    whose: dict[str, list[str]] = {}
+    for name, said in found:
+        whose.setdefault(said, []).append(name)
+    if len(whose) < 2:
+        return ""
+    return joined([f"{printable(said, 120)} in {joined(names)}" for said, names in whose.items()])
 
 
 def minus(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.numpy import save_file
 from eopd.stages.report import headline
 from eopd.stages.report.data import ReportData, RoundData, RunData
 from eopd.stages.report.gather import FIGURES, RoundArtifacts, RunArtifacts, gather, summary_rows
-from eopd.stages.report.page import figures
+from eopd.stages.report.page import figures, render
+from eopd.stages.report.seeds import merged
 from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.teacher_record import HeadRule
 from tests.storage.making import scores
 
 TOKENS = 10
@@ -35,9 +38,10 @@ def trained(store: Path, round_: int, steps: int = 3, epochs: int = 2) -> Artifa
     return artifact
 
 
-def gathered(tmp_path: Path, rounds: list[RoundArtifacts]) -> RunData:
+def gathered(tmp_path: Path, rounds: list[RoundArtifacts], objective: dict[str, Any] | None = None) -> RunData:
     none = tmp_path / "none"
-    return gather(RunArtifacts("run", {}, rounds, tokenizer="", tau=None, metrics=none, jobs=none))
+    settings = {"train": {"objective": objective or {"name": "opd", "support": "renormalised", "k": 16}}}
+    return gather(RunArtifacts("run", settings, rounds, tokenizer="", tau=None, metrics=none, jobs=none))
 
 
 def test_a_figure_by_round_is_of_the_student_at_its_start(tmp_path: Path) -> None:
@@ -89,3 +93,35 @@ def test_nothing_is_guessed(tmp_path: Path, rounds: list[RoundArtifacts]) -> Non
     run = gathered(tmp_path, rounds)
     assert run.entropy_histogram_teacher is run.entropy_histogram_student is None
     assert all(item.rkl is None and item.tokens is None for item in run.rounds)
+
+
+def test_divergences_of_training_of_other_heads_are_said_to_be_such(tmp_path: Path) -> None:
+    """Heads of 16 and of 4 ids give other KL of the same models; what is stored and not read makes no difference."""
+
+    def run(called: str, head: HeadRule, **objective: Any) -> RunData:
+        found = scores(tmp_path / called, 1, head, lengths=[2])[0]
+        rounds = [RoundArtifacts(0, None, scores=found, checkpoint=trained(tmp_path / called, 0))]
+        return replace(gathered(tmp_path, rounds, {"support": "bucket", **objective}), name=called)
+
+    fixed = HeadRule(k_max=16, full_head_above=-1.0)
+    opd, wider = run("opd", fixed, name="opd", k=16), run("wider", replace(fixed, k_max=64), name="opd", k=16)
+    assert opd.head == wider.head == "the 16 most probable ids"
+    assert "of the teacher's head" not in render(ReportData("same", "now", [opd, wider]))
+    others = [
+        run("few", fixed, name="fkl", k=4),
+        run("sft", fixed, name="sft", k=16),
+        run("draws", replace(fixed, k_max=64), name="fkl", k=16, support="sampled"),
+        run("adaptive", HeadRule(), name="fkl", k=16),
+        run("own", fixed, name="mine.py:loss", k=16),
+    ]
+    assert [other.head for other in others] == [
+        "the 4 most probable ids",
+        "the most probable id",
+        "the 64 most probable ids",
+        "ids of probability 0.03 and more, 16 at most and past 0.4 nats",
+        "the 16 most probable ids, as mine.py:loss reads it",
+    ]
+    for other in others:
+        page = render(ReportData("two", "now", [opd, wider, other]))
+        assert page.count(f"it is the 16 most probable ids in opd and wider and {other.head} in {other.name}.") == 2
+    assert merged([replace(opd, seed=0), replace(wider, seed=1)]).head == opd.head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,7 @@ def scores(
 ) -> tuple[Artifact, list[TeacherRows]]:
     """A small complete artifact and the rows of its parts."""
     head = head or HeadRule()
-    artifact = Artifact(store, Identity("scores", 1, parts, {"test": 1}, {}, {"head": str(head)}))
+    artifact = Artifact(store, Identity("scores", 1, parts, {"test": 1}, {}, {"head": asdict(head)}))
     written = []
     for part in range(parts):
         rows = rows_of(dense(part, lengths or [5, 40, 1, 17], vocabulary), head)

@@ -14,7 +14,7 @@ from dataclasses import fields
 
 from eopd.stages.report import words
 from eopd.stages.report.comparison import compare
-from eopd.stages.report.data import FIRST, Estimate, Histogram, ReportData, RoundData, RunData, StepRow
+from eopd.stages.report.data import FIRST, FORWARD_KL, Estimate, Histogram, ReportData, RoundData, RunData, StepRow
 
 HEAD = ("run", "section", "round", "x", "name", "value", "low", "high", "benchmark")
 Row = tuple[object, ...]
@@ -60,7 +60,8 @@ def _run(run: RunData) -> Iterator[Row]:
         for name, means in binned.items():
             for low, mean, bounds in zip(means.edges[:-1], means.means, means.bounds, strict=True):
                 if mean is not None:
-                    yield (f"{section}by_entropy_bin", "", low, _cell(name), mean, *(bounds or ("", "")))
+                    figure = "fkl" if name == FORWARD_KL else _cell(name)
+                    yield (f"{section}by_entropy_bin", "", low, figure, mean, *(bounds or ("", "")))
     for cost in run.cost:
         for name in ("seconds", "tokens", "bytes"):
             value = getattr(cost, name)

@@ -190,12 +190,13 @@ def _binned(runs: Sequence[dict[str, BinnedMean]]) -> dict[str, BinnedMean]:
 
 
 def _bin_by_bin(known: Sequence[BinnedMean]) -> BinnedMean | None:
-    """Counts are of all seeds."""
+    """Counts are of all seeds; no interval where all have one value, such as an agreement of 1."""
     if any(binned.edges != known[0].edges for binned in known):
         return None
     means, intervals = zip(
         *(_mean(column) for column in zip(*(each.means for each in known), strict=True)), strict=True
     )
+    intervals = tuple(found if found and found[0] < found[1] else None for found in intervals)
     counts = None
     if all(binned.counts is not None for binned in known):
         counts = [sum(column) for column in zip(*(each.counts or [] for each in known), strict=True)]

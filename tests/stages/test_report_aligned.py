@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
-from eopd.stages.report.data import FORWARD_KL, ReportData, RunData
+from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.stages.report.numbers import to_csv
 from eopd.stages.report.page import figures, render
@@ -78,7 +78,7 @@ def test_every_kind_of_responses_is_drawn_apart_and_in_the_numbers(tmp_path: Pat
         assert max(y for y in drawn[f"{kind}fkl-by-entropy"].ys()) == pytest.approx(1.1 * last)
     assert "past 0.8 nats" in drawn["first-uncertain-fkl"].note
     rows = list(csv.DictReader(to_csv(report(run)).splitlines()))
-    bins = [(row["section"], float(row["value"])) for row in rows if row["name"] == FORWARD_KL]
+    bins = [(row["section"], float(row["value"])) for row in rows if row["name"] == "fkl"]
     assert bins == [("by_entropy_bin", pytest.approx(2.5))] * 2 + [("first_by_entropy_bin", pytest.approx(1.25))] * 2
     by_round = [float(row["value"]) for row in rows if row["name"] == "first_held_out_fkl"]
     assert by_round == pytest.approx([0.25, 1.25])

@@ -91,6 +91,10 @@ def test_histograms_add_up_and_bins_are_means_over_seeds() -> None:
     assert low == pytest.approx(1.5 - half, abs=1e-3)
     assert high == pytest.approx(1.5 + half, abs=1e-3)
     assert binned.bounds[1] is None  # only one seed has tokens there
+    alike = merged(
+        [replace(run, by_entropy_bin={"Top-1 agreement": BinnedMean([0.0, 1.0], [1.0])}) for run in (first, second)]
+    )
+    assert alike.by_entropy_bin["Top-1 agreement"] == BinnedMean([0.0, 1.0], [1.0], None, [None])
     assert [row.seconds for row in found.cost] == [5.0, 2.0, 3.0]  # shared work counts once
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.models import ModelFacts
 from eopd.stages.engines.sampling import derive_seed
+from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.train.schedule import steps_per_round
 from eopd.storage.artifacts import Identity
@@ -358,7 +359,12 @@ def _evaluate_job(settings: RunSettings, facts: Facts, round_: int, policy: Iden
         kind="evaluations",
         version=VERSIONS["evaluations"],
         parts=chunks + 1,
-        settings={"evaluate": evaluate.semantic(), "seed": settings.seed, "stop_ids": list(facts.stop_ids)},
+        settings={
+            "evaluate": evaluate.semantic(),
+            "seed": settings.seed,
+            "stop_ids": list(facts.stop_ids),
+            **_grading(evaluate),
+        },
         inputs={
             "policy": _policy_key(facts, policy),
             "tokenizer": facts.student.tokenizer_fingerprint,
@@ -366,3 +372,8 @@ def _evaluate_job(settings: RunSettings, facts: Facts, round_: int, policy: Iden
         },
     )
     return PlannedJob("evaluate", round_, identity, (policy,) if policy else ())
+
+
+def _grading(evaluate: EvaluateSettings) -> dict[str, str]:
+    """Mathematics was graded by math-verify alone at first: E notation, currencies and tiny numbers wrongly."""
+    return {"grading": "as written"} if any(one.verifier == "math" for one in evaluate.benchmarks) else {}

@@ -1,8 +1,8 @@
 """Where the verifier and a plain comparison of answers differ: what to read before believing either.
 
 The plain comparison takes the last ``\\boxed{...}`` of a response, or its last number, and calls it right when it is
-the reference answer as text (LaTeX spacing aside) or as a number. It knows no algebra: most disagreements are its own
-mistakes, and the few others are a verifier's.
+the reference answer as text (LaTeX spacing aside) or as a number (``3 \\times 10^8`` and ``3e8`` are). It knows no
+algebra: most disagreements are its own mistakes, and the few others are a verifier's.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from eopd.stages.evaluate.verifiers.answers import as_written, last_box
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 
 COLUMNS = ["benchmark", "problem_id", "sample", "answer", "response_text", "correct", "reason"]
 LONGEST = 20_000
 """Characters of a response that are read, from its end."""
-BOX = "\\boxed{"
-MOST_BOXES = 8
-"""Boxes that are looked at, from the last: a response cut at its length limit may end within one."""
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|\\left\b|\\right\b|[\s$]|\\\(|\\\)")
+_SPACING = re.compile(r"\\[,;:! ]|\\q?quad\b|\\left\b|\\right\b|\\?\$|\s|\\\(|\\\)")
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
+_SCIENTIFIC = re.compile(r"^(-?\d+(?:\.\d+)?)\\(?:times|cdot)10\^\{?(-?\d{1,3})\}?$")
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
 
@@ -71,26 +70,11 @@ def disagreements(evaluation: Artifact, benchmarks: Sequence[str]) -> Iterator[D
 def final_answer(response: str) -> str:
     """Content of the last complete ``\\boxed{...}``, else the last number, else nothing."""
     response = response[-LONGEST:]
-    end = len(response)
-    for _ in range(MOST_BOXES):
-        end = response.rfind(BOX, 0, end)
-        if end < 0:
-            break
-        content = _until_closed(response, end + len(BOX))
-        if content is not None:
-            return content.strip()
-    numbers = _NUMBER.findall(response)
+    box = last_box(response)
+    if box is not None:
+        return box
+    numbers = _NUMBER.findall(as_written(response))
     return numbers[-1] if numbers else ""
-
-
-def _until_closed(text: str, start: int) -> str | None:
-    """From ``start`` to the brace that closes the one before it; None where there is none."""
-    depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "}" and depth == 0:
-            return text[start:place]
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-    return None
 
 
 def same_answer(found: str, answer: str) -> bool:
@@ -107,7 +91,7 @@ def same_answer(found: str, answer: str) -> bool:
 def _normal(text: str) -> str:
     text = _SPACING.sub("", text).rstrip(".")
     text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
-    return _FRACTION.sub(r"\1\2/\3", text)
+    return _FRACTION.sub(r"\1\2/\3", as_written(_SCIENTIFIC.sub(r"\1e\2", text)))
 
 
 def _value(text: str) -> Fraction | None:

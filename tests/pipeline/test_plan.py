@@ -21,7 +21,7 @@ KEYS = {
     "rollout 1": "64c3adeae880f7998265",
     "score 1": "8466811a8b5a89581031/71818986fbe3e3ea8e7d",
     "train 1": "20c8c902f93cbf4181ab",
-    "evaluate 1": "0f17caf3e95e55279de9",
+    "evaluate 1": "2ad63bbb1dc545b12e50",
 }
 
 
@@ -109,6 +109,13 @@ def test_keys_are_those_of_every_earlier_version() -> None:
     """A plan of today must find the artifacts of yesterday: keys as they were when each stage's version was new."""
     found = {job.name: job.output.key for job in BASE.jobs if job.round == 1}
     assert found == KEYS
+
+
+def test_evaluations_without_mathematics_are_those_of_before_its_answers_were_read_as_written() -> None:
+    plan = make_plan(
+        settings(evaluate={"benchmarks": [{"name": "b", "path": "b.jsonl", "verifier": "countdown"}]}), facts()
+    )
+    assert plan.job("evaluate", 1).output.key == "a22b921d0a845ff9e4d1"
 
 
 @pytest.mark.parametrize(

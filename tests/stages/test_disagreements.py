@@ -19,6 +19,7 @@ from eopd.storage.artifacts import Artifact, Identity
         (r"first \boxed{1}, then \boxed{ x^{2} }.", "x^{2}"),
         ("It is 1,234 or rather -3/4.", "-3/4"),
         ("The answer is 27.", "27"),
+        ("It is 6.6e-3 J.", "0.0066"),
         ("nothing at all", ""),
         (r"\boxed{" + "{" * 5000, ""),
     ],
@@ -37,6 +38,14 @@ def test_the_final_answer_is_the_last_box_or_number(response: str, expected: str
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", True),
         (r"\text{Monday}", "Monday", True),
         (r"$12$.", "12", True),
+        (r"\$32,348", r"\$32,\!348", True),
+        (r"3 \times 10^8", "3e8", True),
+        (r"6.6 \cdot 10^{-34}", "6.6e-34", True),
+        ("300,000,000", "3e8", True),
+        ("361", "3.61e2", True),
+        ("-1/3", "-1./3", True),
+        ("6.6e-34", "1.6e-19", False),
+        (r"3/2 \times 10^3", "3/2000", False),
         ("x^2+2x+1", "(x+1)^2", False),
         ("1/0", "2", False),
         ("1,2", "12", False),
@@ -51,6 +60,7 @@ def test_nothing_in_an_answer_takes_long() -> None:
     began = time.monotonic()
     same_answer("9" * 10**6, "9" * 10**6 + "1")
     same_answer(r"\frac{" * 10**5, "{" * 10**5)
+    same_answer("1e999 " * 10**4, r"9\times" * 10**5)
     final_answer(r"\boxed{" * 10**5)
     assert time.monotonic() - began < 5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from eopd.stages.evaluate.verifiers.equations import equations
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
 from eopd.stages.evaluate.verifiers.registry import NAMES, PLAIN, PlainVerifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
+NO_CURRENCY = r"(?<!\\)\$"
 
 RIGHT = [
     ("9-7=2,2*2=4,4*4=16", "4,7,9,2=16"),
@@ -131,6 +135,7 @@ def test_a_plain_verifier_that_fails_on_a_response_does_not_blame_the_reference(
         verifier.verify_many([("y", "1")])
 
 
+MINERVA_72 = r"x_{0} \cos (\omega t)+$ $\dot{x}_{0} \sin (\omega t) / \omega"
 MATH_RIGHT = [
     (r"So the answer is \boxed{\frac{1}{2}}.", "0.5"),
     (r"Thus $\boxed{(3, \pi/2)}$", r"\left( 3, \frac{\pi}{2} \right)"),
@@ -138,6 +143,39 @@ MATH_RIGHT = [
     ("The final answer is 27", "27\n"),
     (r"So $\boxed{(-\infty,0) \cup \{1\}}$", r"$(-\infty, 0) \cup\{1\}$."),
     (r"It takes \$5 each, so \boxed{1,234}", "1234"),
+    # a currency is no mathematics mode, and dollars that make no pairs are none either
+    (r"\boxed{\$36}", r"\$36"),
+    (r"\boxed{36}", r"\$36"),
+    (r"so \boxed{\$32,348}", r"\$32,\!348"),
+    (r"\boxed{18.9}", r"\$18.90"),
+    (r"\boxed{221, 8}", "$221,$8$"),
+    (r"\boxed{x_0 \cos(\omega t) + \frac{\dot{x}_0}{\omega} \sin(\omega t)}", MINERVA_72),
+    # numbers as programs print them, in either text, and in scientific notation
+    (r"\boxed{3 \times 10^8}", "3e8"),
+    (r"\boxed{300000000}", "3e8"),
+    (r"\boxed{3.0E+08}", "300000000"),
+    ("The speed is 3e8 m/s.", "3e8"),
+    (r"\boxed{10^{-5}}", "1e-5"),
+    (r"\boxed{0.00001}", "1e-5"),
+    (r"\boxed{361}", "3.61e2"),
+    (r"\boxed{4.5 \cdot 10^{33}\ \mathrm{erg}}", "4.5e33"),
+    (r"\boxed{-\frac13}", "-1./3"),
+    (r"\boxed{\arcsin\frac{10}{13}}", "np.arcsin(10/13)"),
+    (r"\boxed{2e-1}", "2e - 1"),  # Euler's number
+    # numbers of few digits, however small
+    (r"\boxed{E = 2.88 \times 10^{-19} \text{ J}}", "2.88e-19"),
+    (r"\boxed{\frac{1}{360000}}", "2.7778e-6"),
+    (r"\boxed{0.333333}", r"\frac13"),
+    (r"\boxed{0.0}", "0"),
+    (r"\boxed{\sqrt2\sqrt3-\sqrt6}", "0"),
+    # the convention: no units, and a percentage is its number or its value
+    (r"\boxed{12 \text{ cm}}", r"12 \text{ m}"),
+    (r"\boxed{50\%}", "50"),
+    (r"\boxed{50\%}", "0.5"),
+    # the last box counts; a set may be spread over several
+    (r"\boxed{3} is wrong; final: \boxed{7}", "7"),
+    (r"x is \boxed{3} or \boxed{7}", r"\{3, 7\}"),
+    (r"\boxed{7}, and then \boxed{8", "7"),
 ]
 MATH_WRONG = [
     (r"\boxed{\frac{1}{3}}", "0.5"),
@@ -147,6 +185,20 @@ MATH_WRONG = [
     (r"\boxed{" + "{" * 3000, "27"),
     (r"\boxed{" + r"\frac{1}{" * 400 + "2" + "}" * 400 + "}", "27"),
     ("\\boxed{\x00\ud7ff٢٧}", "28"),
+    (r"\boxed{37}", r"\$36"),
+    (r"\boxed{221}", "$221,$8$"),
+    (r"\boxed{\frac{\dot{x}_0}{\omega} \sin(\omega t)}", MINERVA_72),
+    (r"\boxed{3 \times 10^9}", "3e8"),
+    (r"\boxed{-1}", "-1./3"),
+    (r"\boxed{2}", r"\hbar \omega(v+1 / 2)-\frac{E_{0}^{2} e^{2}}{2 m \omega^{2}}"),  # its last number
+    (r"\boxed{6.6 \times 10^{-34}}", r"1.6 \times 10^{-19}"),
+    (r"\boxed{E = 2.98e-19}", "2.88e-19"),
+    (r"\boxed{0.0000001}", "0.0000004"),
+    (r"\boxed{0.0000001}", "0.0"),
+    (r"\boxed{0}", "1e-7"),
+    (r"\boxed{2^{-101}}", "2^{-100}"),
+    (r"\boxed{7} is wrong; final: \boxed{3}", "7"),
+    (r"\boxed{3} is wrong; final: \boxed{7}", "3"),
 ]
 MATH_HANGING = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -159,7 +211,8 @@ def math_verifier():  # type: ignore[no-untyped-def]
 
 def test_math_grades_as_people_would(math_verifier: MathVerifier) -> None:
     verdicts = math_verifier.verify_many([*MATH_RIGHT, *MATH_WRONG])
-    assert [v.correct for v in verdicts] == [True] * len(MATH_RIGHT) + [False] * len(MATH_WRONG)
+    right = [pair for pair, verdict in zip([*MATH_RIGHT, *MATH_WRONG], verdicts, strict=True) if verdict.correct]
+    assert right == MATH_RIGHT
     assert all((v.form is not None) == v.correct for v in verdicts)
 
 
@@ -176,6 +229,22 @@ def test_math_reads_references_as_they_come_and_judges_nothing_by_others(math_ve
         math_verifier.check_answer("$")
     verdicts = math_verifier.verify_many([(r"\boxed{2}", "2"), (r"\boxed{2}", "$"), (r"\boxed{3}", "2")])
     assert [(v.correct, v.readable) for v in verdicts] == [(True, True), (False, False), (False, True)]
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside this checkout (../shared/data)")
+def test_math_reads_every_reference_of_the_papers_benchmarks(math_verifier: MathVerifier) -> None:
+    """All can be read, and each is right in a box of its own: before sampling, and before a GPU is paid for it."""
+    answers = {}
+    for path in sorted(BENCHMARKS.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            answers[row["id"]] = row["answer"]
+    assert len(answers) == 1547
+    for answer in answers.values():
+        math_verifier.check_answer(answer)
+    boxes = [rf"so \boxed{{{re.sub(NO_CURRENCY, '', answer).strip().rstrip('.')}}}" for answer in answers.values()]
+    verdicts = math_verifier.verify_many(list(zip(boxes, answers.values(), strict=True)))
+    assert [name for name, verdict in zip(answers, verdicts, strict=True) if not verdict.correct] == []
 
 
 def test_math_outlives_an_answer_that_hangs(math_verifier: MathVerifier) -> None:

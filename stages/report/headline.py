@@ -14,7 +14,7 @@ from eopd.stages.report.data import Estimate, RunData
 from eopd.stages.report.figure import Rows
 from eopd.stages.report.rates import Rate, rates
 from eopd.stages.report.scales import Scale
-from eopd.stages.report.scores import asked
+from eopd.stages.report.scores import after, asked
 
 Ranking = tuple[int, Hashable]
 """The round that runs are ranked after, and what they were asked then (``scores.asked``)."""
@@ -39,7 +39,8 @@ class Measured:
 @dataclass(frozen=True)
 class Gain:
     """``name`` such as Avg@8; ``last`` is None when only one round was evaluated; ``ranked``: after the round that runs
-    are ranked after, None where this one was not evaluated then on the problems of the others.
+    are ranked after, None where this one was not evaluated then on the problems of the others; ``alike``: whether both
+    evaluations are on the same problems.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Gain:
     last: Measured | None
     paired: Estimate | None
     ranked: Measured | None = None
+    alike: bool = True
 
     @property
     def end(self) -> Measured:
@@ -92,6 +94,8 @@ class Gain:
         """What the intervals say of the change; empty where there are none."""
         if self.last is None:
             return ""
+        if not self.alike:
+            return "on other problems, which may be all of the change"
         if self.paired is not None and self.paired.low is not None and self.paired.high is not None:
             beyond = self.paired.low > 0 or self.paired.high < 0
             return "the interval of the change excludes zero" if beyond else "the interval of the change includes zero"
@@ -156,7 +160,7 @@ def _ranked(name: str, found: list[tuple[Gain, RunSummary]], runs: Sequence[str]
     if all(gain.end == value for value, gain, _ in ranked):
         text = f"{name} ends highest in {owner.name} at {best.text}"
         if gain.last is not None:
-            text += f" (from {gain.first.text})"
+            text += f" (from {gain.first.text}{_elsewhere(gain)})"
     else:
         those = "two of them" if absent else "all"
         text = f"{name} after round {best.round}, the last that {those} have, is highest in {owner.name} at {best.text}"
@@ -183,8 +187,12 @@ def _said(gain: Gain) -> str:
     if gain.last is None:
         return f"{gain.name} is {gain.first.text} after round {gain.first.round}; no other round was evaluated."
     if gain.direction == "stayed":
-        return f"{gain.name} stayed at {gain.end.text}."
-    return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}."
+        return f"{gain.name} stayed at {gain.end.text}{_elsewhere(gain)}."
+    return f"{gain.name} {gain.direction} from {gain.first.text} to {gain.end.text}{_elsewhere(gain)}."
+
+
+def _elsewhere(gain: Gain) -> str:
+    return "" if gain.alike else ", on other problems"
 
 
 def _gain(run: RunData, rate: Rate, ranking: Ranking | None) -> Gain | None:
@@ -199,7 +207,9 @@ def _gain(run: RunData, rate: Rate, ranking: Ranking | None) -> Gain | None:
     paired = run.avg_gain if rate.which == "avg" else run.pass_gain
     if rate.k is not None and any(found.samples != rate.k for found in run.scores):
         paired = None  # it is of all samples, not of k
-    return Gain(rate.name, evaluated[0], evaluated[-1], paired, ranked)
+    first, last = (after(run.scores, end.round) for end in (evaluated[0], evaluated[-1]))
+    alike = not run.scores or (first is not None and last is not None and asked(first) == asked(last))
+    return Gain(rate.name, evaluated[0], evaluated[-1], paired, ranked, alike)
 
 
 def _facts(run: RunData) -> tuple[tuple[str, str], ...]:

@@ -110,11 +110,11 @@ def time_of(rows: Sequence[CostRow]) -> str:
 
 
 def whole_time(runs: Sequence[RunData]) -> str:
-    """Of all runs together; what several of them read counts once."""
+    """Of all runs together; what several of them read counts once. Empty where it is known of no job."""
     jobs = {
         row.key or f"{number} {place}": row for number, run in enumerate(runs) for place, row in enumerate(run.cost)
     }
-    return time_of(list(jobs.values()))
+    return time_of(list(jobs.values())) if any(row.seconds is not None for row in jobs.values()) else ""
 
 
 def settings(runs: Sequence[RunData]) -> SettingsTable:

@@ -165,7 +165,7 @@ def made_up_run(name: str = "quickstart", seed: int = 1, gain: float = 0.24, sha
         cost=made_up_cost(shared=shared),
         read_with={"evaluate.alignment.tau": "0.8", "the teacher": "made up"},
         threshold=0.8,
-        scores=[made_up_scores(seed, gain)],
+        scores=[made_up_scores(seed, 0.0, round_=0), made_up_scores(seed, gain)],
         seed=seed,
         interval="95 % bootstrap over problems",
         avg_gain=Estimate(gained, gained - 0.025, gained + 0.025) if seed == 1 else None,

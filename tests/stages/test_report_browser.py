@@ -30,7 +30,7 @@ def seeds() -> ReportData:
             made_up_run(f"{name}-s{seed}", 1 + seed, gain),
             kin=name,
             seed=seed,
-            scores=[replace(made_up_scores(seed, gain), seeds=[seed])],
+            scores=[replace(made_up_scores(seed, gain * at, round_=5 * at), seeds=[seed]) for at in (0, 1)],
         )
         for name, gain in (("opd", 0.15), ("eopd", 0.24), ("fkl", 0.2))
         for seed in range(3)

@@ -108,15 +108,16 @@ def evil_report() -> ReportData:
         notes=[EVIL],
         warnings=[EVIL],
         graders=[EVIL],
-        settings={EVIL: {EVIL: [EVIL]}, "train": {EVIL: EVIL}},
-        training=[StepRow(1, step, loss=1.0, further={EVIL: 1.0}) for step in range(3)],
+        settings={EVIL: {EVIL: [EVIL]}, "train": {EVIL: EVIL}, "evaluate": {EVIL: EVIL}},
+        training=[StepRow(1, step, loss=1.0, rkl=1.0, further={EVIL: 1.0}) for step in range(3)],
+        head=EVIL,
         by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
         first_by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
         read_with={EVIL: EVIL},
         cost=[CostRow(EVIL, 1, 1.0)],
         rollouts=[RolloutView(EVIL, [EVIL, "<script>", ""], [0.1, 2.0, None], [-1.0, -2.0, None], verdict=EVIL)],
     )
-    other = replace(run, settings={"train": {"lr": 1}}, read_with={EVIL: "other"})
+    other = replace(run, settings={"train": {"lr": 1}}, head="x", read_with={EVIL: "other"})
     return ReportData(title=EVIL, generated=EVIL, runs=[run, other])
 
 

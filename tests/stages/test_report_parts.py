@@ -215,6 +215,21 @@ def test_a_gain_of_all_samples_is_not_shown_as_one_at_fewer() -> None:
     assert headline.summarise([eight])[0].gains[1].paired == Estimate(0.6, 0.5, 0.7)
 
 
+def test_a_gain_on_other_problems_is_said_to_be_such() -> None:
+    """A part of the last evaluation was set aside: two problems at first, one of them at last."""
+    two, one = ended("run", {0: 0.25}, problems=2), ended("run", {1: 0.5})
+    run = replace(two, rounds=[*two.rounds, *one.rounds], scores=[*two.scores, *one.scores])
+    assert said_of(run) == "Avg@8 rose from 0.250 to 0.500, on other problems."
+    assert "on other problems" in headline.summarise([run])[0].gains[0].detail
+    later = replace(ended("later", {0: 0.25, 1: 0.25}), avg_gain=Estimate(0.0, -0.1, 0.1))
+    assert said_of(later) == "Avg@8 stayed at 0.250."
+    assert said_of(run, later) == (
+        "Avg@8 ends highest in run at 0.500 (from 0.250, on other problems), then later at 0.250."
+    )
+    merged = replace(run, scores=run.scores[:1])  # seeds that were not asked the same at last
+    assert said_of(merged) == "Avg@8 rose from 0.250 to 0.500, on other problems."
+
+
 def test_one_evaluation_is_no_gain() -> None:
     summary = headline.summarise([RunData("r", rounds=[RoundData(3, {8: 0.25})])])[0]
     assert headline.sentence([summary]) == ["Avg@8 is 0.250 after round 3; no other round was evaluated."]
@@ -363,7 +378,9 @@ def test_the_time_of_all_runs_counts_shared_work_once() -> None:
     said = "1 min 30 s (+ 1 job of unknown time) for all runs together"
     assert said in render(ReportData("two", "now", runs))
     assert "for all runs together" not in render(ReportData("one", "now", runs[:1]))
-    assert tables.whole_time([RunData("r", cost=shared[1:])]) == "not measured"
+    assert tables.whole_time([RunData("r", cost=shared[1:])]) == ""
+    unknown = [RunData(name, cost=shared[1:]) for name in ("x", "y")]
+    assert "for all runs together" not in render(ReportData("two", "now", unknown))
 
 
 def test_settings_are_flattened_and_compared() -> None:

@@ -60,7 +60,7 @@ def _by_entropy_bin(runs: Sequence[RunData], measured: Sequence[Mapping[str, Bin
                 Figure(
                     f"{kind.replace('_', '-')}{'fkl-by-entropy' if name == FORWARD_KL else f'by-entropy-{number}'}",
                     title,
-                    f"{unit} · {held_out.NOTES[kind]}",
+                    f"{held_out.NOTES[kind]} · {unit}",
                     Axis("teacher entropy, nats"),
                     Axis(title),
                     shown,

@@ -9,7 +9,7 @@ from eopd.stages.report.curves import ENTROPY_NOTE, Panel, by_round
 from eopd.stages.report.data import FIRST, RunData
 from eopd.stages.report.figure import Figure
 
-NOTES = {"": "the student's own samples", FIRST: "the first student's samples"}
+NOTES = {"": "own samples", FIRST: "first student's samples"}
 """What figures are of, by what their names begin with."""
 TITLES = {"": "", FIRST: ", fixed set"}
 _TAU = "evaluate.alignment.tau"
@@ -21,7 +21,7 @@ def figures(runs: Sequence[RunData]) -> list[Figure]:
 
 
 def notes(runs: Sequence[RunData]) -> list[str]:
-    """What the runs' teachers and students were compared with otherwise."""
+    """What the runs' teachers and students were not compared alike in."""
     read = [(run.name, run.read_with) for run in runs if run.read_with]
     differing = []
     for name in dict.fromkeys(name for _, found in read for name in found):
@@ -30,7 +30,7 @@ def notes(runs: Sequence[RunData]) -> list[str]:
             differing.append(f"{words.printable(name, 80)} is {apart}")
     if not differing:
         return []
-    return [f"Read otherwise, which may be all of a difference: {'; '.join(differing)}."]
+    return [f"Not measured alike, which may be all of a difference: {'; '.join(differing)}."]
 
 
 def _threshold(runs: Sequence[RunData]) -> str:
@@ -47,7 +47,7 @@ def _panels(kind: str, threshold: str) -> tuple[Panel, ...]:
             f"{title}{TITLES[kind]}",
             f"{kind}{solid}",
             "percent" if percent else "number",
-            f"{note} · {NOTES[kind]}",
+            f"{NOTES[kind]} · {note}",
             dashed and f"{kind}{dashed}",
         )
 

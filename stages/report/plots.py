@@ -7,6 +7,7 @@ its own carries a style sheet that follows the reader's light or dark setting. N
 from __future__ import annotations
 
 import math
+import textwrap
 from html import escape
 from itertools import groupby
 
@@ -237,8 +238,8 @@ def _heading(figure: Figure) -> tuple[str, int]:
     """Title, note and legend of a file of its own, and the height they take."""
     parts = [f'<text class="title" x="14" y="24">{escape(figure.title)}</text>']
     top = 32
-    if figure.note:
-        parts.append(f'<text class="tick" x="14" y="{top + 8}">{escape(words.printable(figure.note, 66))}</text>')
+    for line in textwrap.wrap(words.printable(figure.note), 66):
+        parts.append(f'<text class="tick" x="14" y="{top + 8}">{escape(line)}</text>')
         top += 16
     for label, tone, run in figure.key:
         parts.append(shape(run, 19, top + 6, f"s-{tone} f-{tone} dot"))

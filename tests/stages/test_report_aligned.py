@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
+from eopd.stages.report import plots
 from eopd.stages.report.data import ReportData, RunData
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.stages.report.numbers import to_csv
@@ -71,12 +72,17 @@ def test_every_kind_of_responses_is_drawn_apart_and_in_the_numbers(tmp_path: Pat
     assert [item.first_held_out_fkl for item in run.rounds] == pytest.approx([0.25, 1.25])
     assert run.rounds[0].intervals["first_uncertain_fkl"] == pytest.approx((0.225, 0.275))
     drawn = {figure.name: figure for figure in figures(report(run))}
-    for kind, name, last in (("", "the student's own samples", 2.5), ("first-", "the first student's samples", 1.25)):
+    for kind, name, last in (("", "own samples", 2.5), ("first-", "first student's samples", 1.25)):
         for panel in ("uncertain-fkl", "held-out-fkl", "agreement", "above-threshold", "fkl-by-entropy"):
             assert name in drawn[f"{kind}{panel}"].note
         assert max(y for y in drawn[f"{kind}held-out-fkl"].ys()) == pytest.approx(1.1 * last)
         assert max(y for y in drawn[f"{kind}fkl-by-entropy"].ys()) == pytest.approx(1.1 * last)
     assert "past 0.8 nats" in drawn["first-uncertain-fkl"].note
+    note = drawn["first-above-threshold"].note
+    assert len(note) > 66
+    assert all(
+        part in plots.standalone(drawn["first-above-threshold"]) for part in ("samples · entropy", "dashed</text>")
+    )
     rows = list(csv.DictReader(to_csv(report(run)).splitlines()))
     bins = [(row["section"], float(row["value"])) for row in rows if row["name"] == "fkl"]
     assert bins == [("by_entropy_bin", pytest.approx(2.5))] * 2 + [("first_by_entropy_bin", pytest.approx(1.25))] * 2
@@ -106,7 +112,9 @@ def test_alignments_of_different_things_are_named(tmp_path: Path, changes: dict[
     one = gathered(tmp_path, alignment(tmp_path, {"own": 1.5}), name="a")
     other = gathered(tmp_path, alignment(tmp_path, {"own": 1.5}, **changes), name="b")
     page = render(report(one, other))
-    assert f"Read otherwise, which may be all of a difference: {said}." in page
-    assert "Read otherwise" not in render(report(one, gathered(tmp_path, alignment(tmp_path, {"own": 2.0}), name="c")))
+    assert f"Not measured alike, which may be all of a difference: {said}." in page
+    assert "Not measured alike" not in render(
+        report(one, gathered(tmp_path, alignment(tmp_path, {"own": 2.0}), name="c"))
+    )
     if "tau" in changes:
         assert "past 0.8 or 1.2 nats" in page

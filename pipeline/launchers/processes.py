@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from eopd.pipeline.ends import EXIT_FULL, EXIT_INTERRUPTED
 
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+GROUP_SECONDS = 10.0
+"""For what a worker left behind to clean up after itself, before it is killed."""
 
 
 class Process(Protocol):
-    """What the pool needs of a process; ``subprocess.Popen`` is one."""
+    """What the pool needs of a process; ``Leader`` is one."""
 
     @property
     def pid(self) -> int: ...
@@ -70,16 +74,55 @@ def gpus_of(settings: RunSettings, stage: Stage) -> int:
     return (settings.rollout if stage == "rollout" else settings.score).engine_options.tensor_parallel
 
 
+class Leader(subprocess.Popen[bytes]):
+    """``python ARGUMENTS``, asked to stop when we end, in a group of its own that ends with it.
+
+    vLLM's processes outlive a worker that is killed, and keep the memory of its GPU.
+    """
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        ask = ask_to_stop_when_orphaned if sys.platform == "linux" else None
+        super().__init__([sys.executable, *arguments], start_new_session=True, preexec_fn=ask, **options)
+
+    def poll(self) -> int | None:
+        ended_before = self.returncode is not None
+        code = super().poll()
+        if code is not None and not ended_before:
+            end_group(self.pid)
+        return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        ended_before = self.returncode is not None
+        code = super().wait(timeout)
+        if not ended_before:
+            end_group(self.pid)
+        return code
+
+
+def end_group(leader: int) -> None:
+    """End all processes of the group that ``leader``, which has ended, was the first of."""
+    with suppress(ProcessLookupError, PermissionError):
+        try:
+            os.killpg(leader, signal.SIGTERM)
+            until = time.monotonic() + GROUP_SECONDS
+            while _any_runs(leader) and time.monotonic() < until:
+                time.sleep(0.02)
+        finally:
+            os.killpg(leader, signal.SIGKILL)
+
+
+def _any_runs(group: int) -> bool:
+    """Whether a process of ``group`` has not ended; one that nobody waits for keeps its group."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group, *_ = file.read_text(errors="replace").rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
 def spawn_process(arguments: list[str], environment: Mapping[str, str], output: IO[bytes]) -> Process:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
-        preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
-    )
+    return Leader(arguments, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
 def ask_to_stop_when_orphaned() -> None:

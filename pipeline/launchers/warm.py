@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO
 
-from eopd.pipeline.launchers.processes import Process, ask_to_stop_when_orphaned, spawn_process
+from eopd.pipeline.launchers.processes import Leader, Process, spawn_process
 from eopd.pipeline.progress import EVENTS_VARIABLE
 from eopd.pipeline.worker import Order
 
@@ -81,15 +81,13 @@ class WarmWorker:
         answers, theirs = os.pipe()
         own = {name: value for name, value in environment.items() if name != EVENTS_VARIABLE}
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "eopd.pipeline.worker", str(theirs)],
+            self.process = Leader(
+                ["-m", "eopd.pipeline.worker", str(theirs)],
                 env=own,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs],
-                start_new_session=True,
-                preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
             )
         finally:
             os.close(theirs)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,7 +62,8 @@ class VLLMProcess:
                 if self.on_cpu and options.cpu_threads is not None:
                     torch.set_num_threads(options.cpu_threads)
                 give_back_gpu_memory()  # of jobs before, those that failed too
-                with self._eagerly(), _out_of_sight("llvmlite.binding.ffi"):
+                ours = nullcontext() if self.on_cpu else children_deaf_to_ctrl_c()
+                with ours, self._eagerly(), _out_of_sight("llvmlite.binding.ffi"):
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
@@ -112,7 +115,7 @@ class VLLMProcess:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 if self.on_cpu:
                     self.llm.apply_model(_repack_head)
-            except (ValueError, NotImplementedError, RuntimeError, OSError, KeyError, AttributeError) as error:
+            except Exception as error:  # of another process a plain Exception comes back, whatever went wrong there
                 raise ValueError(f"vLLM {self.version} could not take the weights of {ref.path}: {error}") from error
 
     def close(self) -> None:
@@ -147,6 +150,9 @@ class VLLMProcess:
         if self.on_cpu:
             # a second process would cost its own import (10 to 30 s) and a tiny model half of its speed
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        else:
+            # a fork of a process that has run torch on several threads hangs as soon as it does so itself
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
     def _arguments(self, ref: ModelRef, options: EngineOptions) -> dict[str, Any]:
         folder = model_folder(ref.path, ref.revision)
@@ -168,6 +174,18 @@ class VLLMProcess:
             memory = {"kv_cache_memory_bytes": int(options.cpu_kv_cache_gib * 2**30)}
             return shared | memory | {"enable_chunked_prefill": False}
         return shared | {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
+@contextmanager
+def children_deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside do not hear SIGINT, which a terminal sends to all of its foreground: vLLM's would end
+    while we still finish what is in hand. SIGTERM ends them as before."""
+    resource_tracker.ensure_running()  # its start unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

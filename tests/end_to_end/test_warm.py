@@ -63,6 +63,7 @@ def test_a_worker_does_many_tasks_and_is_replaced_when_it_dies_or_fails(
 FORKS = """
 import os, time
 if not os.fork():
+    os.setsid()
     open(os.environ["CHILD"] + ".new", "w").write(str(os.getpid()))
     os.rename(os.environ["CHILD"] + ".new", os.environ["CHILD"])
     time.sleep(60)
@@ -71,7 +72,7 @@ if not os.fork():
 
 
 def test_a_killed_worker_ends_its_task_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
-    """A forked process holds the pipe of answers open, so that its end never comes."""
+    """A forked process, of a session of its own, holds the pipe of answers open, so that its end never comes."""
     (tmp_path / "sitecustomize.py").write_text(FORKS)
     child = tmp_path / "child"
     own = {**environment(), "PYTHONPATH": str(tmp_path), "CHILD": str(child)}

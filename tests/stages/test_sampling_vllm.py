@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import random
+import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from eopd.stages.engines.sampling import (
     derive_seed,
     open_sampling_engine,
 )
+from eopd.stages.engines.vllm_process import children_deaf_to_ctrl_c
 from eopd.stages.job import ModelRef
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
@@ -169,3 +174,32 @@ def test_a_head_size_vllm_lacks_is_named_before_any_sampling(tmp_path: Path, eng
     with pytest.raises(ValueError, match=r"cannot serve .*head size 24 .*vllm\.log.* set engine: transformers"):
         open_engine(tmp_path)
     assert not torch.distributed.is_initialized()
+
+
+def test_weights_that_it_cannot_read_are_refused_as_such(saved: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
+    """Whatever kind of error that is to vLLM: it reopens the engine, and does not end the job."""
+    shutil.copytree(saved[0], tmp_path / "broken", ignore=shutil.ignore_patterns("*.log"))
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no header" * 20)
+    opened = open_engine(saved[0])
+    try:
+        with pytest.raises(ValueError, match="could not take the weights of .*broken"):
+            opened.load(ModelRef(str(tmp_path / "broken")))
+    finally:
+        opened.close()
+
+
+def test_processes_of_a_gpu_engine_do_not_hear_ctrl_c_but_can_be_ended() -> None:
+    spawning = multiprocessing.get_context("spawn")
+    with children_deaf_to_ctrl_c():
+        child = spawning.Process(target=time.sleep, args=(60,))
+        child.start()
+        assert child.pid is not None
+    blocked = [line for line in Path(f"/proc/{child.pid}/status").read_text().splitlines() if line.startswith("SigBlk")]
+    assert int(blocked[0].split()[1], 16) & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    os.kill(child.pid, signal.SIGINT)
+    child.join(1.0)
+    assert child.is_alive()
+    child.terminate()
+    child.join(20.0)
+    assert child.exitcode == -signal.SIGTERM

@@ -10,11 +10,10 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from eopd.pipeline.launchers.processes import ask_to_stop_when_orphaned
+from eopd.pipeline.launchers.processes import Leader
 
 POLL_SECONDS = 0.1
 
@@ -31,15 +30,13 @@ def do(
         host, port = meeting
         arguments = [argument.format(host=host, port=port) for argument in arguments]
     with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
+        process = Leader(
+            arguments,
             cwd=folder,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,
-            preexec_fn=ask_to_stop_when_orphaned if sys.platform == "linux" else None,
         )
     told = False
     while True:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -172,6 +173,7 @@ def _torch(found: dict[str, Any] | str) -> Iterator[Finding]:
             little = "" if free > LITTLE_MEMORY else "end what else uses it (nvidia-smi lists it)"
             text = f"{name}, {size(free)} of {size(total)} free, driver {driver or 'of unknown version'}"
             yield Finding("GPU", "warning" if little else "ok", text, little)
+        yield compiling(Path(sysconfig.get_paths()["include"]))
     elif driver is None:
         yield Finding("GPU", "absent", "none; everything works on the CPU, for small models")
     elif found["cuda_build"] is None:
@@ -180,6 +182,18 @@ def _torch(found: dict[str, Any] | str) -> Iterator[Finding]:
     else:
         text = f"driver {driver} is there, but torch (built for CUDA {found['cuda_build']}) cannot use it"
         yield Finding("GPU", "broken", text, "update the driver, or install a torch built for an older CUDA")
+
+
+def compiling(headers: Path) -> Finding:
+    """What Triton needs when vLLM or torch first uses one of its kernels; ``headers``: the folder of Python's."""
+    compiler = os.environ.get("CC") or _which("gcc", "clang")
+    gone = ["a C compiler (gcc)"] if compiler is None else []
+    if not (headers / "Python.h").exists():
+        gone.append(f"Python's headers ({headers}/Python.h)")
+    if not gone:
+        return Finding("compiler", "ok", f"{compiler}, with Python's headers")
+    remedy = f"apt install gcc python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return Finding("compiler", "broken", f"kernels for the GPU need {' and '.join(gone)}", remedy)
 
 
 def _driver() -> str | None:

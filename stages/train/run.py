@@ -126,7 +126,10 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
 
 
 def _accelerator(settings: TrainSettings) -> Accelerator:
-    use_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:  # accelerate would take the CPU
+        raise ValueError("train.device is cuda, but torch sees no GPU: `eopd doctor` says why")
+    use_cpu = settings.device == "cpu" or not there
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     # precision is the Student's: accelerate would only see to what it wraps itself
     return Accelerator(cpu=use_cpu, kwargs_handlers=[waiting])

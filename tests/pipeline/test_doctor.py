@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eopd.pipeline.config import CONFIG_FOLDER, parse_settings
-from eopd.pipeline.doctor import known_versions, probe, worst
+from eopd.pipeline.doctor import compiling, known_versions, probe, worst
 from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.store_check import check_store
@@ -90,6 +90,22 @@ def test_versions_known_to_work_are_those_pinned(tmp_path: Path) -> None:
     assert known_versions("vllm", tmp_path) == {"0.32.0", "0.30.0"}
     assert known_versions("torch", tmp_path / "nowhere") == set()
     assert known_versions("torch")
+
+
+def test_kernels_need_a_compiler_and_python_s_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    neither = compiling(tmp_path)
+    assert neither.state == "broken"
+    assert "C compiler" in neither.text
+    assert f"{tmp_path}/Python.h" in neither.text
+    assert neither.remedy.startswith("apt install gcc python3")
+    (tmp_path / "Python.h").touch()
+    no_compiler = compiling(tmp_path)
+    assert no_compiler.state == "broken"
+    assert "Python.h" not in no_compiler.text
+    (tmp_path / "gcc").touch(0o755)
+    assert compiling(tmp_path).state == "ok"
 
 
 def test_only_what_is_broken_fails() -> None:

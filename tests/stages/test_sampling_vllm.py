@@ -182,7 +182,7 @@ def test_weights_that_it_cannot_read_are_refused_as_such(saved: tuple[Path, PreT
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"no header" * 20)
     opened = open_engine(saved[0])
     try:
-        with pytest.raises(ValueError, match="could not take the weights of .*broken"):
+        with pytest.raises(ValueError, match=r"could not take the weights of .*broken"):
             opened.load(ModelRef(str(tmp_path / "broken")))
     finally:
         opened.close()

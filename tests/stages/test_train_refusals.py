@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eopd.stages.train.run import run
 from tests.stages.train_case import make_world, train_job
@@ -48,3 +49,11 @@ def test_a_ratio_needs_the_distribution_that_was_drawn_from(
         run(job)
     assert not job.output.folder.joinpath("identity.json").exists()
     assert not job.progress_states.committed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_is_not_replaced_by_the_cpu(world: Path) -> None:
+    job = train_job(world, "cuda", device="cuda", epochs=1)
+    with pytest.raises(ValueError, match=r"train\.device is cuda, but torch sees no GPU.*eopd doctor"):
+        run(job)
+    assert not job.output.is_complete()

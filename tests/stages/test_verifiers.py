@@ -359,6 +359,28 @@ def test_an_answer_that_was_slow_once_is_graded_again(tmp_path: Path) -> None:
     assert [v.correct for v in verdicts] == [True] * 3
 
 
+COUNTS_HANGING = """
+import pathlib, sys, time
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    if 'hang' in line:
+        with open(sys.argv[1], 'a') as asked:
+            asked.write('x')
+        time.sleep(60)
+    print('{"correct": true, "form": "x"}', flush=True)
+"""
+
+
+def test_equal_answers_are_graded_once_and_hanging_ones_not_for_ever(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    responses = ["fine", "fine", *(f"hang {number % 23}" for number in range(40))]
+    with MathVerifier(seconds=0.2, workers=2, command=(sys.executable, "-c", COUNTS_HANGING, str(asked))) as verifier:
+        verdicts = verifier.verify_many([(response, "1") for response in responses])
+    assert [v.correct for v in verdicts] == [True] * 2 + [False] * 40
+    assert all((v.reason or "").startswith(mathematics.TIMED_OUT) for v in verdicts[2:])
+    assert len(asked.read_text()) == 23 + mathematics.GIVE_UP_AFTER
+
+
 DIES_ONCE_STARTED = """
 import json, pathlib, sys
 starts = pathlib.Path(sys.argv[1])
@@ -383,7 +405,7 @@ def test_a_grader_that_cannot_be_started_again_costs_one_answer(
     """Starts are counted from 0; one that fails is tried once more."""
     command = (sys.executable, "-c", DIES_ONCE_STARTED, str(tmp_path / "starts"), json.dumps(failing))
     with MathVerifier(seconds=5.0, workers=1, command=command) as verifier:
-        verdicts = verifier.verify_many([(response, "1") for response in ("fine", "die", "fine", "fine")])
+        verdicts = verifier.verify_many([(response, "1") for response in ("fine", "die", "again", "last")])
     assert [v.correct for v in verdicts] == correct
     assert {v.reason for v in verdicts if not v.correct} == {mathematics.DIED}
 

@@ -3,7 +3,7 @@
 An answer can make the algebra behind it run for ever or fill the memory, in places that no signal handler reaches.
 So every answer has a time limit, after which its process is killed and a new one started. The limit is wall time, and
 a busy machine is slow: answers that pass it are graded once more, one at a time, when all others are done. One that
-passes it again is wrong, with a reason that says so.
+passes it again is wrong, with a reason that says so; after ``GIVE_UP_AFTER`` such in a row the rest are left at that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from eopd.stages.evaluate.verifiers.verdict import Verdict
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
 START_SECONDS = 120.0
 RESTART_PAUSE_SECONDS = 1.0
+GIVE_UP_AFTER = 20
 TIMED_OUT = "the grader took too long"
 DIED = "the grader died"
 
@@ -56,12 +57,16 @@ class MathVerifier:
             self._free.put(None)
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        distinct = list(dict.fromkeys(pairs))
         with ThreadPoolExecutor(self._workers) as threads:
-            verdicts = list(threads.map(self._verify, pairs))
-        return [
-            self._verify(pair) if (verdict.reason or "").startswith(TIMED_OUT) else verdict
-            for pair, verdict in zip(pairs, verdicts, strict=True)
-        ]
+            verdicts = dict(zip(distinct, threads.map(self._verify, distinct), strict=True))
+        in_vain = 0
+        for pair in [pair for pair, verdict in verdicts.items() if _timed_out(verdict)]:
+            if in_vain == GIVE_UP_AFTER:
+                break
+            verdicts[pair] = self._verify(pair)
+            in_vain = in_vain + 1 if _timed_out(verdicts[pair]) else 0
+        return [verdicts[pair] for pair in pairs]
 
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
@@ -69,7 +74,7 @@ class MathVerifier:
         [verdict] = self.verify_many([("", answer)])
         if not verdict.readable:
             raise ValueError(f"the reference answer {answer!r} holds nothing that math-verify can read")
-        if verdict.reason == DIED or (verdict.reason or "").startswith(TIMED_OUT):
+        if verdict.reason == DIED or _timed_out(verdict):
             raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
 
     def named(self) -> str:
@@ -123,6 +128,10 @@ class MathVerifier:
                 raise WorkerDied(str(error)) from error
         self._version = worker.version
         return worker
+
+
+def _timed_out(verdict: Verdict) -> bool:
+    return (verdict.reason or "").startswith(TIMED_OUT)
 
 
 def _kill(worker: _Worker | None) -> None:

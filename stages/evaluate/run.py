@@ -225,7 +225,7 @@ def _row(
 
 def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
     settings = job.settings
-    tallies = [Tally() for _ in settings.benchmarks]
+    tallies = [Tally(boxes=benchmark.verifier == "math") for benchmark in settings.benchmarks]
     markers = [job.output.marker(part) for part in range(len(cut))]
     left_out = [part for part, marker in enumerate(markers) if marker.set_aside is not None]
     filled = [part for part in range(len(cut)) if part not in left_out]

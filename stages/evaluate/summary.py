@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from eopd.stages.evaluate import diversity, passk
+from eopd.stages.evaluate.verifiers.answers import last_box
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
 from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
@@ -32,8 +33,10 @@ class Tally:
     lengths: list[int] = field(default_factory=list)
     stopped: int = 0
     ungraded: int = 0
+    unboxed_correct: int = 0
     # a problem each: sum of -log-prob of its sampled tokens under the distribution sampled from (nats), and the tokens
     surprise: list[tuple[float, int]] = field(default_factory=list)
+    boxes: bool = False  # whether answers belong in boxes, so that right ones without are counted
 
     def add(self, samples: pa.Table, skipped: Iterable[str] = ()) -> None:
         """One part's samples, whose rows come problem by problem."""
@@ -59,6 +62,7 @@ class Tally:
         for row in rows:
             reason = row["reason"] or ""
             self.ungraded += reason in (DIED, UNREADABLE) or reason.startswith(TIMED_OUT)
+            self.unboxed_correct += self.boxes and row["correct"] and last_box(row["response_text"]) is None
         self.problems.append(
             {
                 "benchmark": rows[0]["benchmark"],
@@ -122,6 +126,7 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
         "token_entropy": float(surprise[:, 0].sum() / surprise[:, 1].sum()) if len(drawn) else None,
         "token_entropy_interval": _of_draws(drawn, confidence),
         "ungraded": tally.ungraded,
+        **({"unboxed_correct": tally.unboxed_correct} if tally.boxes else {}),
     }
     return Figures(values, {name: rows for name, (rows, _) in by_problem.items()}, drawn)
 

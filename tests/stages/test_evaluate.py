@@ -265,6 +265,31 @@ def test_answers_that_nobody_judged_are_counted() -> None:
     assert (tally.ungraded, tally.problems[0]["samples"]) == (3, 5)
 
 
+@pytest.mark.parametrize(("boxes", "counted"), [(True, 2), (False, 0)])
+def test_right_answers_without_a_box_are_counted(boxes: bool, counted: int) -> None:
+    texts = [(r"so \boxed{7}", True), ("so 7", True), (r"6 + 1 = 7, \boxed{", True), ("so 8", False)]
+    rows = [
+        {
+            "benchmark": "b",
+            "problem_id": "p",
+            "correct": correct,
+            "form": "x" if correct else None,
+            "reason": None if correct else "answered 8",
+            "response_text": text,
+            "response_token_ids": [5, 2],
+            "finish_reason": "stop",
+            "logprobs": [-1.0, -0.5],
+            "truncated_logprobs": None,
+        }
+        for text, correct in texts
+    ]
+    tally = Tally(boxes=boxes)
+    tally.add(pa.Table.from_pylist(rows))
+    assert tally.unboxed_correct == counted
+    values = figures("b", tally, resamples=100, confidence=0.95, seed=0).values
+    assert values.get("unboxed_correct") == (counted if boxes else None)
+
+
 def tally_of(correct: Sequence[int]) -> Tally:
     problems = [problem(count, number) for number, count in enumerate(correct)]
     return Tally(problems, lengths=[8] * 4 * len(correct), surprise=[(4.0 + n, 32) for n in range(len(correct))])

@@ -84,6 +84,10 @@ def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(
         next(summary.parents[1].glob("part-00000.*/samples.parquet")), evaluations.SAMPLES_SCHEMA
     )
     assert table.num_rows == 16
+    eopd("align", config)
+    (aligned,) = (tmp_path / "store" / "alignments").glob("*/part-*/alignment.json")
+    own = json.loads(aligned.read_text())["responses"]["own"]
+    assert (own["tau"], own["problems"]) == (0.8, 12)
     listed = eopd("evaluate", config, "--disagreements")
     assert "samples on which the verifier and a plain comparison" in listed.stderr
     assert all("problem_id" in json.loads(line) for line in listed.stdout.splitlines())

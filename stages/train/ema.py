@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from eopd.stages.train.parallel import like, whole
+from eopd.stages.train.parallel import gathered, like
 
 
 class Ema:
@@ -28,8 +28,8 @@ class Ema:
             self._shadow[name].mul_(self._decay).add_(parameter.detach().float(), alpha=1.0 - self._decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every average, whole, on the CPU, float32. Every process must call it."""
-        return {name: whole(value).cpu().contiguous() for name, value in self._shadow.items()}
+        """Every average, float32, ``gathered``."""
+        return gathered(self._shadow.items())
 
     def load(self, found: Mapping[str, Tensor]) -> None:
         """Put back what ``tensors`` gave.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eopd.stages.train.parallel import like, whole
+from eopd.stages.train.parallel import gathered, like, whole
 from eopd.stages.train.settings import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,16 +31,18 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """``<moment>.<parameter name>`` -> tensor on the CPU, and ``step``."""
-    found: dict[str, Tensor] = {}
+    """``<moment>.<parameter name>`` -> tensor, and ``step``; ``gathered``."""
+    return gathered(_state_of(module, optimizer))
+
+
+def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         state = optimizer.state.get(parameter)
         if not state:
             continue
         for moment in MOMENTS:
-            found[f"{moment}.{name}"] = whole(state[moment]).cpu().contiguous()
-        found["step"] = state["step"].detach().cpu().float().reshape(1)
-    return found
+            yield f"{moment}.{name}", state[moment]
+        yield "step", state["step"].float().reshape(1)
 
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:

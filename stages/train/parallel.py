@@ -5,7 +5,7 @@ Both average gradients over the processes, and the loop's normaliser allows for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -44,12 +44,9 @@ def student_of(module: nn.Module) -> Student:
 
 @contextmanager
 def accumulating(module: nn.Module, accelerator: Accelerator, *, last: bool) -> Iterator[None]:
-    """Exchange gradients only in the ``last`` micro-batch of a step."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-        yield
-        return
-    with nullcontext() if last else accelerator.no_sync(module):
+    """Exchange gradients only in the ``last`` micro-batch of a step; FSDP2's in every one: what it has not exchanged it
+    keeps whole, in every process."""
+    with nullcontext() if last or isinstance(module, FSDPModule) else accelerator.no_sync(module):
         yield
 
 
@@ -76,13 +73,21 @@ def like(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> 
     return value
 
 
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Every tensor whole and on the CPU in the main process, none in the others. Every process must call it."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        value = whole(tensor)
+        if main:
+            found[name] = value.cpu().contiguous()
+    return found
+
+
 def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """Every parameter once (tied ones under their first name), whole, on the CPU. Every process must call it."""
-    return {
-        name: whole(parameter).cpu().contiguous()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad or not trained_only
-    }
+    """Every parameter once (tied ones under their first name), ``gathered``."""
+    named = module.named_parameters()
+    return gathered((name, parameter) for name, parameter in named if parameter.requires_grad or not trained_only)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

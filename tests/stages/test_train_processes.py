@@ -11,21 +11,28 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
 
 from eopd.stages.job import ModelRef
+from eopd.stages.train.ema import Ema
 from eopd.stages.train.job import OPTIMIZER, WEIGHTS, TrainJob
+from eopd.stages.train.optimizer import make_optimizer, optimizer_tensors
+from eopd.stages.train.parallel import gather_weights
 from eopd.stages.train.run import run
+from eopd.stages.train.settings import OptimizerSettings
 from tests.stages.train_case import make_world, read_rows, train_job
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": {"lr": 1e-2}},
     "ema": {"ema": 0.75},
     "short": {"batch_responses": 7, "epochs": 1},  # the last step has one response: none for the second process
+    "small": {"micro_batch_tokens": 32},  # several micro-batches a step
 }
 FILES = {
     "lora": [(WEIGHTS, "model.safetensors")],
     "ema": [(OPTIMIZER, "ema/model.safetensors")],
     "short": [(WEIGHTS, "model.safetensors")],
+    "small": [(WEIGHTS, "model.safetensors")],
 }
 SHARDINGS = ("none", "fsdp")
 
@@ -57,7 +64,23 @@ def _one_of_two(rank: int, port: int, folder: str) -> None:
         for kind in KINDS:
             run(job_of(Path(folder), kind, sharding, 2))
         run_rounds(Path(folder), sharding, 2)
+    _gather(rank, Path(folder))
     torch.distributed.destroy_process_group()
+
+
+def _gather(rank: int, folder: Path) -> None:
+    """What a process holds of a sharded layer's weights and moments once they are gathered."""
+    layer = fully_shard(seeded_layer())
+    optimizer = make_optimizer(layer, OptimizerSettings())
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    found = gather_weights(layer) | optimizer_tensors(layer, optimizer) | Ema(layer, 0.5).tensors()
+    torch.save(found, folder / f"gathered-{rank}.pt")
+
+
+def seeded_layer() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 3)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +121,16 @@ def test_moments_carry_over_on_two_processes(world: Path, sharding: str) -> None
     single = run_rounds(world, "none", 1)
     *_, two = rounds_of(world, sharding, 2)
     check_equal(single, two, [(WEIGHTS, "model.safetensors"), (OPTIMIZER, "optimizer.safetensors")])
+
+
+def test_only_the_main_process_holds_what_is_gathered(world: Path) -> None:
+    main, other = (torch.load(world / f"gathered-{rank}.pt") for rank in range(2))
+    assert other == {}
+    names = {f"{kind}{name}" for kind in ("", "exp_avg.", "exp_avg_sq.") for name in ("weight", "bias")}
+    assert main.keys() == names | {"step"}
+    layer = seeded_layer()
+    optimizer = make_optimizer(layer, OptimizerSettings())
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(main[name], value)

@@ -168,10 +168,11 @@ MATH_RIGHT = [
     (r"\boxed{0.333333}", r"\frac13"),
     (r"\boxed{0.0}", "0"),
     (r"\boxed{\sqrt2\sqrt3-\sqrt6}", "0"),
-    # the convention: no units, and a percentage is its number or its value
+    # the convention: no units, and a percentage is its value or, if whole, its number
     (r"\boxed{12 \text{ cm}}", r"12 \text{ m}"),
     (r"\boxed{50\%}", "50"),
     (r"\boxed{50\%}", "0.5"),
+    (r"\boxed{0.625}", "62.5%"),
     # the last box counts; a set may be spread over several
     (r"\boxed{3} is wrong; final: \boxed{7}", "7"),
     (r"x is \boxed{3} or \boxed{7}", r"\{3, 7\}"),
@@ -186,6 +187,7 @@ MATH_WRONG = [
     (r"\boxed{" + r"\frac{1}{" * 400 + "2" + "}" * 400 + "}", "27"),
     ("\\boxed{\x00\ud7ff٢٧}", "28"),
     (r"\boxed{37}", r"\$36"),
+    (r"\boxed{62.5}", "62.5%"),
     (r"\boxed{221}", "$221,$8$"),
     (r"\boxed{\frac{\dot{x}_0}{\omega} \sin(\omega t)}", MINERVA_72),
     (r"\boxed{3 \times 10^9}", "3e8"),

@@ -153,6 +153,8 @@ class VLLMProcess:
         else:
             # a fork of a process that has run torch on several threads hangs as soon as it does so itself
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+            # Triton would multiply float32 as tf32, in attention; half precision is not touched
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
     def _arguments(self, ref: ModelRef, options: EngineOptions) -> dict[str, Any]:
         folder = model_folder(ref.path, ref.revision)

@@ -100,8 +100,5 @@ class TeacherBatch:
         stop_logprobs = stops.stop_logprobs(rows) if merged else np.zeros((rows.tokens, 0))
         arrays = Layout(rows, rule, plan, vocab_size, merged, stop_logprobs).arrays()
         offsets, width = arrays.pop("support_offsets"), arrays.pop("width")
-        tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
-            for name, array in arrays.items()
-        }
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
         return cls(support_offsets=offsets, width=int(width), **tensors)

@@ -57,7 +57,8 @@ class HiddenEngine(Protocol):
         """Whether it can be used: not closed, nor ended together with another engine of its process."""
 
     checked: bool
-    """Whether its first batch was compared with the full model's own logits (by the score stage)."""
+    """Whether its first batch, or that of one that this process opened alike, was compared with the full model's own
+    logits (by the score stage)."""
 
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         """Read every sequence that has a response; batches come in any order, each sequence once."""

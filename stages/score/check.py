@@ -20,7 +20,7 @@ rounding; a forgotten soft-cap, scale, bias, mask or sliding window moves far mo
 
 
 @torch.inference_mode()
-def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> str:
+def check_first_batch(engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence]) -> str:
     """Compare distributions on the shortest sequence; returns a line saying what was found.
 
     Raises:
@@ -35,7 +35,7 @@ def check_first_batch(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> 
     if own is None:
         return "not checked against the full model's logits: it does not fit this machine's memory, or is quantised"
     [batch] = list(engine.hidden([shortest]))
-    found = engine.head.logits(batch.hidden.to(engine.head.weight.device))
+    found = head.logits(batch.hidden)
     # what is not finite in both is the model's own fault, and is reported by the part that holds it
     finite = torch.isfinite(found.cpu()).all(1) | torch.isfinite(own.cpu()).all(1)
     if not finite.any():

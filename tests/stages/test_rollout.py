@@ -78,7 +78,7 @@ def make_job(folder: Path, policy: ModelRef, *, rollout: dict[str, Any] | None =
         log_dir=folder,
         policy=policy,
         prompts=PromptSettings(
-            **({"path": str(folder / "prompts.jsonl"), "columns": columns, "verifier": "x"} | prompts)
+            **({"path": str(folder / "prompts.jsonl"), "columns": columns, "verifier": "exact"} | prompts)
         ),
         prompt_indices=PARTS,
         stop_ids=STOPS,
@@ -111,7 +111,7 @@ def test_a_part_holds_the_samples_of_its_prompts(tmp_path: Path, policy: tuple[M
         assert [row["prompt_index"] for row in rows] == [index for index in indices for _ in range(3)]
         for row in rows:
             assert row["prompt_id"] == f"p{row['prompt_index']}"
-            assert (row["answer"], row["verifier"]) == (str(row["prompt_index"]), "x")
+            assert (row["answer"], row["verifier"]) == (str(row["prompt_index"]), "exact")
             assert row["seed"] == derive_seed(7, row["prompt_id"], row["sample"])
             assert row["truncated_logprobs"] is None
             stop = row["stop_token_id"]

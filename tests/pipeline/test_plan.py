@@ -17,6 +17,9 @@ def keys(plan: Plan, stage: Stage) -> list[str]:
 
 
 BASE = make_plan(settings(), facts())
+AS_THEN = {"train": {"objective": {"advantage": "old"}}}
+"""What was the default when the keys were new."""
+
 KEYS = {
     "rollout 1": "64c3adeae880f7998265",
     "score 1": "8466811a8b5a89581031/71818986fbe3e3ea8e7d",
@@ -107,13 +110,14 @@ def test_more_rounds_of_a_constant_rate_begin_with_the_same_ones() -> None:
 
 def test_keys_are_those_of_every_earlier_version() -> None:
     """A plan of today must find the artifacts of yesterday: keys as they were when each stage's version was new."""
-    found = {job.name: job.output.key for job in BASE.jobs if job.round == 1}
+    found = {job.name: job.output.key for job in make_plan(settings(**AS_THEN), facts()).jobs if job.round == 1}
     assert found == KEYS
 
 
 def test_evaluations_without_mathematics_are_those_of_before_its_answers_were_read_as_written() -> None:
     plan = make_plan(
-        settings(evaluate={"benchmarks": [{"name": "b", "path": "b.jsonl", "verifier": "countdown"}]}), facts()
+        settings(**AS_THEN, evaluate={"benchmarks": [{"name": "b", "path": "b.jsonl", "verifier": "countdown"}]}),
+        facts(),
     )
     assert plan.job("evaluate", 1).output.key == "a22b921d0a845ff9e4d1"
 

@@ -195,7 +195,7 @@ def test_published_formulas() -> None:
 def test_eopd_is_the_published_loss() -> None:
     case = make_case(9, tokens=40, vocab=60, stops=NO_STOPS)
     case = replace(case, context=replace(case.context, mask=torch.ones(40), normaliser=40.0))
-    objective = make_objective(ObjectiveSettings(name="eopd"))
+    objective = make_objective(ObjectiveSettings(name="eopd", advantage="old"))
     batch = TeacherBatch.build(case.rows, case.rule, case.stops, objective.plan, 60)
     loss, metrics = sparse_head_loss(case.hidden, case.head, batch, objective, case.context, chunk_tokens=11)
     q = case.head.logits(case.hidden).double().log_softmax(dim=1)
@@ -264,7 +264,8 @@ def test_every_objective_of_the_family_can_be_made() -> None:
 
 
 def test_own_defaults_and_refusals() -> None:
-    assert ObjectiveSettings(name="lightning_opd").advantage == "current"
+    assert {ObjectiveSettings(name=name).advantage for name in ("opd", "eopd", "lightning_opd")} == {"current"}
+    assert ObjectiveSettings(name="reopold").advantage == "old"
     assert ObjectiveSettings(name="tropd").k == 64
     assert ObjectiveSettings(name="eopd").support == "renormalised"
     assert ObjectiveSettings(name="fkl").support == "bucket"

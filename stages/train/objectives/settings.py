@@ -20,7 +20,7 @@ Ratio = Literal["ppo", "is", "truncated", "none"]
 SupportMode = Literal["renormalised", "true", "bucket", "sampled"]
 
 _BOUNDS: dict[str, Any] = {"clip_eps": 0.2, "truncate_at": 2.0}
-_POLICY: dict[str, Any] = {"advantage": "old", "ratio": "ppo", **_BOUNDS}
+_POLICY: dict[str, Any] = {"advantage": "current", "ratio": "ppo", **_BOUNDS}
 _REVERSE: dict[str, Any] = {"rkl": "sampled", "student_topk": 0, **_POLICY}
 _FORWARD: dict[str, Any] = {"support": "bucket", "k": 16, "draws": "beyond_head", "n_draws": 50}
 _STOPS: dict[str, Any] = {"stops": "class"}
@@ -28,13 +28,21 @@ _STOPS: dict[str, Any] = {"stops": "class"}
 FAMILY: dict[str, dict[str, Any]] = {
     "sft": {},
     "opd": {**_REVERSE, "k": 16, **_STOPS},
-    "lightning_opd": {**_POLICY, "advantage": "current", "k": 16, **_STOPS},
+    "lightning_opd": {**_POLICY, "k": 16, **_STOPS},
     "fkl": {**_FORWARD, **_STOPS},
     "rkl_topk": {"k": 16, "student_topk": 0, **_STOPS},
     "jsd": {"k": 16, "beta": 0.5, **_STOPS},
     "eopd": {**_FORWARD, "support": "renormalised", **_REVERSE, "tau": 0.8, "alpha": 1.0, **_STOPS},
     "tropd": {"k": 64, "outlier": "fkl", "outlier_floor": -5.0, "prefix_beta": 0.001, **_STOPS},
-    "reopold": {**_POLICY, "k": 16, "floor_lambda": 0.2, "floor_form": "mixture", "entropy_quantile": 0.5, **_STOPS},
+    "reopold": {
+        **_POLICY,
+        "advantage": "old",
+        "k": 16,
+        "floor_lambda": 0.2,
+        "floor_form": "mixture",
+        "entropy_quantile": 0.5,
+        **_STOPS,
+    },
     "vopd": {**_BOUNDS, "ratio": "none", "k": 16, "student_topk": 0, "baseline": "bucket", **_STOPS},
     "rs_kd": {"k": 16, "n_draws": 50, **_STOPS},
 }
@@ -80,7 +88,11 @@ class ObjectiveSettings(Settings):
         "rest as one bucket.",
     )
     student_topk: int = setting(0, "The student's own top ids at rollout time added to the head (0: none).", ge=0)
-    advantage: Advantage = setting("old", "log p - log q with q at the round's start (`old`) or at present.")
+    advantage: Advantage = setting(
+        "current",
+        "log p - log q with q at present (`current`, the one that bears long rounds), or at the round's start (`old`, "
+        "EOPD's).",
+    )
     ratio: Ratio = setting(
         "ppo", "q/q_old as factor: `ppo` clips it, `is` does not, `truncated` bounds it, `none` leaves it out."
     )

@@ -119,7 +119,8 @@ def _gsm8k_problems(folder: Path, work: Path, scale: Scale) -> None:
 
 
 def _gsm8k_models(work: Path, steps: tuple[int, int] | None) -> None:
-    """About 20 minutes on one thread, once a work folder; goes on where it was stopped."""
+    """About 20 minutes on one thread where no fewer ``steps`` are asked for, once a work folder; goes on where it was
+    stopped."""
     from eopd.examples.gsm8k import pair
 
     arguments = ["--data", str(gsm8k_data(work)), "--out", str(work / "gsm8k-pair"), "--threads", "1"]

@@ -15,6 +15,7 @@ from fractions import Fraction
 from eopd.stages.evaluate.verifiers.answers import as_written, last_box
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.sources import filled_parts
 
 COLUMNS = ["benchmark", "problem_id", "sample", "answer", "response_text", "correct", "reason"]
 LONGEST = 20_000
@@ -47,7 +48,9 @@ def disagreements(evaluation: Artifact, benchmarks: Sequence[str]) -> Iterator[D
     Args:
         benchmarks: names; those whose answers are final answers (``verifier: math``), not whole texts.
     """
-    for part in sorted(evaluation.committed() - {evaluation.parts - 1}):
+    for part in filled_parts(evaluation):
+        if part == evaluation.parts - 1:  # the summary
+            continue
         path = evaluation.part_folder(part) / evaluations.SAMPLES
         for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA, COLUMNS).to_pylist():
             if row["benchmark"] not in benchmarks:

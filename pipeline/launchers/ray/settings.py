@@ -34,8 +34,8 @@ class RaySettings(Settings):
     rollout: RayResources = setting(RayResources, "Resources of rollout tasks.", keyed=False)
     score: RayResources = setting(RayResources, "Resources of score tasks.", keyed=False)
     train: RayResources = setting(RayResources, "Resources of training, on each of its nodes.", keyed=False)
-    evaluate: RayResources = setting(RayResources, "Of evaluate tasks.", keyed=False)
-    align: RayResources = setting(RayResources, "Of align tasks.", keyed=False)
+    evaluate: RayResources = setting(RayResources, "Resources of evaluate tasks.", keyed=False)
+    align: RayResources = setting(RayResources, "Resources of align tasks.", keyed=False)
     workers: int | None = setting(
         None,
         "Tasks in flight at once. Null: as many as the nodes hold now. Where nodes come by autoscaling: as many as "

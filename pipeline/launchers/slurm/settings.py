@@ -11,7 +11,7 @@ class SlurmResources(Settings):
     """Of one task. What is not set here is left to the settings of all stages, then to the cluster's defaults."""
 
     partition: str | None = setting(None, "Partition (--partition).", keyed=False)
-    account: str | None = setting(None, "--account.", keyed=False)
+    account: str | None = setting(None, "Account (--account).", keyed=False)
     time: str | None = setting(
         None,
         "--time, such as 04:00:00. A task that runs into it commits the part in hand and queues again: give it room "
@@ -34,12 +34,12 @@ class SlurmResources(Settings):
 
 
 class SlurmSettings(Settings):
-    resources: SlurmResources = setting(SlurmResources, "Of every task, where its stage says nothing.", keyed=False)
+    resources: SlurmResources = setting(SlurmResources, "Resources of tasks whose stage says nothing.", keyed=False)
     rollout: SlurmResources = setting(SlurmResources, "Resources of rollout tasks.", keyed=False)
     score: SlurmResources = setting(SlurmResources, "Resources of score tasks.", keyed=False)
     train: SlurmResources = setting(SlurmResources, "Resources of training.", keyed=False)
-    evaluate: SlurmResources = setting(SlurmResources, "Of evaluate tasks.", keyed=False)
-    align: SlurmResources = setting(SlurmResources, "Of align tasks.", keyed=False)
+    evaluate: SlurmResources = setting(SlurmResources, "Resources of evaluate tasks.", keyed=False)
+    align: SlurmResources = setting(SlurmResources, "Resources of align tasks.", keyed=False)
     parts_per_task: int = setting(
         1,
         "Parts that one array task does one after the other: the model is loaded once for all of them.",

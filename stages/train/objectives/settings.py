@@ -28,7 +28,7 @@ _STOPS: dict[str, Any] = {"stops": "class"}
 FAMILY: dict[str, dict[str, Any]] = {
     "sft": {},
     "opd": {**_REVERSE, "k": 16, **_STOPS},
-    "lightning_opd": {**_POLICY, "k": 16, **_STOPS},
+    "lightning_opd": {**_POLICY, "advantage": "current", "k": 16, **_STOPS},
     "fkl": {**_FORWARD, **_STOPS},
     "rkl_topk": {"k": 16, "student_topk": 0, **_STOPS},
     "jsd": {"k": 16, "beta": 0.5, **_STOPS},

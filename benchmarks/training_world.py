@@ -203,6 +203,5 @@ def train_job(where: World, name: str, clock: StepClock) -> TrainJob:
         student_stop_ids=(STOP_ID,),
         teacher_stop_ids=(STOP_ID,),
         progress=clock,
-        log_dir=store / "logs",
         run_dir=where.folder / "runs" / name,
     )

@@ -33,6 +33,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 
+
 Runs = Annotated[
     list[str],
     typer.Argument(metavar="RUN...", help="Folders of runs (runs/quickstart), YAML files or names of configs."),
@@ -54,6 +55,23 @@ Parts = Annotated[
         "numbers, as 3,7,11.",
     ),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"eopd {version('eopd')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -278,7 +278,6 @@ def train_job(runner: Runner, job: PlannedJob) -> TrainJob:
         student_stop_ids=facts.student.stop_ids,
         teacher_stop_ids=facts.teacher.stop_ids,
         progress=runner.progress,
-        log_dir=runner.paths.logs,
         run_dir=runner.paths.folder,
         engines=_engines(runner),
     )

@@ -18,7 +18,7 @@
 <runs>/<name>/metrics.jsonl     one line per optimiser step
 <runs>/<name>/logs/             engine logs, one file a job
 <runs>/<name>/slurm/            scripts of job arrays; submitted.json: ids of those in the queue
-<runs>/<name>/tensorboard/
+<runs>/<name>/tensorboard/      the same figures as events
 <runs>/<name>/failures/         what a step that was not finite was made of
 <runs>/<name>/trackers.json     ids of the run in W&B or Trackio
 <runs>/<name>/report/index.html

@@ -37,18 +37,13 @@ def test_the_wheel_works_alone(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("storage/", "stages/", "pipeline/", "tests/"))]
     # -S -s and an explicit path: the editable install of this checkout must not answer in its place
     libraries = [path for path in sys.path if path.endswith("site-packages")]
-    code = "import sys; from eopd.pipeline import cli; sys.argv = ['eopd', 'plan', 'quickstart']; cli.main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *libraries])}
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert "rollout" in result.stdout
-    where = subprocess.run(
-        [sys.executable, "-S", "-c", "import eopd.storage.paths as p; print(p.__file__)"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert where.stdout.startswith(str(installed))
+
+    def python(code: str) -> str:
+        command = [sys.executable, "-S", "-c", code]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    eopd = "import sys; from eopd.pipeline import cli; sys.argv = ['eopd', *{}]; cli.main()"
+    assert "rollout" in python(eopd.format(["plan", "quickstart"]))
+    assert python(eopd.format(["--version"])) == f"eopd {wheel.name.split('-')[1]}\n"
+    assert python("import eopd.storage.paths as p; print(p.__file__)").startswith(str(installed))

@@ -248,4 +248,4 @@ def open_sampling_engine(
         return VLLMSamplingEngine(ref, max_model_len=length, log_dir=log_dir, options=options)
     from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine
 
-    return TransformersSamplingEngine(ref, max_model_len=length, log_dir=log_dir, options=options)
+    return TransformersSamplingEngine(ref, max_model_len=length, options=options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class TransformersSamplingEngine:
 
     name = "transformers"
 
-    def __init__(self, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions) -> None:
+    def __init__(self, ref: ModelRef, *, max_model_len: int, options: EngineOptions) -> None:
         check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
         self.version = version("transformers")
         self.max_tokens = max_model_len

@@ -52,9 +52,7 @@ class Packed:
         return replace(self, **moved)
 
 
-def pack(
-    sequences: SequenceOf[Sequence], row_tokens: int, token_budget: int | None = None, pad_id: int = 0
-) -> list[Packed]:
+def pack(sequences: SequenceOf[Sequence], row_tokens: int, token_budget: int | None = None) -> list[Packed]:
     """First-fit decreasing into rows of ``row_tokens``, rows into batches of at most ``token_budget`` tokens.
 
     Deterministic. A sequence longer than ``row_tokens`` has a row of its own; a batch holds at least one row. A
@@ -63,7 +61,6 @@ def pack(
     Args:
         row_tokens: tokens a row may hold.
         token_budget: R * L of a batch at most; default: one row of ``row_tokens``.
-        pad_id: any valid token id; fills the end of rows.
     Raises:
         ValueError: a sequence with a response and an empty context (nothing predicts its first token), by number.
     """
@@ -82,7 +79,7 @@ def pack(
         else:
             batches.append([row])
             width = length
-    return [_batch(sequences, batch, pad_id) for batch in batches]
+    return [_batch(sequences, batch) for batch in batches]
 
 
 def _row_length(sequences: SequenceOf[Sequence], row: list[int]) -> int:
@@ -120,9 +117,9 @@ def _fill_rows(sequences: SequenceOf[Sequence], row_tokens: int) -> list[list[in
     return sorted(rows, key=lambda row: (-_row_length(sequences, row), row[0]))
 
 
-def _batch(sequences: SequenceOf[Sequence], rows: list[list[int]], pad_id: int) -> Packed:
+def _batch(sequences: SequenceOf[Sequence], rows: list[list[int]]) -> Packed:
     width = max(_row_length(sequences, row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    ids = np.zeros((len(rows), width), dtype=np.int64)  # any token may fill the end of a row
     positions = np.zeros((len(rows), width), dtype=np.int64)
     index, targets = [], []
     order = [number for row in rows for number in row]

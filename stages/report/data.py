@@ -1,8 +1,8 @@
-"""What a report is made of: plain data, JSON in and out, so that the page needs no run to be tested.
+"""What a report is made of: plain data, so that the page needs no run to be tested.
 
 Produced by ``stages.report.gather``; read by every other module of this package. Entropies, divergences and
 log-probs are in nats; rates and fractions lie between 0 and 1. ``None`` means *not measured* and is never drawn as
-zero; NaN and inf mean *measured and not finite*, and survive JSON as strings.
+zero; NaN and inf mean *measured and not finite*.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import field, fields
-from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+_CONFIG = ConfigDict(extra="forbid")
 Interval = tuple[float, float]
 FIRST = "first_"
 """Before the name of a figure of teacher and student that is of the first student's samples, the fixed set."""
@@ -253,23 +252,6 @@ class ReportData:
     title: str
     generated: str
     runs: list[RunData]
-
-
-def to_json(data: ReportData) -> str:
-    return TypeAdapter(ReportData).dump_json(data, indent=1).decode()
-
-
-def from_json(text: str) -> ReportData:
-    """Read back what ``to_json`` wrote.
-
-    Raises:
-        ValueError: a field is unknown, missing or of the wrong type; the message names it.
-    """
-    return TypeAdapter(ReportData).validate_json(text)
-
-
-def load(path: Path) -> ReportData:
-    return from_json(path.read_text(encoding="utf-8"))
 
 
 def _check_bins(name: str, edges: list[float], found: int) -> None:

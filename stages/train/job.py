@@ -36,7 +36,6 @@ class TrainJob:
     student_stop_ids: tuple[int, ...]
     teacher_stop_ids: tuple[int, ...]
     progress: Progress
-    log_dir: Path
     run_dir: Path  # metrics with timings, TensorBoard
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
     engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is trained on

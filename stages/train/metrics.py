@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eopd.stages.train.settings import Tracker
 from eopd.stages.train.trackers import Trackers
+from eopd.storage.paths import RunPaths
 
 PER_STEP = ("tokens", "lr", "grad_norm")  # figures that are no sums over tokens
 RENAMED = {"gate": "gate_fraction"}
@@ -73,11 +74,12 @@ class Recorder:
         trackers: Sequence[Tracker] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._path = run_dir / "metrics.jsonl"
+        paths = RunPaths(run_dir)
+        self._path = paths.metrics
         self._round, self._first = round_, first_step
         run_dir.mkdir(parents=True, exist_ok=True)
         self._recorded = self._forget_steps_from(resumed_at)
-        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + resumed_at)
+        self._board = SummaryWriter(paths.tensorboard, purge_step=first_step + resumed_at)
         self._trackers = Trackers(trackers, run_dir, config or {})
 
     def _forget_steps_from(self, resumed_at: int) -> int:

@@ -27,7 +27,7 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(
     lengths: list[tuple[int, int]], row_tokens: int, budget: int
 ) -> None:
     sequences = _sequences(lengths)
-    batches = pack(sequences, row_tokens, budget, pad_id=7)
+    batches = pack(sequences, row_tokens, budget)
     seen: list[int] = []
     for packed in batches:
         rows, width = packed.input_ids.shape
@@ -46,7 +46,7 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(
             seen.append(number)
         assert at == packed.tokens
     assert sorted(seen) == [n for n, s in enumerate(sequences) if s.response_ids]
-    again = pack(sequences, row_tokens, budget, pad_id=7)
+    again = pack(sequences, row_tokens, budget)
     assert [b.order for b in again] == [b.order for b in batches]
 
 

@@ -24,9 +24,6 @@ from eopd.stages.report.data import (
     RoundData,
     RunData,
     StepRow,
-    from_json,
-    load,
-    to_json,
 )
 from eopd.stages.report.distributions import share_above
 from eopd.stages.report.figure import Axis, Figure, Line, Point, rows, thin
@@ -36,35 +33,6 @@ from eopd.stages.report.palette import heat
 from eopd.stages.report.run import run
 from eopd.stages.report.scales import Scale, log_ticks, tick_labels, ticks, value_range
 from tests.stages.made_up_report import made_up_report, made_up_run, made_up_scores
-
-
-def test_data_survive_json(tmp_path: Path) -> None:
-    data = made_up_report(2)
-    assert from_json(to_json(data)) == data
-    path = tmp_path / "data.json"
-    path.write_text(to_json(data), encoding="utf-8")
-    assert load(path).runs[1].rounds[3].pass_at_k == data.runs[1].rounds[3].pass_at_k
-
-
-def test_what_is_not_finite_survives_json() -> None:
-    data = ReportData("t", "g", [RunData("r", rounds=[RoundData(0, rkl=math.inf, fkl=math.nan)])])
-    back = from_json(to_json(data)).runs[0].rounds[0]
-    assert back.rkl == math.inf
-    assert back.fkl is not None
-    assert math.isnan(back.fkl)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ('{"title": "t", "generated": "g", "runs": [], "colour": 1}', "colour"),
-        ('{"title": "t", "runs": []}', "generated"),
-        ('{"title": "t", "generated": "g", "runs": [{"name": "r", "rounds": [{"round": "x"}]}]}', "rounds.0.round"),
-    ],
-)
-def test_wrong_json_is_refused_by_name(text: str, named: str) -> None:
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")):
-        from_json(text)
 
 
 def test_lengths_that_do_not_fit_are_refused() -> None:

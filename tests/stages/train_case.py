@@ -59,7 +59,6 @@ def train_job(folder: Path, name: str, **changes: Any) -> TrainJob:
         student_stop_ids=STOPS[:1],
         teacher_stop_ids=STOPS[1:],
         progress=NullProgress(),
-        log_dir=folder / "logs",
         run_dir=folder / "runs" / name,
     )
     return replace(job, **fields)

@@ -269,9 +269,9 @@ def import_(
     rows = import_topk(path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted)
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
     digest = sha256_file(path)
-    artifact = Artifact(
-        place, Identity("scores", 1, 1, {"imported": {"shifted": shifted}}, {"capture": digest}, {"head": "capture"})
-    )
+    said = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
+    read = {**said, "columns": [ids, top_ids, top_logprobs]}
+    artifact = Artifact(place, Identity("scores", 1, 1, {"imported": read}, {"capture": digest}, {"head": "capture"}))
     if not artifact.is_committed(0):
         with artifact.write_part(0, inputs={"capture": digest}) as folder:
             write_part(folder, rows, header)

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from eopd.pipeline.doctor_cli import doctor
 from eopd.pipeline.store_cli import app
 from eopd.storage.artifacts import Artifact, Identity
-from eopd.storage.listing import keys
+from eopd.storage.listing import find, keys
+from eopd.storage.teacher_cache import TeacherCache
 from tests import s3
-from tests.storage.making import scores
+from tests.storage.making import capture, scores
 
 doctor_app = typer.Typer()
 doctor_app.command()(doctor)
@@ -54,6 +55,25 @@ def test_stats_and_export(tmp_path: Path) -> None:
     run("export", artifact.key, tmp_path / "table.parquet", "--store", tmp_path)
     assert pq.read_table(tmp_path / "table.parquet").num_rows == 2 * found[0].responses
     assert not list(tmp_path.glob(".table*"))
+
+
+def test_what_is_imported_with_a_corrected_option_is_another_artifact(tmp_path: Path) -> None:
+    capture(path := tmp_path / "capture.parquet", shifted=True)
+    store = tmp_path / "store"
+    first, again, corrected = (
+        run("import", path, "--store", store, "--teacher", teacher, "--tokenizer", "k", "--vocab-size", 60)
+        for teacher in ("Qwen3-4B", "Qwen3-4B", "Qwen3-8B")
+    )
+    assert first == again
+    headers = {cache_of(store, said).header(0).teacher for said in (first, corrected)}
+    assert headers == {"Qwen3-4B", "Qwen3-8B"}
+
+
+def cache_of(store: Path, said: str) -> TeacherCache:
+    """The scores that an import's line names."""
+    artifact = find(store, said.split(":")[0])
+    assert isinstance(artifact, Artifact)
+    return TeacherCache(artifact)
 
 
 def test_stats_pass_over_parts_that_were_set_aside(tmp_path: Path) -> None:

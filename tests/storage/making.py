@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eopd.storage.artifacts import Artifact, Identity
@@ -126,3 +128,23 @@ def other(store: Path, kind: str, inputs: dict[str, str], parts: int = 1, name: 
         with artifact.write_part(part) as folder:
             (folder / "data").write_text(name)
     return artifact
+
+
+def capture(path: Path, shifted: bool) -> tuple[pa.Table, np.ndarray]:
+    """A DistillKit-style capture at ``path``: the table, and dense log-probs [tokens, vocabulary] of what it holds."""
+    found = dense(5, [12, 7], 60)
+    order = np.argsort(-found.logprobs, axis=1)[:, :10]
+    values = np.take_along_axis(found.logprobs, order, axis=1)
+    records, low = [], 0
+    for length in found.lengths:
+        some = slice(low, low + length)
+        ids = found.tokens[some].tolist()
+        pad = [0] * 10
+        lists = (order[some][:, ::-1].tolist(), values[some][:, ::-1].tolist())  # in no order that we know of
+        if shifted:
+            ids, lists = [1, *ids], (lists[0] + [pad], lists[1] + [[-99.0] * 10])
+        records.append({"input_ids": ids, "top_indices": lists[0], "top_values": lists[1]})
+        low += length
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, path)
+    return table, found.logprobs

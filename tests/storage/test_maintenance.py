@@ -26,7 +26,7 @@ from eopd.storage.teacher_record import HeadRule
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 
-from .making import dense, other, rows_of, scores
+from .making import capture, dense, other, rows_of, scores
 from .test_teacher_cache import assert_identical
 
 
@@ -219,25 +219,6 @@ def test_export(tmp_path: Path) -> None:
     assert last[1]["token_ids"] == rows.token_ids[low:high].tolist()
     assert last[1]["head_ids"][3] == rows.head_ids[rows.head_offsets[low + 3] : rows.head_offsets[low + 4]].tolist()
     np.testing.assert_allclose(last[1]["entropy"], rows.entropy[low:high])
-
-
-def capture(path: Path, shifted: bool) -> tuple[pa.Table, np.ndarray]:
-    found = dense(5, [12, 7], 60)
-    order = np.argsort(-found.logprobs, axis=1)[:, :10]
-    values = np.take_along_axis(found.logprobs, order, axis=1)
-    records, low = [], 0
-    for length in found.lengths:
-        some = slice(low, low + length)
-        ids = found.tokens[some].tolist()
-        pad = [0] * 10
-        lists = (order[some][:, ::-1].tolist(), values[some][:, ::-1].tolist())  # in no order that we know of
-        if shifted:
-            ids, lists = [1, *ids], (lists[0] + [pad], lists[1] + [[-99.0] * 10])
-        records.append({"input_ids": ids, "top_indices": lists[0], "top_values": lists[1]})
-        low += length
-    table = pa.Table.from_pylist(records)
-    pq.write_table(table, path)
-    return table, found.logprobs
 
 
 @pytest.mark.parametrize("shifted", [True, False])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.runner import Runner
 
 
@@ -14,7 +14,7 @@ def list_disagreements(runner: Runner, round_: int, write: Callable[[str], objec
     """One JSON line a disagreement to ``write``, of what is committed of a round's evaluation; returns how many.
 
     Raises:
-        ConfigError: nothing of the evaluation is there, or no benchmark has final answers to compare.
+        RunError: nothing of the evaluation is there, or no benchmark has final answers to compare.
     """
     from eopd.stages.evaluate.disagreements import disagreements
 
@@ -24,9 +24,9 @@ def list_disagreements(runner: Runner, round_: int, write: Callable[[str], objec
     assert settings is not None
     names = [benchmark.name for benchmark in settings.benchmarks if benchmark.verifier == "math"]
     if not names:
-        raise ConfigError("--disagreements compares final answers: no benchmark of this run has verifier: math")
+        raise RunError("--disagreements compares final answers: no benchmark of this run has verifier: math")
     if not evaluation.committed():
-        raise ConfigError(f"{job.name}: nothing is evaluated yet. Run `eopd evaluate CONFIG --round {round_}` first.")
+        raise RunError(f"{job.name}: nothing is evaluated yet. Run `eopd evaluate CONFIG --round {round_}` first.")
     count = 0
     for found in disagreements(evaluation, names):
         write(json.dumps(asdict(found), ensure_ascii=False) + "\n")

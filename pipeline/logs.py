@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 
 TAIL_BYTES = 1 << 16
 ERROR = re.compile(r"^(eopd: .+|(?:[\w.]+\.)?\w*(?:Error|Exception|Stopped|StoreFull)\b.*)$")
@@ -36,14 +36,14 @@ def find_logs(folder: Path, stage: str | None = None, round_: int | None = None)
     """Logs of a run, the one that changed last at the end.
 
     Raises:
-        ConfigError: there is none such; lists what there is.
+        RunError: there is none such; lists what there is.
     """
     every = sorted(path for path in folder.glob("*.log") if path.is_file())
     found = [path for path in every if _is_of(path, stage, round_)]
     if not found:
         asked = " ".join([*([stage] if stage else []), *([f"round {round_}"] if round_ is not None else [])])
         there = ", ".join(path.name for path in every) or "none"
-        raise ConfigError(f"no log{' of ' + asked if asked else ''} in {folder}; there is: {there}")
+        raise RunError(f"no log{' of ' + asked if asked else ''} in {folder}; there is: {there}")
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eopd.pipeline.config import ConfigError, load_config
+from eopd.pipeline.config import load_config
 from eopd.stages.job import NullProgress
 from eopd.storage import paths
 from eopd.storage.errors import StoreError
@@ -75,7 +75,7 @@ def sharing_checkpoints(runner: Runner) -> Iterator[tuple[Path, Runner | str]]:
                 behind = [place if is_bucket(place) else os.path.abspath(place) for place in settings.read_only_stores]
                 settings = settings.model_copy(update={"store": str(store), "read_only_stores": behind})
                 facts, plan = plan_run(settings, digests=digests)
-        except (ConfigError, ValueError, StoreError, OSError) as error:
+        except (ValueError, StoreError, OSError) as error:
             yield config, str(error)
             continue
         yield config, Runner(settings, facts, plan, NullProgress())

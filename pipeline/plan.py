@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.config import RunSettings
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.models import ModelFacts
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.evaluate.settings import EvaluateSettings
@@ -124,7 +125,7 @@ class Plan:
         if found is not None:
             return found
         rounds = sorted({job.round for job in self.jobs if job.stage == stage})
-        raise ConfigError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
+        raise RunError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
 
     def maker(self, identity: Identity) -> PlannedJob:
         """The job that makes an input of another one."""

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
+from eopd.pipeline.config import ModelSettings, RunSettings
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.processes import rank
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.needs import refuse_unmet_needs
@@ -102,7 +103,7 @@ class Runner:
         """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.
 
         Raises:
-            ConfigError: an input artifact is not complete yet; names the command that makes it.
+            RunError: an input artifact is not complete yet; names the command that makes it.
         """
         if self.is_idle(job, parts):
             return False
@@ -146,7 +147,7 @@ class Runner:
                 continue
             maker = self.plan.maker(identity)
             state = "were pruned" if artifact.pruned().issuperset(missing) else "are missing"
-            raise ConfigError(
+            raise RunError(
                 f"{job.name} needs {artifact}, of which parts {missing[:8]} {state}. "
                 f"Run `eopd {maker.stage} CONFIG --round {maker.round}` first, or `eopd run CONFIG` for everything."
             )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.fullness import Pause
 from eopd.pipeline.launchers.base import Outcome, Pool, Task, few_parts
 from eopd.pipeline.launchers.settings import FaultSettings
@@ -30,7 +30,7 @@ def run_jobs(work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: Faul
     """Do every job that is not complete, in the order given where there is a choice.
 
     Raises:
-        ConfigError: parts failed for good; all that could be done without them is done. Names them.
+        RunError: parts failed for good; all that could be done without them is done. Names them.
         Stopped: the process was asked to stop; the parts in hand are committed.
     """
     with stopping.in_hand():
@@ -65,7 +65,7 @@ class Scheduler:
                     del self._nodes[key]
                     hopeful = True
             if not hopeful:
-                raise ConfigError(self._what_failed())
+                raise RunError(self._what_failed())
 
     def _start_what_is_ready(self) -> bool:
         """Whether anything runs or may come to run."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.runner import Runner
 from eopd.storage.errors import StoreError
@@ -32,11 +32,11 @@ class Student:
 
 
 def newest(runner: Runner) -> int:
-    """Raises ConfigError: no round is trained yet."""
+    """Raises RunError: no round is trained yet."""
     for round_ in range(runner.settings.rounds, 0, -1):
         if _is_there(runner, round_):
             return round_
-    raise ConfigError(
+    raise RunError(
         f"{runner.settings.name} has no student of its own yet. `eopd run CONFIG` trains them; --round 0 is the first "
         "student, before any training"
     )
@@ -46,12 +46,12 @@ def find_student(runner: Runner, round_: int) -> Student:
     """The student before round ``round_``; one that lies in a bucket is fetched.
 
     Raises:
-        ConfigError: there is no such round, it is not trained yet, or its weights were pruned.
+        RunError: there is no such round, it is not trained yet, or its weights were pruned.
         StoreError: its files are damaged, or cannot be fetched.
     """
     last = runner.settings.rounds
     if round_ > last:
-        raise ConfigError(f"{runner.settings.name} has the students 0 to {last}, and no student {round_}")
+        raise RunError(f"{runner.settings.name} has the students 0 to {last}, and no student {round_}")
     facts, code = runner.facts.student, []
     if runner.settings.student.trust_remote_code:
         code = [*code_files(facts.tokenizer_folder), *code_files(facts.folder)]
@@ -63,12 +63,12 @@ def find_student(runner: Runner, round_: int) -> Student:
     if not artifact.is_committed(WEIGHTS):
         there = ", ".join(str(other) for other in range(1, last + 1) if _is_there(runner, other)) or "none"
         if WEIGHTS in artifact.pruned():
-            raise ConfigError(
+            raise RunError(
                 f"the weights of student {round_} were pruned (train.keep_checkpoints: "
                 f"{runner.settings.train.keep_checkpoints}); those that are there: {there}. A run over another store, "
                 "with train.keep_checkpoints: null, keeps all"
             )
-        raise ConfigError(
+        raise RunError(
             f"student {round_} is not trained yet; those that are there: {there}. `eopd run CONFIG` trains them, "
             f"`eopd train CONFIG --round {round_ - 1}` this one"
         )
@@ -87,7 +87,7 @@ def whereabouts(runner: Runner) -> str:
         return f"student {last} of {last} lies in a bucket ({artifact}); `eopd student RUN --to FOLDER` fetches it"
     try:
         student = find_student(runner, last)
-    except (ConfigError, StoreError) as error:  # nothing that the run was to do has failed
+    except (RunError, StoreError) as error:  # nothing that the run was to do has failed
         return f"no folder of student {last} of {last}: {error}"
     return f"{student}: {student.folder}; `eopd student RUN --to FOLDER` copies it"
 
@@ -96,11 +96,11 @@ def copy_student(student: Student, target: Path) -> None:
     """Copy the model and its tokenizer to ``target``, which appears whole.
 
     Raises:
-        ConfigError: there is something at ``target``.
+        RunError: there is something at ``target``.
         StoreFull, StoreUnwritable: it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--to {target}: there is something already; name a folder that is new or empty")
+        raise RunError(f"--to {target}: there is something already; name a folder that is new or empty")
     beside = target.resolve().with_name(f".{target.resolve().name}.{secrets.token_hex(8)}")
     try:
         with naming_full_disks(target):

@@ -23,7 +23,7 @@ def bring_to_end(work: Sequence[tuple[Runner, PlannedJob]], settings: RunSetting
     """Run all jobs of ``work`` as ``settings.launcher`` says. False when they were only handed to a batch system.
 
     Raises:
-        ConfigError: some could not be done; the message says which and why.
+        RunError: some could not be done; the message says which and why.
         Stopped: the process was asked to stop.
     """
     launcher = settings.launcher

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eopd.pipeline.config import ConfigError, load_config
+from eopd.pipeline.config import load_config
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.plan_cli import open_runners
 from eopd.pipeline.runner import Runner
@@ -58,15 +59,15 @@ def test_an_earlier_student_and_the_first_one(world: World, runner: Runner, tmp_
     (tmp_path / "empty").mkdir()
     copy_student(first, tmp_path / "empty")
     assert AutoTokenizer.from_pretrained(tmp_path / "empty")("Ann")["input_ids"]
-    with pytest.raises(ConfigError, match="students 0 to 2, and no student 3"):
+    with pytest.raises(RunError, match="students 0 to 2, and no student 3"):
         find_student(runner, 3)
 
 
 def test_a_student_that_is_not_there_is_said_not_to_be(world: World, runner: Runner) -> None:
     (more,) = open_runners(str(world.config("more", store=str(runner.store), rounds=2)), ["seed=7"], None)
-    with pytest.raises(ConfigError, match=r"no student of its own yet.*eopd run CONFIG"):
+    with pytest.raises(RunError, match=r"no student of its own yet.*eopd run CONFIG"):
         newest(more)
-    with pytest.raises(ConfigError, match=r"student 1 is not trained yet; those that are there: none"):
+    with pytest.raises(RunError, match=r"student 1 is not trained yet; those that are there: none"):
         find_student(more, 1)
 
 
@@ -81,7 +82,7 @@ def test_a_pruned_student_is_said_to_be(world: World, tmp_path: Path) -> None:
                 (folder / "model.safetensors").write_bytes(b"weights")
     assert newest(runner) == 2
     prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
-    with pytest.raises(ConfigError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
+    with pytest.raises(RunError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
         find_student(runner, 1)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.plan import Facts, Plan, Stage, make_plan, steps_of_round
 from tests.pipeline.plan_case import make_facts as facts
 from tests.pipeline.plan_case import make_settings as settings
@@ -202,7 +202,7 @@ def test_swapped_stops_are_those_of_a_checkpoint_alone() -> None:
 
 
 def test_an_unknown_round_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no train job of round 7; its rounds are \[0, 1, 2\]"):
+    with pytest.raises(RunError, match=r"no train job of round 7; its rounds are \[0, 1, 2\]"):
         BASE.job("train", 7)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from eopd.pipeline.budget import refuse_too_large
 from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.neighbours import configs, register
 from eopd.pipeline.node import Node
 from eopd.pipeline.overview import look
@@ -111,7 +112,7 @@ def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:
     assert second.missing() == [WEIGHTS]
     assert second.batches() == []  # its inputs have to be made again first
     assert look([again]).totals["train"].missing == 3
-    with pytest.raises(ConfigError, match=r"evaluate 2 needs .*parts \[0\] were pruned\. Run `eopd train .*--round 1`"):
+    with pytest.raises(RunError, match=r"evaluate 2 needs .*parts \[0\] were pruned\. Run `eopd train .*--round 1`"):
         again.run(again.plan.job("evaluate", 2))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.base import Outcome, Task
 from eopd.pipeline.launchers.local import LocalPool, threads_each
 from eopd.pipeline.launchers.settings import FaultSettings, LauncherSettings
@@ -109,7 +109,7 @@ def test_runs_that_want_another_side_artifact_share_the_rollouts(tmp_path: Path,
 
 def test_a_poisoned_part_stops_only_what_needs_it(tmp_path: Path) -> None:
     runner, hands = make_runner(tmp_path), Hands(2, bad={("score", 0, 1)})
-    with pytest.raises(ConfigError, match=r"score 0 part 1: it cannot be made"):
+    with pytest.raises(RunError, match=r"score 0 part 1: it cannot be made"):
         run_jobs([(runner, job) for job in runner.plan.jobs], hands, QUICK)
     assert runner.artifact(runner.plan.job("score", 0).output).committed() == {0, 2}
     assert runner.is_done(runner.plan.job("evaluate", 0))
@@ -132,7 +132,7 @@ def test_what_cannot_be_done_without_is_not_set_aside(tmp_path: Path, bad: set[t
     """Training; and a job none of whose parts can be made, where it is not the parts that are at fault."""
     runner, hands = make_runner(tmp_path), Hands(1, bad)
     policy = FaultSettings(backoff_seconds=0.0, poisoned="set_aside")
-    with pytest.raises(ConfigError, match="it cannot be made"):
+    with pytest.raises(RunError, match="it cannot be made"):
         run_jobs([(runner, job) for job in runner.plan.jobs], hands, policy)
     assert not runner.artifact(runner.plan.job("rollout", 0).output).reasons_aside()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.logs import errors, find_logs, last_line, tail
 from eopd.pipeline.plan import PlannedJob
 from eopd.pipeline.plan_table import make_console
@@ -133,7 +133,7 @@ def test_logs_are_chosen_by_stage_and_round(tmp_path: Path) -> None:
     ]
     assert [path.name for path in find_logs(tmp_path, None, 1)] == ["score-1.worker-0.log", "train-1.log"]
     assert len(find_logs(tmp_path)) == 4
-    with pytest.raises(ConfigError, match=r"no log of train round 0 .* there is: .*vllm\.log"):
+    with pytest.raises(RunError, match=r"no log of train round 0 .* there is: .*vllm\.log"):
         find_logs(tmp_path, "train", 0)
 
 

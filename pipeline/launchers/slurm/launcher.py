@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.pipeline.launchers.slurm import queue
 from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of, missing_count
@@ -38,7 +38,7 @@ class SlurmLauncher:
         """Submit what is missing and, unless ``slurm.wait`` is off, follow it to its end. Whether it has ended.
 
         Raises:
-            ConfigError: Slurm refused the first job, or the queue has run dry and what is missing did not become
+            RunError: Slurm refused the first job, or the queue has run dry and what is missing did not become
                 less; names the failed tasks and their logs.
             Stopped: whoever follows has left; the jobs go on.
         """
@@ -104,7 +104,7 @@ class SlurmLauncher:
                 jobs.update(json.loads((folder / SUBMITTED).read_text(encoding="utf-8"))["jobs"])
         states = queue.look(jobs) if jobs else {}
         if states is None:
-            raise ConfigError(
+            raise RunError(
                 f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue. "
                 "Try again when it does."
             )
@@ -147,7 +147,7 @@ class SlurmLauncher:
         several = any(len(failure.asked) > 1 and failure.array.job.stage != "train" for failure in failed)
         if left and not gained and not aside and not several:
             what = failed[0] if failed else "no task has failed; were they cancelled?"
-            raise ConfigError(
+            raise RunError(
                 f"{left} parts are missing, and running them again gained nothing: {what}. What was committed is "
                 "kept; the same command goes on from there."
             )

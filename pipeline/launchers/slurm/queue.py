@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import RunError
 
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -16,7 +17,7 @@ ENDED = {
 }  # fmt: skip
 
 
-class NotAccepted(ConfigError):
+class NotAccepted(RunError):
     """Slurm refused a job; the message is Slurm's."""
 
 

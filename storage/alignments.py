@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from eopd.storage.records import named, read_record, write_rows
 
 SUMS = "sums.parquet"
 RESULTS = "alignment.json"
@@ -34,23 +35,19 @@ SCHEMA = pa.schema(
         pa.field("teacher_outside", pa.float64(), nullable=False),  # probability on ids the student lacks
         pa.field("student_outside", pa.float64(), nullable=False),
     ],
-    metadata={b"eopd.record": b"alignment_sums", b"eopd.version": b"1"},
+    metadata=named("alignment_sums"),
 )
 
 
-def write_sums(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows (possibly none)."""
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA), path, compression="zstd")
+def write_sums(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one part's sums (possibly none) to ``folder``."""
+    write_rows(folder / SUMS, SCHEMA, rows)
 
 
-def read_sums(path: Path) -> pa.Table:
-    """Read one part's file.
+def read_sums(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read what was written to ``folder``.
 
     Raises:
-        ValueError: the file holds another record or another version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    found = pq.read_schema(path).metadata or {}
-    for name in (b"eopd.record", b"eopd.version"):
-        if found.get(name) != SCHEMA.metadata[name]:
-            raise ValueError(f"{path}: {name.decode()} is {found.get(name)!r}, not {SCHEMA.metadata[name]!r}")
-    return pq.read_table(path)
+    return read_record(folder / SUMS, SCHEMA.metadata, columns)

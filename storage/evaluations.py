@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from eopd.storage.records import named, read_record, write_rows
 
 SAMPLES = "samples.parquet"
 PROBLEMS = "problems.parquet"
@@ -38,7 +39,7 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("reason", pa.string()),  # why it is not correct, in words
         pa.field("seed", pa.int64(), nullable=False),
     ],
-    metadata={b"eopd.record": b"evaluation_samples", b"eopd.version": b"1"},
+    metadata=named("evaluation_samples"),
 )
 
 PROBLEMS_SCHEMA = pa.schema(
@@ -53,23 +54,33 @@ PROBLEMS_SCHEMA = pa.schema(
         pa.field("response_tokens", pa.float64(), nullable=False),  # mean over the samples, stop token included
         pa.field("truncated", pa.int32(), nullable=False),  # samples that were cut by the length limit
     ],
-    metadata={b"eopd.record": b"evaluation_problems", b"eopd.version": b"1"},
+    metadata=named("evaluation_problems"),
 )
 
 
-def write_table(path: Path, schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows (possibly none) of one of the two records."""
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), path, compression="zstd")
+def write_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one part's samples (possibly none) to ``folder``."""
+    write_rows(folder / SAMPLES, SAMPLES_SCHEMA, rows)
 
 
-def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one file of one of the two records.
+def read_samples(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read what was written to ``folder``.
 
     Raises:
-        ValueError: the file holds another record or another version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    expected, found = schema.metadata, pq.read_schema(path).metadata or {}
-    for name in (b"eopd.record", b"eopd.version"):
-        if found.get(name) != expected[name]:
-            raise ValueError(f"{path}: {name.decode()} is {found.get(name)!r}, not {expected[name]!r}")
-    return pq.read_table(path, columns=list(columns) if columns is not None else None)
+    return read_record(folder / SAMPLES, SAMPLES_SCHEMA.metadata, columns)
+
+
+def write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one row a problem (possibly none) to ``folder``."""
+    write_rows(folder / PROBLEMS, PROBLEMS_SCHEMA, rows)
+
+
+def read_problems(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read what was written to ``folder``.
+
+    Raises:
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+    """
+    return read_record(folder / PROBLEMS, PROBLEMS_SCHEMA.metadata, columns)

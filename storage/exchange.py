@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from eopd.storage.files import naming_full_disks
 from eopd.storage.ragged import offsets_of
+from eopd.storage.records import named
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import PartHeader, TeacherCache
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
@@ -35,7 +36,7 @@ EXPORT_SCHEMA = pa.schema(
         pa.field("head_logprobs", pa.list_(pa.list_(pa.float32()))),
         pa.field("draw_ids", pa.list_(pa.list_(pa.int32()))),
     ],
-    metadata={b"eopd.record": b"scores export", b"eopd.version": b"1"},
+    metadata=named("scores export"),
 )
 
 

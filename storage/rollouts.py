@@ -6,11 +6,12 @@ file a part. Token ids are what was sampled, never re-tokenised text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from eopd.storage.records import named, read_record, write_rows
 
 FILE_NAME = "rollouts.parquet"
 
@@ -35,26 +36,19 @@ SCHEMA = pa.schema(
         pa.field("stop_token_id", pa.int32()),  # last response token when it is a stop id, else null
         pa.field("seed", pa.int64(), nullable=False),
     ],
-    metadata={b"eopd.record": b"rollouts", b"eopd.version": b"1"},
+    metadata=named("rollouts"),
 )
 
 
-def write_rollouts(folder: Path, rows: Sequence[dict[str, object]]) -> None:
+def write_rollouts(folder: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write one part's rollouts (possibly none) to ``folder``."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    pq.write_table(table, folder / FILE_NAME, compression="zstd")
+    write_rows(folder / FILE_NAME, SCHEMA, rows)
 
 
 def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one part.
 
     Raises:
-        ValueError: the file holds another record or another version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    path = folder / FILE_NAME
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.metadata or {}
-        if found.get(b"eopd.record") != b"rollouts" or found.get(b"eopd.version") != b"1":
-            raise ValueError(f"{path} is no rollout record of version 1 (metadata {found.get(b'eopd.version')!r})")
-        # a part is small: dividing it over threads takes longer than reading it
-        return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
+    return read_record(folder / FILE_NAME, SCHEMA.metadata, columns)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eopd.storage.records import named, read_record, write_record
+
 FILE_NAME = "student_topk.parquet"
-_METADATA = {b"eopd.record": b"student_topk", b"eopd.version": b"1"}
+_METADATA = named("student_topk")
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,17 @@ def write_student_topk(folder: Path, found: StudentTopk) -> None:
         "logprobs": _nested(offsets, pa.array(found.logprobs.reshape(-1)), k),
     }
     table = pa.table(columns).replace_schema_metadata({**_METADATA, b"eopd.k": str(k).encode()})
-    pq.write_table(table, folder / FILE_NAME, compression="zstd")
+    write_record(folder / FILE_NAME, table)
 
 
 def read_student_topk(folder: Path) -> StudentTopk:
     """Read one part.
 
     Raises:
-        ValueError: the file holds another record or another version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    path = folder / FILE_NAME
-    table = pq.read_table(path)
-    metadata = table.schema.metadata or {}
-    if any(metadata.get(name) != value for name, value in _METADATA.items()):
-        raise ValueError(f"{path} is no student top-k record of version 1 (metadata {metadata.get(b'eopd.version')!r})")
-    k = int(metadata[b"eopd.k"])
+    table = read_record(folder / FILE_NAME, _METADATA)
+    k = int(table.schema.metadata[b"eopd.k"])
     ids, logprobs = (table.column(name).combine_chunks() for name in ("ids", "logprobs"))
     return StudentTopk(
         lengths=np.diff(ids.offsets.to_numpy()).astype(np.int32),

@@ -51,8 +51,7 @@ def _own(evaluation: Artifact) -> dict[str, list[int]]:
     """The first sample of each problem."""
     found: dict[str, list[int]] = {}
     for part in range(evaluation.parts - 1):
-        path = evaluation.part_folder(part) / evaluations.SAMPLES
-        for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA).to_pylist():
+        for row in evaluations.read_samples(evaluation.part_folder(part)).to_pylist():
             found.setdefault(row["problem_id"], list(row["response_token_ids"]))
     return found
 

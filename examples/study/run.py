@@ -169,7 +169,7 @@ def _clear(runner: Runner) -> None:
 
 def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]:
     folder = evaluation.part_folder(evaluation.parts - 1)
-    rows = evaluations.read_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA).to_pylist()
+    rows = evaluations.read_problems(folder).to_pylist()
     (found,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
     return {
         "experiment": task.experiment.name,

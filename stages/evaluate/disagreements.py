@@ -51,8 +51,7 @@ def disagreements(evaluation: Artifact, benchmarks: Sequence[str]) -> Iterator[D
     for part in filled_parts(evaluation):
         if part == evaluation.parts - 1:  # the summary
             continue
-        path = evaluation.part_folder(part) / evaluations.SAMPLES
-        for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA, COLUMNS).to_pylist():
+        for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist():
             if row["benchmark"] not in benchmarks:
                 continue
             extracted = final_answer(row["response_text"])

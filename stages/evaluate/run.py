@@ -193,7 +193,7 @@ def _do_part(
         "skipped": content.skipped,
     }
     with job.output.write_part(part, info=info) as folder:
-        evaluations.write_table(folder / evaluations.SAMPLES, evaluations.SAMPLES_SCHEMA, rows)
+        evaluations.write_samples(folder, rows)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
@@ -231,8 +231,7 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
     filled = [part for part in range(len(cut)) if part not in left_out]
     for part in filled:
         chunk, marker = cut[part], markers[part]
-        path = job.output.part_folder(part) / evaluations.SAMPLES
-        samples = evaluations.read_table(path, evaluations.SAMPLES_SCHEMA)
+        samples = evaluations.read_samples(job.output.part_folder(part))
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
     found = {
         benchmark.name: figures(
@@ -262,7 +261,7 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(len(cut), inputs=inputs) as folder:
         problems = [row for tally in tallies for row in tally.problems]
-        evaluations.write_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA, problems)
+        evaluations.write_problems(folder, problems)
         (folder / evaluations.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
     mean = results["mean"]
     assert isinstance(mean, dict)

@@ -170,9 +170,9 @@ def _heads(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> str:
 
 
 def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
-    path = evaluation.part_folder(evaluation.parts - 1) / evaluations.PROBLEMS
+    folder = evaluation.part_folder(evaluation.parts - 1)
     columns = ["benchmark", "problem_id", "correct", "samples"]
-    table = evaluations.read_table(path, evaluations.PROBLEMS_SCHEMA, columns).to_pylist()
+    table = evaluations.read_problems(folder, columns).to_pylist()
     rows = sorted(table, key=lambda row: (row["benchmark"], row["problem_id"]))
     inputs = evaluation.identity.inputs
     return ProblemScores(

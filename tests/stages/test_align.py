@@ -113,7 +113,7 @@ def test_the_record_says_what_it_was_made_from(evaluated: EvaluateJob, aligned: 
     assert found["teacher"]["fingerprint"] == "teacher"
     assert found["engines"][0].startswith("transformers")
     assert aligned.output.marker(1).inputs == {"samples": evaluated.output.marker(1).checksum}
-    table = alignments.read_sums(aligned.output.part_folder(0) / alignments.SUMS)
+    table = alignments.read_sums(aligned.output.part_folder(0))
     assert set(SUMMED) < set(table.column_names)
     assert min(table.column("tokens").to_pylist()) >= 1
     assert isinstance(aligned.progress, Lines)

@@ -92,7 +92,7 @@ def test_only_what_differs_is_listed(tmp_path: Path) -> None:
         row("other", "4+4=8", "4,4=8", True, "countdown"),
     ]
     with artifact.write_part(1) as folder:
-        evaluations.write_table(folder / evaluations.SAMPLES, evaluations.SAMPLES_SCHEMA, rows)
+        evaluations.write_samples(folder, rows)
     artifact.set_aside(0, "NaN logits")  # holds no samples
     found = list(disagreements(artifact, ["maths"]))
     assert [(one.problem_id, one.verifier_correct, one.plain_correct) for one in found] == [

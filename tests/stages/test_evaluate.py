@@ -75,8 +75,7 @@ def results_of(job: EvaluateJob) -> dict[str, Any]:
 def samples_of(job: EvaluateJob) -> list[dict[str, Any]]:
     rows = []
     for part in range(job.output.parts - 1):
-        path = job.output.part_folder(part) / evaluations.SAMPLES
-        rows += evaluations.read_table(path, evaluations.SAMPLES_SCHEMA).to_pylist()
+        rows += evaluations.read_samples(job.output.part_folder(part)).to_pylist()
     return rows
 
 
@@ -154,7 +153,7 @@ def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     assert found["settings"]["samples"] == 4
     assert found["model"]["fingerprint"] == "student"
     folder = evaluated.output.part_folder(evaluated.output.parts - 1)
-    problems = evaluations.read_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA).to_pylist()
+    problems = evaluations.read_problems(folder).to_pylist()
     assert [row["correct"] for row in problems[:12]] == correct
     assert (
         evaluated.output.marker(evaluated.output.parts - 1).inputs["part-00000"] == evaluated.output.marker(0).checksum

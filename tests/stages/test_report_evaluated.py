@@ -75,7 +75,7 @@ def evaluation(store: Path, number: int, mean: dict[str, Any], one: dict[str, An
     ]
     results = {"mean": mean, "benchmarks": {"b": one, "a": {**one, "ungraded": 0, "skipped": []}}, **more}
     with artifact.write_part(0) as folder:
-        evaluations.write_table(folder / evaluations.PROBLEMS, evaluations.PROBLEMS_SCHEMA, rows)
+        evaluations.write_problems(folder, rows)
         (folder / evaluations.RESULTS).write_text(json.dumps(results))
     return artifact
 

@@ -238,7 +238,7 @@ def test_nothing_is_loaded_when_nothing_is_missing(tmp_path: Path, policy: tuple
     run(replace(job, policy=ModelRef("./nowhere")))
 
 
-def test_the_side_record_keeps_its_shape_and_refuses_strangers(tmp_path: Path) -> None:
+def test_the_side_record_keeps_its_shape(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     lengths = np.array([2, 0, 3], dtype=np.int32)
     written = StudentTopk(lengths, random.integers(0, 9, (5, 2), np.int32), random.random((5, 2), np.float32))
@@ -250,12 +250,6 @@ def test_the_side_record_keeps_its_shape_and_refuses_strangers(tmp_path: Path) -
     none = StudentTopk(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros((0, 2), np.float32))
     write_student_topk(tmp_path, none)
     assert read_student_topk(tmp_path).ids.shape == (0, 2)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"ids": [1]}), tmp_path / "student_topk.parquet")
-    with pytest.raises(ValueError, match="is no student top-k record"):
-        read_student_topk(tmp_path)
 
 
 @pytest.mark.vllm

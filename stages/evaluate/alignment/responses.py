@@ -60,10 +60,9 @@ class ResponseReader:
         """
         settings = self._job.settings.alignment
         assert settings is not None
-        path = evaluation.part_folder(part) / evaluations.SAMPLES
         found = Responses([], [], [], 0)
         cut = 0
-        for row in evaluations.read_table(path, evaluations.SAMPLES_SCHEMA, COLUMNS).to_pylist():
+        for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist():
             late = settings.limit is not None and row["problem_index"] >= settings.limit
             if late or row["sample"] >= settings.samples:
                 continue

@@ -138,7 +138,7 @@ def _do_part(
         "engines": [f"{engine.name} {engine.version} {engine.dtype}" for engine in (student, teacher)],
     }
     with job.output.write_part(part, inputs={"samples": source[1].marker(source[2]).checksum}, info=info) as folder:
-        alignments.write_sums(folder / alignments.SUMS, rows)
+        alignments.write_sums(folder, rows)
 
 
 def _write_summary(job: AlignmentJob, layout: Sequence[Part]) -> None:
@@ -197,7 +197,7 @@ def _read(
     """Sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
     sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
     for part in parts:
-        for row in alignments.read_sums(output.part_folder(part) / alignments.SUMS).to_pylist():
+        for row in alignments.read_sums(output.part_folder(part)).to_pylist():
             key = (row["benchmark"], row["problem_id"], row["sample"])
             sums.setdefault(key, np.zeros((bins.count, len(SUMMED))))[row["bin"]] = [row[name] for name in SUMMED]
     problems = [key[:2] for key in sums]

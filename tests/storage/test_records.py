@@ -1,0 +1,65 @@
+"""Records in Parquet: rows come back as they went, and a file that is another's is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eopd.storage import alignments, evaluations, rollouts, student_topk
+from eopd.storage.errors import NewerSchema, StoreError, WrongArtifact
+from eopd.storage.records import named
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "rollouts": (rollouts.FILE_NAME, rollouts.read_rollouts),
+    "student_topk": (student_topk.FILE_NAME, student_topk.read_student_topk),
+    "evaluation_samples": (evaluations.SAMPLES, evaluations.read_samples),
+    "evaluation_problems": (evaluations.PROBLEMS, evaluations.read_problems),
+    "alignment_sums": (alignments.SUMS, alignments.read_sums),
+}
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    rows = [
+        {
+            "benchmark": "b",
+            "problem_id": str(n),
+            "samples": 8,
+            "correct": n,
+            "distinct_correct": 1,
+            "self_bleu": None,
+            "distinct_4": 0.5,
+            "response_tokens": 12.25,
+            "truncated": 0,
+        }
+        for n in range(3)
+    ]
+    evaluations.write_problems(tmp_path, rows)
+    assert evaluations.read_problems(tmp_path).to_pylist() == rows
+    assert evaluations.read_problems(tmp_path, ["correct"]).to_pydict() == {"correct": [0, 1, 2]}
+    evaluations.write_problems(tmp_path, [])
+    assert evaluations.read_problems(tmp_path).num_rows == 0
+
+
+@pytest.mark.parametrize("record", READERS)
+@pytest.mark.parametrize(
+    ("metadata", "error", "said"),
+    [
+        (lambda _: None, WrongArtifact, "holds no record of eopd, not {}"),
+        (lambda _: named("weights"), WrongArtifact, "holds weights, not {}"),
+        (lambda record: named(record, 2), NewerSchema, "has version 2; this eopd reads up to 1. Upgrade"),
+        (lambda record: named(record, 0), WrongArtifact, "has version 0, and this eopd reads 1"),
+    ],
+)
+def test_what_another_wrote_is_refused(
+    tmp_path: Path, record: str, metadata: Callable[[str], Any], error: type[StoreError], said: str
+) -> None:
+    file, read = READERS[record]
+    pq.write_table(pa.table({"ids": [1]}).replace_schema_metadata(metadata(record)), tmp_path / file)
+    with pytest.raises(error, match=said.format(record)) as caught:
+        read(tmp_path)
+    assert str(tmp_path / file) in str(caught.value)

@@ -27,10 +27,10 @@ EDGES = (0.1, 0.4, 0.8, 1.2)
 FIGURES = ("share", "fkl", "rkl", "agreement", "teacher_entropy", "student_entropy", "student_above")
 
 
-def measure(runner: Runner, evaluation: Artifact) -> dict[str, Any]:
-    """Alignment of the run's last student; nats a token."""
+def measure(runner: Runner, evaluation: Artifact, round_: int) -> dict[str, Any]:
+    """Alignment of the student before round ``round_``, whose samples ``evaluation`` holds; nats a token."""
     assert runner.settings.evaluate is not None
-    student_ref = runner.student(runner.settings.rounds)
+    student_ref = runner.student(round_)
     source = runner.settings.evaluate.prompts_of(runner.settings.evaluate.benchmarks[0])
     tokenizer, table = load_tokenizer(student_ref), load_prompts(source)
     rows = table.rows(range(runner.facts.benchmarks[0].count))

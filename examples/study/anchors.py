@@ -1,13 +1,13 @@
-"""The two ends of every table: the student before training and its teacher, on the evaluation problems.
+"""Where every table starts, and where it could end: the student before training and its teacher, on the same problems.
 
-python -m examples.study.anchors        # writes results/anchors.json; about five minutes
+python -m examples.study.anchors        # writes results/anchors.json; about ten minutes
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 
 from eopd.storage.files import replace_atomically
 from examples.study.compare import over_seeds
-from examples.study.design import FULL, HERE, SAMPLES, Scale, Task
+from examples.study.design import HERE, Experiment, Task
 from examples.study.errors import StudyError
-from examples.study.experiments import MAIN
+from examples.study.experiments import MAIN, TEXT_PAIR
 from examples.study.worlds import COUNTDOWN
 
 PATH = HERE / "results" / "anchors.json"
+MEASURED = (MAIN, TEXT_PAIR)
+"""One experiment of each task, with the seeds that its results have."""
 ROLES, NAMES = ("student", "teacher"), ("The student before training", "the teacher")
 SHOWN = {
     "avg_at_k": ("Avg@8", 4),
@@ -30,53 +32,85 @@ SHOWN = {
 }
 
 
-def measure_both(work: Path, scale: Scale = FULL, seeds: Sequence[int] = MAIN.seeds) -> dict[str, Any]:
-    """Figures of ``examples.countdown.measure`` by role, a list of one a seed; what they are of, what measured them."""
-    import torch
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Anchors:
+    """``alignment``: of the student before training, as a result's (``alignment.measure``), one a seed. ``figures``:
+    of ``examples.countdown.measure`` by role, a list of one a seed; none of GSM8K, where nothing is graded."""
 
-    from eopd.examples.countdown.make import read_problems
-    from eopd.examples.countdown.measure import measure
-    from eopd.pipeline.config import parse_settings
-    from eopd.pipeline.inspect import gather_facts
-    from examples.study.run import made
+    alignment: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, Sequence[Mapping[str, float]]]
+
+    def lines(self) -> list[str]:
+        """Sentences for the report."""
+        if not self.figures:
+            return []
+        said = [_sentence(name, self.figures[role]) for role, name in zip(ROLES, NAMES, strict=True)]
+        return ["; ".join(said) + f" (the same problems, {len(self.figures[ROLES[0]])} seeds)."]
+
+
+NOTHING = Anchors((), {})
+
+
+def measure(experiment: Experiment, work: Path) -> dict[str, Any]:
+    """The anchors of an experiment's task and seeds, as ``PATH`` holds them: with what they are of, and made by."""
+    import torch
+
+    from examples.study import alignment
+    from examples.study.run import delete, inputs_of, made, open_runner
 
     torch.set_num_threads(1)
-    COUNTDOWN.prepare(work, scale)
-    any_task = Task(replace(MAIN, scale=scale), MAIN.settings[0], seed=0, lr=1.0)
-    facts = gather_facts(parse_settings(any_task.config(work), source=any_task.name))
-    problems = read_problems(COUNTDOWN.problems(work, scale) / "evaluate.jsonl")
-    found: dict[str, Any] = {
-        "inputs": {
-            "student": facts.student.fingerprint,
-            "teacher": facts.teacher.fingerprint,
-            "problems": facts.benchmarks[0].fingerprint,
-        },
-        "made": made(),
-    }
-    for role in ROLES:
-        model = AutoModelForCausalLM.from_pretrained(COUNTDOWN.models(work)[role], dtype="float32")
-        found[role] = [asdict(measure(model, problems, chat=False, samples=SAMPLES, seed=seed)) for seed in seeds]
+    found: dict[str, Any] = {"made": made(), "alignment": []}
+    for seed in experiment.seeds:
+        runner = open_runner(Task(experiment, experiment.settings[0], seed, lr=1.0), work)
+        job = runner.plan.job("evaluate", 0)
+        runner.run(job)
+        evaluation = runner.artifact(job.output)
+        found["inputs"] = inputs_of(runner)
+        found["alignment"].append(alignment.measure(runner, evaluation, round_=0))
+        delete(evaluation)
+    found["figures"] = _countdown(experiment, work) if experiment.world == COUNTDOWN else {}
     return found
 
 
-def lines(inputs: Mapping[str, str]) -> list[str]:
-    """Sentences for the report, beside results of ``inputs``; none where the anchors were not measured.
+def _countdown(experiment: Experiment, work: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    from eopd.examples.countdown.make import read_problems
+    from eopd.examples.countdown.measure import measure as measure_model
+
+    world = experiment.world
+    problems = read_problems(world.problems(work, experiment.scale) / "evaluate.jsonl")
+    found = {}
+    for role in ROLES:
+        model = AutoModelForCausalLM.from_pretrained(world.models(work)[role], dtype="float32")
+        found[role] = [
+            asdict(measure_model(model, problems, chat=False, samples=world.samples, seed=seed))
+            for seed in experiment.seeds
+        ]
+    return found
+
+
+def read(experiment: Experiment, inputs: Mapping[str, str]) -> Anchors:
+    """What was measured for results of ``inputs``; ``NOTHING`` at another size, or where nothing was measured.
 
     Raises:
-        StudyError: the anchors are of other inputs.
+        StudyError: it is of other models or problems.
     """
-    if not PATH.exists():
-        return []
-    found = json.loads(PATH.read_text(encoding="utf-8"))
-    for name, fingerprint in found["inputs"].items():
-        if fingerprint != inputs[name]:
+    name = experiment.world.name
+    measured = {one.world.name: one.scale.problems for one in MEASURED}
+    if not PATH.exists() or (experiment.evaluates, experiment.scale.problems) != ("evaluate", measured[name]):
+        return NOTHING
+    found = json.loads(PATH.read_text(encoding="utf-8")).get(name)
+    if found is None:
+        return NOTHING
+    for what in (*ROLES, "problems"):
+        fingerprint = found["inputs"][what]
+        if fingerprint != inputs[what]:
             raise StudyError(
-                f"{PATH} is of other {name} ({fingerprint}) than the results beside it ({inputs[name]}): measure it "
+                f"{PATH} is of other {what} ({fingerprint}) than the results beside it ({inputs[what]}): measure it "
                 "again (python -m examples.study.anchors)"
             )
-    said = [_sentence(name, found[role]) for role, name in zip(ROLES, NAMES, strict=True)]
-    return ["; ".join(said) + f" (the same problems, {len(found[ROLES[0]])} seeds)."]
+    return Anchors(found["alignment"], found["figures"])
 
 
 def _sentence(name: str, by_seed: Sequence[Mapping[str, float]]) -> str:
@@ -89,4 +123,5 @@ def _sentence(name: str, by_seed: Sequence[Mapping[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    replace_atomically(PATH, json.dumps(measure_both(Path("runs/study")), indent=1, sort_keys=True) + "\n")
+    both = {one.world.name: measure(one, Path("runs/study")) for one in MEASURED}
+    replace_atomically(PATH, json.dumps(both, indent=1, sort_keys=True) + "\n")

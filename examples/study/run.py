@@ -39,7 +39,7 @@ FIGURES = ("loss", "gate_fraction", "student_entropy", "teacher_entropy", "fkl",
 
 def run(task: Task, work: Path, folder: Path) -> Path:
     """Make the result of ``task`` below ``folder``; intermediate files lie below ``work``. Returns its path."""
-    runner = _runner(task, work)
+    runner = open_runner(task, work)
     settings, plan = runner.settings, runner.plan
     first, jobs = _first_missing(runner), _read_jobs(runner)
     for round_ in range(first, settings.rounds):
@@ -127,7 +127,8 @@ def _counts(runner: Runner, stage: Stage, round_: int) -> dict[str, int]:
     return {name: sum(marker.info[name] for marker in markers) for name in COUNTS[stage]}
 
 
-def _runner(task: Task, work: Path) -> Runner:
+def open_runner(task: Task, work: Path) -> Runner:
+    """The run of ``task`` below ``work``, with its models and problems made where they are missing."""
     task.experiment.world.prepare(work, task.scale)
     # the plan is made without looking for wider coverages in the store: what is stored is what an experiment varies
     settings = parse_settings(task.config(work), source=task.name)
@@ -143,7 +144,7 @@ def _first_missing(runner: Runner) -> int:
     return 0
 
 
-def _delete(artifact: Artifact) -> None:
+def delete(artifact: Artifact) -> None:
     shutil.rmtree(artifact.folder, ignore_errors=True)
 
 
@@ -153,17 +154,17 @@ def _sweep(runner: Runner, round_: int) -> None:
         return
     previous = runner.plan.policy(round_)
     assert previous is not None
-    _delete(runner.artifact(previous))
+    delete(runner.artifact(previous))
     for stage in ("rollout", "score"):
-        _delete(runner.artifact(runner.plan.job(stage, round_).output))
+        delete(runner.artifact(runner.plan.job(stage, round_).output))
 
 
 def _clear(runner: Runner) -> None:
     rounds = runner.settings.rounds
     last = runner.plan.policy(rounds)
     assert last is not None
-    _delete(runner.artifact(last))
-    _delete(runner.artifact(runner.plan.job("evaluate", rounds).output))
+    delete(runner.artifact(last))
+    delete(runner.artifact(runner.plan.job("evaluate", rounds).output))
     shutil.rmtree(runner.paths.folder, ignore_errors=True)
 
 
@@ -176,19 +177,24 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
         "setting": task.setting.name,
         "seed": task.seed,
         "settings": {**task.stated(), "refresh": task.setting.refresh, "evaluates": task.experiment.evaluates},
-        "inputs": {
-            "student": runner.facts.student.fingerprint,
-            "teacher": runner.facts.teacher.fingerprint,
-            "prompts": runner.facts.prompts_fingerprint,
-            "problems": runner.facts.benchmarks[0].fingerprint,
-            **_source(runner),
-        },
+        "inputs": inputs_of(runner),
         "resolved": _resolved(task, runner),
         "correct": results.encode(row["correct"] for row in rows),
         "distinct": results.encode(row["distinct_correct"] for row in rows),
         "metrics": {name: value for name, value in found.items() if name not in ("skipped",)},
-        "alignment": alignment.measure(runner, evaluation),
+        "alignment": alignment.measure(runner, evaluation, runner.settings.rounds),
         "training": _training(runner),
+    }
+
+
+def inputs_of(runner: Runner) -> dict[str, str]:
+    """Fingerprints of what a run reads."""
+    return {
+        "student": runner.facts.student.fingerprint,
+        "teacher": runner.facts.teacher.fingerprint,
+        "prompts": runner.facts.prompts_fingerprint,
+        "problems": runner.facts.benchmarks[0].fingerprint,
+        **_source(runner),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from examples.study import anchors, results
 from examples.study.compare import Estimate, Floats, crossed, over_seeds, paired
-from examples.study.design import FULL, SAMPLES, Experiment
+from examples.study.design import SAMPLES, Experiment
 from examples.study.experiments import EXPERIMENTS
 from examples.study.rates import tasks_of
 from examples.study.results import Counts, Result
@@ -129,10 +129,11 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     if not found:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
     told = [experiment_line(experiment, found), *unequal_tokens(found)]
-    told += anchors.lines(found[0].contents[0]["inputs"]) if experiment.scale == FULL else []
+    ends = anchors.read(experiment, found[0].contents[0]["inputs"])
+    told += ends.lines()
     graded = experiment.world == COUNTDOWN
     told += [*pairs(experiment, found), levels(found), *differences(experiment, found)] if graded else []
-    return "\n\n".join([*told, alignment(found), *alignment_differences(experiment, found)])
+    return "\n\n".join([*told, alignment(found, ends), *alignment_differences(experiment, found)])
 
 
 def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
@@ -242,8 +243,12 @@ def _apart(rows: Rows, reference: Rows, seeds: Sequence[int], figures: Iterable[
     return [over_seeds(rows.values(seeds, figure) - reference.values(seeds, figure)) for figure in figures]
 
 
-def alignment(found: Sequence[Rows]) -> str:
+def alignment(found: Sequence[Rows], ends: anchors.Anchors) -> str:
     lines = _header("alignment", *ALIGNMENT)
+    if ends.alignment:
+        before = [{"alignment": one} for one in ends.alignment]
+        levels = (over_seeds(np.asarray([figure(one) for one in before])) for figure in ALIGNMENT.values())
+        lines.append(_line(["before training", *map(_level, levels)]))
     lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in found]
     return "\n".join(lines)
 

@@ -96,22 +96,34 @@ def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_anchors_say_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = anchors.measure_both(tmp_path, TOY, seeds=(0, 1))
+    main_at_toy_size = toy("main", seeds=(0, 1))
+    found = anchors.measure(main_at_toy_size, tmp_path)
     committed = json.loads((results.RESULTS / "main" / "opd-seed0.json").read_text())
     for role in anchors.ROLES:
         assert found["inputs"][role] == committed["inputs"][role], "of the models that the study trained"
-        assert [one["problems"] for one in found[role]] == [TOY.problems] * 2
-        assert found[role][0] != found[role][1], "other samples"
+        assert [one["problems"] for one in found["figures"][role]] == [TOY.problems] * 2
+        assert found["figures"][role][0] != found["figures"][role][1], "other samples"
+    first, second = found["alignment"]
+    assert first.keys() == committed["alignment"].keys()
+    assert first["teacher"] == second["teacher"], "the teacher's responses are the same for every seed"
+    assert first["own"] != second["own"]
     assert found["made"]["commit"] == study_run.commit()
+    assert not list(tmp_path.glob("store-seed*/evaluations/*/part-*")), "it leaves nothing that a run would find"
+
     monkeypatch.setattr(anchors, "PATH", tmp_path / "anchors.json")
-    assert anchors.lines(found["inputs"]) == []
-    anchors.PATH.write_text(json.dumps(found))
-    (line,) = anchors.lines(found["inputs"])
-    mean = (found["student"][0]["pass_at_k"] + found["student"][1]["pass_at_k"]) / 2
+    monkeypatch.setattr(anchors, "MEASURED", (main_at_toy_size,))
+    assert anchors.read(main_at_toy_size, found["inputs"]) == anchors.NOTHING
+    anchors.PATH.write_text(json.dumps({"countdown": found}))
+    assert anchors.read(experiments.MAIN, found["inputs"]) == anchors.NOTHING, "of other problems"
+    read = anchors.read(main_at_toy_size, found["inputs"])
+    (line,) = read.lines()
+    mean = (found["figures"]["student"][0]["pass_at_k"] + found["figures"]["student"][1]["pass_at_k"]) / 2
     assert re.search(rf"The student before training: Avg@8 0\.\d+ ± \d\.\d+, Pass@8 {mean:.4f} ± ", line)
     assert line.endswith("(the same problems, 2 seeds).")
+    kl = first["teacher"]["above"]["fkl"]
+    assert f"| before training | {kl:.4f} ± 0.0000 |" in tables.alignment([], read)
     with pytest.raises(StudyError, match=r"anchors.json is of other problems .* than the results"):
-        anchors.lines(committed["inputs"])
+        anchors.read(main_at_toy_size, committed["inputs"])
 
 
 def test_a_table_has_the_seeds_of_its_experiment(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ SUPPORT = Experiment(
     question="What may stand for the teacher's tail?",
     reference="fkl-sampled",
     borrows=("main/fkl", "main/eopd-0.8"),
+    pairs=(
+        ("fkl-bucket", "fkl-sampled"),
+        ("fkl-renormalised", "fkl-sampled"),
+        ("eopd-bucket", "eopd-sampled"),
+        ("eopd-renormalised", "eopd-sampled"),
+    ),
     seeds=SECOND_SEEDS,
     settings=tuple(
         Setting(f"{loss}-{support}", {"name": name, "support": support, "k": 4}, rate, head=SHORT_HEAD, says=says)

@@ -123,9 +123,16 @@ def _model_of(run: RunPaths, stage: Stage) -> str | None:
 def _rates(store: Path, runs: Sequence[RunPaths], source: str) -> dict[Stage, Rate]:
     latest: dict[Stage, deque[dict[str, Any]]] = {stage: deque(maxlen=JOBS_PER_STAGE) for stage in STAGES}
     for run in runs:
+        before: dict[str, float] = {}  # seconds of a training that was stopped on the way, by key
         for line in read_lines(run.jobs):
-            if line.get("stage") in latest and line.get("seconds") and line.get("parts"):
-                latest[line["stage"]].append(line)
+            if line.get("stage") not in latest or not line.get("seconds"):
+                continue
+            key = str(line.get("key"))
+            seconds = before.pop(key, 0.0) + float(line["seconds"])
+            if line.get("parts"):
+                latest[line["stage"]].append({**line, "seconds": seconds})
+            else:
+                before[key] = seconds
     rates: dict[Stage, Rate] = {}
     for stage, lines in latest.items():
         seconds, tokens, jobs = 0.0, 0.0, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from eopd.pipeline.provenance import other_teacher
 from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
 from eopd.storage.jsonl import append_line
 from eopd.storage.paths import RunPaths
@@ -114,26 +116,35 @@ class Runner:
         for part in self.called_back(job):
             revive(output, part)
         self.paths.logs.mkdir(parents=True, exist_ok=True)
+        steps = self._steps(job)
         began = time.monotonic()
-        START[job.stage](self, job, chosen)
-        made = len((output.committed() - committed) & set(chosen))
-        seconds = time.monotonic() - began
-        self.progress.close()
-        self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
-        self._close_books(job, seconds, made)
+
+        def close_books() -> float:
+            seconds = time.monotonic() - began
+            self.progress.close()
+            made = len((output.committed() - committed) & set(chosen))
+            if rank() == 0 and (made or self._steps(job) > steps):  # one process alone, where several train together
+                self._log(job, seconds, made)
+            return seconds
+
+        try:
+            START[job.stage](self, job, chosen)
+        except BaseException:
+            with suppress(StoreError, OSError):  # what it did before it was stopped, or failed, took its time too
+                close_books()
+            raise
+        self.progress.line(f"{job.name}: done in {close_books():.1f} s -> {output.folder}")
+        if rank() == 0 and job.stage != "score" and self.is_made(job):
+            prune_old(self)
         return True
 
-    def _close_books(self, job: PlannedJob, seconds: float, made: int) -> None:
-        """By one process alone, where several train together."""
-        if rank() > 0:
-            return
-        if made:
-            self._log(job, seconds, made)
-        if job.stage != "score" and self.is_made(job):
-            prune_old(self)
+    def _steps(self, job: PlannedJob) -> int:
+        """The last step that a training would resume from, plus one; 0 of everything else."""
+        return max(self.states(job).committed(), default=-1) + 1 if job.stage == "train" else 0
 
     def _log(self, job: PlannedJob, seconds: float, parts: int) -> None:
-        """One line a job that did something: what it cost. For the report's table and for estimates."""
+        """One line a job that did something: what it cost. For the report's table and for estimates. No ``parts``:
+        a training that was stopped on the way."""
         line = {"stage": job.stage, "round": job.round, "key": job.output.key, "seconds": seconds, "parts": parts}
         with naming_full_disks(self.paths.jobs):
             append_line(self.paths.jobs, line)

@@ -17,6 +17,7 @@ from benchmarks.audit import auditing, begun
 from benchmarks.faults import measure
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.claims import claim
+from eopd.storage.jsonl import read_lines
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 ALONE: dict[str, Any] = {"rounds": 1, "evaluate": None}
@@ -61,6 +62,11 @@ def test_an_interruption_commits_what_is_in_hand_and_the_next_run_goes_on(world:
     assert "stopped after step" in told
     assert eopd("run", config).stderr.count("complete already") == 2
     assert checksums(store) == checksums(world.store(one_round))
+    jobs = list(read_lines(world.runs("interrupted") / "jobs.jsonl"))
+    legs = [job["parts"] for job in jobs if job["stage"] == "rollout"]
+    assert len(legs) > 1, "the time until the interruption counts too"
+    assert min(legs) > 0
+    assert [job["parts"] for job in jobs if job["stage"] == "train"] == [0, 2]
 
 
 @pytest.mark.slow

@@ -92,6 +92,18 @@ def test_states_tokens_and_time(tmp_path: Path) -> None:
     assert total.missing == total.parts - 3 - 3 - 2
 
 
+def test_a_training_in_two_legs_took_both(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
+    done_round_0(runner)
+    train = runner.plan.job("train", 0)
+    note_job(runner, train, seconds=50.0, parts=0)
+    assert "train" not in look([runner]).rates
+    commit(runner, train)
+    note_job(runner, train, seconds=30.0)
+    # two epochs of 20 responses of 40 tokens
+    assert look([runner]).rates["train"].seconds_per_token == pytest.approx(80.0 / (2 * 20 * 40))
+
+
 def test_a_part_done_job_takes_what_is_left_of_it(tmp_path: Path) -> None:
     runner = make_runner(tmp_path)
     done_round_0(runner)

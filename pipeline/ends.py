@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ def tell_end(error: Exception, progress: Progress | None) -> int:
         message = str(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
         progress.end("full" if full else "failed", message)
     return EXIT_FULL if full else EXIT_FAILED
+
+
+def log_end(error: Exception) -> None:
+    """Into a worker's log: one line where the message says what to do, else (or with EOPD_DEBUG=1) the traceback."""
+    if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
+        traceback.print_exception(error)
+    else:
+        sys.stderr.write(f"eopd: {error}\n")
 
 
 def is_for_people(error: Exception) -> bool:

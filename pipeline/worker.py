@@ -18,7 +18,6 @@ import json
 import os
 import select
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ def main() -> None:
 def do(order: Order, engines: Engines) -> int:
     """Do a task; the exit code that tells how it ended."""
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.ends import is_for_people, tell_end
+    from eopd.pipeline.ends import log_end, tell_end
     from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import EventProgress
     from eopd.pipeline.runner import Runner
@@ -88,8 +87,7 @@ def do(order: Order, engines: Engines) -> int:
             runner = Runner(settings, *plan_run(settings), progress, engines)
             runner.run(runner.plan.job(order.stage, order.round), order.parts)
         except Exception as error:  # the boundary: who gave the task decides what becomes of the run
-            if not is_for_people(error):
-                traceback.print_exc()
+            log_end(error)
             return tell_end(error, progress)
     return 0
 
@@ -107,7 +105,8 @@ def _orders(engines: Engines) -> Iterator[Order]:
 
 
 def _tell_stop() -> None:
-    sys.stderr.write("stopping: what is in hand is finished first\n")
+    # not through sys.stderr: the signal may have come while something was being written to it
+    os.write(2, b"stopping: what is in hand is finished first\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from eopd.pipeline.worker import Order
 from tests.end_to_end.conftest import World, checksums, commit_times, eopd
+from tests.end_to_end.world import environment
 
 
 def test_a_run_leaves_a_report_and_a_summary(world: World, undisturbed: str) -> None:
@@ -120,6 +124,22 @@ def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:
     assert result.returncode == 1
     assert "Run `eopd rollout CONFIG --round 0` first" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_a_workers_log_says_why_its_task_failed(world: World, tmp_path: Path, debug: str) -> None:
+    log = tmp_path / "score-0.log"
+    order = Order("score", str(world.config("unscored")), round=0, parts=None, events=None, log=str(log))
+    code = (
+        "import sys; from eopd.pipeline.worker import Order, do; from eopd.stages.engines.kept import Engines;"
+        "sys.exit(do(Order.from_json(sys.argv[1]), Engines()))"
+    )
+    command = [sys.executable, "-c", code, order.to_json()]
+    result = subprocess.run(command, env={**environment(), "EOPD_DEBUG": debug}, capture_output=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (1, b"", b"")
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("eopd.pipeline.errors.RunError: score 0 needs" if debug else "eopd: score 0 needs")
+    assert ("Traceback" in log.read_text()) == bool(debug)
 
 
 @pytest.mark.parametrize(

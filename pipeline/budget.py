@@ -7,6 +7,8 @@ the markers of other artifacts, a small file a part, and what is to come is the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.estimate import Keep
 from eopd.pipeline.overview import Overview, look
@@ -17,43 +19,47 @@ from eopd.storage import listing
 SPAREST = Keep(weights=1, optimizer=1)
 
 
-def refuse_too_large(runner: Runner) -> None:
-    """Compare what the store would hold at the run's worst moment with the limit, if one is set.
+def refuse_too_large(runners: Sequence[Runner]) -> None:
+    """Compare what the store would hold at the worst moment of the runs, together, with the limit, if one is set.
 
     Raises:
         ConfigError: it is more; says how much, of what, and what would help.
     """
-    limit = runner.settings.max_store_bytes
-    if limit is None:
+    limits = [runner.settings.max_store_bytes for runner in runners if runner.settings.max_store_bytes is not None]
+    if not limits:
         return
-    overview = look([runner])
-    others = _others(runner)
+    overview = look(runners)
+    others = _others(runners)
     need = others + overview.peak_bytes
-    if need <= limit:
+    if need <= min(limits):
         return
     bound = "at most " if overview.totals["all"].at_most else ""
+    runs = "this run's worst moment" if len(runners) == 1 else f"the worst moment of these {len(runners)} runs"
     raise ConfigError(
-        f"max_store_bytes is {size(limit)}, and {runner.store} would hold {bound}{size(need)} at this run's worst "
-        f"moment: {size(overview.peak_bytes)} of its own, {size(others)} of other artifacts. "
-        f"{_what_would_help(runner, overview)} Nothing was started."
+        f"max_store_bytes is {size(min(limits))}, and {overview.store} would hold {bound}{size(need)} at {runs}: "
+        f"{size(overview.peak_bytes)} of {'its' if len(runners) == 1 else 'their'} own, {size(others)} of other "
+        f"artifacts. {_what_would_help(runners, overview)} Nothing was started."
     )
 
 
-def _others(runner: Runner) -> int:
-    """Bytes of the store that this run's plan does not name."""
-    named = (identity for job in runner.plan.jobs for identity in (job.output, job.side, states_of(job)))
+def _others(runners: Sequence[Runner]) -> int:
+    """Bytes of the store that no plan of the runs names."""
+    jobs = (job for runner in runners for job in runner.plan.jobs)
+    named = (identity for job in jobs for identity in (job.output, job.side, states_of(job)))
     ours = {identity.key for identity in named if identity is not None}
-    others = ((kind, key) for kind, key in listing.keys(runner.store) if key not in ours)
-    return sum(listing.listed(runner.store, kind, key).bytes for kind, key in others)
+    store = runners[0].store
+    others = ((kind, key) for kind, key in listing.keys(store) if key not in ours)
+    return sum(listing.listed(store, kind, key).bytes for kind, key in others)
 
 
-def _what_would_help(runner: Runner, overview: Overview) -> str:
+def _what_would_help(runners: Sequence[Runner], overview: Overview) -> str:
     spared = overview.peak_bytes - overview.peak_with(SPAREST)
-    checkpoint = overview.checkpoint_of(runner.settings.name)
+    checkpoint = max((overview.checkpoint_of(name) for name in overview.runs), key=lambda one: one.weights)
     told = (
         f"A checkpoint is {size(checkpoint.weights)} of weights and {size(checkpoint.optimizer)} of optimiser state, "
         "one a round."
     )
     if spared > 0:
         told += f" train.keep_checkpoints=1 and train.keep_optimizer_states=1 would save {size(spared)}."
-    return f"{told} Fewer rounds, `eopd store gc --runs {runner.settings.runs}`, or a higher limit help."
+    fewer = "Fewer rounds" if len(runners) == 1 else "Fewer rounds or runs"
+    return f"{told} {fewer}, `eopd store gc --runs {runners[0].settings.runs}`, or a higher limit help."

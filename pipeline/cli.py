@@ -16,6 +16,8 @@ from eopd.pipeline.store_cli import app as store_app
 from eopd.pipeline.student_cli import student
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eopd.pipeline.plan import Stage
     from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
@@ -163,8 +165,8 @@ def run(
     if dry_run:
         sys.stdout.write(show_submission(work, launcher))
         return
+    _refuse_what_cannot_end_well(runners)
     for runner in runners:
-        _refuse_what_cannot_end_well(runner)
         _write_resolved(runner)
     if bring_to_end(work, launcher, display):
         for runner in runners:
@@ -211,7 +213,7 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: share {parts} is empty, as there are only {job.output.parts} parts")
         return
     if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
-        _refuse_what_cannot_end_well(runner)
+        _refuse_what_cannot_end_well([runner])
     _write_resolved(runner)
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):
@@ -220,13 +222,18 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
-def _refuse_what_cannot_end_well(runner: Runner) -> None:
+def _refuse_what_cannot_end_well(runners: Sequence[Runner]) -> None:
     """Raises ConfigError before any work."""
     from eopd.pipeline.budget import refuse_too_large
+    from eopd.pipeline.needs import refuse_unmet_needs
     from eopd.pipeline.vocabularies import refuse_other_vocabulary
 
-    refuse_other_vocabulary(runner.facts)
-    refuse_too_large(runner)
+    for runner in runners:
+        refuse_other_vocabulary(runner.facts)
+        for job in runner.plan.jobs:
+            if job.stage == "train" and not runner.is_done(job):
+                refuse_unmet_needs(runner, job.round)
+    refuse_too_large(runners)
 
 
 def _share(text: str | None, parts: int) -> list[int] | None:

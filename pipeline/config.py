@@ -116,6 +116,11 @@ class RunSettings(Settings):
             return evaluate
         return evaluate.following(info.data["prompts"], info.data["rollout"].max_new_tokens)
 
+    @model_validator(mode="after")
+    def _scored_as_sampled(self) -> RunSettings:
+        self.score.resolve_temperature(self.rollout.temperature)
+        return self
+
     @field_validator("name")
     @classmethod
     def _no_dots_only(cls, name: str) -> str:

@@ -126,6 +126,16 @@ def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_scores_that_training_could_not_read_are_not_made(world: World) -> None:
+    """The rollouts are there already: nothing but the teacher's work would come before training's own refusal."""
+    config = world.config("unread")
+    eopd("rollout", config)
+    result = eopd("run", config, "--set", "train.objective={name: tropd}", check=False)
+    assert result.returncode == 1
+    assert "they lack heads of 64 entries; it keeps 16" in result.stderr
+    assert not world.store("unread").joinpath("scores").exists()
+
+
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_a_workers_log_says_why_its_task_failed(world: World, tmp_path: Path, debug: str) -> None:
     log = tmp_path / "score-0.log"

@@ -199,6 +199,14 @@ def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:
             parse_settings({**raw, **wrong}, "test")
 
 
+def test_scoring_at_another_temperature_than_sampling_is_refused_at_once() -> None:
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    with pytest.raises(ConfigError, match=r"score\.temperature is 0\.5, but the rollouts were sampled at 1"):
+        parse_settings({**raw, "score": {"temperature": 0.5}}, "test")
+    parse_settings({**raw, "score": {"temperature": 0.5, "allow_other_temperature": True}}, "test")
+    parse_settings({**raw, "score": {"temperature": 0.7}, "rollout": {"temperature": 0.7}}, "test")
+
+
 PLAIN = {"path": "p", "template": "plain", "suffix": "\nAnswer:"}
 CHAT = {"path": "p", "system": "Be brief.", "template_arguments": {"enable_thinking": False}}
 

@@ -150,20 +150,32 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
     keep_all = {"keep_optimizer_states": None}
     free = make_runner(tmp_path, rounds=20, train=keep_all)
-    refuse_too_large(free)
+    refuse_too_large([free])
     peak = look([free]).peak_bytes
-    refuse_too_large(make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak))
+    refuse_too_large([make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)])
     small = make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak - 1)
     with pytest.raises(ConfigError, match=r"max_store_bytes is .*would hold at most .*keep_checkpoints=1.*would save"):
-        refuse_too_large(small)
+        refuse_too_large([small])
     spared = look([make_runner(tmp_path, rounds=20, train={"keep_checkpoints": 1})]).peak_bytes
     assert spared < peak
-    refuse_too_large(make_runner(tmp_path, rounds=20, train={"keep_checkpoints": 1}, max_store_bytes=spared))
+    refuse_too_large([make_runner(tmp_path, rounds=20, train={"keep_checkpoints": 1}, max_store_bytes=spared)])
 
     other = make_runner(tmp_path, rounds=1, seed=5)
     commit(other, other.plan.jobs[0])
     with pytest.raises(ConfigError, match=r"4\.0 kB of other artifacts"):
-        refuse_too_large(make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak))
+        refuse_too_large([make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)])
+
+
+def test_runs_of_a_sweep_share_the_limit(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    one, other = ({"name": name, "train": {"epochs": epochs}} for name, epochs in (("a", 1), ("b", 2)))
+    peak = look([make_runner(tmp_path, **one), make_runner(tmp_path, **other)]).peak_bytes
+    both = [make_runner(tmp_path, **changes, max_store_bytes=peak - 1) for changes in (one, other)]
+    for alone in both:
+        refuse_too_large([alone])
+    with pytest.raises(ConfigError, match=r"at the worst moment of these 2 runs: .* Fewer rounds or runs"):
+        refuse_too_large(both)
+    refuse_too_large([make_runner(tmp_path, **changes, max_store_bytes=peak) for changes in (one, other)])
 
 
 def test_states_of_a_training_that_was_stopped_are_not_counted_twice(tmp_path: Path) -> None:
@@ -172,7 +184,7 @@ def test_states_of_a_training_that_was_stopped_are_not_counted_twice(tmp_path: P
     peak = look([runner]).peak_bytes
     with runner.states(runner.plan.job("train", 0)).write_part(2) as folder:
         (folder / "state").write_bytes(bytes(3000))
-    refuse_too_large(make_runner(tmp_path, max_store_bytes=peak))
+    refuse_too_large([make_runner(tmp_path, max_store_bytes=peak)])
 
 
 def test_a_part_that_is_there_leaves_nothing_to_do(tmp_path: Path) -> None:

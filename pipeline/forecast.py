@@ -81,6 +81,8 @@ def forecast(
         else:
             read = [tokens_of[identity.key] for identity in job.inputs if identity.kind in SAMPLED]
             tokens, at_most = sum(count for count, _ in read), any(bound for _, bound in read)
+            if job.stage == "align":
+                tokens = round(tokens * _aligned(spec))
         if job.stage == "train":
             tokens *= spec.settings.train.epochs
             size = float(spec.checkpoint.weights + spec.checkpoint.optimizer)
@@ -106,6 +108,17 @@ def _present(state: JobState, size: float, spec: RunSpec) -> float:
         return size * (state.done - state.pruned) / state.parts
     optimizer, weights = state.done >= 1 and state.pruned == 0, state.done == state.parts and state.pruned < 2
     return float(optimizer * spec.checkpoint.optimizer + weights * spec.checkpoint.weights)
+
+
+def _aligned(spec: RunSpec) -> float:
+    """Share of an evaluation's responses that an alignment reads."""
+    evaluate = spec.settings.evaluate
+    assert evaluate is not None
+    assert evaluate.alignment is not None
+    limit = evaluate.alignment.limit
+    problems = [benchmark.count for benchmark in spec.facts.benchmarks]
+    read = problems if limit is None else [min(limit, count) for count in problems]
+    return evaluate.alignment.samples / evaluate.samples * sum(read) / sum(problems)
 
 
 def _sampled(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:

@@ -16,7 +16,16 @@ from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.processes import rank
 from eopd.pipeline.models import ModelFacts
 from eopd.pipeline.needs import refuse_unmet_needs
-from eopd.pipeline.plan import WEIGHTS, Facts, Plan, PlannedJob, sampling_round, sampling_seed, steps_of_round
+from eopd.pipeline.plan import (
+    SUMMED_UP,
+    WEIGHTS,
+    Facts,
+    Plan,
+    PlannedJob,
+    sampling_round,
+    sampling_seed,
+    steps_of_round,
+)
 from eopd.pipeline.provenance import other_teacher
 from eopd.pipeline.pruning import Parts, prune_old, reads, rebuilds
 from eopd.stages.job import ModelRef, Progress
@@ -99,7 +108,8 @@ class Runner:
         """Whether nothing is left to do of ``job``, or of ``parts`` of it."""
         if self.is_done(job):
             return True
-        return parts is not None and job.side is None and self.artifact(job.output).committed().issuperset(parts)
+        alone = parts is not None and job.side is None and job.stage not in SUMMED_UP  # who ends last sums up
+        return alone and self.artifact(job.output).committed().issuperset(parts or ())
 
     def run(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
         """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.

@@ -26,10 +26,7 @@ def check_first_batch(engine: HiddenEngine, head: StatisticsHead, sequences: Seq
     Raises:
         ValueError: they disagree; with the numbers.
     """
-    candidates = [sequence for sequence in sequences if len(sequence.response_ids)]
-    if not candidates:
-        return "no response to check on"
-    shortest = min(candidates, key=lambda sequence: sequence.input_length)
+    shortest = min((one for one in sequences if len(one.response_ids)), key=lambda sequence: sequence.input_length)
     shortest = Sequence(shortest.context_ids, shortest.response_ids[:MOST_TOKENS])
     own = engine.own_logits(shortest)
     if own is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -245,11 +245,23 @@ def _resume(job: TrainJob, loop: Loop, states: States) -> list[dict[str, Any]]:
 
 
 def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: list[dict[str, Any]]) -> None:
+    settings, main = job.settings, loop.accelerator.is_main_process
+    total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
+    shown = settings.model_dump(mode="json")
+    before = job.first_step or job.round * total  # without carry_over the schedule begins anew, the axis does not
+    recorder = Recorder(job.run_dir, job.round, before, len(rows), settings.trackers, shown) if main else None
+    with ExitStack() as at_end:  # what was recorded is flushed where a step breaks, too
+        at_end.callback(job.progress.close)
+        if recorder is not None:
+            at_end.callback(recorder.close)
+        _take_steps(job, loop, states, start, rows, recorder)
+
+
+def _take_steps(
+    job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: list[dict[str, Any]], recorder: Recorder | None
+) -> None:
     settings, accelerator = job.settings, loop.accelerator
     total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
-    main = accelerator.is_main_process
-    shown = settings.model_dump(mode="json")
-    recorder = Recorder(job.run_dir, job.round, job.first_step, len(rows), settings.trackers, shown) if main else None
     job.progress.start(f"train {job.round}", loop.responses.tokens * settings.epochs)
     job.progress.advance(int(sum(row["tokens"] for row in rows)))
     for step, waited in loop.steps(len(rows), total):
@@ -276,9 +288,6 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
         if stopped:
             job.progress.line(f"train {job.round}: stopped after step {taken}, whose state is kept")
             raise stopping.Stopped
-    job.progress.close()
-    if recorder is not None:
-        recorder.close()
 
 
 def _stop_wished(accelerator: Accelerator) -> bool:

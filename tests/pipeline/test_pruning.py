@@ -193,6 +193,9 @@ def test_a_part_that_is_there_leaves_nothing_to_do(tmp_path: Path) -> None:
     commit(runner, job, [0, 1])
     assert runner.is_idle(job, [1])
     assert not runner.is_idle(job, [1, 2])
+    evaluation = runner.plan.job("evaluate", 0)
+    commit(runner, evaluation, [0, 1, 2])
+    assert not runner.is_idle(evaluation, [0]), "whoever made the last part may have died before summing up"
     assert not runner.is_idle(job)
     commit(runner, job, range(2, job.output.parts))
     assert runner.is_idle(job)

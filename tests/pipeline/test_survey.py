@@ -92,6 +92,14 @@ def test_states_tokens_and_time(tmp_path: Path) -> None:
     assert total.missing == total.parts - 3 - 3 - 2
 
 
+def test_an_alignment_reads_a_share_of_its_evaluation(tmp_path: Path) -> None:
+    runner = make_runner(tmp_path, evaluate={"alignment": {"samples": 2, "limit": 6, "responses": ["own"]}})
+    done_round_0(runner)
+    rows = {row.state.job.name: row for row in look([runner]).rows}
+    assert rows["evaluate 0"].tokens == 11 * 8 * 10
+    assert rows["align 0"].tokens == 6 * 2 * 10
+
+
 def test_a_training_in_two_legs_took_both(tmp_path: Path) -> None:
     runner = make_runner(tmp_path)
     done_round_0(runner)

@@ -60,6 +60,15 @@ def _check_response(rows: TeacherRows, number: int, logprobs: torch.Tensor, resp
         assert np.abs(rows.head_logprobs[head] - best.values.numpy()).max() < 2 * STORED_LOGPROB
 
 
+def test_a_part_without_responses_is_not_what_the_engine_is_checked_on(teacher: Path, tmp_path: Path) -> None:
+    job = score_job(tmp_path, teacher, rollouts(tmp_path, [[], random_responses(3)]))
+    run(job)
+    assert isinstance(job.progress, Lines)
+    checks = [line for line in job.progress.lines if "full model's logits" in line]
+    assert len(checks) == 1
+    assert "checked against the full model's logits: total variation" in checks[0]
+
+
 @pytest.mark.parametrize("name", REQUIRED)
 def test_scores_equal_the_model_alone(name: str, tmp_path: Path) -> None:
     save_teacher(name, tmp_path / "teacher")

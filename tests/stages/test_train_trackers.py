@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
@@ -69,6 +70,8 @@ def test_every_step_is_recorded_once_over_rounds_and_restarts(
     run(second)
     sys.modules.pop(name)
 
+    board = EventAccumulator(str(first.run_dir / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(8))
     calls = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     starts = [call for call in calls if call["call"] == "init"]
     assert len(starts) == 3

@@ -11,7 +11,7 @@ is done, and two runs that ask for the same thing name the same folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -136,14 +136,21 @@ class Plan:
         return None if round_ == 0 else self.job("train", round_ - 1).output
 
 
-def make_plan(
-    settings: RunSettings, facts: Facts, serving: Callable[[Identity], Identity] = lambda asked: asked
-) -> Plan:
-    """Every job of every round, in order.
+class Shelf:
+    """What there is that bears on a plan. This one is empty: scores are made as they are asked for."""
 
-    Args:
-        serving: what stands in for scores that are asked for: themselves, or a coverage that holds as much and exists.
-    """
+    def serving(self, asked: Identity) -> Sequence[Identity]:
+        """What may stand in for scores that are asked for, the best first: never none."""
+        return [asked]
+
+    def is_begun(self, identity: Identity) -> bool:
+        """Whether somebody has set out to make it."""
+        return False
+
+
+def make_plan(settings: RunSettings, facts: Facts, shelf: Shelf | None = None) -> Plan:
+    """Every job of every round, in order."""
+    shelf = shelf or Shelf()
     jobs: list[PlannedJob] = []
     policy: Identity | None = None
     policies: list[Identity | None] = [None]  # the student at the start of each round
@@ -151,8 +158,7 @@ def make_plan(
     jobs += first
     for round_ in range(settings.rounds):
         rollout = _rollout_job(settings, facts, round_, policies[sampling_round(settings, round_)])
-        score = _score_job(settings, facts, round_, rollout, serving)
-        train = _train_job(settings, facts, round_, policy, rollout, score)
+        score, train = _score_and_train(settings, facts, round_, policy, rollout, shelf)
         jobs += [rollout, score, train]
         policy = train.output
         policies.append(policy)
@@ -220,11 +226,22 @@ def _rollout_job(settings: RunSettings, facts: Facts, round_: int, policy: Ident
     return PlannedJob("rollout", round_, identity, (policy,) if policy else (), side, draw)
 
 
-def _score_job(
-    settings: RunSettings, facts: Facts, round_: int, rollout: PlannedJob, serving: Callable[[Identity], Identity]
-) -> PlannedJob:
+def _score_and_train(
+    settings: RunSettings, facts: Facts, round_: int, policy: Identity | None, rollout: PlannedJob, shelf: Shelf
+) -> tuple[PlannedJob, PlannedJob]:
+    """A training that is begun is finished with the scores it was begun with, whatever stands in for them since."""
+    pairs = []
+    for identity in shelf.serving(_asked_scores(settings, facts, rollout)):
+        score = PlannedJob("score", round_, identity, (rollout.output,), rollout.side)
+        pairs.append((score, _train_job(settings, facts, round_, policy, rollout, score)))
+    if len(pairs) == 1:
+        return pairs[0]
+    return next((pair for pair in pairs if shelf.is_begun(pair[1].output)), pairs[0])
+
+
+def _asked_scores(settings: RunSettings, facts: Facts, rollout: PlannedJob) -> Identity:
     temperature = settings.score.temperature
-    identity = Identity(
+    return Identity(
         kind="scores",
         version=VERSIONS["scores"],
         parts=rollout.output.parts,
@@ -240,7 +257,6 @@ def _score_job(
         },
         coverage={**settings.score.coverage(), "extra": rollout.side.key if rollout.side else None},
     )
-    return PlannedJob("score", round_, serving(identity), (rollout.output,), rollout.side)
 
 
 def _train_job(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from eopd.pipeline.config import RunSettings
 from eopd.pipeline.inspect import gather_facts
-from eopd.pipeline.plan import Facts, Plan, make_plan
+from eopd.pipeline.plan import Facts, Plan, Shelf, make_plan
 from eopd.storage.artifacts import Artifact, Identity
-from eopd.storage.coverage import Coverage, cheapest, needs_of
+from eopd.storage.coverage import Coverage, able, needs_of
 from eopd.storage.errors import StoreError
 from eopd.storage.fingerprints import Digests
 from eopd.storage.stacked import StackedStores
@@ -20,26 +22,32 @@ def plan_run(settings: RunSettings, facts: Facts | None = None, digests: Digests
     """
     stores = StackedStores.at(settings.store, settings.read_only_stores)
     facts = facts or gather_facts(settings, digests)
-    return facts, make_plan(settings, facts, lambda identity: serving_coverage(stores, identity))
+    return facts, make_plan(settings, facts, StoreShelf(stores))
 
 
-def serving_coverage(stores: StackedStores, identity: Identity) -> Identity:
-    """``identity``, or the cheapest complete sibling that holds all that it would hold.
+class StoreShelf(Shelf):
+    """What there is in stores. A run never changes its mind half-way: what was begun is finished as it was begun."""
 
-    What has been begun as asked is finished as asked: a run never changes its mind half-way.
-    """
-    if identity.coverage is None or Artifact(stores.private, identity).is_begun():
-        return identity
-    able: dict[str, Coverage] = {}
-    found: dict[str, Identity] = {}
-    for artifact in stores.coverages(identity.base_key):
-        mapping = artifact.identity.coverage
-        if mapping is None or mapping.get("extra") != identity.coverage.get("extra"):
-            continue
-        try:
-            able[artifact.key] = Coverage.from_mapping(mapping)
-        except (StoreError, KeyError, TypeError, ValueError):
-            continue  # a coverage of another kind of record, such as an imported capture
-        found[artifact.key] = artifact.identity
-    best = cheapest(able, needs_of(Coverage.from_mapping(identity.coverage).head))
-    return identity if best is None else found[best]
+    def __init__(self, stores: StackedStores) -> None:
+        self._stores = stores
+
+    def serving(self, asked: Identity) -> Sequence[Identity]:
+        """``asked`` where it is begun or has no complete sibling that holds as much; else those, the cheapest first."""
+        if asked.coverage is None or self.is_begun(asked):
+            return [asked]
+        coverages: dict[str, Coverage] = {}
+        found: dict[str, Identity] = {}
+        for artifact in self._stores.coverages(asked.base_key):
+            mapping = artifact.identity.coverage
+            if mapping is None or mapping.get("extra") != asked.coverage.get("extra"):
+                continue
+            try:
+                coverages[artifact.key] = Coverage.from_mapping(mapping)
+            except (StoreError, KeyError, TypeError, ValueError):
+                continue  # a coverage of another kind of record, such as an imported capture
+            found[artifact.key] = artifact.identity
+        wanted = needs_of(Coverage.from_mapping(asked.coverage).head)
+        return [found[name] for name in able(coverages, wanted)] or [asked]
+
+    def is_begun(self, identity: Identity) -> bool:
+        return Artifact(self._stores.private, identity).is_begun()

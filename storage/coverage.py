@@ -111,10 +111,10 @@ class Coverage:
         return (head.k_max, -head.full_head_above, -head.min_prob, head.n_draws, self.extra_k)
 
 
-def cheapest(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> str | None:
-    """Name of the cheapest coverage that answers every need, or None."""
-    able = [name for name, found in coverages.items() if all(found.lacks(need) is None for need in needs)]
-    return min(able, key=lambda name: (coverages[name].cost(), name), default=None)
+def able(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> list[str]:
+    """Names of the coverages that answer every need, the cheapest first."""
+    found = [name for name, coverage in coverages.items() if all(coverage.lacks(need) is None for need in needs)]
+    return sorted(found, key=lambda name: (coverages[name].cost(), name))
 
 
 def needs_of(rule: HeadRule) -> tuple[Need, ...]:

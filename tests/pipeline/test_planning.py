@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from eopd.pipeline.plan import Plan, make_plan
 from eopd.pipeline.plan_cli import open_runners
-from eopd.pipeline.planning import serving_coverage
+from eopd.pipeline.planning import StoreShelf
 from eopd.stages.score.settings import HeadSettings, ScoreSettings
 from eopd.storage import fingerprints
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.files import sha256_file
 from eopd.storage.stacked import StackedStores
+from tests.pipeline.plan_case import make_runner
 
 
 def asked(k_max: int, **head: Any) -> Identity:
@@ -22,17 +24,23 @@ def asked(k_max: int, **head: Any) -> Identity:
     return Identity("scores", 1, 1, inputs={"rollouts": "r"}, coverage={**coverage, "extra": None})
 
 
+def serving(stores: StackedStores, identity: Identity) -> str:
+    return StoreShelf(stores).serving(identity)[0].key
+
+
 def make(store: Path, identity: Identity) -> None:
-    with Artifact(store, identity).write_part(0):
-        pass
+    artifact = Artifact(store, identity)
+    for part in range(artifact.parts):
+        with artifact.write_part(part):
+            pass
 
 
 def test_complete_scores_that_hold_as_much_stand_in(tmp_path: Path) -> None:
     stores = StackedStores([tmp_path])
     make(tmp_path, asked(64))
-    assert serving_coverage(stores, asked(16)).key == asked(64).key
+    assert serving(stores, asked(16)) == asked(64).key
     other = replace(asked(16), inputs={"rollouts": "other"})
-    assert serving_coverage(stores, other).key == other.key
+    assert serving(stores, other) == other.key
 
 
 @pytest.mark.parametrize("draws", [{"draws": "none"}, {"draws": "full", "n_draws": 8}, {"draws": "beyond_head"}])
@@ -40,9 +48,9 @@ def test_scores_of_fewer_entries_do_not_stand_in(tmp_path: Path, draws: dict[str
     """Where the entropy is low a token has the entries of at least min_prob: 0.5 leaves one or two."""
     make(tmp_path, asked(16, min_prob=0.5, **draws))
     wanted = asked(16, min_prob=0.03, **draws)
-    assert serving_coverage(StackedStores([tmp_path]), wanted).key == wanted.key
+    assert serving(StackedStores([tmp_path]), wanted) == wanted.key
     make(tmp_path, asked(16, min_prob=0.01, **draws))
-    assert serving_coverage(StackedStores([tmp_path]), wanted).key == asked(16, min_prob=0.01, **draws).key
+    assert serving(StackedStores([tmp_path]), wanted) == asked(16, min_prob=0.01, **draws).key
 
 
 @pytest.mark.parametrize("where", ["private", "team"])
@@ -55,7 +63,7 @@ def test_a_sibling_that_cannot_be_read_is_passed_over(tmp_path: Path, where: str
     path = tmp_path / where / "scores" / asked(32).key / "identity.json"
     path.write_text(text if text == "{" else path.read_text().replace('"schema": 1', text))
     stores = StackedStores([tmp_path / "private", tmp_path / "team"])
-    assert serving_coverage(stores, asked(16)).key == asked(64).key
+    assert serving(stores, asked(16)) == asked(64).key
 
 
 def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:
@@ -63,7 +71,29 @@ def test_what_is_begun_is_finished_as_asked(tmp_path: Path) -> None:
     stores = StackedStores([tmp_path])
     Artifact(tmp_path, asked(16)).begin()
     make(tmp_path, asked(64))
-    assert serving_coverage(stores, asked(16)).key == asked(16).key
+    assert serving(stores, asked(16)) == asked(16).key
+
+
+def test_a_training_that_is_begun_keeps_the_scores_it_was_begun_with(tmp_path: Path) -> None:
+    """Cheaper ones that another run adds are no reason to train anew."""
+    run = make_runner(tmp_path, rounds=1)
+    sampled = run.plan.job("rollout", 0).output.key
+
+    def add(k_max: int, **head: Any) -> None:
+        score = run.plan.job("score", 0).output
+        make(run.store, replace(score, coverage={**asked(k_max, **head).coverage, "extra": None}))
+
+    def planned() -> Plan:
+        return make_plan(run.settings, run.facts, StoreShelf(StackedStores([run.store])))
+
+    add(64)
+    plan = planned()
+    assert plan.job("score", 0).output.coverage["head"]["k_max"] == 64
+    add(32)
+    assert planned().job("score", 0).output.coverage["head"]["k_max"] == 32, "nothing is begun: the cheapest"
+    Artifact(run.store, plan.job("train", 0).output).begin()
+    assert planned() == plan
+    assert plan.job("rollout", 0).output.key == sampled
 
 
 def test_a_sweep_over_a_new_store_hashes_each_file_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

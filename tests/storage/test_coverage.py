@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eopd.storage.coverage import Coverage, NeedNotMet, cheapest
+from eopd.storage.coverage import Coverage, NeedNotMet, able
 from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
 from eopd.storage.teacher_record import HeadRule
 
@@ -66,7 +66,7 @@ def test_a_one_entry_head_is_never_taken_for_a_top_k() -> None:
 
 def test_the_cheapest_that_answers() -> None:
     held = {"aware": AWARE, "fixed": FIXED, "sampled": SAMPLED}
-    assert cheapest(held, [HeadNeed(8, 0.8)]) == "aware"
-    assert cheapest(held, [HeadNeed(8)]) == "fixed"
-    assert cheapest(held, []) == "sampled"
-    assert cheapest(held, [HeadNeed(65)]) is None
+    assert able(held, [HeadNeed(8, 0.8)])[0] == "aware"
+    assert able(held, [HeadNeed(8)])[0] == "fixed"
+    assert able(held, [])[0] == "sampled"
+    assert able(held, [HeadNeed(65)]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from eopd.pipeline.errors import RunError
 
 TAIL_BYTES = 1 << 16
 ERROR = re.compile(r"^(eopd: .+|(?:[\w.]+\.)?\w*(?:Error|Exception|Stopped|StoreFull)\b.*)$")
+DONE = re.compile(r"^[a-z]+ \d+: done\b")
 _OF_A_JOB = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d+)\b")
 
 
@@ -75,13 +77,14 @@ def last_line(folder: Path) -> LastWords | None:
 
 
 def errors(folder: Path, most: int = 3) -> list[LastWords]:
-    """The last error of each log that ends in or near one, newest first."""
+    """The last error of each log in which nothing was done after it, newest first."""
     found = []
     for path in reversed(_logs(folder)):
         lines = [line.strip() for line in tail(path, 200)]
-        wrong = [line for line in lines if ERROR.match(line)]
-        if wrong:
-            found.append(LastWords(path, wrong[-1], path.stat().st_mtime))
+        since = itertools.takewhile(lambda line: not DONE.match(line), reversed(lines))
+        wrong = next((line for line in since if ERROR.match(line)), None)
+        if wrong is not None:
+            found.append(LastWords(path, wrong, path.stat().st_mtime))
         if len(found) == most:
             break
     return found

@@ -107,5 +107,8 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
     return found if isinstance(found, dict) else {}

@@ -71,12 +71,6 @@ class Draw:
     seed: int
     rows_per_part: int
 
-    @property
-    def sizes(self) -> list[int]:
-        """Prompts of each part."""
-        whole, rest = divmod(self.per_round, self.rows_per_part)
-        return [self.rows_per_part] * whole + [rest] * (rest > 0)
-
     def parts(self) -> list[list[int]]:
         """Rows of the prompt source, per part."""
         indices = draw_prompts(self.prompt_count, self.per_round, self.round, self.seed)

@@ -85,7 +85,9 @@ def do(order: Order, engines: Engines) -> int:
         try:
             settings = load_config(order.config)
             runner = Runner(settings, *plan_run(settings), progress, engines)
-            runner.run(runner.plan.job(order.stage, order.round), order.parts)
+            job = runner.plan.job(order.stage, order.round)
+            runner.run(job, order.parts)
+            sys.stdout.write(f"{job.name}: done\n")  # `logs.errors` shows none from before
         except Exception as error:  # the boundary: who gave the task decides what becomes of the run
             log_end(error)
             return tell_end(error, progress)

@@ -12,7 +12,7 @@ import torch
 from eopd.examples.gsm8k import data, pair, training
 from eopd.examples.gsm8k.make import END_OF_TEXT, train_tokenizer
 from eopd.stages.models.loading import load_tokenizer_at
-from eopd.stages.models.tokenizers import fingerprints
+from eopd.stages.models.tokenizers import vocabulary_fingerprint
 
 TINY = training.Recipe(layers=1, width=32, heads=1, kv_heads=1, feed_forward=32, steps=7, batch=4, warmup=2)
 PROBLEMS = [
@@ -78,7 +78,7 @@ def test_the_pair_is_two_model_folders_that_share_a_tokenizer(
     losses = {row[1].strip(): float(row[4]) for row in rows[1:]}
     assert losses["teacher"] < losses["student"] < 7
     teacher, student = (load_tokenizer_at(str(tmp_path / "out" / name)) for name in ("teacher", "student"))
-    assert fingerprints(teacher).vocabulary == fingerprints(student).vocabulary
+    assert vocabulary_fingerprint(teacher) == vocabulary_fingerprint(student)
     pair.main([*command, "--only", "teacher"])
     assert "there already" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.state"))

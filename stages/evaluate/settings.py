@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,18 +153,15 @@ class Chunk:
     stop: int
 
 
-def chunks(settings: EvaluateSettings, counts: Mapping[str, int] | None = None) -> list[Chunk]:
+def chunks(settings: EvaluateSettings) -> list[Chunk]:
     """The parts of an evaluation, but for the last, which is the summary: an artifact has ``len(chunks) + 1`` parts.
-
-    Args:
-        counts: problems of each benchmark by name, where they are known; otherwise its source is counted.
 
     Raises:
         ValueError: a source is missing or empty.
     """
     found = []
     for number, benchmark in enumerate(settings.benchmarks):
-        count = counts[benchmark.name] if counts else count_prompts(settings.prompts_of(benchmark))
+        count = count_prompts(settings.prompts_of(benchmark))
         step = settings.rows_per_part
         found += [Chunk(number, start, min(start + step, count)) for start in range(0, count, step)]
     return found

@@ -1,14 +1,10 @@
-"""What a tokenizer means: ids to bytes, chat template, and the three fingerprints of these.
-
-Only the first (id -> bytes) decides whether a teacher can score a student's tokens; the other two may differ.
-"""
+"""What a tokenizer means: ids to bytes, which decide whether a teacher can score a student's tokens; chat template."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models import vocabulary
@@ -17,39 +13,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class TokenizerFingerprints:
-    vocabulary: str  # id -> token bytes: what teacher and student must share
-    special: str  # special and stop tokens
-    template: str  # chat template
-
-
 def id_to_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """The bytes each id stands for (``vocabulary.id_to_bytes``)."""
     return vocabulary.id_to_bytes(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
 
 
-def check_same_vocabulary(
-    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, names: tuple[str, str] = ("teacher", "student")
-) -> None:
+def check_same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Raises ValueError where they differ (``vocabulary.check_same``)."""
-    vocabulary.check_same(id_to_bytes(teacher), id_to_bytes(student), names)
+    vocabulary.check_same(id_to_bytes(teacher), id_to_bytes(student))
 
 
-def fingerprints(tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = ()) -> TokenizerFingerprints:
-    """SHA-256 (hex) of id -> bytes, of special and stop tokens, and of the chat template."""
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of id -> bytes: of what teacher and student must share, and nothing else."""
     meanings = [[number, text.hex()] for number, text in sorted(id_to_bytes(tokenizer).items())]
-    special = {
-        "map": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
-        "special": sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special),
-        "stops": sorted(stops),
-    }
-    return TokenizerFingerprints(_digest(meanings), _digest(special), _digest(tokenizer.chat_template))
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(meanings, separators=(",", ":")).encode()).hexdigest()
 
 
 def render_chat(

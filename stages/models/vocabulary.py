@@ -40,9 +40,7 @@ def id_to_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
     return table
 
 
-def check_same(
-    teacher: Mapping[int, bytes], student: Mapping[int, bytes], names: tuple[str, str] = ("teacher", "student")
-) -> None:
+def check_same(teacher: Mapping[int, bytes], student: Mapping[int, bytes]) -> None:
     """Both vocabularies give the same bytes to every id they share; ids that only one has are no difference.
 
     Raises:
@@ -52,7 +50,7 @@ def check_same(
     if differing or not teacher.keys() & student.keys():
         first = differing[0] if differing else 0
         raise ValueError(
-            f"the tokenizers of {names[0]} and {names[1]} differ at {len(differing)} ids, first at id {first}: "
+            f"the tokenizers of teacher and student differ at {len(differing)} ids, first at id {first}: "
             f"{teacher.get(first)!r} against {student.get(first)!r}; scores of one are meaningless for the other. "
             "Use a teacher of the student's own token vocabulary."
         )

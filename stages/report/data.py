@@ -161,7 +161,6 @@ class RolloutView:
     entropy: list[float | None] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     correct: bool | None = None
-    reward: float | None = None
     verdict: str = ""
     round: int | None = None
 

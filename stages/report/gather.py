@@ -19,7 +19,7 @@ from eopd.stages.report import aligned, evaluated, heads, words
 from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
 from eopd.stages.report.expenses import Job, costs, seconds_by_key
 from eopd.stages.report.scores import asked, gains
-from eopd.stages.report.views import Judge, nobody, rollout_views
+from eopd.stages.report.views import TOKENIZER, Judge, nobody, rollout_views
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.jsonl import read_lines
@@ -73,6 +73,7 @@ def gather(run: RunArtifacts) -> RunData:
     )
     measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
     teacher, student = _histograms(run.rounds)
+    readable = (Path(run.tokenizer) / TOKENIZER).exists()
     return RunData(
         name=run.name,
         settings=run.settings,
@@ -86,7 +87,7 @@ def gather(run: RunArtifacts) -> RunData:
         rollouts=[
             view
             for found in _first_and_last(scored)
-            if found.rollouts and found.scores
+            if found.rollouts and found.scores and readable
             for view in rollout_views(found.rollouts, found.scores, found.round, run.tokenizer, run.judge)
         ],
         cost=costs(_jobs(run), seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere), run.also_read),
@@ -100,6 +101,7 @@ def gather(run: RunArtifacts) -> RunData:
         graders=sorted({name for found in results.values() for name in evaluated.graders(found)}),
         head=_heads(run, trained),
         warnings=evaluated.warnings(results),
+        notes=[] if readable or not scored else [f"Rollouts are not shown: {run.tokenizer} has no {TOKENIZER}."],
     )
 
 

@@ -111,7 +111,6 @@ class RunSummary:
     index: int
     gains: tuple[Gain, ...]
     facts: tuple[tuple[str, str], ...]
-    interval: str
 
 
 def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
@@ -120,7 +119,7 @@ def summarise(runs: Sequence[RunData]) -> list[RunSummary]:
     for index, run in enumerate(runs):
         found = [_gain(run, rate, ranking) for rate in shown]
         gains = tuple(gain for gain in found if gain is not None)
-        summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run), run.interval))
+        summaries.append(RunSummary(run.name, palette.tone(index), index, gains, _facts(run)))
     return summaries
 
 

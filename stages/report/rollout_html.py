@@ -132,8 +132,6 @@ def _facts(rollout: RolloutView, threshold: float | None) -> tuple[str, ...]:
         facts.append(f"mean teacher entropy {words.number(sum(known) / len(known))}")
         if threshold is not None:
             facts.append(f"{sum(value > threshold for value in known)} past the gate")
-    if rollout.reward is not None:
-        facts.append(f"reward {words.number(rollout.reward)}")
     return tuple(facts)
 
 

@@ -12,6 +12,7 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 ROLLOUTS_SHOWN = 12
+TOKENIZER = "tokenizer.json"
 Judge = Callable[[str, Sequence[tuple[str, str]]], Sequence[bool | None]]
 """Verdicts of (response, reference answer) pairs by the verifier of a name; None where it cannot say."""
 
@@ -27,7 +28,7 @@ def rollout_views(
     """The first rollouts of a round."""
     from tokenizers import Tokenizer  # importing transformers for it would cost more than the report
 
-    tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / TOKENIZER))
     part = next(iter(filled_parts(scores)), None)
     if part is None:
         return []

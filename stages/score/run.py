@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.threads import torch_threads
-from eopd.stages.models.tokenizers import check_same_vocabulary, fingerprints
+from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
 from eopd.stages.score.check import check_first_batch, first_not_finite
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
@@ -180,12 +180,16 @@ class Scorer:
         counts = np.full(len(extra), extra.shape[1], np.int64)
         return TokenBatch(np.concatenate(sampled), keys, counts, extra.reshape(-1))
 
+    @cached_property
+    def _vocabulary(self) -> str:
+        return vocabulary_fingerprint(self.tokenizer)
+
     def _write(self, part: int, found: InReadingOrder, responses: PartResponses, engine: HiddenEngine) -> None:
         job = self.job
         rows = found.rows(job.stop_ids, len(responses.sequences))
         header = PartHeader(
             teacher=job.teacher.fingerprint,
-            tokenizer=fingerprints(self.tokenizer).vocabulary,
+            tokenizer=self._vocabulary,
             teacher_context=context_name(job.settings.teacher_prompt),
             temperature=self.temperature,
             head=job.settings.head.rule(),

@@ -182,10 +182,6 @@ def test_epochs_over_the_prompts(prompts: int, per_round: int, rounds: int) -> N
         assert len(set(epoch)) == len(epoch)
     whole = [epoch for epoch in epochs if len(epoch) == prompts]
     assert len(set(whole)) == len(whole) > 1
-    sizes = [len(part) for part in plan.job("rollout", 1).prompt_indices]
-    draw = plan.job("rollout", 1).draw
-    assert draw is not None
-    assert draw.sizes == sizes
 
 
 def test_swapped_stops_are_those_of_a_checkpoint_alone() -> None:

@@ -108,6 +108,9 @@ def test_errors_and_the_last_line_are_shown(runner: Runner) -> None:
     (logs / "rollout-1.worker-1.log").write_text("rollout: 20 responses\n\n")
     os.utime(logs / "score-0.worker-0.log", (1, time.time() - 100))
     assert [words.line for words in errors(logs)] == ["ValueError: the teacher's logits are NaN"]
+    (logs / "score-1.worker-0.log").write_text("eopd: the disk is full\nscore 1: done\nloading\n")
+    os.utime(logs / "score-1.worker-0.log", (1, time.time() - 200))
+    assert len(errors(logs)) == 1, "what was overcome is no error"
     found = last_line(logs)
     assert found is not None
     assert (found.log.name, found.line) == ("rollout-1.worker-1.log", "rollout: 20 responses")

@@ -114,7 +114,6 @@ def made_up_rollout(seed: int, tokens: int = 40, prompt: str = "") -> RolloutVie
         entropy=[*entropy, 0.001],
         logprobs=[-rng.expovariate(1.5) for _ in range(tokens + 1)],
         correct=rng.random() < 0.5,
-        reward=None,
         round=5,
     )
 

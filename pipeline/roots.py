@@ -16,6 +16,7 @@ from eopd.pipeline.config import ConfigError, RunSettings, load_config
 from eopd.pipeline.neighbours import configs
 from eopd.pipeline.planning import plan_run
 from eopd.pipeline.runner import states_of
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreError
 from eopd.storage.fingerprints import Digests
 from eopd.storage.listing import keys
@@ -89,8 +90,11 @@ def _started_in(settings: RunSettings, noted: Path | None, *configs: Path) -> Pa
 def _of_run(settings: RunSettings, base: Path, digests: Digests) -> Iterator[Root]:
     with contextlib.chdir(base):
         jobs = plan_run(settings, digests=digests)[1].jobs
+        made = {job.output.key for job in jobs if Artifact(Path(settings.store), job.output).is_complete()}
     for job in jobs:
-        named = (job.output, job.side, states_of(job) if job.stage == "train" else None)
+        # a kill after a checkpoint's commit leaves the states on the way there, which nothing will read
+        trains = job.stage == "train" and job.output.key not in made
+        named = (job.output, job.side, states_of(job) if trains else None)
         yield from ((identity.kind, identity.key) for identity in named if identity is not None)
 
 

@@ -66,6 +66,12 @@ def test_the_states_of_a_training_that_was_interrupted_stay(home: Path) -> None:
     states = commit(runner.states(runner.plan.job("train", 0)), 20)
     assert gc(home, "--runs", "runs", "--yes") == "freed 0 B\n"
     assert states.committed() == {20}
+    checkpoint = runner.artifact(runner.plan.job("train", 0).output)
+    for part in range(checkpoint.parts):
+        commit(checkpoint, part)
+    gc(home, "--runs", "runs", "--yes")
+    assert states.committed() == set(), "killed between the checkpoint and the end of its states"
+    assert checkpoint.is_complete()
 
 
 def test_from_another_folder_the_same_is_kept(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ student, m_t the mass of the target (1 unless draws make it otherwise), h_t [D] 
 * ``top12``, ``top32``, ``top50``: p renormalised on its k most probable ids, unquantised: what peers store.
 * ``sampled50``: 50 draws with replacement from p, each of weight 1/50 (sampled KD). Five seeds.
 
-The committed student: log q = STUDENT log p + 1.5 n over the explicit ranks, n standard normal (smooth beyond): 0.33
+The committed student: log q = STUDENT log p + 1.5 n over the explicit ranks, n standard normal (smooth beyond): 0.32
 nats from its teacher in the mean, as one is before it is distilled. The nearer a student, the smaller the gradient
 and the larger every angle. Its hidden state is
 h_t = 0.5 + n in D = 16 dimensions. The id of rank r of token t is (r + b_t) mod V: a rotation is a permutation that

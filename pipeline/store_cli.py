@@ -147,7 +147,7 @@ def _existing(place: str) -> Path | Bucket:
 
 @app.command()
 def gc(
-    store: Place = "store",
+    store: Folder = "store",
     runs: Annotated[
         Path | None,
         typer.Option(help="Keep only what the runs in this folder, and others that use the store, refer to."),

@@ -35,7 +35,8 @@ with `~/` lies in the home folder, any other relative path is relative to the cu
 
 **Keyed** settings decide what an artifact contains: change one, and what depends on it is made anew, beside what is
 there. The others (no dot in the column) say how fast or where, and may be changed at any time, also of a run under
-way. Models, prompts and benchmarks are keyed by their content, not by their path.
+way; `rollout.student_topk` is the exception: it makes scores and training anew. Models, prompts and benchmarks are
+keyed by their content, not by their path.
 """
 
 

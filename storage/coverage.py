@@ -101,8 +101,8 @@ class Coverage:
             raise NeedNotMet(
                 f"{where} lacks "
                 + "; ".join(missing)
-                + ". `eopd score CONFIG --set <the above>` makes a sibling coverage beside "
-                "this one; nothing that exists changes."
+                + ". Write this into the config, or give it to `eopd run CONFIG` with --set: a sibling coverage is "
+                "made beside this one; nothing that exists changes."
             )
 
     def cost(self) -> tuple[int, float, float, int, int]:

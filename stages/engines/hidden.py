@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, resolve_engine
 from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import model_folder
 from eopd.stages.models.packing import Sequence
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def open_hidden_engine(
     """Load a teacher. Its work is done on as many threads as torch has at the time.
 
     Args:
+        kind: auto is vLLM where it is installed and known to read this architecture right.
         longest: tokens of the longest sequence it will read.
         dtype: of the forward pass; auto: that of ``ref``.
         batch_tokens: tokens of one forward pass, about.
@@ -99,9 +101,10 @@ def open_hidden_engine(
     if dtype != "auto":
         ref = replace(ref, dtype=dtype)
     if resolve_engine(kind) == "vllm":
-        from eopd.stages.engines.hidden_vllm import VLLMHiddenEngine
+        from eopd.stages.engines.hidden_vllm import VLLMHiddenEngine, is_known
 
-        return VLLMHiddenEngine(ref, longest=longest, log_dir=log_dir, options=options, batch_tokens=batch_tokens)
+        if kind == "vllm" or is_known(model_folder(ref.path, ref.revision)):
+            return VLLMHiddenEngine(ref, longest=longest, log_dir=log_dir, options=options, batch_tokens=batch_tokens)
     from eopd.stages.engines.hidden_transformers import TransformersHiddenEngine
 
     return TransformersHiddenEngine(ref, options=options, batch_tokens=batch_tokens, row_tokens=row_tokens)

@@ -132,14 +132,21 @@ class VLLMHiddenEngine:
         del self.head
 
 
+def is_known(folder: Path) -> bool:
+    """Whether vLLM is known to read the model in ``folder`` as transformers does."""
+    return _architecture(folder) in KNOWN
+
+
+def _architecture(folder: Path) -> str:
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return str((found or ["none"])[0])
+
+
 def _refuse_unknown(folder: Path, name: str) -> None:
-    architecture = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["none"])[
-        0
-    ]
-    if architecture not in KNOWN:
+    if not is_known(folder):
         raise ValueError(
-            f"{name}: architecture {architecture!r} is refused with engine vllm, because its hidden states from vLLM's "
-            f"pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}. "
+            f"{name}: architecture {_architecture(folder)!r} is refused with engine vllm, because its hidden states "
+            f"from vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}. "
             "Set score.engine: transformers."
         )
 

@@ -26,7 +26,11 @@ class RolloutSettings(Settings):
         128, "Prompts a part: the unit of resuming and of distribution, sampled in one engine call", ge=1
     )
     student_topk: int = setting(
-        0, "Also store the student's own k most probable tokens of every position (0: no)", keyed=False, ge=0
+        0,
+        "Also store the student's own k most probable tokens of every position (0: no). Rollouts stay; scores and all "
+        "that follows are made anew",
+        keyed=False,
+        ge=0,
     )
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)

@@ -53,7 +53,11 @@ class ScoreSettings(Settings):
     too_long: Literal["refuse", "truncate"] = setting(
         "refuse", "A longer one: refuse its part, or score the response's first tokens that fit"
     )
-    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
+    engine: EngineKind = setting(
+        "auto",
+        "vllm, transformers, or auto: vLLM where it is installed and known to read the teacher right",
+        keyed=False,
+    )
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
     batch_tokens: int = setting(16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1)
     row_tokens: int = setting(

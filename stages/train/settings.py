@@ -23,7 +23,11 @@ class OptimizerSettings(Settings):
     eps: float = setting(1e-8, "AdamW's epsilon.", gt=0)
     weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors have none.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this global norm; 0: never.", ge=0)
-    carry_over: bool = setting(True, "Moments and schedule carry on from round to round; false: each starts anew.")
+    carry_over: bool = setting(
+        True,
+        "Moments and schedule carry on from round to round (with lora the schedule alone: adapters are new); "
+        "false: each starts anew.",
+    )
 
 
 class LoraSettings(Settings):

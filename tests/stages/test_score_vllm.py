@@ -70,6 +70,7 @@ def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: P
     architecture = type(tiny_model(name)).__name__
     with pytest.raises(ValueError, match=f"{architecture}' is refused with engine vllm.*engine: transformers"):
         open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
+    assert open_hidden_engine("auto", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path).name == "transformers"
 
 
 def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def on_policy_term(
 
 
 def opd(settings: ObjectiveSettings) -> Objective:
-    """L_OPD on every token; `lightning_opd` is the same with the advantage recomputed every step."""
+    """L_OPD on every token; `lightning_opd` too, with defaults of its own."""
 
     def token_loss(student: SparseStudent, teacher: TeacherBatch, context: StepContext) -> TokenLoss:
         return TokenLoss(*on_policy_term(settings, student, teacher, context))

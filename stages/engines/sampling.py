@@ -45,7 +45,7 @@ class EngineOptions(Settings):
     )
     max_model_len: int | None = setting(
         None,
-        "Longest prompt + response the engine is opened for, tokens (None: what the stage needs)",
+        "Longest prompt + response an engine that samples is opened for, tokens (None: what the stage needs)",
         keyed=False,
         ge=2,
     )
@@ -60,6 +60,19 @@ class EngineOptions(Settings):
     enforce_eager: bool | None = setting(
         None, "vLLM: do not compile (None: compile on a GPU, never on a CPU)", keyed=False
     )
+
+    def of_a_reader(self) -> EngineOptions:
+        """These options, where the engine does not sample.
+
+        Raises:
+            ValueError: a length is stated, which would have no effect.
+        """
+        if self.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} would have no effect: what is read decides how long an engine "
+                "that samples nothing is opened for. Remove it; score.max_tokens bounds what the teacher reads"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
@@ -68,6 +68,11 @@ class ScoreSettings(Settings):
         "Compare the shortest sequence's distributions with the full model's own before anything is stored",
         keyed=False,
     )
+
+    @field_validator("engine_options")
+    @classmethod
+    def _of_a_reader(cls, value: EngineOptions) -> EngineOptions:
+        return value.of_a_reader()
 
     def identity(self) -> dict[str, Any]:
         """What makes scores other scores, the models and the rollouts aside: part of the artifact's key."""

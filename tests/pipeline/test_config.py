@@ -207,6 +207,16 @@ def test_scoring_at_another_temperature_than_sampling_is_refused_at_once() -> No
     parse_settings({**raw, "score": {"temperature": 0.7}, "rollout": {"temperature": 0.7}}, "test")
 
 
+def test_a_length_of_an_engine_that_reads_is_refused() -> None:
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    length = {"engine_options": {"max_model_len": 64}}
+    parse_settings({**raw, "rollout": length}, "test")
+    benchmarks = [{"name": "b", "path": "b.jsonl"}]
+    for reader in ({"score": length}, {"evaluate": {"benchmarks": benchmarks, "alignment": length}}):
+        with pytest.raises(ConfigError, match=r"engine_options.*: max_model_len=64 would have no effect"):
+            parse_settings({**raw, **reader}, "test")
+
+
 PLAIN = {"path": "p", "template": "plain", "suffix": "\nAnswer:"}
 CHAT = {"path": "p", "system": "Be brief.", "template_arguments": {"enable_thinking": False}}
 

@@ -42,6 +42,11 @@ class AlignmentSettings(Settings):
     teacher_engine_options: EngineOptions = setting(EngineOptions, "How fast and where the teacher runs", keyed=False)
     batch_tokens: int = setting(8192, "Tokens read by both models before their heads are compared", keyed=False, ge=1)
 
+    @field_validator("engine_options", "teacher_engine_options")
+    @classmethod
+    def _of_a_reader(cls, value: EngineOptions) -> EngineOptions:
+        return value.of_a_reader()
+
     @field_validator("responses")
     @classmethod
     def _once_each(cls, value: tuple[Responses, ...]) -> tuple[Responses, ...]:

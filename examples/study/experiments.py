@@ -155,6 +155,20 @@ STALENESS = Experiment(
     question="What does offline staleness cost, and which advantage and ratio bear it?",
     reference="main/opd",
     borrows=("main/opd", "main/lightning", "main/fkl", "main/eopd-0.8", "reverse/opd-topk"),
+    pairs=(  # each loss against itself with the student renewed every four iterations; advantages
+        ("old-ppo-every16", "main/opd"),
+        ("fkl-every16", "main/fkl"),
+        ("fkl-once", "main/fkl"),
+        ("eopd-0.8-every16", "main/eopd-0.8"),
+        ("eopd-0.8-once", "main/eopd-0.8"),
+        ("opd-topk-every16", "reverse/opd-topk"),
+        ("opd-topk-once", "reverse/opd-topk"),
+        ("opd-topk-once", "old-ppo-every1"),
+        ("current-ppo-every1", "old-ppo-every1"),
+        ("current-ppo-every16", "old-ppo-every16"),
+        ("main/lightning", "old-ppo-once"),
+        ("current-ppo-once-lr0.0002", "old-ppo-once-lr0.0002"),
+    ),
     seeds=SECOND_SEEDS,
     settings=(
         *(

@@ -213,7 +213,7 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: share {parts} is empty, as there are only {job.output.parts} parts")
         return
     if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
-        _refuse_what_cannot_end_well([runner])
+        _refuse_what_cannot_end_well([runner], trains=stage not in ("evaluate", "align"))
     _write_resolved(runner)
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):
@@ -222,8 +222,12 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
-def _refuse_what_cannot_end_well(runners: Sequence[Runner]) -> None:
-    """Raises ConfigError before any work."""
+def _refuse_what_cannot_end_well(runners: Sequence[Runner], trains: bool = True) -> None:
+    """Raises ConfigError before any work.
+
+    Args:
+        trains: whether it is work towards a training, whose objective must find what it reads.
+    """
     from eopd.pipeline.budget import refuse_too_large
     from eopd.pipeline.needs import refuse_unmet_needs
     from eopd.pipeline.vocabularies import refuse_other_vocabulary
@@ -231,7 +235,7 @@ def _refuse_what_cannot_end_well(runners: Sequence[Runner]) -> None:
     for runner in runners:
         refuse_other_vocabulary(runner.facts)
         for job in runner.plan.jobs:
-            if job.stage == "train" and not runner.is_done(job):
+            if trains and job.stage == "train" and not runner.is_done(job):
                 refuse_unmet_needs(runner, job.round)
     refuse_too_large(runners)
 

@@ -243,6 +243,13 @@ TEXT_PAIR = Experiment(
     name="gsm8k",
     question="Real text: a GSM8K pair",
     reference="opd-lr0.0003",
+    pairs=(  # equal rates
+        ("eopd-0.8-lr0.0001", "opd-lr0.0001"),
+        ("eopd-0.8-lr0.0003", "opd-lr0.0003"),
+        ("eopd-0.8-lr0.0001", "mix-lr0.0001"),
+        ("eopd-0.8-lr0.0003", "mix-lr0.0003"),
+        ("fkl-lr0.0003", "opd-lr0.0003"),
+    ),
     seeds=SECOND_SEEDS,
     scale=TEXT,
     world=GSM8K,

@@ -132,7 +132,8 @@ def block(experiment: Experiment, found: Sequence[Rows]) -> str:
     ends = anchors.read(experiment, found[0].contents[0]["inputs"])
     told += ends.lines()
     graded = experiment.world == COUNTDOWN
-    told += [*pairs(experiment, found), levels(found), *differences(experiment, found)] if graded else []
+    told += pairs(experiment, found)
+    told += [levels(found), *differences(experiment, found)] if graded else []
     return "\n\n".join([*told, alignment(found, ends), *alignment_differences(experiment, found)])
 
 
@@ -212,15 +213,17 @@ def _is_whole(cost: Mapping[str, Any]) -> bool:
 
 
 def pairs(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    """The differences that the experiment names."""
+    """The differences that the experiment names, in what is graded; of a task where nothing is, in alignment."""
+    graded = experiment.world == COUNTDOWN
+    names, cells = (GRADED, _graded) if graded else (DIVERGENCES, _divergences)
     by_name = {rows.name: rows for rows in found}
-    lines = _header("primary, in pairs" if experiment.primary else "named pairs", "seeds", *GRADED)
+    lines = _header("primary, in pairs" if experiment.primary else "named pairs", "seeds", *names)
     for first, second in experiment.pairs:
         if first in by_name and second in by_name:
             a, b = by_name[first], by_name[second]
             seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
             if seeds:
-                lines.append(_line([f"{first} - {second}", str(len(seeds)), *_graded(a, b, seeds)]))
+                lines.append(_line([f"{first} - {second}", str(len(seeds)), *cells(a, b, seeds)]))
     return ["\n".join(lines)] if len(lines) > 2 else []
 
 
@@ -253,13 +256,15 @@ def alignment(found: Sequence[Rows], ends: anchors.Anchors) -> str:
     return "\n".join(lines)
 
 
+DIVERGENCES = tuple(name for name in ALIGNMENT if name != "teacher's there")
+
+
 def alignment_differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    figures = {name: figure for name, figure in ALIGNMENT.items() if name != "teacher's there"}
+    return _against(experiment, found, DIVERGENCES, _divergences)
 
-    def cells(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
-        return [_difference(one) for one in _apart(rows, reference, seeds, figures.values())]
 
-    return _against(experiment, found, list(figures), cells)
+def _divergences(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
+    return [_difference(one) for one in _apart(rows, reference, seeds, (ALIGNMENT[name] for name in DIVERGENCES))]
 
 
 def _against(

@@ -54,6 +54,16 @@ def test_named_pairs_are_primary_where_they_were_named_first(tmp_path: Path) -> 
     assert row.count("[") == header.count("|") - 3, "every difference has an interval"
 
 
+def test_named_pairs_of_a_task_that_is_not_graded_are_of_alignment(tmp_path: Path) -> None:
+    experiment = toy("gsm8k")
+    for task in in_order([experiment], RATES, seeds=[0, 1, 2], settings=["opd-lr0.0001", "eopd-0.8-lr0.0001"]):
+        made_up(task, tmp_path)
+    text = tables.block(experiment, tables.load(experiment, RATES, tmp_path))
+    assert "| named pairs | seeds | FKL, H > 0.8 |" in text
+    assert "| eopd-0.8-lr0.0001 - opd-lr0.0001 | 3 | +0.0000 [" in text
+    assert "Pass@8" not in text
+
+
 def test_a_result_of_other_settings_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = in_order([experiments.TUNE], RATES, seeds=[100])[0]
     made_up(dataclasses.replace(task, lr=3e-4), tmp_path)

@@ -35,7 +35,6 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 
-
 Runs = Annotated[
     list[str],
     typer.Argument(metavar="RUN...", help="Folders of runs (runs/quickstart), YAML files or names of configs."),

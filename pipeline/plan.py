@@ -234,14 +234,13 @@ def _score_and_train(
 
 
 def _asked_scores(settings: RunSettings, facts: Facts, rollout: PlannedJob) -> Identity:
-    temperature = settings.score.temperature
     return Identity(
         kind="scores",
         version=VERSIONS["scores"],
         parts=rollout.output.parts,
         settings={
             **settings.score.identity(),
-            "temperature": settings.rollout.temperature if temperature is None else temperature,
+            "temperature": settings.score.resolve_temperature(settings.rollout.temperature),
             "stop_ids": list(facts.stop_ids),
         },
         inputs={

@@ -90,7 +90,8 @@ def _started_in(settings: RunSettings, noted: Path | None, *configs: Path) -> Pa
 def _of_run(settings: RunSettings, base: Path, digests: Digests) -> Iterator[Root]:
     with contextlib.chdir(base):
         jobs = plan_run(settings, digests=digests)[1].jobs
-        made = {job.output.key for job in jobs if Artifact(Path(settings.store), job.output).is_complete()}
+        trainings = [job.output for job in jobs if job.stage == "train"]
+        made = {output.key for output in trainings if Artifact(Path(settings.store), output).is_complete()}
     for job in jobs:
         # a kill after a checkpoint's commit leaves the states on the way there, which nothing will read
         trains = job.stage == "train" and job.output.key not in made

@@ -108,8 +108,9 @@ class Runner:
         """Whether nothing is left to do of ``job``, or of ``parts`` of it."""
         if self.is_done(job):
             return True
-        alone = parts is not None and job.side is None and job.stage not in SUMMED_UP  # who ends last sums up
-        return alone and self.artifact(job.output).committed().issuperset(parts or ())
+        if parts is None or job.side is not None or job.stage in SUMMED_UP:  # who ends last sums up
+            return False
+        return self.artifact(job.output).committed().issuperset(parts)
 
     def run(self, job: PlannedJob, parts: Sequence[int] | None = None) -> bool:
         """Do what is missing of ``job`` (of ``parts`` of it). False when there was nothing to do.
@@ -143,7 +144,8 @@ class Runner:
             with suppress(StoreError, OSError):  # what it did before it was stopped, or failed, took its time too
                 close_books()
             raise
-        self.progress.line(f"{job.name}: done in {close_books():.1f} s -> {output.folder}")
+        seconds = close_books()
+        self.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
         if rank() == 0 and job.stage != "score" and self.is_made(job):
             prune_old(self)
         return True

@@ -44,10 +44,10 @@ def write_sums(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_rows(folder / SUMS, SCHEMA, rows)
 
 
-def read_sums(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_sums(folder: Path) -> pa.Table:
     """Read what was written to ``folder``.
 
     Raises:
         WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    return read_record(folder / SUMS, SCHEMA.metadata, columns)
+    return read_record(folder / SUMS, SCHEMA.metadata)

@@ -28,13 +28,14 @@ _STOPS: dict[str, Any] = {"stops": "class"}
 FAMILY: dict[str, dict[str, Any]] = {
     "sft": {},
     "opd": {**_REVERSE, "k": 16, **_STOPS},
+    # published with this advantage: not the default's to change
     "lightning_opd": {**_POLICY, "advantage": "current", "k": 16, **_STOPS},
     "fkl": {**_FORWARD, **_STOPS},
     "rkl_topk": {"k": 16, "student_topk": 0, **_STOPS},
     "jsd": {"k": 16, "beta": 0.5, **_STOPS},
     "eopd": {**_FORWARD, "support": "renormalised", **_REVERSE, "tau": 0.8, "alpha": 1.0, **_STOPS},
     "tropd": {"k": 64, "outlier": "fkl", "outlier_floor": -5.0, "prefix_beta": 0.001, **_STOPS},
-    "reopold": {
+    "reopold": {  # likewise
         **_POLICY,
         "advantage": "old",
         "k": 16,

@@ -24,7 +24,7 @@ coverage:
 check: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@./scripts/typecheck.sh
+	@.venv/bin/mypy -p eopd.pipeline -p eopd.stages -p eopd.storage
 
 format: setup
 	@.venv/bin/ruff check --fix .

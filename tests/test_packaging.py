@@ -9,25 +9,46 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("pipeline", "stages", "storage", "configs", "examples", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("eopd", "pipeline", "stages", "storage", "configs", "examples", "pyproject.toml", "README.md", "LICENSE")
 
 
-def build_wheel(folder: Path) -> Path:
-    copy = folder / "source"  # building leaves files behind
+def copy_sources(folder: Path) -> Path:
+    """A copy of the tracked sources; building leaves files behind."""
+    copy = folder / "source"
     copy.mkdir()
     for name in SOURCES:
         path = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(path, copy / name, ignore=ignored) if path.is_dir() else shutil.copy(path, copy / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, copy]
+        if path.is_dir():
+            shutil.copytree(path, copy / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(path, copy / name)
+    return copy
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    """Build the wheel of a source folder or source archive with pip."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", source]
+    command += ["-w", folder]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     [wheel] = folder.glob("eopd-*.whl")
     return wheel
 
 
-def test_the_wheel_works_alone(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path)
+def build_source_archive(source: Path) -> Path:
+    code = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    [archive] = (source / "dist").glob("eopd-*.tar.gz")
+    return archive
+
+
+@pytest.mark.parametrize("through_archive", [False, True], ids=["from the checkout", "from the source archive"])
+def test_the_wheel_works_alone(tmp_path: Path, through_archive: bool) -> None:
+    source = copy_sources(tmp_path)
+    wheel = build_wheel(build_source_archive(source) if through_archive else source, tmp_path)
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)

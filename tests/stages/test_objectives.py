@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SparseStudent, outcomes
 from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon, kl_terms, reverse_kl
 from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
@@ -29,6 +28,7 @@ from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, S
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.reference_formulas import eopd_forward, eopd_loss, nemo_renorm, trl_tail, verl_topk
 from tests.stages.dense_oracle import Case, make_case, rows_of
+from tests.stages.sparse_student import student_at
 
 OWN = Path(__file__).with_name("made_up_objective.py")
 NO_STOPS = StopHandling()
@@ -37,20 +37,6 @@ NO_STOPS = StopHandling()
 def batch_of(case: Case, **given: Any) -> TeacherBatch:
     objective = make_objective(ObjectiveSettings.model_validate(given))
     return TeacherBatch.build(case.rows, case.rule, case.stops, objective.plan, case.vocab)
-
-
-def student_at(logits: Tensor, batch: TeacherBatch) -> SparseStudent:
-    """A sparse student from dense logits [T, V], differentiable."""
-    z = torch.full((len(logits), batch.width), LOG_ZERO, dtype=torch.float64)
-    rows = batch.row_of_support()
-    z = z.flatten().index_put((batch.support_slots,), logits[rows, batch.support_ids]).view(z.shape)
-    apart = torch.zeros_like(logits, dtype=torch.bool)
-    apart[rows, batch.support_ids] = True
-    apart[:, batch.stop_columns] = True
-    rest = torch.where(apart, LOG_ZERO, logits).logsumexp(dim=1)
-    logprob, log_rest = outcomes(z, logits[:, batch.stop_columns], rest)
-    sampled = logprob.gather(1, batch.sampled_column[:, None])[:, 0]
-    return SparseStudent(logprob, log_rest, sampled, torch.zeros(len(logits)))
 
 
 @pytest.mark.parametrize("stops", [NO_STOPS, StopHandling("class", (3, 7), (5, 3))], ids=["apart", "merged"])

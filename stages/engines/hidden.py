@@ -54,6 +54,10 @@ class HiddenEngine(Protocol):
     def head(self) -> LMHead: ...
 
     @property
+    def note(self) -> str:
+        """What the log should say of how it reads sequences; empty where nothing is out of the ordinary."""
+
+    @property
     def is_open(self) -> bool:
         """Whether it can be used: not closed, nor ended together with another engine of its process."""
 

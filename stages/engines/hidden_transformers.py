@@ -14,8 +14,8 @@ from torch import Tensor
 from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.engines.sampling import EngineOptions, torch_device
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden
-from eopd.stages.models.lm_head import LMHead, lm_head_of
+from eopd.stages.models.backbone import final_hidden, forget_lengths, layout_of
+from eopd.stages.models.lm_head import LMHead, lm_head_of, unwrap
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence, pack
@@ -34,6 +34,8 @@ class TransformersHiddenEngine:
         self._model: Any = load_model(ref, self._device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.head: LMHead = lm_head_of(self._model)
+        self._layout = layout_of(self._model)
+        self.note = self._layout.describe()
 
     @property
     def is_open(self) -> bool:
@@ -42,7 +44,7 @@ class TransformersHiddenEngine:
     @torch.inference_mode()
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         assert self._model is not None, "the engine is closed"
-        for packed in pack(sequences, self._row_tokens, self._batch_tokens):
+        for packed in pack(sequences, self._row_tokens, self._batch_tokens, self._layout):
             yield HiddenBatch(final_hidden(self._model, packed.to(self._device)), packed.order, packed.lengths)
 
     @torch.inference_mode()
@@ -60,6 +62,7 @@ def full_model_logits(model: Any, sequence: Sequence, device: str) -> Tensor:
     ids, count = [*sequence.context_ids, *sequence.response_ids[:-1]], len(sequence.response_ids)
     # of the whole context they could be larger than the model
     kept = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+    forget_lengths(unwrap(model))
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
     own: Tensor = logits[0, -count:].float()
     return own

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import median
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
 from torch import Tensor, nn
 
-from eopd.stages.models.lm_head import unwrap
-from eopd.stages.models.packing import Packed
+from eopd.stages.models.lm_head import evaluating, probe_ids, traits_of, unwrap
+from eopd.stages.models.model_config import scaled_positions
+from eopd.stages.models.packing import Layout, Packed, Sequence, pack
 
 # These two honour the block-diagonal mask built from position resets for any number of rows. Flash attention reads
 # the resets itself, and only of a single row: with several it would silently attend across sequences.
 PACKING_ATTENTION = ("sdpa", "eager")
 
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
+"""Layer types without a recurrent or convolutional state, which would run on from one packed sequence to the next."""
+PROBE_LENGTHS = (19, 7, 13, 24, 5)
+LONGEST_PROBE = 8192
+"""An unknown position scaling is probed beyond its original length up to here; beyond, it is taken to change there."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.08}
+"""Relative error of hidden states that rounding may explain. A state or an attention that crosses into a neighbour
+changes the short probes by 0.1 to 1; a layout refused in error costs speed and nothing else."""
+
 
 def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
-    """Hidden states [T, D] that predict each response token, final norm applied; differentiable.
+    """Hidden states [T, D] that predict each response token, as the LM head reads them; differentiable.
 
     Raises:
         ValueError: an attention implementation for which packing is not known to be right.
     """
     inner = unwrap(model)
-    attention = inner.config._attn_implementation
+    attention = inner.config.get_text_config()._attn_implementation
     if attention not in PACKING_ATTENTION:
         raise ValueError(
             f"{type(inner).__name__}: attn_implementation {attention!r} is refused with packed sequences; "
@@ -30,8 +46,89 @@ def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
             f"{type(inner).__name__}: attn_implementation {attention!r} leaves out this model's attention soft-capping "
             "and is refused; load it with attn_implementation='eager'"
         )
-    out = inner.base_model(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=None, use_cache=False
-    )
-    hidden: Tensor = out.last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, packed.predict_index)
+    traits = traits_of(inner)
+    forget_lengths(inner)
+    positions = {"position_ids": packed.position_ids} if traits.takes_positions else {}
+    out = traits.decoder(input_ids=packed.input_ids, attention_mask=None, use_cache=False, **positions)
+    hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, packed.predict_index)
+    return hidden if traits.hidden_scale == 1.0 else hidden * traits.hidden_scale
+
+
+def forget_lengths(inner: nn.Module) -> None:
+    """Undo what a dynamic position scaling keeps of the longest sequence that it has read.
+
+    Without this the same call would give different hidden states before and after a longer one.
+    """
+    for module in traits_of(inner).dynamic_ropes:
+        for name, original in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                prefix = name.removesuffix("original_inv_freq")
+                module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The closest packing of sequences in which a model says of each what it says of it alone.
+
+    Found once a model by reading a few short sequences alone and together. Call it before the model is wrapped or
+    sharded.
+
+    Raises:
+        ValueError: the model is not causal: it says something else of a prefix when more tokens follow.
+    """
+    inner = unwrap(model)
+    if inner not in _LAYOUTS:
+        traits_of(inner)
+        with torch.no_grad(), evaluating(inner), torch.autocast(inner.device.type, enabled=False):
+            _LAYOUTS[inner] = _measure(inner)
+    return _LAYOUTS[inner]
+
+
+def _measure(inner: Any) -> Layout:
+    config, tolerance = inner.config.get_text_config(), TOLERANCE.get(inner.dtype, TOLERANCE[torch.bfloat16])
+    scaled = scaled_positions(config.to_dict())
+    attends_only = ATTENTION_LAYERS.issuperset(getattr(config, "layer_types", None) or ())
+    packed = traits_of(inner).takes_positions and attends_only and not getattr(inner, "_is_stateful", False)
+    layout = Layout(packed=packed, row_limit=getattr(config, "attention_chunk_size", None))
+    lengths = PROBE_LENGTHS
+    if scaled is not None and scaled.boundary is not None:
+        if scaled.rope_type == "longrope" or not scaled.alike_beyond or scaled.boundary + 8 > LONGEST_PROBE:
+            layout = replace(layout, boundary=scaled.boundary, alone_beyond=not scaled.alike_beyond)
+        else:
+            lengths = (*lengths, scaled.boundary + 8)
+    ids = probe_ids(inner.config, max(lengths) + len(lengths))
+    sequences = [Sequence(ids[start : start + 1], ids[start + 1 : start + n + 1]) for start, n in enumerate(lengths)]
+    alone = _states(inner, sequences, Layout(packed=False, batched=False))
+    if not all(torch.isfinite(state).all() for state in alone):
+        return layout  # the weights' fault, which is reported by the response that shows it
+    prefix = [Sequence(sequence.context_ids, sequence.response_ids[:4]) for sequence in sequences[:1]]
+    if _error(_states(inner, prefix, layout), [alone[0][:4]]) > tolerance:
+        raise ValueError(f"{type(inner).__name__}: its state at a token depends on later tokens, so it is refused")
+    for candidate in _candidates(layout, scaled.boundary if scaled else None):
+        if _error(_states(inner, 2 * sequences, candidate), 2 * alone) <= tolerance:  # twice: several rows
+            return candidate
+    return replace(layout, packed=False, batched=False)
+
+
+def _candidates(layout: Layout, boundary: int | None) -> list[Layout]:
+    """Layouts to try, the fastest first."""
+    layouts = [layout] if boundary is None or layout.boundary is not None else [layout, replace(layout, boundary=boundary)]
+    return [*(one for one in layouts if one.packed), *(replace(one, packed=False) for one in layouts)]
+
+
+def _states(inner: Any, sequences: list[Sequence], layout: Layout) -> list[Tensor]:
+    """[T, D] of each sequence, read in ``layout`` with several neighbours in its row and several rows a call."""
+    row = sum(PROBE_LENGTHS) + max(sequence.input_length for sequence in sequences)
+    states: dict[int, Tensor] = {}
+    for packed in pack(sequences, row, 16 * row, layout):
+        hidden = final_hidden(inner, packed.to(inner.device))
+        states.update(zip(packed.order, hidden.double().split(packed.lengths), strict=True))
+    return [states[number] for number in range(len(sequences))]
+
+
+def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Relative error of the typical sequence: one may have had its experts chosen otherwise by rounding."""
+    return median(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))

@@ -6,10 +6,15 @@ Letters: T tokens, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,8 +97,8 @@ _CAPPED = HeadTraits(softcap=lambda config: config.final_logit_softcapping)
 _MULTIPLIED = HeadTraits(scale=lambda config: float(config.logit_scale))
 _DIVIDED = HeadTraits(scale=lambda config: 1.0 / float(config.logits_scaling))
 
-# Every entry is covered by the parity test against the model's own logits: add one together with its test.
-ARCHITECTURES: dict[str, HeadTraits] = {
+# Needed only when the head is read from a model folder without loading the model (vLLM); a loaded model is measured.
+STORED_ARCHITECTURES: dict[str, HeadTraits] = {
     "CohereForCausalLM": _MULTIPLIED,
     "Cohere2ForCausalLM": _MULTIPLIED,
     "GemmaForCausalLM": _PLAIN,
@@ -117,18 +122,18 @@ ARCHITECTURES: dict[str, HeadTraits] = {
 
 
 def head_traits(architecture: str, source: str) -> HeadTraits:
-    """Traits of a model class known to be right.
+    """Traits of a model class whose LM head may be read without loading the model.
 
     Raises:
         ValueError: the architecture is not known; naming it, ``source`` and the known ones.
     """
-    if architecture not in ARCHITECTURES:
+    if architecture not in STORED_ARCHITECTURES:
         raise ValueError(
-            f"{source}: architecture {architecture!r} is refused, because nobody has shown that its logits are "
-            f"scale * softcap(hidden @ W.T + b) with known traits. Known: {', '.join(sorted(ARCHITECTURES))}. "
-            "Add it to stages/models/lm_head.py together with its parity test."
+            f"{source}: the LM head of architecture {architecture!r} cannot be read from its folder alone, because "
+            f"what the model does to its logits is known only for {', '.join(sorted(STORED_ARCHITECTURES))}. "
+            "Set score.engine: transformers, which measures it."
         )
-    return ARCHITECTURES[architecture]
+    return STORED_ARCHITECTURES[architecture]
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -145,26 +150,171 @@ def unwrap(model: nn.Module) -> Any:
             return inner
 
 
-def architecture_of(model: nn.Module) -> str:
-    """Class name of the causal model inside ``model``; FSDP2 puts a prefix before it, which is dropped."""
-    return type(unwrap(model)).__name__.removeprefix("FSDP")
-
-
 def lm_head_of(model: nn.Module) -> LMHead:
     """The LM head of a loaded model; it shares the model's weights, gradients included.
 
+    The first call for a model measures it (``traits_of``), so make it before the model is wrapped or sharded.
+
     Raises:
-        ValueError: an unknown architecture, or an output layer that is no plain linear layer (a quantised or
-            adapter-wrapped one).
+        ValueError: a model whose logits are not ``scale * softcap(hidden @ W.T + b)``, or an output layer that is no
+            plain linear layer (a quantised or adapter-wrapped one).
     """
     inner = unwrap(model)
-    config = inner.config
-    traits = head_traits(architecture_of(model), str(getattr(config, "_name_or_path", "") or "model"))
+    traits = traits_of(inner)
+    layer = inner.get_output_embeddings()
+    return LMHead(layer.weight, layer.bias, traits.scale, traits.softcap, inner.config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """How a loaded model gets from token ids to logits."""
+
+    decoder: Any  # the module whose last hidden state the LM head reads: of a multimodal model, its language model
+    takes_positions: bool  # whether the decoder accepts position_ids
+    hidden_scale: float  # the LM head reads this many times the decoder's last hidden state
+    scale: float
+    softcap: float | None
+    dynamic_ropes: tuple[Any, ...]  # its modules whose position scaling remembers the longest call
+
+
+_MEASURED: WeakKeyDictionary[nn.Module, ModelTraits] = WeakKeyDictionary()
+_WIDEST_TEST_LOGIT = 64.0
+_PROBE_TOKENS = 6
+
+
+def traits_of(inner: Any) -> ModelTraits:
+    """Traits of an unwrapped model, measured once by two short forward passes.
+
+    In the model's own forward pass the output of its LM head is replaced by a ramp of known logits, so what the model
+    makes of them shows its scale and soft-cap exactly, whatever its weights and dtype. The input of the LM head shows
+    which module's hidden states it reads.
+
+    Raises:
+        ValueError: the model does something else between hidden states and logits; it names the class.
+    """
+    if inner not in _MEASURED:
+        with torch.no_grad(), evaluating(inner), torch.autocast(inner.device.type, enabled=False):
+            _MEASURED[inner] = _measure(inner)
+    return _MEASURED[inner]
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the mode that each model was in."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def probe_ids(config: Any, count: int) -> list[int]:
+    """Fixed pseudo-random token ids without the special ones that the config names (image tokens, padding)."""
+    special = {
+        int(value)
+        for part in (config, config.get_text_config())
+        for name, value in part.to_dict().items()
+        if "token" in name and isinstance(value, int) and not isinstance(value, bool)
+    }
+    plain = [token for token in range(config.get_text_config().vocab_size) if token not in special]
+    return [plain[int(word % len(plain))] for word in np.random.PCG64(count).random_raw(count)]
+
+
+def _measure(inner: Any) -> ModelTraits:
+    name = type(inner).__name__.removeprefix("FSDP")
     layer = inner.get_output_embeddings()
     if type(layer).__name__.removeprefix("FSDP") != "Linear":
         raise ValueError(
-            f"{type(inner).__name__}: its output layer is a {type(layer).__name__}, not a plain linear layer, and is "
-            "refused: keep the LM head out of quantisation and of adapters"
+            f"{name}: its output layer is a {type(layer).__name__}, not a plain linear layer, and is refused: keep the "
+            "LM head out of quantisation and of adapters"
         )
-    config = config.get_text_config()
-    return LMHead(layer.weight, layer.bias, traits.scale(config), traits.softcap(config), config.vocab_size)
+    ids = torch.tensor([probe_ids(inner.config, _PROBE_TOKENS)], device=layer.weight.device)
+    seen: list[Tensor] = []
+
+    def replace_logits(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen[:] = [inputs[0], _ramp_like(output)]
+        return seen[1]
+
+    hook = layer.register_forward_hook(replace_logits)
+    try:
+        logits = inner(input_ids=ids, use_cache=False).logits
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{name}: it cannot read text alone, and is refused: {error}") from error
+    finally:
+        hook.remove()
+    if not seen or logits.shape != seen[1].shape:
+        raise ValueError(f"{name}: its logits do not come from its LM head, so it is refused")
+    scale, softcap = _fit_head(inner.config, seen[1], logits, name)
+    decoder, takes_positions, hidden_scale = _find_decoder(inner, ids, seen[0], name)
+    ropes = tuple(module for module in inner.modules() if "dynamic" in str(getattr(module, "rope_type", "")))
+    return ModelTraits(decoder, takes_positions, hidden_scale, scale, softcap, ropes)
+
+
+def _ramp_like(logits: Tensor) -> Tensor:
+    ramp = torch.linspace(-_WIDEST_TEST_LOGIT, _WIDEST_TEST_LOGIT, logits.shape[-1], device=logits.device)
+    return ramp.to(logits.dtype).expand(logits.shape).contiguous()
+
+
+def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
+    """The scale and soft-cap, among the config's numbers, that turn ``raw`` into ``logits``."""
+    caps = [None, *_numbers(config, r"^(?!attn).*(softcap|soft_cap)")]
+    scales = [1.0, *(value for number in _numbers(config, "scal|multiplier") for value in (number, 1.0 / number))]
+    given, wanted = raw.double(), logits.double()
+    fits = []
+    for cap in caps:
+        capped = given if cap is None else torch.tanh(given / cap) * cap
+        for scale in scales:
+            fits.append((float((capped * scale - wanted).norm() / wanted.norm()), scale, cap))
+    error, scale, cap = min(fits, key=lambda fit: fit[0])
+    if not error <= _rounding(logits.dtype):
+        raise ValueError(
+            f"{name}: its logits are not scale * softcap(hidden @ W.T + b) with a scale and a soft-cap from its config "
+            f"(the closest is {error:.1%} off), so it is refused"
+        )
+    return scale, cap
+
+
+def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[Any, bool, float]:
+    """The module whose last hidden state, times a number of the config, is what the LM head reads (``wanted``)."""
+    candidates = [inner.get_decoder(), inner.base_model, getattr(inner, "model", None)]
+    multiples = [1.0, *(value for number in _numbers(inner.config, "scal|multiplier") for value in (number, 1 / number))]
+    for candidate in candidates:
+        if candidate is None or candidate is inner:
+            continue
+        takes_positions = "position_ids" in signature(candidate.forward).parameters
+        positions = {"position_ids": torch.arange(ids.shape[1], device=ids.device)[None]} if takes_positions else {}
+        try:
+            hidden = candidate(input_ids=ids, use_cache=False, **positions).last_hidden_state.double()
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            continue
+        if hidden.shape != wanted.shape:
+            continue
+        given = wanted.double()
+        error, multiple = min((float((hidden * value - given).norm() / given.norm()), value) for value in multiples)
+        # what is not finite is the weights' fault, and is reported by the response that shows it
+        if error <= _rounding(wanted.dtype) or not torch.isfinite(given).all():
+            return candidate, takes_positions, multiple
+    raise ValueError(
+        f"{name}: what its LM head reads is not the last hidden state of its decoder (times a number of its config), so "
+        "it is refused"
+    )
+
+
+def _numbers(config: Any, pattern: str) -> list[float]:
+    """Positive numbers of a config, properties included, whose name matches ``pattern``."""
+    numbers: list[float] = []
+    for part in (config.get_text_config(), config):
+        names = {*part.to_dict(), *(key for key in dir(type(part)) if isinstance(getattr(type(part), key), property))}
+        for key in sorted(key for key in names if re.search(pattern, key)):
+            value = getattr(part, key, None)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+                numbers.append(float(value))
+    return list(dict.fromkeys(numbers))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Relative error that a few operations in ``dtype`` leave."""
+    return max(1e-5, 4 * torch.finfo(dtype).eps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +41,38 @@ def longest_readable(folder: Path) -> int | None:
     config = read_config(folder)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     return None if longest is None else int(longest)
+
+
+STATIC_ROPES = ("default", "linear", "yarn", "llama3", "proportional", "mrope")
+"""Position scalings that are the same for every length of a call."""
+
+
+@dataclass(frozen=True)
+class ScaledPositions:
+    """A position scaling that may depend on the longest sequence of a call."""
+
+    rope_type: str
+    boundary: int | None  # calls of at most this many tokens are scaled alike
+    alike_beyond: bool  # whether longer calls are, too
+
+
+def scaled_positions(config: Mapping[str, Any]) -> ScaledPositions | None:
+    """The scaling of a config (``config.json``, or ``to_dict()`` of a loaded one) that is not known to be static.
+
+    longrope has one set of factors up to the original length and another beyond it. dynamic rescales with every
+    length beyond ``max_position_embeddings``.
+    """
+    text = config.get("text_config") or config
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for rope in [scaling, *(part for part in scaling.values() if isinstance(part, Mapping))]:
+        rope_type = rope.get("rope_type", rope.get("type"))
+        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        if rope_type == "yarn" and "phi3" in str(text.get("model_type")):
+            rope_type = "longrope"  # what old Phi-3 configs mean by it
+        if rope_type in ("longrope", "su"):
+            return ScaledPositions("longrope", original or text.get("max_position_embeddings"), alike_beyond=True)
+        if rope_type is not None and "dynamic" in rope_type:
+            return ScaledPositions(rope_type, text.get("max_position_embeddings"), alike_beyond=False)
+        if rope_type is not None and rope_type not in STATIC_ROPES:
+            return ScaledPositions(rope_type, original, alike_beyond=True)
+    return None

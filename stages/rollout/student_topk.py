@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eopd.stages.engines.sampling import torch_device
-from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
@@ -78,7 +78,7 @@ def topk_of(model: Any, sequences: list[PackSequence], k: int, temperature: floa
     logprobs = np.zeros((int(starts[-1]), k), dtype=np.float32)
     head = lm_head_of(model).float()
     block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
-    for packed in pack(sequences, ROW_TOKENS, BATCH_TOKENS):
+    for packed in pack(sequences, ROW_TOKENS, BATCH_TOKENS, layout_of(model)):
         hidden = final_hidden(model, packed.to(device))
         at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in packed.order])
         for first in range(0, len(at), block):

@@ -84,13 +84,14 @@ class Loop:
         self.first_step, self.total_steps = first_step, total_steps
         self.ema = ema
         self.vocab_size = student_of(student).vocab_size
+        self.layout = student_of(student).layout
 
     # -- data --------------------------------------------------------------------------------------------------
 
     def _packs(self, numbers: Sequence[int]) -> list[tuple[Packed, list[int]]]:
         """Packed micro-batches of responses ``numbers``, each with its response numbers in packed order."""
         sequences = [self.responses.sequences[number] for number in numbers]
-        packs = pack(sequences, self.settings.row_tokens, self.settings.micro_batch_tokens)
+        packs = pack(sequences, self.settings.row_tokens, self.settings.micro_batch_tokens, self.layout)
         return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
 
     def _micro_batch(self, packed: Packed, numbers: Sequence[int], real: bool = True) -> MicroBatch:

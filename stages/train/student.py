@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.packing import Packed
 from eopd.stages.train.objectives.base import Objective, StepContext
@@ -27,6 +27,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
+        self.layout = layout_of(model)  # measured here: once the model is wrapped or sharded it cannot be
         self._objective = objective
         self._chunk_tokens = chunk_tokens
         self._autocast = autocast

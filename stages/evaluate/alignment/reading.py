@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +18,8 @@ from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.evaluate.alignment.bins import SUMMED, Alignment, EntropyBins, summarise
 from eopd.stages.evaluate.alignment.divergence import TokenFigures, compare
 from eopd.stages.evaluate.alignment.settings import EDGES
-from eopd.stages.models.backbone import final_hidden
-from eopd.stages.models.lm_head import LMHead, lm_head_of
+from eopd.stages.models.backbone import final_hidden, layout_of
+from eopd.stages.models.lm_head import LMHead, evaluating, lm_head_of
 from eopd.stages.models.packing import Sequence, pack
 
 
@@ -39,11 +38,12 @@ class LoadedModel:
     def __init__(self, model: nn.Module, *, batch_tokens: int = 8192, row_tokens: int = 2048) -> None:
         self._model, self._batch_tokens, self._row_tokens = model, batch_tokens, min(row_tokens, batch_tokens)
         self.head = lm_head_of(model)
+        self._layout = layout_of(model)
 
     @torch.inference_mode()
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         device = self.head.weight.device
-        for packed in pack(sequences, self._row_tokens, self._batch_tokens):
+        for packed in pack(sequences, self._row_tokens, self._batch_tokens, self._layout):
             yield HiddenBatch(final_hidden(self._model, packed.to(device)), packed.order, packed.lengths)
 
 
@@ -79,7 +79,7 @@ def measure_alignment(
     pair = LoadedModel(teacher, batch_tokens=batch_tokens), LoadedModel(student, batch_tokens=batch_tokens)
     bins = EntropyBins.of(edges, tau, pair[0].head.vocab_size)
     sums = np.zeros((len(sequences), bins.count, len(SUMMED)))
-    with _evaluating(teacher, student):
+    with evaluating(teacher, student):
         read = read_pairs(
             *pair, teacher_sequences or sequences, sequences, temperature, merged, batch_tokens=batch_tokens
         )
@@ -142,13 +142,3 @@ def _in_order(reader: Reader, sequences: SequenceOf[Sequence]) -> Tensor:
     for batch in reader.hidden(sequences):
         found.update(zip(batch.order, torch.split(batch.hidden, list(batch.lengths)), strict=True))
     return torch.cat([found[number] for number in range(len(sequences))])
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Dropout off, and on again where it was."""
-    with ExitStack() as restore:
-        for model in models:
-            restore.callback(model.train, model.training)
-            model.eval()
-        yield

@@ -107,7 +107,7 @@ def open_hidden_engine(
     if resolve_engine(kind) == "vllm":
         from eopd.stages.engines.hidden_vllm import VLLMHiddenEngine, is_known
 
-        if kind == "vllm" or is_known(model_folder(ref.path, ref.revision)):
+        if kind == "vllm" or is_known(model_folder(ref.path, ref.revision), longest):
             return VLLMHiddenEngine(ref, longest=longest, log_dir=log_dir, options=options, batch_tokens=batch_tokens)
     from eopd.stages.engines.hidden_transformers import TransformersHiddenEngine
 

@@ -23,7 +23,12 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import free_memory, weight_bytes
-from eopd.stages.models.model_config import resolve_dtype
+from eopd.stages.models.model_config import (
+    length_boundary,
+    refuse_crossing,
+    refuse_dynamic_positions,
+    resolve_dtype,
+)
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
 
@@ -58,6 +63,7 @@ class VLLMHiddenEngine:
     """A ``HiddenEngine`` on vLLM, in this process on a CPU."""
 
     name = "vllm"
+    note = ""
     checked = False
 
     def __init__(
@@ -65,6 +71,14 @@ class VLLMHiddenEngine:
     ) -> None:
         folder = model_folder(ref.path, ref.revision)
         _refuse_unknown(folder, ref.path)
+        refuse_dynamic_positions(folder, ref.path)
+        refuse_crossing(
+            folder,
+            ref.path,
+            longest,
+            "vLLM would read all of them with the scaling of the longest. Set score.engine (or "
+            "evaluate.alignment.teacher_engine): transformers",
+        )
         self.dtype = resolve_dtype(folder, ref.dtype)
         self._ref, self._log, self._batch_tokens = (
             replace(ref, dtype=self.dtype),
@@ -132,9 +146,10 @@ class VLLMHiddenEngine:
         del self.head
 
 
-def is_known(folder: Path) -> bool:
-    """Whether vLLM is known to read the model in ``folder`` as transformers does."""
-    return _architecture(folder) in KNOWN
+def is_known(folder: Path, longest: int) -> bool:
+    """Whether vLLM is known to read sequences of up to ``longest`` tokens as transformers does."""
+    boundary = length_boundary(folder)
+    return _architecture(folder) in KNOWN and (boundary is None or longest <= boundary)
 
 
 def _architecture(folder: Path) -> str:
@@ -143,7 +158,7 @@ def _architecture(folder: Path) -> str:
 
 
 def _refuse_unknown(folder: Path, name: str) -> None:
-    if not is_known(folder):
+    if _architecture(folder) not in KNOWN:
         raise ValueError(
             f"{name}: architecture {_architecture(folder)!r} is refused with engine vllm, because its hidden states "
             f"from vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}. "

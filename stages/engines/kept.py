@@ -26,7 +26,7 @@ from eopd.stages.engines.sampling import (
 )
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.memory import free_memory, weight_bytes
-from eopd.stages.models.model_config import longest_readable, same_shape
+from eopd.stages.models.model_config import length_boundary, longest_readable, same_shape
 
 if TYPE_CHECKING:
     from eopd.stages.engines.hidden import HiddenEngine
@@ -185,7 +185,9 @@ class Engines:
     def _with_room(self, length: int, ref: ModelRef) -> int:
         if not self._keep:
             return length
-        limit = longest_readable(_folder(ref))
+        limit, boundary = longest_readable(_folder(ref)), length_boundary(_folder(ref))
+        if boundary is not None and length <= boundary:
+            limit = boundary  # an engine opened for more would scale the positions of all sequences otherwise
         roomy = -(-length // ROOM_TOKENS) * ROOM_TOKENS
         return roomy if limit is None else max(length, min(roomy, limit))
 

@@ -48,6 +48,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._rooms[0][:, :, :length], self._rooms[1][:, :, :length]
 
 
+def can_drop_rows(cache: DynamicCache) -> bool:
+    """Whether ``batch_select_indices`` reaches every state of a cache; it forgets those of linear attention."""
+    return all(isinstance(layer, DynamicLayer) and "Linear" not in type(layer).__name__ for layer in cache.layers)
+
+
 def _moved(old: Tensor | None, like: Tensor, length: int, size: int) -> Tensor:
     """Room for ``size`` positions of the shape of ``like``, the first ``length`` filled from ``old``."""
     room = like.new_empty((*like.shape[:2], size, like.shape[3]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eopd.stages.engines.roomy_cache import roomy_cache
+from eopd.stages.engines.roomy_cache import can_drop_rows, roomy_cache
 from eopd.stages.engines.sampling import (
     EngineOptions,
     OnProgress,
@@ -30,8 +31,11 @@ from eopd.stages.engines.sampling import (
 )
 from eopd.stages.engines.truncation import truncate
 from eopd.stages.job import ModelRef
+from eopd.stages.models.backbone import TOLERANCE
+from eopd.stages.models.lm_head import probe_ids
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory
+from eopd.stages.models.model_config import refuse_crossing
 from eopd.stages.models.threads import torch_threads
 
 MAX_BATCH = 256
@@ -50,8 +54,11 @@ class TransformersSamplingEngine:
         self.max_tokens = max_model_len
         self._options = options
         self._device = torch_device(options)
+        self._folder = model_folder(ref.path, ref.revision)
         self._model: Any = None
         self.load(ref)
+        self._cache_name = _cache_name(self._model)
+        self._takes_padding = _takes_padding(self._model)
 
     @property
     def is_open(self) -> bool:
@@ -75,10 +82,13 @@ class TransformersSamplingEngine:
     ) -> list[Sample]:
         assert self._model is not None, "the engine is closed"
         check_requests(requests, parameters, self.max_tokens)
+        longest = max((len(request.prompt_token_ids) for request in requests), default=0) + parameters.max_new_tokens
+        refuse_crossing(self._folder, str(self._folder), longest, "a sample would depend on its neighbours' lengths")
         order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
         samples: dict[int, Sample] = {}
         with torch_threads(self._options.cpu_threads):
             rows = self._options.max_batch or self._rows_that_fit(requests, parameters)
+            rows = rows if self._takes_padding else 1
             for start in range(0, len(order), rows):
                 batch = order[start : start + rows]
                 decoded = self._decode([requests[number] for number in batch], parameters, on_progress)
@@ -96,8 +106,9 @@ class TransformersSamplingEngine:
         """
         longest = max((len(request.prompt_token_ids) for request in requests), default=0) + parameters.max_new_tokens
         config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        all_heads = getattr(config, "num_attention_heads", None) or 1  # none in a pure state-space model
+        heads = getattr(config, "num_key_value_heads", None) or all_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
         row_bytes = 2 * config.num_hidden_layers * heads * size * self._model.dtype.itemsize * longest
         room = int(self._options.cpu_kv_cache_gib * 2**30)
         if self._device.startswith("cuda"):
@@ -112,15 +123,16 @@ class TransformersSamplingEngine:
         written = _Written.empty(len(requests), parameters)
         stop_ids = torch.tensor(parameters.stop_ids, dtype=torch.int64, device=self._device)
         cache = roomy_cache(self._model.config)
+        droppable = can_drop_rows(cache)
         inputs, positions = state.prompt_ids, state.prompt_positions
         for step in range(parameters.max_new_tokens):
             out = self._model(
                 input_ids=inputs,
-                attention_mask=state.mask,
+                attention_mask=state.mask if self._takes_padding else None,  # one row, without padding
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_name: cache},
             )
             drawn, full, truncated = _draw(out.logits[:, -1].float(), state.uniforms[:, step], parameters)
             stopped = torch.isin(drawn, stop_ids)
@@ -135,7 +147,7 @@ class TransformersSamplingEngine:
                 break
             state.lengths += 1
             keep = (~state.finished).nonzero().squeeze(1)
-            if len(keep) <= KEEP_FRACTION * len(state.finished):
+            if droppable and len(keep) <= KEEP_FRACTION * len(state.finished):
                 cache.batch_select_indices(keep)
                 state, drawn = state.select(keep), drawn[keep]
             state.mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
@@ -230,6 +242,60 @@ class _Written:
                 )
             )
         return found
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: pure state-space models ignore the usual name without a word."""
+    return "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
+
+
+@torch.inference_mode()
+def _takes_padding(model: Any) -> bool:
+    """Whether prompts of several lengths can be continued together, padded on the left, each as it is alone.
+
+    Raises:
+        ValueError: the model cannot continue even one prompt from transformers' usual cache.
+    """
+    ids = torch.tensor([probe_ids(model.config, 10)], device=model.device)
+    padding = 4
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[1, :padding] = 0
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+
+    def is_off(continued: Tensor, start: int) -> bool:
+        own = model(input_ids=ids[:, start:], use_cache=False).logits[0, -1].double()
+        return bool((continued.double() - own).norm() > tolerance * own.norm())  # NaN is the weights' fault
+
+    try:
+        alone = _continued(model, ids, None)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be sampled from with engine transformers ({error}). Set engine: vllm"
+        ) from error
+    if is_off(alone[0], 0):
+        raise ValueError(
+            f"{type(model).__name__} cannot be sampled from with engine transformers: it continues a prompt from its "
+            "cache otherwise than it reads the whole. Set engine: vllm"
+        )
+    together = _continued(model, ids.repeat(2, 1), mask)
+    return not (is_off(together[0], 0) or is_off(together[1], padding))
+
+
+def _continued(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, V] logits after the last of ``ids``, whose last three were read one at a time from the cache."""
+    width = ids.shape[1]
+    positions = (torch.ones_like(ids) if mask is None else mask).cumsum(1).sub(1).clamp(min=0)
+    cache = roomy_cache(model.config)
+    logits = ids.new_zeros(())
+    for part in (slice(0, width - 3), *(slice(at, at + 1) for at in range(width - 3, width))):
+        logits = model(
+            input_ids=ids[:, part],
+            attention_mask=None if mask is None else mask[:, : part.stop],
+            position_ids=positions[:, part],
+            use_cache=True,
+            **{_cache_name(model): cache},
+        ).logits[:, -1]
+    return logits
 
 
 def _uniforms(seed: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:

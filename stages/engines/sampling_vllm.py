@@ -21,6 +21,7 @@ from eopd.stages.engines.sampling import (
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
+from eopd.stages.models.model_config import refuse_dynamic_positions
 
 PREFILL_TOKENS = 8192
 """Prompt tokens read in one step on a CPU, where a prompt must be read whole."""
@@ -43,6 +44,7 @@ class VLLMSamplingEngine:
 
     def __init__(self, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions) -> None:
         check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
+        refuse_dynamic_positions(model_folder(ref.path, ref.revision), ref.path)
         self.max_tokens = max_model_len
         arguments: dict[str, Any] = {
             "max_model_len": max_model_len,

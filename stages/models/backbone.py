@@ -54,12 +54,18 @@ def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
     return hidden if traits.hidden_scale == 1.0 else hidden * traits.hidden_scale
 
 
+_DYNAMIC_ROPES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
 def forget_lengths(inner: nn.Module) -> None:
     """Undo what a dynamic position scaling keeps of the longest sequence that it has read.
 
     Without this the same call would give different hidden states before and after a longer one.
     """
-    for module in traits_of(inner).dynamic_ropes:
+    if inner not in _DYNAMIC_ROPES:
+        modules = inner.modules()
+        _DYNAMIC_ROPES[inner] = [one for one in modules if "dynamic" in str(getattr(one, "rope_type", ""))]
+    for module in _DYNAMIC_ROPES[inner]:
         for name, original in list(module.named_buffers(recurse=False)):
             if name.endswith("original_inv_freq"):
                 prefix = name.removesuffix("original_inv_freq")
@@ -93,9 +99,9 @@ def _measure(inner: Any) -> Layout:
     attends_only = ATTENTION_LAYERS.issuperset(getattr(config, "layer_types", None) or ())
     packed = traits_of(inner).takes_positions and attends_only and not getattr(inner, "_is_stateful", False)
     layout = Layout(packed=packed, row_limit=getattr(config, "attention_chunk_size", None))
-    lengths = PROBE_LENGTHS
+    lengths: tuple[int, ...] = PROBE_LENGTHS
     if scaled is not None and scaled.boundary is not None:
-        if scaled.rope_type == "longrope" or not scaled.alike_beyond or scaled.boundary + 8 > LONGEST_PROBE:
+        if scaled.depends_on_length or scaled.boundary + 8 > LONGEST_PROBE:
             layout = replace(layout, boundary=scaled.boundary, alone_beyond=not scaled.alike_beyond)
         else:
             lengths = (*lengths, scaled.boundary + 8)
@@ -115,7 +121,9 @@ def _measure(inner: Any) -> Layout:
 
 def _candidates(layout: Layout, boundary: int | None) -> list[Layout]:
     """Layouts to try, the fastest first."""
-    layouts = [layout] if boundary is None or layout.boundary is not None else [layout, replace(layout, boundary=boundary)]
+    layouts = [layout]
+    if boundary is not None and layout.boundary is None:
+        layouts.append(replace(layout, boundary=boundary))
     return [*(one for one in layouts if one.packed), *(replace(one, packed=False) for one in layouts)]
 
 
@@ -124,8 +132,8 @@ def _states(inner: Any, sequences: list[Sequence], layout: Layout) -> list[Tenso
     row = sum(PROBE_LENGTHS) + max(sequence.input_length for sequence in sequences)
     states: dict[int, Tensor] = {}
     for packed in pack(sequences, row, 16 * row, layout):
-        hidden = final_hidden(inner, packed.to(inner.device))
-        states.update(zip(packed.order, hidden.double().split(packed.lengths), strict=True))
+        hidden = final_hidden(inner, packed.to(inner.device)).double()
+        states.update(zip(packed.order, torch.split(hidden, list(packed.lengths)), strict=True))
     return [states[number] for number in range(len(sequences))]
 
 

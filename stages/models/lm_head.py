@@ -174,7 +174,6 @@ class ModelTraits:
     hidden_scale: float  # the LM head reads this many times the decoder's last hidden state
     scale: float
     softcap: float | None
-    dynamic_ropes: tuple[Any, ...]  # its modules whose position scaling remembers the longest call
 
 
 _MEASURED: WeakKeyDictionary[nn.Module, ModelTraits] = WeakKeyDictionary()
@@ -249,8 +248,7 @@ def _measure(inner: Any) -> ModelTraits:
         raise ValueError(f"{name}: its logits do not come from its LM head, so it is refused")
     scale, softcap = _fit_head(inner.config, seen[1], logits, name)
     decoder, takes_positions, hidden_scale = _find_decoder(inner, ids, seen[0], name)
-    ropes = tuple(module for module in inner.modules() if "dynamic" in str(getattr(module, "rope_type", "")))
-    return ModelTraits(decoder, takes_positions, hidden_scale, scale, softcap, ropes)
+    return ModelTraits(decoder, takes_positions, hidden_scale, scale, softcap)
 
 
 def _ramp_like(logits: Tensor) -> Tensor:
@@ -261,7 +259,7 @@ def _ramp_like(logits: Tensor) -> Tensor:
 def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
     """The scale and soft-cap, among the config's numbers, that turn ``raw`` into ``logits``."""
     caps = [None, *_numbers(config, r"^(?!attn).*(softcap|soft_cap)")]
-    scales = [1.0, *(value for number in _numbers(config, "scal|multiplier") for value in (number, 1.0 / number))]
+    scales = _multiples(config)
     given, wanted = raw.double(), logits.double()
     fits = []
     for cap in caps:
@@ -280,7 +278,8 @@ def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[floa
 def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[Any, bool, float]:
     """The module whose last hidden state, times a number of the config, is what the LM head reads (``wanted``)."""
     candidates = [inner.get_decoder(), inner.base_model, getattr(inner, "model", None)]
-    multiples = [1.0, *(value for number in _numbers(inner.config, "scal|multiplier") for value in (number, 1 / number))]
+    candidates += [getattr(candidate, "model", None) for candidate in candidates]  # of a causal model in a larger one
+    multiples = _multiples(inner.config)
     for candidate in candidates:
         if candidate is None or candidate is inner:
             continue
@@ -298,9 +297,14 @@ def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[A
         if error <= _rounding(wanted.dtype) or not torch.isfinite(given).all():
             return candidate, takes_positions, multiple
     raise ValueError(
-        f"{name}: what its LM head reads is not the last hidden state of its decoder (times a number of its config), so "
+        f"{name}: what its LM head reads is not the last hidden state of its decoder, times a number of its config, so "
         "it is refused"
     )
+
+
+def _multiples(config: Any) -> list[float]:
+    """Factors that the config may mean: 1, and its scales and multipliers, which some classes divide by."""
+    return [1.0, *(value for number in _numbers(config, "scal|multiplier") for value in (number, 1.0 / number))]
 
 
 def _numbers(config: Any, pattern: str) -> list[float]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,7 +53,7 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
     Raises:
         ValueError: a missing folder or hub id, an unknown dtype, no safetensors file in the folder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if ref.dtype != "auto" and ref.dtype not in DTYPES:
         raise ValueError(f"{ref.path}: dtype {ref.dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -69,7 +69,7 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
     # of transformers' attention implementations for any device, only "eager" caps attention logits (Gemma 2)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     with no_progress_bars():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = _auto_class(config).from_pretrained(
             folder,
             attn_implementation="eager" if capped else None,
             dtype="auto" if ref.dtype == "auto" else DTYPES[ref.dtype],
@@ -78,6 +78,15 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
             local_files_only=True,
         )
     return model.to(device).eval()
+
+
+def _auto_class(config: Any) -> Any:
+    """The class that loads all of a folder: of a multimodal model that is more than its text tower."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return AutoModelForImageTextToText if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
 
 @contextmanager

@@ -55,6 +55,11 @@ class ScaledPositions:
     boundary: int | None  # calls of at most this many tokens are scaled alike
     alike_beyond: bool  # whether longer calls are, too
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether it is known to depend on the longest sequence of a call; otherwise it must be measured."""
+        return self.rope_type == "longrope" or not self.alike_beyond
+
 
 def scaled_positions(config: Mapping[str, Any]) -> ScaledPositions | None:
     """The scaling of a config (``config.json``, or ``to_dict()`` of a loaded one) that is not known to be static.
@@ -76,3 +81,28 @@ def scaled_positions(config: Mapping[str, Any]) -> ScaledPositions | None:
         if rope_type is not None and rope_type not in STATIC_ROPES:
             return ScaledPositions(rope_type, original, alike_beyond=True)
     return None
+
+
+def length_boundary(folder: Path) -> int | None:
+    """Tokens beyond which the positions of the model in ``folder`` are known to scale otherwise; None without one."""
+    scaled = scaled_positions(read_config(folder))
+    return scaled.boundary if scaled is not None and scaled.depends_on_length else None
+
+
+def refuse_crossing(folder: Path, name: str, length: int, reason: str) -> None:
+    """Raises ValueError when sequences of up to ``length`` tokens cross the ``length_boundary`` of a model."""
+    boundary = length_boundary(folder)
+    if boundary is not None and length > boundary:
+        raise ValueError(
+            f"{name}: its positions scale otherwise beyond {boundary} tokens, and {length} may be read: {reason}"
+        )
+
+
+def refuse_dynamic_positions(folder: Path, name: str) -> None:
+    """Raises ValueError for a model that vLLM serves with other positions than transformers at every length."""
+    scaled = scaled_positions(read_config(folder))
+    if scaled is not None and scaled.depends_on_length and not scaled.alike_beyond:
+        raise ValueError(
+            f"{name}: rope_type {scaled.rope_type!r} in its config is refused with engine vllm, which scales positions "
+            "once for all lengths where transformers scales them by length. Set engine: transformers"
+        )

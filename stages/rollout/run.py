@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed
+from eopd.stages.models.model_config import refuse_crossing
 from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
 from eopd.stages.rollout.job import RolloutJob
 from eopd.storage.claims import claimed_parts
@@ -49,13 +50,20 @@ def run(job: RolloutJob) -> None:
 
 
 def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
-    from eopd.stages.models.loading import load_tokenizer
+    from eopd.stages.models.loading import load_tokenizer, model_folder
 
     tokenizer = load_tokenizer(job.policy)
     draws = _prepare(job, tokenizer)
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
     longest = max(len(draw.token_ids) for part in draws for draw in part)
     meter = _Meter(job)
+    refuse_crossing(
+        model_folder(job.policy.path, job.policy.revision),
+        job.policy.path,
+        job.settings.engine_options.max_model_len or longest + job.settings.max_new_tokens,
+        "the sampler and the trainer would mean different policies. Lower rollout.max_new_tokens or "
+        "prompts.max_prompt_tokens",
+    )
     sampling = job.engines.sampling(
         job.settings.engine,
         job.policy,

@@ -69,6 +69,8 @@ def run(job: ScoreJob) -> None:
         row_tokens=job.settings.row_tokens,
     )
     with torch_threads(options.cpu_threads), reading as engine:
+        if engine.note:
+            job.progress.line(f"score: the teacher reads {engine.note}")
         scorer.score(pending, engine)
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from eopd.stages.models.lm_head import traits_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
@@ -139,12 +140,22 @@ def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     settings = job.settings
     model = load_model(replace(job.student, dtype=settings.param_dtype), accelerator.device)
     _switch_noise_off(model)
+    freeze_unread(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if settings.lora is not None:
         model = add_adapters(model, settings.lora, job.seed, job.round)
     return model
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Keep from training what plays no part in reading text, such as the vision tower of a multimodal model."""
+    read = {id(parameter) for parameter in traits_of(model).decoder.parameters()}
+    read |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 def _switch_noise_off(model: PreTrainedModel) -> None:

@@ -64,13 +64,17 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     attention = "eager" if "attn_logit_softcapping" in arguments else None  # as load_model chooses
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return enlarge(model)
+
+
+def enlarge(model: PreTrainedModel) -> PreTrainedModel:
+    """Every parameter made larger, so that distributions are neither flat nor one-hot and a forgotten bias shows."""
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases, so that a forgotten bias shows
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            else:
-                scale = 12.0 if parameter_name.startswith("lm_head") else 4.0
-                parameter.mul_(scale)
+            elif "A_log" not in name:  # of Mamba: decay rates
+                parameter.mul_(12.0 if name.startswith(("lm_head", "embed_out")) else 4.0)
     return model.eval()
 
 

@@ -40,7 +40,7 @@ class LoadedModel:
         self.head = lm_head_of(model)
         self._layout = layout_of(model)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode would leave tensors in the model's buffers that training cannot use
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         device = self.head.weight.device
         for packed in pack(sequences, self._row_tokens, self._batch_tokens, self._layout):

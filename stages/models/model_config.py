@@ -39,6 +39,7 @@ def same_shape(folder: Path) -> str:
 def longest_readable(folder: Path) -> int | None:
     """Most tokens the model was made for, from its config; None where it does not say."""
     config = read_config(folder)
+    config = config.get("text_config") or config  # of a multimodal model
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     return None if longest is None else int(longest)
 

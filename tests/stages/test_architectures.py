@@ -9,22 +9,29 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.numpy import load_file as load_arrays
 from torch import nn
 
 from eopd.stages.engines.hidden import open_hidden_engine
 from eopd.stages.engines.hidden_transformers import full_model_logits
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine, sequence_logprobs
-from eopd.stages.evaluate.alignment.reading import LoadedModel
+from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of, traits_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.model_config import length_boundary, scaled_positions
 from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.score.run import run as score
+from eopd.stages.train.job import OPTIMIZER, ROUND_START_FILE, WEIGHTS
 from eopd.stages.train.run import freeze_unread
-from tests.stages.tiny_models import COMMON, save_teacher, tiny_model
+from eopd.stages.train.run import run as train
+from eopd.storage.teacher_cache import TeacherCache
+from tests.stages.score_case import random_responses, rollouts, score_job
+from tests.stages.tiny_models import COMMON, save_teacher, tiny_model, tiny_tokenizer
 from tests.stages.tiny_zoo import MULTIMODAL, PACKED, UNPACKED, UNPACKED_TOWERS, zoo_model
+from tests.stages.train_case import RESPONSES, train_job
 
 LENGTHS = [(5, 9), (12, 1), (1, 20), (30, 14), (3, 3), (2, 0)]
 CHANGED = {
@@ -271,3 +278,63 @@ def test_sampling_across_a_length_boundary_is_refused(tmp_path: Path) -> None:
     assert len(engine.sample([request], SamplingParameters(max_new_tokens=28))) == 1
     with pytest.raises(ValueError, match="beyond 32 tokens, and 33"):
         engine.sample([request], SamplingParameters(max_new_tokens=29))
+
+
+# -- whole stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen3_5", "gemma3_vision", "lfm2"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher and student of one kind, rollouts and their scores."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for seed, role in enumerate(("teacher", "student")):
+        model = zoo_model(request.param, seed)
+        if model is None:
+            pytest.skip(f"transformers {hf.__version__} lacks it")
+        model.save_pretrained(folder / role)
+        tiny_tokenizer(folder / role)
+    rows = random_responses(RESPONSES, seed=3, most=12)
+    score(score_job(folder / "store", folder / "teacher", rollouts(folder / "store", [rows[:5], rows[5:]])))
+    return folder
+
+
+def test_scores_are_those_of_each_response_alone(world: Path) -> None:
+    teacher = load_model(ModelRef(str(world / "teacher")))
+    stored = TeacherCache(train_job(world, "unused").scores).read_part(0)
+    rows = random_responses(RESPONSES, seed=3, most=12)[:5]
+    with torch.no_grad():
+        alone = [full_model_logits(teacher, Sequence([5, 6, 7], row["response_token_ids"]), "cpu") for row in rows]
+    logprobs = torch.cat(alone).double().log_softmax(-1)
+    np.testing.assert_allclose(stored.entropy, -(logprobs.exp() * logprobs).sum(-1), atol=4e-4)
+
+
+def test_a_student_that_cannot_be_packed_or_sees_images_is_trained(world: Path) -> None:
+    job = train_job(world, "trained", optimizer={"lr": 3e-5})
+    train(job)
+    weights = job.output.part_folder(WEIGHTS)
+    before, after = (load_model(ModelRef(str(folder))).state_dict() for folder in (world / "student", weights))
+    assert before.keys() == after.keys()
+    moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert any("layers" in key for key in moved)
+    assert not any("vision" in key or "projector" in key for key in moved)
+    student = load_model(ModelRef(str(world / "student")))
+    start = load_arrays(job.output.part_folder(OPTIMIZER) / ROUND_START_FILE)["logprob"]
+    own = []
+    for row in random_responses(RESPONSES, seed=3, most=12):
+        ids = torch.tensor(row["response_token_ids"])
+        with torch.no_grad():
+            logits = full_model_logits(student, Sequence([5, 6, 7], ids.tolist()), "cpu")
+        own.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    np.testing.assert_allclose(start, torch.cat(own), atol=5e-4)
+
+
+def test_two_models_are_compared_as_alone(world: Path) -> None:
+    teacher, student = (load_model(ModelRef(str(world / role))) for role in ("teacher", "student"))
+    sequences = _sequences()[:3]
+    found = measure_alignment(teacher, student, sequences, resamples=10)
+    divergences = []
+    with torch.no_grad():
+        for sequence in sequences:
+            p, q = (full_model_logits(model, sequence, "cpu").double().log_softmax(-1) for model in (teacher, student))
+            divergences.append((p.exp() * (p - q)).sum(-1))
+    assert found.all.fkl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)

@@ -291,3 +291,13 @@ def test_the_student_s_top_k_is_found_on_the_threads_that_are_asked_for(
     run(replace(job, progress=threads))
     assert threads.seen == [before + 2] * len(PARTS)
     assert torch.get_num_threads() == before
+
+
+def test_a_student_is_not_sampled_where_its_positions_scale_otherwise(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "rope_theta": 1e4}
+    save_tiny("phi3", tmp_path / "student", rope_parameters=rope, original_max_position_embeddings=64)
+    save_tokenizer(tmp_path / "student")
+    job = make_job(tmp_path, ModelRef(str(tmp_path / "student")), max_prompt_tokens=200)
+    with pytest.raises(ValueError, match=r"beyond 64 tokens.*rollout\.max_new_tokens"):
+        run(job)
+    assert job.output.committed() == set()

@@ -23,12 +23,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import free_memory, weight_bytes
-from eopd.stages.models.model_config import (
-    length_boundary,
-    refuse_crossing,
-    refuse_dynamic_positions,
-    resolve_dtype,
-)
+from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_positions, resolve_dtype
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
 
@@ -71,14 +66,7 @@ class VLLMHiddenEngine:
     ) -> None:
         folder = model_folder(ref.path, ref.revision)
         _refuse_unknown(folder, ref.path)
-        refuse_dynamic_positions(folder, ref.path)
-        refuse_crossing(
-            folder,
-            ref.path,
-            longest,
-            "vLLM would read all of them with the scaling of the longest. Set score.engine (or "
-            "evaluate.alignment.teacher_engine): transformers",
-        )
+        _refuse_other_positions(folder, ref.path, longest)
         self.dtype = resolve_dtype(folder, ref.dtype)
         self._ref, self._log, self._batch_tokens = (
             replace(ref, dtype=self.dtype),
@@ -148,8 +136,24 @@ class VLLMHiddenEngine:
 
 def is_known(folder: Path, longest: int) -> bool:
     """Whether vLLM is known to read sequences of up to ``longest`` tokens as transformers does."""
-    boundary = length_boundary(folder)
-    return _architecture(folder) in KNOWN and (boundary is None or longest <= boundary)
+    if _architecture(folder) not in KNOWN:
+        return False
+    try:
+        _refuse_other_positions(folder, "", longest)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_other_positions(folder: Path, name: str, longest: int) -> None:
+    refuse_dynamic_positions(folder, name)
+    refuse_crossing(
+        folder,
+        name,
+        longest,
+        "vLLM would read all of them with the scaling of the longest. Set score.engine (or "
+        "evaluate.alignment.teacher_engine): transformers",
+    )
 
 
 def _architecture(folder: Path) -> str:

@@ -116,6 +116,8 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         temperature=job.temperature,
         ema=None if settings.ema is None else Ema(student_of(module), settings.ema),
     )
+    if loop.layout.describe():
+        job.progress.line(f"train {job.round}: the student reads {loop.layout.describe()}")
     states = States(job.progress_states, settings.keep_progress)
     start = _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)

@@ -14,7 +14,8 @@ from torch import nn
 
 from eopd.stages.engines.hidden import open_hidden_engine
 from eopd.stages.engines.hidden_transformers import full_model_logits
-from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
+from eopd.stages.engines.kept import Engines
+from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest, open_sampling_engine
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine, sequence_logprobs
 from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment
 from eopd.stages.job import ModelRef
@@ -161,6 +162,28 @@ def test_scaled_positions_of_configs_as_they_are_written() -> None:
     assert scaled_positions(nested).boundary == 8  # type: ignore[union-attr]
     assert scaled_positions(COMMON) is None
     assert scaled_positions({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}) is None
+
+
+def test_vllm_is_not_opened_where_it_would_scale_positions_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    save_teacher("phi3", tmp_path / "longrope", **CHANGED["longrope"])
+    save_teacher("llama", tmp_path / "dynamic", **CHANGED["dynamic"])
+    options: dict[str, Any] = {"log_dir": tmp_path}
+    for name, longest, message in (("longrope", 33, r"beyond 32 tokens.*engine"), ("dynamic", 16, r"dynamic.*engine")):
+        with pytest.raises(ValueError, match=message):
+            open_hidden_engine("vllm", ModelRef(str(tmp_path / name)), longest=longest, **options)
+        engine = open_hidden_engine("auto", ModelRef(str(tmp_path / name)), longest=longest, **options)
+        assert engine.name == "transformers"
+        engine.close()
+    with pytest.raises(ValueError, match=r"dynamic.*engine"):
+        open_sampling_engine("vllm", ModelRef(str(tmp_path / "dynamic")), max_model_len=16, **options)
+
+
+def test_an_engine_kept_for_later_is_not_opened_beyond_a_length_boundary(tmp_path: Path) -> None:
+    save_teacher("phi3", tmp_path, **CHANGED["longrope"])
+    engines, ref = Engines(keep=True), ModelRef(str(tmp_path))
+    assert engines._with_room(20, ref) == 32
+    assert engines._with_room(40, ref) == 256
 
 
 # -- heads that cannot be trusted ------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def _open(
         batch_tokens=settings.batch_tokens,
     )
     stack.enter_context(closing(engine))
+    if engine.note:
+        job.progress.line(f"align: {ref.path} reads {engine.note}")
     return engine
 
 

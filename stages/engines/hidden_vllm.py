@@ -27,26 +27,44 @@ from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_posi
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
 
-# Architectures whose hidden states were seen to equal transformers' to 1e-6 (float32, CPU). Of the others that the LM
-# head knows, vLLM 0.32's Cohere2 differs (by half of the largest logit); Olmo2, Phi and SmolLM3 do not start as
-# pooling models.
+# Architectures whose hidden states were seen to equal transformers' to 1e-6 (float32, CPU, vLLM 0.32). Of others,
+# Cohere2 differs by half of the largest logit, GPT-NeoX as much and Apertus by 1e-3; Olmo2, Phi and SmolLM3 do not start as pooling
+# models; tiny models of DeepSeek-V2 and V3 and of MiniMax-M2 do not load.
 KNOWN = frozenset(
     {
+        "ArceeForCausalLM",
         "CohereForCausalLM",
-        "GemmaForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5ForCausalLM",
+        "Exaone4ForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "Glm4ForCausalLM",
+        "Glm4MoeForCausalLM",
+        "GlmForCausalLM",
         "GPT2LMHeadModel",
+        "GPTJForCausalLM",
+        "GptOssForCausalLM",
         "GraniteForCausalLM",
         "GraniteMoeForCausalLM",
+        "HunYuanDenseV1ForCausalLM",
         "LlamaForCausalLM",
+        "Ministral3ForCausalLM",
         "MistralForCausalLM",
         "MixtralForCausalLM",
+        "NemotronForCausalLM",
+        "Olmo3ForCausalLM",
+        "OlmoeForCausalLM",
+        "OlmoForCausalLM",
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3MoeForCausalLM",
+        "SeedOssForCausalLM",
+        "StableLmForCausalLM",
+        "Starcoder2ForCausalLM",
     }
 )
 MOST_AT_ONCE = 256

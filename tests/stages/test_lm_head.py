@@ -13,10 +13,12 @@ from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import STORED_ARCHITECTURES, LMHead, head_traits, lm_head_of
 from eopd.stages.models.packing import Sequence, pack
 from tests.stages.tiny_models import CONFIGS, REQUIRED, tiny_model
+from tests.stages.tiny_zoo import PACKED, SERVED_BY_VLLM, UNPACKED
 
 
 def test_every_architecture_whose_head_is_read_from_its_folder_has_a_tiny_model() -> None:
     built = {type(tiny_model(name)).__name__ for name in CONFIGS}
+    built |= {f"{(PACKED | UNPACKED)[name][0]}ForCausalLM" for name in SERVED_BY_VLLM}
     assert built == set(STORED_ARCHITECTURES)
 
 

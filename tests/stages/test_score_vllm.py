@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from eopd.stages.engines.hidden import open_hidden_engine
 from eopd.stages.engines.kept import Engines
@@ -16,12 +18,29 @@ from eopd.stages.models.stored_head import stored_lm_head
 from eopd.stages.score.run import run
 from eopd.storage.teacher_cache import TeacherCache
 from tests.stages.score_case import random_responses, response_row, rollouts, score_job
-from tests.stages.tiny_models import CONFIGS, REQUIRED, save_teacher, tiny_model
+from tests.stages.tiny_models import CONFIGS, REQUIRED, save_teacher, tiny_model, tiny_tokenizer
+from tests.stages.tiny_zoo import SERVED_BY_VLLM, zoo_model
 
 pytestmark = pytest.mark.vllm
 
 LENGTHS = [(5, 9), (12, 1), (1, 20), (30, 14), (3, 0), (3, 3)]
 OTHERS = ("gemma", "gemma3", "granitemoe", "mixtral", "phi3", "qwen2_moe")
+
+
+ALL_ENGINES = pytest.mark.skipif(
+    "EOPD_ALL_ENGINES" not in os.environ, reason="opens 18 more engines; .ci/run sets EOPD_ALL_ENGINES"
+)
+
+
+def _save(name: str, folder: Path) -> PreTrainedModel:
+    if name in CONFIGS:
+        return save_teacher(name, folder)
+    model = zoo_model(name)
+    if model is None:
+        pytest.skip("the installed transformers lacks it")
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return model
 
 
 def _sequences() -> list[Sequence]:
@@ -33,9 +52,16 @@ def _sequences() -> list[Sequence]:
     return sequences
 
 
-@pytest.mark.parametrize("name", [*REQUIRED, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *REQUIRED,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+        *(pytest.param(name, marks=[pytest.mark.slow, ALL_ENGINES]) for name in SERVED_BY_VLLM),
+    ],
+)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    save_teacher(name, tmp_path)
+    _save(name, tmp_path)
     sequences = _sequences()
     engine = open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path, batch_tokens=50)
     seen = []
@@ -94,11 +120,11 @@ def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:
         np.testing.assert_allclose(a.sampled_logprob, b.sampled_logprob, atol=1 / 128)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *SERVED_BY_VLLM])
 def test_the_stored_head_is_the_models(name: str, tmp_path: Path) -> None:
     from eopd.stages.models.lm_head import lm_head_of
 
-    model = save_teacher(name, tmp_path)
+    model = _save(name, tmp_path)
     stored, own = stored_lm_head(tmp_path, "float32"), lm_head_of(model)
     assert (stored.scale, stored.softcap, stored.vocab_size) == (own.scale, own.softcap, own.vocab_size)
     assert torch.equal(stored.weight, own.weight)

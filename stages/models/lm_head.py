@@ -99,10 +99,8 @@ _DIVIDED = HeadTraits(scale=lambda config: 1.0 / float(config.logits_scaling))
 
 # Needed only when the head is read from a model folder without loading the model (vLLM); a loaded model is measured.
 STORED_ARCHITECTURES: dict[str, HeadTraits] = {
-    "ArceeForCausalLM": _PLAIN,
     "Cohere2ForCausalLM": _MULTIPLIED,
     "CohereForCausalLM": _MULTIPLIED,
-    "Ernie4_5_MoeForCausalLM": _PLAIN,
     "Ernie4_5ForCausalLM": _PLAIN,
     "Exaone4ForCausalLM": _PLAIN,
     "Gemma2ForCausalLM": _CAPPED,
@@ -110,32 +108,26 @@ STORED_ARCHITECTURES: dict[str, HeadTraits] = {
     "GemmaForCausalLM": _PLAIN,
     "Glm4ForCausalLM": _PLAIN,
     "Glm4MoeForCausalLM": _PLAIN,
-    "GlmForCausalLM": _PLAIN,
     "GPT2LMHeadModel": _PLAIN,
     "GPTJForCausalLM": _PLAIN,  # with an LM-head bias
     "GptOssForCausalLM": _PLAIN,
     "GraniteForCausalLM": _DIVIDED,
     "GraniteMoeForCausalLM": _DIVIDED,
-    "HunYuanDenseV1ForCausalLM": _PLAIN,
     "LlamaForCausalLM": _PLAIN,
     "Ministral3ForCausalLM": _PLAIN,
     "MistralForCausalLM": _PLAIN,
     "MixtralForCausalLM": _PLAIN,
     "NemotronForCausalLM": _PLAIN,
     "Olmo2ForCausalLM": _PLAIN,
-    "Olmo3ForCausalLM": _PLAIN,
     "OlmoeForCausalLM": _PLAIN,
-    "OlmoForCausalLM": _PLAIN,
     "Phi3ForCausalLM": _PLAIN,
     "PhiForCausalLM": _PLAIN,  # with an LM-head bias
     "Qwen2ForCausalLM": _PLAIN,
     "Qwen2MoeForCausalLM": _PLAIN,
     "Qwen3ForCausalLM": _PLAIN,
     "Qwen3MoeForCausalLM": _PLAIN,
-    "SeedOssForCausalLM": _PLAIN,
     "SmolLM3ForCausalLM": _PLAIN,
     "StableLmForCausalLM": _PLAIN,
-    "Starcoder2ForCausalLM": _PLAIN,
 }
 
 

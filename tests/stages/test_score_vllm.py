@@ -28,7 +28,7 @@ OTHERS = ("gemma", "gemma3", "granitemoe", "mixtral", "phi3", "qwen2_moe")
 
 
 ALL_ENGINES = pytest.mark.skipif(
-    "EOPD_ALL_ENGINES" not in os.environ, reason="opens 18 more engines; .ci/run sets EOPD_ALL_ENGINES"
+    "EOPD_ALL_ENGINES" not in os.environ, reason="opens 10 more engines; .ci/run sets EOPD_ALL_ENGINES"
 )
 
 

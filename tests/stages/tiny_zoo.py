@@ -118,26 +118,18 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", COMMON),
     "starcoder2": ("Starcoder2", COMMON | WINDOW),
 }
-SERVED_BY_VLLM = (
-    "arcee",
+SERVED_BY_VLLM = (  # read by vLLM's own classes as by transformers
     "ernie4_5",
-    "ernie4_5_moe",
     "exaone4",
-    "glm",
     "glm4",
     "glm4_moe",
     "gptj",
     "gpt_oss",
-    "hunyuan_dense",
     "ministral3",
     "nemotron",
-    "olmo",
-    "olmo3",
     "olmoe",
-    "seed_oss",
     "stablelm",
-    "starcoder2",
-)  # read by vLLM as by transformers
+)
 UNPACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("Afmoe", COMMON | EXPERTS | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
     "bamba": ("Bamba", COMMON | MAMBA | {"attn_layer_indices": [1]}),

@@ -18,7 +18,11 @@ from eopd.stages.evaluate.alignment.divergence import TokenFigures, compare
 from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment, read_pairs
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence
+from tests.bounds import entropy_rounding, forward_rounding, logits_rounding, logprobs_rounding, rounding
+from tests.stages.dense_teacher import dense
 from tests.stages.tiny_models import VOCAB, tiny_model
+
+Side = tuple[Tensor, LMHead]  # hidden states of a model, and its head
 
 
 def head(vocabulary: int, width: int, seed: int, **changes: Any) -> LMHead:
@@ -57,9 +61,40 @@ def oracle(logits_p: Tensor, logits_q: Tensor, merged: tuple[int, ...] = ()) -> 
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-def assert_equal(found: TokenFigures, expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
-    for name, values in expected.items():
-        assert getattr(found, name) == pytest.approx(values.numpy(), abs=tolerance), name
+def rounding_of_figures(exact: dict[str, Tensor], of_teacher: Tensor, of_student: Tensor) -> dict[str, Tensor]:
+    """Bounds [T] on the errors of figures whose values are ``exact``, given those on the log-probs of both models."""
+    bounds = {
+        "teacher_entropy": entropy_rounding(of_teacher, exact["teacher_entropy"]),
+        "student_entropy": entropy_rounding(of_student, exact["student_entropy"]),
+        "teacher_outside": of_teacher,
+        "student_outside": of_student,
+        "agreement": torch.zeros_like(of_teacher),
+    }
+    # Given the shared ids, log-probs are normalised a second time. An error e of log p moves KL(p, q) by at most
+    # e * sum(p |log p - log q|) + e, and that sum is at most KL + sqrt(2 KL), by Pinsker's inequality.
+    for name, own, other in (("fkl", of_teacher, of_student), ("rkl", of_student, of_teacher)):
+        size = exact[name] + (2 * exact[name]).sqrt()
+        bounds[name] = 2 * (own * size + own + other) + rounding(4, size)
+    return bounds
+
+
+def check_dense(teacher: Side, student: Side, temperature: float = 1.0, **given: Any) -> TokenFigures:
+    """``compare``, whose figures are checked against the oracle's."""
+    found = compare(teacher, student, temperature=temperature, **given)
+    merged, logits, errors = given.get("merged", ()), [], []
+    for hidden, own in (teacher, student):
+        logits.append(dense(own, hidden, temperature).logits)
+        of_merged = rounding(len(merged) + 3, 1 + logits[-1].abs().amax(1))  # a log-sum-exp of the merged logits
+        errors.append(logprobs_rounding(logits_rounding(own, hidden, temperature) + of_merged, logits[-1]))
+    exact = oracle(logits[0], logits[1], merged)
+    assert_equal(found, exact, rounding_of_figures(exact, *errors))
+    return found
+
+
+def assert_equal(found: TokenFigures, exact: dict[str, Tensor], bounds: dict[str, Tensor]) -> None:
+    for name, values in exact.items():
+        error = np.abs(getattr(found, name) - values.numpy())
+        assert (error <= bounds[name].numpy()).all(), name
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -70,9 +105,8 @@ def test_figures_are_those_of_the_dense_oracle(student_rows: int, merged: tuple[
     bias = torch.linspace(-1, 1, 50)
     heads = head(50, 16, 1, bias=bias, softcap=8.0), head(student_rows, 12, 2, scale=0.8)
     hidden = states(23, 16, 3), states(23, 12, 4)
-    found = compare((hidden[0], heads[0]), (hidden[1], heads[1]), temperature=temperature, merged=merged, chunk_rows=5)
-    logits = [one.logits(many).double() / temperature for one, many in zip(heads, hidden, strict=True)]
-    assert_equal(found, oracle(logits[0], logits[1], merged))
+    sides = (hidden[0], heads[0]), (hidden[1], heads[1])
+    found = check_dense(*sides, temperature, merged=merged, chunk_rows=5)
     assert (found.teacher_outside > 0).all() == (student_rows < 50)
     assert (found.student_outside > 0).all() == (student_rows > 50)
     assert found.fkl.min() > 0
@@ -85,10 +119,9 @@ def test_a_model_does_not_differ_from_itself_and_wide_chunks_change_nothing() ->
     assert found.fkl == pytest.approx(np.zeros(9), abs=1e-12)
     assert found.rkl == pytest.approx(np.zeros(9), abs=1e-12)
     assert found.agreement.tolist() == [1.0] * 9
-    other = states(9, 12, 4), head(50, 12, 2)
-    whole, pieces = compare(own, other), compare(own, other, chunk_rows=2)
-    for name in TokenFigures.__dataclass_fields__:
-        assert getattr(whole, name) == pytest.approx(getattr(pieces, name), rel=1e-6, abs=1e-9)
+    teacher, student = (states(9, 16, 3) * 4, own[1]), (states(9, 12, 4), head(50, 12, 2))
+    for chunk_rows in (None, 2):
+        check_dense(teacher, student, chunk_rows=chunk_rows)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -143,16 +176,19 @@ def test_models_in_memory_are_measured_as_their_own_logits_say(models: tuple[Any
     assert sorted(read) == [number for number, sequence in enumerate(own) if sequence.response_ids]
     expected = []
     for number, figures in read.items():
-        dense = oracle(own_logits(teacher, theirs[number]), own_logits(student, own[number]))
-        assert_equal(figures, dense, 1e-4)
-        expected.append(dense)
+        logits = own_logits(teacher, theirs[number]), own_logits(student, own[number])
+        exact = oracle(*logits)
+        # twice: the models' own logits are as far from exact ones
+        errors = [logprobs_rounding(2 * forward_rounding(one.abs().amax(1).double()), one) for one in logits]
+        assert_equal(figures, exact, rounding_of_figures(exact, *errors))
+        expected.append(exact)
     student.train()
     found = measure_alignment(
         teacher, student, own, teacher_sequences=theirs, tau=4.0, edges=(3.0, 4.5), batch_tokens=100
     )
     assert student.training
     student.eval()
-    flat = {name: torch.cat([dense[name] for dense in expected]) for name in expected[0]}
+    flat = {name: torch.cat([exact[name] for exact in expected]) for name in expected[0]}
     high = flat["teacher_entropy"] > 4.0
     assert 5 < high.sum() < len(high) - 5
     assert found.all.tokens == len(high) == sum(one.tokens for one in found.bins)

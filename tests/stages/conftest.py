@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@pytest.fixture
+def plain_attention() -> Iterator[None]:
+    """Attention by torch's plain operations.
+
+    Its fused kernel for bfloat16 looks at the processor alone, and fails on one with AMX for which
+    ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA`` forbids those instructions.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture(autouse=True)

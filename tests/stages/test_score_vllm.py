@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from pathlib import Path
 
@@ -13,10 +15,14 @@ from transformers import PreTrainedModel
 from eopd.stages.engines.hidden import open_hidden_engine
 from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef
-from eopd.stages.models.packing import Sequence
+from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.loading import load_model
+from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.models.stored_head import stored_lm_head
 from eopd.stages.score.run import run
 from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import TeacherRows
+from tests.bounds import forward_rounding, unit
 from tests.stages.score_case import random_responses, response_row, rollouts, score_job
 from tests.stages.tiny_models import CONFIGS, REQUIRED, save_teacher, tiny_model, tiny_tokenizer
 from tests.stages.tiny_zoo import SERVED_BY_VLLM, zoo_model
@@ -70,24 +76,33 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
             own = engine.own_logits(sequences[number])
             assert own is not None
             found = engine.head.logits(hidden)
-            torch.testing.assert_close(found, own, atol=1e-5 * max(1.0, float(own.abs().max())), rtol=0)
+            error = 2 * forward_rounding(max(1.0, float(own.abs().max())))  # of both
+            torch.testing.assert_close(found, own, atol=error, rtol=0)
             seen.append(number)
     engine.close()
     assert sorted(seen) == [0, 1, 2, 3, 5]
 
 
-def test_half_precision_comes_as_such_and_equals_transformers(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    "ONEDNN_MAX_CPU_ISA" in os.environ and torch.cpu._is_amx_tile_supported(),
+    reason="vLLM uses AMX wherever the processor has it, and ends the process where oneDNN may not",
+)
+@pytest.mark.usefixtures("plain_attention")
+def test_half_precision_comes_as_such_and_is_as_near_to_exact_as_its_rounding(tmp_path: Path) -> None:
+    """On the way to a hidden state each of two layers rounds about 15 vectors, relative to their size, and the last
+    norm once: 31 independent errors."""
     save_teacher("qwen3", tmp_path)
     ref, sequences = ModelRef(str(tmp_path), dtype="bfloat16"), _sequences()
-    found = {}
+    wide = load_model(ref).double()
     for kind in ("vllm", "transformers"):
         engine = open_hidden_engine(kind, ref, longest=64, log_dir=tmp_path, batch_tokens=500)  # type: ignore[arg-type]
         [batch] = engine.hidden(sequences)
         assert batch.hidden.dtype == torch.bfloat16
-        found[kind] = dict(zip(batch.order, batch.hidden.float().split(batch.lengths), strict=True))
+        for number, hidden in zip(batch.order, batch.hidden.double().split(batch.lengths), strict=True):
+            with torch.no_grad():
+                exact = final_hidden(wide, *pack([sequences[number]], 64))
+            assert (hidden - exact).norm() <= math.sqrt(31) * unit(torch.bfloat16) * exact.norm()
         engine.close()
-    for number, hidden in found["vllm"].items():
-        torch.testing.assert_close(hidden, found["transformers"][number], atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", ["cohere2", "phi"])
@@ -97,6 +112,15 @@ def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: P
     with pytest.raises(ValueError, match=f"{architecture}' is refused with engine vllm.*engine: transformers"):
         open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
     assert open_hidden_engine("auto", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path).name == "transformers"
+
+
+def rows_that_differ(a: TeacherRows, b: TeacherRows, kind: str) -> list[tuple[set[int], set[int]]]:
+    """Ids of the heads or draws of every token in which ``a`` and ``b`` are not the same."""
+    found = []
+    for rows in (a, b):
+        ids, offsets = getattr(rows, f"{kind}_ids"), getattr(rows, f"{kind}_offsets")
+        found.append([tuple(ids[i:j].tolist()) for i, j in itertools.pairwise(offsets.tolist())])
+    return [(set(one), set(other)) for one, other in zip(*found, strict=True) if one != other]
 
 
 def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:
@@ -114,10 +138,17 @@ def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:
     for part in (0, 1):
         a, b = one.read_part(part), other.read_part(part)
         np.testing.assert_array_equal(a.response_offsets, b.response_offsets)
-        np.testing.assert_array_equal(a.head_ids, b.head_ids)
-        np.testing.assert_array_equal(a.draw_ids, b.draw_ids)
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        # A stored value is at most a step of its quantiser off, and rounding may take either model to the next one.
         np.testing.assert_allclose(a.entropy, b.entropy, atol=4e-4)
         np.testing.assert_allclose(a.sampled_logprob, b.sampled_logprob, atol=1 / 128)
+        # So it may where the head ends, between two entries that are nearly equal, and at a draw's border. All that
+        # depends on the 6 decimals in which the engines differ, for one row in some thousands.
+        other_heads, other_draws = (rows_that_differ(a, b, kind) for kind in ("head", "draw"))
+        assert len(other_heads) <= 1
+        assert len(other_draws) <= 1
+        for ids, others in other_draws:
+            assert len(ids ^ others) <= 2, "one draw fell to a neighbour"
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *SERVED_BY_VLLM])

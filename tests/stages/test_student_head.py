@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,14 @@ from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
 from eopd.storage.teacher_record import HeadRule
+from tests.bounds import entropy_rounding, logits_rounding, logprobs_rounding, unit
 from tests.stages.dense_oracle import Case, dense, make_case, oracle, sampled_pair
 
 FULL_DRAWS = HeadRule(k_max=24, min_prob=0.01, full_head_above=-1.0, draws="full", n_draws=50)
 RAGGED = HeadRule(k_max=24, min_prob=0.05, full_head_above=1.5)
+ROUNDING = 4 * math.sqrt(17) * unit()
+"""Bound on the errors of loss and gradients over the largest logit, about 1e-6: the roundings of a product over 16
+hidden units and a bias add up like their square root (``tests.bounds.forward_rounding``)."""
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "sft"},
@@ -82,7 +87,7 @@ def test_value_and_gradient_equal_the_dense_oracle(given: dict[str, Any], stops:
     if given["name"] != "sft":
         given = {**given, "stops": stops}
     case = make_case(1, rule=rule_for(given), extra=4, stops=StopHandling(stops, (3, 7), (5, 3)))
-    assert max(measure(case, given).values()) <= 1e-6
+    assert max(measure(case, given).values()) <= ROUNDING
 
 
 TRAITS: list[dict[str, Any]] = [
@@ -109,18 +114,18 @@ def test_head_traits_vocabularies_and_odd_shapes(traits: dict[str, Any], support
         {"name": "eopd", "support": support, "tau": 0.1},
         {"name": "eopd", "support": support, "rkl": "topk"},
     ):
-        assert max(measure(case, given).values()) <= 1e-6, given
+        assert max(measure(case, given).values()) <= ROUNDING, given
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ragged_heads_with_draws(seed: int) -> None:
     case = make_case(seed, rule=RAGGED, tokens=61)
-    assert max(measure(case, {"name": "fkl", "support": "sampled"}).values()) <= 1e-6
+    assert max(measure(case, {"name": "fkl", "support": "sampled"}).values()) <= ROUNDING
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 36, 37, 1000, None])
 def test_chunking_does_not_matter(chunk: int | None) -> None:
-    assert max(measure(make_case(3), {"name": "eopd"}, chunk).values()) <= 1e-6
+    assert max(measure(make_case(3), {"name": "eopd"}, chunk).values()) <= ROUNDING
 
 
 @pytest.mark.parametrize("mode", ["class", "remap"])
@@ -130,12 +135,13 @@ def test_round_start_logprobs_and_entropies(mode: Any) -> None:
     batch = TeacherBatch.build(case.rows, case.rule, case.stops, objective.plan, case.vocab)
     logprob, entropy = student_logprobs(case.hidden, case.head, batch, case.context, chunk_tokens=8)
     d = dense(case, mode, case.hidden.double(), case.head.weight.double(), None)
-    assert torch.allclose(logprob, sampled_pair(d, case)[1], atol=3e-6, rtol=0)
-    assert torch.allclose(entropy, d.mean_entropy, atol=3e-6, rtol=0)
+    error = logprobs_rounding(logits_rounding(case.head, case.hidden, 0.8), d.q)
+    assert ((logprob - sampled_pair(d, case)[1]).abs() <= error).all()
+    assert ((entropy - d.mean_entropy).abs() <= entropy_rounding(error, d.mean_entropy)).all()
 
 
 @pytest.mark.parametrize("given", [{"name": "eopd"}, {"name": "fkl", "support": "sampled"}, {"name": "sft"}], ids=str)
 def test_weights_of_responses_scale_their_loss(given: dict[str, Any]) -> None:
     case = make_case(5)
     weight = torch.rand(len(case.context.mask), generator=torch.Generator().manual_seed(1))
-    assert max(measure(replace(case, context=replace(case.context, weight=weight)), given).values()) <= 1e-6
+    assert max(measure(replace(case, context=replace(case.context, weight=weight)), given).values()) <= ROUNDING

@@ -13,6 +13,8 @@ from eopd.stages.train.job import OPTIMIZER, WEIGHTS
 from eopd.stages.train.run import run
 from tests.stages.train_case import make_world, read_rows, train_job
 
+pytestmark = pytest.mark.usefixtures("plain_attention")
+
 LORA = {"rank": 4, "alpha": 8.0}
 
 

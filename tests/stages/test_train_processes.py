@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from eopd.stages.train.optimizer import make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import OptimizerSettings
+from tests.bounds import forward_rounding
 from tests.stages.train_case import make_world, read_rows, train_job
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -96,14 +98,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_equal(single: TrainJob, two: TrainJob, files: list[tuple[int, str]]) -> None:
-    for ours, theirs in zip(read_rows(single), read_rows(two), strict=True):
-        expected = pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
-        assert (theirs["loss"], theirs["grad_norm"]) == expected
+    """Equal but for the order of sums, which adds its rounding of both trainings in every step.
+
+    Adam divides a gradient by its own size, so that elements within rounding of 0 move by either sign: a share of them
+    as large as the relative rounding, and so its square root of the update's norm.
+    """
+    rows = list(zip(read_rows(single), read_rows(two), strict=True))
+    error = len(rows) * 2 * forward_rounding(1.0)
+    for ours, theirs in rows:
+        assert (theirs["loss"], theirs["grad_norm"]) == pytest.approx((ours["loss"], ours["grad_norm"]), rel=error)
+    start = load_file(Path(single.student.path) / "model.safetensors")
     for part, file in files:
         saved = [load_file(job.output.part_folder(part) / file) for job in (single, two)]
         assert saved[0].keys() == saved[1].keys()
         for name, value in saved[0].items():
-            assert torch.allclose(value, saved[1][name], atol=1e-5), name
+            change = value - start.get(name, 0.0)
+            assert (value - saved[1][name]).norm() <= math.sqrt(error) * change.norm(), name
 
 
 @pytest.mark.timeout(180)

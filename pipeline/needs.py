@@ -29,7 +29,7 @@ def refuse_unmet_needs(runner: Runner, round_: int) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     coverage = _planned(runner, round_)
-    missing = [text for need in objective.needs if (text := coverage.lacks(need))]
+    missing = [text for need in objective.needs_with(runner.facts.stop_ids) if (text := coverage.lacks(need))]
     if not missing:
         return
     changes = [piece for text in missing for piece in text.partition("Add: ")[2].split()]

@@ -20,7 +20,7 @@ from eopd.pipeline.config import RunSettings
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.models import ModelFacts
 from eopd.stages.engines.sampling import derive_seed
-from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.evaluate.settings import MATH_RULES, EvaluateSettings
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.train.schedule import steps_per_round
 from eopd.storage.artifacts import Identity
@@ -385,5 +385,5 @@ def _evaluate_job(settings: RunSettings, facts: Facts, round_: int, policy: Iden
 
 
 def _grading(evaluate: EvaluateSettings) -> dict[str, str]:
-    """Mathematics was graded by math-verify alone at first: E notation, currencies and tiny numbers wrongly."""
-    return {"grading": "as written"} if any(one.verifier == "math" for one in evaluate.benchmarks) else {}
+    """Version of the rules by which mathematics is graded: other rules give other verdicts on the same samples."""
+    return {"grading": f"math {MATH_RULES}"} if any(one.verifier == "math" for one in evaluate.benchmarks) else {}

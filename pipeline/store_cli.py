@@ -256,7 +256,7 @@ def import_(
 ) -> None:
     """Take a DistillKit-style capture into a store as scores of one part."""
     from eopd.storage.artifacts import Artifact, Identity
-    from eopd.storage.exchange import import_topk, imported_header
+    from eopd.storage.exchange import imported_header, read_capture
     from eopd.storage.files import sha256_file
     from eopd.storage.teacher_cache import write_part
 
@@ -266,7 +266,10 @@ def import_(
         raise ValueError(
             f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
         )
-    rows = import_topk(path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted)
+    capture = read_capture(
+        path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted, vocab_size=vocab_size
+    )
+    rows = capture.rows
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
     digest = sha256_file(path)
     said = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
@@ -276,3 +279,5 @@ def import_(
         with artifact.write_part(0, inputs={"capture": digest}) as folder:
             write_part(folder, rows, header)
     _say(f"{artifact}: {rows.tokens:,} tokens in {rows.responses:,} sequences")
+    if capture.mass > 1.0:
+        _say(f"Its log-probs are {capture.precision}: masses of up to {capture.mass:.4f} were scaled to 1.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,74 +87,172 @@ def _table(rows: TeacherRows, part: int) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=EXPORT_SCHEMA)
 
 
-def import_topk(
+@dataclass(frozen=True)
+class Capture:
+    """A capture of top-k lists as rows, one response a sequence, and what reading it had to round."""
+
+    rows: TeacherRows
+    precision: str  # the type that holds all of its log-probs: bfloat16, float16 or float32
+    mass: float  # the largest mass of a position's top-k, before it was scaled to 1
+
+
+def import_topk(path: Path, **options: Any) -> TeacherRows:
+    """The rows of ``read_capture``."""
+    return read_capture(path, **options).rows
+
+
+def read_capture(
     path: Path,
     *,
     ids: str = "input_ids",
     top_ids: str = "top_indices",
     top_logprobs: str = "top_values",
     shifted: bool = True,
-) -> TeacherRows:
-    """A capture of uncompressed top-k lists as rows, one response a sequence.
+    vocab_size: int | None = None,
+) -> Capture:
+    """A capture of uncompressed top-k lists.
 
     Args:
         ids, top_ids, top_logprobs: the capture's columns.
         shifted: position t of the capture predicts token t + 1 (so the first token has no scores).
+        vocab_size: the teacher's; None checks ids against none.
 
     What a capture does not hold is bounded and marked in the header (``imported_header``): the entropy is that of the
-    top-k with the rest as one outcome, and a sampled token outside the top-k gets the mass of the rest.
+    top-k with the rest as one outcome, and a sampled token outside the top-k gets the mass of the rest. Entries without
+    mass (log-probs below the floor, such as -inf) are left out, whatever their ids. A first position that is null, as
+    vLLM writes it, has no scores. Masses above 1 that the log-probs' precision explains are scaled to 1.
 
     Raises:
-        ValueError: a column is missing, lists disagree in length, or a position's top-k has more mass than 1.
+        ValueError: a column is missing or of another type, or a row or position (both are named) has ids outside the
+            vocabulary, an id twice, values that are no log-probs, more mass than 1, or lists of other lengths.
     """
-    schema = pq.read_schema(path).names
-    for name in (ids, top_ids, top_logprobs):
-        if name not in schema:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema)}")
+    schema = pq.read_schema(path)
+    for name, depth in ((ids, 1), (top_ids, 2), (top_logprobs, 2)):
+        if name not in schema.names:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
+        _check_type(path, schema.field(name), depth, floats=name == top_logprobs)
     table = pq.read_table(path, columns=[ids, top_ids, top_logprobs]).combine_chunks()
-    cut = 1 if shifted else 0
-    tokens: list[int] = []
-    found: list[Any] = []
-    logprobs: list[Any] = []
+    tokens: list[NDArray[np.int64]] = []
+    entries: list[_Position] = []
     lengths: list[int] = []
-    for sequence, some_ids, some in zip(*(table.column(name) for name in (ids, top_ids, top_logprobs)), strict=True):
-        predicted = sequence.as_py()[cut:]
-        kept_ids, kept = some_ids.as_py()[: len(predicted)], some.as_py()[: len(predicted)]
-        if not len(predicted) == len(kept_ids) == len(kept):
-            raise ValueError(f"{path} row {len(lengths)}: {len(predicted)} tokens and {len(kept)} lists of log-probs")
+    columns = (table.column(name) for name in (ids, top_ids, top_logprobs))
+    for row, values in enumerate(zip(*columns, strict=True)):
+        sequence, some_ids, some = (value.as_py() for value in values)
+        where = f"{path} row {row}"
+        for name, value in ((ids, sequence), (top_ids, some_ids), (top_logprobs, some)):
+            if value is None:
+                raise ValueError(f"{where}: {name} is null")
+        if None in sequence:
+            raise ValueError(f"{where}: token {sequence.index(None)} of {ids} is null")
+        count = len(sequence) - shifted
+        if len(some_ids) != len(some) or len(some) not in {max(count, 0), len(sequence)}:
+            raise ValueError(
+                f"{where}: {len(sequence)} tokens and {len(some)} lists of log-probs ({len(some_ids)} of ids)"
+            )
+        first = int(shifted)
+        if len(some) and some[0] is None and some_ids[0] is None:
+            if shifted:
+                raise ValueError(
+                    f"{where}, position 0: null, as in vLLM's prompt log-probs, where position t scores token t: "
+                    "read it with shifted=False (`--no-shifted`)"
+                )
+            first, some_ids, some = 1, some_ids[1:], some[1:]
+        predicted = _ids(sequence[first:], vocab_size, f"{where}: token id")
+        start = first - shifted
+        for place, (one, other) in enumerate(zip(some_ids[: len(predicted)], some[: len(predicted)], strict=True)):
+            entries.append(_position(one, other, vocab_size, f"{where}, position {place + start}"))
+        tokens.append(predicted)
         lengths.append(len(predicted))
-        tokens += predicted
-        found += kept_ids
-        logprobs += kept
-    return _imported(np.asarray(tokens, np.int32), found, logprobs, np.asarray(lengths, np.int64), path)
+    every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
+    return _imported(every.astype(np.int32), entries, np.asarray(lengths, np.int64), vocab_size)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """One position's entries with mass, as they are listed."""
+
+    where: str
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+
+def _check_type(path: Path, field: pa.Field, depth: int, *, floats: bool) -> None:
+    kind, found = field.type, 0
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, found = kind.value_type, found + 1
+    right = pa.types.is_floating(kind) if floats else pa.types.is_integer(kind)
+    if found != depth or not (right or pa.types.is_null(kind)):
+        form = "a list a sequence" if depth == 1 else "a list a position, in a list a sequence"
+        numbers = "floats" if floats else "integers"
+        raise ValueError(f"{path}: column {field.name!r} is {field.type}; it must hold {form}, of {numbers}")
+
+
+def _ids(ids: list[int], vocab_size: int | None, what: str) -> NDArray[np.int64]:
+    """Ids as an array, refused outside the vocabulary."""
+    limit = 1 << 31 if vocab_size is None else vocab_size
+    outside = next((one for one in ids if not 0 <= one < limit), None)
+    if outside is not None:
+        raise ValueError(f"{what} {outside} is outside the vocabulary of {limit}")
+    return np.asarray(ids, np.int64)
+
+
+def _position(ids: list[int] | None, logprobs: list[float] | None, vocab_size: int | None, where: str) -> _Position:
+    if ids is None or logprobs is None or None in ids or None in logprobs:
+        raise ValueError(f"{where}: null, and only the first position of a sequence may be")
+    if len(ids) != len(logprobs):
+        raise ValueError(f"{where}: {len(ids)} ids and {len(logprobs)} log-probs")
+    values = np.asarray(logprobs, np.float64)
+    if np.isnan(values).any():
+        raise ValueError(f"{where}: a log-prob is NaN")
+    kept = values >= LOGPROB_FLOOR  # ids beside -inf are often never written
+    some = _ids([one for one, keep in zip(ids, kept, strict=True) if keep], vocab_size, f"{where}: id")
+    values = values[kept]
+    if not len(some):
+        raise ValueError(f"{where}: its top-k list is empty")
+    distinct, counts = np.unique(some, return_counts=True)
+    if len(distinct) < len(some):
+        raise ValueError(f"{where}: id {distinct[counts > 1][0]} is there twice")
+    return _Position(where, some, values)
+
+
+def _precision(values: NDArray[np.float64]) -> tuple[str, float]:
+    """The narrowest type that holds all values, and the relative error of a number that was cut to it."""
+    single = values.astype(np.float32)
+    if np.array_equal(single, values):
+        if not (single.view(np.uint32) & 0xFFFF).any():
+            return "bfloat16", 2.0**-7
+        if np.array_equal(values.astype(np.float16), values):
+            return "float16", 2.0**-10
+    return "float32", 2.0**-23
 
 
 def _imported(
-    tokens: NDArray[np.int32], ids: list[Any], logprobs: list[Any], lengths: NDArray[np.int64], path: Path
-) -> TeacherRows:
-    sizes = np.asarray([len(some) for some in ids], np.int64)
-    if len(sizes) and sizes.min() < 1:
-        raise ValueError(f"{path}: position {int(np.argmin(sizes))} has an empty top-k list")
+    tokens: NDArray[np.int32], entries: list[_Position], lengths: NDArray[np.int64], vocab_size: int | None
+) -> Capture:
+    sizes = np.asarray([len(one.ids) for one in entries], np.int64)
     offsets = offsets_of(sizes)
     row = np.repeat(np.arange(len(sizes)), sizes)
-    flat = np.asarray([value for some in logprobs for value in some], np.float64)
-    flat_ids = np.asarray([value for some in ids for value in some], np.int32)
-    if len(flat) != len(flat_ids):
-        raise ValueError(f"{path}: {len(flat_ids)} ids and {len(flat)} log-probs")
+    flat = np.concatenate([one.logprobs for one in entries]) if entries else np.zeros(0)
+    flat_ids = np.concatenate([one.ids for one in entries]).astype(np.int32) if entries else np.zeros(0, np.int32)
+    precision, error = _precision(flat)
     order = np.lexsort((-flat, row))
-    flat, flat_ids = np.maximum(flat[order], LOGPROB_FLOOR), flat_ids[order]
+    flat, flat_ids = flat[order], flat_ids[order]
     mass = np.bincount(row, np.exp(flat), minlength=len(sizes))
-    if len(mass) and mass.max() > 1.0 + 1e-3:
-        raise ValueError(f"{path}: position {int(np.argmax(mass))} has mass {mass.max():.4f}; are these log-probs?")
-    flat -= np.log(np.maximum(mass, 1.0))[row]
-    tail = np.log(np.maximum(1.0 - np.minimum(mass, 1.0), np.exp(LOGPROB_FLOOR)))
+    # An error of e in a log-prob l changes its probability p by p |l| e.
+    allowed = 1.0 + 1e-3 + error * np.bincount(row, np.exp(flat) * np.abs(flat), minlength=len(sizes))
+    heavy = np.flatnonzero(~(mass <= allowed))
+    if len(heavy):
+        raise ValueError(f"{entries[heavy[0]].where}: mass {mass[heavy[0]]:.4f}; are these log-probs?")
+    whole = (sizes == vocab_size) & (mass >= 2.0 - allowed)  # nothing is outside: what is short of 1 is rounding
+    flat = np.maximum(flat - np.log(np.where(whole, mass, np.maximum(mass, 1.0)))[row], LOGPROB_FLOOR)
+    tail = np.log(np.maximum(1.0 - np.where(whole, 1.0, np.minimum(mass, 1.0)), np.exp(LOGPROB_FLOOR)))
     entropy = -np.bincount(row, np.exp(flat) * flat, minlength=len(sizes)) - np.exp(tail) * tail
     place = np.arange(len(flat)) - offsets[row]
     hit = flat_ids == tokens[row]
     rank, sampled = sizes.copy(), tail.copy()
     rank[row[hit]], sampled[row[hit]] = place[hit], flat[hit]
     nothing = np.zeros(len(sizes) + 1, np.int64)
-    return TeacherRows(
+    rows = TeacherRows(
         response_offsets=offsets_of(lengths),
         token_ids=tokens,
         entropy=np.maximum(entropy, 0.0).astype(np.float32),
@@ -171,6 +270,7 @@ def _imported(
         extra_ids=np.zeros(0, np.int32),
         extra_logprobs=np.zeros(0, np.float32),
     )
+    return Capture(rows, precision, float(mass.max(initial=0.0)))
 
 
 def imported_header(rows: TeacherRows, *, teacher: str, tokenizer: str, vocab_size: int, source: str) -> PartHeader:

@@ -12,6 +12,11 @@ from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
 from eopd.stages.settings import Settings, setting
 
+MATH_RULES = 2
+"""Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: other verdicts
+on the same samples are another evaluation, so it is part of the key.
+"""
+
 
 class ProblemColumns(Columns):
     """Which column of a benchmark holds what; every problem needs a reference answer."""

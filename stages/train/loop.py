@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
@@ -24,6 +25,7 @@ from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.failures import broken_tensors
 from eopd.stages.train.metrics import sum_metrics
 from eopd.stages.train.objectives.base import Objective, StepContext
+from eopd.stages.train.objectives.reopold import above_quantile
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import gradient_norm, scale_gradients
 from eopd.stages.train.parallel import accumulating, reshard, student_of
@@ -83,6 +85,7 @@ class Loop:
         self.seed, self.round, self.temperature = seed, round_, temperature
         self.first_step, self.total_steps = first_step, total_steps
         self.ema = ema
+        self._at_quantile: tuple[RoundStart, tuple[float, NDArray[np.bool_]]] | None = None
         self.vocab_size = student_of(student).vocab_size
         self.layout = student_of(student).layout
 
@@ -164,24 +167,30 @@ class Loop:
     # -- one optimiser step ------------------------------------------------------------------------------------
 
     def _context(self, batch: MicroBatch, start: RoundStart, normaliser: float, epoch: int) -> StepContext:
-        device = self.accelerator.device
+        device, quantile = self.accelerator.device, self._quantile(start)
         return StepContext(
             mask=torch.full((batch.packed.tokens,), float(batch.real), device=device),
             normaliser=normaliser,
             temperature=self.temperature,
             q_old=torch.from_numpy(start.logprob[batch.rows]).to(device),
             student_entropy_round=torch.from_numpy(start.entropy[batch.rows]).to(device),
-            entropy_threshold=self._entropy_threshold(start),
+            entropy_threshold=quantile[0] if quantile else None,
+            unsure=torch.from_numpy(quantile[1][batch.rows]).to(device) if quantile else None,
             token_key=torch.from_numpy(batch.rows + self.round * ROUND_STRIDE).to(device),
             weight=None if start.weight is None else torch.from_numpy(start.weight[batch.rows]).to(device),
             seed=self.seed,
             epoch=epoch,
         )
 
-    def _entropy_threshold(self, start: RoundStart) -> float | None:
+    def _quantile(self, start: RoundStart) -> tuple[float, NDArray[np.bool_]] | None:
+        """The quantile of the round's entropies that the objective asks for, and the tokens [T] above it."""
         if "entropy_threshold" not in self.objective.per_round:
             return None
-        return float(np.quantile(start.entropy, self.objective.settings.entropy_quantile))
+        if self._at_quantile is None or self._at_quantile[0] is not start:
+            share = self.objective.settings.entropy_quantile
+            found = (float(np.quantile(start.entropy, share)), above_quantile(start.entropy, share))
+            self._at_quantile = (start, found)
+        return self._at_quantile[1]
 
     def take(self, step: Step, start: RoundStart) -> dict[str, float]:
         """Forward, backward and update. Returns the step's figures, equal on every process.

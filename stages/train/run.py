@@ -94,9 +94,9 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     cache = TeacherCache(job.scores)
     objective = make_objective(settings.objective)
     refuse_truncated_sampling(objective, job.truncated_rollouts)
-    cache.require(objective.needs)
-    responses = load_responses(job.rollouts, cache)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
+    cache.require(objective.needs_with(stops.union))
+    responses = load_responses(job.rollouts, cache)
     model, autocast = _load(job, accelerator), settings.autocast == "bf16"
     student = Student(model, objective, settings.head_chunk_tokens, autocast=autocast)
     module = distribute(student, accelerator, settings.sharding)

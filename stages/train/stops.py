@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.storage.teacher_record import TeacherRows
+from eopd.storage.teacher_record import LOGPROB_FLOOR, TeacherRows
 
 Array = NDArray[np.float64]
 
@@ -46,6 +46,16 @@ class StopHandling:
                 f"objective.stops={self.mode!r} needs the teacher's log-probs of stop ids {list(self.union)}, the "
                 f"cache holds {rows.stop_ids.tolist()}: score again with these stop ids"
             )
+
+    def filled(self, rows: TeacherRows) -> TeacherRows:
+        """``rows`` with the floor as log-prob of the stop ids that they lack, for a loss that reads none."""
+        missing = sorted(set(self.union) - set(rows.stop_ids.tolist()))
+        if not missing:
+            return rows
+        ids = np.concatenate([rows.stop_ids, np.asarray(missing, np.int32)])
+        floor = np.full((rows.tokens, len(missing)), LOGPROB_FLOOR, np.float32)
+        order = np.argsort(ids)
+        return replace(rows, stop_ids=ids[order], stop_logprobs=np.hstack([rows.stop_logprobs, floor])[:, order])
 
     def stop_logprobs(self, rows: TeacherRows) -> Array:
         """Teacher log-probs [T, E] of ``union``, in its order."""

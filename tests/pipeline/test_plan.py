@@ -24,7 +24,7 @@ KEYS = {
     "rollout 1": "64c3adeae880f7998265",
     "score 1": "8466811a8b5a89581031/71818986fbe3e3ea8e7d",
     "train 1": "20c8c902f93cbf4181ab",
-    "evaluate 1": "2ad63bbb1dc545b12e50",
+    "evaluate 1": "40be450812b8eb66b8e0",
 }
 
 

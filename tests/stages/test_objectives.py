@@ -18,7 +18,7 @@ from torch import Tensor
 from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon, kl_terms, reverse_kl
 from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
-from eopd.stages.train.objectives.reopold import advantage_floor
+from eopd.stages.train.objectives.reopold import EQUAL_ENTROPY, above_quantile, advantage_floor
 from eopd.stages.train.objectives.settings import FAMILY, ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.tropd import hashed_uniform
@@ -219,6 +219,7 @@ def test_needs_follow_the_settings() -> None:
     assert needs(name="eopd", k=32) == {EntropyNeed(), SampledNeed(), HeadNeed(32, 0.8), StopsNeed()}
     assert needs(name="eopd", support="sampled") == {
         EntropyNeed(),
+        HeadNeed(1),
         SampledNeed(),
         DrawsNeed("beyond_head"),
         StopsNeed(),
@@ -226,8 +227,108 @@ def test_needs_follow_the_settings() -> None:
     assert needs(name="opd") == {SampledNeed(), StopsNeed()}
     assert ExtraIdsNeed(8) in needs(name="opd", rkl="topk", student_topk=8)
     assert DrawsNeed("full", n=50) in needs(name="rs_kd")
-    assert HeadNeed(64) in needs(name="tropd")
+    assert needs(name="tropd") == {HeadNeed(64), SampledNeed(), StopsNeed()}
+    assert needs(name="tropd", outlier="clip") == needs(name="tropd", outlier="mask") == {SampledNeed(), StopsNeed()}
+    assert needs(name="eopd", rkl="topk") == {EntropyNeed(), HeadNeed(16, 0.8), HeadNeed(1), StopsNeed()}
     assert needs(name="sft") == set()
+
+
+NEED_OF = {  # which need stands for which of the stored inputs
+    "entropy": EntropyNeed,
+    "sampled_logprob": SampledNeed,
+    "stop_logprobs": StopsNeed,
+    "head_logprobs": HeadNeed,
+    "draw_ids": DrawsNeed,
+    "extra_logprobs": ExtraIdsNeed,
+}
+EVERY_OBJECTIVE: list[dict[str, Any]] = [
+    {"name": "sft"},
+    {"name": "opd"},
+    {"name": "opd", "student_topk": 3},
+    {"name": "opd", "rkl": "topk"},
+    {"name": "opd", "rkl": "topk", "student_topk": 3},
+    {"name": "opd", "advantage": "old", "ratio": "none"},
+    {"name": "lightning_opd"},
+    *({"name": "fkl", "support": support} for support in ("bucket", "renormalised", "true", "sampled")),
+    {"name": "fkl", "support": "sampled", "draws": "full"},
+    {"name": "rkl_topk"},
+    {"name": "rkl_topk", "student_topk": 3},
+    {"name": "jsd"},
+    *({"name": "eopd", "support": support} for support in ("bucket", "renormalised", "true", "sampled")),
+    {"name": "eopd", "support": "sampled", "draws": "full", "rkl": "topk"},
+    {"name": "eopd", "rkl": "topk"},
+    {"name": "eopd", "rkl": "topk", "student_topk": 3},
+    {"name": "eopd", "alpha": 0.0},
+    *({"name": "tropd", "outlier": outlier} for outlier in ("fkl", "clip", "mask", "jsd")),
+    {"name": "reopold"},
+    {"name": "vopd"},
+    {"name": "vopd", "student_topk": 3},
+    {"name": "vopd", "baseline": "renormalised"},
+    {"name": "vopd", "baseline": "renormalised", "student_topk": 3},
+    {"name": "rs_kd"},
+]
+
+
+def perturbed(rows: TeacherRows, field: str) -> TeacherRows:
+    """Rows with another content of one stored input, of the kind that it may have."""
+    value = getattr(rows, field)
+    if field == "draw_ids":
+        return replace(rows, draw_ids=(value + 11) % 101)
+    if field == "head_logprobs":  # a head takes its tail with it
+        return replace(rows, head_logprobs=value * 1.5 - 0.2, tail_logmass=rows.tail_logmass - 0.4)
+    return replace(rows, **{field: value * 0.5 - 0.3 if field != "entropy" else value + 2.0})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("field", NEED_OF)
+@pytest.mark.parametrize("given", EVERY_OBJECTIVE, ids=lambda given: "-".join(map(str, given.values())))
+def test_an_objective_reads_what_it_declares_and_nothing_else(given: dict[str, Any], field: str) -> None:
+    """An undeclared input may be anything: an imported capture holds zeros, or nothing, in its place."""
+    objective = make_objective(ObjectiveSettings.model_validate(given))
+    draws = objective.plan.draws if objective.plan.draws != "none" else "beyond_head"
+    case = make_case(21, rule=HeadRule(12, 0.02, -1.0, draws=draws, n_draws=50 * (draws == "full")), extra=4)
+
+    def loss(rows: TeacherRows) -> float:
+        batch = TeacherBatch.build(rows, case.rule, case.stops, objective.plan, case.vocab)
+        return sparse_head_loss(case.hidden, case.head, batch, objective, case.context)[0].item()
+
+    declared = any(isinstance(need, NEED_OF[field]) for need in objective.needs)
+    before, after = loss(case.rows), loss(perturbed(case.rows, field))
+    assert math.isfinite(before)
+    assert (after != before) == declared
+    if not declared and field not in ("draw_ids", "head_logprobs"):
+        assert loss(replace(case.rows, **{field: np.full_like(getattr(case.rows, field), np.nan)})) == before
+
+
+def test_stops_are_needed_only_where_models_end_differently() -> None:
+    objective = make_objective(ObjectiveSettings(name="jsd"))
+    assert objective.needs_with([3]) == (HeadNeed(1),)
+    assert objective.needs_with([3, 7]) == (HeadNeed(1), StopsNeed())
+    case = make_case(22, stops=StopHandling("class", (3,), (3,)))
+    rows = replace(case.rows, stop_ids=np.zeros(0, np.int32), stop_logprobs=np.zeros((37, 0), np.float32))
+    batches = [
+        TeacherBatch.build(some, case.rule, case.stops, objective.plan, case.vocab) for some in (case.rows, rows)
+    ]
+    assert torch.equal(batches[0].logprob, batches[1].logprob)
+
+
+def test_equal_entropies_at_the_quantile_are_taken_by_key() -> None:
+    made = np.random.default_rng(3)
+    entropy = np.concatenate([np.zeros(600), np.full(300, 0.7), made.random(5000)]).astype(np.float32)
+    entropy = made.permutation(entropy)
+    for quantile in (0.0, 0.05, 0.15, 0.5, 0.75, 0.9):
+        taken = above_quantile(entropy, quantile)
+        assert taken.sum() == len(entropy) - 1 - int(quantile * (len(entropy) - 1))
+        assert entropy[taken].min() >= entropy[~taken].max() - EQUAL_ENTROPY
+        for seed in range(3):  # as other batches round them
+            moved = entropy + np.random.default_rng(seed).uniform(-1e-6, 1e-6, len(entropy)).astype(np.float32)
+            assert (above_quantile(moved, quantile) != taken).sum() <= 2  # neighbours that are no ties may swap
+    half = above_quantile(np.zeros(1000, np.float32), 0.5)
+    assert half.sum() == 500
+    assert 200 < half[:500].sum() < 300  # no response is preferred
+    distinct = made.permutation(np.arange(1, 102, dtype=np.float32))
+    assert np.array_equal(above_quantile(distinct, 0.3), distinct > np.quantile(distinct, 0.3))
+    assert above_quantile(np.zeros(1, np.float32), 0.5).tolist() == [False]
 
 
 def test_round_start_fields() -> None:

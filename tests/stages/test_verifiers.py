@@ -14,13 +14,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eopd.stages.evaluate.settings import MATH_RULES
 from eopd.stages.evaluate.verifiers import countdown, exact, mathematics
+from eopd.stages.evaluate.verifiers.answers import final_answer
 from eopd.stages.evaluate.verifiers.equations import equations
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
+from eopd.stages.evaluate.verifiers.notation import tidy
 from eopd.stages.evaluate.verifiers.registry import NAMES, PLAIN, PlainVerifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+BENCHMARKS = SHARED / "data" / "benchmarks"
+GSM8K = SHARED / "data" / "gsm8k" / "test.jsonl"
+PAIRS = {
+    "own": Path(__file__).with_name("grading_pairs.jsonl"),
+    "public threads": SHARED / "cases" / "grading.jsonl",
+}
+"""(reference, response, right) triples by kind: what other tools' threads and arithmetic say."""
 NO_CURRENCY = r"(?<!\\)\$"
 
 RIGHT = [
@@ -167,7 +177,7 @@ MATH_RIGHT = [
     (r"\boxed{0.0}", "0"),
     (r"\boxed{\sqrt2\sqrt3-\sqrt6}", "0"),
     # the convention: no units, and a percentage is its value or, if whole, its number
-    (r"\boxed{12 \text{ cm}}", r"12 \text{ m}"),
+    (r"\boxed{12 \text{ cm}}", "12"),
     (r"\boxed{50\%}", "50"),
     (r"\boxed{50\%}", "0.5"),
     (r"\boxed{0.625}", "62.5%"),
@@ -199,6 +209,7 @@ MATH_WRONG = [
     (r"\boxed{2^{-101}}", "2^{-100}"),
     (r"\boxed{7} is wrong; final: \boxed{3}", "7"),
     (r"\boxed{3} is wrong; final: \boxed{7}", "3"),
+    (r"\boxed{12 \text{ cm}}", r"12 \text{ m}"),
 ]
 MATH_HANGING = r"\boxed{9^{9^{9^{9}}}}"
 
@@ -216,7 +227,9 @@ def test_math_grades_as_people_would(math_verifier: MathVerifier) -> None:
     assert all((v.form is not None) == v.correct for v in verdicts)
 
 
-@pytest.mark.parametrize("answer", ["$", "$$", "$ $", r"\boxed{}", ""])
+@pytest.mark.parametrize(
+    "answer", ["$", "$$", "$ $", r"\boxed{}", "", "nan", "NaN", "None", "null", '{"style": "rule"}']
+)
 def test_math_names_a_reference_that_holds_nothing(math_verifier: MathVerifier, answer: str) -> None:
     with pytest.raises(ValueError, match="the reference answer"):
         math_verifier.check_answer(answer)
@@ -225,10 +238,73 @@ def test_math_names_a_reference_that_holds_nothing(math_verifier: MathVerifier, 
 def test_math_reads_references_as_they_come_and_judges_nothing_by_others(math_verifier: MathVerifier) -> None:
     for _, answer in MATH_RIGHT:
         math_verifier.check_answer(answer)
-    with pytest.raises(ValueError, match=r"the reference answer '\$' holds nothing"):
+    with pytest.raises(ValueError, match=r"the reference answer '\$' holds no answer"):
         math_verifier.check_answer("$")
     verdicts = math_verifier.verify_many([(r"\boxed{2}", "2"), (r"\boxed{2}", "$"), (r"\boxed{3}", "2")])
     assert [(v.correct, v.readable) for v in verdicts] == [(True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize("source", PAIRS)
+def test_math_grades_every_pair_as_it_is_right(math_verifier: MathVerifier, source: str) -> None:
+    if not PAIRS[source].exists():
+        pytest.skip(f"{PAIRS[source]} is not beside this checkout (../shared/cases)")
+    rows = [json.loads(line) for line in PAIRS[source].read_text().splitlines()]
+    verdicts = math_verifier.verify_many([(row["response"], row["gold"]) for row in rows])
+    wrong = [
+        (row["gold"], row["response"][-80:])
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if verdict.correct != row["right"]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not beside this checkout (../shared/data)")
+def test_math_reads_the_answer_of_a_gsm8k_solution(math_verifier: MathVerifier) -> None:
+    solutions = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()[:200]]
+    pairs = [(rf"\boxed{{{solution.rsplit('#### ')[-1]}}}", solution) for solution in solutions]
+    assert all(verdict.correct for verdict in math_verifier.verify_many(pairs))
+    changed = [(rf"\boxed{{{solution.rsplit('#### ')[-1]}1}}", solution) for solution in solutions]
+    assert not any(verdict.correct for verdict in math_verifier.verify_many(changed))
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think>so 7</think> \\boxed{7}", "7"),
+        ("<think>\\boxed{7}</think>", None),
+        ("<think>\\boxed{7}", None),
+        ("\\boxed{7}</think>", None),
+        ("<think>\\boxed{5}</think>\n<answer>7</answer>", "7"),
+        ("\\boxed{7}" + " and so on" * 100_000, "7"),
+        ("\\fbox{7} and \\boxed{8", "7"),
+        ("$\\boxed 12$", "1"),
+        ("\\boxed{x=1}, or \\boxed{x=2}", "x=1, x=2"),
+        ("#### 42\n the end", "42"),
+        ("Answer: 12\n\nThat is 34.", "12"),
+        ("2 + 5 = 7, \\boxed{", "7"),
+        ("\\boxed{7", None),
+        ("", None),
+    ],
+)
+def test_where_a_response_states_its_answer(response: str, answer: str | None) -> None:
+    assert final_answer(response) == answer
+
+
+HOSTILE_TEXTS = [
+    "\\boxed{" * 120_000,
+    "<think>" * 140_000,
+    "answer " * 140_000,
+    "{" * 10**6,
+    "#### " * 200_000,
+    "= " * 500_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda text: text[:8])
+def test_finding_an_answer_takes_time_linear_in_the_text(text: str) -> None:
+    """A megabyte each: a search that is not linear would not end."""
+    assert final_answer(text) in (None, "answer", "####" + " ####" * 799)
+    assert len(tidy(text[:4000])) <= 4000
 
 
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside this checkout (../shared/data)")
@@ -269,7 +345,7 @@ def test_a_reworded_solution_is_no_new_one_and_other_steps_are(math_verifier: Ma
     assert forms[0] is not None
     assert forms[0] == forms[1] == forms[2]
     assert len(set(forms)) == 3
-    assert math_verifier.named() == f"math-verify {version('math-verify')}"
+    assert math_verifier.named() == f"math {MATH_RULES} (math-verify {version('math-verify')})"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +376,7 @@ MATH_BOMBS = [
     r"\boxed{9**9**9**9}",
     r"\boxed{(x+y+z)^{3000}}",  # expands into millions of terms
     r"\boxed{100000000!}",
+    r"\boxed{7^{10^{12}}}",
     r"\boxed{\sum_{n=1}^{10^{12}} \frac{1}{n^n}}",
 ]
 
@@ -353,7 +430,7 @@ def test_an_answer_that_was_slow_once_is_graded_again(tmp_path: Path) -> None:
     command = (sys.executable, "-c", SLOW_ONCE, str(tmp_path / "seen"))
     with MathVerifier(seconds=1.0, workers=2, command=command) as verifier:
         verdicts = verifier.verify_many([("fine", "1"), ("slow", "1"), ("fine", "1")])
-        assert verifier.named() == "math-verify 7"
+        assert verifier.named() == f"math {MATH_RULES} (math-verify 7)"
     assert [v.correct for v in verdicts] == [True] * 3
 
 

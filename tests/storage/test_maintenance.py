@@ -17,7 +17,7 @@ from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
-from eopd.storage.exchange import export_parquet, import_topk, imported_header
+from eopd.storage.exchange import export_parquet, import_topk, imported_header, read_capture
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.stacked import StackedStores
@@ -252,6 +252,109 @@ def test_what_cannot_be_imported(tmp_path: Path) -> None:
     pq.write_table(short, tmp_path / "short.parquet")
     with pytest.raises(ValueError, match="12 tokens and 3 lists"):
         import_topk(tmp_path / "short.parquet", shifted=False)
+
+
+SEQUENCE = {"input_ids": [[5, 1, 2]], "top_indices": [[[1, 0], [2, 0], [3, 1]]], "top_values": [[[-0.2, -2.0]] * 3]}
+HOLE = [[None, [2, 0], [3, 1]]]
+UNREADABLE = {
+    "flat lists": ({"top_indices": [[1, 2, 3]]}, "column 'top_indices' is list"),
+    "texts": ({"input_ids": [["5", "1", "2"]]}, "column 'input_ids' is list"),
+    "floats as ids": ({"top_indices": [[[1.0, 0.0]] * 3]}, "column 'top_indices' is list"),
+    "a null row": ({"top_values": pa.array([None], pa.list_(pa.list_(pa.float64())))}, "row 0: top_values is null"),
+    "a null token": ({"input_ids": [[5, None, 2]]}, "row 0: token 1 of input_ids is null"),
+    "a null first position": (
+        {"top_indices": HOLE, "top_values": [[None, *[[-0.2, -2.0]] * 2]]},
+        "row 0, position 0.*vLLM",
+    ),
+    "a null position": ({"top_indices": [[[1, 0], None, [3, 1]]]}, "row 0, position 1: null"),
+    "a null id": ({"top_indices": [[[1, 0], [None, 0], [3, 1]]]}, "row 0, position 1: null"),
+    "a token beyond": ({"input_ids": [[5, 1, 64]]}, "row 0: token id 64 is outside the vocabulary of 64"),
+    "a negative token": ({"input_ids": [[5, -1, 2]]}, "row 0: token id -1 is outside"),
+    "an id beyond": (
+        {"top_indices": [[[1, 0], [2, 70], [3, 1]]]},
+        "row 0, position 1: id 70 is outside the vocabulary of 64",
+    ),
+    "an enormous id": (
+        {"top_indices": pa.array([[[1, 0], [2, 2**63], [3, 1]]], pa.list_(pa.list_(pa.uint64())))},
+        "row 0, position 1: id 9223372036854775808 is outside",
+    ),
+    "an id twice": ({"top_indices": [[[1, 1], [2, 0], [3, 1]]]}, "row 0, position 0: id 1 is there twice"),
+    "not a number": ({"top_values": [[[-0.2, float("nan")]] * 3]}, "row 0, position 0: a log-prob is NaN"),
+    "logits": ({"top_values": [[[3.0, -2.0]] * 3]}, "row 0, position 0: mass .*are these log-probs"),
+    "no mass": (
+        {"top_values": [[[-0.2, -2.0], [float("-inf")] * 2, [-0.2, -2.0]]]},
+        "row 0, position 1: its top-k list is empty",
+    ),
+    "more ids than values": (
+        {"top_indices": [[[1, 0, 4], [2, 0], [3, 1]]]},
+        "row 0, position 0: 3 ids and 2 log-probs",
+    ),
+    "more positions than tokens": ({"input_ids": [[5, 1]]}, "row 0: 2 tokens and 3 lists"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_capture_that_is_wrong_is_refused_by_row_and_position(tmp_path: Path, name: str) -> None:
+    changes, message = UNREADABLE[name]
+    pq.write_table(pa.table({**SEQUENCE, **changes}), tmp_path / "capture.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_capture(tmp_path / "capture.parquet", vocab_size=64)
+
+
+def test_ids_without_mass_are_left_out_and_a_null_first_position_has_no_scores(tmp_path: Path) -> None:
+    ids = [[[1, 0, 94_000_000_000], [2, 0, -7], [3, 1, 1]]]
+    values = [[[-0.2, -2.0, float("-inf")]] * 3]
+    pq.write_table(pa.table({**SEQUENCE, "top_indices": ids, "top_values": values}), tmp_path / "garbage.parquet")
+    pq.write_table(pa.table(SEQUENCE), tmp_path / "clean.parquet")
+    garbage, clean = (read_capture(tmp_path / f"{name}.parquet", vocab_size=64).rows for name in ("garbage", "clean"))
+    assert garbage.head_ids.tolist() == clean.head_ids.tolist() == [1, 0, 2, 0]
+    assert np.array_equal(garbage.entropy, clean.entropy)
+    late = {**SEQUENCE, "top_indices": HOLE, "top_values": [[None, *[[-0.2, -2.0]] * 2]]}
+    pq.write_table(pa.table(late), tmp_path / "vllm.parquet")
+    rows = read_capture(tmp_path / "vllm.parquet", shifted=False).rows
+    assert rows.token_ids.tolist() == [1, 2]
+    assert rows.head_ids.tolist() == [2, 0, 3, 1]
+
+
+def test_log_probs_of_bfloat16_are_scaled_to_what_they_were_rounded_from(tmp_path: Path) -> None:
+    made = np.random.default_rng(0)
+    exact = np.log(made.dirichlet(np.ones(64), size=200))
+    rounded = (exact.astype(np.float32).view(np.uint32) + 0x7FFF & 0xFFFF0000).view(np.float32).astype(np.float64)
+    masses = np.exp(rounded).sum(axis=1)
+    assert masses.max() > 1.0 + 1e-3
+    lists = {"top_indices": [[list(range(64))] * 200], "top_values": [rounded.tolist()]}
+    pq.write_table(pa.table({"input_ids": [[1] * 200], **lists}), tmp_path / "capture.parquet")
+    found = read_capture(tmp_path / "capture.parquet", shifted=False, vocab_size=64)
+    assert (found.precision, found.mass) == ("bfloat16", pytest.approx(masses.max()))
+    assert np.exp(found.rows.head_logprobs.reshape(200, 64)).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert found.rows.tail_logmass.max() <= -49
+    float32 = (rounded + 1e-5).tolist()
+    pq.write_table(pa.table({"input_ids": [[1] * 200], **lists, "top_values": [float32]}), tmp_path / "heavy.parquet")
+    with pytest.raises(ValueError, match="are these log-probs"):
+        read_capture(tmp_path / "heavy.parquet", shifted=False, vocab_size=64)
+
+
+CAPTURES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "captures"
+
+
+@pytest.mark.skipif(not CAPTURES.exists(), reason="the captures are not beside this checkout (../shared/cases)")
+@pytest.mark.parametrize(
+    ("name", "shifted", "tokens"),
+    [
+        ("flat", True, "column 'top_indices'"),
+        ("vllm_first_none", True, "position 0: null"),
+        ("vllm_first_none", False, 5),
+        ("garbage_id", True, 5),
+        ("id_beyond_vocab", True, "row 0, position 2: id 70"),
+        ("bf16_full", True, 5),
+    ],
+)
+def test_captures_of_other_tools(name: str, shifted: bool, tokens: int | str) -> None:
+    if isinstance(tokens, int):
+        assert read_capture(CAPTURES / f"{name}.parquet", shifted=shifted, vocab_size=64).rows.tokens == tokens
+        return
+    with pytest.raises(ValueError, match=tokens):
+        read_capture(CAPTURES / f"{name}.parquet", shifted=shifted, vocab_size=64)
 
 
 def test_a_copied_folder_works_where_it_lands(tmp_path: Path) -> None:

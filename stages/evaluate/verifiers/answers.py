@@ -1,33 +1,117 @@
-"""How final answers are written: in boxes, between dollars, as a program prints numbers. Text only, no algebra."""
+"""Where a text states its final answer. Text only, no algebra, and time linear in the length of the text."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from collections import deque
 from decimal import Decimal
 
-BOX = "\\boxed{"
-MOST_BOXES = 8
-"""Boxes that are looked at, from the last: a response cut at its length limit may end within one."""
+MAX_ANSWER = 4000
+"""Characters of the longest answer. A box, tag or line that holds more is no answer."""
+MAX_BOXES = 8
+"""Boxes that are read, from the last: a response that was cut at its length limit may end within one."""
 
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"\\[A-Za-z]+|[^\s{}$\\]")
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning|scratchpad|seed:think"
+_THINK_TAG = re.compile(
+    rf"<(?P<close>/)?(?:{_THOUGHTS})>|\[(?P<bracket>/)?THINK\]|<\|(?P<token>begin|end)_of_thought\|>|"
+    r"(?P<kimi>◁/?think▷)|<\|channel\|>(?P<channel>[a-z]+)<\|message\|>",
+    re.IGNORECASE,
+)
+_ANSWER_TAG = re.compile(r"<answer>(?P<content>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_GSM8K = re.compile(r"^[ \t]*####[ \t]*(?P<content>\S[^\n]*)", re.MULTILINE)
+_ANCHOR = re.compile(
+    r"(?:\banswer\b(?:\s+(?:to|for|of)\b[^.:\n]{0,80}?)?[*_\s]*(?:\b(?:is|are|equals|would\s+be|must\s+be)\b[*_\s]*:?|[:=：])"
+    r"|答案\s*(?:应该)?\s*(?:是|为|[:：])+|最终结果\s*(?:是|为|[:：])+)[*_\s]*",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<![A-Z])[.!?](?=\s|$|\*)|。|\n|I hope\b")
+_REASON = re.compile(r"[,;]?\s+(?:because|since|as|which|so|where|when|from|by)\s")
+_SAYS = re.compile(r"=|\b(?:is|are|was|equals|get|gives?|yields)\b[:\s*_]*")
+_NUMBER = re.compile(r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+_LABEL = re.compile(r"\b(?:step|part|case|problem|example|question|equation|lemma|line)\s+\d", re.IGNORECASE)
+_FILLER = re.compile(
+    r"(?:(?:simply|therefore|thus|just|exactly|equal\s+to|given\s+by|option|choice)\b|[:：])\s*", re.IGNORECASE
+)
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;.&]|\\[()\[\],;!]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\(?\b[a-z]\)|[A-Za-z]\s*=)*",
+)
 _E_NUMBER = re.compile(r"(?<![\w.\\])(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d{1,3}(?!\w|\.\d)")
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_CODE = (
-    (re.compile(r"(?<=\d)\.(?=/)"), ""),
-    (re.compile(r"\bnp\.(?=[a-z]+\()"), r"\\"),
-)
+_CODE = ((re.compile(r"(?<=\d)\.(?=/)"), ""), (re.compile(r"\bnp\.(?=[a-z]+\()"), r"\\"))
+_MISSING = frozenset({"", "nan", "null", "<na>", "nat", "[]", "\\boxed{}", "\\fbox{}"})
+_STRUCT_KEYS = ("ground_truth", "final_answer", "answer", "target")
 
 
-def last_box(text: str) -> str | None:
-    """Content of the last complete ``\\boxed{...}``; None where there is none."""
-    end = len(text)
-    for _ in range(MOST_BOXES):
-        end = text.rfind(BOX, 0, end)
-        if end < 0:
-            return None
-        content = _until_closed(text, end + len(BOX))
-        if content is not None:
-            return content.strip()
-    return None
+def final_answer(response: str) -> str | None:
+    """The final answer of a response; None for a response that states none.
+
+    What was thought aloud is no answer. The last of these counts: a box, an ``<answer>`` tag, a line after ``####``;
+    without one, what follows the last "answer is" or "Answer:"; without that, the last mathematics of the last line
+    that has any.
+    """
+    text = without_thoughts(response)
+    places = [boxes] if (boxes := _boxes(text)) else []
+    for match in filter(None, (_last(_ANSWER_TAG, text), _last(_GSM8K, text))):
+        places.append((match.end(), match["content"].strip()))
+    if not places:
+        return _stated(text)
+    _, content = max(places)
+    inner = _boxes(content)
+    content = inner[1] if inner else content
+    return content if content and len(content) <= MAX_ANSWER else None
+
+
+def last_box(response: str) -> str | None:
+    """Content of the last complete box of a response, thoughts apart; None without one."""
+    boxes = _boxes(without_thoughts(response))
+    return boxes[1] if boxes else None
+
+
+def reference_answer(answer: str) -> str:
+    """The final answer of a reference: alone, in a solution (a box, or ``####``), in a list, or in a JSON record.
+
+    Returns:
+        An empty string for a reference that holds none, such as "nan".
+    """
+    answer = answer.strip()
+    if answer.startswith(("{", "[")) and len(answer) <= MAX_ANSWER:
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = _from_json(json.loads(answer), answer)
+    marked = _last(_GSM8K, answer)
+    if boxes := _boxes(answer):
+        answer = boxes[1]
+    elif marked:
+        answer = marked["content"]
+    answer = as_written(answer.strip())
+    holds_none = _DOLLAR.sub("", answer).strip().lower() in _MISSING or answer == "None"
+    return "" if holds_none else answer
+
+
+def without_thoughts(response: str) -> str:
+    """A response without what stands between tags of thinking; a tag that is never closed takes all that follows."""
+    kept: list[str] = []
+    start, depth = 0, 0
+    for tag in _THINK_TAG.finditer(response):
+        if tag["channel"]:
+            closes = tag["channel"].lower() == "final"
+        else:
+            closes = bool(tag["close"] or tag["bracket"] or tag["kimi"] == "◁/think▷")
+            closes = closes or (tag["token"] or "").lower() == "end"
+        if closes:
+            # A template may have opened the tag: without one of its own, all before is thought.
+            kept = kept if depth else []
+            depth, start = 0, tag.end()
+        elif not depth:
+            kept.append(response[start : tag.start()])
+            depth = 1
+    if not depth:
+        kept.append(response[start:])
+    return "".join(kept)
 
 
 def as_written(text: str) -> str:
@@ -41,38 +125,71 @@ def as_written(text: str) -> str:
     return text
 
 
-def readings_of_reference(answer: str) -> list[str]:
-    """A reference answer as texts with marked mathematics, the likeliest first.
-
-    Mathematics stands between dollars. Where the dollars make no pairs (``221,$8$``), or what they mark cannot be read
-    (``a+$ $b``), the whole answer is mathematics. ``\\$`` is a currency and marks nothing.
-    """
-    answer = as_written(answer.strip())
-    whole = f"${_DOLLAR.sub('', answer)}$"
-    dollars = len(_DOLLAR.findall(answer))
-    if BOX in answer or (dollars and dollars % 2 == 0):
-        return [answer, whole]
-    return [whole, answer]
-
-
-def readings_of_response(response: str) -> list[str]:
-    """A response as texts that may hold its final answer, the likeliest first.
-
-    The last box comes alone, before all of the text: boxes that stand close together would be read as one set, which
-    a set spread over several boxes is. ``2e-1`` is a number first, then twice Euler's number less one.
-    """
-    found = []
-    for text in (as_written(response), response):
-        box = last_box(text)
-        found += [text] if box is None else [f"{BOX}{box}}}", text]
-    return list(dict.fromkeys(found))
+def _boxes(text: str) -> tuple[int, str] | None:
+    """End and content of the last complete box; boxes with only a comma or "and" between them are one answer."""
+    found: list[tuple[int, int, str]] = []
+    for opening in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
+        box = _box_at(text, opening)
+        if box is not None:
+            found.insert(0, (opening.start(), *box))
+    if not found:
+        return None
+    group = [found.pop()]
+    while found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], group[0][0]):
+        group.insert(0, found.pop())
+    contents = list(dict.fromkeys(content for _, _, content in group))
+    return group[-1][1], ", ".join(contents)
 
 
-def _until_closed(text: str, start: int) -> str | None:
-    """From ``start`` to the brace that closes the one before it; None where there is none."""
+def _box_at(text: str, opening: re.Match[str]) -> tuple[int, str] | None:
+    """End and content of one box: ``\\boxed{...}``, or the one token after ``\\boxed``."""
+    start = opening.end()
+    if not text.startswith("{", start):
+        token = _TOKEN.match(text, start)
+        return (token.end(), token[0]) if token else None
     depth = 0
-    for place in range(start, len(text)):
-        if text[place] == "}" and depth == 0:
-            return text[start:place]
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for brace in _BRACE.finditer(text, start, start + MAX_ANSWER):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            content = text[start + 1 : brace.start()].strip()
+            return (brace.end(), content) if content else None
     return None
+
+
+def _stated(text: str) -> str | None:
+    """What a text without a complete box says last."""
+    text = _BOX.split(text, maxsplit=1)[0]
+    anchor = _last(_ANCHOR, text)
+    if anchor:
+        rest = text[anchor.end() : anchor.end() + MAX_ANSWER].lstrip()
+        rest = _FILLER.sub("", rest, count=1) if _FILLER.match(rest) else rest
+        end = _SENTENCE_END.search(rest)
+        rest = _REASON.split(rest[: end.start()] if end else rest, maxsplit=1)[0]
+        rest = rest.strip(" \t*_\"'“”")
+        if rest:
+            return rest
+    lines = text[-MAX_ANSWER:].splitlines()[-8:]
+    return next((_last_statement(line) for line in reversed(lines) if _NUMBER.search(line) or "$" in line), None)
+
+
+def _last_statement(line: str) -> str | None:
+    """What a line says is equal to something, or its only number."""
+    *_, rest = _SAYS.split(line)
+    if rest != line:
+        end = _SENTENCE_END.search(rest)
+        return (rest[: end.start()] if end else rest).strip(" \t*_,;:") or None
+    numbers = _NUMBER.findall(line)
+    return numbers[0] if len(numbers) == 1 and not _LABEL.search(line) else None
+
+
+def _from_json(value: object, text: str) -> str:
+    """The answer in a record (by its usual names) or a list of texts; other JSON, such as ``[1, 2]``, is ``text``."""
+    if isinstance(value, dict):
+        return next((_from_json(value[key], str(value[key])) for key in _STRUCT_KEYS if key in value), "")
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return "" if value is None else text
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return deque(pattern.finditer(text), maxlen=1).pop() if pattern.search(text) else None

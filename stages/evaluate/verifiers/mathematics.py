@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from eopd.stages.evaluate.settings import MATH_RULES
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
@@ -73,12 +74,12 @@ class MathVerifier:
             raise ValueError("the reference answer is empty")
         [verdict] = self.verify_many([("", answer)])
         if not verdict.readable:
-            raise ValueError(f"the reference answer {answer!r} holds nothing that math-verify can read")
+            raise ValueError(f"the reference answer {answer!r} holds no answer")
         if verdict.reason == DIED or _timed_out(verdict):
             raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
 
     def named(self) -> str:
-        return f"math-verify {self._version}" if self._version else "math-verify"
+        return f"math {MATH_RULES} (math-verify{f' {self._version}' if self._version else ''})"
 
     def close(self) -> None:
         for _ in range(self._workers):

@@ -8,7 +8,7 @@ Letters: T tokens, K outcome columns (padded; an unused one has log-prob ``LOG_Z
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.storage.needs import Need
+from eopd.storage.needs import Need, StopsNeed
 
 if TYPE_CHECKING:
     from eopd.stages.train.objectives.teacher_batch import TeacherBatch
@@ -45,6 +45,7 @@ class StepContext:
     q_old: Tensor | None = None  # [T] log-prob of the sampled token at the round's start
     student_entropy_round: Tensor | None = None  # [T] student entropy at the round's start
     entropy_threshold: float | None = None  # quantile of student_entropy_round over the round (reopold)
+    unsure: Tensor | None = None  # [T] bool: above that quantile, equal entropies by key (``reopold.above_quantile``)
     token_key: Tensor | None = None  # [T] int64, one number a (round, response, position) (tropd)
     teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (tropd)
     weight: Tensor | None = None  # [T] factor of the loss, whatever the objective (staleness); None: 1
@@ -52,7 +53,7 @@ class StepContext:
     epoch: int = 0
 
     def slice(self, start: int, stop: int) -> StepContext:
-        names = ("mask", "q_old", "student_entropy_round", "token_key", "teacher_prefix", "weight")
+        names = ("mask", "q_old", "student_entropy_round", "unsure", "token_key", "teacher_prefix", "weight")
         given = {name: getattr(self, name) for name in names}
         return replace(self, **{name: value[start:stop] for name, value in given.items() if value is not None})
 
@@ -81,6 +82,7 @@ class SupportPlan:
     draws: str = "none"  # none | beyond_head | full
     extra: int = 0  # ids of the student's own, its most probable first
     stops: bool = True  # apply stop handling
+    stop_logprobs: bool = True  # the loss reads what the teacher says of stops, not only which ids they are
 
 
 LossFunction = Callable[[SparseStudent, "TeacherBatch", StepContext], TokenLoss]
@@ -102,6 +104,10 @@ class Objective:
     @property
     def name(self) -> str:
         return self.settings.name
+
+    def needs_with(self, stop_ids: Collection[int]) -> tuple[Need, ...]:
+        """Needs of a run whose models end with ``stop_ids``: the log-prob of a single one is never read."""
+        return tuple(need for need in self.needs if len(set(stop_ids)) > 1 or not isinstance(need, StopsNeed))
 
 
 def outcomes(z: Tensor, z_stops: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:

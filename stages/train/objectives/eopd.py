@@ -19,8 +19,9 @@ from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, N
 def forward_needs(settings: ObjectiveSettings, above_entropy: float = -1.0) -> tuple[Need, ...]:
     """What `forward_kl` reads on tokens whose entropy exceeds ``above_entropy``."""
     if settings.support == "sampled":
-        full = settings.draws == "full"
-        return (EntropyNeed(), DrawsNeed(settings.draws, n=settings.n_draws if full else 0))
+        if settings.draws == "full":
+            return (EntropyNeed(), DrawsNeed("full", n=settings.n_draws))
+        return (EntropyNeed(), HeadNeed(1), DrawsNeed("beyond_head"))
     # Beside a bucket any head is a valid support; without one it must be the top k that the formula names.
     return (HeadNeed(1 if settings.support == "bucket" else settings.k, above_entropy),)
 
@@ -33,8 +34,9 @@ def forward_plan(settings: ObjectiveSettings) -> SupportPlan:
 
 
 def reverse_needs(settings: ObjectiveSettings) -> tuple[Need, ...]:
-    extra: tuple[Need, ...] = (ExtraIdsNeed(settings.student_topk),) if settings.student_topk else ()
-    return (SampledNeed(), *((HeadNeed(1), *extra) if settings.rkl == "topk" else ()))
+    if settings.rkl == "sampled":
+        return (SampledNeed(),)
+    return (HeadNeed(1), *((ExtraIdsNeed(settings.student_topk),) if settings.student_topk else ()))
 
 
 def round_start_fields(settings: ObjectiveSettings) -> frozenset[str]:
@@ -70,6 +72,8 @@ def opd(settings: ObjectiveSettings) -> Objective:
 
 def eopd(settings: ObjectiveSettings) -> Objective:
     """L_OPD + alpha 1[H > tau] L_FKL; both are divided by the number of all valid tokens."""
+    if settings.alpha == 0:
+        return opd(settings)
 
     def token_loss(student: SparseStudent, teacher: TeacherBatch, context: StepContext) -> TokenLoss:
         reverse, parts = on_policy_term(settings, student, teacher, context)

@@ -49,8 +49,8 @@ def rs_kd(settings: ObjectiveSettings) -> Objective:
         loss = -(teacher.target * student.logprob).sum(dim=1)
         return TokenLoss(loss, {"loss_draws": loss})
 
-    plan = SupportPlan(head_k=settings.k, draws="full")
-    return Objective(settings, (DrawsNeed("full", n=settings.n_draws), StopsNeed()), plan, token_loss)
+    plan = SupportPlan(head_k=settings.k, draws="full", stop_logprobs=False)
+    return Objective(settings, (DrawsNeed("full", n=settings.n_draws),), plan, token_loss)
 
 
 def sft(settings: ObjectiveSettings) -> Objective:

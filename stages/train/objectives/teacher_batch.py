@@ -93,7 +93,10 @@ class TeacherBatch:
             raise ValueError(f"sampled token {rows.token_ids[bad[0]]} is outside the student's {vocab_size} ids")
         merged: tuple[int, ...] = ()
         if plan.stops:
-            stops.require(rows)
+            if plan.stop_logprobs:
+                stops.require(rows)
+            else:
+                rows = stops.filled(rows)
             merged = stops.merged if any(i < vocab_size for i in stops.merged) else ()
             if stops.mode == "remap":
                 rows = swap_stops(rows, stops)

@@ -11,7 +11,7 @@ from eopd.stages.train.objectives.gate import accepted
 from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import HeadNeed, SampledNeed, StopsNeed
+from eopd.storage.needs import HeadNeed, Need, SampledNeed, StopsNeed
 
 
 def hashed_uniform(key: Tensor, seed: int, epoch: int) -> Tensor:
@@ -61,5 +61,7 @@ def tropd(settings: ObjectiveSettings) -> Objective:
         loss = own * (reverse + forward) + guided
         return TokenLoss(loss, {**parts, "gate": own * trusted, "advantage": advantage})
 
-    needs = (HeadNeed(settings.k), SampledNeed(), StopsNeed())
+    # The trust region reads the sampled token alone; a head is read by the divergences outside it.
+    heads: dict[str, tuple[Need, ...]] = {"fkl": (HeadNeed(settings.k),), "jsd": (HeadNeed(1),)}
+    needs = (*heads.get(settings.outlier, ()), SampledNeed(), StopsNeed())
     return Objective(settings, needs, SupportPlan(head_k=settings.k), token_loss, frozenset({"token_key"}))

@@ -38,6 +38,7 @@ from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensor
 from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import RoundStart, States, write_jsonl
 from eopd.storage.errors import StoreFull
+from eopd.storage.files import free_of
 from eopd.storage.fingerprints import tokenizer_files
 from eopd.storage.sources import filled_parts
 
@@ -107,11 +108,11 @@ def _require_space(job: TrainJob, model: Any) -> None:
         averages = 0 if job.settings.ema is None or frozen else sum(4 * value.numel() for _, value in sizes)
         needed += 2 * trained + averages
     job.output.begin()
-    free = shutil.disk_usage(job.output.folder).free
-    if free < needed:
+    free = free_of(job.output.folder)
+    if free.bytes < needed:
         raise StoreFull(
             f"no space left for the checkpoint of train {job.round}: it takes {needed:,} bytes, and "
-            f"{job.output.folder} has {free:,} bytes free. Free space, then run the same command again."
+            f"{job.output.folder} has {free}. Free space, then run the same command again."
         )
 
 

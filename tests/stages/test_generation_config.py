@@ -22,6 +22,7 @@ from eopd.stages.train import checkpoint
 from eopd.stages.train.job import OPTIMIZER, WEIGHTS, TrainJob
 from eopd.stages.train.run import run
 from eopd.storage.errors import StoreFull
+from eopd.storage.files import Free
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import KillAfter, part_bytes, read_rows, train_job
@@ -209,9 +210,8 @@ def test_a_checkpoint_that_would_not_fit_is_refused_before_the_first_step(
     world: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = sum(value.numel() * 4 for value in load_file(world[0] / "student" / "model.safetensors").values())
-    usage = checkpoint.shutil.disk_usage("/")
     job = job_of(world, "too large")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=3 * weights - 1))
+    monkeypatch.setattr(checkpoint, "free_of", lambda _: Free(3 * weights - 1, None))
     with pytest.raises(StoreFull, match=f"{3 * weights:,} bytes"):
         run(job)
     assert not job.progress_states.committed()

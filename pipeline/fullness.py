@@ -10,7 +10,7 @@ from eopd.storage.files import NO_INODES, Free, free_of
 ROOM_BYTES = 1 << 20
 """So much more than there was when the disk was full is worth another try."""
 ROOM_INODES = 32
-"""The same where inodes were short. Elsewhere they say nothing: some file systems derive their number from the bytes."""
+"""The same where inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
 TRY_EVERY_SECONDS = 600.0
 """A quota shows in no figure: now and then it is simply tried."""
 

@@ -23,7 +23,8 @@ class ModelFacts:
     fingerprint: str  # weights, config, dtype, and code that is trusted
     tokenizer_fingerprint: str  # every tokenizer file, templates included
     stop_ids: tuple[int, ...]  # its main one first
-    generation_stops: tuple[int, ...] = ()  # those of them at which transformers and vLLM end by themselves
+    # those of them at which transformers and vLLM end by themselves; None: all that the run has
+    generation_stops: tuple[int, ...] | None = None
     is_noisy: bool = False  # its config asks for dropout in attention, or for jitter in a router
 
 

@@ -321,7 +321,8 @@ def _noise(facts: Facts) -> dict[str, str]:
 
 def _exported_stops(facts: Facts) -> dict[str, list[int]]:
     """Before they carried the run's stop ids, checkpoints were written with the student's own."""
-    return {} if set(facts.student.generation_stops) == set(facts.ends) else {"generation_stops": list(facts.ends)}
+    own = facts.student.generation_stops
+    return {} if own is None or set(own) == set(facts.ends) else {"generation_stops": list(facts.ends)}
 
 
 def _measuring_jobs(

@@ -28,8 +28,7 @@ RAW: dict[str, Any] = {
 
 def make_facts(student: str = "s0", teacher: str = "t0", prompts: int = 25, folder: Path = Path("m")) -> Facts:
     def model(fingerprint: str, stop: int) -> ModelFacts:
-        # generation ends at both models' stop ids by itself, so that checkpoints keep their first keys
-        return ModelFacts(folder, folder, fingerprint, "tok", (stop,), generation_stops=(2, 5))
+        return ModelFacts(folder, folder, fingerprint, "tok", (stop,))
 
     return Facts(model(student, 2), model(teacher, 5), prompts, "prompts", (BenchmarkFacts("b", 11, "bench"),))
 

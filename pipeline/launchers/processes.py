@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -88,7 +89,7 @@ class Leader(subprocess.Popen[bytes]):
     """
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
-        ask = _asking_to_stop_with(os.getpid()) if sys.platform == "linux" else None
+        ask = partial(ask_to_stop_when_orphaned, os.getpid()) if sys.platform == "linux" else None
         super().__init__([sys.executable, *arguments], start_new_session=True, preexec_fn=ask, **options)
 
     def poll(self) -> int | None:
@@ -132,15 +133,11 @@ def spawn_process(arguments: list[str], environment: Mapping[str, str], output: 
     return Leader(arguments, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
-def _asking_to_stop_with(parent: int) -> Callable[[], None]:
-    """What a child of ``parent`` has to call: SIGTERM comes from the kernel when its parent ends, however it ends."""
-
-    def ask() -> None:
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended before we could ask
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return ask
+def ask_to_stop_when_orphaned(parent: int | None = None) -> None:
+    """In a child of ``parent``: SIGTERM comes from the kernel when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:  # it ended before it could be asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_with_parent(first: signal.Signals = signal.SIGTERM) -> None:

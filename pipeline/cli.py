@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eopd.pipeline.doctor_cli import doctor
+from eopd.pipeline.launchers.processes import TORCHRUN_VARIABLE, end_with_parent, end_with_parent_if_spawned
 from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
 from eopd.pipeline.status_cli import logs, status
 from eopd.pipeline.store_cli import app as store_app
 from eopd.pipeline.student_cli import student
+from eopd.pipeline.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from eopd.pipeline.progress import Display
     from eopd.pipeline.runner import Runner
     from eopd.stages.job import Progress
+
+end_with_parent_if_spawned()
 
 app = typer.Typer(
     help="Offline-teacher distillation of language models: the teacher reads what the student sampled once, in batch; "
@@ -167,7 +172,10 @@ def run(
     _refuse_what_cannot_end_well(runners)
     for runner in runners:
         _write_resolved(runner)
-    if bring_to_end(work, launcher, display):
+    # Ray finds its cluster through the temporary folder of the machine
+    with nullcontext() if launcher.launcher.kind in ("ray", "slurm") else temporary_folder():
+        ended = bring_to_end(work, launcher, display)
+    if ended:
         for runner in runners:
             prune_old(runner)
             page = write_report(runner)
@@ -217,7 +225,9 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):
         os.execv(sys.executable, [sys.executable, *stage_command(task)])
-    if not runner.run(job, chosen):
+    with temporary_folder():
+        did_something = runner.run(job, chosen)
+    if not did_something:
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
@@ -277,6 +287,8 @@ def main() -> None:
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
     be_quiet()
+    if TORCHRUN_VARIABLE in os.environ:
+        end_with_parent()
     try:
         with stopping_on_signals(_tell_stop):
             app()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
 
 from eopd.pipeline.runner import Runner
+from eopd.storage.files import NO_INODES, Free, free_of
 
 ROOM_BYTES = 1 << 20
 """So much more than there was when the disk was full is worth another try."""
+ROOM_INODES = 32
+"""The same where inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
 TRY_EVERY_SECONDS = 600.0
 """A quota shows in no figure: now and then it is simply tried."""
 
@@ -20,20 +21,22 @@ class Pause:
     def __init__(self, runner: Runner, message: str, poll_seconds: float) -> None:
         self._line = runner.progress.line
         self._folders = [folder for folder in (runner.store, runner.paths.folder) if folder.exists()]
-        self._free = [free_bytes(folder) for folder in self._folders]
         self._poll, self._looked, self._began = poll_seconds, time.monotonic(), time.monotonic()
-        told = "; ".join(
-            f"{folder.resolve()} has {free:,} bytes free"
-            for folder, free in zip(self._folders, self._free, strict=True)
-        )
+        self._by_inodes = False
+        self.renew(message)
+        free = "; ".join(f"{folder.resolve()} has {free_of(folder)}" for folder in self._folders)
+        remedy = "Remove some files" if self._by_inodes else "Free some space"
         self._line(
-            f"paused: {message}\n  {told}. Free some space and the run goes on by itself; Ctrl-C ends it, and the same "
-            "command goes on later."
+            f"paused: {message}\n  {free}. {remedy} and the run goes on by itself (a quota, which these figures do not "
+            f"show, is tried again every {TRY_EVERY_SECONDS / 60:.0f} minutes); Ctrl-C ends it, and the same command "
+            "goes on later."
         )
 
-    def renew(self) -> None:
-        """It was full again, with what was still at work meanwhile."""
-        self._free = [free_bytes(folder) for folder in self._folders]
+    def renew(self, message: str) -> None:
+        """Take today's free space as what was not enough: it was full again, for what was still at work meanwhile."""
+        self._free = [free_of(folder) for folder in self._folders]
+        few = any(free.inodes is not None and free.inodes < ROOM_INODES for free in self._free)
+        self._by_inodes = self._by_inodes or few or NO_INODES in message
 
     def is_over(self) -> bool:
         """Whether there is more space than there was, or it is time to simply try. Cheap to ask at any time."""
@@ -42,12 +45,15 @@ class Pause:
             return False
         self._looked = now
         for folder, before in zip(self._folders, self._free, strict=True):
-            free = free_bytes(folder)
-            if free >= before + ROOM_BYTES:
-                self._line(f"going on: {folder.resolve()} has {free:,} bytes free")
+            free = free_of(folder)
+            if self._is_room(before, free):
+                self._line(f"going on: {folder.resolve()} has {free}")
                 return True
         return now - self._began >= TRY_EVERY_SECONDS
 
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    def _is_room(self, before: Free, now: Free) -> bool:
+        if now.bytes >= before.bytes + ROOM_BYTES:
+            return True
+        if not self._by_inodes or before.inodes is None:
+            return False
+        return now.inodes is None or now.inodes >= before.inodes + ROOM_INODES

@@ -23,6 +23,8 @@ class ModelFacts:
     fingerprint: str  # weights, config, dtype, and code that is trusted
     tokenizer_fingerprint: str  # every tokenizer file, templates included
     stop_ids: tuple[int, ...]  # its main one first
+    # those of them at which transformers and vLLM end by themselves; None: all that the run has
+    generation_stops: tuple[int, ...] | None = None
     is_noisy: bool = False  # its config asks for dropout in attention, or for jitter in a router
 
 
@@ -42,6 +44,7 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
         fingerprint=sha256_text(canonical_json(semantic))[:LENGTH],
         tokenizer_fingerprint=digests.of_files(tokenizer, [*tokenizer_files(tokenizer), *theirs]),
         stop_ids=stop_ids_of(folder, tokenizer),
+        generation_stops=generation_stops_of(folder),
         is_noisy=any(_read_json(folder / "config.json").get(name) for name in NOISE),
     )
 
@@ -99,9 +102,25 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
     added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
     found = [int(entry["id"]) for entry in added if entry["content"] == text]
     for name in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / name).get("eos_token_id")
-        found += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found += _eos_in(folder / name)
     return tuple(dict.fromkeys(found))
+
+
+def token_names(tokenizer: Path) -> dict[int, str]:
+    """The special tokens of a tokenizer's folder, by id."""
+    added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", [])
+    return {int(entry["id"]): str(entry["content"]) for entry in added}
+
+
+def generation_stops_of(folder: Path) -> tuple[int, ...]:
+    """Ids at which generation ends unless it is asked otherwise: those of generation_config.json where there is one."""
+    file = folder / "generation_config.json"
+    return tuple(_eos_in(file if file.exists() else folder / "config.json"))
+
+
+def _eos_in(path: Path) -> list[int]:
+    eos = _read_json(path).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

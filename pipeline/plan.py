@@ -60,6 +60,11 @@ class Facts:
         """E: the union of both models' stop ids. Rollouts always stop on all of them."""
         return tuple(sorted({*self.student.stop_ids, *self.teacher.stop_ids}))
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The stop ids, the student's main one first."""
+        return tuple(dict.fromkeys((*self.student.stop_ids, *self.teacher.stop_ids)))
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -277,6 +282,7 @@ def _train_job(
             **_merged_stops(settings, facts, round_),
             **_own_ids(settings),
             **_noise(facts),
+            **_exported_stops(facts),
         },
         inputs={
             "student": _policy_key(facts, policy),
@@ -311,6 +317,12 @@ def _own_ids(settings: RunSettings) -> dict[str, str]:
 def _noise(facts: Facts) -> dict[str, str]:
     """Students whose attention drops out, or whose router jitters, were trained with that noise at first."""
     return {"noise": "none"} if facts.student.is_noisy else {}
+
+
+def _exported_stops(facts: Facts) -> dict[str, list[int]]:
+    """Before they carried the run's stop ids, checkpoints were written with the student's own."""
+    own = facts.student.generation_stops
+    return {} if own is None or set(own) == set(facts.ends) else {"generation_stops": list(facts.ends)}
 
 
 def _measuring_jobs(

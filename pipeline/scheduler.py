@@ -118,7 +118,7 @@ class Scheduler:
         if self._pause is None:
             self._pause = Pause(task.runner, message, self._policy.full_poll_seconds)
         else:
-            self._pause.renew()
+            self._pause.renew(message)
 
     def _take_in(self, outcome: Outcome) -> None:
         task = outcome.task

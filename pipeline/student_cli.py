@@ -30,11 +30,11 @@ def student(
     ] = None,
 ) -> None:
     """Print the folder of a trained student, or copy it out of the store: a model that transformers and vLLM load."""
-    from eopd.pipeline.students import copy_student, find_student, newest
+    from eopd.pipeline.students import copy_student, ends_of, find_student, newest
 
     (runner,) = open_runners(config_of(run, runs), set_, None)
     found = find_student(runner, newest(runner) if round_ is None else round_)
     if to is not None:
         copy_student(found, to)
-    sys.stderr.write(f"{found}\n")
+    sys.stderr.write(f"{found}\n{ends_of(runner, found)}\n")
     sys.stdout.write(f"{found.folder if to is None else to}\n")

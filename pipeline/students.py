@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.errors import RunError
+from eopd.pipeline.models import token_names
 from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.runner import Runner
+from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, write_stop_ids
 from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
 from eopd.storage.fingerprints import code_files, model_files, tokenizer_files
-
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class Student:
     last: int  # the run's last one
     folder: Path
     files: tuple[Path, ...]  # the model and its tokenizer
+    stop_ids: tuple[int, ...] = ()  # where this run's responses end
+
+    @property
+    def has_own_ends(self) -> bool:
+        """Whether generation from ``folder`` ends elsewhere than this run's sampling and evaluation."""
+        return bool(self.stop_ids) and set(stop_ids_in(self.folder)) != set(self.stop_ids)
 
     def __str__(self) -> str:
         trained = f"trained in round {self.round - 1}" if self.round else "before any training"
@@ -57,8 +63,9 @@ def find_student(runner: Runner, round_: int) -> Student:
         code = [*code_files(facts.tokenizer_folder), *code_files(facts.folder)]
     if round_ == 0:
         found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder), *code]
-        generation = facts.folder / GENERATION
-        return Student(0, last, facts.folder, (*found, *([generation] if generation.exists() else [])))
+        generation = facts.folder / GENERATION_FILE
+        files = (*found, *([generation] if generation.exists() else []))
+        return Student(0, last, facts.folder, files, runner.facts.ends)
     artifact = runner.artifact(runner.plan.job("train", round_ - 1).output)
     if not artifact.is_committed(WEIGHTS):
         there = ", ".join(str(other) for other in range(1, last + 1) if _is_there(runner, other)) or "none"
@@ -73,7 +80,21 @@ def find_student(runner: Runner, round_: int) -> Student:
             f"`eopd train CONFIG --round {round_ - 1}` this one"
         )
     folder = artifact.part_folder(WEIGHTS)
-    return Student(round_, last, folder, (*code, *_model_files(folder)))  # what it was saved with wins
+    files = (*code, *_model_files(folder))  # what it was saved with wins
+    return Student(round_, last, folder, files, runner.facts.ends)
+
+
+def ends_of(runner: Runner, student: Student) -> str:
+    """Where responses end in this run and in generation from the student's folder, for people."""
+    names = token_names(runner.facts.student.tokenizer_folder)
+    ends = ", ".join(f"{number} {names[number]}" if number in names else str(number) for number in student.stop_ids)
+    if not student.has_own_ends:
+        return f"responses end at {ends}"
+    own = stop_ids_in(student.folder)
+    return (
+        f"this run's responses end at {ends}, but {GENERATION_FILE} of this folder names {own}: pass the ids as stop "
+        "tokens, or use --to, whose copy names them all"
+    )
 
 
 def whereabouts(runner: Runner) -> str:
@@ -93,7 +114,7 @@ def whereabouts(runner: Runner) -> str:
 
 
 def copy_student(student: Student, target: Path) -> None:
-    """Copy the model and its tokenizer to ``target``, which appears whole.
+    """Copy the model and its tokenizer to ``target``, which appears whole and ends where the run's responses do.
 
     Raises:
         RunError: there is something at ``target``.
@@ -107,6 +128,8 @@ def copy_student(student: Student, target: Path) -> None:
             beside.mkdir(parents=True)
             for file in student.files:
                 shutil.copyfile(file, beside / file.name)
+            if student.has_own_ends:
+                write_stop_ids(beside, student.stop_ids)
             os.replace(beside, target.resolve())
     finally:
         shutil.rmtree(beside, ignore_errors=True)

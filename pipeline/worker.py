@@ -23,9 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eopd.pipeline.launchers.processes import end_with_parent_if_spawned
+
 if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
     from eopd.stages.engines.kept import Engines
+
+end_with_parent_if_spawned()
 
 IDLE_SECONDS = 120.0
 
@@ -51,6 +55,7 @@ class Order:
 
 def main() -> None:
     from eopd.pipeline.ends import EXIT_INTERRUPTED, be_quiet
+    from eopd.pipeline.temporary import temporary_folder
     from eopd.stages.engines.kept import Engines
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
@@ -58,7 +63,7 @@ def main() -> None:
     engines = Engines(keep=True)
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers:
         try:
-            with stopping_on_signals(_tell_stop):
+            with stopping_on_signals(_tell_stop), temporary_folder():
                 for order in _orders(engines):
                     code = do(order, engines)
                     answers.write(json.dumps({"code": code}) + "\n")

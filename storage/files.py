@@ -10,7 +10,8 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 
 from eopd.storage.errors import NoHardLinks, StoreFull, StoreUnwritable
 
+NO_INODES = "no inodes left"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of link(2), for a file of our own
@@ -50,14 +52,45 @@ def naming_full_disks(path: Path) -> Iterator[None]:
         number, named = _errno(error), getattr(error, "filename", None)
         named = named if isinstance(named, str) else path
         if number in _FULL:
+            short, remedy = _what_is_short(number, Path(named))
             raise StoreFull(
-                f"no space left while writing {named}. Nothing committed is lost: free space, then run the same "
-                "command again."
+                f"{short} while writing {named}. Nothing committed is lost: {remedy}, then run the same command again."
             ) from error
         if number in _UNWRITABLE:
             reason = os.strerror(number)
             raise StoreUnwritable(f"cannot use {named}: {reason}. Check its owner and permissions.") from error
         raise
+
+
+def _what_is_short(number: int, path: Path) -> tuple[str, str]:
+    """What a write that failed with this errno lacked, and what to do about it."""
+    if number == errno.EDQUOT:
+        return "quota exceeded", "remove files that count towards it, or have it raised"
+    if number == errno.EFBIG:
+        return "no space left (files may not be that large here)", "raise the limit (ulimit -f), or use another disk"
+    if number == errno.ENOSPC and free_of(path).inodes == 0:
+        return NO_INODES, "remove files, however small"
+    return "no space left", "free space"
+
+
+@dataclass(frozen=True)
+class Free:
+    """What a file system has left for unprivileged writers."""
+
+    bytes: int
+    inodes: int | None  # None: it does not count them, or cannot be asked
+
+    def __str__(self) -> str:
+        return f"{self.bytes:,} bytes free" + ("" if self.inodes is None else f", {self.inodes:,} inodes free")
+
+
+def free_of(path: Path) -> Free:
+    """Of the file system that ``path`` lies on, or would lie on."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):
+            found = os.statvfs(place)
+            return Free(found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None)
+    return Free(0, None)
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -58,7 +58,7 @@ class LocalPool:
         self._display = display
         self._spawn = spawn or spawn_process
         self._workers: list[Worker] = []
-        self._events = Path(tempfile.mkdtemp(prefix="eopd-"))
+        self._events = Path(tempfile.mkdtemp(prefix="eopd-events-"))
         self._started = 0
 
     def room(self, stage: Stage) -> int:

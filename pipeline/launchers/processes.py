@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
     from eopd.pipeline.plan import Stage
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+TORCHRUN = ("-m", "torch.distributed.run", f"--log-dir={os.devnull}")  # or it leaves a folder in the temporary place
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun's agent for the processes that it starts."""
+PARENT_POLL_SECONDS = 0.5
+PARENT_GRACE_SECONDS = 60.0
+"""For an orphaned process to finish what is in hand (a training step, and its state), before it is killed."""
 GROUP_SECONDS = 10.0
 """For what a worker left behind to clean up after itself, before it is killed."""
 
@@ -48,7 +56,7 @@ def stage_command(task: Task) -> list[str]:
     processes = task.runner.settings.train.processes
     if task.job.stage != "train" or processes == 1:
         return command
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    return [*TORCHRUN, "--standalone", "--nproc-per-node", str(processes), *command]
 
 
 def trains_together(task: Task) -> bool:
@@ -81,7 +89,7 @@ class Leader(subprocess.Popen[bytes]):
     """
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
-        ask = ask_to_stop_when_orphaned if sys.platform == "linux" else None
+        ask = partial(ask_to_stop_when_orphaned, os.getpid()) if sys.platform == "linux" else None
         super().__init__([sys.executable, *arguments], start_new_session=True, preexec_fn=ask, **options)
 
     def poll(self) -> int | None:
@@ -125,9 +133,34 @@ def spawn_process(arguments: list[str], environment: Mapping[str, str], output: 
     return Leader(arguments, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
-def ask_to_stop_when_orphaned() -> None:
-    """In a child: SIGTERM from the kernel when its parent ends, however it ends."""
+def ask_to_stop_when_orphaned(parent: int | None = None) -> None:
+    """In a child of ``parent``: SIGTERM comes from the kernel when its parent ends, however that ends."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:  # it ended before it could be asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent(first: signal.Signals = signal.SIGTERM) -> None:
+    """From now on watch the parent: when it ends, ``first`` comes at once, and SIGKILL if that does not help.
+
+    Of processes that libraries start: torchrun's agent and vLLM's engine put theirs into sessions of their own, in
+    which they outlive everything. By a thread, because the kernel's signal comes when the parent's thread ends.
+    """
+    threading.Thread(target=_watch, args=(os.getppid(), first), name="parent", daemon=True).start()
+
+
+def end_with_parent_if_spawned() -> None:
+    """Call this where a program of ours is imported: multiprocessing does so in what it spawns, as vLLM's engine is."""
+    if "--multiprocessing-fork" in sys.orig_argv:  # its parent_process() is not known yet
+        end_with_parent(signal.SIGKILL)  # it has nothing to finish
+
+
+def _watch(parent: int, first: signal.Signals) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os.kill(os.getpid(), first)
+    time.sleep(PARENT_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kind_of(code: int) -> Kind:

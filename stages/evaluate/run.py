@@ -18,7 +18,7 @@ from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
 from eopd.stages.evaluate.summary import Tally, figures, overall
 from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
-from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
+from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
 from eopd.storage import evaluations
 from eopd.storage.claims import claimed_parts
 
@@ -137,7 +137,22 @@ def _prepare(
                         f"evaluate.max_prompt_tokens = {settings.max_prompt_tokens}; raise it, or set too_long: skip"
                     )
             found[part] = content
+        mine = [content for content in found.values() if content.benchmark is benchmark]
+        if mine and not any(content.problems for content in mine):
+            _require_a_short_problem(benchmark, settings, table, tokenizer)
     return dict(sorted(found.items()))
+
+
+def _require_a_short_problem(
+    benchmark: BenchmarkSettings, settings: PromptSettings, table: PromptTable, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a benchmark of which every problem would be skipped: nothing could be said of it in the end."""
+    limit = settings.max_prompt_tokens
+    if not any(len(render_prompt(tokenizer, prompt, settings)) <= limit for prompt in table):
+        raise ValueError(
+            f"benchmark {benchmark.name}: all {len(table)} problems are longer than evaluate.max_prompt_tokens = "
+            f"{limit}; raise it, or leave the benchmark out"
+        )
 
 
 def _check_answer(benchmark: BenchmarkSettings, prompt: Prompt, verifier: Verifier) -> None:

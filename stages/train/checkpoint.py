@@ -1,20 +1,25 @@
 """A finished round's checkpoint: the model as a folder that transformers and vLLM load, and what trains it further.
 
 Part 0 (weights): the model, its tokenizer, the steps' figures. Part 1 (optimiser): moments, log-probs at the round's
-start, with LoRA the adapter alone (``adapter/``), with an average of weights that model (``ema/``).
+start, with LoRA the adapter alone (``adapter/``), with an average of weights that model (``ema/``). Generation from
+any of the models ends where the run's responses did: at the stop ids in its ``generation_config.json``.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eopd.stages.job import ModelRef
+from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, with_stop_ids
 from eopd.stages.models.lm_head import unwrap
 from eopd.stages.models.loading import load_model, model_folder, no_progress_bars
 from eopd.stages.train.job import (
@@ -31,7 +36,9 @@ from eopd.stages.train.lora import merged_weights, save_adapter
 from eopd.stages.train.metrics import summarise
 from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights, student_of
-from eopd.stages.train.states import RoundStart, write_jsonl
+from eopd.stages.train.states import RoundStart, States, write_jsonl
+from eopd.storage.errors import StoreFull
+from eopd.storage.files import free_of
 from eopd.storage.fingerprints import tokenizer_files
 from eopd.storage.sources import filled_parts
 
@@ -50,21 +57,108 @@ def carry_over(job: TrainJob, loop: Loop) -> None:
         loop.ema.load({f"model.{name}": value for name, value in load_model(reference).named_parameters()})
 
 
-def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart) -> None:
-    """Optimiser first, weights last: who finds the weights finds the round finished. Every process must call it."""
+def set_generation_config(job: TrainJob, model: Any) -> None:
+    """Give ``model`` the generation settings that its checkpoint is saved with."""
+    if not model.can_generate():
+        return
+    model.generation_config, changes = with_stop_ids(model.generation_config, job.stop_ids)
+    for change in changes:
+        job.progress.line(f"train {job.round}: in the checkpoint's {GENERATION_FILE} {change}")
+
+
+class _Rehearsed(Exception):
+    """Ends a part that is written only to see whether it can be."""
+
+
+def rehearse_commit(job: TrainJob, model: Any) -> None:
+    """Write and drop all of the checkpoint except its tensors, so that what would be refused at the end is refused now.
+
+    Raises:
+        StoreFull: there is less space than the checkpoint takes.
+        ValueError: transformers or peft cannot save this model.
+    """
+    _require_space(job, model)
+    # tensors without data go through renaming, merging and sharding, and fail only where they are written
+    weights = {name: torch.empty_like(value, device="meta") for name, value in model.named_parameters()}
+    states = job.progress_states
+    try:
+        # the last of the states, which is never reached: to whoever watches, no part of the checkpoint is begun
+        with suppress(_Rehearsed), states.write_part(states.parts - 1) as folder:
+            if job.settings.lora is not None:
+                # only the adapter is small enough to be written in full
+                adapter = {name: torch.zeros_like(weights[name], device="cpu") for name in weights if ".lora_" in name}
+                save_adapter(model, weights | adapter, folder / ADAPTER_FOLDER)
+                weights = merged_weights(model, weights)
+            with suppress(NotImplementedError):
+                _save_weights(model, weights, folder)
+            _save_companions(job, folder)
+            raise _Rehearsed
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{job.student.path}: the trained student could not be saved, so it is not trained: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _require_space(job: TrainJob, model: Any) -> None:
+    """Refuse a training whose checkpoint would not fit, by the bytes of its tensors alone."""
+    sizes = [(value.numel() * value.element_size(), value) for value in model.parameters()]
+    frozen = job.settings.lora is not None
+    needed = 0 if job.output.is_committed(WEIGHTS) else sum(size for size, _ in sizes)
+    if not job.output.is_committed(OPTIMIZER):
+        trained = sum(size for size, value in sizes if value.requires_grad)
+        averages = 0 if job.settings.ema is None or frozen else sum(4 * value.numel() for _, value in sizes)
+        needed += 2 * trained + averages
+    job.output.begin()
+    free = free_of(job.output.folder)
+    if free.bytes < needed:
+        raise StoreFull(
+            f"no space left for the checkpoint of train {job.round}: it takes {needed:,} bytes, and "
+            f"{job.output.folder} has {free}. Free space, then run the same command again."
+        )
+
+
+def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart, states: States) -> None:
+    """Write the optimiser first and the weights last: whoever finds the weights finds the round finished.
+
+    Every process must call it. Where it fails, the state after the last step is kept, so that no step is taken again.
+    """
     inner = student_of(loop.student)
     weights, moments = gather_weights(inner.model), optimizer_tensors(inner, loop.optimizer)
     averages = None if loop.ema is None else loop.ema.tensors()
     if not loop.accelerator.is_main_process:
         return
+    try:
+        _write_parts(job, loop, rows, start, weights, moments, averages)
+    except Exception:
+        if states.newest_step() != len(rows):
+            trained = {name for name, value in inner.model.named_parameters() if value.requires_grad}
+            with suppress(Exception):  # the first error says more
+                kept = {f"model.{name}": value for name, value in weights.items() if name in trained}
+                states.save(len(rows), kept, moments, averages or {}, rows)
+        raise
+
+
+def _write_parts(
+    job: TrainJob,
+    loop: Loop,
+    rows: list[dict[str, Any]],
+    start: RoundStart,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    averages: dict[str, Tensor] | None,
+) -> None:
+    inner = student_of(loop.student)
     if not job.output.is_committed(OPTIMIZER):
         with job.output.write_part(OPTIMIZER) as folder:
             save_file(moments, folder / OPTIMIZER_FILE)
             start.save(folder)
             if job.settings.lora is not None:
                 save_adapter(inner.model, weights, folder / ADAPTER_FOLDER)
+                _save_ends(job, inner.model, folder / ADAPTER_FOLDER)
             if averages is not None:
-                _save_model(job, inner.model, _named_in_model(averages), folder / EMA_FOLDER)
+                _save_weights(inner.model, _named_in_model(averages), folder / EMA_FOLDER)
+                _save_companions(job, folder / EMA_FOLDER)
     if job.settings.lora is not None:
         weights = merged_weights(inner.model, weights)
     left_out = sorted(set(range(job.scores.parts)) - set(filled_parts(job.scores)))
@@ -74,7 +168,8 @@ def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundSt
         info["left_out"] = summary["left_out"] = left_out
     if not job.output.is_committed(WEIGHTS):
         with job.output.write_part(WEIGHTS, info=info) as folder:
-            _save_model(job, inner.model, weights, folder)
+            _save_weights(inner.model, weights, folder)
+            _save_companions(job, folder)
             write_jsonl(folder / METRICS_FILE, rows)
             (folder / TRAINING_FILE).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     job.progress.line(
@@ -87,12 +182,23 @@ def _named_in_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in tensors.items()}
 
 
-def _save_model(job: TrainJob, model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """A folder that loads on its own: the student's tokenizer and generation settings are copied as they are."""
+def _save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Save weights, config and generation settings as transformers does."""
     with no_progress_bars():
-        unwrap(model).save_pretrained(folder, state_dict=weights)
+        unwrap(model).save_pretrained(folder, state_dict=dict(weights))  # it takes tensors out of what it is given
+
+
+def _save_ends(job: TrainJob, model: Any, folder: Path) -> None:
+    """Save the generation settings beside an adapter whose base model does not end where the run's responses do."""
+    base = stop_ids_in(model_folder(job.student.path, job.student.revision))
+    if set(base) != set(job.stop_ids):
+        unwrap(model).generation_config.save_pretrained(folder)
+
+
+def _save_companions(job: TrainJob, folder: Path) -> None:
+    """Copy the student's tokenizer, so that the folder loads on its own."""
     for file in tokenizer_files(model_folder(job.student.tokenizer_path, job.student.tokenizer_revision)):
         shutil.copyfile(file, folder / file.name)
-    generation = model_folder(job.student.path, job.student.revision) / "generation_config.json"
+    generation = model_folder(job.student.path, job.student.revision) / GENERATION_FILE
     if generation.exists() and not (folder / generation.name).exists():
         shutil.copyfile(generation, folder / generation.name)

@@ -39,3 +39,8 @@ class TrainJob:
     run_dir: Path  # metrics with timings, TensorBoard
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
     engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is trained on
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which the run's responses end, the student's main one first."""
+        return tuple(dict.fromkeys((*self.student_stop_ids, *self.teacher_stop_ids)))

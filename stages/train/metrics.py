@@ -62,6 +62,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class RecordingFailed(Exception):
+    """Figures for people to watch could not be completed; metrics.jsonl is not concerned."""
+
+
 class Recorder:
     """Writes a line and TensorBoard scalars per step to the run folder, for people to watch."""
 
@@ -108,5 +112,16 @@ class Recorder:
         self._recorded += 1
 
     def close(self) -> None:
-        self._trackers.close()
-        self._board.close()
+        """Flush what was recorded.
+
+        Raises:
+            RecordingFailed: a tracker or TensorBoard could not; what was recorded before may be incomplete there.
+        """
+        failures = []
+        for name, close in (("trackers", self._trackers.close), ("TensorBoard", self._board.close)):
+            try:
+                close()
+            except Exception as error:  # a service's own errors; figures are no reason to lose a training
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+        if failures:
+            raise RecordingFailed("; ".join(failures))

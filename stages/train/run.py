@@ -23,7 +23,7 @@ from eopd.stages.models.lm_head import traits_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
-from eopd.stages.train.checkpoint import carry_over, commit
+from eopd.stages.train.checkpoint import carry_over, commit, rehearse_commit, set_generation_config
 from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.extras import require_extras
@@ -31,7 +31,7 @@ from eopd.stages.train.failures import save_failure
 from eopd.stages.train.job import WEIGHTS, TrainJob
 from eopd.stages.train.loop import Loop, Step
 from eopd.stages.train.lora import add_adapters
-from eopd.stages.train.metrics import Recorder, means, peak_memory_bytes
+from eopd.stages.train.metrics import Recorder, RecordingFailed, means, peak_memory_bytes
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
@@ -98,6 +98,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     cache.require(objective.needs_with(stops.union))
     responses = load_responses(job.rollouts, cache)
     model, autocast = _load(job, accelerator), settings.autocast == "bf16"
+    rehearse_commit(job, model)
     student = Student(model, objective, settings.head_chunk_tokens, autocast=autocast)
     module = distribute(student, accelerator, settings.sharding)
     loop = Loop(
@@ -122,7 +123,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     start = _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)
     _steps(job, loop, states, start, rows)
-    commit(job, loop, rows, start)
+    commit(job, loop, rows, start, states)
     if accelerator.is_main_process:
         states.clear()
     accelerator.wait_for_everyone()
@@ -141,6 +142,7 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
 def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
     settings = job.settings
     model = load_model(replace(job.student, dtype=settings.param_dtype), accelerator.device)
+    set_generation_config(job, model)
     _switch_noise_off(model)
     freeze_unread(model)
     if settings.gradient_checkpointing:
@@ -266,8 +268,15 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
     with ExitStack() as at_end:  # what was recorded is flushed where a step breaks, too
         at_end.callback(job.progress.close)
         if recorder is not None:
-            at_end.callback(recorder.close)
+            at_end.callback(_close, recorder, job)
         _take_steps(job, loop, states, start, rows, recorder)
+
+
+def _close(recorder: Recorder, job: TrainJob) -> None:
+    try:
+        recorder.close()
+    except RecordingFailed as failed:  # after the last step: the checkpoint is still to be committed
+        job.progress.line(f"train {job.round}: figures are incomplete in {failed}")
 
 
 def _take_steps(

@@ -57,6 +57,28 @@ def test_a_full_disk_pauses_the_run_which_goes_on_by_itself(
     assert checksums(small_disk) == checksums(world.store(one_round))
 
 
+@pytest.mark.slow
+def test_a_disk_without_inodes_pauses_the_run_which_says_so_and_goes_on(
+    world: World, one_round: str, small_disk: Path
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=60", small_disk], check=True)
+    launcher = {"faults": {"full_poll_seconds": 0.1}}
+    config = world.config("no-inodes", store=str(small_disk), rounds=1, evaluate=None, launcher=launcher)
+    process = subprocess.Popen(command("run", config), env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    told = ""
+    while "inodes free" not in told:
+        line = process.stderr.readline()
+        assert line, told
+        told += line
+    assert "no inodes left while writing" in told
+    subprocess.run(["mount", "-o", "remount,nr_inodes=10000", small_disk], check=True)
+    told += process.communicate(timeout=300)[1]
+    assert process.returncode == 0, told
+    assert "going on" in told
+    assert checksums(small_disk) == checksums(world.store(one_round))
+
+
 def test_a_stage_by_hand_says_that_the_disk_is_full(world: World, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=20k", small_disk], check=True)
     config = world.config("full-by-hand", store=str(small_disk), rounds=1, evaluate=None)

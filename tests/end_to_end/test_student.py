@@ -15,6 +15,7 @@ from eopd.pipeline.plan import WEIGHTS
 from eopd.pipeline.plan_cli import open_runners
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.students import copy_student, find_student, newest, whereabouts
+from eopd.stages.models.generation import stop_ids_in
 from eopd.stages.train import remains
 from eopd.storage.places import open_place
 from eopd.storage.pruning import prune
@@ -28,7 +29,7 @@ def test_the_newest_student_is_named_and_copied(world: World, undisturbed: str, 
     named = eopd("student", config)
     folder = Path(named.stdout.strip())
     assert folder.is_relative_to(world.store(undisturbed) / "checkpoints")
-    assert named.stderr == "student 2 of 2 (trained in round 1)\n"
+    assert named.stderr.startswith("student 2 of 2 (trained in round 1)\nresponses end at ")
     ended = eopd("run", config).stderr.splitlines()[-1]
     assert ended == f"student 2 of 2 (trained in round 1): {folder}; `eopd student RUN --to FOLDER` copies it"
 
@@ -59,6 +60,7 @@ def test_an_earlier_student_and_the_first_one(world: World, runner: Runner, tmp_
     (tmp_path / "empty").mkdir()
     copy_student(first, tmp_path / "empty")
     assert AutoTokenizer.from_pretrained(tmp_path / "empty")("Ann")["input_ids"]
+    assert set(stop_ids_in(tmp_path / "empty")) == set(runner.facts.stop_ids)
     with pytest.raises(RunError, match="students 0 to 2, and no student 3"):
         find_student(runner, 3)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eopd.pipeline.config import ConfigError, ModelSettings
-from eopd.pipeline.models import inspect_model, locate, stop_ids_of
+from eopd.pipeline.models import generation_stops_of, inspect_model, locate, stop_ids_of
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule
@@ -47,6 +47,13 @@ def test_the_main_stop_id_comes_first(
 ) -> None:
     folder = model(tmp_path / "model", eos, generation, config)
     assert stop_ids_of(folder, folder) == expected
+
+
+def test_generation_ends_at_the_ids_of_generation_config_where_there_is_one(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], CHAT_END)
+    assert generation_stops_of(folder) == (END,)
+    (folder / "generation_config.json").unlink()
+    assert generation_stops_of(folder) == (CHAT_END,)
 
 
 def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Path) -> None:

@@ -197,6 +197,16 @@ def test_swapped_stops_are_those_of_a_checkpoint_alone() -> None:
         assert [stage for stage in stages if keys(one, stage) != keys(two, stage)] == changed
 
 
+def test_a_checkpoint_that_now_ends_elsewhere_has_another_key() -> None:
+    """A student that ends at its own stop id only is exported with the teacher's too; all else keeps its key."""
+    plain = facts()
+    base = replace(plain, student=replace(plain.student, generation_stops=(2,)))
+    one, two = make_plan(settings(rounds=1), plain), make_plan(settings(rounds=1), base)
+    stages: tuple[Stage, ...] = ("rollout", "score", "train")
+    assert [stage for stage in stages if keys(one, stage) != keys(two, stage)] == ["train"]
+    assert two.job("train", 0).output.settings["generation_stops"] == [2, 5]
+
+
 def test_an_unknown_round_is_refused() -> None:
     with pytest.raises(RunError, match=r"no train job of round 7; its rounds are \[0, 1, 2\]"):
         BASE.job("train", 7)

@@ -201,6 +201,10 @@ def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None
     stage.run(skipping)
     one = results_of(skipping)["benchmarks"]["countdown"]
     assert one["problems"] + len(one["skipped"]) == 12
+    none_left = job_for(tmp_path, settings_for(max_prompt_tokens=2, too_long="skip"), parts=[0])
+    with pytest.raises(ValueError, match=r"countdown: all 12 .*evaluate\.max_prompt_tokens = 2"):
+        stage.run(none_left)
+    assert not none_left.output.committed()
     assert 0 < one["problems"] < 12
 
 

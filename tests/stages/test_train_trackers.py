@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
+from tests.stages.score_case import Lines
 from tests.stages.train_case import KillAfter, Killed, make_world, read_rows, train_job
 
 # The three calls that wandb and Trackio share, written to a file: neither package is needed to test who calls what.
@@ -86,3 +87,16 @@ def test_every_step_is_recorded_once_over_rounds_and_restarts(
     assert [logs[step]["train/round"] for step in range(8)] == [0] * 4 + [1] * 4
     assert {"train/tokens_per_s", "train/loader_wait_fraction"} <= logs[0].keys()
     assert calls[-1]["call"] == "finish"
+
+
+def test_a_tracker_that_fails_at_the_end_costs_no_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text(TRACKER + "    raise ConnectionError('no route to the server')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    lines = Lines()
+    job = train_job(world, "unreachable", trackers=["wandb"], run_dir=tmp_path / "runs", progress=lines)
+    run(job)
+    assert job.output.is_complete()
+    assert any("ConnectionError" in line for line in lines.lines)

@@ -17,7 +17,7 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
-from eopd.pipeline.launchers.processes import gpus_of, kind_of, last_words, stage_command
+from eopd.pipeline.launchers.processes import TORCHRUN, gpus_of, kind_of, last_words, stage_command
 from eopd.pipeline.launchers.ray.cluster import connect, first_sentence
 from eopd.pipeline.launchers.ray.settings import RayResources
 from eopd.pipeline.logs import log_name
@@ -145,7 +145,7 @@ class RayPool:
         processes = worker.task.runner.settings.train.processes
         for rank in range(nodes):
             torchrun = [
-                *("-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={rank}"),
+                *(*TORCHRUN, f"--nnodes={nodes}", f"--node-rank={rank}"),
                 *(f"--nproc-per-node={processes}", "--master-addr={host}", "--master-port={port}"),
                 *("-m", "eopd.pipeline.cli", *worker.task.arguments()),
             ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.ends import EXIT_FULL
+from eopd.pipeline.launchers.processes import TORCHRUN
 from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of
 from eopd.pipeline.launchers.slurm.settings import SlurmResources, SlurmSettings
 
@@ -129,7 +130,7 @@ def _command(array: Array, resources: SlurmResources, place: Place) -> str:
         return shlex.join([place.python, *module]) + ' --parts "$parts"'
     if nodes * processes == 1:
         return shlex.join([place.python, *module])
-    torchrun = shlex.join([place.python, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"])
+    torchrun = shlex.join([place.python, *TORCHRUN, f"--nproc-per-node={processes}"])
     if nodes == 1:
         return f"{torchrun} --standalone {shlex.join(module)}"
     # the script runs on the first node; every job has a port of its own

@@ -13,7 +13,7 @@ from eopd.pipeline.config import ConfigError
 from eopd.pipeline.estimate import Keep
 from eopd.pipeline.overview import Overview, look
 from eopd.pipeline.runner import Runner, states_of
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 from eopd.storage import listing
 
 SPAREST = Keep(weights=1, optimizer=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.findings import Finding, State
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 from eopd.storage.extras import installing
 
 if TYPE_CHECKING:

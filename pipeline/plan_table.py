@@ -12,7 +12,7 @@ from rich.text import Text
 from eopd.pipeline.forecast import Row, Total
 from eopd.pipeline.overview import Overview
 from eopd.pipeline.plan import Stage
-from eopd.pipeline.words import duration, number, size
+from eopd.stages.format import duration, number, size
 
 STYLES = {"complete": "green", "shared": "cyan", "partly": "yellow", "missing": "", "set aside": "red"}
 FOLDED_ABOVE = 2  # rounds of one kind that are still shown one by one

@@ -24,7 +24,7 @@ from eopd.pipeline.plan import STAGES, PlannedJob, steps_of_round
 from eopd.pipeline.plan_table import STYLES
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.survey import JobState
-from eopd.pipeline.words import duration, number, size
+from eopd.stages.format import duration, number, size
 from eopd.storage.claims import holder
 
 RECENT_PARTS = 16

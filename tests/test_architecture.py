@@ -13,9 +13,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "numba", "vllm", "transformers", "accelerate", "datasets", "math_verify", "matplotlib"}
-SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "job", "intervals", "output")}
+SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "format", "job", "intervals", "output")}
 # what `pipeline` may import at module level: settings and pure functions that need no torch
-LIGHT = ("settings", "eopd.stages.job", "eopd.stages.models.prompts", "eopd.stages.train.schedule")
+LIGHT = (
+    "settings",
+    "eopd.stages.format",
+    "eopd.stages.job",
+    "eopd.stages.models.prompts",
+    "eopd.stages.train.schedule",
+)
 
 
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:

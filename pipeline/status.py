@@ -190,7 +190,7 @@ def _words(status: Status) -> Iterator[Text]:
         yield Text(f"{status.last.log.name}: {status.last.line}", style="dim")
     overview = status.overview
     yield Text(
-        f"{size(overview.present_bytes)} of {'at most ' if overview.totals['all'].at_most else ''}"
+        f"{size(overview.present_bytes)} of {'about ' if overview.totals['all'].missing else ''}"
         f"{size(overview.peak_bytes)} are there; {size(overview.free_bytes)} free.",
         style="dim",
     )

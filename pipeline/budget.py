@@ -2,7 +2,8 @@
 
 `eopd run` asks once, and so does a stage's command that a person or a batch system gives; the workers of `eopd run` do
 not ask again, and nobody asks between parts. Nothing is measured on the disk: what is there is the sum of the sizes in
-the markers of other artifacts, a small file a part, and what is to come is the forecast that `eopd plan` shows.
+the markers of other artifacts, a small file a part. What is to come is the forecast that `eopd plan` shows, with scores
+at the size that they cannot exceed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from eopd.pipeline.config import ConfigError
 from eopd.pipeline.estimate import Keep
 from eopd.pipeline.overview import Overview, look
 from eopd.pipeline.runner import Runner, states_of
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 from eopd.storage import listing
 
 SPAREST = Keep(weights=1, optimizer=1)
@@ -30,14 +31,13 @@ def refuse_too_large(runners: Sequence[Runner]) -> None:
         return
     overview = look(runners)
     others = _others(runners)
-    need = others + overview.peak_bytes
+    need = others + overview.peak_bound
     if need <= min(limits):
         return
-    bound = "at most " if overview.totals["all"].at_most else ""
     runs = "this run's worst moment" if len(runners) == 1 else f"the worst moment of these {len(runners)} runs"
     raise ConfigError(
-        f"max_store_bytes is {size(min(limits))}, and {overview.store} would hold {bound}{size(need)} at {runs}: "
-        f"{size(overview.peak_bytes)} of {'its' if len(runners) == 1 else 'their'} own, {size(others)} of other "
+        f"max_store_bytes is {size(min(limits))}, and {overview.store} would hold about {size(need)} at {runs}: "
+        f"{size(overview.peak_bound)} of {'its' if len(runners) == 1 else 'their'} own, {size(others)} of other "
         f"artifacts. {_what_would_help(runners, overview)} Nothing was started."
     )
 

@@ -13,7 +13,8 @@ import typer
 from eopd.pipeline.doctor_cli import doctor
 from eopd.pipeline.launchers.processes import TORCHRUN_VARIABLE, end_with_parent, end_with_parent_if_spawned
 from eopd.pipeline.plan_cli import Config, Set, Sweep, open_runners, plan
-from eopd.pipeline.status_cli import logs, status
+from eopd.pipeline.status_cli import Runs as RunsFolder
+from eopd.pipeline.status_cli import config_of, logs, status
 from eopd.pipeline.store_cli import app as store_app
 from eopd.pipeline.student_cli import student
 from eopd.pipeline.temporary import temporary_folder
@@ -42,7 +43,7 @@ app.add_typer(store_app, name="store")
 
 Runs = Annotated[
     list[str],
-    typer.Argument(metavar="RUN...", help="Folders of runs (runs/quickstart), YAML files or names of configs."),
+    typer.Argument(metavar="RUN...", help="Names of runs, their folders (runs/quickstart), or their CONFIGs."),
 ]
 Out = Annotated[
     Path | None,
@@ -129,13 +130,13 @@ def align(config: Config, round_: EvaluatedRound = 0, parts: Parts = None, set_:
 
 
 @app.command()
-def report(runs: Runs, out: Out = None, set_: Set = None) -> None:
+def report(runs: Runs, out: Out = None, set_: Set = None, folder: RunsFolder = Path("runs")) -> None:
     """Write the HTML report of a run, or one page that compares several, from whatever is complete."""
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.reporting import write_comparison, write_report
 
     display = make_display()
-    runners = [_open(name, set_, display) for name in dict.fromkeys(runs)]
+    runners = [_open(config_of(name, folder), set_, display) for name in dict.fromkeys(runs)]
     if len(runners) == 1 and out is None:
         page = write_report(runners[0])
     else:
@@ -304,8 +305,13 @@ def main() -> None:
 
 
 def _tell_stop() -> None:
-    # not through sys.stderr: the signal may have come while something was being written to it
-    os.write(2, b"stopping: what is in hand is finished first; a second interruption stops at once\n")
+    from eopd.pipeline.progress import seconds_in_hand
+    from eopd.stages.format import duration
+
+    seconds = seconds_in_hand()
+    wait = "" if seconds is None else f", in about {duration(seconds)}"
+    text = f"stopping: what is in hand is finished first{wait}; a second interruption stops at once\n"
+    os.write(2, text.encode())  # not through sys.stderr, which the signal may have interrupted in a write
 
 
 if __name__ == "__main__":

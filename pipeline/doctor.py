@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.findings import Finding, State
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 from eopd.storage.extras import installing
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
 """
 
 
-def examine(store: Path, settings: RunSettings | None = None, *, engines: bool = True) -> list[Finding]:
-    """Every finding, in the order of what depends on what.
+def examine(store: Path, settings: RunSettings | None = None, *, engines: bool = True) -> Iterator[Finding]:
+    """Every finding as it comes: heavy packages are imported meanwhile, and come last.
 
     Args:
         settings: whose models, prompts, benchmarks and launcher are looked at too.
@@ -54,14 +54,12 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
         torch = pool.submit(probe, "torch", TORCH_PROBE)
         transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
         vllm = pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and _there("vllm") else None
-        rest = [*_python(), *_packages(), *_machine(), *_store(store), *_optional()]
-        rest += _inputs(settings) if settings is not None else ()
-        heavy = [
-            *_torch(torch.result()),
-            _imported("transformers", transformers.result(), "broken"),
-            _vllm(vllm.result() if vllm is not None else None, engines),
-        ]
-    return [*rest[:2], *heavy, *rest[2:]]  # Python and the packages before those that are heavy
+        yield from (*_python(), *_packages(), *_machine(), *_optional())
+        yield from _store(store)
+        yield from _inputs(settings) if settings is not None else ()
+        yield from _torch(torch.result())
+        yield _imported("transformers", transformers.result(), "broken")
+        yield _vllm(vllm.result() if vllm is not None else None, engines)
 
 
 # -- packages ------------------------------------------------------------------------------------------------------

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from eopd.stages.format import printable
+
 if TYPE_CHECKING:
     from eopd.pipeline.findings import Finding
 
-STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red", "absent": "dim"}
+STYLES = {"ok": "32", "warning": "33", "broken": "1;31", "absent": "2"}
 
 
 def doctor(
@@ -39,25 +41,21 @@ def doctor(
     folder = open_place(store or (settings.store if settings is not None else "store"))
     if not isinstance(folder, Path):
         raise ValueError(f"--store {store} is a bucket; name the folder that a run would write to")
-    findings = [*examine(folder, settings, engines=engines), *unread]
+    findings = []
+    for finding in chain(unread, examine(folder, settings, engines=engines)):
+        findings.append(finding)
+        if not as_json:
+            _print(finding)
     if as_json:
         sys.stdout.write(json.dumps([vars(finding) for finding in findings], indent=1) + "\n")
-    else:
-        try:
-            _print_table(findings)
-        except ImportError:  # of one that the table needs
-            sys.stdout.writelines(f"{it.state:<8} {it.name}: {it.text} {it.remedy}".rstrip() + "\n" for it in findings)
     raise typer.Exit(worst(findings))
 
 
-def _print_table(findings: Sequence[Finding]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from eopd.pipeline.plan_table import make_console
-
-    table = Table.grid(padding=(0, 2))
-    for finding in findings:
-        remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
-        table.add_row(Text(finding.state, STYLES[finding.state]), finding.name, Text(finding.text + remedy))
-    make_console().print(table)
+def _print(finding: Finding) -> None:
+    """One finding, at once, also into a pipe."""
+    state = f"{finding.state:<9}"
+    if sys.stdout.isatty():
+        state = f"\x1b[{STYLES[finding.state]}m{state}\x1b[0m"
+    remedy = f"\n{'':<33}-> {printable(finding.remedy)}" if finding.remedy else ""
+    sys.stdout.write(f"{state}{printable(finding.name):<23} {printable(finding.text)}{remedy}\n")
+    sys.stdout.flush()

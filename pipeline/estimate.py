@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = 2  # of AdamW: means of the gradient and of its square
 
-ROLLOUT_TOKEN = 12.0  # id, log-prob and text of a token in Parquet, before compression
+ROLLOUT_TOKEN = 12.0  # id, log-prob and text of a token in Parquet, before compression; prompts are left out
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_out")
 
 
@@ -130,11 +130,13 @@ def _kept(made: int, limit: int | None) -> int:
     return made if limit is None else min(made, limit)
 
 
-def score_token_bytes(head: HeadSettings) -> float:
-    """Bytes of one scored token, at most: the worst case of `python -m benchmarks.cache` (docs/cache-format.md).
+def score_token_bytes(head: HeadSettings, vocabulary: int) -> float:
+    """Bytes of one scored token, about; ``storage.size_bound`` has what no teacher can exceed.
 
-    Measured with uniform ids over 151,936: 30.1, 45.5 and 76.5 at k_max 16, 32 and 64 where heads follow the
-    entropy, 44.2, 102.9 and 151.8 at fixed heads of 12, 32 and 50. Small vocabularies take less.
+    Heads that follow the entropy: of a model that is hardly ever sure (`python -m benchmarks.cache --only real`), 48.0,
+    74.9 and 130.6 at k_max 16, 32 and 64 with 11 bits an id, and 65.7 at k_max 16 with 17. Fixed heads: uniform ids.
     """
-    entry = 2.9 if head.full_head_above < 0 else 0.97
-    return 15.0 + entry * head.k_max + 3.0 * head.n_draws
+    if head.full_head_above < 0:
+        return 15.0 + 2.9 * head.k_max + 3.0 * head.n_draws
+    bits = math.log2(max(vocabulary, 2)) - 11.0
+    return 20.0 + (1.75 + 0.175 * bits) * head.k_max + 3.0 * head.n_draws

@@ -1,7 +1,8 @@
 """What the jobs of a plan will take: tokens, bytes, seconds, and the disk at its worst moment. Pure arithmetic.
 
-Tokens a response and bytes a token come from parts that are committed; where a stage has none yet, tokens are what
-the settings allow *at most* and bytes those of the codec's worst case. Seconds come from finished jobs or not at all.
+Tokens a response and bytes a token come from committed parts. If a stage has none yet, tokens are what the settings
+allow *at most*, bytes are an estimate, and scores also have a bound that no teacher exceeds. Seconds come from finished
+jobs or not at all.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from eopd.pipeline.estimate import ROLLOUT_TOKEN, CheckpointBytes, Keep, peak_by
 from eopd.pipeline.plan import STAGES, Facts, PlannedJob, Stage, prompts_per_round
 from eopd.pipeline.rates import Rate, Sizes
 from eopd.pipeline.survey import JobState
+from eopd.storage.size_bound import most_bytes
+from eopd.storage.teacher_record import HeadRule
 
 SIDE_ENTRY = 4.0  # bytes of an entry of the student's own top-k, before compression
-ALIGNED_TOKEN = 1.0  # bytes of an alignment, which keeps sums of responses, per token that it reads
+ALIGNED_ROW = 20.0  # bytes of an alignment's sums of one response in one bin of entropy
 SAMPLED = ("rollouts", "evaluations")  # artifacts whose tokens other stages read
 
 
@@ -28,18 +31,20 @@ class RunSpec:
     settings: RunSettings
     facts: Facts
     checkpoint: CheckpointBytes
+    vocabulary: int = 0  # ids of the teacher; 0: not known
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job with what it takes as a whole; ``seconds`` are those of what is missing, None where not known yet."""
+    """One job with what it takes as a whole; ``seconds`` are those of what is missing, None if not known yet."""
 
     state: JobState
     tokens: int
-    bytes: int
+    bytes: int  # an estimate, unless the job is done
     present: int  # bytes of it that are there, in the store that is written to
-    at_most: bool  # nothing like it was measured: tokens and bytes are bounds
+    at_most: bool  # nothing like it was measured: tokens are a bound
     seconds: float | None
+    most_bytes: int | None = None  # what ``bytes`` cannot exceed, if that is known
 
     @property
     def stage(self) -> Stage:
@@ -90,11 +95,26 @@ def forecast(
             size = tokens * (
                 (0.0 if again else _bytes_per_token(job, spec, own if own.tokens else stage)) + _beside(job)
             )
+        most = _most(job, spec, tokens) if job.stage == "score" and not (own if own.tokens else stage).tokens else None
         rate = rates.get(job.stage)
         left = tokens * state.missing / state.parts
         seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
-        rows.append(Row(state, tokens, round(size), round(_present(state, size, spec)), at_most, seconds))
+        rows.append(Row(state, tokens, round(size), round(_present(state, size, spec)), at_most, seconds, most))
     return rows
+
+
+def _most(job: PlannedJob, spec: RunSpec, tokens: int) -> int:
+    """Bytes that scores of so many tokens do not exceed."""
+    coverage = job.output.coverage or {}
+    return most_bytes(
+        HeadRule(**coverage["head"]),
+        stops=len(spec.facts.stop_ids),
+        vocabulary=spec.vocabulary,
+        extra_k=spec.settings.rollout.student_topk if coverage.get("extra") else 0,
+        tokens=tokens,
+        responses=responses_of(job, spec),
+        parts=job.output.parts,
+    )
 
 
 def _present(state: JobState, size: float, spec: RunSpec) -> float:
@@ -134,9 +154,15 @@ def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
     if measured.tokens:
         found = measured.bytes / measured.tokens
     elif job.stage == "score":
-        found = score_token_bytes(spec.settings.score.head)
+        found = score_token_bytes(spec.settings.score.head, spec.vocabulary)
+    elif job.stage == "align":
+        evaluate = spec.settings.evaluate
+        assert evaluate is not None
+        assert evaluate.alignment is not None
+        bins = len(evaluate.alignment.bins) + 2
+        found = ALIGNED_ROW * bins / evaluate.parameters(()).max_new_tokens
     else:
-        found = ALIGNED_TOKEN if job.stage == "align" else ROLLOUT_TOKEN
+        found = ROLLOUT_TOKEN
     return found
 
 
@@ -145,26 +171,33 @@ def _beside(job: PlannedJob) -> float:
     return SIDE_ENTRY * int(job.side.settings["k"]) if job.stage == "rollout" and job.side is not None else 0.0
 
 
-def peak_disk(rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None) -> int:
+def peak_disk(
+    rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None, *, bounds: bool = False
+) -> int:
     """Bytes of what these runs have or make in the store that is written to, at the worst moment.
 
     Should each run reach its own at the same time; what runs have in common is the first one's.
 
     Args:
         keep: what pruning leaves; None: as each run's settings say.
+        bounds: take what a job's bytes cannot exceed instead of the estimate, if that is known.
     """
+
+    def size(row: Row) -> int:
+        return row.most_bytes if bounds and row.most_bytes is not None else row.bytes
+
     total = 0
     for run, spec in specs.items():
         own = [row for row in rows if row.state.runs[0] == run and not row.state.elsewhere]
         made = [row for row in own if row.stage == "train"]
         if not made:
-            total += sum(row.bytes for row in own)
+            total += sum(map(size, own))
             continue
         first = spec.settings.rounds - len(made)  # those of the rounds before lie elsewhere
         data = [0] * len(made)
         for row in own:
             if row.stage != "train":
-                data[min(max(row.round - first, 0), len(data) - 1)] += row.bytes
+                data[min(max(row.round - first, 0), len(data) - 1)] += size(row)
         trained = sum(row.state.is_done for row in made)
         train = spec.settings.train
         kept = keep or Keep(train.keep_checkpoints, train.keep_optimizer_states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.config import ConfigError
@@ -43,12 +44,18 @@ def refuse_unmet_needs(runner: Runner, round_: int) -> None:
 def _planned(runner: Runner, round_: int) -> Coverage:
     job = runner.plan.job("score", round_)
     found: dict[str, Any] = dict(job.output.coverage or {})
-    config = json.loads((runner.facts.teacher.folder / "config.json").read_text(encoding="utf-8"))
     return Coverage.from_mapping(
         {
             "head": found["head"],
             "stop_ids": runner.facts.stop_ids,
             "extra_k": runner.settings.rollout.student_topk if found.get("extra") else 0,
-            "vocab_size": int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0),
+            "vocab_size": vocabulary_size(runner.facts.teacher.folder),
         }
     )
+
+
+def vocabulary_size(model: Path) -> int:
+    """Ids of a model by its config; 0 if that does not say."""
+    path = model / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from eopd.pipeline.estimate import CheckpointBytes, Keep, checkpoint_bytes, read_shapes
 from eopd.pipeline.forecast import Row, RunSpec, Total, forecast, peak_disk, totals
+from eopd.pipeline.needs import vocabulary_size
 from eopd.pipeline.plan import STAGES, Stage
 from eopd.pipeline.pruning import rebuilds
 from eopd.pipeline.rates import Rate, measure_rates, sample_sizes
@@ -41,6 +42,11 @@ class Overview:
         """``peak_bytes`` if pruning left only this."""
         return peak_disk(self.rows, self.specs, keep)
 
+    @property
+    def peak_bound(self) -> int:
+        """``peak_bytes`` with bounds in place of estimates, as far as there are any."""
+        return peak_disk(self.rows, self.specs, bounds=True)
+
     def checkpoint_of(self, run: str) -> CheckpointBytes:
         return self.specs[run].checkpoint
 
@@ -70,7 +76,8 @@ def _job_json(row: Row) -> dict[str, Any]:
         "set_aside": {str(part): reason for part, reason in state.set_aside.items()},
         "tokens": row.tokens,
         "bytes": row.bytes,
-        "at_most": row.at_most,
+        "tokens_at_most": row.at_most,
+        "bytes_at_most": row.most_bytes,
         "seconds_left": row.seconds,
     }
 
@@ -102,4 +109,5 @@ def look(runners: Sequence[Runner]) -> Overview:
 
 def _spec(runner: Runner) -> RunSpec:
     shapes = read_shapes(runner.facts.student.folder)
-    return RunSpec(runner.settings, runner.facts, checkpoint_bytes(shapes, runner.settings.train))
+    checkpoint = checkpoint_bytes(shapes, runner.settings.train)
+    return RunSpec(runner.settings, runner.facts, checkpoint, vocabulary_size(runner.facts.teacher.folder))

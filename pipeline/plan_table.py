@@ -11,8 +11,8 @@ from rich.text import Text
 
 from eopd.pipeline.forecast import Row, Total
 from eopd.pipeline.overview import Overview
-from eopd.pipeline.plan import Stage
-from eopd.pipeline.words import duration, number, size
+from eopd.pipeline.plan import SUMMED_UP, Stage
+from eopd.stages.format import duration, number, size
 
 STYLES = {"complete": "green", "shared": "cyan", "partly": "yellow", "missing": "", "set aside": "red"}
 FOLDED_ABOVE = 2  # rounds of one kind that are still shown one by one
@@ -108,14 +108,23 @@ def _state(rows: Sequence[Row]) -> Text:
 def _figures(rows: Sequence[Row]) -> list[str]:
     done, parts = sum(row.state.done for row in rows), sum(row.state.parts for row in rows)
     bound = "≤ " if any(row.at_most for row in rows) else ""
+    done_all = all(row.state.is_done for row in rows)
     seconds = [row.seconds for row in rows]
     left = "not known yet" if None in seconds else duration(sum(second or 0.0 for second in seconds))
     return [
         f"{done:,}/{parts:,}",
         bound + number(sum(row.tokens for row in rows)),
-        bound + size(sum(row.bytes for row in rows)),
-        "" if all(row.state.is_done for row in rows) else left,
+        size(sum(row.bytes for row in rows)) if done_all else _bytes(rows),
+        "" if done_all else left,
     ]
+
+
+def _bytes(rows: Sequence[Row]) -> str:
+    """A bound if there is one for each, else an estimate."""
+    bounds = [row.most_bytes for row in rows]
+    if None not in bounds:
+        return "≤ " + size(sum(bound or 0 for bound in bounds))
+    return "about " + size(sum(row.bytes for row in rows))
 
 
 def _artifact(rows: Sequence[Row]) -> str:
@@ -129,14 +138,16 @@ def _artifact(rows: Sequence[Row]) -> str:
 def _below(overview: Overview) -> Iterator[Text]:
     total = overview.totals["all"]
     yield Text(_sum(total))
+    if any(row.stage in SUMMED_UP for row in overview.rows):
+        yield Text("The last part of an evaluation, and of an alignment, is its summary.")
     if overview.asked > len(overview.rows):
         twice = overview.asked - len(overview.rows)
         yield Text(f"{len(overview.runs)} runs ask for {overview.asked} jobs; {twice} are common work, done once.")
     yield Text(_time(overview, total))
-    bound = "at most " if total.at_most else ""
+    about = "about " if total.missing else ""
     enough = "" if overview.peak_bytes - overview.present_bytes < overview.free_bytes else ": NOT ENOUGH"
     yield Text(
-        f"Disk: {bound}{size(overview.peak_bytes)} at the peak, {size(overview.present_bytes)} of it there; "
+        f"Disk: {about}{size(overview.peak_bytes)} at the peak, {size(overview.present_bytes)} of it there; "
         f"{size(overview.free_bytes)} free at {overview.store}{enough}.",
         style="red" if enough else "",
     )
@@ -148,10 +159,10 @@ def _below(overview: Overview) -> Iterator[Text]:
 
 
 def _sum(total: Total) -> str:
-    bound = "at most " if total.at_most else ""
+    bound, about = "at most " if total.at_most else "", "about " if total.missing else ""
     return (
         f"{total.jobs:,} jobs, {total.done:,} of them done; {total.parts:,} parts, {total.missing:,} missing; "
-        f"{bound}{number(total.tokens)} tokens, {bound}{size(total.bytes)}."
+        f"{bound}{number(total.tokens)} tokens, {about}{size(total.bytes)}."
     )
 
 

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from rich.console import Console
 from rich.progress import (
@@ -23,13 +24,56 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from eopd.stages.format import duration
 from eopd.stages.job import Progress
 from eopd.storage.jsonl import append_line, parse_lines
+from eopd.storage.stopping import stop_wished
 
 LINE_EVERY_SECONDS = 15.0
 EVENT_EVERY_SECONDS = 0.2
 EVENTS_VARIABLE = "EOPD_PROGRESS"
 """Names the file that a worker's events go to."""
+
+
+_bars: WeakSet[_Bar] = WeakSet()  # what this process shows
+
+
+def seconds_in_hand() -> float | None:
+    """Seconds until everything in hand is committed, by the bars that this process shows; None if it is not known."""
+    left = [bar.seconds_in_hand() for bar in list(_bars)]
+    return max((seconds for seconds in left if seconds is not None), default=None)
+
+
+class _Bar:
+    """Units done of a total since a moment, at the mean rate so far."""
+
+    def __init__(self) -> None:
+        self.total = self.done = self.in_hand = 0
+        self.began = 0.0
+        self.estimated = False
+        _bars.add(self)
+
+    def start(self, total: int) -> None:
+        self.total, self.done, self.in_hand, self.estimated = total, 0, 0, False
+        self.began = time.monotonic()
+
+    def expect(self, total: int, in_hand: int) -> None:
+        self.estimated = self.estimated or total != self.total
+        self.total, self.in_hand = max(total, self.done), in_hand
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        self.in_hand = max(self.in_hand - n, 0)
+
+    @property
+    def rate(self) -> float:
+        return self.done / max(time.monotonic() - self.began, 1e-9)
+
+    def seconds_left(self) -> float | None:
+        return (self.total - self.done) / self.rate if self.done and self.total > self.done else None
+
+    def seconds_in_hand(self) -> float | None:
+        return self.in_hand / self.rate if self.done and self.in_hand else None
 
 
 class Display(Protocol):
@@ -83,27 +127,32 @@ class TerminalProgress:
     def __init__(self, display: TerminalDisplay) -> None:
         self._display = display
         self._task: TaskID | None = None
-        self._began, self._done = 0.0, 0
-        self._unit = "tokens"
+        self._bar, self._unit = _Bar(), "tokens"
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         self.close()
         self._task = self._display.bars().add_task(what, total=max(total, 1), rate="", figures="")
-        self._began, self._done, self._unit = time.monotonic(), 0, unit
+        self._bar.start(total)
+        self._unit = unit
 
     def advance(self, n: int, **figures: float) -> None:
         if self._task is None:
             return
-        self._done += n
-        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        self._bar.advance(n)
         if figures:
             self._display.bars().update(self._task, figures=_figures(figures))
-        self._display.bars().update(self._task, advance=n, rate=f"{rate:,.0f} {self._unit}/s")
+        self._display.bars().update(self._task, advance=n, rate=f"{self._bar.rate:,.0f} {self._unit}/s")
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self._bar.expect(total, in_hand)
+        if self._task is not None:
+            self._display.bars().update(self._task, total=max(total, 1))
 
     def line(self, text: str) -> None:
         self._display.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
+        self._bar.start(0)
         if self._task is not None:
             self._display.remove(self._task)
             self._task = None
@@ -119,32 +168,40 @@ class LineProgress:
 
     def __init__(self) -> None:
         self._what, self._unit = "", "tokens"
-        self._total = self._done = 0
-        self._began = self._spoken = 0.0
+        self._bar = _Bar()
+        self._spoken = 0.0
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        self._what, self._total, self._unit, self._done = what, total, unit, 0
-        self._began = self._spoken = time.monotonic()
+        self._what, self._unit = what, unit
+        self._bar.start(total)
+        self._spoken = self._bar.began
 
     def advance(self, n: int, **figures: float) -> None:
-        self._done += n
-        now = time.monotonic()
-        if now - self._spoken < LINE_EVERY_SECONDS:
+        self._bar.advance(n)
+        if time.monotonic() - self._spoken < LINE_EVERY_SECONDS:
             return
-        self._spoken = now
-        rate = self._done / max(now - self._began, 1e-9)
-        left = f"about {max(self._total - self._done, 0) / rate:.0f} s left " if self._done else ""
-        self.line(
-            f"  {self._what}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, "
-            f"{left}{_figures(figures)}".rstrip(", ")
-        )
+        self._spoken = time.monotonic()
+        about = "about " if self._bar.estimated else ""
+        said = [
+            f"  {self._what}: {self._bar.done:,} of {about}{self._bar.total:,} {self._unit}",
+            f"{self._bar.rate:,.0f} {self._unit}/s",
+        ]
+        left, in_hand = self._bar.seconds_left(), self._bar.seconds_in_hand()
+        if stop_wished() and in_hand is not None:
+            said.append(f"stopping in about {duration(in_hand)}")
+        elif left is not None:
+            said.append(f"about {duration(left)} left")
+        self.line(", ".join([*said, *filter(None, [_figures(figures)])]))
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self._bar.expect(total, in_hand)
 
     def line(self, text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
     def close(self) -> None:
-        self._total = 0
+        self._bar.start(0)
 
 
 class EventProgress:
@@ -157,6 +214,7 @@ class EventProgress:
         self._path = path
         self._moved, self._told = 0, 0.0
         self._figures: dict[str, float] = {}
+        self._expected: list[int] | None = None
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         sys.stderr.write(f"{what}: {total:,} {unit}\n")
@@ -167,6 +225,9 @@ class EventProgress:
         self._figures |= figures
         if time.monotonic() - self._told >= EVENT_EVERY_SECONDS:
             self._flush()
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self._expected = [total, in_hand]  # goes with the next advance
 
     def line(self, text: str) -> None:
         sys.stderr.write(text + "\n")
@@ -184,6 +245,9 @@ class EventProgress:
         moved, self._moved = self._moved, 0
         self._told = time.monotonic()
         self._write({"advance": moved, "figures": self._figures})
+        if self._expected is not None:
+            self._write({"expect": self._expected})
+            self._expected = None
 
     def _tell(self, **event: Any) -> None:
         if self._moved:
@@ -230,6 +294,8 @@ def replay(event: dict[str, Any], progress: Progress) -> None:
         progress.start(*event["start"])
     elif "advance" in event:
         progress.advance(event["advance"], **event["figures"])
+    elif "expect" in event:
+        progress.expect(*event["expect"])
     elif "line" in event:
         progress.line(event["line"])
     elif "close" in event:

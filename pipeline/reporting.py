@@ -26,8 +26,7 @@ def write_report(runner: Runner) -> Path:
     """Write a run's ``summary.json`` and its HTML page; returns the page."""
     from eopd.stages.report.data import ReportData
     from eopd.stages.report.gather import summary_rows
-    from eopd.stages.report.job import ReportJob
-    from eopd.stages.report.run import run
+    from eopd.stages.report.run import ReportJob, run
 
     settings = runner.settings
     (data,) = _gather([runner])
@@ -35,7 +34,7 @@ def write_report(runner: Runner) -> Path:
     summary = {"run": settings.name, "seed": settings.seed, "rounds": summary_rows(data, k)}
     replace_atomically(runner.paths.summary, json.dumps(summary, indent=1) + "\n")
     report = ReportData(settings.name, _now(), [data])
-    return run(ReportJob(runner.paths.report, report, runner.paths.logs))
+    return run(ReportJob(runner.paths.report, report))
 
 
 def write_comparison(runners: Sequence[Runner], folder: Path) -> Path:
@@ -43,14 +42,13 @@ def write_comparison(runners: Sequence[Runner], folder: Path) -> Path:
 
     The first run is what the others are compared with. Returns the page.
     """
+    from eopd.stages.report.compare import grouped
     from eopd.stages.report.data import ReportData
-    from eopd.stages.report.job import ReportJob
-    from eopd.stages.report.run import run
-    from eopd.stages.report.seeds import grouped
+    from eopd.stages.report.run import ReportJob, run
 
     runs = grouped(_gather(runners))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} settings compared"
-    return run(ReportJob(folder, ReportData(title, _now(), runs), folder))
+    return run(ReportJob(folder, ReportData(title, _now(), runs)))
 
 
 def _gather(runners: Sequence[Runner]) -> list[RunData]:

@@ -24,7 +24,7 @@ from eopd.pipeline.plan import STAGES, PlannedJob, steps_of_round
 from eopd.pipeline.plan_table import STYLES
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.survey import JobState
-from eopd.pipeline.words import duration, number, size
+from eopd.stages.format import duration, number, size
 from eopd.storage.claims import holder
 
 RECENT_PARTS = 16
@@ -190,7 +190,7 @@ def _words(status: Status) -> Iterator[Text]:
         yield Text(f"{status.last.log.name}: {status.last.line}", style="dim")
     overview = status.overview
     yield Text(
-        f"{size(overview.present_bytes)} of {'at most ' if overview.totals['all'].at_most else ''}"
+        f"{size(overview.present_bytes)} of {'about ' if overview.totals['all'].missing else ''}"
         f"{size(overview.peak_bytes)} are there; {size(overview.free_bytes)} free.",
         style="dim",
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eopd.pipeline.findings import Finding
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 from eopd.storage.errors import NoHardLinks, StoreError
 from eopd.storage.files import NEEDS_LINKS, create_exclusively, fsync_folder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.pipeline.words import size
+from eopd.stages.format import size
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket

@@ -63,6 +63,9 @@ class NamedProgress:
     def advance(self, n: int, **figures: float) -> None:
         self.inner.advance(n, **figures)
 
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self.inner.expect(total, in_hand)
+
     def line(self, text: str) -> None:
         self.inner.line(f"{self.name}: {text}")
 

@@ -39,6 +39,9 @@ class Progress(Protocol):
     def advance(self, n: int, **figures: float) -> None:
         """Move it by ``n`` units; ``figures`` are shown beside it."""
 
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        """Correct the total to an estimate; ``in_hand`` units of it are left until the next commit (0: not known)."""
+
     def line(self, text: str) -> None:
         """One line that stays."""
 
@@ -53,6 +56,9 @@ class NullProgress:
         pass
 
     def advance(self, n: int, **figures: float) -> None:
+        pass
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
         pass
 
     def line(self, text: str) -> None:

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "numba", "vllm", "transformers", "accelerate", "datasets", "math_verify", "matplotlib"}
-SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "job", "intervals", "output")}
+SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "format", "job", "intervals", "output")}
 # what `pipeline` may import at module level: settings and pure functions that need no torch
 LIGHT = (
     "settings",
+    "eopd.stages.format",
     "eopd.stages.job",
     "eopd.stages.models.generation",
     "eopd.stages.models.prompts",

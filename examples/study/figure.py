@@ -25,8 +25,9 @@ def write(experiment: Experiment, found: Sequence[Rows], path: Path) -> bool:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # texts stay texts, and equal results give equal bytes
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": experiment.name, "font.size": 9}):
+    from eopd.stages.report.figures import svg_text
+
+    with rc_context({"font.size": 9}):
         figure = Figure(figsize=(7.5, 0.7 + 0.26 * len(pairs)), layout="constrained")
         axes = figure.subplots(1, len(SHOWN), sharey=True)
         for axis, name in zip(axes, SHOWN, strict=True):
@@ -43,5 +44,5 @@ def write(experiment: Experiment, found: Sequence[Rows], path: Path) -> bool:
             for side, spine in axis.spines.items():
                 spine.set_visible(side == "bottom")
                 spine.set_color(INK)
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+        path.write_text(svg_text(figure, experiment.name, transparent=True), encoding="utf-8")
     return True

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from eopd.stages.job import ModelRef
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.settings import Settings, setting
 
@@ -193,6 +193,35 @@ class SamplingEngine(Protocol):
 
     def close(self) -> None:
         """Free the model. The engine cannot be used again."""
+
+
+class SamplingMeter:
+    """Shows how the sampling of several parts gets on: tokens, of those that are being decoded too.
+
+    How many there will be is an estimate. While responses are being decoded, tokens so far over responses that have
+    ended is what a response takes (as for any lifetime with some still running), at most ``max_new_tokens``.
+    """
+
+    def __init__(self, progress: Progress, what: str, responses: int, max_new_tokens: int) -> None:
+        self._progress = progress
+        self._responses, self._longest = responses, max_new_tokens
+        self.tokens = self.finished = 0
+        self._part_tokens = self._part_responses = 0
+        progress.start(what, responses * max_new_tokens)
+
+    def begin(self, responses: int) -> None:
+        """The next part, of so many responses."""
+        self._part_tokens, self._part_responses = 0, responses
+
+    def advance(self, tokens: int, finished: int) -> None:
+        """An engine's ``OnProgress``."""
+        self.tokens += tokens
+        self.finished += finished
+        self._part_tokens += tokens
+        length = min(self._longest, self.tokens / self.finished) if self.finished else self._longest
+        in_hand = max(round(self._part_responses * length) - self._part_tokens, 0)
+        self._progress.advance(tokens, responses=self.finished)
+        self._progress.expect(max(round(self._responses * length), self.tokens + in_hand), in_hand)
 
 
 def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingParameters, max_tokens: int) -> None:

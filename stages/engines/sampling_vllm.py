@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
 from eopd.stages.models.model_config import refuse_dynamic_positions
 
+LOOK_EVERY_SECONDS = 0.5
+"""How often tokens that are being decoded are counted."""
 PREFILL_TOKENS = 8192
 """Prompt tokens read in one step on a CPU, where a prompt must be read whole."""
 
@@ -88,12 +91,20 @@ class VLLMSamplingEngine:
             use_tqdm=False,
         )
         found: list[tuple[int, Sample]] = []  # with vLLM's request number, which counts in the order given
+        ended = reported = counted = 0  # tokens of responses that ended; of all, as reported; responses, as reported
+        looked = time.monotonic()
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 completion = output.outputs[0]
                 found.append((int(output.request_id), _sample(completion, parameters)))
-                if on_progress is not None:
-                    on_progress(len(completion.token_ids), 1)
+                ended += len(completion.token_ids)
+            if on_progress is not None and time.monotonic() - looked >= LOOK_EVERY_SECONDS:
+                looked = time.monotonic()
+                now = max(ended + _being_decoded(llm), reported)
+                on_progress(now - reported, len(found) - counted)
+                reported, counted = now, len(found)
+        if on_progress is not None:
+            on_progress(max(ended - reported, 0), len(found) - counted)
         assert len(found) == len(requests), f"vLLM answered {len(found)} of {len(requests)} requests"
         return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
 
@@ -115,6 +126,12 @@ class VLLMSamplingEngine:
 
     def close(self) -> None:
         self._process.close()
+
+
+def _being_decoded(llm: Any) -> int:
+    """Tokens so far of responses that have not ended; 0 if this vLLM does not tell."""
+    states = getattr(getattr(llm.llm_engine, "output_processor", None), "request_states", {})
+    return sum(state.detokenizer.num_output_tokens() for state in states.values() if state.detokenizer is not None)
 
 
 def _sampling_params(parameters: SamplingParameters, seed: int) -> Any:

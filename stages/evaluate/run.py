@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
 from eopd.stages.evaluate.summary import Tally, figures, overall
@@ -88,11 +88,11 @@ def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -
             options=job.settings.engine_options,
         )
         with sampling as engine:
-            job.progress.start("evaluate", responses, unit="responses")
+            meter = SamplingMeter(job.progress, "evaluate", responses, job.settings.parameters(()).max_new_tokens)
             try:
                 for part in claimed_parts(job.output, list(work), job.progress.line):
                     content = work[part]
-                    _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier])
+                    _do_part(job, part, content, engine, tokenizer, verifiers[content.benchmark.verifier], meter)
             finally:
                 job.progress.close()
     finally:
@@ -170,6 +170,7 @@ def _do_part(
     engine: SamplingEngine,
     tokenizer: PreTrainedTokenizerBase,
     verifier: Verifier,
+    meter: SamplingMeter,
 ) -> None:
     """One engine call, verification, commit."""
     started = time.monotonic()
@@ -178,14 +179,8 @@ def _do_part(
         SamplingRequest(problem.token_ids, derive_seed(job.seed, content.benchmark.name, problem.prompt.id, sample))
         for problem, sample in asked
     ]
-    tokens = 0
-
-    def on_progress(new_tokens: int, finished: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        job.progress.advance(finished, tokens_per_s=tokens / max(time.monotonic() - started, 1e-9))
-
-    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), on_progress) if requests else []
+    meter.begin(len(requests))
+    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.advance) if requests else []
     texts = [_text(tokenizer, sample) for sample in samples]
     sampled = time.monotonic()
     verdicts = verifier.verify_many(
@@ -200,7 +195,7 @@ def _do_part(
     info: dict[str, Any] = {
         "engine": engine.name,
         "engine_version": engine.version,
-        "tokens": tokens,
+        "tokens": sum(len(sample.token_ids) for sample in samples),
         "responses": len(rows),
         "seconds": round(sampled - started, 3),
         "verifying_seconds": round(time.monotonic() - sampled, 3),

@@ -1,39 +1,62 @@
-"""From artifacts to what the report shows, and to ``summary.json``.
+"""From artifacts to what the report shows and to ``summary.json``.
 
-Round r is the student at its start: the first one, or the one that training round r - 1 made. Its figures of entropy
-and divergence are those of the round's first step, taken with its weights before any update; the student that the last
-training made has none.
+Round r is the student at its start: the first one, or the one that round r - 1 trained. Its entropy and divergences are
+those of the round's first training step, before any update; the student of the last training has none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eopd.stages.report import aligned, evaluated, heads, words
-from eopd.stages.report.data import Histogram, ProblemScores, RoundData, RunData, StepRow
-from eopd.stages.report.expenses import Job, costs, seconds_by_key
-from eopd.stages.report.scores import asked, gains
-from eopd.stages.report.views import TOKENIZER, Judge, nobody, rollout_views
-from eopd.storage import evaluations
+from eopd.stages.format import listed
+from eopd.stages.report.compare import gains
+from eopd.stages.report.data import (
+    FIRST,
+    OWN,
+    BinnedMeans,
+    CostRow,
+    Estimate,
+    Histogram,
+    ProblemScores,
+    RoundData,
+    RunData,
+    StepRow,
+)
+from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
+from eopd.storage import alignments, evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.jsonl import read_lines
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import HeadRule
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
-_BENCHMARK = "benchmark "  # before its name among an evaluation's inputs
-FIGURES = ("student_entropy", "teacher_entropy", "gate_fraction", "rkl", "fkl")
+ENTROPY_END = 20.0
+FIRST_STEP = ("student_entropy", "teacher_entropy", "gate_fraction", "rkl", "fkl")
+EVALUATED = ("distinct_correct", "self_bleu", "distinct_4", "token_entropy", "truncation_rate", "stop_rate", "ungraded")
+HELD_OUT = {  # name -> (tokens, figure) of an alignment
+    "held_out_entropy": ("all", "student_entropy"),
+    "held_out_teacher_entropy": ("all", "teacher_entropy"),
+    "held_out_fkl": ("all", "fkl"),
+    "held_out_rkl": ("all", "rkl"),
+    "held_out_uncertain_fkl": ("above", "fkl"),
+    "held_out_agreement": ("all", "agreement"),
+    "held_out_student_above": ("all", "student_above"),
+    "held_out_teacher_above": ("above", "share"),
+}
+BINNED = ("fkl", "rkl", "agreement", "student_entropy", "share")
+_BENCHMARK = "benchmark "  # precedes a benchmark's name among an evaluation's inputs
 
 
 @dataclass(frozen=True)
 class RoundArtifacts:
-    """What round ``round`` made; None where there is nothing complete."""
+    """What a round made; None for what is not complete."""
 
     round: int
     evaluation: Artifact | None  # of the student at the start of the round
@@ -42,6 +65,13 @@ class RoundArtifacts:
     checkpoint: Artifact | None = None
     alignment: Artifact | None = None
     measured: bool = True  # whether the run evaluates that student at all (evaluate.every)
+
+    @property
+    def round_start(self) -> Path | None:
+        """The student's own entropies at the round's start; None once they were pruned."""
+        if self.checkpoint is None or not self.checkpoint.is_committed(1):
+            return None
+        return self.checkpoint.part_folder(1) / "round_start.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,52 +85,46 @@ class RunArtifacts:
     jobs: Path  # the run's jobs.jsonl
     seed: int = 0
     kin: str = ""  # equal for runs that differ in nothing but their seed
-    judge: Judge = nobody
+    judge: Judge = no_verdicts
     elsewhere: Sequence[Path] = ()  # jobs.jsonl of the other runs on the page
     also_read: Collection[str] = ()  # keys of artifacts that other runs on the page read too
 
 
 def gather(run: RunArtifacts) -> RunData:
-    """Everything that is complete. What is missing is left out, not guessed."""
-    results = {found.round: _results(found.evaluation) for found in run.rounds if found.evaluation}
-    rounds = [_round(found.round, results.get(found.round), run.rounds) for found in run.rounds]
-    trained = [found for found in run.rounds if found.checkpoint]
-    scored = [found for found in run.rounds if found.rollouts and found.scores]
-    scores = [_scores(found.evaluation, found.round, run.seed) for found in run.rounds if found.evaluation]
-    comparable = len(scores) > 1 and asked(scores[0]) == asked(scores[-1])
-    avg, passed = (
-        gains(scores[0], scores[-1], evaluated.confidence(results[scores[-1].round])) if comparable else (None, None)
-    )
-    measured = [aligned.read_alignment(found.alignment) for found in run.rounds if found.alignment]
-    teacher, student = _histograms(run.rounds)
+    """Everything that is complete; what is missing is left out."""
+    results = {item.round: _results(item.evaluation, evaluations.RESULTS) for item in run.rounds if item.evaluation}
+    aligned = {item.round: _results(item.alignment, alignments.RESULTS) for item in run.rounds if item.alignment}
+    last_alignment = aligned[max(aligned)] if aligned else None
+    scored = [item for item in run.rounds if item.rollouts and item.scores]
+    scores = [_scores(item.evaluation, item.round, run.seed) for item in run.rounds if item.evaluation]
     readable = (Path(run.tokenizer) / TOKENIZER).exists()
+    teacher, student = _histograms(run.rounds)
+    levels = sorted({found["settings"]["confidence"] for found in results.values()})
     return RunData(
         name=run.name,
         settings=run.settings,
-        rounds=rounds,
-        training=_training(run, trained),
-        entropy_histogram_teacher=teacher,
-        entropy_histogram_student=student,
-        by_entropy_bin=aligned.binned(measured[-1], "own") if measured else {},
-        first_by_entropy_bin=aligned.binned(measured[-1], "first") if measured else {},
-        read_with=aligned.read_with(measured[-1]) if measured else {},
+        rounds=[_round(item, results.get(item.round), aligned.get(item.round)) for item in run.rounds],
+        training=_training(run),
+        teacher_entropy=teacher,
+        student_entropy=student,
+        bins=_bins(last_alignment) if last_alignment else {},
+        read_with=_read_with(last_alignment) if last_alignment else {},
         rollouts=[
             view
-            for found in _first_and_last(scored)
-            if found.rollouts and found.scores and readable
-            for view in rollout_views(found.rollouts, found.scores, found.round, run.tokenizer, run.judge)
+            for item in (scored[:1] + scored[1:][-1:] if readable else [])
+            if item.rollouts and item.scores
+            for view in rollout_views(item.rollouts, item.scores, item.round, run.tokenizer, run.judge)
         ],
-        cost=costs(_jobs(run), seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere), run.also_read),
+        cost=_costs(run),
         threshold=run.tau,
-        interval=evaluated.interval(results),
-        avg_gain=avg,
-        pass_gain=passed,
+        interval=f"{listed([f'{100 * level:g}' for level in levels])} % bootstrap over problems" if levels else "",
+        gains=gains(scores[0], scores[-1], levels[-1]) if len(scores) > 1 else {},
         scores=scores,
         seed=run.seed,
         kin=run.kin,
-        graders=sorted({name for found in results.values() for name in evaluated.graders(found)}),
-        head=_heads(run, trained),
-        warnings=evaluated.warnings(results),
+        graders=sorted({name for found in results.values() for name in found.get("verifiers", ())}),
+        head=_heads(run),
+        warnings=_warnings(results),
         notes=[] if readable or not scored else [f"Rollouts are not shown: {run.tokenizer} has no {TOKENIZER}."],
     )
 
@@ -108,43 +132,69 @@ def gather(run: RunArtifacts) -> RunData:
 def summary_rows(data: RunData, k: int) -> list[dict[str, Any]]:
     """One row a round for ``summary.json``."""
     rows = []
-    for found in data.rounds:
-        row: dict[str, Any] = {"round": found.round}
-        row[f"avg_at_{k}"] = found.avg_at_k.get(k)
-        row[f"pass_at_{k}"] = found.pass_at_k.get(k)
-        row.update({name: getattr(found, name) for name in FIGURES})
-        row["distinct_correct"] = found.distinct_correct
+    for item in data.rounds:
+        passed = item.pass_at.get(k)
+        row: dict[str, Any] = {"round": item.round}
+        row[f"avg_at_{k}"] = item.value("avg") if item.samples == k else None
+        row[f"pass_at_{k}"] = passed.value if passed else None
+        row["problems"] = item.problems or None
+        row |= {name: item.value(name) for name in (*FIRST_STEP, "distinct_correct", "truncation_rate")}
         rows.append(row)
     return rows
 
 
-def _results(evaluation: Artifact) -> dict[str, Any]:
-    path = evaluation.part_folder(evaluation.parts - 1) / evaluations.RESULTS
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def _results(artifact: Artifact, name: str) -> dict[str, Any]:
+    path = artifact.part_folder(artifact.parts - 1) / name
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
-def _round(number: int, results: dict[str, Any] | None, rounds: Sequence[RoundArtifacts]) -> RoundData:
-    figures = _figures_of(number, rounds)
-    for found in rounds:
-        if found.round == number and found.alignment is not None:
-            values, figures["intervals"] = aligned.round_figures(aligned.read_alignment(found.alignment))
-            figures.update(values)
-    figures["measured"] = all(found.measured for found in rounds if found.round == number)
-    if results is not None:
-        measured, intervals = evaluated.round_figures(results)
-        figures |= {**measured, "intervals": {**figures.get("intervals", {}), **intervals}}
-        figures["benchmarks"] = evaluated.by_benchmark(number, results)
-    return RoundData(round=number, **figures)
+def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Mapping[str, Any] | None) -> RoundData:
+    figures = _first_step(item)
+    for whose, figures_of in aligned["responses"].items() if aligned else ():
+        prefix = "" if whose == OWN else "first_"
+        for name, (tokens, figure) in HELD_OUT.items():
+            group = figures_of[tokens]
+            _add(figures, prefix + name, group[figure], group["intervals"].get(figure))
+    if results is None:
+        return RoundData(item.round, figures, measured=item.measured)
+    found = results["benchmarks"]
+    benchmarks = {
+        name: _evaluated(item.round, values, values["problems"], values["samples"], sum(_left_out(results, name)))
+        for name, values in found.items()
+    }
+    counts = sum(one["problems"] for one in found.values()), max(one["samples"] for one in found.values())
+    mean = _evaluated(item.round, results["mean"], *counts, sum(_left_out(results)))
+    return RoundData(
+        item.round, figures | mean.figures, mean.pass_at, mean.problems, mean.samples, item.measured, benchmarks
+    )
 
 
-def _figures_of(number: int, rounds: Sequence[RoundArtifacts]) -> dict[str, Any]:
-    trained = next((found.checkpoint for found in rounds if found.round == number and found.checkpoint), None)
-    if trained is None:
+def _evaluated(round_: int, values: Mapping[str, Any], problems: int, samples: int, left_out: int) -> RoundData:
+    """The figures of one benchmark, or of the mean over several."""
+    figures: dict[str, Estimate] = {}
+    _add(figures, "avg", values["avg_at_k"], values["avg_interval"])
+    for name in EVALUATED:
+        _add(figures, name, values.get(name), values.get(f"{name}_interval"))
+    _add(figures, "response_length", values["response_tokens"]["mean"], values["response_tokens"].get("interval"))
+    _add(figures, "left_out", left_out)
+    passed: dict[int, Estimate] = {}
+    for k, value in values["pass_at_k"].items():
+        _add(passed, int(k), value, values["pass_interval"].get(k))
+    return RoundData(round_, figures, passed, problems, samples)
+
+
+def _add(figures: dict[Any, Estimate], name: Any, value: float | None, bounds: Sequence[float] | None = None) -> None:
+    if value is not None:
+        figures[name] = Estimate(value, *(bounds or (None, None)))
+
+
+def _first_step(item: RoundArtifacts) -> dict[str, Estimate]:
+    if item.checkpoint is None:
         return {}
-    steps = _steps(trained)
-    first = {name: float(steps[0][name]) for name in FIGURES if name in steps[0]}
-    return {**first, "tokens": int(sum(row["tokens"] for row in steps if row["epoch"] == 0))}
+    steps = _steps(item.checkpoint)
+    figures = {name: Estimate(float(steps[0][name])) for name in FIRST_STEP if name in steps[0]}
+    return {**figures, "tokens": Estimate(int(sum(row["tokens"] for row in steps if row["epoch"] == 0)))}
 
 
 def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
@@ -152,23 +202,46 @@ def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _training(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> list[StepRow]:
-    """Steps from the checkpoints; speed from the run's own file, where a step stands there."""
-    speeds: dict[tuple[int, int], float | None] = {}
-    for row in read_lines(run.metrics):
-        speeds[row["round"], row["step"]] = row.get("tokens_per_s")
+def _training(run: RunArtifacts) -> list[StepRow]:
+    """Steps from the checkpoints; their speed from the run's own file, if the step is in it."""
+    speeds = {(row["round"], row["step"]): row.get("tokens_per_s") for row in read_lines(run.metrics)}
     rows = []
-    for found in trained:
-        assert found.checkpoint is not None
-        for row in _steps(found.checkpoint):
-            rows.append(StepRow.of({**row, "tokens_per_s": speeds.get((row["round"], row["step"]))}))
+    for item in run.rounds:
+        for row in _steps(item.checkpoint) if item.checkpoint else ():
+            row["tokens_per_s"] = speeds.get((row["round"], row["step"]))
+            figures = {
+                name: float(value)
+                for name, value in row.items()
+                if isinstance(value, (int, float)) and name not in ("round", "step", "epoch")
+            }
+            rows.append(StepRow(row["round"], row["step"], figures))
     return rows
 
 
-def _heads(run: RunArtifacts, trained: Sequence[RoundArtifacts]) -> str:
-    """Of all its rounds."""
-    read = [heads.read_head(found.scores, run.settings["train"]["objective"]) for found in trained if found.scores]
-    return words.joined(sorted(set(read)))
+def _heads(run: RunArtifacts) -> str:
+    """Which ids of the teacher's head the objective reads, over all rounds."""
+    trained = [item.scores for item in run.rounds if item.checkpoint and item.scores]
+    return listed(sorted({_head(scores, run.settings["train"]["objective"]) for scores in trained}))
+
+
+def _head(scores: Artifact, objective: Mapping[str, Any]) -> str:
+    coverage = scores.identity.coverage or {}
+    if "head" not in coverage:  # imported, of another kind of record
+        return "not known"
+    rule, name = HeadRule(**coverage["head"]), objective["name"]
+    if name == "sft":
+        most = 1
+    elif objective["support"] == "sampled":
+        most = rule.k_max  # draws stand for what the stored head leaves out
+    else:
+        most = min(objective["k"], rule.k_max)
+    if most == 1:
+        text = "the most probable id"
+    elif rule.full_head_above < 0:
+        text = f"the {most} most probable ids"
+    else:
+        text = f"ids of probability {rule.min_prob:g} and more, {most} at most and past {rule.full_head_above:g} nats"
+    return f"{text}, as {name} reads it" if ":" in name else text
 
 
 def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
@@ -181,66 +254,153 @@ def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
         round=round_,
         names=[f"{row['benchmark']}/{row['problem_id']}" for row in rows],
         benchmarks=[row["benchmark"] for row in rows],
-        samples=max(row["samples"] for row in rows),
+        samples=max((row["samples"] for row in rows), default=0),
         seeds=[seed],
         correct=[[row["correct"] for row in rows]],
         sources={key.removeprefix(_BENCHMARK): inputs[key] for key in inputs if key.startswith(_BENCHMARK)},
     )
 
 
-def _histogram(values: np.ndarray[Any, Any]) -> Histogram:
-    edges = ENTROPY_EDGES if values.max(initial=0.0) < ENTROPY_EDGES[-1] else [*ENTROPY_EDGES, 20.0]
-    counts, _ = np.histogram(np.clip(values, 0.0, 19.9), edges)
-    return Histogram(list(edges), counts.tolist())
-
-
 def _histograms(rounds: Sequence[RoundArtifacts]) -> tuple[Histogram | None, Histogram | None]:
-    """Of the teacher and of the student, on the tokens of one round: the last that has both, else that has either."""
-    either = [found for found in rounds if found.scores or _round_start(found)]
-    both = [found for found in either if found.scores and _round_start(found)]
+    """Of the teacher and the student, on the tokens of one round: the last that has both, else that has either."""
+    either = [item for item in rounds if item.scores or item.round_start]
+    both = [item for item in either if item.scores and item.round_start]
     if not either:
         return None, None
-    chosen = (both or either)[-1]
-    return _teacher_histogram(chosen.scores), _student_histogram(chosen)
+    return _teacher_histogram((both or either)[-1].scores), _student_histogram((both or either)[-1].round_start)
 
 
 def _teacher_histogram(scores: Artifact | None) -> Histogram | None:
-    """None where nothing of the scores is left."""
     if scores is None:
         return None
     cache = TeacherCache(scores)
-    entropies = [cache.read_part(part).entropy for part in filled_parts(scores)]
-    return _histogram(np.concatenate(entropies)) if entropies else None
+    return _histogram([cache.read_part(part).entropy for part in filled_parts(scores)])
 
 
-def _student_histogram(found: RoundArtifacts) -> Histogram | None:
+def _student_histogram(path: Path | None) -> Histogram | None:
     from safetensors.numpy import load_file
 
-    path = _round_start(found)
-    return _histogram(load_file(path)["entropy"]) if path else None
+    return _histogram([load_file(path)["entropy"]]) if path else None
 
 
-def _round_start(found: RoundArtifacts) -> Path | None:
-    """What the student said of the round's tokens at its start; None once it was pruned."""
-    if found.checkpoint is None or not found.checkpoint.is_committed(1):
+def _histogram(parts: Sequence[np.ndarray[Any, Any]]) -> Histogram | None:
+    """None without any token."""
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    if not values.size:
         return None
-    return found.checkpoint.part_folder(1) / "round_start.safetensors"
+    edges = ENTROPY_EDGES if values.max() < ENTROPY_EDGES[-1] else [*ENTROPY_EDGES, ENTROPY_END]
+    counts, _ = np.histogram(np.clip(values, 0.0, ENTROPY_END - 0.1), edges)
+    return Histogram(list(edges), counts.tolist())
 
 
-def _first_and_last(found: Sequence[RoundArtifacts]) -> list[RoundArtifacts]:
-    return list(found) if len(found) < 2 else [found[0], found[-1]]
+def _bins(aligned: Mapping[str, Any]) -> dict[str, dict[str, BinnedMeans]]:
+    return {
+        whose: {
+            name: BinnedMeans(
+                list(found["edges"]),
+                [
+                    Estimate(row[name], *(row["intervals"].get(name) or (None, None))) if row["tokens"] else None
+                    for row in found["bins"]
+                ],
+            )
+            for name in BINNED
+        }
+        for whose, found in aligned["responses"].items()
+        if whose in (OWN, FIRST)
+    }
 
 
-def _jobs(run: RunArtifacts) -> list[Job]:
-    rows: list[Job] = []
-    for found in run.rounds:
-        read = sum(row["tokens"] for row in _steps(found.checkpoint)) if found.checkpoint else None
-        stages = (
-            ("evaluate", found.evaluation, None),
-            ("align", found.alignment, None),
-            ("rollout", found.rollouts, None),
-            ("score", found.scores, None),
-            ("train", found.checkpoint, read),
-        )
-        rows += [(stage, found.round, artifact, tokens) for stage, artifact, tokens in stages if artifact is not None]
+def _read_with(aligned: Mapping[str, Any]) -> dict[str, str]:
+    settings = aligned["settings"]
+    found = {
+        f"evaluate.alignment.{name}": json.dumps(settings[name])
+        for name in ("tau", "temperature", "merge_stops", "limit")
+    }
+    found["evaluate.alignment.responses"] = listed(sorted(aligned["responses"]))
+    found["score.teacher_prompt"] = json.dumps(aligned["teacher_prompt"], sort_keys=True)
+    found["the teacher"] = aligned["teacher"]["fingerprint"][:12]
+    if FIRST in aligned["responses"]:
+        found["the fixed set"] = aligned["artifact"]["inputs"].get("first evaluation", "")[:12]
+    return found
+
+
+def _warnings(results: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """What spoils the figures of some rounds."""
+    ungraded, missing, too_long, unread = [], [], [], []
+    for number, found in sorted(results.items()):
+        benchmarks = found["benchmarks"].values()
+        answers = sum(one["problems"] * one["samples"] for one in benchmarks)
+        gave_up = sum(one["ungraded"] for one in benchmarks)
+        set_aside, skipped = _left_out(found)
+        if gave_up:
+            ungraded.append(f"{gave_up} of {answers} answers in round {number}")
+        if set_aside:
+            missing.append(f"{set_aside} in round {number}")
+        if skipped:
+            too_long.append(f"{skipped} in round {number}")
+        unread += [f"{name} in round {number}" for name, one in found["benchmarks"].items() if not one["problems"]]
+    graders = sorted({tuple(found.get("verifiers", ())) for found in results.values()})
+    texts = {
+        "The grader gave up, which counts as wrong": ungraded,
+        "Problems are missing because their parts failed; figures are of the others": missing,
+        "Problems with too long prompts are left out": too_long,
+        "Benchmarks without a single problem": unread,
+        "Rounds were graded by different verifiers": [listed(names) or "not recorded" for names in graders[:6]],
+    }
+    texts["Rounds were graded by different verifiers"] *= len(graders) > 1
+    return [f"{text}: {_first_few(items)}." for text, items in texts.items() if items]
+
+
+def _first_few(items: Sequence[str], most: int = 6) -> str:
+    more = len(items) - most
+    return listed([*items[:most], f"{more} more"]) if more > 0 else listed(items)
+
+
+def _left_out(results: Mapping[str, Any], benchmark: str | None = None) -> tuple[int, int]:
+    """Problems of failed parts, and those with too long prompts; of one benchmark or of all (None)."""
+    aside = [rows for rows in results.get("left_out", ()) if benchmark in (None, rows["benchmark"])]
+    skipped = [found["skipped"] for name, found in results["benchmarks"].items() if benchmark in (None, name)]
+    return sum(rows["stop"] - rows["start"] for rows in aside), sum(map(len, skipped))
+
+
+def _costs(run: RunArtifacts) -> list[CostRow]:
+    """One row a job. Its time is that of all runs on the page that did parts of it; a job that this run found
+    complete, or that others on the page read too, is shared.
+    """
+    own, elsewhere = seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere)
+    rows = []
+    for item in run.rounds:
+        read = sum(row["tokens"] for row in _steps(item.checkpoint)) if item.checkpoint else None
+        for stage, artifact, tokens in (
+            ("evaluate", item.evaluation, None),
+            ("align", item.alignment, None),
+            ("rollout", item.rollouts, None),
+            ("score", item.scores, None),
+            ("train", item.checkpoint, read),
+        ):
+            if artifact is None:
+                continue
+            took = [log[artifact.key] for log in (own, elsewhere) if artifact.key in log]
+            markers = [artifact.remains(part) for part in range(artifact.parts)]
+            counted = [int(marker.info["tokens"]) for marker in markers if "tokens" in marker.info]
+            rows.append(
+                CostRow(
+                    stage,
+                    item.round,
+                    sum(took) if took else None,
+                    tokens=tokens if tokens is not None else sum(counted) if counted else None,
+                    bytes=sum(marker.committed_bytes for marker in markers),
+                    shared=artifact.key not in own or artifact.key in run.also_read,
+                    key=artifact.key,
+                )
+            )
     return rows
+
+
+def seconds_by_key(*logs: Path) -> dict[str, float]:
+    """Seconds spent on each artifact, by key, from the ``jobs.jsonl`` of runs."""
+    seconds: dict[str, float] = {}
+    for log in logs:
+        for row in read_lines(log):
+            seconds[row["key"]] = seconds.get(row["key"], 0.0) + row["seconds"]
+    return seconds

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingRequest, derive_seed
+from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.models.model_config import refuse_crossing
 from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
 from eopd.stages.rollout.job import RolloutJob
@@ -56,7 +56,6 @@ def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
     draws = _prepare(job, tokenizer)
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
     longest = max(len(draw.token_ids) for part in draws for draw in part)
-    meter = _Meter(job)
     refuse_crossing(
         model_folder(job.policy.path, job.policy.revision),
         job.policy.path,
@@ -73,7 +72,7 @@ def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
         options=job.settings.engine_options,
     )
     with sampling as engine:
-        job.progress.start("rollout", responses, unit="responses")
+        meter = _Meter(job, responses)
         try:
             for part in claimed_parts(job.output, pending, job.progress.line):
                 _do_part(job, part, draws[part], engine, tokenizer, meter)
@@ -133,26 +132,21 @@ def _first_samples(job: RolloutJob) -> list[list[int]]:
 class _Meter:
     """Counts what was sampled, for the bar and the closing line."""
 
-    def __init__(self, job: RolloutJob) -> None:
-        self._progress = job.progress
+    def __init__(self, job: RolloutJob, responses: int) -> None:
+        self.bar = SamplingMeter(job.progress, "rollout", responses, job.settings.max_new_tokens)
         self.tokens = self.responses = self.stopped = 0
         self.seconds = 0.0
         self._began = 0.0
 
-    def begin(self) -> None:
+    def begin(self, responses: int) -> None:
         self._began = time.monotonic()
-
-    def advance(self, tokens: int, finished: int) -> None:
-        self.tokens += tokens
-        self._progress.advance(finished, tokens_per_s=self.tokens / max(self._elapsed(), 1e-9))
+        self.bar.begin(responses)
 
     def end(self, samples: Sequence[Sample]) -> None:
-        self.seconds = self._elapsed()
+        self.seconds += time.monotonic() - self._began
         self.responses += len(samples)
+        self.tokens += sum(len(sample.token_ids) for sample in samples)
         self.stopped += sum(sample.finish_reason == "stop" for sample in samples)
-
-    def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self._began
 
     def summary(self) -> str:
         rate = self.tokens / max(self.seconds, 1e-9)
@@ -176,8 +170,8 @@ def _do_part(
     requests = [
         SamplingRequest(draw.token_ids, derive_seed(job.seed, draw.prompt.id, number)) for draw, number in asked
     ]
-    meter.begin()
-    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.advance) if requests else []
+    meter.begin(len(requests))
+    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.bar.advance) if requests else []
     meter.end(samples)
     rows = [
         _row(job, draw, number, request.seed, sample, tokenizer)

@@ -132,6 +132,7 @@ class Scorer:
                 for part, claimed in held_parts(job.output, parts, job.progress.line, writer.begin):
                     with claimed:
                         responses = read_part(job, part, self.tokenizer, self.limit)
+                        job.progress.expect(self.total, responses.tokens)
                         if job.settings.first_batch_check and responses.tokens and not engine.checked:
                             job.progress.line(f"score: {check_first_batch(engine, head, responses.sequences)}")
                             engine.checked = True

@@ -1,10 +1,14 @@
-"""Events of a worker in another process, as who started it shows them."""
+"""Bars and estimates, and events of a worker in another process as the process that started it shows them."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from eopd.pipeline.progress import EventProgress, Replay
+import pytest
+
+from eopd.pipeline import progress
+from eopd.pipeline.progress import EventProgress, LineProgress, Replay, seconds_in_hand
 from eopd.stages.job import NullProgress
 
 
@@ -29,3 +33,48 @@ def test_an_event_that_was_cut_short_stops_nothing(tmp_path: Path) -> None:
     replay.close()
     assert heard.lines == ["first", "second"]
     assert replay.end == ("full", "no space left")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_says_what_is_left_of_an_estimated_total(
+    clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = LineProgress()
+    shown.start("rollout", 100_000)
+    clock[0] += 20
+    shown.advance(2_000, responses=3)
+    assert capsys.readouterr().err == (
+        "  rollout: 2,000 of 100,000 tokens, 100 tokens/s, about 16 min 20 s left, responses 3\n"
+    )
+    shown.expect(5_000, 1_000)
+    clock[0] += 20
+    shown.advance(2_000)
+    assert "4,000 of about 5,000 tokens" in capsys.readouterr().err
+    monkeypatch.setattr(progress, "stop_wished", lambda: True)
+    shown.expect(8_000, 1_500)
+    clock[0] += 20
+    shown.advance(500)
+    assert "stopping in about 13 s" in capsys.readouterr().err  # 1,000 tokens at 4,500 in a minute
+
+
+def test_the_wait_for_what_is_in_hand_is_known_through_a_workers_events(tmp_path: Path, clock: list[float]) -> None:
+    shown = LineProgress()
+    worker, replay = EventProgress(tmp_path / "events.jsonl"), Replay(tmp_path / "events.jsonl", shown)
+    worker.start("rollout", 10_000)
+    replay.catch_up()
+    assert seconds_in_hand() is None
+    worker.expect(6_000, 800)
+    clock[0] += 10
+    worker.advance(400)
+    replay.catch_up()
+    assert seconds_in_hand() == pytest.approx(20.0)  # 800 at 40 tokens a second
+    worker.close()
+    replay.close()
+    assert seconds_in_hand() is None

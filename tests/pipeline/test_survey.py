@@ -59,6 +59,13 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     shown = text(overview)
     assert "not known yet" in shown
     assert "≤ 61.4k" in shown  # three rounds, folded
+    by_stage = {row.stage: row for row in overview.rows}
+    assert by_stage["score"].most_bytes is not None
+    assert by_stage["rollout"].most_bytes is None
+    assert re.search(r"score +missing .* ≤ [\d.]+ MB", shown)
+    assert re.search(r"rollout +missing .* about [\d.]+ kB", shown)
+    assert overview.peak_bound > overview.peak_bytes
+    assert "is its summary" in shown
 
 
 def test_states_tokens_and_time(tmp_path: Path) -> None:
@@ -228,7 +235,7 @@ def test_what_lies_in_a_store_that_is_only_read_takes_no_space(tmp_path: Path) -
     assert overview.peak_bytes == data + 2 * (weights + moments)  # the checkpoint, and its last resumable state
     assert overview.peak_bytes < whole.peak_bytes
     roomy = make_runner(
-        tmp_path, name="mine", read_only_stores=[str(tmp_path / "team")], max_store_bytes=overview.peak_bytes
+        tmp_path, name="mine", read_only_stores=[str(tmp_path / "team")], max_store_bytes=overview.peak_bound
     )
     refuse_too_large([roomy])
 

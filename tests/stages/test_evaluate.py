@@ -38,7 +38,7 @@ class Lines(NullProgress):
         self.finished = 0
 
     def advance(self, n: int, **figures: float) -> None:
-        self.finished += n
+        self.finished = int(figures["responses"])
 
     def line(self, text: str) -> None:
         self.seen.append(text)

@@ -1,28 +1,41 @@
-"""The report page as a document: structure, escaping, self-containment, what is missing, size. All data are made up."""
+"""The report page as a document: what it says, what it lacks, hostile text, degenerate data. All data are made up."""
 
 from __future__ import annotations
 
-import itertools
+import csv
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from eopd.stages.report import palette, plots
-from eopd.stages.report.data import BinnedMean, CostRow, Histogram, ReportData, RolloutView, RoundData, RunData, StepRow
-from eopd.stages.report.page import figures, render
-from eopd.stages.report.rollout_html import BUDGET, MOST_SHOWN, token_html
-from tests.stages.made_up_report import made_up_report, made_up_rollout, made_up_run, made_up_training
+from eopd.stages.report import figures, rollouts
+from eopd.stages.report.data import (
+    FIRST,
+    OWN,
+    BinnedMeans,
+    CostRow,
+    Estimate,
+    Histogram,
+    ReportData,
+    RolloutView,
+    RoundData,
+    RunData,
+    StepRow,
+)
+from eopd.stages.report.page import flatten, render
+from eopd.stages.report.run import ReportJob, run, to_csv
+from tests.stages.made_up_report import made_up_report, made_up_run, rollout, training_rows
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-EVIL = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> $x$ & \x00 \u202e {{ 7 * 7 }}"
+EVIL = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> $\\frac{$ & \x00 \u202e {{ 7 * 7 }}"
 
 
 class Document(HTMLParser):
-    """Elements in order, with their attributes and the text directly inside; fails on unbalanced tags."""
+    """Elements in order, with their attributes, and the text; fails on unbalanced tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -51,232 +64,286 @@ class Document(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attrs for found, attrs in self.elements if found == tag]
 
+    def ids(self) -> list[str]:
+        return [attrs["id"] for _, attrs in self.elements if "id" in attrs]
+
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
 
-def report_of(*runs: RunData) -> ReportData:
-    return ReportData(title="Made up", generated="never", runs=list(runs))
+def page_of(*runs: RunData) -> str:
+    return render(ReportData("Made up", "never", list(runs)))[0]
 
 
-@pytest.mark.parametrize("runs", [1, 3, 11])
-def test_structure_is_whole_and_accessible(runs: int) -> None:
-    document = Document(render(made_up_report(runs)))
-    ids = [attrs["id"] for _, attrs in document.elements if "id" in attrs]
+def drawn(*runs: RunData) -> dict[str, figures.Drawing]:
+    return {drawing.name: drawing for drawing in render(ReportData("Made up", "never", list(runs)))[1]}
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one run", "three runs"])
+def page(request: pytest.FixtureRequest) -> tuple[int, str]:
+    return request.param, render(made_up_report(request.param))[0]
+
+
+def test_a_page_is_whole_and_loads_nothing(page: tuple[int, str]) -> None:
+    _, text = page
+    document = Document(text)
+    ids = document.ids()
     assert len(ids) == len(set(ids))
-    assert len(document.all("h1")) == 1
-    assert {"gain", "quality", "rounds", "training", "spread", "rollouts", "cost", "settings"} <= set(ids)
-    for attrs in document.all("a"):
-        if attrs["href"].startswith("#"):
-            assert attrs["href"][1:] in ids
-    for attrs in document.all("section"):
-        assert attrs["aria-labelledby"] in ids
-    for attrs in document.all("svg"):
-        assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and attrs["aria-label"])
+    assert {"gain", "quality", "rounds", "training", "held-out", "spread", "rollouts", "cost", "settings"} <= set(ids)
+    links = [attrs["href"] for attrs in document.all("a")]
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert {link for link in links if not link.startswith("#")} == {"numbers.csv", "figures/"}
+    assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in document.all("svg"))
+    assert len(document.all("svg")) == len(document.all("figure")) >= 18
     assert all(attrs["scope"] in ("row", "col") for attrs in document.all("th"))
-    drawn = len([attrs for attrs in document.all("svg") if attrs.get("class") == "plot"])
-    assert drawn == len(figures(made_up_report(runs))) == len(document.all("figure"))
-    assert drawn >= 20
-    assert len([attrs for attrs in document.all("details") if attrs.get("class") == "numbers"]) >= drawn
-    assert "1 further figure" in document.text
-
-
-def test_nothing_is_loaded_from_anywhere() -> None:
-    page = render(made_up_report(2))
-    document = Document(page)
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "@import" not in page
-    assert not re.search(r"url\(", page)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert not [attrs for _, attrs in document.elements if "src" in attrs or "srcset" in attrs]
-    assert not document.all("iframe")
     assert [attrs["href"] for attrs in document.all("link")] == ["data:,"]
-    policy = next(attrs["content"] for attrs in document.all("meta") if "http-equiv" in attrs)
+    (policy,) = (attrs["content"] for attrs in document.all("meta") if "http-equiv" in attrs)
     assert policy.startswith("default-src 'none'")
-    assert "script-src 'sha256-" in policy
-    links = {attrs["href"] for attrs in document.all("a") if not attrs["href"].startswith("#")}
-    assert links == {"numbers.csv", "figures/"}
+    assert len(text) < 700_000
 
 
-def evil_report() -> ReportData:
-    run = replace(
+def test_the_headline_has_intervals_the_number_of_problems_and_truncated_answers(page: tuple[int, str]) -> None:
+    runs, text = page
+    headline = Document(re.sub(r"^.*?<main>|(?<=</section>).*", "", text, flags=re.S)).text
+    assert "0.220" in headline
+    assert "[+0.215, +0.265]" in headline
+    assert headline.count("200 × 8") == (1 if runs == 1 else 2 * runs)
+    assert re.search(r"\d\.\d % → \d\.\d %", headline)
+    assert ("Differences from eopd" in headline) == (runs > 1)
+
+
+def test_sentences_come_from_the_data() -> None:
+    """Half of all tokens are above the gate here, so nothing may say that most tokens are certain."""
+    run = RunData("r", teacher_entropy=Histogram([0.0, 0.8, 2.0], [1, 1]), threshold=0.8)
+    text = Document(page_of(run)).text
+    assert "above tau = 0.8 nats on 50.0 % of the tokens" in text
+    assert "certain;" not in text
+
+
+def evil_run() -> RunData:
+    binned = BinnedMeans([0.0, 1.0], [Estimate(0.5)])
+    return replace(
         made_up_run(),
         name=EVIL,
         interval=EVIL,
-        rounds=[RoundData(0, {8: 0.5}, benchmarks={EVIL: RoundData(0, {8: 0.5}), "b": RoundData(0, {8: 0.5})})],
+        rounds=[RoundData(0, {"avg": Estimate(0.5)}, {}, 4, 8, benchmarks={EVIL: RoundData(0), "b": RoundData(0)})],
+        settings={EVIL: {EVIL: [EVIL]}, "evaluate": {EVIL: EVIL}},
+        training=[StepRow(1, step, {"loss": 1.0, EVIL: 1.0}) for step in range(3)],
+        bins={OWN: {"fkl": binned}, FIRST: {"fkl": binned}},
+        read_with={"evaluate.alignment.tau": EVIL, EVIL: EVIL},
+        cost=[CostRow(EVIL, 1, 1.0)],
+        rollouts=[RolloutView(EVIL, EVIL, [EVIL, "<script>", ""], [0.1, 2.0, math.nan], [-1.0, -2.0, None])],
         notes=[EVIL],
         warnings=[EVIL],
         graders=[EVIL],
-        settings={EVIL: {EVIL: [EVIL]}, "train": {EVIL: EVIL}, "evaluate": {EVIL: EVIL}},
-        training=[StepRow(1, step, loss=1.0, rkl=1.0, further={EVIL: 1.0}) for step in range(3)],
         head=EVIL,
-        by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
-        first_by_entropy_bin={EVIL: BinnedMean([0.0, 1.0], [0.5])},
-        read_with={EVIL: EVIL},
-        cost=[CostRow(EVIL, 1, 1.0)],
-        rollouts=[RolloutView(EVIL, [EVIL, "<script>", ""], [0.1, 2.0, None], [-1.0, -2.0, None], verdict=EVIL)],
     )
-    other = replace(run, settings={"train": {"lr": 1}}, head="x", read_with={EVIL: "other"})
-    return ReportData(title=EVIL, generated=EVIL, runs=[run, other])
+
+
+def evil_report() -> ReportData:
+    other = replace(evil_run(), settings={"train": {"lr": 1}}, head="x", read_with={EVIL: "other"})
+    return ReportData(EVIL, EVIL, [evil_run(), other])
 
 
 def test_foreign_text_stays_text() -> None:
-    page = render(evil_report())
+    page, drawings = render(evil_report())
     document = Document(page)
     assert len(document.all("script")) == 1
     assert not document.all("img")
     assert not [name for _, attrs in document.elements for name in attrs if name.startswith("on")]
     assert "alert(1)" in document.text
-    assert "49" not in document.all("title")
     assert "{{ 7 * 7 }}" in document.text
-    assert "\x00" not in page
-    assert "\u202e" not in page
-    for figure in figures(evil_report()):
-        root = ElementTree.fromstring(plots.standalone(figure))
-        assert not root.findall(".//{*}script")
+    assert not {"\x00", "\u202e"} & set(page)
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing.svg)
+        assert not [element for element in root.iter() if element.tag.endswith(("}script", "}image"))]
 
 
-def test_an_empty_run_says_so_and_draws_nothing() -> None:
-    document = Document(render(report_of(RunData(name="bare"))))
-    assert not [attrs for attrs in document.all("svg") if attrs.get("class") == "plot"]
-    for words in (
-        "This run has no evaluation yet",
-        "Not measured: Avg@k and Pass@k",
-        "gate fraction",
-        "No rollouts were kept",
-        "Time and tokens were not measured",
-        "No settings were given",
-        "Not measured: token entropy, forward KL by teacher entropy",
-    ):
-        assert words in document.text
-    assert "0.000" not in document.text
+def test_a_run_without_any_result_says_so() -> None:
+    document = Document(page_of(RunData("bare")))
+    assert not document.all("svg")
+    assert "There is no evaluation yet." in document.text
+    assert document.text.count("Nothing of this was measured.") == 5
+    assert "There are no rollouts to show." in document.text
+    assert "Time and tokens were not measured." in document.text
+    assert not re.search(r"0\.000|nan", document.text)
     with pytest.raises(ValueError, match="runs is empty"):
-        render(report_of())
+        render(ReportData("none", "never", []))
 
 
-def test_missing_figures_are_gaps_never_zeros() -> None:
-    rounds = [
-        RoundData(0, {8: 0.2}, {8: 0.7}, student_entropy=0.5),
-        RoundData(1, student_entropy=0.45, gate_fraction=0.2, rkl=math.nan),
-        RoundData(2, {8: 0.4}, {8: 0.8}, gate_fraction=0.1, rkl=0.3),
-    ]
-    data = report_of(RunData(name="gaps", rounds=rounds))
-    drawn = {figure.name: figure for figure in figures(data)}
-    assert "fkl" not in drawn
-    assert min(drawn["gate-fraction"].xs()) == 1
-    assert drawn["rkl"].xs() == [2]
-    assert drawn["entropy"].xs() == [0, 1]
-    text = Document(render(data)).text
-    assert "Avg@8 rose from 0.200 to 0.400." in text
-    assert "no intervals were measured" in text
-    assert "not finite" in text
-    assert "not measured" in text
-    assert "forward kl" in text
+@pytest.mark.parametrize(
+    "run",
+    [
+        RunData("one evaluation", rounds=[RoundData(3, {"avg": Estimate(0.25)}, {8: Estimate(0.5)}, 10, 8)]),
+        RunData("no problem", rounds=[RoundData(0, {"tokens": Estimate(0)}), RoundData(1)]),
+        RunData("not finite", training=[StepRow(0, step, {"loss": math.nan, "rkl": 1.0}) for step in range(3)]),
+        RunData("empty histogram", teacher_entropy=Histogram([0.0, 1.0], [0]), threshold=0.0),
+        RunData("empty bins", bins={OWN: {"fkl": BinnedMeans([0.0, 1.0], [None])}}),
+        RunData("empty response", rollouts=[RolloutView("", "", [], [], [])]),
+        RunData("one step", training=[StepRow(0, 0, {"loss": 0.0})]),
+        RunData("no seconds", cost=[CostRow("train", 0)]),
+    ],
+    ids=lambda run: run.name,
+)
+def test_degenerate_data_draw_no_nan(run: RunData) -> None:
+    page, drawings = render(ReportData("Made up", "never", [run]))
+    assert not re.search(r"\bnan\b|\binf\b|None", Document(page).text)
+    assert not any(re.search(r"[ \"](nan|inf)\b", drawing.svg) for drawing in drawings)
 
 
-def test_a_line_breaks_where_nothing_was_measured() -> None:
-    rounds = [RoundData(number, fkl=None if number == 2 else 0.5) for number in range(5)]
-    figure = next(item for item in figures(report_of(RunData("gap", rounds=rounds))) if item.name == "fkl")
-    drawn = plots.inline(figure, "x")
-    assert len(re.findall(r'<path class="s-c0" d="M[^"]*L', drawn)) == 2
-    assert drawn.count('class="hit"') == 4
+def whiskers(drawing: figures.Drawing) -> list[tuple[float, float]]:
+    """Vertical extents of the bars, as shares of the axis' height."""
+    found = re.findall(r"M [\d.]+ ([\d.]+) L [\d.]+ ([\d.]+) ?\"[^>]*opacity: 0.5", drawing.inline.replace("\n", " "))
+    height = 72 * figures._HEIGHT
+    return [(float(low) / height, float(high) / height) for low, high in found]
 
 
-def test_a_line_passes_over_students_that_were_not_to_be_measured() -> None:
-    """With evaluate.every: 2 the students between have no figures; the last one's evaluation is yet to come."""
-    rounds = [
-        RoundData(number, {8: 0.2} if number in (0, 2, 4) else {}, fkl=0.1 * number, measured=number % 2 == 0)
-        for number in range(7)
-    ]
-    drawn = {item.name: item for item in figures(report_of(RunData("seldom", rounds=rounds)))}
-    assert len(re.findall(r'<path class="s-c0" d="M[^"]*L', plots.inline(drawn["avg-at-k"], "x"))) == 1
-    assert plots.inline(drawn["avg-at-k"], "x").count('class="hit"') == 3
-    assert plots.inline(drawn["fkl"], "x").count('class="hit"') == 7
+@pytest.mark.parametrize(
+    ("name", "figure", "estimate"),
+    [
+        ("truncation_rate", "truncation", Estimate(0.0, 0.0, 0.0146)),
+        ("distinct_correct", "distinct-correct", Estimate(0.0, 0.0, 0.1)),
+        ("self_bleu", "self-bleu", Estimate(1.0, 0.9, 1.0)),
+        ("response_length", "response-length", Estimate(64.0, 64.0, 64.0)),
+    ],
+)
+def test_a_constant_curve_is_drawn_as_points(name: str, figure: str, estimate: Estimate) -> None:
+    constant = RunData("r", rounds=[RoundData(number, {name: estimate}) for number in range(4)])
+    assert lines(drawn(constant)[figure]) == [4]
+    assert whiskers(drawn(constant)[figure]) == []
 
 
-def test_runs_are_told_apart_without_colour() -> None:
-    data = made_up_report(4)
-    page = render(data)
-    document = Document(page)
-    pressed = [attrs for attrs in document.all("button") if "data-run" in attrs]
-    assert [attrs["data-run"] for attrs in pressed] == ["0", "1", "2", "3"]
-    assert "What the runs differ in" in document.text
-    assert "train.objective" in document.text
-    assert len({plots.shape(run, 0, 0, "") for run in range(4)}) == 4
-    assert "Avg@8 ends highest in eopd" in document.text
-    assert "shared" in document.text
+def test_no_interval_fills_the_axis() -> None:
+    rounds = [RoundData(n, {"response_length": Estimate(15.9 + 0.001 * n, 15.5, 16.2)}) for n in range(4)]
+    bars = whiskers(drawn(RunData("r", rounds=rounds))["response-length"])
+    assert len(bars) == 4
+    assert all(0.2 < abs(high - low) < 0.6 for low, high in bars)
 
 
-def test_runs_of_one_name_get_names_of_their_own() -> None:
-    text = Document(render(report_of(*[made_up_run("twin", seed) for seed in (1, 2, 3)]))).text
+def lines(drawing: figures.Drawing) -> list[int]:
+    """Vertices of each line that is drawn in a series' colour."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--c\d\); stroke-width: 1.4', drawing.inline)
+    return [len(re.findall("[ML]", path)) for path in paths]
+
+
+def test_a_line_breaks_where_a_figure_is_missing_and_passes_over_what_was_not_to_be_measured() -> None:
+    def run(measured: bool) -> RunData:
+        rounds = [RoundData(n, {} if n == 2 else {"fkl": Estimate(0.1 * n)}, measured=measured) for n in range(5)]
+        return RunData("r", rounds=rounds)
+
+    assert lines(drawn(run(True))["fkl"]) == [2, 2]
+    assert lines(drawn(run(False))["fkl"]) == [4]
+
+
+def test_long_curves_are_thinned_and_steps_that_begin_again_follow_one_another() -> None:
+    curves = drawn(RunData("r", training=training_rows(1, 10, 300)))
+    assert 50 < max(lines(curves["step-loss"])) <= 120
+    assert "clip_fraction" in Document(page_of(RunData("r", training=training_rows(1, 2, 3)))).text
+    again = [StepRow(round_, step, {"loss": 1.0 + step}) for round_ in (0, 1) for step in range(3)]
+    assert lines(drawn(RunData("r", training=again))["step-loss"]) == [6]
+
+
+def test_runs_are_told_apart_without_colour_and_have_names_of_their_own() -> None:
+    text = Document(page_of(*[RunData("twin") for _ in range(3)])).text
     assert "twin (2)" in text
     assert "twin (3)" in text
+    looks = {tuple(sorted(figures._look(figures.Curve("", [], tone), True).items())) for tone in range(40)}
+    assert len(looks) == 40
+
+
+def test_runs_with_different_numbers_of_samples_share_a_k() -> None:
+    """A gain of Pass@8 is not shown as one of Pass@4."""
+    eight = [RoundData(n, {"avg": Estimate(0.2)}, {4: Estimate(0.2 + n), 8: Estimate(0.3)}, 9, 8) for n in (0, 1)]
+    four = RunData("four", rounds=[RoundData(0, {"avg": Estimate(0.25)}, {4: Estimate(0.6)}, 9, 4)])
+    text = Document(page_of(RunData("eight", rounds=eight, gains={"pass": Estimate(0.9, 0.8, 1.0)}), four)).text
+    assert "Pass@4 0 → 1 0.200 1.200 +1.000 9 × 8" in text
+    assert "Avg@k" in text
+    assert "[+0.800, +1.000]" not in text
+
+
+def test_a_change_on_other_problems_is_not_called_one() -> None:
+    run = replace(made_up_run(), training=[])
+    first = replace(run.scores[0], names=[*run.scores[0].names[:-1], "another"])
+    text = Document(page_of(replace(run, scores=[first, run.scores[1]], gains={}))).text
+    assert "the two evaluations are of different problems" in text
+    assert "+0.2" not in text.split("Right answers")[0]
 
 
 def test_rollouts_of_one_prompt_stand_together() -> None:
-    runs = [
-        replace(made_up_run(f"run{seed}", seed), rollouts=[made_up_rollout(seed, prompt="same?")]) for seed in (1, 2)
-    ]
-    page = render(report_of(*runs))
+    runs = [RunData(f"run{n}", rollouts=[rollout(n, prompt="same?")]) for n in (1, 2)]
+    page = page_of(*runs)
     assert page.count('<details class="prompt"') == 1
     assert page.count('<article class="card') == 2
+    assert "cut at the length limit" in page_of(RunData("r", rollouts=[rollout(4)]))
 
 
 def test_tokens_carry_their_figures() -> None:
-    rollout = RolloutView("p", ["a\n", "<b>", "c"], [0.01, 1.0, None], [-0.5, math.inf, None])
-    html, shown = token_html(rollout, 0.8, 10_000)
+    view = RolloutView("p", "p", ["a\n", "<b>", "c"], [0.01, 1.0, math.nan], [-0.5, math.inf, None])
+    html, shown = rollouts.token_html(view, 0.8, 10_000)
     assert shown == 3
     assert html.split("</i>") == [
-        '<i class=h0 data-e="0.01 -0.50">a↵\n',
-        '<i class=H4 data-e="1.00 ?">&lt;b&gt;',
-        '<i class=hn data-e="- -">c',
+        '<i class=h0 data-e="0.01 −0.50">a↵\n',
+        '<i class=H4 data-e="1.00 –">&lt;b&gt;',
+        '<i class=hn data-e="– –">c',
         "",
     ]
-    bare, _ = token_html(RolloutView("p", ["a"]), None, 10_000)
-    assert bare == '<i class=hn data-e="- -">a</i>'
 
 
 def test_a_huge_input_gives_a_bounded_page() -> None:
-    """Made up: 20 runs of 3,000 steps, and 100 rollouts of 4,096 tokens in one of them."""
-    long_rollouts = [made_up_rollout(seed, 4096) for seed in range(100)]
-    training = made_up_training(1, rounds=10, steps=300)
-    run = replace(made_up_run(), training=training, rollouts=long_rollouts)
-    runs = [replace(run, name=f"run {index}", rollouts=long_rollouts if index == 0 else []) for index in range(20)]
-    page = render(report_of(*runs))
-    size = len(page.encode())
-    assert size < 5_000_000
-    assert page.count('<article class="card') == MOST_SHOWN
-    assert f"{MOST_SHOWN} of 100 are shown" in page
-    assert re.search(r"The first \d+ of 4097 tokens are shown", page)
-    tokens = sum(len(match.encode()) for match in re.findall(r"<i class=[hH].*?</i>", page, flags=re.S))
-    assert 0.5 * BUDGET < tokens <= BUDGET
-    assert "rows between these are left out here" in page
+    many = [rollout(seed, 4096) for seed in range(60)]
+    runs = [RunData(f"run {n}", rollouts=many if n == 0 else [], settings={"n": n}) for n in range(20)]
+    page = page_of(*runs)
+    assert len(page) < 2_500_000
+    assert page.count('<article class="card') == rollouts.MOST_SHOWN
+    assert f"{rollouts.MOST_SHOWN} of 60 are shown" in page
+    assert re.search(r"the first \d+ of 4096 tokens", page)
 
 
-@pytest.mark.parametrize("colours", [palette.LIGHT, palette.DARK], ids=["light", "dark"])
-def test_colours_can_be_read(colours: dict[str, str]) -> None:
-    for ground in ("paper", "card"):
-        for text in ("ink", "muted", "good", "bad"):
-            assert palette.contrast(colours[ground], colours[text]) >= 4.5, (ground, text)
-        for index in range(palette.SERIES):
-            assert palette.contrast(colours[ground], colours[palette.tone(index)]) >= 3, (ground, index)
-    heats = [colours[f"h{step}"] for step in range(len(palette.HEAT_EDGES) + 1)]
-    away = [palette.contrast(colours["card"], heat) for heat in heats]
-    assert away == sorted(away), "each step must stand out more from the card than the one before"
-    assert all(palette.contrast(heat, colours["ink"]) >= 4.5 for heat in heats)
-    assert all(after / before > 1.06 for before, after in itertools.pairwise(away))
+def test_costs_add_up_and_mark_shared_work() -> None:
+    """Both runs read one scoring; nobody on the page scored the second round."""
+    shared = [CostRow("score", 0, 60.0, 600, 1000, True, "a"), CostRow("score", 1, None, 300, 1000, True, "b")]
+    runs = [RunData(name, cost=[*shared, CostRow("train", 0, 20.0, key=name)]) for name in ("x", "y")]
+    text = Document(page_of(*runs)).text
+    assert "shared work counted once: 1 min 40 s (+ 1 job of unknown time)." in text
+    assert "x: 1 min 20 s (+ 1 job of unknown time), of which 20 s not shared" in text
+    assert "score (shared) 1 min 0 s (+ 1 job of unknown time) 75.0 % 900 10 2.0 kB" in text
 
 
-def test_an_open_last_bin_does_not_squeeze_the_others() -> None:
-    """Made up: bins of 0.1 nats up to 4, and one for all above."""
-    edges = [round(0.1 * step, 1) for step in range(41)] + [20.0]
-    histogram = Histogram(edges, [*range(40, 0, -1), 3])
-    figure = figures(report_of(RunData("r", entropy_histogram_teacher=histogram, threshold=0.8)))[0]
-    assert figure.x.high == pytest.approx(4.4)
-    assert "4 and more" in figure.x.label
-    assert "past the gate" in figure.note
-    drawn = plots.inline(figure, "x")
-    widest = max(float(x) for x in re.findall(r"[ML]([\d.]+) ", drawn))
-    assert widest <= plots.WIDTH
-    assert "4.00 to 20.0" in render(report_of(RunData("r", entropy_histogram_teacher=histogram)))
+def test_settings_are_flattened_and_compared() -> None:
+    one = {"train": {"lr": 1e-5, "gate": {}}, "ks": [1, 8]}
+    assert flatten(one) == {"train.lr": "1e-05", "train.gate": "{}", "ks": "[1, 8]"}
+    text = Document(page_of(RunData("a", settings=one), RunData("b", settings={"ks": [1, 8]}))).text
+    assert "What the runs differ in. setting a b train.lr 1e-05 not set train.gate {} not set" in text
+
+
+def test_the_numbers_hold_every_figure_once() -> None:
+    data = made_up_report(1)
+    rows = list(csv.DictReader(to_csv(data).splitlines()))
+    rounds = [row for row in rows if row["section"] == "round" and row["name"] == "avg_at_k"]
+    assert [float(row["value"]) for row in rounds] == [item.figures["avg"].value for item in data.runs[0].rounds]
+    assert {row["x"] for row in rounds} == {"8"}
+    assert float(rounds[0]["low"]) == data.runs[0].rounds[0].figures["avg"].low
+    assert len([row for row in rows if row["name"] == "clip_fraction"]) == 320
+    assert len([row for row in rows if row["section"] == "gain"]) == 2
+    assert not [row for row in rows if row["value"] in ("", "None")]
+    risky = ReportData("t", "g", [RunData("=1+1", rounds=[RoundData(0, {"rkl": Estimate(1.0)})])])
+    assert "'=1+1,round" in to_csv(risky)
+
+
+def test_run_writes_page_numbers_and_figures_and_removes_old_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    assert run(ReportJob(folder, made_up_report(1))) == folder / "index.html"
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert {"avg-at-k", "pass-at-k", "entropy", "gate-fraction", "rkl", "step-rkl", "fkl-by-entropy"} <= names
+    assert "Avg@8" in "".join(ElementTree.parse(folder / "figures" / "avg-at-k.svg").getroot().itertext())
+    few = ReportData("t", "g", [RunData("only", rounds=made_up_run().rounds[:2])])
+    run(ReportJob(folder, few))
+    assert "step-rkl" not in {path.stem for path in (folder / "figures").iterdir()}
+    assert not list(folder.rglob(".*")), "no temporary file stays"
+    assert "only" in (folder / "index.html").read_text(encoding="utf-8")
+    before = (folder / "figures" / "rkl.svg").read_bytes()
+    run(ReportJob(folder, few))
+    assert (folder / "figures" / "rkl.svg").read_bytes() == before, "equal data give equal files"

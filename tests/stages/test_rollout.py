@@ -31,21 +31,28 @@ STOPS = (2, 40, 41, 42, 43, 44, 45)
 
 
 class Recorded(NullProgress):
-    """Keeps what was shown; can fail when a bar has moved so far."""
+    """Keeps what was shown; can fail when so many responses (or parts of a side artifact) are done."""
 
     def __init__(self, fail_at: int = 10**9) -> None:
         self.lines: list[str] = []
         self.totals: dict[str, int] = {}
-        self.moved = 0
+        self.tokens = self.done = self.responses = 0
+        self.expected: list[tuple[int, int]] = []
         self.fail_at = fail_at
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         self.totals[what] = total
 
     def advance(self, n: int, **figures: float) -> None:
-        self.moved += n
-        if self.moved >= self.fail_at:
+        finished = int(figures["responses"]) - self.responses if figures else n
+        self.tokens += n if figures else 0
+        self.responses += finished if figures else 0
+        self.done += finished
+        if self.done >= self.fail_at:
             raise KeyboardInterrupt
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self.expected.append((total, in_hand))
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -126,8 +133,10 @@ def test_a_part_holds_the_samples_of_its_prompts(tmp_path: Path, policy: tuple[M
     assert info["stop_rate"] == sum(row["finish_reason"] == "stop" for row in rows_of(job, 1)) / 6
     progress = job.progress
     assert isinstance(progress, Recorded)
-    assert progress.totals == {"rollout": 18}
-    assert progress.moved == 18
+    assert progress.totals == {"rollout": 18 * job.settings.max_new_tokens}
+    assert progress.done == 18
+    assert progress.tokens == sum(job.output.marker(part).info["tokens"] for part in range(3))
+    assert progress.expected[-1] == (progress.tokens, 0)
     assert "18 responses" in progress.lines[-1]
 
 

@@ -17,6 +17,7 @@ from eopd.stages.engines.sampling import (
     EngineOptions,
     Sample,
     SamplingEngine,
+    SamplingMeter,
     SamplingParameters,
     SamplingRequest,
     derive_seed,
@@ -24,7 +25,7 @@ from eopd.stages.engines.sampling import (
     resolve_engine,
 )
 from eopd.stages.engines.truncation import truncate
-from eopd.stages.job import ModelRef
+from eopd.stages.job import ModelRef, NullProgress
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
 
@@ -156,6 +157,40 @@ def test_progress_adds_up_and_logprobs_can_be_left_out(saved: tuple[Path, PreTra
     assert sum(tokens for tokens, _ in told) == sum(len(sample.token_ids) for sample in samples)
     assert sum(done for _, done in told) == len(samples)
     assert all(sample.logprobs is None for sample in samples)
+
+
+class Bar(NullProgress):
+    """Keeps the total, what is done, and what is in hand."""
+
+    def __init__(self) -> None:
+        self.total = self.done = self.in_hand = 0
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        self.total = total
+
+    def advance(self, n: int, **figures: float) -> None:
+        self.done += n
+
+    def expect(self, total: int, in_hand: int = 0) -> None:
+        self.total, self.in_hand = total, in_hand
+
+
+def test_the_meter_counts_what_is_being_decoded_and_expects_no_more_than_is_asked_for() -> None:
+    """Four responses of 30 tokens, two a part, decoded together; at most 100 tokens are asked for."""
+    bar = Bar()
+    meter = SamplingMeter(bar, "rollout", responses=4, max_new_tokens=100)
+    assert bar.total == 400
+    meter.begin(2)
+    for _ in range(29):
+        meter.advance(2, 0)
+    assert (bar.done, bar.total, bar.in_hand) == (58, 400, 200 - 58)  # none has ended: as long as they may get
+    meter.advance(2, 2)
+    assert (bar.done, bar.total, bar.in_hand) == (60, 120, 0)
+    meter.begin(2)
+    meter.advance(10, 0)
+    assert (bar.done, bar.total, bar.in_hand) == (70, 140, 60)
+    meter.advance(50, 2)
+    assert (bar.done, bar.total, bar.in_hand) == (120, 120, 0)
 
 
 def test_threads_are_given_back(saved: tuple[Path, PreTrainedModel]) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from eopd.stages.engines import sampling_vllm
 from eopd.stages.engines.sampling import (
     EngineOptions,
     SamplingEngine,
@@ -75,6 +76,20 @@ def test_logprobs_are_those_of_the_tempered_full_softmax(
         assert sample.truncated_logprobs is None
         assert sample.logprobs is not None
         np.testing.assert_allclose(sample.logprobs, sampled_oracle.at(full, sample.token_ids), atol=1e-3)
+
+
+def test_progress_counts_tokens_of_responses_that_are_being_decoded(
+    engine: SamplingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling_vllm, "LOOK_EVERY_SECONDS", 0.0)
+    told: list[tuple[int, int]] = []
+    parameters = SamplingParameters(max_new_tokens=16)
+    samples = engine.sample(requests(2), parameters, lambda tokens, done: told.append((tokens, done)))
+    assert sum(tokens for tokens, _ in told) == sum(len(sample.token_ids) for sample in samples)
+    assert sum(done for _, done in told) == len(samples)
+    before = [tokens for tokens, done in told[:8]]
+    assert told[0][1] == 0, "nothing has ended after the first step"
+    assert sum(before) > 0
 
 
 def test_with_truncation_they_are_the_truncated_ones_and_the_full_ones_are_missing(

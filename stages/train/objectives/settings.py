@@ -131,14 +131,18 @@ class ObjectiveSettings(Settings):
             return data
         check_name(name)
         used = FAMILY[name]
-        for field, value in data.items():
-            known = cls.model_fields.get(field)
-            if known is None or field == "name" or field in used:
-                continue
-            if value != known.get_default(call_default_factory=True):
-                raise ValueError(
-                    f"objective.{field}={value!r}: {name} does not use it; its settings: {', '.join(used) or 'none'}"
-                )
+        unused = [
+            field
+            for field, value in data.items()
+            if field in cls.model_fields
+            and field not in ("name", *used)
+            and value != cls.model_fields[field].get_default(call_default_factory=True)
+        ]
+        if unused:
+            raise ValueError(
+                f"{name} does not use {', '.join(unused)}; its settings: {', '.join(used) or 'none'}. Remove them, or "
+                f"set all of the objective at once: --set 'train.objective={{name: {name}}}'"
+            )
         return {**used, **data}
 
     @property

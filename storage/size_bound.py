@@ -1,0 +1,67 @@
+"""Upper bound on the bytes of a scores artifact, from its head rule and the codec: what no teacher can exceed.
+
+Letters: T tokens, S responses, P parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+from eopd.storage.codec import CODE_EXTRA, COLUMNS, ID_EXTRA, MAX_ID, RAW_PLANES, STOP_EXTRA
+from eopd.storage.quantise import ENTROPY_STEPS_PER_NAT, MAX_CODE
+from eopd.storage.teacher_record import HeadRule
+
+TOKEN_CHUNK, ENTRY_CHUNK = 4_096, 16_384  # of storage.zarr_part, which imports zarr; a test compares them
+_MOST_ENTROPY = 25 * ENTROPY_STEPS_PER_NAT  # `quantise.encode_entropy` refuses more
+_CHUNK_OVERHEAD = 2 * (16 + 4 + 16)  # Blosc's header, CRC32C and an entry of the shard's index, which has spare ones
+_METADATA = 24_000  # four zarr.json files, 5 kB in practice
+
+
+def most_bytes(
+    head: HeadRule, *, stops: int, vocabulary: int, extra_k: int, tokens: int, responses: int, parts: int
+) -> int:
+    """Bytes that the scores of so many tokens, responses and parts do not exceed.
+
+    Args:
+        stops: stop ids.
+        vocabulary: ids of the teacher; 0 if it is not known.
+        extra_k: ids of the student's own top-k, a token.
+    """
+    columns, entries = _token(head, stops, min(vocabulary or MAX_ID, MAX_ID), extra_k)
+    # a response's entries are rounded up; the bound is concave in T and S, so equal parts are the worst case
+    t, s = tokens / parts, responses / parts
+    planes = columns * _padded(t, TOKEN_CHUNK) + (2 + RAW_PLANES) * _padded(entries * t + s, ENTRY_CHUNK)
+    chunks = 3 + t / TOKEN_CHUNK + (entries * t + s) / ENTRY_CHUNK
+    return math.ceil(parts * (planes + 8 * s + _CHUNK_OVERHEAD * chunks + _METADATA + 200 * stops))
+
+
+def _padded(length: float, chunk: int) -> float:
+    """The last of several chunks is filled up with zeros; a single one is as long as the array, but at least 128."""
+    return length + 128 + min(length, chunk)
+
+
+def _token(head: HeadRule, stops: int, vocabulary: int, extra_k: int) -> tuple[int, float]:
+    """Bytes a token in ``tokens``, and entries a token: as many as its ids, or as its raw bits need."""
+    k = min(head.k_max, vocabulary)
+    # systematic draws of weight min_prob from a mass of at most 1; one more for rounding
+    draws = {"none": 0, "full": head.n_draws, "beyond_head": math.floor(1.0 / head.min_prob) + 2}[head.draws]
+    largest = {
+        "head_size": k,
+        "sampled": k,
+        "draws": 2 * draws,
+        "extras": extra_k,
+        "entropy": _MOST_ENTROPY,
+        "top": MAX_CODE,
+        "tail": 2 * MAX_CODE + 1,
+    }
+    bits = sum(_raw_bits(largest[name], extra) for name, extra in COLUMNS)
+    bits += stops * _raw_bits(MAX_CODE + 1, STOP_EXTRA)
+    ids = k + 2 + draws + extra_k  # a sampled token outside the head stores its id and its rank
+    codes = k - 1 + 1 + extra_k
+    bits += ids * _raw_bits(vocabulary - 1, ID_EXTRA) + codes * _raw_bits(MAX_CODE, CODE_EXTRA)
+    return len(COLUMNS) + stops, max(ids, bits / (8 * RAW_PLANES))
+
+
+def _raw_bits(largest: int, extra: int) -> int:
+    """Raw bits of a number up to ``largest`` (``storage.symbols``)."""
+    return max(largest.bit_length() - 1 - extra, 0)

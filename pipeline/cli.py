@@ -239,10 +239,16 @@ def _refuse_what_cannot_end_well(runners: Sequence[Runner], trains: bool = True)
         trains: whether it is work towards a training, whose objective must find what it reads.
     """
     from eopd.pipeline.budget import refuse_too_large
+    from eopd.pipeline.models import refuse_incomplete_weights
     from eopd.pipeline.needs import refuse_unmet_needs
     from eopd.pipeline.vocabularies import refuse_other_vocabulary
+    from eopd.storage.fingerprints import Digests
 
     for runner in runners:
+        facts, settings = runner.facts, runner.settings
+        models = {"student": (settings.student, facts.student), "teacher": (settings.teacher, facts.teacher)}
+        if not all(runner.is_done(job) for job in runner.plan.jobs):
+            refuse_incomplete_weights(models, facts.digests or Digests())
         refuse_other_vocabulary(runner.facts)
         for job in runner.plan.jobs:
             if trains and job.stage == "train" and not runner.is_done(job):

@@ -1,7 +1,7 @@
 """What a config names and a run needs: models, prompts, benchmarks, stores and the launcher's program.
 
 Looked at with the functions that a plan is made with, each by itself, so that all that is missing is said at once.
-Nothing is hashed and no torch is imported.
+Nothing is hashed, and no torch is imported into this process.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
 from eopd.pipeline.config import ModelSettings, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.inspect import count_source
-from eopd.pipeline.models import find_tokenizer, find_weights
+from eopd.pipeline.models import check_architectures, find_tokenizer, find_weights
 from eopd.pipeline.vocabularies import compare_vocabularies
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.storage.errors import StoreError
@@ -27,6 +28,7 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     """A finding for each thing that the config names."""
     yield from _model("student", settings.student)
     yield from _model("teacher", settings.teacher)
+    yield from _architectures(settings)
     yield from _tokens(settings)
     yield _source("prompts", settings.prompts)
     if settings.evaluate is not None:
@@ -59,6 +61,24 @@ def _model(role: Literal["student", "teacher"], settings: ModelSettings) -> Iter
     if weights.state == "ok" or settings.tokenizer is not None:
         remedy = f"point {role}.tokenizer to its folder"
         yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings)), remedy)
+
+
+def _architectures(settings: RunSettings) -> Iterator[Finding]:
+    """Whether each model folder that could be read holds every weight of its architecture."""
+    models = {}
+    for role, model in (("student", settings.student), ("teacher", settings.teacher)):
+        with suppress(ValueError, OSError):  # reported by ``_model``
+            models[role] = model, find_weights(role, model)
+    if not models:
+        return
+    try:
+        refusals = check_architectures(models)
+    except ValueError as error:
+        yield Finding("weights", "broken", str(error), "run `make setup` again")
+        return
+    for role in models:
+        text, _, cure = refusals.get(role, "fit the architecture in config.json").partition(". ")
+        yield Finding(f"{role}.weights", "broken" if role in refusals else "ok", text, cure)
 
 
 def _tokens(settings: RunSettings) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
+from eopd.stages.models.weight_files import read_tensors
 from eopd.stages.score.settings import HeadSettings
 from eopd.stages.train.settings import LoraSettings, TrainSettings
 
@@ -57,19 +58,12 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model folder, from the headers of its weights.
 
     Raises:
-        ConfigError: a file of weights is not safetensors; names it.
+        ConfigError: its weight files are refused by ``weight_files``, or are no safetensors files.
     """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "np") as file:
-                names = file.keys()
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        except SafetensorError as error:
-            raise ConfigError(f"{path} is no safetensors file ({error}); download or save the model again") from error
-    return shapes
+    try:
+        return {name: tensor.shape for name, tensor in read_tensors(folder).items()}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def parameter_count(shapes: Shapes) -> int:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, ModelSettings
+from eopd.stages.models.weight_files import read_tensors
 from eopd.storage.files import canonical_json, sha256_text
-from eopd.storage.fingerprints import LENGTH, Digests, code_files, model_files, tokenizer_files
+from eopd.storage.fingerprints import LENGTH, Digests, code_files, model_files, template_files, tokenizer_files
 
 NOISE = ("attention_dropout", "router_jitter_noise")
 
@@ -42,7 +48,9 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
         folder=folder,
         tokenizer_folder=tokenizer,
         fingerprint=sha256_text(canonical_json(semantic))[:LENGTH],
-        tokenizer_fingerprint=digests.of_files(tokenizer, [*tokenizer_files(tokenizer), *theirs]),
+        tokenizer_fingerprint=digests.of_files(
+            tokenizer, [*tokenizer_files(tokenizer), *template_files(tokenizer), *theirs]
+        ),
         stop_ids=stop_ids_of(folder, tokenizer),
         generation_stops=generation_stops_of(folder),
         is_noisy=any(_read_json(folder / "config.json").get(name) for name in NOISE),
@@ -50,16 +58,68 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
 
 
 def find_weights(role: str, settings: ModelSettings) -> Path:
-    """Folder of the model. Raises ConfigError, as ``inspect_model``."""
+    """Folder of the model, its weight files and their headers read. Raises ConfigError, as ``inspect_model``."""
     folder = locate(role, settings.path, settings.revision)
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
-    if len(model_files(folder)) == 1:
-        raise ConfigError(
-            f"{role}.path: {folder} has no *.safetensors weights. Convert the checkpoint with "
-            "model.save_pretrained(folder); pickled weights are not read."
-        )
+    try:
+        with suppress(PermissionError):  # the fingerprint of another user's model may be known
+            read_tensors(folder)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{role}.path: {error}") from error
     return folder
+
+
+def check_architectures(models: Mapping[str, tuple[ModelSettings, Path]]) -> dict[str, str]:
+    """Compare the headers of each model's weight files with the architecture in its config.
+
+    That takes torch, so a process of its own does it.
+
+    Args:
+        models: role -> settings and folder.
+
+    Returns:
+        Role -> what is wrong, for those that are refused.
+
+    Raises:
+        ConfigError: the process failed.
+    """
+    arguments = {
+        role: {"path": str(folder), "trust_remote_code": settings.trust_remote_code}
+        for role, (settings, folder) in models.items()
+    }
+    command = [sys.executable, "-m", "eopd.stages.models.loading", json.dumps(arguments)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ConfigError(f"{', '.join(models)}: the weights could not be checked: {reason}")
+    refusals: dict[str, str] = json.loads(lines[-1])
+    return refusals
+
+
+def refuse_incomplete_weights(models: Mapping[str, tuple[ModelSettings, ModelFacts]], digests: Digests) -> None:
+    """Refuse weights that do not fit their architecture, before any work.
+
+    ``digests`` remembers which fingerprints passed, so that a model is looked at once.
+
+    Raises:
+        ConfigError: names the role, the folder and the tensors.
+    """
+    tool = f"transformers {version('transformers')}"
+    new = {
+        role: (settings, facts)
+        for role, (settings, facts) in models.items()
+        if not digests.has_passed(tool, facts.fingerprint)
+    }
+    if not new:
+        return
+    refusals = check_architectures({role: (settings, facts.folder) for role, (settings, facts) in new.items()})
+    for role, reason in refusals.items():
+        raise ConfigError(f"{role}.path: {reason}")
+    for _, facts in new.values():
+        digests.note_pass(tool, facts.fingerprint)
+    digests.save()
 
 
 def find_tokenizer(role: str, settings: ModelSettings) -> Path:

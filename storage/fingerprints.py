@@ -64,6 +64,14 @@ class Digests:
         listing = {file.relative_to(root).as_posix(): self.of_file(file) for file in sorted(files)}
         return sha256_text(canonical_json(listing))[:LENGTH]
 
+    def has_passed(self, check: str, fingerprint: str) -> bool:
+        """Whether ``note_pass`` was called for this check of what has this fingerprint."""
+        return self._known.get(f"{check}: {fingerprint}") == [True]
+
+    def note_pass(self, check: str, fingerprint: str) -> None:
+        self._known[f"{check}: {fingerprint}"] = [True]
+        self._grown = True
+
     def save(self) -> None:
         """Where there is a folder to keep them in and it can be written; whoever only looks leaves no folder behind."""
         if self._memory is not None and self._grown and self._memory.parent.is_dir():
@@ -73,13 +81,22 @@ class Digests:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Weights and config of a Hugging Face model folder: what decides the model's outputs, tokenizer apart."""
+    """Weights and config of a Hugging Face model folder: what decides the model's outputs, tokenizer apart.
+
+    At least every file that a reader opens (``stages.models.weight_files``).
+    """
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.safetensors.index.json"))
-    return [folder / "config.json", *weights]
+    quantisation = [folder / "hf_quant_config.json"]  # vLLM reads it if config.json says nothing
+    return [folder / "config.json", *weights, *(file for file in quantisation if file.exists())]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def template_files(folder: Path) -> list[Path]:
+    """Chat templates beside the main one, such as that for tools."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def code_files(folder: Path) -> list[Path]:

@@ -20,6 +20,7 @@ LIGHT = (
     "eopd.stages.job",
     "eopd.stages.models.generation",
     "eopd.stages.models.prompts",
+    "eopd.stages.models.weight_files",
     "eopd.stages.train.schedule",
 )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, resolve_engine
 from eopd.stages.job import ModelRef
@@ -35,6 +35,13 @@ class HiddenBatch:
     hidden: Tensor  # [T, D] final norm applied; the state before each response token
     order: tuple[int, ...]  # number of each sequence in the list asked for
     lengths: tuple[int, ...]  # response tokens of each
+
+
+class OwnLogits(NamedTuple):
+    """A second opinion on an engine's distributions."""
+
+    logits: list[Tensor]  # [T, V] float32, of each sequence
+    source: str  # where they come from, in words
 
 
 class HiddenEngine(Protocol):
@@ -62,16 +69,15 @@ class HiddenEngine(Protocol):
         """Whether it can be used: not closed, nor ended together with another engine of its process."""
 
     checked: bool
-    """Whether its first batch, or that of one that this process opened alike, was compared with the full model's own
-    logits (by the score stage)."""
+    """Whether its first batch was compared with ``own_logits`` since it was opened (by the score stage)."""
 
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         """Read every sequence that has a response; batches come in any order, each sequence once."""
 
-    def own_logits(self, sequence: Sequence) -> Tensor | None:
-        """[T, V] what the full model itself says, computed independently of ``hidden`` and ``head``.
+    def own_logits(self, sequences: SequenceOf[Sequence]) -> OwnLogits | None:
+        """The full model's logits of each sequence, read alone; computed independently of ``hidden`` and ``head``.
 
-        None where there is no way to tell (the log says why).
+        None if the machine cannot compute them.
         """
 
     def close(self) -> None:

@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eopd.stages.engines.hidden import HiddenBatch
-from eopd.stages.engines.hidden_transformers import full_model_logits
+from eopd.stages.engines.hidden import HiddenBatch, OwnLogits
+from eopd.stages.engines.hidden_transformers import reloaded_logits
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.loading import load_model, model_folder
-from eopd.stages.models.memory import free_memory, weight_bytes
+from eopd.stages.models.loading import model_folder
 from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_positions, resolve_dtype
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
@@ -61,8 +60,6 @@ KNOWN = frozenset(
     }
 )
 MOST_AT_ONCE = 256
-MEMORY_FOR_CHECK = 1.5
-"""The check against transformers is made where this many times the weights' size is free."""
 
 
 class VLLMHiddenEngine:
@@ -131,14 +128,8 @@ class VLLMHiddenEngine:
             states.append(state[len(sequence.context_ids) - 1 :])
         return states
 
-    @torch.inference_mode()
-    def own_logits(self, sequence: Sequence) -> Tensor | None:
-        """By transformers on the CPU, in float32 or the teacher's dtype: nothing is shared with vLLM."""
-        folder = model_folder(self._ref.path, self._ref.revision)
-        quantised = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if quantised or weight_bytes(folder) * MEMORY_FOR_CHECK > free_memory():
-            return None
-        return full_model_logits(load_model(self._ref, "cpu"), sequence, "cpu")
+    def own_logits(self, sequences: SequenceOf[Sequence]) -> OwnLogits | None:
+        return reloaded_logits(self._ref, sequences)
 
     def close(self) -> None:
         self._process.close()

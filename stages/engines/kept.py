@@ -61,7 +61,6 @@ class Engines:
         self._keep = keep
         self._sampler: _Sampler | None = None
         self._reader: _Reader | None = None
-        self._checked: set[tuple[object, ...]] = set()  # what readers were opened for whose first batch was right
 
     @property
     def any_open(self) -> bool:
@@ -120,7 +119,6 @@ class Engines:
                     batch_tokens=batch_tokens,
                     row_tokens=row_tokens,
                 )
-                engine.checked = wanted in self._checked
                 reader = self._reader = _Reader(engine, wanted, longest)
             yield reader.engine
 
@@ -129,8 +127,6 @@ class Engines:
         sampler, reader = self._sampler, self._reader
         self._sampler = self._reader = None
         if reader is not None:
-            if reader.engine.checked:
-                self._checked.add(reader.wanted)
             reader.engine.close()
         if sampler is not None:
             sampler.engine.close()

@@ -23,7 +23,7 @@ import torch
 
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.job import ModelRef
-from eopd.stages.models.loading import model_folder
+from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.model_config import resolve_dtype
 from eopd.stages.output import output_to
@@ -36,12 +36,14 @@ class VLLMProcess:
         arguments: further arguments of ``vllm.LLM``.
 
     Raises:
-        ValueError: vLLM cannot serve the model, with its reason and the path of its log.
+        ValueError: its weights are refused by ``check_weights``; or vLLM cannot serve the model, with its reason and
+            the path of its log.
     """
 
     _open: ClassVar[list[VLLMProcess]] = []
 
     def __init__(self, ref: ModelRef, *, log: Path, options: EngineOptions, **arguments: Any) -> None:
+        check_weights(ref)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.llm: Any = None
@@ -109,6 +111,7 @@ class VLLMProcess:
         Raises:
             ValueError: vLLM would not; the engine is of no more use.
         """
+        check_weights(ref)
         folder = model_folder(ref.path, ref.revision)
         with output_to(self.log), self.working():
             try:
@@ -163,6 +166,7 @@ class VLLMProcess:
             "dtype": resolve_dtype(folder, ref.dtype),
             "trust_remote_code": ref.trust_remote_code,
             "load_format": "safetensors",  # other formats can run code
+            "config_format": "hf",  # not params.json, which comes with other weights
             "skip_tokenizer_init": True,  # token ids in, token ids out
             "generation_config": "vllm",  # not the model folder's own sampling defaults
             "enable_prefix_caching": False,

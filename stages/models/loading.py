@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+from eopd.stages.models.model_config import read_config
+from eopd.stages.models.weight_files import IGNORED_TENSORS, StoredTensor, is_quantised, listed, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,36 +57,79 @@ def model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The causal model in evaluation mode on ``device``, in ``ref.dtype``; safetensors files only.
+    """The causal model in evaluation mode on ``device``, in ``ref.dtype``, with every weight from its folder.
 
     Raises:
-        ValueError: a missing folder or hub id, an unknown dtype, no safetensors file in the folder.
+        ValueError: a missing folder or hub id, an unknown dtype, weights that ``check_weights`` refuses.
     """
-    from transformers import AutoConfig
-
     if ref.dtype != "auto" and ref.dtype not in DTYPES:
         raise ValueError(f"{ref.path}: dtype {ref.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    folder = _checked_folder(ref)
+    return _load(ref, folder, "auto" if ref.dtype == "auto" else DTYPES[ref.dtype]).to(device).eval()
+
+
+def check_weights(ref: ModelRef) -> None:
+    """Compare the headers of a model's weight files with the architecture in its config; no weights are read.
+
+    For engines that load the weights themselves, and before work.
+
+    Raises:
+        ValueError: the files are refused by ``weight_files``, or a tensor is missing, has another shape or belongs to
+            no layer of the model; names the folder and the tensors.
+    """
+    folder = _checked_folder(ref)
+    if is_quantised(folder):
+        _check_quantised(ref, folder)
+    else:
+        _load(ref, folder, "auto", device_map="meta")
+
+
+def _checked_folder(ref: ModelRef) -> Path:
     folder = model_folder(ref.path, ref.revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{ref.path}: {folder / 'config.json'} is missing, so this is no Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
+    read_tensors(folder)
+    code = read_config(folder).get("auto_map") if ref.trust_remote_code else None
+    elsewhere = [name for name in code.values() if "--" in str(name)] if isinstance(code, dict) else []
+    if elsewhere:
         raise ValueError(
-            f"{ref.path}: no *.safetensors file in {folder}; other weight formats can run code and are refused: "
-            "save the model once with model.save_pretrained(...)"
+            f"{folder / 'config.json'}: auto_map names code of another repository ({elsewhere[0]}), which no key of a "
+            "run covers. Copy that code into the folder and name it without the part before `--`."
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code, local_files_only=True)
+    return folder
+
+
+def _config(ref: ModelRef, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, trust_remote_code=ref.trust_remote_code, local_files_only=True)
+
+
+def _load(ref: ModelRef, folder: Path, dtype: torch.dtype | str, device_map: str | None = None) -> PreTrainedModel:
+    """Load with transformers and refuse what its loading info reports."""
+    config = _config(ref, folder)
     # of transformers' attention implementations for any device, only "eager" caps attention logits (Gemma 2)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    with no_progress_bars():
-        model: PreTrainedModel = _auto_class(config).from_pretrained(
-            folder,
-            attn_implementation="eager" if capped else None,
-            dtype="auto" if ref.dtype == "auto" else DTYPES[ref.dtype],
-            use_safetensors=True,
-            trust_remote_code=ref.trust_remote_code,
-            local_files_only=True,
-        )
-    return model.to(device).eval()
+    with no_progress_bars(), _no_loading_report():
+        try:
+            model, info = _auto_class(config).from_pretrained(
+                folder,
+                attn_implementation="eager" if capped else None,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                trust_remote_code=ref.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info, by name
+            )
+        except RuntimeError as error:
+            if "automatic conversion of the weights" not in str(error):
+                raise
+            wrong = _uneven_experts(read_tensors(folder)) or ["its experts cannot be put together"]
+            raise ValueError(_refusal(folder, wrong)) from error
+    _refuse_incomplete(folder, model, info)
+    return cast("PreTrainedModel", model)
 
 
 def _auto_class(config: Any) -> Any:
@@ -89,18 +141,117 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if multimodal in (config.architectures or ()) else AutoModelForCausalLM
 
 
+def _refuse_incomplete(folder: Path, model: Any, info: Mapping[str, Any]) -> None:
+    tensors = read_tensors(folder)
+    wrong = [f"{stored} is missing" for name in sorted(info["missing_keys"]) for stored in _stored_names(model, name)]
+    if info["mismatched_keys"]:
+        wrong += _uneven_experts(tensors) or [
+            f"{' with '.join(_stored_names(model, name))} has shape {tuple(stored)}, the model needs {tuple(needed)}"
+            for name, stored, needed in sorted(info["mismatched_keys"])
+        ]
+    unexpected = sorted(name for name in info["unexpected_keys"] if not IGNORED_TENSORS.search(name))
+    wrong += [f"{name} belongs to no layer of a {type(model).__name__}" for name in unexpected]
+    wrong += [str(message) for message in info["error_msgs"]]
+    # transformers unties what differs, vLLM does not
+    for tied, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if tied in tensors and source in tensors and not _equal(tied, source, tensors):
+            wrong.append(f"{tied} differs from {source}, although config.json ties them")
+    if wrong:
+        raise ValueError(_refusal(folder, wrong))
+
+
+def _stored_names(model: Any, name: str) -> list[str]:
+    """Names in weight files of what transformers puts together, or renames, into one parameter."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return list(revert_weight_conversion(model, {name: model.state_dict()[name].to("meta")}))
+
+
+def _refusal(folder: Path, wrong: list[str]) -> str:
+    return (
+        f"{folder}: the weights do not fit the architecture in config.json: {listed(wrong, '; ')}. Such a model would "
+        "work with random weights: download or save it again."
+    )
+
+
+def _uneven_experts(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Which tensors of experts are missing, or have another shape than most experts' have.
+
+    transformers puts the experts of a layer together and can only name the result.
+    """
+    names = [re.fullmatch(r"(.*\.experts)\.(\d+)(\..*)", name) for name in tensors]
+    blocks, numbers, ends = ({match[group] for match in names if match} for group in (1, 2, 3))
+    usual = {
+        end: Counter(tensors[match[0]].shape for match in names if match and match[3] == end).most_common(1)[0][0]
+        for end in ends
+    }
+    wrong = []
+    for block, number, end in product(sorted(blocks), sorted(numbers, key=int), sorted(ends)):
+        tensor = tensors.get(f"{block}.{number}{end}")
+        if tensor is None:
+            wrong.append(f"{block}.{number}{end} is missing")
+        elif tensor.shape != usual[end]:
+            wrong.append(f"{block}.{number}{end} has shape {tensor.shape}, other experts' have {usual[end]}")
+    return wrong
+
+
+def _equal(first: str, second: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    from safetensors import safe_open
+
+    values = []
+    for name in (first, second):
+        with safe_open(tensors[name].file, framework="pt") as file:
+            values.append(file.get_tensor(name))
+    return torch.equal(*values)
+
+
+def _check_quantised(ref: ModelRef, folder: Path) -> None:
+    """Quantised layers have tensors of other names and shapes: each must have some, and vectors must fit."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = _config(ref, folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(config, trust_remote_code=ref.trust_remote_code)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    needed = revert_weight_conversion(model, {n: t for n, t in model.state_dict().items() if n not in tied})
+    stored = read_tensors(folder)
+    wrong = []
+    for name, tensor in needed.items():
+        layer = name.removesuffix("weight")
+        if not any(other.startswith(layer) for other in stored):
+            wrong.append(f"{name} is missing")
+        elif tensor.ndim == 1 and name in stored and stored[name].shape != tuple(tensor.shape):
+            wrong.append(f"{name} has shape {stored[name].shape}, the model needs {tuple(tensor.shape)}")
+    if wrong:
+        raise ValueError(_refusal(folder, wrong))
+
+
+@contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Keep transformers' table of missing and unexpected tensors from the terminal: an error names them."""
+    report = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(report)
+
+
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Loading weights is part of longer work that has a bar of its own."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            enable_progress_bar()
 
 
 def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
@@ -136,3 +287,20 @@ def _offline() -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _main(arguments: str) -> None:
+    """Print which models ``check_weights`` refuses, as JSON (role -> reason); ``arguments``: role -> of a ModelRef."""
+    from eopd.stages.job import ModelRef
+
+    refusals = {}
+    for role, fields in json.loads(arguments).items():
+        try:
+            check_weights(ModelRef(**fields))
+        except ValueError as error:
+            refusals[role] = str(error)
+    sys.stdout.write("\n" + json.dumps(refusals) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+from eopd.stages.models.weight_files import weight_files
+
 
 def free_memory() -> int:
     """Bytes; what Linux thinks can be had without swapping. 0 where it does not say."""
@@ -16,8 +18,8 @@ def free_memory() -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a model folder's safetensors files."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of a model folder's weight files."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def give_back_gpu_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead, head_traits
+from eopd.stages.models.weight_files import StoredTensor, read_tensors
 
 _UNTIED = ("lm_head", "output_layer", "embed_out")
 _EMBEDDINGS = ("model.embed_tokens", "embed_tokens", "transformer.wte", "wte", "gpt_neox.embed_in")
@@ -28,11 +29,11 @@ def stored_lm_head(folder: Path, dtype: str, *, trust_remote_code: bool = False)
     traits = head_traits(architecture, str(folder))
     text = config.get_text_config()
     names = _EMBEDDINGS if text.tie_word_embeddings else _UNTIED
-    stored = _TensorFiles(folder)
+    stored = read_tensors(folder)
     for name in names:
-        if f"{name}.weight" in stored.files:
-            weight = stored.read(f"{name}.weight")
-            bias = stored.read(f"{name}.bias") if name in _UNTIED and f"{name}.bias" in stored.files else None
+        if f"{name}.weight" in stored:
+            weight = _read(f"{name}.weight", stored)
+            bias = _read(f"{name}.bias", stored) if name in _UNTIED and f"{name}.bias" in stored else None
             break
     else:
         raise ValueError(
@@ -49,25 +50,9 @@ def stored_lm_head(folder: Path, dtype: str, *, trust_remote_code: bool = False)
     return LMHead(weight.to(precision), bias, traits.scale(text), traits.softcap(text), text.vocab_size)
 
 
-class _TensorFiles:
-    """Which safetensors file holds which tensor."""
+def _read(name: str, tensors: Mapping[str, StoredTensor]) -> Tensor:
+    from safetensors import safe_open
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {str(name): folder / file for name, file in table.items()}
-            return
-        self.files = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as opened:
-                self.files.update(dict.fromkeys(opened.keys(), path))
-
-    def read(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+    with safe_open(tensors[name].file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor

@@ -19,7 +19,7 @@ from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
-from eopd.stages.score.check import check_first_batch, first_not_finite
+from eopd.stages.score.check import check_first_batch, first_not_finite, refuse_uniform
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
@@ -169,6 +169,9 @@ class Scorer:
             self.done += sum(batch.lengths)
             rate = self.done / max(time.monotonic() - began, 1e-9)
             self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
+        if found.pieces:
+            entropy = np.concatenate([piece.entropy for piece in found.pieces])
+            refuse_uniform(entropy, engine.head.vocab_size, self.job.teacher.path)
         return found
 
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:

@@ -65,7 +65,7 @@ class ScoreSettings(Settings):
     )
     first_batch_check: bool = setting(
         True,
-        "Compare the shortest sequence's distributions with the full model's own before anything is stored",
+        "Compare distributions of a few sequences with the checkpoint's own, which is loaded again, before storing",
         keyed=False,
     )
 

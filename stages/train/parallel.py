@@ -91,8 +91,19 @@ def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back the trained weights that ``gather_weights`` gave; frozen ones are as they were loaded."""
+    """Put back the trained weights that ``gather_weights`` gave; frozen ones are as they were loaded.
+
+    Raises:
+        ValueError: they are of another model; names the first parameter that differs.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for name in sorted(trained.keys() | weights.keys()):
+        stored, needed = (tuple(of[name].shape) if name in of else None for of in (weights, trained))
+        if stored != needed:
+            raise ValueError(
+                f"resumable state of {name}: it has shape {stored}, the model {needed}. Another model or another kind "
+                "of training made it; delete the state to train the round from its start."
+            )
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(like(weights[name], parameter))
+        for name, parameter in trained.items():
+            parameter.copy_(like(weights[name], parameter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from eopd.pipeline import doctor
 from eopd.pipeline.config import CONFIG_FOLDER, parse_settings
@@ -190,12 +192,24 @@ def test_what_a_config_names_is_there() -> None:
     found = looked_at()
     assert {name: finding.state for name, finding in found.items()} == dict.fromkeys(
         (
-            *("student", "student.tokenizer", "teacher", "teacher.tokenizer", "tokens", "prompts"),
+            *("student", "student.tokenizer", "teacher", "teacher.tokenizer"),
+            *("student.weights", "teacher.weights", "tokens", "prompts"),
             *("evaluate.benchmarks.0", "train", "launcher.kind: local"),
         ),
         "ok",
     )
     assert found["prompts"].text.startswith("6,000 in ")
+
+
+def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(CONFIG_FOLDER.parent / "examples" / "countdown" / "teacher", tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file({name: value for name, value in weights.items() if name != lost}, folder / "model.safetensors")
+    found = looked_at(teacher={"path": str(folder)})
+    assert found["student.weights"].state == "ok"
+    assert found["teacher.weights"].state == "broken"
+    assert f"{lost} is missing" in found["teacher.weights"].text
 
 
 def test_a_teacher_of_other_tokens_is_found(tmp_path: Path) -> None:

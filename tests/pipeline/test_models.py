@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from eopd.pipeline.config import ConfigError, ModelSettings
 from eopd.pipeline.models import generation_stops_of, inspect_model, locate, stop_ids_of
@@ -67,7 +68,7 @@ def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Pat
 
 def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
     folder = model(tmp_path / "model", "<|endoftext|>", [END], END)
-    (folder / "model.safetensors").write_bytes(b"")
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
 
     def facts(trusted: bool) -> tuple[str, str]:
         settings = ModelSettings(path=str(folder), trust_remote_code=trusted)
@@ -80,6 +81,19 @@ def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
     assert after[0] == before[0]
     assert after[1][0] != before[1][0]
     assert after[1][1] != before[1][1]
+
+
+def test_a_further_chat_template_is_part_of_the_tokenizer(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "<|endoftext|>", [END], END)
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    (folder / "additional_chat_templates").mkdir()
+    prints = []
+    for text in ("", "{{ tools }}", "{{ messages }}"):
+        if text:
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+        facts = inspect_model("student", ModelSettings(path=str(folder)), Digests())
+        prints.append(facts.tokenizer_fingerprint)
+    assert len(set(prints)) == 3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "owner/model"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_a_part_without_responses_is_not_what_the_engine_is_checked_on(teacher: 
     assert isinstance(job.progress, Lines)
     checks = [line for line in job.progress.lines if "full model's logits" in line]
     assert len(checks) == 1
-    assert "checked against the full model's logits: total variation" in checks[0]
+    assert "(the checkpoint): total variation" in checks[0]
+    assert "of 3 sequences read side by side" in checks[0]
 
 
 @pytest.mark.parametrize("name", REQUIRED)
@@ -87,17 +89,19 @@ def test_scores_equal_the_model_alone(name: str, tmp_path: Path) -> None:
             _check_response(rows, number, logprobs, row["response_token_ids"])
 
 
-def test_an_engine_that_is_opened_again_is_not_checked_again(teacher: Path, tmp_path: Path) -> None:
-    """As after each training on a GPU; another dtype is another engine."""
+def test_an_engine_that_is_opened_again_is_checked_again(teacher: Path, tmp_path: Path) -> None:
+    """As after each training on a GPU; one that stays open is not."""
     engines = Engines(keep=True)
     source = rollouts(tmp_path, [random_responses(2)])
     told = []
-    for number, dtype in enumerate(["auto", "auto", "bfloat16"]):
-        job = score_job(tmp_path, teacher, source, name=f"s{number}", dtype=dtype, engines=engines)
+    for number in range(3):
+        job = score_job(tmp_path, teacher, source, name=f"s{number}", engines=engines)
         run(job)
-        engines.close()
+        if number == 1:
+            engines.close()
         assert isinstance(job.progress, Lines)
         told.append(any("checked against" in line for line in job.progress.lines))
+    engines.close()
     assert told == [True, False, True]
 
 
@@ -216,6 +220,52 @@ def test_an_engine_that_disagrees_with_the_model_stops_the_run(
     monkeypatch.setattr(hidden_transformers, "lm_head_of", forgetful)
     job = score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(2)]))
     with pytest.raises(ValueError, match=r"disagrees with the full model's own logits .* total variation distance 0\."):
+        run(job)
+    assert job.output.committed() == set()
+
+
+def test_weights_that_changed_in_memory_are_seen_by_the_check(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is the checkpoint, loaded again: the engine's own weights would agree with themselves."""
+    from eopd.stages.engines import hidden_transformers
+
+    def replaced(ref: ModelRef, device: str) -> Any:
+        model = load_model(ref, device)
+        monkeypatch.setattr(hidden_transformers, "load_model", load_model)
+        torch.nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
+        return model
+
+    monkeypatch.setattr(hidden_transformers, "load_model", replaced)
+    with pytest.raises(ValueError, match=r"disagrees with the full model's own logits \(the checkpoint\)"):
+        run(score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(2)])))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_neighbours_that_change_each_other_are_seen_by_the_check(
+    count: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, each is right."""
+    from eopd.stages.engines import hidden_transformers
+
+    own = hidden_transformers.final_hidden
+
+    def leaking(model: Any, packed: Any) -> torch.Tensor:
+        return own(model, replace(packed, position_ids=torch.arange(packed.input_ids.shape[1])[None]))
+
+    monkeypatch.setattr(hidden_transformers, "final_hidden", leaking)
+    with pytest.raises(ValueError, match="disagrees with the full model's own logits"):
+        run(score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(count)])))
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight"])
+def test_a_teacher_whose_entropies_are_all_those_of_no_weights_is_refused(lost: str, tmp_path: Path) -> None:
+    save_teacher("qwen3", tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    weights[lost].zero_()
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    job = score_job(tmp_path, tmp_path / "teacher", rollouts(tmp_path, [random_responses(2)]))
+    with pytest.raises(ValueError, match=r"teacher: all \d+ tokens have the entropy ln 320"):
         run(job)
     assert job.output.committed() == set()
 

@@ -170,7 +170,7 @@ def run(
     if dry_run:
         sys.stdout.write(show_submission(work, launcher))
         return
-    _refuse_what_cannot_end_well(runners)
+    _refuse_what_cannot_end_well(runners, works_here=launcher.launcher.kind == "inline")
     for runner in runners:
         _write_resolved(runner)
     # Ray finds its cluster through the temporary folder of the machine
@@ -221,7 +221,7 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: share {parts} is empty, as there are only {job.output.parts} parts")
         return
     if worker_progress() is None and not runner.is_idle(job, chosen):  # who starts workers has asked for them
-        _refuse_what_cannot_end_well([runner], trains=stage not in ("evaluate", "align"))
+        _refuse_what_cannot_end_well([runner], works_here=True, trains=stage not in ("evaluate", "align"))
     _write_resolved(runner)
     task = Task(runner, job, tuple(chosen or range(job.output.parts)))
     if not runner.is_done(job) and trains_together(task):
@@ -232,10 +232,11 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
-def _refuse_what_cannot_end_well(runners: Sequence[Runner], trains: bool = True) -> None:
+def _refuse_what_cannot_end_well(runners: Sequence[Runner], *, works_here: bool, trains: bool = True) -> None:
     """Raises ConfigError before any work.
 
     Args:
+        works_here: whether this process will do the work.
         trains: whether it is work towards a training, whose objective must find what it reads.
     """
     from eopd.pipeline.budget import refuse_too_large
@@ -248,7 +249,7 @@ def _refuse_what_cannot_end_well(runners: Sequence[Runner], trains: bool = True)
         facts, settings = runner.facts, runner.settings
         models = {"student": (settings.student, facts.student), "teacher": (settings.teacher, facts.teacher)}
         if not all(runner.is_done(job) for job in runner.plan.jobs):
-            refuse_incomplete_weights(models, facts.digests or Digests())
+            refuse_incomplete_weights(models, facts.digests or Digests(), in_process=works_here)
         refuse_other_vocabulary(runner.facts)
         for job in runner.plan.jobs:
             if trains and job.stage == "train" and not runner.is_done(job):

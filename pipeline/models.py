@@ -70,13 +70,14 @@ def find_weights(role: str, settings: ModelSettings) -> Path:
     return folder
 
 
-def check_architectures(models: Mapping[str, tuple[ModelSettings, Path]]) -> dict[str, str]:
+def check_architectures(
+    models: Mapping[str, tuple[ModelSettings, Path]], *, in_process: bool = False
+) -> dict[str, str]:
     """Compare the headers of each model's weight files with the architecture in its config.
-
-    That takes torch, so a process of its own does it.
 
     Args:
         models: role -> settings and folder.
+        in_process: import torch into this process, for one that needs it anyway.
 
     Returns:
         Role -> what is wrong, for those that are refused.
@@ -88,17 +89,23 @@ def check_architectures(models: Mapping[str, tuple[ModelSettings, Path]]) -> dic
         role: {"path": str(folder), "trust_remote_code": settings.trust_remote_code}
         for role, (settings, folder) in models.items()
     }
+    if in_process:
+        from eopd.stages.models.loading import refusals
+
+        return refusals(arguments)
     command = [sys.executable, "-m", "eopd.stages.models.loading", json.dumps(arguments)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ConfigError(f"{', '.join(models)}: the weights could not be checked: {reason}")
-    refusals: dict[str, str] = json.loads(lines[-1])
-    return refusals
+    refused: dict[str, str] = json.loads(lines[-1])
+    return refused
 
 
-def refuse_incomplete_weights(models: Mapping[str, tuple[ModelSettings, ModelFacts]], digests: Digests) -> None:
+def refuse_incomplete_weights(
+    models: Mapping[str, tuple[ModelSettings, ModelFacts]], digests: Digests, *, in_process: bool = False
+) -> None:
     """Refuse weights that do not fit their architecture, before any work.
 
     ``digests`` remembers which fingerprints passed, so that a model is looked at once.
@@ -114,8 +121,8 @@ def refuse_incomplete_weights(models: Mapping[str, tuple[ModelSettings, ModelFac
     }
     if not new:
         return
-    refusals = check_architectures({role: (settings, facts.folder) for role, (settings, facts) in new.items()})
-    for role, reason in refusals.items():
+    folders = {role: (settings, facts.folder) for role, (settings, facts) in new.items()}
+    for role, reason in check_architectures(folders, in_process=in_process).items():
         raise ConfigError(f"{role}.path: {reason}")
     for _, facts in new.values():
         digests.note_pass(tool, facts.fingerprint)

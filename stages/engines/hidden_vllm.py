@@ -21,7 +21,7 @@ from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.loading import model_folder
+from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_positions, resolve_dtype
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.stored_head import stored_lm_head
@@ -81,6 +81,7 @@ class VLLMHiddenEngine:
             log_dir / "vllm-score.log",
             batch_tokens,
         )
+        check_weights(ref)
         head = stored_lm_head(folder, self.dtype, trust_remote_code=ref.trust_remote_code)  # refuses before vLLM loads
         from vllm.config import PoolerConfig
 

@@ -289,18 +289,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _main(arguments: str) -> None:
-    """Print which models ``check_weights`` refuses, as JSON (role -> reason); ``arguments``: role -> of a ModelRef."""
+def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Role -> reason, of the models that ``check_weights`` refuses; ``models``: role -> fields of a ModelRef."""
     from eopd.stages.job import ModelRef
 
-    refusals = {}
-    for role, fields in json.loads(arguments).items():
+    refused = {}
+    for role, fields in models.items():
         try:
             check_weights(ModelRef(**fields))
         except ValueError as error:
-            refusals[role] = str(error)
-    sys.stdout.write("\n" + json.dumps(refusals) + "\n")
+            refused[role] = str(error)
+    return refused
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    sys.stdout.write("\n" + json.dumps(refusals(json.loads(sys.argv[1]))) + "\n")

@@ -327,32 +327,39 @@ def test_the_fingerprint_covers_every_file_that_is_read(sharded: bool, qwen3: Pa
 # -- before work ---------------------------------------------------------------------------------------------------
 
 
-def test_both_models_are_checked_before_work_and_once(
-    originals: dict[str, Path], qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_tensor_is_refused_before_work(originals: dict[str, Path], qwen3: Path) -> None:
+    damage(qwen3, lambda weights: weights.__delitem__("model.layers.1.self_attn.q_norm.weight"))
+    roles = {"student": originals["llama"], "teacher": qwen3}
+    models = {role: (ModelSettings(path=str(path)), path) for role, path in roles.items()}
+    found = check_architectures(models)
+    assert found.keys() == {"teacher"}
+    assert "model.layers.1.self_attn.q_norm.weight is missing" in found["teacher"]
+    assert check_architectures(models, in_process=True) == found
+
+
+def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from eopd.pipeline import models
 
-    tiny_tokenizer(tmp_path / "tokenizer")
-    settings = {
-        "student": ModelSettings(path=str(originals["llama"]), tokenizer=str(tmp_path / "tokenizer")),
-        "teacher": ModelSettings(path=str(qwen3), tokenizer=str(tmp_path / "tokenizer")),
-    }
-    digests = Digests(tmp_path / "digests.json")
+    tiny_tokenizer(qwen3)
+    settings, refusals, checks = ModelSettings(path=str(qwen3)), {"teacher": "it is broken"}, []
+
+    def check(found: Any, *, in_process: bool) -> dict[str, str]:
+        checks.append(list(found))
+        return refusals
 
     def look() -> None:
-        facts = {role: models.inspect_model(role, settings[role], digests) for role in settings}
-        refuse_incomplete_weights({role: (settings[role], facts[role]) for role in settings}, digests)
+        digests = Digests(tmp_path / "digests.json")
+        facts = models.inspect_model("teacher", settings, digests)
+        refuse_incomplete_weights({"teacher": (settings, facts)}, digests)
 
-    looks: list[list[str]] = []
-
-    def counted(found: Any) -> dict[str, str]:
-        looks.append(sorted(found))
-        return check_architectures(found)
-
-    monkeypatch.setattr(models, "check_architectures", counted)
+    monkeypatch.setattr(models, "check_architectures", check)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"teacher\.path: it is broken"):
+            look()
+    refusals.clear()
     look()
     look()
-    damage(qwen3, lambda weights: weights.__delitem__("model.layers.1.self_attn.q_norm.weight"))
-    with pytest.raises(ConfigError, match=r"teacher\.path: .*layers\.1\.self_attn\.q_norm\.weight is missing"):
-        look()
-    assert looks == [["student", "teacher"], ["teacher"]]
+    assert len(checks) == 3
+    damage(qwen3, lambda weights: weights["lm_head.weight"].mul_(2))
+    look()
+    assert len(checks) == 4

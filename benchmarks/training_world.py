@@ -145,7 +145,7 @@ class World:
     def model(self, name: str) -> PreTrainedModel:
         with no_progress_bars():
             model: PreTrainedModel = Qwen3ForCausalLM.from_pretrained(
-                self.folder / name, dtype=torch.float32, attn_implementation="sdpa"
+                self.folder / name, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True
             )
         return model
 

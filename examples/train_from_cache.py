@@ -118,7 +118,7 @@ def train(store: Path, scores: str, student: str, output: Path, steps: int, batc
         remove_unused_columns=False,  # the batch's own columns are no arguments of the model
         save_strategy="no",
     )
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, use_safetensors=True)
     trainer = CacheTrainer(
         model=model, args=arguments, train_dataset=Scored(cache), data_collator=Collator(cache, rollouts)
     )

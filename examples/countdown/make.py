@@ -125,7 +125,8 @@ def show(out: Path) -> None:
     """Print the README's table: both models on the held-out problems, by how many numbers they have."""
     groups = read_problems(out / "evaluate.jsonl")
     teacher, student = (
-        AutoModelForCausalLM.from_pretrained(out / name, dtype="float32") for name in ("teacher", "student")
+        AutoModelForCausalLM.from_pretrained(out / name, dtype="float32", use_safetensors=True)
+        for name in ("teacher", "student")
     )
     say(HEADER)
     for name, model in (("teacher", teacher), ("student", student)):

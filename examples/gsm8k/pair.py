@@ -85,7 +85,7 @@ def show(out: Path, tokenizer: Tokenizer, held_out: list[dict[str, str]]) -> Non
     texts, prompts = encode(tokenizer, held_out)
     say("| model | parameters | problems, nats a token | solutions, nats a token |\n|---|---|---|---|")
     for name in MODELS:
-        model = AutoModelForCausalLM.from_pretrained(out / name, dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(out / name, dtype="float32", use_safetensors=True)
         problem, solution = mean_losses(model, texts, prompts)
         say(f"| {name} | {sum(p.numel() for p in model.parameters()):,} | {problem:.3f} | {solution:.3f} |")
 

@@ -82,7 +82,7 @@ def _countdown(experiment: Experiment, work: Path) -> dict[str, Any]:
     problems = read_problems(world.problems(work, experiment.scale) / "evaluate.jsonl")
     found = {}
     for role in ROLES:
-        model = AutoModelForCausalLM.from_pretrained(world.models(work)[role], dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(world.models(work)[role], dtype="float32", use_safetensors=True)
         found[role] = [
             asdict(measure_model(model, problems, chat=False, samples=world.samples, seed=seed))
             for seed in experiment.seeds

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eopd.pipeline.worker import Order
 from tests.end_to_end.conftest import World, checksums, commit_times, eopd
@@ -165,6 +166,19 @@ def test_missing_inputs_are_named_before_heavy_work(world: World, changes: dict[
     assert result.returncode == 1
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_teacher_that_lost_a_tensor_is_refused_before_work(world: World, tmp_path: Path) -> None:
+    teacher = shutil.copytree(world.folder / "teacher", tmp_path / "teacher")
+    weights = load_file(teacher / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("1.mlp.down_proj.weight"))
+    save_file({name: value for name, value in weights.items() if name != lost}, teacher / "model.safetensors")
+    config = world.config("lost", teacher={"path": str(teacher)}, launcher={"kind": "local"})
+    result = eopd("run", config, check=False)
+    assert result.returncode == 1
+    assert f"teacher.path: {teacher}" in result.stderr
+    assert f"{lost} is missing" in result.stderr
+    assert checksums(world.store("lost")) == {}
 
 
 def test_wrong_weights_under_the_rollouts_stop_training(world: World, undisturbed: str, tmp_path: Path) -> None:

@@ -149,7 +149,11 @@ def _refuse_incomplete(folder: Path, model: Any, info: Mapping[str, Any]) -> Non
             f"{' with '.join(_stored_names(model, name))} has shape {tuple(stored)}, the model needs {tuple(needed)}"
             for name, stored, needed in sorted(info["mismatched_keys"])
         ]
-    unexpected = sorted(name for name in info["unexpected_keys"] if not IGNORED_TENSORS.search(name))
+    text = model.config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)  # then those for multi-token prediction
+    further = range(layers, layers + (getattr(text, "num_nextn_predict_layers", None) or 0))
+    ignored = re.compile("|".join([IGNORED_TENSORS.pattern, *(rf"(^|\.)layers\.{number}\." for number in further)]))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not ignored.search(name))
     wrong += [f"{name} belongs to no layer of a {type(model).__name__}" for name in unexpected]
     wrong += [str(message) for message in info["error_msgs"]]
     # transformers unties what differs, vLLM does not

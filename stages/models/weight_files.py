@@ -25,7 +25,9 @@ from typing import Any
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "model*.safetensors"
-IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.(original_)?inv_freq|attn\.(masked_)?bias|position_ids)$|(^|\.)mtp\.")
+IGNORED_TENSORS = re.compile(
+    r"(^|\.)(rotary_emb\.(original_)?inv_freq|attn\.(masked_)?bias|position_ids)$|(^|\.)mtp[._]"
+)
 """Stored tensors that no reader needs: buffers of older versions of transformers, heads for multi-token prediction."""
 REFUSED_FILES = {
     "adapter_config.json": "transformers would add that adapter to the model, vLLM would not: merge it into the "

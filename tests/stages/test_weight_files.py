@@ -120,6 +120,16 @@ def test_a_tensor_of_no_layer_is_refused_and_a_known_leftover_is_not(qwen3: Path
             check(ModelRef(str(qwen3)))
 
 
+def test_a_layer_for_multi_token_prediction_is_left_alone(qwen3: Path) -> None:
+    damage(qwen3, lambda weights: weights.update({"model.layers.2.eh_proj.weight": torch.ones(4, 4)}))
+    config = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    load_model(ModelRef(str(qwen3)))
+    damage(qwen3, lambda weights: weights.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}))
+    with pytest.raises(ValueError, match=r"layers\.3\.eh_proj\.weight belongs to no layer"):
+        load_model(ModelRef(str(qwen3)))
+
+
 def test_a_tied_head_may_be_stored_only_as_the_embeddings(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path, tie_word_embeddings=True)
     damage(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))

@@ -301,7 +301,7 @@ def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for role, fields in models.items():
         try:
             check_weights(ModelRef(**fields))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             refused[role] = str(error)
     return refused
 

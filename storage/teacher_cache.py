@@ -183,7 +183,11 @@ class TeacherCache:
         return self._part(part).responses[:, 0].astype(np.int64)
 
     def read_part(self, part: int) -> TeacherRows:
-        return self.read([(part, row) for row in range(self.response_count(part))])
+        """All responses of a part, which may have none: a rollout skips prompts that are too long."""
+        responses = self.response_count(part)
+        if not responses:
+            return TeacherRows.without_responses(self.header(part).stop_ids)
+        return self.read([(part, row) for row in range(responses)])
 
     def read(self, responses: Sequence[tuple[int, int]]) -> TeacherRows:
         """The rows of ``responses`` (part, row in the part), in this order; repeats are allowed.
@@ -191,6 +195,8 @@ class TeacherCache:
         Raises:
             MissingPart, DamagedPart, NewerSchema, WrongArtifact; ValueError: a row that a part does not have.
         """
+        if not len(responses):
+            return TeacherRows.without_responses(self.coverage.stop_ids)
         wanted = np.asarray(responses, np.int64).reshape(-1, 2)
         parts, rows = wanted[:, 0], wanted[:, 1]
         opened = {int(part): self._part(int(part)) for part in np.unique(parts)}
@@ -233,8 +239,6 @@ class TeacherCache:
                 bounds.append((low, i))
                 low, held = i, 0
             held += int(count)
-        if not len(tokens):
-            raise ValueError("read needs at least one response")
         return [*bounds, (low, len(tokens))]
 
     def _part(self, number: int) -> _Part:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.codec import FORMAT_VERSION
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
+from eopd.storage.exchange import export_parquet
 from eopd.storage.markers import file_text, marker_text
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
+from eopd.storage.statistics import stats
 from eopd.storage.teacher_cache import Origin, PartHeader, TeacherCache, concatenate, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 
@@ -95,16 +98,30 @@ def test_an_empty_part_and_an_empty_response(tmp_path: Path) -> None:
             write_part(folder, rows_of(dense(0, list(lengths), 50), head), header(head, 50))
     cache = TeacherCache(artifact)
     assert cache.response_count(0) == 0
+    for nothing in (cache.read_part(0), cache.read([])):
+        assert (nothing.responses, nothing.tokens) == (0, 0)
+    assert_identical(cache.read([]), cache.read([(1, 0)] * 0))
     assert cache.read([(1, 1), (1, 0)]).responses == 2
     assert cache.read([(1, 0)]).tokens == 0
+    assert cache.read_part(0).stop_logprobs.shape == (0, len(STOPS))
+
+
+@pytest.mark.parametrize("lengths", [([], []), ([], [5, 3]), ([3], [])])
+def test_statistics_and_export_of_parts_without_responses(tmp_path: Path, lengths: tuple[list[int], ...]) -> None:
+    artifact = Artifact(tmp_path, Identity("scores", 1, 2, coverage={}))
+    for part, some in enumerate(lengths):
+        with artifact.write_part(part) as folder:
+            write_part(folder, rows_of(dense(part, some, 50), HeadRule()), header(HeadRule(), 50))
+    cache, tokens = TeacherCache(artifact), sum(map(sum, lengths))
+    assert (stats(cache).parts, stats(cache).tokens) == (2, tokens)
+    assert export_parquet(cache, tmp_path / "scores.parquet") == tokens
+    assert sum(map(len, pq.read_table(tmp_path / "scores.parquet")["token_ids"])) == tokens
 
 
 def test_rows_and_parts_that_are_not_there(built: tuple[Artifact, list[TeacherRows]]) -> None:
     cache = TeacherCache(built[0])
     with pytest.raises(ValueError, match=r"rows 0 \.\. 5, asked for 6"):
         cache.read([(0, 6)])
-    with pytest.raises(ValueError, match="at least one response"):
-        cache.read([])
     with pytest.raises(MissingPart, match="part 3 is not committed"):
         cache.read([(3, 0)])
 

@@ -323,7 +323,7 @@ def test_a_marker_names_no_path_outside_its_part(one: Artifact, name: str) -> No
 @pytest.mark.parametrize("nonce", ["../../x", "/etc", "0123456789abcdeg", "", 7])
 def test_a_nonce_is_no_path(one: Artifact, nonce: object) -> None:
     rewrite_marker(one, nonce=nonce)
-    with pytest.raises(DamagedPart, match="outside the artifact"):
+    with pytest.raises(DamagedPart, match="nonce"):
         TeacherCache(one).read([(0, 0)])
 
 
@@ -356,7 +356,7 @@ def test_zarr_metadata_can_name_no_codec_that_runs_code(one: Artifact) -> None:
         text = json.loads((one.part_folder(0) / "tokens" / "zarr.json").read_text())
         text["codecs"][0]["configuration"]["codecs"][2:] = [{"name": codec, "configuration": {}}]
         reseal(one, 0, "tokens/zarr.json", json.dumps(text).encode())
-        with pytest.raises(DamagedPart, match=f"asks for the codec '{codec}'"):
+        with pytest.raises(DamagedPart, match=f"asks for the codecs .*'{codec}'"):
             TeacherCache(one).read([(0, 0)])
 
 

@@ -180,4 +180,5 @@ def naming_misfits(where: str) -> Iterator[None]:
     try:
         yield
     except MISFITS as error:
-        raise DamagedPart(f"{where} holds what it should not ({type(error).__name__}: {str(error)[:200]})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DamagedPart(f"{where} holds what it should not ({reason})") from error

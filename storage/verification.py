@@ -53,7 +53,8 @@ def verify(
 
     ``repair`` renames the marker of each damaged part to ``.damaged``, so that the next plan, or copy to a bucket, does
     it again. Identities and manifests it writes again from what is there: an edited identity from what it says, a
-    damaged or lost one from the manifest, a manifest from the markers. It deletes nothing (`gc` does).
+    damaged or lost one from the manifest, a manifest from the markers. Claims and notes on runs that are no plain files
+    or cannot be read are renamed too. It deletes nothing (`gc` does), and follows no link.
 
     Raises:
         StoreUnreadable, StoreUnwritable: a bucket does not answer, or refuses access.
@@ -61,11 +62,11 @@ def verify(
     found: list[Damage] = []
     if isinstance(store, Path) and only is None:
         found += _misplaced(store)
-        notes = list(_notes(store))
+        unreadable = [] if any(damage.kind == paths.RUNS for damage in found) else list(_notes(store))
         if repair:
-            for note in notes:
+            for note in unreadable:
                 _rename(store, note.kind, note.name, f".{note.name}.damaged")
-        found += notes
+        found += unreadable
     for kind, key in listing.unidentified(store) if only is None else ():
         damage = _without_identity(store, kind, key)
         if repair:

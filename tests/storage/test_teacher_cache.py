@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from zarr.codecs import ShardingCodec
 
-from eopd.storage import paths
+from eopd.storage import paths, zarr_write
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.codec import FORMAT_VERSION
 from eopd.storage.coverage import NeedNotMet
@@ -311,6 +314,56 @@ def rewrite_marker(artifact: Artifact, **changes: object) -> None:
     content.pop("seal")
     content["checksum"] = sha256_text(canonical_json(content["files"]))
     path.write_text(file_text({**content, "seal": sha256_text(canonical_json(content))}))
+
+
+def shard_with(artifact: Artifact, name: str, change: Callable[[NDArray[np.uint64]], None]) -> bytes:
+    """A shard whose index was changed, and whose checksum of the index holds."""
+    folder = artifact.part_folder(0) / name
+    codecs = ShardingCodec.from_dict(json.loads((folder / "zarr.json").read_text())["codecs"][0]).index_codecs
+    content = (folder / "c" / "0" / "0").read_bytes()
+    chunks = json.loads((folder / "zarr.json").read_text())
+    per_shard = chunks["chunk_grid"]["configuration"]["chunk_shape"][1]
+    count = per_shard // chunks["codecs"][0]["configuration"]["chunk_shape"][1]
+    end = len(content) - 16 * count - 4
+    index = np.frombuffer(content[end:-4], "<u8").reshape(1, count, 2).copy()
+    change(index[0])
+    return content[:end] + zarr_write._encoded(codecs, index)
+
+
+@pytest.mark.parametrize("name", ["responses", "tokens", "entries"])
+@pytest.mark.parametrize(("column", "value"), [(0, 2**63), (0, 2**64 - 2), (1, 2**40), (1, 2**63), (0, 10**6), (1, 0)])
+def test_an_index_names_only_bytes_that_are_there(one: Artifact, name: str, column: int, value: int) -> None:
+    def change(index: NDArray[np.uint64]) -> None:
+        index[0, column] = value
+
+    reseal(one, 0, f"{name}/c/0/0", shard_with(one, name, change))
+    with pytest.raises(DamagedPart, match="part"):
+        TeacherCache(one).read_part(0)
+
+
+@pytest.mark.parametrize("name", ["responses", "tokens", "entries"])
+@pytest.mark.parametrize("what", ["shape", "chunk_shape", "shard"])
+@pytest.mark.parametrize(
+    "value", [[2**40, 2], [7, 2**40], [2**63, 2**63], [-1, -1], [0, 0], [], None, [4, 10**400], [0.5]]
+)
+def test_nothing_is_allocated_for_a_shape_that_no_part_has(one: Artifact, name: str, what: str, value: object) -> None:
+    found = json.loads((one.part_folder(0) / name / "zarr.json").read_text())
+    if what == "shape":
+        found["shape"] = value
+    elif what == "shard":
+        found["chunk_grid"]["configuration"]["chunk_shape"] = value
+    else:
+        found["codecs"][0]["configuration"]["chunk_shape"] = value
+    reseal(one, 0, f"{name}/zarr.json", json.dumps(found).encode())
+    with pytest.raises(DamagedPart, match="part 0"):
+        TeacherCache(one).read_part(0)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 3, 1])
+def test_ids_beyond_the_vocabulary_are_damage(one: Artifact, vocabulary: int) -> None:
+    reseal(one, 0, "zarr.json", attributes(one, vocab_size=vocabulary, stop_ids=list(STOPS)))
+    with pytest.raises(DamagedPart, match=f"in a vocabulary of {vocabulary}"):
+        TeacherCache(one).read_part(0)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a//b", "./a", "", "a\\..\\b"])

@@ -354,7 +354,7 @@ def mutate(store: Path, data: st.DataObject) -> None:
     else:
         try:
             value = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         value = put(value, data.draw(st.sampled_from(places(value))), data.draw(st.sampled_from(HOSTILE)))
         content = json.dumps(value).encode()

@@ -188,9 +188,19 @@ def reseal_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     data = next(above for above in path.parents if paths.data_part(above.name))
     marker = data.parent / f"{data.name.split('.')[0]}.json"
-    found = json.loads(marker.read_text())
-    entry = {"size": len(content), "sha256": sha256_file(path)}
-    reseal(marker, {**found, "files": {**found["files"], path.relative_to(data).as_posix(): entry}})
+    found = _marker(marker)
+    if found is not None:
+        entry = {"size": len(content), "sha256": sha256_file(path)}
+        reseal(marker, {**found, "files": {**found["files"], path.relative_to(data).as_posix(): entry}})
+
+
+def _marker(path: Path) -> dict[str, Any] | None:
+    """None where an earlier change left none."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
 
 
 def rekey(folder: Path, content: dict[str, Any]) -> None:
@@ -205,7 +215,9 @@ def rekey(folder: Path, content: dict[str, Any]) -> None:
     folder.rename(fresh)
     (fresh / paths.IDENTITY).write_text(json.dumps(content))
     for marker in fresh.glob("part-*.json"):
-        reseal(marker, {**json.loads(marker.read_text()), "key": fresh.relative_to(fresh.parents[-2]).as_posix()})
+        found = _marker(marker)
+        if found is not None:
+            reseal(marker, {**found, "key": f"{key}/{fresh.name}" if fresh.name != key else key})
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ and of each stage's jobs only the latest ones.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from eopd.storage.artifacts import Artifact, Identity, open_artifact
 from eopd.storage.errors import StoreError
 from eopd.storage.jsonl import read_lines
 from eopd.storage.paths import RunPaths
+from eopd.storage.untrusted import MISFITS, read_plain
 
 MARKERS_PER_STAGE = 64
 MARKERS_PER_JOB = 8
@@ -114,9 +116,9 @@ def measure_rates(store: Path, runs: Path, own: Sequence[str], models: Mapping[S
 
 def _model_of(run: RunPaths, stage: Stage) -> str | None:
     try:
-        found = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        found = yaml.safe_load(read_plain(run.config).decode())
         return str(found["teacher" if stage == "score" else "student"]["path"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, StoreError, yaml.YAMLError, *MISFITS):
         return None
 
 
@@ -125,11 +127,12 @@ def _rates(store: Path, runs: Sequence[RunPaths], source: str) -> dict[Stage, Ra
     for run in runs:
         before: dict[str, float] = {}  # seconds of a training that was stopped on the way, by key
         for line in read_lines(run.jobs):
-            if line.get("stage") not in latest or not line.get("seconds"):
+            took, parts = line.get("seconds"), line.get("parts")
+            if line.get("stage") not in STAGES or not isinstance(took, (int, float)) or not 0 < took < math.inf:
                 continue
             key = str(line.get("key"))
-            seconds = before.pop(key, 0.0) + float(line["seconds"])
-            if line.get("parts"):
+            seconds = before.pop(key, 0.0) + took
+            if isinstance(parts, int) and parts > 0:
                 latest[line["stage"]].append({**line, "seconds": seconds})
             else:
                 before[key] = seconds

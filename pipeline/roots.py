@@ -21,6 +21,7 @@ from eopd.storage.errors import StoreError
 from eopd.storage.fingerprints import Digests
 from eopd.storage.listing import keys
 from eopd.storage.places import is_bucket, open_place
+from eopd.storage.untrusted import kind_of
 
 Root = tuple[str, str]
 """(kind, key)"""
@@ -40,6 +41,8 @@ def roots(runs: Path, store: Path) -> dict[Path, set[Root]]:
     found: dict[Path, set[Root]] = {}
     for config in sorted(known.keys() | below.keys()):
         with _naming(config):
+            if config.exists() and not config.is_file():
+                raise ConfigError(f"it is {kind_of(config)}")
             settings = load_config(str(config))
             told = _started_in(settings, known.get(config), below.get(config, config), config)
         base = Path.cwd() if told is None else told

@@ -6,7 +6,6 @@ those of the latest commits, steps of training are in the run's metrics.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ from eopd.pipeline.plan_table import STYLES
 from eopd.pipeline.runner import Runner
 from eopd.pipeline.survey import JobState
 from eopd.stages.format import duration, number, size
+from eopd.storage import paths
 from eopd.storage.claims import holder
+from eopd.storage.jsonl import parse_lines
 
 RECENT_PARTS = 16
 RECENT_SECONDS = 3600.0
@@ -79,8 +80,7 @@ def _activity(runner: Runner, state: JobState) -> Activity:
     artifact = runner.artifact(state.job.output)
     workers: dict[str, list[int]] = {}
     committed = artifact.committed()
-    for path in sorted(artifact.folder.glob("part-*.claim")):
-        part = int(path.name.removeprefix("part-").removesuffix(".claim"))
+    for part in sorted(paths.parts_named("\n".join(artifact.names()), paths.CLAIM)):
         if part not in committed and (who := holder(artifact, part)) is not None:
             workers.setdefault(who, []).append(part)
     step = _last_step(runner, state.job) if state.job.stage == "train" and workers else None
@@ -91,22 +91,19 @@ def _activity(runner: Runner, state: JobState) -> Activity:
 
 def _pace(folder: Path) -> float | None:
     """Seconds between the latest commits."""
-    times = sorted(path.stat().st_mtime for path in folder.glob("part-*.json"))[-RECENT_PARTS:]
+    times = sorted(path.lstat().st_mtime for path in folder.glob("part-*.json"))[-RECENT_PARTS:]
     if len(times) < 2 or time.time() - times[-1] > RECENT_SECONDS:
         return None
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def _last_step(runner: Runner, job: PlannedJob) -> dict[str, Any] | None:
-    if not runner.paths.metrics.exists():
+    if not runner.paths.metrics.is_file():
         return None
     for line in reversed(tail(runner.paths.metrics, 5)):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if found.get("round") == job.round:
-            return found
+        for found in parse_lines(line.encode(errors="replace")):
+            if found.get("round") == job.round:
+                return found
     return None
 
 

@@ -30,7 +30,10 @@ Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/ke
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    """Print a line; what a terminal would obey, in a name that somebody else gave to a file, is shown instead."""
+    lines = text.split("\n")
+    shown = ["".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line) for line in lines]
+    sys.stdout.write("\n".join(shown) + "\n")
 
 
 @app.command()
@@ -155,9 +158,11 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
 ) -> None:
     """Remove left-overs of killed jobs and, with --runs, artifacts that none of its runs refers to. Dry run first."""
-    from eopd.storage import garbage
+    from eopd.storage import garbage, listing
 
     folder = _folder(store)
+    for _, problem in listing.misplaced(folder):
+        _say(f"passed over: {problem}")
     removals = garbage.plan(folder, None if runs is None else _roots(runs, folder))
     for removal in removals:
         _say(f"{size(removal.bytes):>10}  {removal.path}  ({removal.reason})")

@@ -142,4 +142,4 @@ def _is_there(runner: Runner, round_: int) -> bool:
 def _model_files(folder: Path) -> Iterator[Path]:
     from eopd.stages.train import remains
 
-    return (path for path in sorted(folder.iterdir()) if remains.weights(path.name))
+    return (path for path in sorted(folder.iterdir()) if remains.weights(path.name) and not path.is_symlink())

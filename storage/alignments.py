@@ -48,6 +48,7 @@ def read_sums(folder: Path) -> pa.Table:
     """Read what was written to ``folder``.
 
     Raises:
-        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it. DamagedPart: it cannot be
+            read.
     """
-    return read_record(folder / SUMS, SCHEMA.metadata)
+    return read_record(folder / SUMS, SCHEMA)

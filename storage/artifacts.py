@@ -9,7 +9,6 @@ and nothing committed is ever changed in place; its data may be given up as a wh
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -19,7 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, WrongArtifact
@@ -34,9 +36,11 @@ from eopd.storage.files import (
 )
 from eopd.storage.markers import REPAIR, SCHEMA, Marker, file_text, marker_text, refuse_newer_schema
 from eopd.storage.stored import StoredArtifact
+from eopd.storage.untrusted import naming, open_plain, parse_json, read_plain, refuse_links, walk
 
 KEY_LENGTH = 20
 READ_BYTES = 1 << 20
+MOST_PARTS = 10**9
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,24 @@ class Identity:
         }
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any], where: Path) -> Identity:
+    def from_json(cls, found: Any, where: Path) -> Identity:
+        """Raises DamagedPart, NewerSchema."""
         refuse_newer_schema(found, where)
-        try:
-            return cls(
-                kind=found["kind"],
-                version=found["version"],
-                parts=found["parts"],
-                settings=found["settings"],
-                inputs=found["inputs"],
-                coverage=found["coverage"],
-            )
-        except (KeyError, AssertionError, TypeError) as error:
-            raise WrongArtifact(f"{where} is no identity of an artifact: {error!r}") from error
+        with naming(str(where)):
+            _IDENTITY.validate_python(found, strict=True)
+        return cls(**{name: found[name] for name in ("kind", "version", "parts", "settings", "inputs", "coverage")})
+
+
+class _IdentityText(TypedDict):
+    kind: Literal[paths.KINDS]  # type: ignore[valid-type]
+    version: Annotated[int, Field(ge=0, lt=1 << 31)]
+    parts: Annotated[int, Field(gt=0, le=MOST_PARTS)]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    coverage: dict[str, Any] | None
+
+
+_IDENTITY = TypeAdapter(_IdentityText)
 
 
 class Artifact(StoredArtifact):
@@ -110,6 +119,7 @@ class Artifact(StoredArtifact):
     folder: Path
 
     def __init__(self, store: Path, identity: Identity) -> None:
+        self._store = store
         self._identity = identity
         self.kind = identity.kind
         self.key = identity.key
@@ -132,17 +142,24 @@ class Artifact(StoredArtifact):
 
     # -- reading -----------------------------------------------------------------------------------------------
 
+    def refuse_links(self) -> None:
+        """Check that its folder is in the store. Raises DamagedPart where a link leads to it."""
+        refuse_links(self._store, self.kind, *self.key.split("/"))
+
     def names(self) -> list[str]:
+        self.refuse_links()
         try:
             return os.listdir(self.folder)
         except FileNotFoundError:
             return []
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        self.refuse_links()
+        return os.path.lexists(self.folder / name)
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+        self.refuse_links()
+        return read_plain(self.folder / name)
 
     def part_folder(self, part: int) -> Path:
         """Folder of a committed part, its files' presence, kind and sizes checked against the marker."""
@@ -155,8 +172,8 @@ class Artifact(StoredArtifact):
     def _checked_folder(self, marker: Marker) -> Path:
         part = marker.part
         folder = self._data_folder(marker)
-        for inner in sorted({(folder / name).parent for name in marker.files} | {folder}):
-            if inner.is_symlink():
+        for inner in sorted({above for name in marker.files for above in (folder / name).parents} | {folder}):
+            if inner.is_relative_to(folder) and inner.is_symlink():
                 raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {REPAIR}")
         for name in marker.files:
             try:
@@ -170,14 +187,27 @@ class Artifact(StoredArtifact):
         return folder
 
     def _data_folder(self, marker: Marker) -> Path:
+        self.refuse_links()
         return self.folder / paths.data_name(marker.part, marker.nonce)
 
     def part_names(self, marker: Marker) -> set[str]:
-        folder = self._checked_folder(marker)
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        self._checked_folder(marker)
+        return self.names_there(marker)
+
+    def names_there(self, marker: Marker) -> set[str]:
+        """Paths of everything but folders in a part's folder, whoever put it there.
+
+        Raises:
+            DamagedPart: the folder is a link.
+        """
+        folder = self._data_folder(marker)
+        if folder.is_symlink():
+            raise DamagedPart(f"{self} part {marker.part}: {folder} is a link, which may lead anywhere. {REPAIR}")
+        names = (entry.path for entry in walk(folder) if not entry.is_dir(follow_symlinks=False))
+        return {os.path.relpath(name, folder) for name in names}
 
     def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
-        with (self._data_folder(marker) / name).open("rb") as file:
+        with os.fdopen(open_plain(self._data_folder(marker) / name), "rb") as file:
             while piece := file.read(READ_BYTES):
                 yield piece
 
@@ -195,6 +225,7 @@ class Artifact(StoredArtifact):
         first, the folder is dropped without harm.
         """
         assert 0 <= part < self.parts, (part, self.parts)
+        self.refuse_links()
         nonce = secrets.token_hex(8)
         folder = self.folder / paths.data_name(part, nonce)
         won = False
@@ -229,7 +260,7 @@ class Artifact(StoredArtifact):
 
     def drop_part(self, part: int) -> None:
         """Remove a committed part: its marker first, so that no reader finds a marker without data."""
-        marker = self.marker(part)
+        marker = self.marker(part)  # which refuses links
         (self.folder / paths.marker_name(part)).unlink(missing_ok=True)
         shutil.rmtree(self.folder / paths.data_name(part, marker.nonce), ignore_errors=True)
 
@@ -241,11 +272,13 @@ class Artifact(StoredArtifact):
                 self.create(paths.IDENTITY, file_text(self.identity.to_json()))
 
     def create(self, name: str, text: str) -> bool:
-        """Raises StoreFull or StoreUnwritable."""
+        """Raises StoreFull, StoreUnwritable or, where a link leads to the artifact, DamagedPart."""
+        self.refuse_links()
         return create_exclusively(self.folder / name, text)
 
     def replace(self, name: str, text: str) -> None:
-        """Raises StoreFull or StoreUnwritable."""
+        """Raises StoreFull, StoreUnwritable or, where a link leads to the artifact, DamagedPart."""
+        self.refuse_links()
         replace_atomically(self.folder / name, text)
 
 
@@ -258,7 +291,10 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
     """
     path = store / kind / key / paths.IDENTITY
     try:
-        text = path.read_bytes()
+        if not paths.is_key(key):  # it may come from another artifact's identity
+            raise FileNotFoundError(path)
+        refuse_links(store, kind, *key.split("/"))
+        text = read_plain(path)
     except FileNotFoundError as error:
         raise MissingArtifact(f"there is no {kind} artifact {key} in {store}") from error
     return Artifact(store, parse_identity(text, kind, key, str(path)))
@@ -266,17 +302,11 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
 
 def parse_identity(text: bytes, kind: str, key: str, where: str) -> Identity:
     """Raises DamagedPart (not JSON), WrongArtifact (it does not hash to its key) or NewerSchema."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DamagedPart(f"{where} is not JSON") from error
+    with naming(where):
+        found = parse_json(text)
     identity = Identity.from_json(found, Path(where))
-    try:
-        owner = (identity.kind, identity.key)
-    except ValueError as error:  # not a number
-        raise DamagedPart(f"{where} holds what no identity holds: {error}") from error
-    if owner != (kind, key):
-        raise WrongArtifact(f"{where} describes {owner[0]}/{owner[1]}, not {kind}/{key}")
+    if (identity.kind, identity.key) != (kind, key):
+        raise WrongArtifact(f"{where} describes {identity.kind}/{identity.key}, not {kind}/{key}")
     return identity
 
 

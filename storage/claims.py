@@ -18,7 +18,9 @@ from pathlib import Path
 
 from eopd.storage import paths, stopping
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import DamagedPart
 from eopd.storage.files import naming_full_disks
+from eopd.storage.untrusted import open_plain
 
 POLL_SECONDS = 0.5
 TELL_EVERY_SECONDS = 60.0
@@ -27,13 +29,20 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 @contextmanager
 def claim(artifact: Artifact, part: int) -> Iterator[bool]:
-    """Try to claim a part; yields whether it is ours. Never waits."""
+    """Try to claim a part; yields whether it is ours. Never waits.
+
+    Raises:
+        DamagedPart: a link, or anything but a plain file, is in the claim's place, or on the way to it.
+    """
     path = artifact.folder / paths.claim_name(part)
     with naming_full_disks(path):
+        artifact.refuse_links()
         artifact.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
-        _share(handle)
+        is_ours_alone = os.fstat(handle).st_nlink == 1  # another name may be that of somebody's file: only locked
+        if is_ours_alone:
+            _share(handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,9 +51,10 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        with suppress(OSError):  # the name is a courtesy: a full disk must not stop what may be free to go on
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, _own_name().encode(), 0)
+        if is_ours_alone:
+            with suppress(OSError):  # the name is a courtesy: a full disk must not stop what may be free to go on
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, _own_name().encode(), 0)
         with stopping.in_hand():
             yield True
     finally:
@@ -63,7 +73,7 @@ def holder(artifact: Artifact, part: int) -> str | None:
     """Who is at work on a part, for people ("process 412 on node7 since 12:03:11"); None: nobody that can be seen."""
     try:
         return _locked_by(artifact.folder / paths.claim_name(part))
-    except PermissionError:
+    except (PermissionError, DamagedPart):
         return None
 
 
@@ -71,20 +81,23 @@ def may_be_held(path: Path) -> bool:
     """Whether a living process holds this claim file, or one may that cannot be seen."""
     try:
         return _locked_by(path) is not None
+    except DamagedPart:  # nobody claims what is no plain file
+        return False
     except OSError:
         return True
 
 
 def _locked_by(path: Path) -> str | None:
-    """Touches nothing. Raises PermissionError where it cannot be told."""
+    """Touches nothing. Raises PermissionError, or DamagedPart where it is no plain file."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = open_plain(path)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.pread(handle, 256, 0).decode(errors="replace") or "another process"
+        name = os.pread(handle, 256, 0).decode(errors="replace")
+        return "".join(letter if letter.isprintable() else "?" for letter in name) or "another process"
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

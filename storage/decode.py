@@ -41,6 +41,8 @@ def decode(arrays: PartArrays, layout: Layout) -> TeacherRows:
     column: dict[str, Integers] = {}
     for plane, (name, extra) in zip(arrays.tokens, layout.columns, strict=True):
         column[name] = _numbers(plane, extra, raw, bits, tokens)
+    if len(column["head_size"]) and column["head_size"].min() < 1:
+        raise ValueError("a token has no head")
     tail_codes = _tail_codes(column, arrays.tokens[ENTROPY])
     per_token = {
         "head": column["head_size"],
@@ -104,8 +106,9 @@ class _Sections:
     """The sections of a stream of ``entries``: how many numbers of each kind a response has, and where."""
 
     def __init__(self, per_token: list[Integers], response_offsets: Int64, entries: Int64) -> None:
-        if any(len(counts) and counts.min() < 0 for counts in per_token):
-            raise ValueError("a token has a negative number of entries")
+        most = entries.max(initial=0)
+        if any(len(counts) and not 0 <= counts.min() <= counts.max() <= 2 * most for counts in per_token):
+            raise ValueError(f"a token has fewer than 0 entries, or more than the {most} of its response")
         lengths = [np.diff(offsets_of(counts)[response_offsets]) for counts in per_token]
         self._lengths = np.stack(lengths, axis=1)  # [S, sections]
         self.counts = self._lengths.sum(axis=1)

@@ -67,9 +67,10 @@ def read_samples(folder: Path, columns: Sequence[str] | None = None) -> pa.Table
     """Read what was written to ``folder``.
 
     Raises:
-        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it. DamagedPart: it cannot be
+            read.
     """
-    return read_record(folder / SAMPLES, SAMPLES_SCHEMA.metadata, columns)
+    return read_record(folder / SAMPLES, SAMPLES_SCHEMA, columns)
 
 
 def write_problems(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -81,6 +82,7 @@ def read_problems(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
     """Read what was written to ``folder``.
 
     Raises:
-        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it. DamagedPart: it cannot be
+            read.
     """
-    return read_record(folder / PROBLEMS, PROBLEMS_SCHEMA.metadata, columns)
+    return read_record(folder / PROBLEMS, PROBLEMS_SCHEMA, columns)

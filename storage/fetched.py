@@ -20,6 +20,7 @@ from eopd.storage.errors import StoreUnwritable
 from eopd.storage.markers import Marker
 from eopd.storage.remote import RemoteArtifact
 from eopd.storage.transfer import copy
+from eopd.storage.untrusted import refuse_links
 
 
 class FetchedArtifact(Artifact):
@@ -67,6 +68,7 @@ class FetchedArtifact(Artifact):
         Raises:
             DamagedPart, StoreUnreadable; StoreFull, StoreUnwritable: they cannot be kept here.
         """
+        refuse_links(self.store.parent, self.store.name)
         here = Artifact(self.store, self.identity)
         if marker.part not in here.standing().made:
             copy(self.remote, self.store, [marker.part])

@@ -22,6 +22,7 @@ from eopd.storage.errors import NoHardLinks, StoreFull, StoreUnwritable
 NO_INODES = "no inodes left"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # of link(2), for a file of our own
 NEEDS_LINKS = "FAT, exFAT and some network file systems have none: set store: to ext4, XFS, NFS or Lustre"
 
@@ -59,6 +60,10 @@ def naming_full_disks(path: Path) -> Iterator[None]:
         if number in _UNWRITABLE:
             reason = os.strerror(number)
             raise StoreUnwritable(f"cannot use {named}: {reason}. Check its owner and permissions.") from error
+        if number in _IN_THE_WAY:
+            raise StoreUnwritable(
+                f"cannot write {named}: {os.strerror(number)}. Remove what is in its place."
+            ) from error
         raise
 
 
@@ -166,7 +171,7 @@ def _written_beside(path: Path, text: str, meanwhile: Callable[[], None] = _noth
     """A synced temporary file beside ``path``, gone at the end; ``meanwhile`` runs while it goes to the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             _begin_writing(file.fileno())

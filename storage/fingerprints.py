@@ -14,6 +14,7 @@ from pathlib import Path
 from eopd.storage import paths
 from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, replace_atomically, sha256_file, sha256_text
+from eopd.storage.untrusted import parse_json, read_plain
 
 LENGTH = 20
 TOKENIZER_FILES = (
@@ -37,8 +38,8 @@ class Digests:
         self._memory = memory
         self._known: dict[str, list[object]] = {}
         if memory is not None:
-            with suppress(OSError, ValueError):  # a cache that is not there, or cut short by a crash, is made anew
-                found = json.loads(memory.read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError, StoreError):  # a cache that is not there, or is damaged, is made anew
+                found = parse_json(read_plain(memory))
                 self._known = found if isinstance(found, dict) else {}
         self._grown = False
 

@@ -9,6 +9,7 @@ behind it are other people's.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ from eopd.storage.claims import may_be_held
 from eopd.storage.errors import StoreError
 from eopd.storage.listing import keys, open_in
 from eopd.storage.pruning import left_over
+from eopd.storage.untrusted import walk
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -87,7 +89,8 @@ def plan(
             found += _leftovers(store, kind, key, now - grace)
         elif _last_change(folder) < now - grace:
             found.append(Removal(folder, _size(folder), "no run refers to it"))
-    for kind, key in keys(store / paths.FETCHED):
+    is_here = not (store / paths.FETCHED).is_symlink()  # elsewhere, it is not this store's to remove
+    for kind, key in keys(store / paths.FETCHED) if is_here else ():
         folder = store / paths.FETCHED / kind / key
         if _last_change(folder) < now - grace:
             found.append(Removal(folder, _size(folder), "fetched from a bucket; comes again when it is needed"))
@@ -114,7 +117,7 @@ def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Remo
             reason = "of a part that was made again"
         elif name.endswith(".damaged"):
             reason = "set aside by a repair"
-        elif name.startswith(".") and not path.is_dir():
+        elif name.startswith(".") and (path.is_symlink() or not path.is_dir()):
             reason = "half-written"
         else:
             continue
@@ -134,7 +137,7 @@ def _after_pruning(artifact: Artifact, part: int, before: float) -> Iterator[Rem
 
 
 def _claims(folder: Path) -> Iterator[Path]:
-    return folder.glob(f"part-*{paths.CLAIM}")
+    return iter(()) if folder.is_symlink() else folder.glob(f"part-*{paths.CLAIM}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,10 @@ def _remove(path: Path) -> None:
         for marker in path.glob(pattern):
             marker.unlink(missing_ok=True)
     errors: list[BaseException] = []
-    shutil.rmtree(path, onerror=lambda function, name, error: errors.append(error[1]))
+    try:
+        shutil.rmtree(path, onerror=lambda function, name, error: errors.append(error[1]))
+    except RecursionError:
+        raise OSError(errno.ENAMETOOLONG, "folders are nested too deep; remove them by hand", str(path)) from None
     for error in errors:
         if not isinstance(error, FileNotFoundError):
             raise error
@@ -186,9 +192,7 @@ def _last_change(path: Path) -> float:
 
 def _files(path: Path) -> Iterator[os.stat_result]:
     """Of ``path`` and, if it is a folder, of all in it; what vanishes meanwhile is passed over."""
-    names = [str(path)]
-    if not path.is_symlink():
-        names += [os.path.join(here, name) for here, inner, files in os.walk(path) for name in (*inner, *files)]
+    names = [str(path)] if path.is_symlink() else [str(path), *(entry.path for entry in walk(path))]
     for name in names:
         with suppress(FileNotFoundError):
             yield os.lstat(name)

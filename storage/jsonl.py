@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from eopd.storage.errors import DamagedPart
+from eopd.storage.untrusted import naming, parse_json, read_plain
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -20,17 +24,37 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, none where there is no file; a line that was cut short is passed over."""
-    if path.exists():
-        yield from parse_lines(path.read_bytes())
+    """The objects of a file, none where there is no file; a line that was cut short is passed over.
+
+    Raises:
+        DamagedPart: it is no plain file.
+    """
+    try:
+        text = read_plain(path)
+    except FileNotFoundError:
+        return
+    yield from parse_lines(text)
 
 
 def parse_lines(text: bytes) -> Iterator[dict[str, Any]]:
     """As ``read_lines``, of what was read of one."""
     for line in text.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
+        with suppress(ValueError):
+            found = parse_json(line, allow_nan=True)
+            if isinstance(found, dict):
+                yield found
+
+
+def read_whole(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that was written whole and committed.
+
+    Raises:
+        DamagedPart: one of its lines is no object.
+    """
+    rows = []
+    for number, line in enumerate(read_plain(path).splitlines(), 1):
+        with naming(f"{path} line {number}"):
+            rows.append(parse_json(line, allow_nan=True))
+        if not isinstance(rows[-1], dict):
+            raise DamagedPart(f"{path} line {number} is no object")
+    return rows

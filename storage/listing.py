@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
-from eopd.storage.errors import UNSOUND, StoreError
+from eopd.storage.errors import UNSOUND, DamagedPart, StoreError
+from eopd.storage.untrusted import refuse_links
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -45,16 +47,18 @@ def is_store(store: Path | Bucket) -> bool:
 
 
 def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
-    """(kind, key) of every folder with an identity, sorted. A coverage's key is <identity>/<coverage>."""
+    """(kind, key) of every folder with an identity, sorted. A coverage's key is <identity>/<coverage>.
+
+    A link in an artifact's place is among them: opening it is refused.
+    """
     if not isinstance(store, Path):
         from eopd.storage.remote import keys as keys_of_bucket
 
         yield from keys_of_bucket(store)
         return
-    for kind in paths.KINDS:
-        found = [*(store / kind).glob(f"*/{paths.IDENTITY}"), *(store / kind).glob(f"*/*/{paths.IDENTITY}")]
-        for path in sorted(found):
-            yield kind, path.parent.relative_to(store / kind).as_posix()
+    for kind, key, folder in _folders(store):
+        if folder.is_symlink() or os.path.lexists(folder / paths.IDENTITY):
+            yield kind, key
 
 
 def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
@@ -64,11 +68,46 @@ def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
 
         yield from unidentified_of_bucket(store)
         return
+    for kind, key, folder in _folders(store):
+        if folder.is_symlink() or os.path.lexists(folder / paths.IDENTITY):
+            continue
+        if any(map(paths.is_of_a_commit, _names(folder))):
+            yield kind, key
+
+
+def _folders(store: Path) -> Iterator[tuple[str, str, Path]]:
+    """(kind, key, folder) of every folder that may be an artifact's, sorted; links among them, which nobody follows."""
     for kind in paths.KINDS:
-        markers = [f"{depth}/part-*.{end}" for depth in ("*", "*/*") for end in ("json", "pruned")]
-        for folder in sorted({path.parent for pattern in markers for path in (store / kind).glob(pattern)}):
-            if not (folder / paths.IDENTITY).exists():
-                yield kind, folder.relative_to(store / kind).as_posix()
+        if (store / kind).is_symlink():  # ``misplaced`` names it
+            continue
+        for name in _names(store / kind):
+            folder = store / kind / name
+            if not folder.is_symlink() and not folder.is_dir():
+                continue
+            yield kind, name, folder
+            if not folder.is_symlink() and not os.path.lexists(folder / paths.IDENTITY):
+                inner = (folder / each for each in _names(folder))
+                yield from (
+                    (kind, f"{name}/{each.name}", each)
+                    for each in inner
+                    if (each.is_symlink() or each.is_dir()) and paths.data_part(each.name) is None
+                )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def misplaced(store: Path) -> Iterator[tuple[str, str]]:
+    """(name, problem) of each folder of a store's layout that is a link or no folder, so that nothing in it is read."""
+    for name in (*paths.KINDS, paths.RUNS, paths.FETCHED):
+        try:
+            refuse_links(store, name)
+        except DamagedPart as error:
+            yield name, str(error)
 
 
 def open_in(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtifact:
@@ -90,7 +129,11 @@ def ls(store: Path | Bucket) -> list[Listed]:
     """
     if isinstance(store, Path) and not store.is_dir():
         raise StoreError(f"there is no store at {store}")
-    return [listed(store, kind, key) for kind, key in keys(store)]
+    odd = misplaced(store) if isinstance(store, Path) else ()
+    return [
+        *(Listed(name, "", 0, 0, 0, problem) for name, problem in odd),
+        *(listed(store, kind, key) for kind, key in keys(store)),
+    ]
 
 
 def listed(store: Path | Bucket, kind: str, key: str) -> Listed:
@@ -103,7 +146,7 @@ def listed(store: Path | Bucket, kind: str, key: str) -> Listed:
         else:
             size = artifact.size
         return Listed(kind, key, artifact.parts, len(standing.committed), size, pruned=len(standing.pruned))
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         return Listed(kind, key, 0, 0, 0, str(error))
 
 
@@ -167,7 +210,8 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
 def coverages(store: Path, identity: str) -> list[Artifact]:
     """Every coverage of the scores with this identity key that a store knows of, and that this eopd can read."""
     found = []
-    for path in sorted((store / "scores" / identity).glob(f"*/{paths.IDENTITY}")):
+    refuse_links(store, "scores", identity)
+    for name in _names(store / "scores" / identity):
         with suppress(*UNSOUND):  # `verify` says what is wrong with it
-            found.append(open_artifact(store, "scores", f"{identity}/{path.parent.name}"))
+            found.append(open_artifact(store, "scores", f"{identity}/{name}"))
     return found

@@ -11,15 +11,58 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
 from eopd.storage.files import canonical_json, sha256_text
+from eopd.storage.untrusted import naming, parse_json
 
 SCHEMA = 1
 REPAIR = "`eopd store verify --repair` re-queues it."
+LONGEST_NAME, LONGEST_PIECE = 1024, 255  # bytes of a path below a part's folder, and of a name in it
 REMADE = "`eopd run` makes it again if something that is not done needs it."
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Entry(TypedDict):
+    size: Count
+    sha256: str
+
+
+class _Pruned(TypedDict):
+    bytes: Count
+    checksum: str
+
+
+class _Info(TypedDict, total=False):
+    """What other modules read of a marker's ``info``. The stages add what they like."""
+
+    set_aside: str
+    pruned: _Pruned
+    responses: Count | str  # of an alignment: whose they are
+    tokens: Count
+
+
+class _MarkerText(TypedDict):
+    schema: int
+    kind: str
+    key: str
+    part: Count
+    nonce: str
+    checksum: str
+    seal: str
+    files: dict[str, _Entry]
+    inputs: dict[str, str]
+    info: _Info
+
+
+_MARKER = TypeAdapter(_MarkerText)
 
 
 @dataclass(frozen=True)
@@ -97,40 +140,29 @@ def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Mar
         WrongArtifact: it belongs to another part.
         NewerSchema: a newer eopd wrote it.
     """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DamagedPart(f"{where} is not JSON. {REPAIR}") from error
-    refuse_newer_schema(found, Path(where))
-    try:
-        marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
-        owner = (found["kind"], found["key"], marker.part)
-        checksum, seal = found["checksum"], found.pop("seal")
-        sizes = [(entry["size"], entry["sha256"]) for entry in marker.files.values()]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedPart(f"{where} is no marker ({error!r}). {REPAIR}") from error
+    with naming(where, REPAIR):
+        found = parse_json(text)
+        refuse_newer_schema(found, Path(where))
+        _MARKER.validate_python(found, strict=True)
+    marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
+    owner = (found["kind"], found["key"], marker.part)
     if owner != (kind, key, part):
         raise WrongArtifact(
             f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
         )
-    if paths.data_part(paths.data_name(part, str(marker.nonce))) is None:
+    if paths.data_part(paths.data_name(part, marker.nonce)) is None:
         raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
     if any(not _is_inside(name) for name in marker.files):
         raise DamagedPart(f"{where} names a file outside its part folder")
-    if not all(isinstance(size, int) and isinstance(digest, str) for size, digest in sizes):
-        raise DamagedPart(f"{where} names a file without its size and hash. {REPAIR}")
-    try:
-        intact = checksum == marker.checksum and seal == sha256_text(canonical_json(found))
-    except ValueError:  # not a number
-        intact = False
-    if not intact:
+    seal = found.pop("seal")
+    if found["checksum"] != marker.checksum or seal != sha256_text(canonical_json(found)):
         raise DamagedPart(f"{where} was altered. {REPAIR}")
     return marker
 
 
 def refuse_newer_schema(found: Any, where: Path) -> None:
     schema = found.get("schema") if isinstance(found, dict) else None
-    if not isinstance(schema, int):
+    if type(schema) is not int or schema < 1:
         raise DamagedPart(f"{where} names no schema version")
     if schema > SCHEMA:
         raise NewerSchema(f"{where} has schema {schema}; this eopd reads up to {SCHEMA}. Upgrade eopd to use it.")
@@ -138,4 +170,6 @@ def refuse_newer_schema(found: Any, where: Path) -> None:
 
 def _is_inside(name: str) -> bool:
     pieces = name.split("/")
-    return bool(name) and not name.startswith("/") and "\\" not in name and not {"", ".", ".."} & set(pieces)
+    if not name.isprintable() or "\\" in name or len(name.encode()) > LONGEST_NAME:
+        return False
+    return not {"", ".", ".."} & set(pieces) and all(len(piece.encode()) <= LONGEST_PIECE for piece in pieces)

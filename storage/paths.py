@@ -39,9 +39,15 @@ PART = "part-"
 CLAIM = ".claim"
 KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
+_KEY = re.compile(r"[0-9a-f]{20}(/[0-9a-f]{20})?")
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
+
+
+def is_key(text: str) -> bool:
+    """Whether ``text`` is the key of an artifact: of an identity, or of a coverage beside its identity."""
+    return _KEY.fullmatch(text) is not None
 
 
 def part_name(part: int) -> str:
@@ -74,13 +80,13 @@ def damaged_name(part: int, nonce: str) -> str:
 
 def tombstone_part(name: str) -> int | None:
     """The part number if ``name`` is that of a pruned part, else None."""
-    found = _TOMBSTONE.match(name)
+    found = _TOMBSTONE.fullmatch(name)
     return int(found.group(1)) if found else None
 
 
 def is_of_a_commit(name: str) -> bool:
     """Whether ``name`` is a commit marker's, or stands for one whose part was pruned."""
-    return _MARKER.match(name) is not None or _TOMBSTONE.match(name) is not None
+    return _MARKER.fullmatch(name) is not None or _TOMBSTONE.fullmatch(name) is not None
 
 
 def parts_named(listing: str, suffix: str) -> set[int]:
@@ -92,7 +98,7 @@ def parts_named(listing: str, suffix: str) -> set[int]:
 
 def data_part(name: str) -> tuple[int, str] | None:
     """(part, nonce) if ``name`` is a data folder's, else None."""
-    found = _DATA.match(name)
+    found = _DATA.fullmatch(name)
     return (int(found.group(1)), found.group(2)) if found else None
 
 

@@ -52,8 +52,7 @@ def left_over(artifact: Artifact, part: int) -> list[Path]:
     """Files in a pruned part's folder that a kill kept from going."""
     marker = artifact.remains(part)
     folder = artifact.folder / paths.data_name(part, marker.nonce)
-    there = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    return [path for path in there if path.relative_to(folder).as_posix() not in marker.files]
+    return [folder / name for name in sorted(artifact.names_there(marker) - set(marker.files))]
 
 
 def revive(artifact: Artifact, part: int) -> None:

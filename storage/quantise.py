@@ -33,6 +33,8 @@ NORMALISATION_TOLERANCE = 2e-3
 
 ENTROPY_STEPS_PER_NAT = 2600
 MAX_ENTROPY_ERROR = 2e-4
+LARGEST_ENTROPY = 25.0
+"""Nats; a vocabulary of 2^24 ids has at most 16.7."""
 
 Codes = NDArray[np.int32]
 
@@ -52,7 +54,7 @@ def decode_logprob(codes: NDArray[Any]) -> Float32:
 
 def encode_entropy(entropy: NDArray[Any]) -> Codes:
     """[T] nats -> codes; error at most MAX_ENTROPY_ERROR. Raises ValueError where it is no entropy."""
-    if entropy.size and not (np.isfinite(entropy).all() and entropy.min() > -1e-3 and entropy.max() < 25.0):
+    if entropy.size and not (np.isfinite(entropy).all() and entropy.min() > -1e-3 and entropy.max() < LARGEST_ENTROPY):
         raise ValueError(f"entropy must be in [0, 25) nats, got {entropy.min()} .. {entropy.max()}")
     return np.rint(np.maximum(entropy, 0.0).astype(np.float64) * ENTROPY_STEPS_PER_NAT).astype(np.int32)
 

@@ -9,7 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eopd.storage.errors import NewerSchema, WrongArtifact
+from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
+from eopd.storage.untrusted import MISFITS
+
+ROWS = 1_024
+LARGEST = 1 << 33
+"""Bytes of a part's rows in memory."""
 
 _RECORD, _VERSION = b"eopd.record", b"eopd.version"
 
@@ -29,23 +34,64 @@ def write_record(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_record(path: Path, metadata: Mapping[bytes, bytes], columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one file of the record that ``metadata`` name, or ``columns`` of it.
+def read_record(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one file of the record that ``schema`` is, or ``columns`` of it.
 
     Raises:
         WrongArtifact: the file holds another record.
         NewerSchema: a newer eopd wrote it.
+        DamagedPart: it is no Parquet file, is too large, or its columns are not those of the record.
     """
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.metadata or {}
-        _check(path, found, metadata)
-        # a part is small: dividing it over threads takes longer than reading it
-        return file.read(columns=list(columns) if columns is not None else None, use_threads=False)
+    try:
+        with pq.ParquetFile(path) as file:
+            _check(path, file.schema_arrow.metadata or {}, schema.metadata)
+            return check_columns(path, _rows(path, file, columns), schema, columns)
+    except (pa.ArrowException, *MISFITS) as error:  # Arrow's are ValueErrors, OSErrors and others
+        raise DamagedPart(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno is not None:
+            raise
+        raise DamagedPart(f"{path} is no Parquet file that can be read: {error}") from error
+
+
+def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
+    """All rows, read a few at a time, so that a small file which claims to hold much is found out on the way."""
+    found, size = [], 0
+    # a part is small: dividing it over threads takes longer than reading it
+    for batch in file.iter_batches(ROWS, columns=None if columns is None else list(columns), use_threads=False):
+        found.append(batch)
+        size += batch.nbytes
+        if size > LARGEST:
+            raise DamagedPart(f"{path} holds more than {LARGEST:,} bytes, which no part does")
+    if not found:
+        return file.read(columns=None if columns is None else list(columns))
+    return pa.Table.from_batches(found).replace_schema_metadata(file.schema_arrow.metadata)
+
+
+def check_columns(path: Path, table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """``table``, if it has the columns of the record, of its types. Raises DamagedPart."""
+    asked = schema.names if columns is None else columns
+    for name in asked:
+        field = schema.field(name)
+        if name not in table.schema.names:
+            if columns is None and field.nullable:  # not written by an older eopd
+                continue
+            raise DamagedPart(f"{path} has no column {name!r}")
+        column = table.column(name)
+        if column.type != field.type:
+            raise DamagedPart(f"{path}: column {name!r} is of {column.type}, not {field.type}")
+        nulls = 0 if field.nullable else column.null_count
+        if pa.types.is_list(field.type):
+            nulls += pa.chunked_array([chunk.flatten() for chunk in column.chunks], field.type.value_type).null_count
+        if nulls:
+            raise DamagedPart(f"{path}: column {name!r} has {nulls} values that are null")
+    table.validate(full=True)
+    return table
 
 
 def _check(path: Path, found: Mapping[bytes, bytes], expected: Mapping[bytes, bytes]) -> None:
     if found.get(_RECORD) != expected[_RECORD]:
-        there = found.get(_RECORD, b"no record of eopd").decode()
+        there = found.get(_RECORD, b"no record of eopd").decode(errors="replace")
         raise WrongArtifact(f"{path} holds {there}, not {expected[_RECORD].decode()}")
     version, reads = int(found.get(_VERSION, b"0")), int(expected[_VERSION])
     if version > reads:

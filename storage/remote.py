@@ -25,6 +25,7 @@ from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreU
 from eopd.storage.extras import installing
 from eopd.storage.markers import Marker
 from eopd.storage.stored import StoredArtifact
+from eopd.storage.untrusted import LARGEST_TEXT
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -79,11 +80,14 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
 
 
 def get(bucket: Bucket, path: str) -> bytes:
-    """Raises FileNotFoundError, StoreUnwritable (no permission) or StoreUnreadable."""
+    """Raises FileNotFoundError, DamagedPart (too large), StoreUnwritable (no permission) or StoreUnreadable."""
     import obstore
 
     with naming_refusals(bucket, path):
-        return bytes(obstore.get(bucket, path).bytes())
+        found = obstore.get(bucket, path)
+        if (size := found.meta["size"]) > LARGEST_TEXT:
+            raise DamagedPart(f"{path} of {bucket} has {size:,} bytes, more than the {LARGEST_TEXT:,} of such a file")
+        return bytes(found.bytes())
 
 
 def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
@@ -211,6 +215,8 @@ class RemoteArtifact(StoredArtifact):
     def identity(self) -> Identity:
         where = f"{self.folder}/{paths.IDENTITY}"
         try:
+            if not paths.is_key(self.key):  # it may come from another artifact's identity
+                raise FileNotFoundError(where)
             return parse_identity(get(self.bucket, where), self.kind, self.key, where)
         except FileNotFoundError as error:
             raise MissingArtifact(f"there is no {self.kind} artifact {self.key} in {self.bucket}") from error
@@ -306,6 +312,9 @@ class BucketPart(Store):
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def getsize(self, key: str) -> int:
+        return int(self.marker.files[key]["size"])
 
     async def exists(self, key: str) -> bool:
         return key in self.marker.files

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from eopd.storage.errors import DamagedPart
 from eopd.storage.records import named, read_record, write_rows
 
 FILE_NAME = "rollouts.parquet"
@@ -49,6 +51,11 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
     """Read one part.
 
     Raises:
-        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it. DamagedPart: it cannot be
+            read.
     """
-    return read_record(folder / FILE_NAME, SCHEMA.metadata, columns)
+    table = read_record(folder / FILE_NAME, SCHEMA, columns)
+    for name in ("prompt_token_ids", "response_token_ids"):
+        if name in table.schema.names and (pc.min(pc.list_flatten(table.column(name))).as_py() or 0) < 0:
+            raise DamagedPart(f"{folder / FILE_NAME}: column {name!r} has an id below 0")
+    return table

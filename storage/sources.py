@@ -50,4 +50,4 @@ def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
         found: Store = source.part_store(part, marker)
         return found, marker
     assert isinstance(source, Artifact), source
-    return FolderStore(source.part_folder(part)), marker
+    return FolderStore(source.part_folder(part), marker.files), marker

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, Identity, open_artifact
-from eopd.storage.errors import UNSOUND, StoreError
+from eopd.storage.errors import UNSOUND, MissingArtifact, StoreError
 from eopd.storage.listing import coverages
 from eopd.storage.places import open_place
 
@@ -120,7 +120,10 @@ def is_whole(artifact: Artifact) -> bool:
 
 def _open(store: Path | Bucket, kind: str, key: str, fetched: Path) -> Artifact | None:
     if isinstance(store, Path):
-        return open_artifact(store, kind, key) if (store / kind / key / paths.IDENTITY).exists() else None
+        try:
+            return open_artifact(store, kind, key)
+        except MissingArtifact:
+            return None
     from eopd.storage.fetched import FetchedArtifact
     from eopd.storage.remote import RemoteArtifact
 

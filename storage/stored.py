@@ -7,7 +7,6 @@ folder and the bytes of its parts' files. How these are come by is all that the 
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart
 from eopd.storage.markers import REMADE, REPAIR, Marker, file_text, parse_marker, refuse_newer_schema
+from eopd.storage.untrusted import naming, parse_json
 
 if TYPE_CHECKING:
     from eopd.storage.artifacts import Identity
@@ -61,7 +63,7 @@ class StoredArtifact(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A file of the artifact's folder. Raises FileNotFoundError."""
+        """A file of the artifact's folder. Raises FileNotFoundError; DamagedPart where it is no plain file."""
 
     @abstractmethod
     def create(self, name: str, text: str) -> bool:
@@ -170,13 +172,18 @@ class StoredArtifact(ABC):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Raises MissingPart (there is none yet) or NewerSchema."""
+        """Raises MissingPart (there is none yet), DamagedPart or NewerSchema."""
+        where = f"{self.folder}/{paths.MANIFEST}"
         try:
-            found: dict[str, Any] = json.loads(self.read(paths.MANIFEST))
+            text = self.read(paths.MANIFEST)
         except FileNotFoundError as error:
             raise MissingPart(f"{self} is not complete: parts {self.first_missing()} are missing") from error
-        refuse_newer_schema(found, Path(self.folder) / paths.MANIFEST)
-        return found
+        with naming(where):
+            found = parse_json(text)
+            refuse_newer_schema(found, Path(where))
+            TypeAdapter(list[int]).validate_python(found.get("pruned_parts", []), strict=True)
+        content: dict[str, Any] = found
+        return content
 
     def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
         """``part_checksums`` are those of the parts as they were committed; ``pruned`` those to be named as pruned."""

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eopd.storage.records import named, read_record, write_record
+from eopd.storage.records import check_columns, named, read_record, write_record
+from eopd.storage.untrusted import naming_misfits
 
 FILE_NAME = "student_topk.parquet"
 _METADATA = named("student_topk")
@@ -51,14 +52,19 @@ def read_student_topk(folder: Path) -> StudentTopk:
     Raises:
         WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
     """
-    table = read_record(folder / FILE_NAME, _METADATA)
-    k = int(table.schema.metadata[b"eopd.k"])
-    ids, logprobs = (table.column(name).combine_chunks() for name in ("ids", "logprobs"))
-    return StudentTopk(
-        lengths=np.diff(ids.offsets.to_numpy()).astype(np.int32),
-        ids=ids.flatten().flatten().to_numpy().reshape(-1, k),
-        logprobs=logprobs.flatten().flatten().to_numpy().reshape(-1, k),
-    )
+    path = folder / FILE_NAME
+    table = read_record(path, pa.schema([], _METADATA))
+    with naming_misfits(str(path)):
+        k = int(table.schema.metadata[b"eopd.k"])
+        kinds = {"ids": pa.int32(), "logprobs": pa.float32()}
+        fields = [pa.field(name, pa.list_(pa.list_(kind, k)), nullable=False) for name, kind in kinds.items()]
+        check_columns(path, table, pa.schema(fields))
+        ids, logprobs = (table.column(name).combine_chunks() for name in kinds)
+        return StudentTopk(
+            lengths=np.diff(ids.offsets.to_numpy()).astype(np.int32),
+            ids=ids.flatten().flatten().to_numpy().reshape(-1, k),
+            logprobs=logprobs.flatten().flatten().to_numpy().reshape(-1, k),
+        )
 
 
 def _nested(offsets: NDArray[np.int32], values: pa.Array, k: int) -> pa.Array:

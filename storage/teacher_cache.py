@@ -15,26 +15,64 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any, Literal, Required
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from eopd.storage.chunk_cache import ChunkCache
-from eopd.storage.codec import FORMAT_VERSION, Layout, PartArrays
+from eopd.storage.codec import FORMAT_VERSION, MAX_ID, RAW_PLANES, Layout, PartArrays
 from eopd.storage.coverage import Coverage
 from eopd.storage.decode import decode
 from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
 from eopd.storage.needs import Need
+from eopd.storage.quantise import LARGEST_ENTROPY
 from eopd.storage.ragged import offsets_of
 from eopd.storage.sources import ScoreSource, filled_parts, open_store
-from eopd.storage.teacher_record import HeadRule, Int64, TeacherRows
+from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, Int64, TeacherRows
 from eopd.storage.zarr_part import ARRAYS, ZarrPart, naming_damage, write_group
 
 RECORD = "eopd.scores"
 DEFAULT_MEMORY = 256 << 20
 OPEN_PARTS = 1_024
+MOST_STOPS = 1_024
+MOST_TOKENS, MOST_ENTRIES = 1 << 24, 1 << 26
+"""Of one response: a part that asks for more is damaged, and nothing is allocated for it."""
 GROUP_TOKENS = 16_384
 """Responses are decoded in groups of about this many tokens: small enough for a processor's cache."""
+
+
+class _Head(TypedDict, total=False):
+    k_max: Annotated[int, Field(lt=MAX_ID)]
+    min_prob: Annotated[float, Field(ge=1e-9)]
+    full_head_above: Annotated[float, Field(ge=-1.0, allow_inf_nan=False)]
+    draws: Literal["none", "beyond_head", "full"]
+    n_draws: Annotated[int, Field(ge=0, lt=MAX_ID)]
+    seed: int
+
+
+class _Header(TypedDict, total=False):
+    """The types of ``PartHeader``, as JSON has them."""
+
+    teacher: str
+    tokenizer: str
+    teacher_context: str
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+    head: Required[_Head]
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_ID)]
+    rollout_checksum: str
+    stop_ids: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_ID)]], Field(max_length=MOST_STOPS)]
+    engine: str
+    engine_version: str
+    dtype: str
+    extra_k: Annotated[int, Field(ge=0, lt=MAX_ID)]
+    has_entropy: bool
+    has_sampled: bool
+    schema: int
+
+
+_HEADER = TypeAdapter(_Header)
 
 
 @dataclass(frozen=True)
@@ -82,8 +120,9 @@ class PartHeader:
             )
         fields = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
         try:
+            _HEADER.validate_python(fields, strict=True)
             fields["head"] = HeadRule(**fields["head"])
-            fields["stop_ids"] = tuple(fields["stop_ids"])
+            fields["stop_ids"] = tuple(fields.get("stop_ids", ()))
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedPart(f"{where} has attributes that are no header: {error}") from error
@@ -140,6 +179,12 @@ class _Part:
         for name in ARRAYS:
             if self.offsets[name][-1] != self.zarr.length[name]:
                 raise DamagedPart(f"{self.zarr.where}: the table of responses is not that of {name}")
+        most = self.responses.max(axis=0, initial=0)
+        if (most > (MOST_TOKENS, MOST_ENTRIES)).any():
+            raise DamagedPart(f"{self.zarr.where}: a response of {most[0]:,} tokens and {most[1]:,} entries is none")
+        planes = {"tokens": len(self.header.layout.columns), "entries": 2 + RAW_PLANES}
+        if self.zarr.planes != planes:
+            raise DamagedPart(f"{self.zarr.where} has {self.zarr.planes} planes, where its header says {planes}")
 
 
 class TeacherCache:
@@ -183,7 +228,11 @@ class TeacherCache:
         return self._part(part).responses[:, 0].astype(np.int64)
 
     def read_part(self, part: int) -> TeacherRows:
-        return self.read([(part, row) for row in range(self.response_count(part))])
+        """All responses of a part, which may have none: a rollout skips prompts that are too long."""
+        responses = self.response_count(part)
+        if not responses:
+            return TeacherRows.without_responses(self.header(part).stop_ids)
+        return self.read([(part, row) for row in range(responses)])
 
     def read(self, responses: Sequence[tuple[int, int]]) -> TeacherRows:
         """The rows of ``responses`` (part, row in the part), in this order; repeats are allowed.
@@ -191,6 +240,8 @@ class TeacherCache:
         Raises:
             MissingPart, DamagedPart, NewerSchema, WrongArtifact; ValueError: a row that a part does not have.
         """
+        if not len(responses):
+            return TeacherRows.without_responses(self.coverage.stop_ids)
         wanted = np.asarray(responses, np.int64).reshape(-1, 2)
         parts, rows = wanted[:, 0], wanted[:, 1]
         opened = {int(part): self._part(int(part)) for part in np.unique(parts)}
@@ -215,8 +266,11 @@ class TeacherCache:
                 for i, name in enumerate(ARRAYS)
             }
             layout = opened[int(parts[some][0])].header.layout
+            vocabulary = max(opened[number].header.vocab_size for number in here)
             with naming_damage(f"{self.artifact} (parts {sorted(here)})"):
-                return decode(PartArrays(table[some], planes["tokens"], planes["entries"]), layout)
+                rows = decode(PartArrays(table[some], planes["tokens"], planes["entries"]), layout)
+                _check_range(rows, vocabulary)
+                return rows
 
         if len(groups) == 1 or self._threads < 2:
             return concatenate([group(bounds) for bounds in groups])
@@ -233,8 +287,6 @@ class TeacherCache:
                 bounds.append((low, i))
                 low, held = i, 0
             held += int(count)
-        if not len(tokens):
-            raise ValueError("read needs at least one response")
         return [*bounds, (low, len(tokens))]
 
     def _part(self, number: int) -> _Part:
@@ -250,6 +302,20 @@ class TeacherCache:
             else:
                 self._parts.move_to_end(number)
             return found
+
+
+def _check_range(rows: TeacherRows, vocabulary: int) -> None:
+    """Raises ValueError where a number is none that a teacher of so large a vocabulary says."""
+    for name in ("token_ids", "head_ids", "draw_ids", "extra_ids"):
+        ids = getattr(rows, name)
+        if len(ids) and ids.view(np.uint32).max() >= vocabulary:  # negative ones are large
+            raise ValueError(f"{name}: id {ids.max()} (or one below 0) in a vocabulary of {vocabulary}")
+    for name in ("sampled_logprob", "stop_logprobs", "extra_logprobs"):
+        found = getattr(rows, name)
+        if found.size and not found.min() >= LOGPROB_FLOOR - 1.0:
+            raise ValueError(f"{name}: {found.min()} nats")
+    if rows.tokens and not rows.entropy.max() <= LARGEST_ENTROPY:
+        raise ValueError(f"entropy: {rows.entropy.max()} nats")
 
 
 def concatenate(pieces: Sequence[TeacherRows]) -> TeacherRows:

@@ -9,6 +9,7 @@ Logs are natural (nats).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +75,29 @@ class TeacherRows:
     extra_offsets: Int64  # [T+1]
     extra_ids: Int32  # [X*] ids the caller named (the student's own top-k), empty when none
     extra_logprobs: Float32  # [X*]
+
+    @classmethod
+    def without_responses(cls, stop_ids: Sequence[int]) -> TeacherRows:
+        """The rows of no response."""
+        ids, logs, offsets = np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(1, np.int64)
+        return cls(
+            response_offsets=offsets,
+            token_ids=ids,
+            entropy=logs,
+            sampled_logprob=logs,
+            sampled_rank=ids,
+            stop_ids=np.asarray(stop_ids, np.int32),
+            stop_logprobs=np.zeros((0, len(stop_ids)), np.float32),
+            head_offsets=offsets,
+            head_ids=ids,
+            head_logprobs=logs,
+            tail_logmass=logs,
+            draw_offsets=offsets,
+            draw_ids=ids,
+            extra_offsets=offsets,
+            extra_ids=ids,
+            extra_logprobs=logs,
+        )
 
     @property
     def responses(self) -> int:

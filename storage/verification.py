@@ -20,7 +20,9 @@ from eopd.storage.artifacts import Artifact, Identity, parse_identity
 from eopd.storage.errors import UNSOUND, DamagedPart, MissingArtifact, MissingPart, NewerSchema
 from eopd.storage.files import fsync_folder
 from eopd.storage.markers import file_text, marker_text
+from eopd.storage.notes import notes
 from eopd.storage.stored import StoredArtifact
+from eopd.storage.untrusted import A_PLAIN_FILE, kind_of, read_plain, refuse_links
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -41,7 +43,7 @@ class Damage:
 
     @property
     def folder(self) -> str:
-        return f"{self.kind}/{self.key}"
+        return f"{self.kind}/{self.key}" if self.key else self.kind
 
 
 def verify(
@@ -51,12 +53,20 @@ def verify(
 
     ``repair`` renames the marker of each damaged part to ``.damaged``, so that the next plan, or copy to a bucket, does
     it again. Identities and manifests it writes again from what is there: an edited identity from what it says, a
-    damaged or lost one from the manifest, a manifest from the markers. It deletes nothing (`gc` does).
+    damaged or lost one from the manifest, a manifest from the markers. Claims and notes on runs that are no plain files
+    or cannot be read are renamed too. It deletes nothing (`gc` does), and follows no link.
 
     Raises:
         StoreUnreadable, StoreUnwritable: a bucket does not answer, or refuses access.
     """
     found: list[Damage] = []
+    if isinstance(store, Path) and only is None:
+        found += _misplaced(store)
+        unreadable = [] if any(damage.kind == paths.RUNS for damage in found) else list(_notes(store))
+        if repair:
+            for note in unreadable:
+                _rename(store, note.kind, note.name, f".{note.name}.damaged")
+        found += unreadable
     for kind, key in listing.unidentified(store) if only is None else ():
         damage = _without_identity(store, kind, key)
         if repair:
@@ -70,7 +80,32 @@ def verify(
     return found
 
 
+def _misplaced(store: Path) -> Iterator[Damage]:
+    for name, problem in listing.misplaced(store):
+        yield Damage(name, "", None, "", problem, beyond_repair=True)
+
+
+def _notes(store: Path) -> Iterator[Damage]:
+    """Notes on the runs that use the store which cannot be read (``paths.RUNS``)."""
+    for name, note in notes(store):
+        if isinstance(note, DamagedPart):
+            yield Damage(paths.RUNS, "", None, name, str(note))
+
+
 def _artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
+    if isinstance(store, Path):
+        try:
+            refuse_links(store, kind, *key.split("/"))
+        except DamagedPart as error:
+            yield Damage(kind, key, None, "", str(error), beyond_repair=True)
+            return
+    try:
+        yield from _of_artifact(store, kind, key)
+    except OSError as error:  # the user may not read it, or the disk cannot
+        yield _damage(kind, key, None, paths.IDENTITY, error)
+
+
+def _of_artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
     try:
         artifact = listing.open_in(store, kind, key)
     except MissingArtifact:  # removed since it was listed
@@ -78,6 +113,8 @@ def _artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
     except UNSOUND as error:
         yield _damage(kind, key, None, paths.IDENTITY, error)
         return
+    if isinstance(artifact, Artifact):
+        yield from _claims(artifact)
     if artifact.read(paths.IDENTITY) != file_text(artifact.identity.to_json()).encode():
         yield Damage(kind, key, None, paths.IDENTITY, f"{artifact.folder}/{paths.IDENTITY} was edited")
     damages = [found for part in sorted(artifact.standing().made) if (found := _part(artifact, part)) is not None]
@@ -87,8 +124,16 @@ def _artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
         yield damage
 
 
+def _claims(artifact: Artifact) -> Iterator[Damage]:
+    """Claims that no worker can take: something else than a plain file is in their place."""
+    for part in sorted(paths.parts_named("\n".join(artifact.names()), paths.CLAIM)):
+        path = artifact.folder / paths.claim_name(part)
+        if (kind := kind_of(path)) != A_PLAIN_FILE and os.path.lexists(path):
+            yield Damage(artifact.kind, artifact.key, part, path.name, f"{path} is {kind}, not a plain file")
+
+
 def _damage(kind: str, key: str, part: int | None, name: str, error: Exception) -> Damage:
-    return Damage(kind, key, part, name, str(error), isinstance(error, NewerSchema))
+    return Damage(kind, key, part, name, str(error), isinstance(error, (NewerSchema, OSError)))
 
 
 def _part(artifact: StoredArtifact, part: int) -> Damage | None:
@@ -98,20 +143,26 @@ def _part(artifact: StoredArtifact, part: int) -> Damage | None:
         if found == seen:
             return damage
         seen = found
+        name, text = found
         try:
-            _check_part(artifact, part, *found)
-        except UNSOUND as error:
-            damage = _damage(artifact.kind, artifact.key, part, found[0], error)
+            if isinstance(text, str):
+                raise DamagedPart(text)
+            _check_part(artifact, part, name, text)
+        except (*UNSOUND, OSError) as error:
+            damage = _damage(artifact.kind, artifact.key, part, name, error)
         else:
             return None
     return None
 
 
-def _commit_of(artifact: StoredArtifact, part: int) -> tuple[str, bytes] | None:
-    """Name and text of a part's marker, or of its tombstone."""
+def _commit_of(artifact: StoredArtifact, part: int) -> tuple[str, bytes | str] | None:
+    """Name and text of a part's marker, or of its tombstone; what is wrong with it where it is no plain file."""
     for name in (paths.marker_name(part), paths.tombstone_name(part)):
         with suppress(FileNotFoundError):
-            return name, artifact.read(name)
+            try:
+                return name, artifact.read(name)
+            except DamagedPart as error:
+                return name, str(error)
     return None
 
 
@@ -150,11 +201,9 @@ def _manifest_damage(artifact: StoredArtifact) -> Damage | None:
     except MissingPart as error:
         problem = f"{path} lists a part whose marker is gone: {error}"
     except UNSOUND as error:
-        problem = f"{path}: {error}"
+        problem = str(error)
     except FileNotFoundError:
         problem = f"{path} went while it was looked at"
-    except ValueError:  # not UTF-8, or not JSON
-        problem = f"{path} is not JSON: cut or edited"
     return Damage(artifact.kind, artifact.key, None, paths.MANIFEST, problem) if problem else None
 
 
@@ -235,7 +284,8 @@ def _remote(store: Bucket, kind: str, key: str) -> RemoteArtifact:
 def _read(store: Path | Bucket, folder: str, name: str) -> bytes:
     """Raises FileNotFoundError."""
     if isinstance(store, Path):
-        return (store / folder / name).read_bytes()
+        refuse_links(store, *folder.split("/"))
+        return read_plain(store / folder / name)
     from eopd.storage.remote import get
 
     return get(store, f"{folder}/{name}")
@@ -247,6 +297,8 @@ def _rename(store: Path | Bucket, folder: str, name: str, to: str) -> None:
         from eopd.storage.remote import rename
 
         rename(store, f"{folder}/{name}", f"{folder}/{to}")
-    elif (store / folder / name).exists():
+        return
+    refuse_links(store, *folder.split("/"))
+    if os.path.lexists(store / folder / name):
         os.replace(store / folder / name, store / folder / to)
         fsync_folder(store / folder)

@@ -8,8 +8,9 @@ them in place. Both only ever read; what they return is what Zarr returns.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.codec import Codec
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.codecs import ShardingCodec
+from zarr.codecs import BloscCodec, ShardingCodec
 from zarr.core.buffer import Buffer, BufferPrototype, NDBuffer, default_buffer_prototype
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import register_pipeline
 from zarr.storage import StorePath
 
+from eopd.storage.untrusted import open_plain
+
 _EMPTY = np.iinfo(np.uint64).max
+_BLOSC_HEADER = 16
+MOST_TIMES = 1 << 14
+"""Decoded bytes of a chunk for each stored one. Chunks of this size that are all zero have under 1,000."""
 
 
 class FolderStore(Store):
@@ -35,16 +41,18 @@ class FolderStore(Store):
     supports_deletes = False
     supports_listing = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Collection[str] | None = None) -> None:
+        """``files``: the only ones that are read, by their paths in the folder (default: all)."""
         super().__init__(read_only=True)
         self.folder = str(folder)
+        self.files = files
         self._is_open = True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FolderStore) and other.folder == self.folder
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer:
-        handle = os.open(f"{self.folder}/{key}", os.O_RDONLY)
+        handle = open_plain(self._path(key))
         try:
             if isinstance(byte_range, RangeByteRequest):
                 found = os.pread(handle, byte_range.end - byte_range.start, byte_range.start)
@@ -61,6 +69,14 @@ class FolderStore(Store):
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def getsize(self, key: str) -> int:
+        return os.stat(self._path(key)).st_size
+
+    def _path(self, key: str) -> str:
+        if self.files is not None and key not in self.files:
+            raise FileNotFoundError(f"{self.folder}/{key} is not of the part")
+        return f"{self.folder}/{key}"
 
     async def exists(self, key: str) -> bool:
         return os.path.exists(f"{self.folder}/{key}")
@@ -115,10 +131,10 @@ class InlinePipeline(BatchedCodecPipeline):
         stored = await getter.get(prototype, RangeByteRequest(low, high))
         if stored is None or len(stored) != high - low:
             raise ValueError(f"{getter.path} is shorter than its index says")
-        chunk_spec = codec._get_chunk_spec(spec)
+        chunk_spec, chunk_bytes = codec._get_chunk_spec(spec), math.prod(codec.chunk_shape) * out.itemsize
         for i, chunk in enumerate(range(first, last)):
             place = int(places[i]) - low
-            planes = _decoded(codec.codecs, stored[place : place + int(sizes[i])], chunk_spec)
+            planes = _decoded(codec.codecs, stored[place : place + int(sizes[i])], chunk_spec, chunk_bytes)
             here = slice(max(start, chunk * width), min(stop, (chunk + 1) * width))
             out[:, here.start - start : here.stop - start] = planes[
                 :, here.start - chunk * width : here.stop - chunk * width
@@ -129,18 +145,40 @@ class InlinePipeline(BatchedCodecPipeline):
         if found is None:
             per_shard = codec._get_chunks_per_shard(spec)
             suffix = SuffixByteRequest(codec._shard_index_size(per_shard))
+            chunks_end = await getter.store.getsize(getter.path) - suffix.suffix
             stored = await getter.get(default_buffer_prototype(), suffix)
             if stored is None:
                 raise FileNotFoundError(getter.path)
             found = _decoded(codec.index_codecs, stored, codec._get_index_chunk_spec(per_shard))[0]
+            _check_index(found[found[:, 0] != _EMPTY], chunks_end, getter.path)
             self.indices[getter.path] = found
         return found
 
 
-def _decoded(codecs: tuple[Codec, ...], stored: Buffer, spec: Any) -> NDArray[Any]:
-    """One chunk through its codecs, without a task for each."""
+def _check_index(index: NDArray[np.uint64], end: int, where: str) -> None:
+    """Raises ValueError where the places and sizes [N, 2] of a shard's chunks are not those of bytes before ``end``."""
+    places, sizes = index.T
+    if not len(index):
+        return
+    # each of them first: sums of larger numbers wrap around
+    if max(end, 0) < max(places.max(), sizes.max()) or max((places + sizes).max(), sizes.sum()) > end:
+        raise ValueError(f"the index of {where} names chunks beyond the {end} bytes that are there")
+
+
+def _check_compressed(stored: Buffer, size: int) -> None:
+    """Raises ValueError where a Blosc buffer would not decode to ``size`` bytes: it allocates what its header says."""
+    header = stored[:_BLOSC_HEADER].to_bytes()
+    decoded, compressed = (int.from_bytes(header[at : at + 4], "little") for at in (4, 12))
+    if (decoded, compressed) != (size, len(stored)) or size > MOST_TIMES * compressed:
+        raise ValueError(f"a chunk of {len(stored)} bytes claims to be {compressed}, and {decoded} decoded, not {size}")
+
+
+def _decoded(codecs: tuple[Codec, ...], stored: Buffer, spec: Any, size: int = 0) -> NDArray[Any]:
+    """One chunk of ``size`` bytes through its codecs, without a task for each."""
     array_bytes, *bytes_bytes = codecs
     for inner in reversed(bytes_bytes):
+        if isinstance(inner, BloscCodec):
+            _check_compressed(stored, size)
         stored = inner._decode_sync(stored, spec)  # type: ignore[union-attr]
     decoded: NDBuffer = array_bytes._decode_sync(stored, spec)  # type: ignore[union-attr]
     return decoded.as_numpy_array()

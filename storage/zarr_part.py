@@ -8,15 +8,15 @@ believed (docs/cache-format.md).
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -25,6 +25,7 @@ from zarr.core.sync import sync
 from eopd.storage.codec import PartArrays
 from eopd.storage.errors import DamagedPart
 from eopd.storage.markers import REPAIR, Marker
+from eopd.storage.untrusted import MISFITS, naming, parse_json
 from eopd.storage.zarr_inline import FolderStore, open_array
 from eopd.storage.zarr_write import METADATA, write_array, write_attributes
 
@@ -32,8 +33,55 @@ TOKEN_CHUNK = 4_096
 ENTRY_CHUNK = 16_384
 CHUNKS_PER_SHARD = 512
 ARRAYS = ("tokens", "entries")
-_CODECS = {"sharding_indexed", "bytes", "blosc", "crc32c"}
-_LARGEST_CHUNK = 1 << 27
+RESPONSES = "responses"
+LARGEST_CHUNK = 1 << 26
+"""Numbers in a chunk; the table of responses is one chunk."""
+MOST_CHUNKS = 1 << 20
+LONGEST = 1 << 40
+_CODECS = [["bytes", "blosc", "crc32c"], ["bytes", "crc32c"]]
+_Shape = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 62)]], Field(min_length=2, max_length=2)]
+_ChunkShape = Annotated[list[Annotated[int, Field(ge=1, lt=1 << 62)]], Field(min_length=2, max_length=2)]
+
+
+class _Grid(TypedDict):
+    chunk_shape: _ChunkShape
+
+
+class _ChunkGrid(TypedDict):
+    name: Literal["regular"]
+    configuration: _Grid
+
+
+class _Codec(TypedDict):
+    name: str
+
+
+class _Shards(TypedDict):
+    chunk_shape: _ChunkShape
+    codecs: list[_Codec]
+    index_codecs: list[_Codec]
+    index_location: NotRequired[Literal["end"]]
+
+
+class _Sharding(TypedDict):
+    name: Literal["sharding_indexed"]
+    configuration: _Shards
+
+
+class _Array(TypedDict):
+    """Metadata of an array, as far as it decides what is read and allocated."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["array"]
+    shape: _Shape
+    data_type: Literal["uint8", "uint32"]
+    fill_value: Literal[0]
+    chunk_grid: _ChunkGrid
+    codecs: Annotated[list[_Sharding], Field(min_length=1, max_length=1)]
+    storage_transformers: NotRequired[Annotated[list[Any], Field(max_length=0)]]
+
+
+_ARRAY = TypeAdapter(_Array)
 
 
 def write_group(folder: Path, arrays: PartArrays, attributes: Mapping[str, Any]) -> None:
@@ -80,9 +128,9 @@ class ZarrPart:
             self.attributes: dict[str, Any] = self._metadata(store, marker, METADATA)["attributes"]
             arrays = {
                 name: open_array(store, name, self._checked(self._metadata(store, marker, f"{name}/{METADATA}"), name))
-                for name in ("responses", *ARRAYS)
+                for name in (RESPONSES, *ARRAYS)
             }
-            self.responses: NDArray[np.uint32] = self._run(arrays.pop("responses").getitem(slice(None)))
+            self.responses: NDArray[np.uint32] = self._run(arrays.pop(RESPONSES).getitem(slice(None)))
         self._arrays = arrays
         self.chunk = {name: int(array.chunks[1]) for name, array in arrays.items()}
         self.length = {name: int(array.shape[1]) for name, array in arrays.items()}
@@ -99,20 +147,32 @@ class ZarrPart:
         text = b"" if stored is None else stored.to_bytes()
         if name not in marker.files or hashlib.sha256(text).hexdigest() != marker.files[name]["sha256"]:
             raise DamagedPart(f"{self.where}: the bytes of {name} changed. {REPAIR}")
-        found: dict[str, Any] = json.loads(text)
+        with naming(f"{self.where}: {name}"):
+            found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_python(parse_json(text), strict=True)
         return found
 
     def _checked(self, metadata: dict[str, Any], name: str) -> dict[str, Any]:
-        """A cache may come from anywhere: only the format's own codecs, and chunks that fit in memory."""
-        (sharding,) = metadata["codecs"]
-        inner = sharding["configuration"]
-        for codec in (sharding, *inner["codecs"], *inner["index_codecs"]):
-            if codec["name"] not in _CODECS:
-                raise DamagedPart(f"{self.where}: {name} asks for the codec {codec['name']!r}, which no part has")
-        chunk = math.prod(inner["chunk_shape"])
-        per_shard = math.prod(metadata["chunk_grid"]["configuration"]["chunk_shape"]) // max(chunk, 1)
-        if not (0 < chunk <= _LARGEST_CHUNK and per_shard <= _LARGEST_CHUNK):
-            raise DamagedPart(f"{self.where}: {name} has chunks of {inner['chunk_shape']}, {per_shard} a shard")
+        """The metadata of an array, if they are as this format has them and chunks fit in memory.
+
+        Raises:
+            DamagedPart: they are not; nothing has been allocated by then.
+        """
+        where = f"{self.where}: {name}/{METADATA}"
+        with naming(where):
+            _ARRAY.validate_python(metadata, strict=True)
+        rows, length = metadata["shape"]
+        inner = metadata["codecs"][0]["configuration"]
+        names = [[codec["name"] for codec in inner[which]] for which in ("codecs", "index_codecs")]
+        if names != _CODECS:
+            raise DamagedPart(f"{where} asks for the codecs {names}, where a part has {_CODECS}")
+        high, width = inner["chunk_shape"]
+        _, shard_width = shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if high != max(rows, 1) or shard != [high, shard_width] or shard_width % width:
+            raise DamagedPart(f"{where} divides {rows} x {length} into shards of {shard} and chunks of {[high, width]}")
+        if high * width > LARGEST_CHUNK or shard_width // width > MOST_CHUNKS or length > LONGEST:
+            raise DamagedPart(f"{where} is too large: {rows} x {length} in chunks of {[high, width]}")
+        if metadata["data_type"] != ("uint32" if name == RESPONSES else "uint8") or (name == RESPONSES and length != 2):
+            raise DamagedPart(f"{where} is of {metadata['data_type']}, {rows} x {length}")
         return metadata
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -130,5 +190,5 @@ def naming_damage(where: str) -> Iterator[None]:
     """What Zarr and its codecs raise on bytes that they cannot believe, as DamagedPart."""
     try:
         yield
-    except (ValueError, RuntimeError, KeyError, IndexError, FileNotFoundError, TypeError, AssertionError) as error:
+    except (*MISFITS, FileNotFoundError) as error:
         raise DamagedPart(f"{where} cannot be decoded ({error}). {REPAIR}") from error

@@ -31,10 +31,12 @@ from eopd.stages.report.data import (
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
 from eopd.storage import alignments, evaluations
 from eopd.storage.artifacts import Artifact
-from eopd.storage.jsonl import read_lines
+from eopd.storage.errors import DamagedPart
+from eopd.storage.jsonl import read_lines, read_whole
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule
+from eopd.storage.untrusted import naming_misfits, read_json
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
 ENTROPY_END = 20.0
@@ -92,8 +94,8 @@ class RunArtifacts:
 
 def gather(run: RunArtifacts) -> RunData:
     """Everything that is complete; what is missing is left out."""
-    results = {item.round: _results(item.evaluation, evaluations.RESULTS) for item in run.rounds if item.evaluation}
-    aligned = {item.round: _results(item.alignment, alignments.RESULTS) for item in run.rounds if item.alignment}
+    results = {item.round: _evaluation(item.evaluation) for item in run.rounds if item.evaluation}
+    aligned = {item.round: _alignment(item.alignment) for item in run.rounds if item.alignment}
     last_alignment = aligned[max(aligned)] if aligned else None
     scored = [item for item in run.rounds if item.rollouts and item.scores]
     scores = [_scores(item.evaluation, item.round, run.seed) for item in run.rounds if item.evaluation]
@@ -143,9 +145,25 @@ def summary_rows(data: RunData, k: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _results(artifact: Artifact, name: str) -> dict[str, Any]:
-    path = artifact.part_folder(artifact.parts - 1) / name
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _evaluation(artifact: Artifact) -> dict[str, Any]:
+    """The results of an evaluation. Raises DamagedPart if the report cannot be made from them."""
+    path = artifact.part_folder(artifact.parts - 1) / evaluations.RESULTS
+    content: dict[str, Any] = read_json(path)
+    with naming_misfits(str(path)):
+        _round(RoundArtifacts(0, None), content, None)
+        _warnings({0: content})
+        f"{content['settings']['confidence']:g}, {listed(content.get('verifiers', ()))}"
+    return content
+
+
+def _alignment(artifact: Artifact) -> dict[str, Any]:
+    """The results of an alignment. Raises DamagedPart if the report cannot be made from them."""
+    path = artifact.part_folder(artifact.parts - 1) / alignments.RESULTS
+    content: dict[str, Any] = read_json(path)
+    with naming_misfits(str(path)):
+        _round(RoundArtifacts(0, None), None, content)
+        _bins(content)
+        _read_with(content)
     return content
 
 
@@ -198,17 +216,24 @@ def _first_step(item: RoundArtifacts) -> dict[str, Estimate]:
 
 
 def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
+    """Raises DamagedPart if the report cannot be made from them."""
     path = checkpoint.remaining_folder(0) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_whole(path)
+    with naming_misfits(str(path)):
+        _ = [float(rows[0][name]) for name in FIRST_STEP if name in rows[0]]
+        for row in rows:
+            if not all(isinstance(row[name], int) for name in ("round", "step", "epoch", "tokens")):
+                raise TypeError("a step without its number")
+    return rows
 
 
 def _training(run: RunArtifacts) -> list[StepRow]:
     """Steps from the checkpoints; their speed from the run's own file, if the step is in it."""
-    speeds = {(row["round"], row["step"]): row.get("tokens_per_s") for row in read_lines(run.metrics)}
+    speeds = {str((row.get("round"), row.get("step"))): row.get("tokens_per_s") for row in read_lines(run.metrics)}
     rows = []
     for item in run.rounds:
         for row in _steps(item.checkpoint) if item.checkpoint else ():
-            row["tokens_per_s"] = speeds.get((row["round"], row["step"]))
+            row["tokens_per_s"] = speeds.get(str((row["round"], row["step"])))
             figures = {
                 name: float(value)
                 for name, value in row.items()
@@ -228,7 +253,9 @@ def _head(scores: Artifact, objective: Mapping[str, Any]) -> str:
     coverage = scores.identity.coverage or {}
     if "head" not in coverage:  # imported, of another kind of record
         return "not known"
-    rule, name = HeadRule(**coverage["head"]), objective["name"]
+    name = objective["name"]
+    with naming_misfits(repr(scores)):
+        rule = HeadRule(**coverage["head"])
     if name == "sft":
         most = 1
     elif objective["support"] == "sampled":
@@ -249,6 +276,8 @@ def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
     columns = ["benchmark", "problem_id", "correct", "samples"]
     table = evaluations.read_problems(folder, columns).to_pylist()
     rows = sorted(table, key=lambda row: (row["benchmark"], row["problem_id"]))
+    if any(not 0 <= row["correct"] <= row["samples"] or row["samples"] < 1 for row in rows):
+        raise DamagedPart(f"{evaluation}: a problem has no samples, or more right ones than samples")
     inputs = evaluation.identity.inputs
     return ProblemScores(
         round=round_,
@@ -278,9 +307,16 @@ def _teacher_histogram(scores: Artifact | None) -> Histogram | None:
 
 
 def _student_histogram(path: Path | None) -> Histogram | None:
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    return _histogram([load_file(path)["entropy"]]) if path else None
+    if path is None:
+        return None
+    try:
+        with naming_misfits(str(path)):
+            return _histogram([load_file(path)["entropy"]])
+    except SafetensorError as error:
+        raise DamagedPart(f"{path} cannot be read: {error}") from error
 
 
 def _histogram(parts: Sequence[np.ndarray[Any, Any]]) -> Histogram | None:
@@ -402,5 +438,7 @@ def seconds_by_key(*logs: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for log in logs:
         for row in read_lines(log):
-            seconds[row["key"]] = seconds.get(row["key"], 0.0) + row["seconds"]
+            key, took = row.get("key"), row.get("seconds")
+            if isinstance(key, str) and isinstance(took, (int, float)):
+                seconds[key] = seconds.get(key, 0.0) + took
     return seconds

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eopd.stages.train.settings import Tracker
 from eopd.stages.train.trackers import Trackers
+from eopd.storage.jsonl import read_lines
 from eopd.storage.paths import RunPaths
 
 PER_STEP = ("tokens", "lr", "grad_norm")  # figures that are no sums over tokens
@@ -91,13 +92,9 @@ class Recorder:
         if not self._path.exists():
             return 0
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            if (row["round"], row["step"]) < (self._round, resumed_at):
-                kept.append(line)
+        for row in read_lines(self._path):  # but the last line of a killed run
+            if (row.get("round", 0), row.get("step", 0)) < (self._round, resumed_at):
+                kept.append(json.dumps(row, sort_keys=True))
         self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         return len(kept)
 

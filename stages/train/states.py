@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eopd.stages.train.job import OPTIMIZER_FILE, ROUND_START_FILE
 from eopd.storage.artifacts import Artifact
+from eopd.storage.jsonl import read_whole
 
 WEIGHTS_FILE = "weights.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -111,7 +112,7 @@ class States:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_whole(path)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -203,3 +203,38 @@ def test_wrong_weights_under_the_rollouts_stop_training(world: World, undisturbe
     with pytest.raises(TrainingStopped, match="sampler's log-probs and the trainer's differ by"):
         run(replace(job, output=elsewhere, progress_states=states, temperature=0.25, run_dir=tmp_path))
     assert not elsewhere.committed()
+
+
+@pytest.mark.slow
+def test_parts_whose_prompts_are_all_too_long_read_as_no_responses(world: World) -> None:
+    """Every second prompt is skipped, and a part has one prompt: in a run, its report, and what `eopd store` prints."""
+    problems = world.folder / "every-second-is-long.jsonl"
+    rows = [json.loads(line) for line in (world.folder / "problems.jsonl").read_text().splitlines()[:8]]
+    for row in rows[1::2]:
+        row["problem"] *= 12
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = world.config(
+        "skipped",
+        rounds=1,
+        prompts={"path": str(problems), "max_prompt_tokens": 60},
+        rollout={"prompts_per_round": 8, "rows_per_part": 1, "student_topk": 2},
+        evaluate={
+            "benchmarks": [{"name": "own", "path": str(problems), "verifier": "exact"}],
+            "rows_per_part": 1,
+            "alignment": {},
+        },
+    )
+    eopd("run", config)
+    store = world.store("skipped")
+    (scores,) = store.glob("scores/*/*")
+    markers = [json.loads(path.read_text()) for path in sorted(scores.glob("part-*.json"))]
+    sizes = [marker["info"]["responses"] for marker in markers]
+    assert sizes.count(0) == 4
+    tokens = sum(marker["info"]["tokens"] for marker in markers)
+    (training,) = store.glob("checkpoints/*/part-*/training.json")
+    assert json.loads(training.read_text())["responses"] == sum(sizes) == 8
+    for verb in ("stats", "export"):
+        to = [world.folder / "skipped.parquet"] if verb == "export" else []
+        told = eopd("store", verb, scores.relative_to(store), *to, "--store", store).stdout
+        assert f"{tokens:,} tokens" in told
+    assert "complete already" in eopd("run", config).stderr

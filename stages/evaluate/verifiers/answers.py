@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
@@ -62,7 +63,10 @@ def final_answer(response: str) -> str | None:
         return _stated(text)
     _, content = max(places)
     inner = _boxes(content)
-    content = inner[1] if inner else content
+    if inner:
+        content = inner[1]
+    elif "\\text" not in content and _ANCHOR.search(content):
+        content = _stated(content) or content
     return content if content and len(content) <= MAX_ANSWER else None
 
 
@@ -80,8 +84,8 @@ def reference_answer(answer: str) -> str:
     """
     answer = answer.strip()
     if answer.startswith(("{", "[")) and len(answer) <= MAX_ANSWER:
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = _from_json(json.loads(answer), answer)
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            answer = _from_json(_record(answer), answer)
     marked = _last(_GSM8K, answer)
     if boxes := _boxes(answer):
         answer = boxes[1]
@@ -180,6 +184,14 @@ def _last_statement(line: str) -> str | None:
         return (rest[: end.start()] if end else rest).strip(" \t*_,;:") or None
     numbers = _NUMBER.findall(line)
     return numbers[0] if len(numbers) == 1 and not _LABEL.search(line) else None
+
+
+def _record(text: str) -> object:
+    """What a text of JSON holds, or one that Python printed (single quotes)."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
 
 
 def _from_json(value: object, text: str) -> str:

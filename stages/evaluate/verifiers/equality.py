@@ -55,6 +55,9 @@ _CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
 _APPROXIMATION = re.compile(r"\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])")
 _UNREADABLE = re.compile(r"\.\d*\s*\\(?:overline|bar|dot)(?![A-Za-z])|(?<![_^\d.])\d+\s+[\d.]|\.\d*\.")
 """What the parser reads as something else: repeating decimals, numbers side by side (as their sum), two points."""
+_SET_BUILDER = re.compile(
+    r"^\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*([^{}]*(?:\\frac\{[^{}]*\}\{[^{}]*\}[^{}]*|\\sqrt\{[^{}]*\}[^{}]*)*)\\\}$"
+)
 _MODULUS = re.compile(r"\\pmod(?![A-Za-z])|\\[bp]?mod(?![A-Za-z])|(?<![A-Za-z])\(?(?:\\text\{\s*)?\(?mod(?![A-Za-z])")
 _PAIRS = {"(": ")", "[": "]"}
 _NOTATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, boxed="none")
@@ -198,7 +201,7 @@ def _listed_alike(expected: str, given: str) -> bool:
 
 def _structures(expected: str, given: str) -> bool:
     """Lists, tuples, sets and intervals item by item; anything else as one expression."""
-    expected, given = _by_coordinate(expected), _by_coordinate(given)
+    expected, given = (_by_coordinate(_SET_BUILDER.sub(r"\1", text)) for text in (expected, given))
     kind, items = _items(expected)
     other_kind, others = _items(given)
     if kind == "one" and other_kind == "one":

@@ -177,6 +177,7 @@ _UNIT_WORD = re.compile(r"[A-Za-z¢]+")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _COMMENT = re.compile(
     r"(?:\s*\\text\{\s*\((?!\s*base)[^{}]*[A-Za-z]{3}.*|\s+\((?!\s*base)(?=[^()]*[A-Za-z]{3})[^()]*\)"
+    r"|[,;]\s*(?:\\text\{[^{}]*\}\s*)?\(?[A-Za-z]\s*\\in\s*\\mathbb\s*\{?[A-Z]\}?[^,;=]*$"
     r"|\s*(?:\\text\{)?,?\s*\bfor\s+(?:any|all|every|some|each|arbitrary)\b.*)$"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}

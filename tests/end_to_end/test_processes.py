@@ -46,7 +46,7 @@ def test_ranks_end_with_a_killed_agent_and_let_go_of_their_claim(world: World, o
     """The agent puts each of them into a session of its own, which nobody else would end."""
     store = world.store("killed-agent")
     changes = {"rounds": 1, "evaluate": None, "store": [str(store), str(world.store(one_round))]}
-    training = {"processes": 2, "epochs": 20, "checkpoint_every_steps": 1}
+    training = {"processes": 2, "epochs": 8, "checkpoint_every_steps": 1}
     config = world.config("killed-agent", train=training, **changes)
     variables = environment() | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command("train", config), env=variables, stderr=subprocess.DEVNULL) as agent:

@@ -87,8 +87,8 @@ def model_files(folder: Path) -> list[Path]:
     At least every file that a reader opens (``stages.models.weight_files``).
     """
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.safetensors.index.json"))
-    quantisation = [folder / "hf_quant_config.json"]  # vLLM reads it if config.json says nothing
-    return [folder / "config.json", *weights, *(file for file in quantisation if file.exists())]
+    quantisation = folder / "hf_quant_config.json"  # vLLM reads it if config.json says nothing
+    return [folder / "config.json", *(file for file in (*weights, quantisation) if file.is_file())]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

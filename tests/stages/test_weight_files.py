@@ -334,6 +334,16 @@ def test_the_fingerprint_covers_every_file_that_is_read(sharded: bool, qwen3: Pa
     assert {*weight_files(qwen3), qwen3 / "config.json"} <= set(model_files(qwen3))
 
 
+def test_what_is_no_file_and_is_not_read_has_no_part_in_the_fingerprint(qwen3: Path) -> None:
+    shard(qwen3)
+    files = model_files(qwen3)
+    os.mkfifo(qwen3 / "pipe.safetensors")
+    (qwen3 / "folder.safetensors").mkdir()
+    (qwen3 / "gone.safetensors").symlink_to("nothing")
+    assert model_files(qwen3) == files
+    check_weights(ModelRef(str(qwen3)))
+
+
 # -- before work ---------------------------------------------------------------------------------------------------
 
 

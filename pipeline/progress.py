@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from eopd.storage.stopping import stop_wished
 
 LINE_EVERY_SECONDS = 15.0
 EVENT_EVERY_SECONDS = 0.2
+RATE_SECONDS = 30.0
 EVENTS_VARIABLE = "EOPD_PROGRESS"
 """Names the file that a worker's events go to."""
 
@@ -45,17 +47,17 @@ def seconds_in_hand() -> float | None:
 
 
 class _Bar:
-    """Units done of a total since a moment, at the mean rate so far."""
+    """Units done of a total (0: not known yet), at the rate of the last ``RATE_SECONDS``."""
 
     def __init__(self) -> None:
         self.total = self.done = self.in_hand = 0
-        self.began = 0.0
         self.estimated = False
+        self._moments: deque[tuple[float, int]] = deque()
         _bars.add(self)
 
     def start(self, total: int) -> None:
         self.total, self.done, self.in_hand, self.estimated = total, 0, 0, False
-        self.began = time.monotonic()
+        self._moments = deque([(time.monotonic(), 0)])
 
     def expect(self, total: int, in_hand: int) -> None:
         self.estimated = self.estimated or total != self.total
@@ -64,16 +66,22 @@ class _Bar:
     def advance(self, n: int) -> None:
         self.done += n
         self.in_hand = max(self.in_hand - n, 0)
+        now = time.monotonic()
+        if not self._moments or now - self._moments[-1][0] >= 1.0:
+            self._moments.append((now, self.done))
+        while len(self._moments) > 2 and self._moments[0][0] < now - RATE_SECONDS:
+            self._moments.popleft()
 
     @property
     def rate(self) -> float:
-        return self.done / max(time.monotonic() - self.began, 1e-9)
+        began, done = self._moments[0] if self._moments else (0.0, 0)
+        return (self.done - done) / max(time.monotonic() - began, 1e-9)
 
     def seconds_left(self) -> float | None:
-        return (self.total - self.done) / self.rate if self.done and self.total > self.done else None
+        return (self.total - self.done) / self.rate if self.rate and self.total > self.done else None
 
     def seconds_in_hand(self) -> float | None:
-        return self.in_hand / self.rate if self.done and self.in_hand else None
+        return self.in_hand / self.rate if self.rate and self.in_hand else None
 
 
 class Display(Protocol):
@@ -131,7 +139,7 @@ class TerminalProgress:
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         self.close()
-        self._task = self._display.bars().add_task(what, total=max(total, 1), rate="", figures="")
+        self._task = self._display.bars().add_task(what, total=total or None, rate="", figures="")
         self._bar.start(total)
         self._unit = unit
 
@@ -146,7 +154,7 @@ class TerminalProgress:
     def expect(self, total: int, in_hand: int = 0) -> None:
         self._bar.expect(total, in_hand)
         if self._task is not None:
-            self._display.bars().update(self._task, total=max(total, 1))
+            self._display.bars().update(self._task, total=total or None)
 
     def line(self, text: str) -> None:
         self._display.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -174,16 +182,16 @@ class LineProgress:
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         self._what, self._unit = what, unit
         self._bar.start(total)
-        self._spoken = self._bar.began
+        self._spoken = time.monotonic()
 
     def advance(self, n: int, **figures: float) -> None:
         self._bar.advance(n)
         if time.monotonic() - self._spoken < LINE_EVERY_SECONDS:
             return
         self._spoken = time.monotonic()
-        about = "about " if self._bar.estimated else ""
+        total = f"of {'about ' if self._bar.estimated else ''}{self._bar.total:,} " if self._bar.total else ""
         said = [
-            f"  {self._what}: {self._bar.done:,} of {about}{self._bar.total:,} {self._unit}",
+            f"  {self._what}: {self._bar.done:,} {total}{self._unit}",
             f"{self._bar.rate:,.0f} {self._unit}/s",
         ]
         left, in_hand = self._bar.seconds_left(), self._bar.seconds_in_hand()
@@ -217,7 +225,7 @@ class EventProgress:
         self._expected: list[int] | None = None
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        sys.stderr.write(f"{what}: {total:,} {unit}\n")
+        sys.stderr.write(f"{what}: {total:,} {unit}\n" if total else f"{what}\n")
         self._tell(start=[what, total, unit])
 
     def advance(self, n: int, **figures: float) -> None:
@@ -303,4 +311,5 @@ def replay(event: dict[str, Any], progress: Progress) -> None:
 
 
 def _figures(figures: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    shown = {name: f"{value:,.0f}" if value == round(value) else f"{value:.4g}" for name, value in figures.items()}
+    return " ".join(f"{name} {text}" for name, text in shown.items())

@@ -34,7 +34,7 @@ class Progress(Protocol):
     """What a person sees of long work."""
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        """Begin a bar of ``total`` units."""
+        """Begin a bar of ``total`` units; 0: how many is not known yet."""
 
     def advance(self, n: int, **figures: float) -> None:
         """Move it by ``n`` units; ``figures`` are shown beside it."""

@@ -198,8 +198,8 @@ class SamplingEngine(Protocol):
 class SamplingMeter:
     """Shows how the sampling of several parts gets on: tokens, of those that are being decoded too.
 
-    How many there will be is an estimate. While responses are being decoded, tokens so far over responses that have
-    ended is what a response takes (as for any lifetime with some still running), at most ``max_new_tokens``.
+    How many there will be is not known until a response has ended. Then it is an estimate: tokens so far over responses
+    that have ended is what a response takes (as for any lifetime with some still running), at most ``max_new_tokens``.
     """
 
     def __init__(self, progress: Progress, what: str, responses: int, max_new_tokens: int) -> None:
@@ -207,7 +207,8 @@ class SamplingMeter:
         self._responses, self._longest = responses, max_new_tokens
         self.tokens = self.finished = 0
         self._part_tokens = self._part_responses = 0
-        progress.start(what, responses * max_new_tokens)
+        progress.line(f"{what}: {responses:,} responses of at most {max_new_tokens:,} tokens")
+        progress.start(what, 0)
 
     def begin(self, responses: int) -> None:
         """The next part, of so many responses."""
@@ -218,9 +219,11 @@ class SamplingMeter:
         self.tokens += tokens
         self.finished += finished
         self._part_tokens += tokens
-        length = min(self._longest, self.tokens / self.finished) if self.finished else self._longest
-        in_hand = max(round(self._part_responses * length) - self._part_tokens, 0)
         self._progress.advance(tokens, responses=self.finished)
+        if not self.finished:
+            return
+        length = min(self._longest, self.tokens / self.finished)
+        in_hand = max(round(self._part_responses * length) - self._part_tokens, 0)
         self._progress.expect(max(round(self._responses * length), self.tokens + in_hand), in_hand)
 
 

@@ -47,21 +47,19 @@ def test_a_line_says_what_is_left_of_an_estimated_total(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = LineProgress()
-    shown.start("rollout", 100_000)
+    shown.start("rollout", 0)
     clock[0] += 20
-    shown.advance(2_000, responses=3)
-    assert capsys.readouterr().err == (
-        "  rollout: 2,000 of 100,000 tokens, 100 tokens/s, about 16 min 20 s left, responses 3\n"
-    )
+    shown.advance(2_000, responses=1_003)
+    assert capsys.readouterr().err == "  rollout: 2,000 tokens, 100 tokens/s, responses 1,003\n"
     shown.expect(5_000, 1_000)
     clock[0] += 20
     shown.advance(2_000)
-    assert "4,000 of about 5,000 tokens" in capsys.readouterr().err
+    assert "4,000 of about 5,000 tokens, 100 tokens/s, about 10 s left" in capsys.readouterr().err
     monkeypatch.setattr(progress, "stop_wished", lambda: True)
     shown.expect(8_000, 1_500)
     clock[0] += 20
     shown.advance(500)
-    assert "stopping in about 13 s" in capsys.readouterr().err  # 1,000 tokens at 4,500 in a minute
+    assert "25 tokens/s, stopping in about 40 s" in capsys.readouterr().err  # at the rate of the last 30 seconds
 
 
 def test_the_wait_for_what_is_in_hand_is_known_through_a_workers_events(tmp_path: Path, clock: list[float]) -> None:
@@ -78,3 +76,16 @@ def test_the_wait_for_what_is_in_hand_is_known_through_a_workers_events(tmp_path
     worker.close()
     replay.close()
     assert seconds_in_hand() is None
+
+
+def test_a_slow_start_is_forgotten(clock: list[float]) -> None:
+    """A model that compiles for a minute before it decodes does not decide what is left."""
+    bar = progress._Bar()
+    bar.start(10_000)
+    clock[0] += 60
+    bar.advance(10)
+    for _ in range(40):
+        clock[0] += 1
+        bar.advance(100)
+    assert bar.rate == pytest.approx(100, rel=0.05)
+    assert bar.seconds_left() == pytest.approx((10_000 - 4_010) / 100, rel=0.05)

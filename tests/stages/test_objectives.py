@@ -360,8 +360,8 @@ def test_own_defaults_and_refusals() -> None:
         ObjectiveSettings(name="eopdd")
     with pytest.raises(ValidationError, match=r"mc_opd.*refused.*teacher-scored samples"):
         ObjectiveSettings(name="mc_opd")
-    with pytest.raises(ValidationError, match=r"fkl does not use tau"):
-        ObjectiveSettings(name="fkl", tau=0.5)
+    with pytest.raises(ValidationError, match=r"fkl does not use tau, rkl.*train\.objective=\{name: fkl\}"):
+        ObjectiveSettings(name="fkl", tau=0.5, rkl="topk")
     with pytest.raises(ValidationError, match="Extra inputs"):
         ObjectiveSettings.model_validate({"name": "eopd", "taus": 1})
 

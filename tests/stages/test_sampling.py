@@ -179,11 +179,11 @@ def test_the_meter_counts_what_is_being_decoded_and_expects_no_more_than_is_aske
     """Four responses of 30 tokens, two a part, decoded together; at most 100 tokens are asked for."""
     bar = Bar()
     meter = SamplingMeter(bar, "rollout", responses=4, max_new_tokens=100)
-    assert bar.total == 400
+    assert bar.total == 0, "not known yet"
     meter.begin(2)
     for _ in range(29):
         meter.advance(2, 0)
-    assert (bar.done, bar.total, bar.in_hand) == (58, 400, 200 - 58)  # none has ended: as long as they may get
+    assert (bar.done, bar.total, bar.in_hand) == (58, 0, 0)  # none has ended
     meter.advance(2, 2)
     assert (bar.done, bar.total, bar.in_hand) == (60, 120, 0)
     meter.begin(2)

@@ -22,7 +22,6 @@ SLOW = (
 NUMERIC = (
     "stages/test_align.py",
     "stages/test_alignment.py",
-    "stages/test_architectures.py",
     "stages/test_lm_head.py",
     "stages/test_objectives.py",
     "stages/test_packing.py",

@@ -10,8 +10,10 @@ from pathlib import Path
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.models import inspect_model
 from eopd.pipeline.plan import BenchmarkFacts, Facts
+from eopd.stages.models.prompt_sources import holds_conversations
 from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
-from eopd.storage.fingerprints import Digests
+from eopd.storage.files import sha256_text
+from eopd.storage.fingerprints import LENGTH, Digests
 
 
 def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:
@@ -48,6 +50,10 @@ def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]
 def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
     files, count = count_source(where, settings)
     try:
-        return count, digests.of_files(files[0].parent, files)
-    except OSError as error:
+        digest = digests.of_files(files[0].parent, files)
+        conversations = holds_conversations(Path(settings.path), settings.split, settings.columns.prompt)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from error
+    if conversations:  # these were rendered without fields such as tool_calls at first, and a prefill was closed
+        digest = sha256_text(f"{digest} whole conversations")[:LENGTH]
+    return count, digest

@@ -1,4 +1,4 @@
-"""Reading prompt files: JSONL, Parquet, and folders saved with ``datasets``' ``save_to_disk``.
+"""Reading prompt files: JSONL, a JSON array, Parquet, and folders saved with ``datasets``' ``save_to_disk``.
 
 The last are read as what they are, Arrow stream files listed in ``state.json``: no code of a data set is run.
 """
@@ -6,8 +6,9 @@ The last are read as what they are, Arrow stream files listed in ``state.json``:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,21 +36,25 @@ def read(path: Path, split: str | None, columns: Sequence[str], limit: int | Non
         ValueError: as ``prompts.load_prompts``.
     """
     kind = _kind(path)
-    if kind == "jsonl":
-        yield from _read_lines(path, columns, limit)
+    if kind in ("jsonl", "array"):
+        objects = _read_lines(path, limit) if kind == "jsonl" else _read_array(path, limit)
+        for values, where in objects:
+            yield _row(values, columns, where)
         return
     first = 0
     for name, batch in _parquet_batches(path, columns) if kind == "parquet" else _arrow_batches(path, split, columns):
-        for number, values in enumerate(batch.to_pylist()):
+        for number, values in enumerate(batch.to_pylist(maps_as_pydicts="strict")):
             if first + number == limit:
                 return
-            yield Row(values, f"{name} row {first + number}")
+            yield _row(values, columns, f"{name} row {first + number}")
         first += batch.num_rows
 
 
 def count(path: Path, split: str | None) -> int:
     """Rows of a source; of JSONL, its lines that are not blank."""
     kind = _kind(path)
+    if kind == "array":
+        return len(_array(path))
     if kind == "jsonl":
         with path.open("rb") as file:
             return sum(1 for line in file if line.strip())
@@ -71,15 +76,23 @@ def stamp(path: Path, split: str | None) -> Stamp:
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files(path, split))
 
 
+def holds_conversations(path: Path, split: str | None, column: str) -> bool:
+    """Whether the prompts of a source are lists of messages, as far as its first row says."""
+    row = next(read(path, split, [column], 1), None)
+    return row is not None and isinstance(row.values[column], list)
+
+
 def _kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
     if not path.exists():
         raise ValueError(f"prompt source {path} does not exist: check its path")
+    if not path.is_file():
+        raise ValueError(f"prompt source {path} is no file that can be read twice: name a plain file")
     if path.stat().st_size == 0:
         raise ValueError(f"prompt source {path} is empty")
     if path.suffix.lower() in JSON_LINES:
-        return "jsonl"
+        return "array" if _begins_an_array(path) else "jsonl"
     if path.suffix.lower() in PARQUET:
         return "parquet"
     raise ValueError(
@@ -88,32 +101,109 @@ def _kind(path: Path) -> str:
     )
 
 
-def _read_lines(path: Path, columns: Sequence[str], limit: int | None) -> Iterator[Row]:
-    found = 0
+def _begins_an_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        for line in file:
+            text = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if text:
+                return text.startswith(b"[")
+    return False
+
+
+def _read_lines(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+    count = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if found == limit:
+            if count == limit:
                 return
             if not line.strip():
                 continue
             where = f"{path} line {number}"
-            try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"{where} is not a JSON object but {type(values).__name__}")
-            _require(columns, values.keys(), where)
-            yield Row(values, where)
-            found += 1
+            yield _object(_parse(line, where), where), where
+            count += 1
 
 
-def _require(columns: Sequence[str], there: Any, where: str) -> None:
-    for name in columns:
-        if name not in there:
-            raise ValueError(
-                f"{where} has no column {name!r}; it has {', '.join(sorted(there)) or 'none'}. Map them with columns."
-            )
+def _read_array(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, item in enumerate(_array(path)[:limit]):
+        where = f"{path} item {number}"
+        yield _object(item, where), where
+
+
+@lru_cache(maxsize=1)
+def _parsed_array(path: Path, _: tuple[int, int]) -> list[Any]:
+    value = _parse(path.read_bytes(), f"{path}, which begins as a JSON array,")
+    assert isinstance(value, list)
+    return value
+
+
+def _array(path: Path) -> list[Any]:
+    """Items of a file that is one JSON array; parsed once as long as it does not change."""
+    status = path.stat()
+    return _parsed_array(path, (status.st_mtime_ns, status.st_size))
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once_each)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be read") from None
+    except ValueError as error:  # of JSON, of UTF-8, of a key that comes twice, of a number with thousands of digits
+        raise ValueError(f"{where} is not JSON: {error}") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return values
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _row(values: dict[str, Any], columns: Sequence[str], where: str) -> Row:
+    return Row({name: _value(values, name, where) for name in columns}, where)
+
+
+def _value(values: dict[str, Any], name: str, where: str) -> Any:
+    """The column ``name``, or what its dots lead to in a column of structs and lists."""
+    top = _column(values, name, where)
+    if top == name:
+        return values[name]
+    value, path = values[top], top
+    for step in name.removeprefix(f"{top}.").split("."):
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step == "0" and len(value) == 1:
+            value = value[0]
+        elif isinstance(value, dict):
+            raise ValueError(f"{where}: {path!r} has no field {step!r}; it has {', '.join(sorted(value)) or 'none'}")
+        elif isinstance(value, list):
+            raise ValueError(f"{where}: {path!r} holds {len(value)} items; `{path}.0` reads the item of a list of one")
+        else:
+            raise ValueError(f"{where}: {path!r} holds {type(value).__name__}, which has no field {step!r}")
+        path = f"{path}.{step}"
+    return value
+
+
+def _column(there: Iterable[str], name: str, where: str) -> str:
+    """The column that ``name`` lies in: itself, or the longest beginning of it before a dot that is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = list(there)
+    pieces = name.split(".")
+    for count in range(len(pieces), 0, -1):
+        if ".".join(pieces[:count]) in names:
+            return ".".join(pieces[:count])
+    raise ValueError(
+        f"{where} has no column {name!r}; it has {', '.join(sorted(names)) or 'none'}. Map them with columns."
+    )
 
 
 def _parquet_file(path: Path) -> Any:
@@ -128,8 +218,8 @@ def _parquet_file(path: Path) -> Any:
 
 def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
     file = _parquet_file(path)
-    _require(columns, file.schema_arrow.names, str(path))
-    for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
+    tops = [_column(file.schema_arrow.names, name, str(path)) for name in columns]
+    for batch in file.iter_batches(columns=list(dict.fromkeys(tops))):
         yield str(path), batch
 
 
@@ -137,8 +227,8 @@ def _arrow_batches(path: Path, split: str | None, columns: Sequence[str]) -> Ite
     folder = _split(path, split)
     for file in _arrow_files(folder):
         for batch in _open_arrow(file):
-            _require(columns, batch.schema.names, str(file))
-            yield str(folder), batch.select(list(dict.fromkeys(columns)))
+            tops = [_column(batch.schema.names, name, str(file)) for name in columns]
+            yield str(folder), batch.select(list(dict.fromkeys(tops)))
 
 
 def _split(path: Path, split: str | None) -> Path:

@@ -7,8 +7,10 @@ before anything heavy is imported: this module needs neither torch nor transform
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,23 +20,30 @@ from pydantic import model_validator
 
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models import prompt_sources
+from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, refuse_reserved
 from eopd.stages.settings import Settings, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-
 VerifierName = Literal["countdown", "exact", "math"]
 
 
 class Columns(Settings):
-    """Which column of the source holds what."""
+    """Which column of the source holds what. Dots lead into a column of structs: ``reward_model.ground_truth``."""
 
     prompt: str = setting("prompt", "The prompt: text (one user message), or a list of {role, content} messages")
     id: str | None = setting(None, "A unique id (null: the row's number)")
-    answer: str | None = setting(None, "Reference answer, for verifiers; anything but text is kept as JSON")
-    teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs")
+    answer: str | None = setting(None, "Reference answer, for verifiers: text, or a number, which is read as it stands")
+    teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs: text")
+    tools: str | None = setting(None, "Tools that the chat template may offer: a list of JSON schemas, or that as text")
+
+    def semantic(self) -> dict[str, Any]:
+        """``tools`` came later than the first artifacts: their keys stay where it is unset."""
+        kept = super().semantic()
+        if kept["tools"] is None:
+            del kept["tools"]
+        return kept
 
 
 class PromptSettings(Settings):
@@ -63,6 +72,9 @@ class PromptSettings(Settings):
                 "system and template_arguments belong to template: chat; with template: plain write what you need into "
                 "the prompt or the suffix"
             )
+        refuse_reserved("template_arguments", self.template_arguments)
+        if self.columns.tools is not None and "tools" in self.template_arguments:
+            raise ValueError("columns.tools and template_arguments.tools would both say which tools there are")
         return self
 
 
@@ -72,13 +84,18 @@ class Prompt:
 
     index: int  # row of the source, from 0
     id: str
-    messages: tuple[Message, ...]
+    conversation: Conversation
     answer: str | None
     teacher_prompt: str | None
 
     @property
+    def messages(self) -> tuple[Message, ...]:
+        return self.conversation.messages
+
+    @property
     def messages_json(self) -> str:
-        return json.dumps(list(self.messages), ensure_ascii=False)
+        """The conversation as the rollout record keeps it."""
+        return self.conversation.to_json()
 
 
 class PromptTable:
@@ -151,23 +168,22 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
     """Token ids of a prompt as the student reads it. Its length is not checked here.
 
     Raises:
-        ValueError: template chat without a chat template, or template plain for a conversation of several messages.
+        ValueError: what the template cannot write, or leaves out; template chat without a chat template.
     """
     from eopd.stages.models.tokenizers import render_chat
 
-    if settings.template == "chat":
-        messages = [dict(message) for message in prompt.messages]
-        messages[-1]["content"] += settings.suffix
-        if settings.system is not None:
-            messages.insert(0, {"role": "system", "content": settings.system})
-        return render_chat(tokenizer, messages, settings.template_arguments)
-    if len(prompt.messages) > 1:
-        raise ValueError(
-            f"prompt {prompt.id!r} has {len(prompt.messages)} messages, which template: plain cannot write as one "
-            "text; use template: chat"
-        )
-    text = prompt.messages[0]["content"] + settings.suffix
-    return [int(token) for token in tokenizer(text)["input_ids"]]
+    try:
+        conversation = student_conversation(prompt, settings)
+        if settings.template == "plain":
+            return [int(token) for token in tokenizer(conversation.plain_text())["input_ids"]]
+        return render_chat(tokenizer, conversation, settings.template_arguments)
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt.id!r} of {settings.path}: {error}") from error
+
+
+def student_conversation(prompt: Prompt, settings: PromptSettings) -> Conversation:
+    """What the student reads, before it is rendered. Raises ValueError, as ``Conversation.prepared``."""
+    return prompt.conversation.prepared(settings.system, settings.suffix)
 
 
 def draw_prompts(count: int, per_round: int, round_number: int, seed: int) -> list[int]:
@@ -199,35 +215,49 @@ def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
-    identifier = str(index) if columns.id is None else _text(row, columns.id)
+    tools = None if columns.tools is None else row.values[columns.tools]
+    try:
+        conversation = parse_conversation(row.values[columns.prompt], tools)
+    except ValueError as error:
+        raise ValueError(f"{row.where}: column {columns.prompt!r} {error}") from error
+    teacher_prompt = None if columns.teacher_prompt is None else row.values[columns.teacher_prompt]
+    if columns.teacher_prompt is not None and not isinstance(teacher_prompt, str):
+        raise ValueError(
+            f"{row.where}: column {columns.teacher_prompt!r} must hold text, got {repr(teacher_prompt)[:80]}"
+        )
     return Prompt(
         index=index,
-        id=identifier,
-        messages=_messages(row, columns.prompt),
+        id=str(index) if columns.id is None else _text(row, columns.id),
+        conversation=conversation,
         answer=None if columns.answer is None else _text(row, columns.answer),
         teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
     )
 
 
 def _text(row: prompt_sources.Row, column: str) -> str:
+    """A value that is text, or a number that reads the same as text."""
     value = row.values[column]
     if value is None:
         raise ValueError(f"{row.where}: column {column!r} is empty")
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _messages(row: prompt_sources.Row, column: str) -> tuple[Message, ...]:
-    value = row.values[column]
-    if isinstance(value, str) and value.strip():
-        return ({"role": "user", "content": value},)
-    if isinstance(value, list) and value and all(_is_message(item) for item in value):
-        return tuple({"role": item["role"], "content": item["content"]} for item in value)
-    shown = repr(value)[:80]
-    raise ValueError(
-        f"{row.where}: column {column!r} must hold text or a list of {{role, content}} messages, and not be empty; "
-        f"got {shown}"
-    )
-
-
-def _is_message(item: object) -> bool:
-    return isinstance(item, Mapping) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+    if isinstance(value, dict):
+        fields = ", ".join(f"{column}.{name}" for name in value)
+        raise ValueError(f"{row.where}: column {column!r} holds a struct; name one of its fields: {fields}")
+    if isinstance(value, list):
+        raise ValueError(
+            f"{row.where}: column {column!r} holds a list, and text or a number is read; name an item: {column}.0"
+        )
+    if isinstance(value, (float, Decimal)) and not math.isfinite(value):
+        raise ValueError(f"{row.where}: column {column!r} is {value}, which is no value")
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if not isinstance(value, str):
+        raise ValueError(f"{row.where}: column {column!r} must hold text or a number, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{row.where}: column {column!r} is no text: {error.reason} at character {error.start}"
+        ) from error
+    return value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from eopd.stages.models.chat_templates import Conversation, refuse_reserved
 from eopd.stages.settings import Settings, setting
 
 if TYPE_CHECKING:
@@ -44,36 +43,31 @@ class TeacherPromptSettings(Settings):
             )
         if self.template == "plain" and rendered - {"suffix"}:
             raise ValueError("score.teacher_prompt: arguments and system belong to template: chat")
+        refuse_reserved("score.teacher_prompt.arguments", self.arguments)
         return self
 
 
 def render_teacher_prompt(
     source: str, settings: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[int]:
-    """Token ids of a context of kind template (``source``: messages as JSON) or column (``source``: text).
+    """Token ids of a context of kind template (``source``: a conversation as JSON) or column (``source``: text).
 
     Raises:
-        ValueError: several messages for template: plain; a teacher without a chat template.
+        ValueError: what the template cannot write, or leaves out; a teacher without a chat template.
     """
     from eopd.stages.models.tokenizers import render_chat
 
-    messages: list[dict[str, str]] = [{"role": "user", "content": source}]
-    if settings.kind == "template":
-        messages = json.loads(source)
-    if settings.template == "plain":
-        return _plain(messages, settings.suffix, tokenizer, where)
-    messages[-1]["content"] += settings.suffix
-    if settings.system is not None:
-        messages.insert(0, {"role": "system", "content": settings.system})
-    return render_chat(tokenizer, messages, settings.arguments)
+    try:
+        conversation = teacher_conversation(source, settings)
+        if settings.template == "plain":
+            return [int(number) for number in tokenizer(conversation.plain_text())["input_ids"]]
+        return render_chat(tokenizer, conversation, settings.arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}, score.teacher_prompt: {error}") from error
 
 
-def _plain(
-    messages: Sequence[dict[str, str]], suffix: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[int]:
-    if len(messages) != 1:
-        raise ValueError(
-            f"{where} has {len(messages)} messages, which score.teacher_prompt.template: plain cannot write as one "
-            "text; use template: chat"
-        )
-    return [int(number) for number in tokenizer(messages[0]["content"] + suffix)["input_ids"]]
+def teacher_conversation(source: str, settings: TeacherPromptSettings) -> Conversation:
+    """What the teacher reads, before it is rendered. Raises ValueError, as ``Conversation.prepared``."""
+    text = Conversation(({"role": "user", "content": source},))
+    conversation = Conversation.from_json(source) if settings.kind == "template" else text
+    return conversation.prepared(settings.system, settings.suffix)

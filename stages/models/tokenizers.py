@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models import vocabulary
+from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,21 +31,34 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], arguments: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, arguments: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Ids of ``messages`` under the tokenizer's own chat template, ready for the assistant's first token.
+    """Ids of a conversation under the tokenizer's own chat template, ready for the assistant's next token.
+
+    A last message of the assistant is continued in its turn.
 
     Args:
         arguments: template variables, such as ``enable_thinking: false``.
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that refuses the conversation, leaves a part of it out,
+            or does not read an argument.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: this tokenizer has no chat template; choose a plain-text template, a column "
-            "of the prompt source, or a tokenizer that has one"
+    given = dict(arguments or {})
+    template = ChatTemplate.of(tokenizer, tools=bool(conversation.tools or given.get("tools")))
+    check_arguments(template, given)
+
+    def render(what: Conversation) -> str:
+        text = tokenizer.apply_chat_template(
+            list(what.messages),
+            tokenize=False,
+            add_generation_prompt=not what.is_prefilled,
+            continue_final_message=what.is_prefilled,
+            **({"tools": list(what.tools)} if what.tools else {}),
+            **given,
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **dict(arguments or {}))
-    assert isinstance(text, str)
+        assert isinstance(text, str)
+        return text
+
+    text = write_conversation(conversation, render)
     # the template writes the special tokens itself: adding them again would double the first
     return [int(number) for number in tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from eopd.stages.job import ModelRef
+from eopd.stages.models.chat_templates import Conversation
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
 from eopd.stages.models.tokenizers import check_same_vocabulary, id_to_bytes, render_chat, vocabulary_fingerprint
 from tests.stages.tiny_models import save_tiny, tiny_tokenizer
@@ -97,10 +98,10 @@ def test_rendering_equals_apply_chat_template(tmp_path: Path, arguments: dict[st
     tokenizer = load_tokenizer(ModelRef("/nowhere", tokenizer=str(tmp_path)))
     messages = [{"role": "system", "content": "be é"}, {"role": "user", "content": "teste <|end|> it"}]
     own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments)["input_ids"]
-    assert render_chat(tokenizer, messages, arguments) == own
+    assert render_chat(tokenizer, Conversation(tuple(messages)), arguments) == own
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        render_chat(tokenizer, messages)
+        render_chat(tokenizer, Conversation(tuple(messages)))
 
 
 def test_a_revision_of_the_model_is_none_of_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

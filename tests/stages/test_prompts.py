@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_ids_may_be_row_numbers_and_prompts_conversations(tmp_path: Path) -> Non
             r"prompts\.jsonl line 2 is not",
         ),
         ('{"problem": "x", "name": "a", "solution": "1"}\n', "line 1 has no column 'hint'; it has name, problem, sol"),
-        ("[1, 2]\n", "line 1 is not a JSON object but list"),
+        ("[1, 2]\n", "item 0 is not a JSON object but int"),
         ('{"problem": "  ", "name": "a", "solution": "1", "hint": "h"}\n', "line 1: column 'problem' must hold text"),
         ('{"problem": 7, "name": "a", "solution": "1", "hint": "h"}\n', "line 1: column 'problem' must hold text"),
         ('{"problem": "x", "name": "a", "solution": null, "hint": "h"}\n', "line 1: column 'solution' is empty"),
@@ -197,3 +198,91 @@ def test_draws_differ_by_seed_and_epoch_and_are_even() -> None:
 
 def test_the_draw_is_the_same_for_ever() -> None:
     assert draw_prompts(8, 8, 0, 0) == [7, 4, 0, 1, 3, 6, 2, 5]  # recorded: keys of rounds rest on it
+
+
+NESTED = [
+    {"prompt": "1+1?", "reward_model": {"ground_truth": "2", "style": "rule"}, "info": {"index": "u-0"}, "all": ["2"]},
+    {"prompt": "2+2?", "reward_model": {"ground_truth": "4", "style": "rule"}, "info": {"index": "u-1"}, "all": ["4"]},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder", "array"])
+def test_dots_lead_into_structs_and_lists_of_one(tmp_path: Path, kind: str) -> None:
+    if kind == "array":
+        path = tmp_path / "array.json"
+        path.write_text(json.dumps(NESTED, indent=2), encoding="utf-8")
+    else:
+        path = write(tmp_path, kind, NESTED)
+    columns = {"id": "info.index", "answer": "reward_model.ground_truth"}
+    table = load_prompts(PromptSettings(path=str(path), columns=columns))
+    assert [(prompt.id, prompt.answer) for prompt in table] == [("u-0", "2"), ("u-1", "4")]
+    assert count_prompts(PromptSettings(path=str(path))) == 2
+    assert load_prompts(PromptSettings(path=str(path), columns={"answer": "all.0"}))[1].answer == "4"
+    for wrong, words in (
+        ("reward_model", r"struct; name one of its fields: reward_model\.ground_truth"),
+        ("reward_model.truth", "no field 'truth'; it has ground_truth, style"),
+        ("all", r"holds a list.*all\.0"),
+        ("info.index.deeper", "'info.index' holds str"),
+        ("reward.truth", "has no column 'reward.truth'; it has "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_prompts(PromptSettings(path=str(path), columns={"answer": wrong}))
+
+
+def test_an_item_of_a_longer_list_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl", [{"prompt": "x", "all": ["1", "2"]}])
+    with pytest.raises(ValueError, match="line 1: 'all' holds 2 items"):
+        load_prompts(PromptSettings(path=str(path), columns={"answer": "all.0"}))
+
+
+def test_a_name_with_dots_of_its_own_comes_first(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl", [{"prompt": "x", "a.b": "own", "a": {"b": "nested"}}])
+    assert load_prompts(PromptSettings(path=str(path), columns={"answer": "a.b"}))[0].answer == "own"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["id", "answer"])
+def test_numbers_that_are_none_are_refused_by_row(tmp_path: Path, kind: str, column: str, value: float) -> None:
+    path = write(tmp_path, kind, [{"prompt": "x", "n": 5.0}, {"prompt": "y", "n": value}])
+    with pytest.raises(ValueError, match=rf"(line 2|row 1): column 'n' is {value}"):
+        load_prompts(PromptSettings(path=str(path), columns={column: "n"}))
+
+
+@pytest.mark.parametrize("value", [None, 3, ["x"], [{"role": "user", "content": "x"}]])
+def test_a_teacher_prompt_is_text(tmp_path: Path, value: Any) -> None:
+    path = write(tmp_path, "jsonl", [{"prompt": "x", "hint": value}])
+    with pytest.raises(ValueError, match="line 1: column 'hint' must hold text"):
+        load_prompts(PromptSettings(path=str(path), columns={"teacher_prompt": "hint"}))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
+        ('{"prompt": "\\ud800"}', "line 1: column 'prompt'.*surrogates"),
+        ('{"prompt": [{"role": "user", "content": "\\udfff"}]}', "line 1: column 'prompt'.*surrogates"),
+        ('{"prompt": "x", "answer": "\\ud800"}', "line 1: column 'answer' is no text"),
+        ('{"prompt": "x", "answer": 1, "answer": 2}', "line 1 is not JSON: the key 'answer' comes twice"),
+        ('{"prompt": "x", "answer": ' + "9" * 5000 + "}", "line 1 is not JSON"),
+        ('{"prompt": "x", "answer": 1e999}', "line 1: column 'answer' is inf"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('[{"prompt": "x"}', "begins as a JSON array, is not JSON"),
+        ('[{"prompt": "x"}, 3]', "item 1 is not a JSON object but int"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_hostile_lines_are_one_message(tmp_path: Path, line: str, words: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(line + "\n", encoding="utf-8")
+    columns = {"answer": "answer"} if "answer" in line else {}
+    with pytest.raises(ValueError, match=words) as caught:
+        load_prompts(PromptSettings(path=str(path), columns=columns))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_source_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    with pytest.raises(ValueError, match="no file that can be read twice"):
+        count_prompts(prompts(tmp_path / "fifo.jsonl"))

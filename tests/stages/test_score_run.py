@@ -379,7 +379,7 @@ def test_a_column_as_context(teacher: Path, tmp_path: Path, template: str) -> No
         (
             response_row(3, [30], messages=json.dumps([{"role": "user", "content": "a"}] * 2)),
             {"kind": "template", "template": "plain"},
-            "prompt 'p3' has 2 messages",
+            "prompt 'p3', score.teacher_prompt: it has 2 messages",
         ),
         (
             response_row(3, [30], teacher_prompt=""),

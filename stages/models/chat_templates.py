@@ -1,0 +1,376 @@
+"""Conversations and how a chat template writes them.
+
+A template is free to ignore what it does not know: a role, `tool_calls`, `reasoning_content`, a `name`, an argument.
+What it ignores would be missing from the prompt without a word, so each field is checked to change the text, and a
+field that does not is refused. ``ChatTemplate`` renders with Jinja alone, so that a plan can check templates without
+importing transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = dict[str, Any]
+Render = Callable[["Conversation"], str]
+"""Text of a conversation, ready for the assistant's next token."""
+
+RESERVED = frozenset(
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages"),
+        *("padding", "processor_kwargs", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize"),
+        *("tokenizer_kwargs", "truncation"),
+    }
+)
+"""Arguments of ``apply_chat_template`` that eopd sets itself, or that would change what it returns."""
+
+LINKS = frozenset({"id", "tool_call_id", "type"})
+"""Fields that join a tool's answer to its call and say nothing else: many templates rightly leave them out."""
+
+SYSTEM = ("system", "developer")
+PROBE = "eopd-probe"
+PREFIX_END = "eopd-end-of-prefix"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and the tools that they may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> Conversation:
+        """The inverse of ``to_json``."""
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return cls(tuple(value["messages"]), tuple(value["tools"]))
+        return cls(tuple(value))
+
+    def to_json(self) -> str:
+        """A list of messages; with tools, an object of both."""
+        messages = list(self.messages)
+        return json.dumps({"messages": messages, "tools": self.tools} if self.tools else messages, ensure_ascii=False)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the last message is the beginning of the assistant's answer."""
+        return self.messages[-1]["role"] == "assistant"
+
+    def shape(self) -> tuple[object, ...]:
+        """Equal for conversations that a template treats alike: roles, fields, and whether there are tools."""
+        return (bool(self.tools), *((message["role"], *sorted(message)) for message in self.messages))
+
+    def prepared(self, system: str | None, suffix: str) -> Conversation:
+        """With a system message before, and text after the last user message.
+
+        Raises:
+            ValueError: there is a system message already; there is no user message for the suffix.
+        """
+        messages = [dict(message) for message in self.messages]
+        if suffix:
+            users = [message for message in messages if message["role"] == "user"]
+            if not users:
+                raise ValueError("suffix is text after the last user message, and there is none")
+            users[-1]["content"] += suffix
+        if system is not None:
+            if any(message["role"] in SYSTEM for message in messages):
+                raise ValueError("there is a system message already, and `system` would add a second; keep one of them")
+            messages.insert(0, {"role": "system", "content": system})
+        return Conversation(tuple(messages), self.tools)
+
+    def plain_text(self) -> str:
+        """The text of a conversation that is one user message.
+
+        Raises:
+            ValueError: it is more than that.
+        """
+        count = len(self.messages)
+        if count > 1:
+            raise ValueError(f"it has {count} messages, which template: plain cannot write; use template: chat")
+        beyond = [
+            *(name for name in self.messages[0] if name not in ("role", "content")),
+            *(["tools"] * bool(self.tools)),
+        ]
+        if self.messages[0]["role"] != "user" or beyond:
+            what = ", ".join(beyond) or f"the role {self.messages[0]['role']!r}"
+            raise ValueError(f"template: plain cannot write {what}; use template: chat")
+        return str(self.messages[0]["content"])
+
+
+def parse_conversation(value: object, tools: object = None) -> Conversation:
+    """A conversation as data sets hold it: text, which is one user message, or a list of messages.
+
+    Fields that are null are absent: a column of a Parquet file has the same fields in every row.
+
+    Raises:
+        ValueError: it is neither, or a message that no template could write; says which.
+    """
+    if isinstance(value, str) and value.strip():
+        messages: tuple[Message, ...] = ({"role": "user", "content": value},)
+    elif isinstance(value, list) and value:
+        messages = tuple(_message(item, f"message {number}") for number, item in enumerate(value, start=1))
+    else:
+        raise ValueError(
+            f"must hold text or a list of {{role, content}} messages, and not be empty; got {_short(value)}"
+        )
+    conversation = Conversation(messages, _tools(tools))
+    try:
+        json.dumps([messages, conversation.tools], ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"must hold text and JSON values only: {error}") from error
+    if conversation.is_prefilled and messages[-1].get("tool_calls"):
+        raise ValueError("ends with the assistant's tool calls; the tool's answer, or a user's message, must follow")
+    return conversation
+
+
+def _message(item: object, where: str) -> Message:
+    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+        raise ValueError(f"{where} must hold text as `role` and `content`, got {_short(item)}")
+    message = _without_nulls({"role": item["role"], "content": None, **item})
+    if message.get("tool_calls"):
+        message.setdefault("content", "")
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: `content` must be text, got {_short(content)}")
+    says_something = content or message.get("tool_calls") or message.get("reasoning_content")
+    if message["role"] == "assistant" and not says_something:
+        raise ValueError(f"{where} is an empty turn of the assistant; remove it")
+    return message
+
+
+def _tools(value: object) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its tools are not JSON: {_one_line(error)}") from error
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f"its tools must be a list of JSON schemas, got {_short(value)}")
+    return tuple(_without_nulls(tool) for tool in value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def write_conversation(conversation: Conversation, render: Render) -> str:
+    """What ``render`` writes, once it is known to leave nothing out.
+
+    Raises:
+        ValueError: the template refuses the conversation, or ignores a message, a field or the tools; says which.
+    """
+    text = _rendered(conversation, render)
+    for field, changed in _probes(conversation, text):
+        try:
+            ignored = render(changed) == text
+        except Exception:  # the template does something else without the field: so it reads it
+            ignored = False
+        if ignored:
+            raise ValueError(
+                f"the chat template leaves out {field}; remove it, or use a model whose template writes it"
+            )
+    return text
+
+
+def _rendered(conversation: Conversation, render: Render) -> str:
+    try:
+        return render(conversation)
+    except Exception as error:  # of Jinja, or whatever an expression of a template raises
+        roles = ", ".join(message["role"] for message in conversation.messages)
+        raise ValueError(f"the chat template refuses it ({roles}): {_one_line(error)}") from error
+
+
+def _probes(conversation: Conversation, text: str) -> Iterator[tuple[str, Conversation]]:
+    """(name of a field, the conversation without it or with another value), for every field that says something."""
+    messages = conversation.messages
+    alone = len(messages) == 1
+    for number, message in enumerate(messages):
+        where = "" if alone else f" of message {number + 1} ({message['role']})"
+        for name, value in message.items():
+            if (
+                name == "role"
+                or name in LINKS
+                or not value
+                or (name == "name" and message["role"] in ("tool", "function"))
+            ):
+                continue
+            if name == "content":
+                if alone and value.strip() in text:
+                    continue
+                changed = {**message, "content": f"{value} {PROBE}"}
+            else:
+                changed = {field: other for field, other in message.items() if field != name}
+            changed_messages = (*messages[:number], changed, *messages[number + 1 :])
+            yield f"`{name}`{where}", Conversation(changed_messages, conversation.tools)
+    if conversation.tools:
+        yield "the tools", Conversation(messages)
+
+
+def check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument that the template never reads, or that would be given twice."""
+    unknown = sorted(set(arguments) - template.variables)
+    if unknown:
+        near = ", ".join(sorted(template.variables - RESERVED - template.special_tokens.keys())) or "none"
+        raise ValueError(f"the chat template reads no argument {', '.join(unknown)}; it reads: {near}")
+
+
+def refuse_reserved(setting: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments of a chat template that are not a person's to set."""
+    reserved = sorted(RESERVED & arguments.keys())
+    if reserved:
+        raise ValueError(
+            f"{setting}: {', '.join(reserved)} is set by eopd itself; only variables of the template may stand here"
+        )
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template and the special tokens that it may write."""
+
+    source: str
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def of_folder(cls, folder: Path, *, tools: bool = False) -> ChatTemplate:
+        """The template of a tokenizer's folder, as transformers would choose it.
+
+        Raises:
+            ValueError: there is none, or a file of the folder cannot be read.
+        """
+        config = _read_object(folder / "tokenizer_config.json")
+        legacy = _read_object(folder / "special_tokens_map.json")
+        tokens = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in {**legacy, **config}.items()
+            if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+        }
+        found: dict[str, str] = {}
+        stated = config.get("chat_template")
+        if isinstance(stated, list):
+            found = {item["name"]: item["template"] for item in stated if isinstance(item, dict)}
+        elif isinstance(stated, str):
+            found = {"default": stated}
+        files = [*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("chat_template.jinja")]
+        for file in files:
+            found["default" if file.name == "chat_template.jinja" else file.stem] = file.read_text(encoding="utf-8")
+        source = found.get("tool_use") if tools else None
+        return cls(source or found.get("default") or _no_template(str(folder)), tokens)
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, tools: bool = False) -> ChatTemplate:
+        """The template of a tokenizer that is loaded. Raises ValueError: there is none."""
+        found = tokenizer.chat_template
+        if isinstance(found, dict):
+            found = (tools and found.get("tool_use")) or found.get("default")
+        tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return cls(found or _no_template(tokenizer.name_or_path), tokens)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not define."""
+        return _variables(self.source)
+
+    def render(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
+        """As ``apply_chat_template`` with a generation prompt, or the assistant's last message left open."""
+        messages = deepcopy(list(conversation.messages))
+        if conversation.is_prefilled:
+            messages[-1]["content"] += PREFIX_END
+        text = _compiled(self.source).render(
+            messages=messages,
+            tools=list(conversation.tools) or None,
+            documents=None,
+            add_generation_prompt=not conversation.is_prefilled,
+            **self.special_tokens,
+            **arguments,
+        )
+        if not conversation.is_prefilled:
+            return text
+        if PREFIX_END not in text:
+            raise ValueError("it does not write the end of the assistant's message, so that cannot be continued")
+        return text[: text.rindex(PREFIX_END)]
+
+
+def _no_template(whose: str) -> str:
+    raise ValueError(
+        f"{whose}: this tokenizer has no chat template; choose a plain-text template, a column of the prompt source, "
+        "or a tokenizer that has one"
+    )
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    from datetime import datetime
+
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, which marks what an assistant wrote and changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012  (as the base class has it)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@lru_cache(maxsize=8)
+def _variables(source: str) -> frozenset[str]:
+    from jinja2 import TemplateSyntaxError, meta
+
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is no Jinja template (line {error.lineno}): {error.message}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

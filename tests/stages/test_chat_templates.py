@@ -1,0 +1,197 @@
+"""Conversations as data sets hold them, and templates that take, refuse or ignore parts of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, parse_conversation
+from eopd.stages.models.prompts import PromptSettings, load_prompts, render_prompt
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, render_teacher_prompt
+from tests.stages.tiny_tokenizer import tiny_tokenizer
+
+CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+USER: dict[str, Any] = {"role": "user", "content": "1+2?"}
+TOOLS = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "name": "add", "tool_call_id": "c1"},
+]
+PREFILL = [USER, {"role": "assistant", "content": "Let me add: "}]
+SYSTEM = [{"role": "system", "content": "Be brief"}, USER]
+
+WHOLE = (
+    "{{ bos_token }}{% if tools %}[{{ tools | tojson }}]{% endif %}"
+    "{% for m in messages %}<{{ m.role }}{% if m.name and m.role == 'user' %} {{ m.name }}{% endif %}>"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]{% endfor %}"
+    "</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is false %}--{% endif %}{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+KNOWN_ROLES = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.content }}>{% endif %}{% endfor %}"
+TRIMS = PLAIN.replace("m.content", "m.content | trim")
+
+
+def text_of(
+    template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **changes: Any
+) -> str:
+    """What the student reads of one prompt, through a source, a tokenizer and back."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    settings = PromptSettings(path="here.jsonl", **changes)
+    prompt = load_prompts_of([{"prompt": messages, "tools": tools}], columns={"tools": "tools"})
+    return str(tokenizer.decode(render_prompt(tokenizer, prompt, settings)))
+
+
+def load_prompts_of(rows: list[dict[str, Any]], **settings: Any) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return load_prompts(PromptSettings(path=str(path), **settings))[0]
+
+
+def test_everything_that_a_template_takes_is_passed_on() -> None:
+    text = text_of(WHOLE, TOOLS, [TOOL])
+    assert text.startswith('<bos>[[{"type": "function"')
+    assert '<assistant>[add {"a": 1, "b": 2}]</><tool>3</><assistant>' in text
+    named = [{**USER, "name": "Ann"}, {"role": "assistant", "content": "3", "reasoning_content": "hm"}, USER]
+    assert "<user Ann>1+2?</><assistant>(hm)3</>" in text_of(WHOLE, named)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "field"),
+    [
+        (PLAIN, TOOLS, None, "tool_calls"),
+        (PLAIN, [USER], [TOOL], "tools"),
+        (PLAIN, [{**USER, "name": "Ann"}], None, "name"),
+        (
+            PLAIN,
+            [USER, {"role": "assistant", "content": "3", "reasoning_content": "hm"}, USER],
+            None,
+            "reasoning_content",
+        ),
+        (PLAIN, [{**USER, "weight": 1}], None, "weight"),
+        (KNOWN_ROLES, SYSTEM, None, r"content.*message 1 \(system"),
+        (KNOWN_ROLES, [{"role": "human", "content": "1+2?"}], None, "content"),
+        (NO_SYSTEM, SYSTEM, None, "System role not supported"),
+        (PLAIN.replace("m.content", "m.text + ''"), [USER], None, "refuses it"),
+        ("{% for m in messages %", [USER], None, "no Jinja template"),
+        (WHOLE, PREFILL[1:], None, None),
+    ],
+)
+def test_what_a_template_leaves_out_or_refuses_is_named(
+    template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, field: str | None
+) -> None:
+    if field is None:
+        assert text_of(template, messages, tools)
+        return
+    with pytest.raises(ValueError, match=rf"prompt '0' of here\.jsonl.*{field}"):
+        text_of(template, messages, tools)
+
+
+@pytest.mark.parametrize("template", [PLAIN, WHOLE, TRIMS])
+def test_an_assistant_s_last_message_is_continued_in_its_turn(template: str) -> None:
+    text = text_of(template, PREFILL, suffix="!")
+    assert text.endswith("<user>1+2?!</><assistant>Let me add:" + ("" if template == TRIMS else " "))
+    teacher = tiny_tokenizer()
+    teacher.chat_template = template
+    source = Conversation(tuple(PREFILL)).to_json()
+    ids = render_teacher_prompt(source, TeacherPromptSettings(kind="template", suffix="!"), teacher, "part 0")
+    assert teacher.decode(ids) == text
+
+
+def test_the_rendering_without_transformers_is_transformers_own() -> None:
+    for template in (WHOLE, PLAIN, TRIMS, "{% generation %}x{% endgeneration %}" + PLAIN):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        for messages in (TOOLS, SYSTEM, [USER]):
+            conversation = Conversation(tuple(messages), (TOOL,))
+            own = ChatTemplate.of(tokenizer).render(conversation, {"enable_thinking": False})
+            assert own == tokenizer.apply_chat_template(
+                messages, tools=[TOOL], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_template_of_a_folder_is_the_tokenizer_s(tmp_path: Path, as_list: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": WHOLE} if as_list else WHOLE
+    tokenizer.save_pretrained(tmp_path)
+    found = ChatTemplate.of_folder(tmp_path, tools=True)
+    assert (found.source, found.special_tokens["bos_token"]) == (WHOLE, "<bos>")
+    assert ChatTemplate.of(tokenizer, tools=True).source == WHOLE
+    assert ChatTemplate.of_folder(tmp_path).source == (PLAIN if as_list else WHOLE)
+
+
+def test_arguments_that_no_template_reads_are_refused() -> None:
+    template = ChatTemplate(WHOLE, {"bos_token": "<bos>"})
+    check_arguments(template, {"enable_thinking": False, "tools": []})
+    with pytest.raises(ValueError, match="enable_thinkin; it reads: enable_thinking"):
+        check_arguments(template, {"enable_thinkin": False})
+    with pytest.raises(ValueError, match=r"reads no argument thinking"):
+        text_of(WHOLE, [USER], template_arguments={"thinking": True})
+    for name in ("add_generation_prompt", "tokenize", "messages", "continue_final_message"):
+        with pytest.raises(ValueError, match=f"template_arguments: {name}"):
+            PromptSettings(path="x", template_arguments={name: True})
+        with pytest.raises(ValueError, match=rf"score\.teacher_prompt\.arguments: {name}"):
+            TeacherPromptSettings(kind="template", arguments={name: True})
+
+
+def test_a_second_system_message_is_refused() -> None:
+    with pytest.raises(ValueError, match="a system message already"):
+        text_of(PLAIN, SYSTEM, system="Think.")
+    with pytest.raises(ValueError, match="a system message already"):
+        render_teacher_prompt(
+            Conversation(tuple(SYSTEM)).to_json(),
+            TeacherPromptSettings(kind="template", system="Think."),
+            tiny_tokenizer(),
+            "part 0",
+        )
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "message 1: `content` must be text"),
+        ([USER, {"role": "assistant", "content": ""}], "message 2 is an empty turn"),
+        ([USER, {"role": "assistant", "content": None}], "message 2: `content` must be text"),
+        ([USER, {"role": "assistant", "tool_calls": [CALL]}], "ends with the assistant's tool calls"),
+        ([{"content": "x"}], "message 1 must hold text as `role`"),
+        ([{"role": "user", "content": "\ud800"}], "surrogates"),
+        ([{"role": "user", "content": "x", "name": float("nan")}], "nan|NaN|JSON"),
+        ([], "not be empty"),
+        ("  ", "not be empty"),
+    ],
+)
+def test_conversations_that_no_template_could_write(messages: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_conversation(messages)
+
+
+def test_fields_of_other_rows_are_absent_and_not_null(tmp_path: Path) -> None:
+    """A Parquet column has the same fields in each row: `tool_calls` of a user's message is null there."""
+    path = tmp_path / "tools.parquet"
+    pq.write_table(pa.table({"prompt": [TOOLS], "tools": [json.dumps([TOOL])]}), path)
+    found = load_prompts(PromptSettings(path=str(path), columns={"tools": "tools"}))[0]
+    assert found.conversation == Conversation(tuple(TOOLS), (TOOL,))
+    assert Conversation.from_json(found.messages_json) == found.conversation
+
+
+def test_plain_text_is_one_user_s_message() -> None:
+    assert Conversation((USER,)).plain_text() == "1+2?"
+    for messages in (SYSTEM, [{**USER, "name": "Ann"}], [{"role": "system", "content": "x"}]):
+        with pytest.raises(ValueError, match="template: plain cannot write"):
+            Conversation(tuple(messages)).plain_text()

@@ -9,6 +9,7 @@ one, and so is a key that stands twice in one group.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import ROUNDS, SEED, Settings, setting
 from eopd.stages.train.settings import TrainSettings
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -51,8 +52,10 @@ class StudentSettings(ModelSettings):
 
 
 class RunSettings(Settings):
-    name: str = setting(..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = setting(0, "Seed of prompt order, sampling and training order.")
+    name: str = setting(
+        ..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$", max_length=200
+    )
+    seed: int = setting(0, "Seed of prompt order, sampling and training order.", ge=0, le=SEED)
     store: str = setting(
         "store",
         "Folder of the artifact store. Runs that share it share work. A list is this folder and, behind it, the "
@@ -71,11 +74,17 @@ class RunSettings(Settings):
         "Refuse a run, or a stage of it, that would take the store beyond this, before any work. None: no limit.",
         keyed=False,
         gt=0,
+        le=SEED,
     )
-    rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1)
-    refresh: int = setting(1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1)
+    rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1, le=ROUNDS)
+    refresh: int = setting(
+        1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1, le=ROUNDS
+    )
     lag: int = setting(
-        0, "Rounds by which the policy that samples is late: with 1, a round's rollouts overlap training.", ge=0
+        0,
+        "Rounds by which the policy that samples is late: with 1, a round's rollouts overlap training.",
+        ge=0,
+        le=ROUNDS,
     )
     student: StudentSettings = setting(..., "The model that learns.")
     teacher: ModelSettings = setting(..., "The model it learns from.")
@@ -136,8 +145,11 @@ def find_config(name: str) -> Path:
         ConfigError: neither; lists what is there.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"no config file {name[:80]!r}: {error.strerror}") from error
     if (path / "config.yaml").is_file():  # what a run was resolved to
         return path / "config.yaml"
     packaged = CONFIG_FOLDER / f"{name}.yaml"
@@ -176,13 +188,14 @@ def read_list(path: Path, key: str) -> list[Any]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    found = _read_yaml(path, seen=()).get(key)
-    if not isinstance(found, list) or not found:
+    entries = _read_yaml(path, seen=()).get(key)
+    if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{path} must hold a list under `{key}:`")
-    return found
+    return entries
 
 
 def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
+    _refuse_other_values(raw, "", source)
     try:
         return RunSettings.model_validate(raw)
     except ValidationError as error:
@@ -190,26 +203,61 @@ def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
         raise ConfigError(f"{source}: " + "; ".join(lines)) from error
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+def _refuse_other_values(value: Any, where: str, source: str) -> None:
+    """Raises ConfigError for what no artifact key, resolved config or path could hold, by the setting's name.
+
+    YAML has dates, sets, binary data and NaN; and fields such as template arguments take any value.
+    """
+    problem = None
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{source}: {key!r} in {where or 'the settings'} must be text: write it in quotes")
+            _refuse_other_values(item, f"{where}.{key}".lstrip("."), source)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _refuse_other_values(item, f"{where}.{number}", source)
+    elif isinstance(value, float) and not math.isfinite(value):
+        problem = f"is {value}, and must be a finite number"
+    elif isinstance(value, str):
+        if "\0" in value or not _can_be_encoded(value):
+            problem = "holds a character that no text or path can hold (NUL, or half of a surrogate pair)"
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        problem = f"is a {type(value).__name__} in YAML, and must be text or a number: write it in quotes"
+    if problem is not None:
+        raise ConfigError(f"{source}: setting {where!r} {problem}")
+
+
+def _can_be_encoded(text: str) -> bool:
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        path = path.resolve()
+        if path in seen:
+            raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+        if seen and not path.is_file():
+            raise ConfigError(f"{seen[-1]}: `extends` names {path}, which is no file or does not exist")
         raw = _load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{seen[-1] if seen else path} extends {path}, which does not exist") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except _Twice as error:
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError to pathlib
+        raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from error
+    except _BadYaml as error:
         raise ConfigError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, found {type(raw).__name__}")
     raw = _resolve_paths(raw, path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ConfigError(f"{path}: `extends` must be the path of one YAML file, got {_shown(base)}")
     return merge(_read_yaml(Path(base), (*seen, path)), raw)
 
 
@@ -219,14 +267,17 @@ def _resolve_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_resolve_paths(item, folder) for item in value]
     if isinstance(value, str) and value.startswith(("./", "../")):
-        return str((folder / value).resolve())
+        try:
+            return str((folder / value).resolve())
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or no path at all: refused where it is used
+            return str(folder / value)
     if isinstance(value, str) and value.startswith("~/"):
         return str(Path(value).expanduser())
     return value
 
 
-class _Twice(Exception):
-    """A key that stands twice in one group."""
+class _BadYaml(Exception):
+    """A text is not YAML, or YAML that cannot be settings. The message is one line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -241,16 +292,69 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in first:
-                raise _Twice(
+                raise _BadYaml(
                     f"line {line}: {key.value!r} is already given in line {first[key.value]}; keep one of them"
                 )
             first[key.value] = line
         return node
 
 
+MOST_VALUES = 100_000
+"""Values of a config with its aliases written out. A sweep of a thousand runs has fewer."""
+
+
 def _load_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError or _Twice."""
-    return yaml.load(text, _Loader)  # a safe one
+    """Raises _BadYaml."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise _BadYaml("is not YAML for settings: it is nested too deeply") from error
+    except _BadYaml:
+        raise
+    except Exception as error:  # PyYAML raises what Python raises where a tag does not fit its value (`!!int x`)
+        raise _BadYaml(f"is not YAML: {_one_line(error)}") from error
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """Values below ``node`` with every alias written out; ``counts``: of nodes, None while a node is being counted.
+
+    Raises:
+        _BadYaml: a node holds itself, or a few lines of aliases stand for more values than any config has.
+    """
+    line = node.start_mark.line + 1
+    if id(node) in counts:
+        known = counts[id(node)]
+        if known is None:
+            raise _BadYaml(f"line {line}: an anchor holds an alias of itself")
+        return known
+    counts[id(node)] = None
+    children = node.value if isinstance(node, yaml.SequenceNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    count = 1 + sum(_count_values(child, counts) for child in children)
+    if count > MOST_VALUES:
+        raise _BadYaml(f"line {line}: its aliases stand for more than {MOST_VALUES:,} values")
+    counts[id(node)] = count
+    return count
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; short, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a whole number of {value.bit_length()} bits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,10 +371,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected key=value, such as train.optimizer.lr=1e-5")
     try:
         value = _resolve_paths(_load_yaml(text), Path.cwd())
-    except _Twice as error:
-        raise ConfigError(f"--set {override!r}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+    except _BadYaml as error:
+        raise ConfigError(f"--set {override!r}: the value {error}") from error
     here = raw
     *above, last = dotted.split(".")
     for name in above:
@@ -293,7 +395,7 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown setting {where!r}.{hint}"
     if item["type"] == "missing":
         return f"setting {where!r} is required"
-    return f"setting {where!r} is {item.get('input')!r}: {item['msg'].removeprefix('Value error, ')}"
+    return f"setting {where!r} is {_shown(item.get('input'))}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

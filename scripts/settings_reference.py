@@ -100,6 +100,8 @@ def _type(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in inner)
+    if origin is typing.Annotated:  # with its bounds
+        return _type(inner[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(one) for one in inner)
     if origin in (list, tuple):

@@ -10,6 +10,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Upper limits of settings: beyond anything that works, so that a typo is refused where it stands. What a number costs
+# on this machine is another question, which `eopd plan` and `eopd run` answer.
+COUNT = 1_000_000_000
+ROUNDS = 10_000
+LENGTH = 10_000_000  # tokens of a sequence
+ENTRIES = 1_000_000  # of one token's distribution
+PROCESSES = 4096
+THREADS = 4096
+SEED = 2**63 - 1
+DAY = 86_400.0  # seconds
+NATS = 1000.0
+FACTOR = 1e9
+
 
 def setting(default: Any, description: str, *, keyed: bool = True, **constraints: Any) -> Any:
     """A documented field. ``default=...`` makes it required; ``keyed=False`` keeps it out of artifact keys."""
@@ -21,7 +34,9 @@ def setting(default: Any, description: str, *, keyed: bool = True, **constraints
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def semantic(self) -> dict[str, Any]:
         """The keyed fields only, as plain JSON values: what an artifact key is made of."""

@@ -23,7 +23,7 @@ from pydantic import model_validator
 
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import longest_readable
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, LENGTH, PROCESSES, THREADS, Settings, setting
 
 EngineKind = Literal["auto", "vllm", "transformers"]
 FinishReason = Literal["stop", "length"]
@@ -41,22 +41,27 @@ class EngineOptions(Settings):
         None, "Device of the transformers engine (None: cuda if present, else cpu)", keyed=False
     )
     max_batch: int | None = setting(
-        None, "Most sequences decoded at once (None: the engine's choice)", keyed=False, ge=1
+        None, "Most sequences decoded at once (None: the engine's choice)", keyed=False, ge=1, le=COUNT
     )
     max_model_len: int | None = setting(
         None,
         "Longest prompt + response an engine that samples is opened for, tokens (None: what the stage needs)",
         keyed=False,
         ge=2,
+        le=LENGTH,
     )
     cpu_threads: int | None = setting(
-        None, "Threads while sampling on a CPU (null: torch's); a tiny model is fastest on one", keyed=False, ge=1
+        None,
+        "Threads while sampling on a CPU (null: torch's); a tiny model is fastest on one",
+        keyed=False,
+        ge=1,
+        le=THREADS,
     )
     gpu_memory_utilization: float = setting(
         0.85, "vLLM on a GPU: share of its memory to take", keyed=False, gt=0.0, le=1.0
     )
-    cpu_kv_cache_gib: float = setting(1.0, "Size of the KV cache on a CPU, GiB", keyed=False, gt=0.0)
-    tensor_parallel: int = setting(1, "vLLM: GPUs that share one model", keyed=False, ge=1)
+    cpu_kv_cache_gib: float = setting(1.0, "Size of the KV cache on a CPU, GiB", keyed=False, gt=0.0, le=100_000.0)
+    tensor_parallel: int = setting(1, "vLLM: GPUs that share one model", keyed=False, ge=1, le=PROCESSES)
     enforce_eager: bool | None = setting(
         None, "vLLM: do not compile (None: compile on a GPU, never on a CPU)", keyed=False
     )

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
 from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings, setting
 
 MATH_RULES = 2
 """Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: other verdicts
@@ -41,7 +41,7 @@ class BenchmarkSettings(Settings):
     split: str | None = setting(None, "Split of a folder that holds several")
     columns: ProblemColumns = setting(ProblemColumns, "Which column holds what")
     verifier: VerifierName = setting("math", "Who judges: math (math-verify), countdown, or exact (equal texts)")
-    limit: int | None = setting(None, "Use the first problems only (null: all)", ge=1)
+    limit: int | None = setting(None, "Use the first problems only (null: all)", ge=1, le=COUNT)
 
 
 class EvaluateSettings(Settings):
@@ -52,15 +52,22 @@ class EvaluateSettings(Settings):
 
     benchmarks: tuple[BenchmarkSettings, ...] = setting(..., "The benchmarks, by unique names", min_length=1)
     every: int = setting(
-        1, "Measure the students of every this many rounds; the first and the last always are", keyed=False, ge=1
+        1,
+        "Measure the students of every this many rounds; the first and the last always are",
+        keyed=False,
+        ge=1,
+        le=ROUNDS,
     )
-    samples: int = setting(8, "Responses to each problem (Avg@k and Pass@k have every k up to it)", ge=1)
-    temperature: float = setting(1.0, "Sampling temperature (0: greedy)", ge=0.0)
+    samples: int = setting(8, "Responses to each problem (Avg@k and Pass@k have every k up to it)", ge=1, le=100_000)
+    temperature: float = setting(1.0, "Sampling temperature (0: greedy)", ge=0.0, le=100.0)
     top_p: float = setting(
         1.0, "Sample from the smallest set of tokens with this mass (1: all; paper: 0.8)", gt=0, le=1
     )
     max_new_tokens: int | None = setting(
-        None, "Longest response, tokens; a longer one is cut and rarely right (null: as rollout.max_new_tokens)", ge=1
+        None,
+        "Longest response, tokens; a longer one is cut and rarely right (null: as rollout.max_new_tokens)",
+        ge=1,
+        le=LENGTH,
     )
     template: Literal["chat", "plain"] | None = setting(
         None,
@@ -70,17 +77,17 @@ class EvaluateSettings(Settings):
     template_arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
     system: str | None = setting(None, "System message put before the problem (chat only)")
     suffix: str | None = setting(None, "Text put after the problem (null: as prompts.suffix)")
-    max_prompt_tokens: int = setting(2048, "Longest prompt, tokens", ge=1)
+    max_prompt_tokens: int = setting(2048, "Longest prompt, tokens", ge=1, le=LENGTH)
     too_long: Literal["skip", "refuse"] = setting(
         "refuse", "A longer prompt is left out and counted, or refused: results without it are of other problems"
     )
     confidence: float = setting(0.95, "Confidence of the bootstrap intervals", gt=0.0, lt=1.0)
-    resamples: int = setting(2000, "Bootstrap resamples of the problems", ge=100)
+    resamples: int = setting(2000, "Bootstrap resamples of the problems", ge=100, le=1_000_000)
     rows_per_part: int = setting(
-        256, "Problems a part: the unit of resuming and of distribution, sampled in one engine call", ge=1
+        256, "Problems a part: the unit of resuming and of distribution, sampled in one engine call", ge=1, le=COUNT
     )
-    seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0)
-    verifier_workers: int = setting(2, "Processes of the math verifier", keyed=False, ge=1)
+    seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0, le=DAY)
+    verifier_workers: int = setting(2, "Processes of the math verifier", keyed=False, ge=1, le=PROCESSES)
     # keyed apart: an artifact of its own, so that asking for it leaves every evaluation as it is
     alignment: AlignmentSettings | None = setting(
         None, "Teacher against student on these samples, by teacher entropy (null: not measured)", keyed=False

@@ -21,7 +21,7 @@ from pydantic import model_validator
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models import prompt_sources
 from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, refuse_reserved
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, LENGTH, Settings, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class PromptSettings(Settings):
         ..., "JSONL file, Parquet file, or folder saved with datasets' save_to_disk (known by content)", keyed=False
     )
     split: str | None = setting(None, "Split of a folder that holds several")
-    limit: int | None = setting(None, "Use the first rows only (null: all)", ge=1)
+    limit: int | None = setting(None, "Use the first rows only (null: all)", ge=1, le=COUNT)
     columns: Columns = setting(Columns, "Which column holds what")
     verifier: VerifierName | None = setting(None, "Who judges answers to these prompts, in the report")
     template: Literal["chat", "plain"] = setting(
@@ -62,7 +62,7 @@ class PromptSettings(Settings):
     template_arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
     system: str | None = setting(None, "System message put before the prompt (chat only)")
     suffix: str = setting("", "Text put after the prompt (the last user message)")
-    max_prompt_tokens: int = setting(1024, "Longest prompt as the student reads it, tokens", ge=1)
+    max_prompt_tokens: int = setting(1024, "Longest prompt as the student reads it, tokens", ge=1, le=LENGTH)
     too_long: Literal["skip", "refuse"] = setting("skip", "A longer prompt is skipped and counted, or refused")
 
     @model_validator(mode="after")

@@ -8,21 +8,24 @@ from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, ENTRIES, LENGTH, NATS, SEED, Settings, setting
 from eopd.storage.teacher_record import DrawMode, HeadRule
 
 
 class HeadSettings(Settings):
     """Which entries of the teacher's distribution are kept (``storage.teacher_record.HeadRule``)."""
 
-    k_max: int = setting(16, "Most entries kept of a token", ge=1)
+    k_max: int = setting(16, "Most entries kept of a token", ge=1, le=ENTRIES)
     min_prob: float = setting(0.03, "Keep ids at least this probable; also the weight of each draw", gt=0.0, le=1.0)
     full_head_above: float = setting(
-        0.4, "Keep all k_max entries where the entropy exceeds this (nats); -1: everywhere, a fixed top-k"
+        0.4,
+        "Keep all k_max entries where the entropy exceeds this (nats); -1: everywhere, a fixed top-k",
+        ge=-1.0,
+        le=NATS,
     )
     draws: DrawMode = setting("beyond_head", "beyond_head: unbiased draws of the rest; full: of everything; none")
-    n_draws: int = setting(0, "Draws a token, with draws: full", ge=0)
-    seed: int = setting(0, "Seed of the draws")
+    n_draws: int = setting(0, "Draws a token, with draws: full", ge=0, le=ENTRIES)
+    seed: int = setting(0, "Seed of the draws", ge=0, le=SEED)
 
     @model_validator(mode="after")
     def _is_a_rule(self) -> HeadSettings:
@@ -38,7 +41,10 @@ class ScoreSettings(Settings):
 
     teacher_prompt: TeacherPromptSettings = setting(TeacherPromptSettings, "The prompt as the teacher reads it")
     temperature: float | None = setting(
-        None, "Teacher logits are divided by it (null: the rollout's; another one is refused, see below)", gt=0.0
+        None,
+        "Teacher logits are divided by it (null: the rollout's; another one is refused, see below)",
+        gt=0.0,
+        le=100.0,
     )
     allow_other_temperature: bool = setting(
         False, "Score at a temperature that the rollouts were not sampled at", keyed=False
@@ -48,7 +54,7 @@ class ScoreSettings(Settings):
         "auto", "Of the teacher's forward pass (auto: the teacher's own); the statistics are float32 in any case"
     )
     max_tokens: int | None = setting(
-        None, "Longest context + response the teacher reads, tokens (null: what its config allows)", ge=2
+        None, "Longest context + response the teacher reads, tokens (null: what its config allows)", ge=2, le=LENGTH
     )
     too_long: Literal["refuse", "truncate"] = setting(
         "refuse", "A longer one: refuse its part, or score the response's first tokens that fit"
@@ -59,9 +65,15 @@ class ScoreSettings(Settings):
         keyed=False,
     )
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
-    batch_tokens: int = setting(16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1)
+    batch_tokens: int = setting(
+        16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1, le=COUNT
+    )
     row_tokens: int = setting(
-        2048, "transformers engine: tokens of a packed row (attention costs tokens * row_tokens)", keyed=False, ge=1
+        2048,
+        "transformers engine: tokens of a packed row (attention costs tokens * row_tokens)",
+        keyed=False,
+        ge=1,
+        le=LENGTH,
     )
     first_batch_check: bool = setting(
         True,

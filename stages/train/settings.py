@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 
 Tracker = Literal["wandb", "trackio"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
-    lr: float = setting(3e-6, "Peak learning rate of AdamW (paper: 3e-6).", gt=0)
+    lr: float = setting(3e-6, "Peak learning rate of AdamW (paper: 3e-6).", gt=0, le=1000.0)
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", "Shape of the learning rate after warm-up, over all rounds; cosine and linear end at `lr * final`."
     )
     final: float = setting(0.0, "Learning rate at the end, as a fraction of `lr`.", ge=0, le=1)
-    warmup_steps: int = setting(0, "Optimiser steps of linear warm-up, at the start of round 0.", ge=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW's decay rates.")
-    eps: float = setting(1e-8, "AdamW's epsilon.", gt=0)
-    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors have none.", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this global norm; 0: never.", ge=0)
+    warmup_steps: int = setting(0, "Optimiser steps of linear warm-up, at the start of round 0.", ge=0, le=COUNT)
+    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "AdamW's decay rates.")
+    eps: float = setting(1e-8, "AdamW's epsilon.", gt=0, le=1.0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices; vectors have none.", ge=0, le=1000.0)
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this global norm; 0: never.", ge=0, le=FACTOR)
     carry_over: bool = setting(
         True,
         "Moments and schedule carry on from round to round (with lora the schedule alone: adapters are new); "
@@ -31,8 +32,8 @@ class OptimizerSettings(Settings):
 
 
 class LoraSettings(Settings):
-    rank: int = setting(16, "Rank of the adapters.", ge=1)
-    alpha: float = setting(32.0, "Scale of the adapters: alpha / rank.", gt=0)
+    rank: int = setting(16, "Rank of the adapters.", ge=1, le=ENTRIES)
+    alpha: float = setting(32.0, "Scale of the adapters: alpha / rank.", gt=0, le=FACTOR)
     target_modules: tuple[str, ...] | Literal["all-linear"] = setting(
         "all-linear", "Linear layers that get an adapter, by the end of their names; the LM head never does."
     )
@@ -49,20 +50,26 @@ class StalenessSettings(Settings):
     """Weights of responses that an older policy sampled (`lag`, `refresh`); fresh ones always weigh 1."""
 
     half_life_rounds: float | None = setting(
-        None, "A response weighs 2^(-age / this); age: rounds since its policy was the student. None: 1.", gt=0
+        None,
+        "A response weighs 2^(-age / this); age: rounds since its policy was the student. None: 1.",
+        gt=0,
+        le=FACTOR,
     )
     max_kl: float | None = setting(
         None,
         "A response weighs at most this over its KL, nats a token: how far the student at the round's start is from "
         "the policy that sampled it (k1 estimate over the response). None: 1.",
         gt=0,
+        le=FACTOR,
     )
 
 
 class TrainSettings(Settings):
     objective: ObjectiveSettings = setting(ObjectiveSettings, "The loss.")
-    epochs: int = setting(1, "Passes over a round's responses.", ge=1)
-    batch_responses: int = setting(32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1)
+    epochs: int = setting(1, "Passes over a round's responses.", ge=1, le=100_000)
+    batch_responses: int = setting(
+        32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1, le=COUNT
+    )
     optimizer: OptimizerSettings = setting(OptimizerSettings, "AdamW and its schedule.")
     lora: LoraSettings | None = setting(None, "Train low-rank adapters instead of all weights.")
     ema: float | None = setting(
@@ -82,6 +89,7 @@ class TrainSettings(Settings):
         "wrong weights, template or temperature, and stops the run.",
         keyed=False,
         gt=0,
+        le=FACTOR,
     )
     max_staleness: float | None = setting(
         None,
@@ -89,6 +97,7 @@ class TrainSettings(Settings):
         "`staleness_k3`: mean of r - 1 - log r over a step's tokens, r = q/q_old). None: never.",
         keyed=False,
         gt=0,
+        le=FACTOR,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to train.", keyed=False)
     cpu_threads: int | None = setting(
@@ -96,25 +105,36 @@ class TrainSettings(Settings):
         "Threads of the training process on a CPU (None: torch's choice). Tiny models are fastest with 1.",
         keyed=False,
         ge=1,
+        le=THREADS,
     )
-    processes: int = setting(1, "Processes (one GPU each) that train together on this machine.", keyed=False, ge=1)
+    processes: int = setting(
+        1, "Processes (one GPU each) that train together on this machine.", keyed=False, ge=1, le=PROCESSES
+    )
     sharding: Literal["none", "fsdp"] = setting(
         "none",
         "With several processes: a copy of the student on each (none: DDP), or shards of it (fsdp: FSDP2).",
         keyed=False,
     )
     micro_batch_tokens: int = setting(
-        16384, "Tokens of one forward pass on one device; longer batches are split and accumulated.", keyed=False, ge=1
+        16384,
+        "Tokens of one forward pass on one device; longer batches are split and accumulated.",
+        keyed=False,
+        ge=1,
+        le=COUNT,
     )
     row_tokens: int = setting(
-        1024, "Length of a packed row; a longer sequence gets a row of its own.", keyed=False, ge=8
+        1024, "Length of a packed row; a longer sequence gets a row of its own.", keyed=False, ge=8, le=LENGTH
     )
     head_chunk_tokens: int | None = setting(
-        None, "Rows of logits alive at once in the sparse head; None: chosen from the vocabulary.", keyed=False
+        None,
+        "Rows of logits alive at once in the sparse head; None: chosen from the vocabulary.",
+        keyed=False,
+        ge=1,
+        le=COUNT,
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward to save memory.", keyed=False)
     checkpoint_every_steps: int = setting(
-        50, "Optimiser steps between resumable states; a killed job loses at most these.", keyed=False, ge=1
+        50, "Optimiser steps between resumable states; a killed job loses at most these.", keyed=False, ge=1, le=COUNT
     )
     trackers: tuple[Tracker, ...] = setting(
         (), "Where figures go beside TensorBoard and metrics.jsonl: wandb, trackio (installed by you).", keyed=False
@@ -125,6 +145,7 @@ class TrainSettings(Settings):
         "reads them. None: all stay.",
         keyed=False,
         ge=1,
+        le=COUNT,
     )
     keep_optimizer_states: int | None = setting(
         1,
@@ -132,8 +153,9 @@ class TrainSettings(Settings):
         "training reads it. None: all stay.",
         keyed=False,
         ge=1,
+        le=COUNT,
     )
-    keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1)
+    keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1, le=COUNT)
 
     @model_validator(mode="after")
     def _precisions_agree(self) -> TrainSettings:

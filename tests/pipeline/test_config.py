@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings, read_list
 from eopd.stages.settings import Settings
@@ -174,6 +177,125 @@ def test_every_setting_is_documented() -> None:
         assert issubclass(kind, BaseModel)
         for name, field in kind.model_fields.items():
             assert field.description, f"{kind.__name__}.{name} has no description"
+
+
+def numbers(annotation: Any, metadata: Sequence[Any]) -> Iterator[tuple[type, set[str]]]:
+    """(int or float, names of its bounds) for every number in a field's type."""
+    if get_origin(annotation) is Annotated:
+        annotation, *own = get_args(annotation)
+        metadata = [bound for item in own for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    if annotation in (int, float):
+        yield annotation, {type(bound).__name__ for bound in metadata}
+    inside = [] if get_origin(annotation) in (tuple, list, dict) else metadata
+    for inner in get_args(annotation):
+        yield from numbers(inner, inside)
+
+
+def test_every_number_has_two_bounds_and_is_finite() -> None:
+    """So that a typo such as 1e12 is refused by its setting's name, and not by the machine that runs out of memory."""
+    seen = 0
+    for kind in settings_classes(Settings):
+        assert kind.model_config["allow_inf_nan"] is False
+        for name, field in kind.model_fields.items():
+            for _, bounds in numbers(field.annotation, field.metadata):
+                seen += 1
+                assert bounds & {"Ge", "Gt"}, f"{kind.__name__}.{name} has no lower bound"
+                assert bounds & {"Le", "Lt"}, f"{kind.__name__}.{name} has no upper bound"
+    assert seen > 90
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.samples_per_prompt=1000000000000",
+        "rollout.max_new_tokens=1000000000000",
+        "rounds=100000000",
+        "seed=-1",
+        "seed=99999999999999999999",
+        "score.head.seed=-1",
+        "train.optimizer.lr=.nan",
+        "train.optimizer.lr=.inf",
+        "train.optimizer.lr=0",
+        "train.optimizer.betas=[0.9, 1.0]",
+        "train.optimizer.betas=[-0.1, 0.9]",
+        "train.objective.tau=.nan",
+        "train.cpu_threads=10000000",
+        "train.head_chunk_tokens=0",
+        "launcher.workers=1000000000",
+        "launcher.gpus=[-1]",
+        "launcher.slurm.tasks_at_once=0",
+        "rollout.engine_options.cpu_threads=0",
+        "max_store_bytes=1" + "0" * 400,
+        "prompts.template_arguments.budget=.nan",
+        "prompts.template_arguments.day=2024-01-01",
+        "prompts.template_arguments.set=!!set {a, b}",
+        'prompts.suffix="\\0"',
+        'prompts.suffix="\\ud800"',
+    ],
+)
+def test_numbers_and_values_that_cannot_be_are_named(minimal: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(minimal), [override])
+    message = str(caught.value)
+    assert override.partition("=")[0] in message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 500
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: &a [*a]\n", "line 1: an anchor holds an alias of itself"),
+        ("name: &a {b: *a}\n", "line 1: an anchor holds an alias of itself"),
+        (BOMB, "aliases stand for more than"),
+        (MERGED, "aliases stand for more than"),
+        ("name: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("extends: 3\n", "`extends` must be the path"),
+        ("extends: [a.yaml]\n", "`extends` must be the path"),
+        ("extends: {a: b}\n", "`extends` must be the path"),
+        ("extends: ''\n", "`extends` must be the path"),
+        ("extends: ./\n", "`extends` names .*no file"),
+        ("extends: /dev/null\n", "`extends` names /dev/null"),
+        ("extends: ./gone.yaml\n", r"`extends` names .*gone\.yaml"),
+        ("name: !!int x\n", "is not YAML"),
+        ("name: !!bool x\n", "is not YAML"),
+        ("name: !!timestamp x\n", "is not YAML"),
+        ("name: !!python/object:os.system {}\n", "is not YAML"),
+        ("name: 2024-13-45\n", "is not YAML"),
+        ("name: " + "9" * 5000 + "\n", "is not YAML"),
+        ("name: {? [a, b] : c}\n", "is not YAML"),
+        ("--- a\n--- b\n", "is not YAML"),
+        ("name: \x01\n", "is not YAML"),
+        ("1: x\n", "1 in the settings must be text"),
+        ("", "found NoneType"),
+        ("- a\n", "found list"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_hostile_yaml_is_one_line_that_names_the_file(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"bad\.yaml.*{words}") as caught:
+        load_config(str(path))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 800
+
+
+def test_anchors_that_are_shared_are_no_bomb(tmp_path: Path) -> None:
+    shared = "base: &base {k: [1, 2]}\nsweep:\n" + "".join(f"- {{name: n{n}, train: *base}}\n" for n in range(1000))
+    (tmp_path / "sweep.yaml").write_text(shared)
+    assert len(read_list(tmp_path / "sweep.yaml", "sweep")) == 1000
+
+
+def test_a_name_that_is_too_long_for_a_path_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="no config file 'x"):
+        load_config("x" * 5000)
 
 
 def test_where_and_how_fast_are_not_keyed(minimal: Path) -> None:

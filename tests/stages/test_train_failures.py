@@ -66,7 +66,9 @@ def test_infinite_weights_leave_a_reproduction(world: Path, tmp_path: Path) -> N
 
 def test_the_state_to_start_from_is_named_and_a_second_failure_replaces_the_first(world: Path) -> None:
     """A learning rate so high that the second step's weights overflow."""
-    job = train_job(world, "overflow", optimizer={"lr": 1e30})
+    job = train_job(world, "overflow")
+    optimizer = job.settings.optimizer.model_copy(update={"lr": 1e30})  # more than a config may ask for
+    job = replace(job, settings=job.settings.model_copy(update={"optimizer": optimizer}))
     for _ in range(2):
         with pytest.raises(TrainingStopped, match="round 0, step 1: "):
             run(job)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from eopd.stages.settings import Settings, setting
+from pydantic import Field
+
+from eopd.stages.settings import COUNT, PROCESSES, THREADS, Settings, setting
 
 
 class RayResources(Settings):
     """Of one task."""
 
-    cpus: float = setting(1.0, "CPUs; also the threads that OpenMP uses.", keyed=False, ge=0)
+    cpus: float = setting(1.0, "CPUs; also the threads that OpenMP uses.", keyed=False, ge=0, le=THREADS)
     gpus: float | None = setting(
         None,
         "GPUs. Null: as many as the engine's `tensor_parallel` or `train.processes`, where the cluster has any.",
         keyed=False,
         ge=0,
+        le=PROCESSES,
     )
-    memory_gib: float | None = setting(None, "Main memory that Ray sets aside.", keyed=False, gt=0)
-    custom: dict[str, float] = setting({}, "Resources of your own naming, such as {a100: 1}.", keyed=False)
+    memory_gib: float | None = setting(None, "Main memory that Ray sets aside.", keyed=False, gt=0, le=100_000.0)
+    custom: dict[str, Annotated[float, Field(ge=0, le=COUNT)]] = setting(
+        {}, "Resources of your own naming, such as {a100: 1}.", keyed=False
+    )
     nodes: int = setting(
-        1, "train only: machines that train together, `train.processes` processes on each.", keyed=False, ge=1
+        1,
+        "train only: machines that train together, `train.processes` processes on each.",
+        keyed=False,
+        ge=1,
+        le=PROCESSES,
     )
 
 
@@ -42,6 +51,7 @@ class RaySettings(Settings):
         "they may become.",
         keyed=False,
         ge=1,
+        le=PROCESSES,
     )
     runtime_env: dict[str, Any] = setting(
         {}, "Ray's runtime environment, such as {env_vars: {HF_HOME: /shared/hf}}.", keyed=False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, DAY, PROCESSES, THREADS, Settings, setting
 
 
 class SlurmResources(Settings):
@@ -18,11 +18,15 @@ class SlurmResources(Settings):
         "for a few parts, or for training from one resumable state to the next.",
         keyed=False,
     )
-    cpus: int | None = setting(None, "--cpus-per-task.", keyed=False, ge=1)
+    cpus: int | None = setting(None, "--cpus-per-task.", keyed=False, ge=1, le=THREADS)
     memory: str | None = setting(None, "--mem, of a node, such as 64G.", keyed=False)
-    gpus: int | None = setting(None, "GPUs of a node (--gres=gpu:N).", keyed=False, ge=0)
+    gpus: int | None = setting(None, "GPUs of a node (--gres=gpu:N).", keyed=False, ge=0, le=PROCESSES)
     nodes: int | None = setting(
-        None, "train only: machines that train together, `train.processes` processes on each.", keyed=False, ge=1
+        None,
+        "train only: machines that train together, `train.processes` processes on each.",
+        keyed=False,
+        ge=1,
+        le=PROCESSES,
     )
     extra: tuple[str, ...] | None = setting(
         None, "Further sbatch options as they are, such as --qos=high or --gres=gpu:a100:4.", keyed=False
@@ -45,10 +49,13 @@ class SlurmSettings(Settings):
         "Parts that one array task does one after the other: the model is loaded once for all of them.",
         keyed=False,
         ge=1,
+        le=COUNT,
     )
-    tasks_at_once: int | None = setting(None, "Tasks of one array that may run at once. Null: any number.", keyed=False)
+    tasks_at_once: int | None = setting(
+        None, "Tasks of one array that may run at once. Null: any number.", keyed=False, ge=1, le=COUNT
+    )
     array_size: int = setting(
-        1000, "Largest array; the cluster's MaxArraySize is one more (1001 by default).", keyed=False, ge=1
+        1000, "Largest array; the cluster's MaxArraySize is one more (1001 by default).", keyed=False, ge=1, le=COUNT
     )
     seconds_before_limit: int = setting(
         120,
@@ -68,7 +75,9 @@ class SlurmSettings(Settings):
         True, "Follow the jobs to their end. False: return once they are submitted; the same command follows them.",
         keyed=False,
     )  # fmt: skip
-    poll_seconds: float = setting(10.0, "How often Slurm and the store are looked at meanwhile.", keyed=False, gt=0)
+    poll_seconds: float = setting(
+        10.0, "How often Slurm and the store are looked at meanwhile.", keyed=False, gt=0, le=DAY
+    )
 
     def of(self, stage: str) -> SlurmResources:
         """What a task of ``stage`` asks for."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import COUNT, NATS, Settings, setting
 
 Responses = Literal["own", "first"]
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)
@@ -23,13 +23,15 @@ class AlignmentSettings(Settings):
         "one fixed set for all rounds, and for all runs that start from it)",
         min_length=1,
     )
-    samples: int = setting(1, "Samples of each problem that are read: the first ones", ge=1)
-    limit: int | None = setting(None, "Problems of each benchmark that are read: the first ones (null: all)", ge=1)
-    tau: float = setting(0.8, "Threshold of high entropy, nats; always an edge of a bin", gt=0.0)
-    bins: tuple[float, ...] = setting(
+    samples: int = setting(1, "Samples of each problem that are read: the first ones", ge=1, le=100_000)
+    limit: int | None = setting(
+        None, "Problems of each benchmark that are read: the first ones (null: all)", ge=1, le=COUNT
+    )
+    tau: float = setting(0.8, "Threshold of high entropy, nats; always an edge of a bin", gt=0.0, le=NATS)
+    bins: tuple[Annotated[float, Field(gt=0, le=NATS)], ...] = setting(
         EDGES, "Inner edges of the bins of teacher entropy, nats, increasing; the outer ones are 0 and ln V"
     )
-    temperature: float = setting(1.0, "Both models' logits are divided by it", gt=0.0)
+    temperature: float = setting(1.0, "Both models' logits are divided by it", gt=0.0, le=100.0)
     merge_stops: bool = setting(
         True, "Both models' stop ids are one outcome, as objective.stops: class has it; false: outcomes of their own"
     )
@@ -40,7 +42,9 @@ class AlignmentSettings(Settings):
     )
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the student runs", keyed=False)
     teacher_engine_options: EngineOptions = setting(EngineOptions, "How fast and where the teacher runs", keyed=False)
-    batch_tokens: int = setting(8192, "Tokens read by both models before their heads are compared", keyed=False, ge=1)
+    batch_tokens: int = setting(
+        8192, "Tokens read by both models before their heads are compared", keyed=False, ge=1, le=COUNT
+    )
 
     @field_validator("engine_options", "teacher_engine_options")
     @classmethod

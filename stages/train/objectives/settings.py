@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from eopd.stages.settings import Settings, setting
+from eopd.stages.settings import ENTRIES, FACTOR, NATS, Settings, setting
 
 Advantage = Literal["old", "current"]
 Ratio = Literal["ppo", "is", "truncated", "none"]
@@ -71,9 +71,13 @@ class ObjectiveSettings(Settings):
         "How differing stop tokens are treated: `class` merges all of them into one outcome, for teacher and student; "
         "`remap` (the paper's) swaps the first stop id of the teacher with the first of the student.",
     )
-    tau: float = setting(0.8, "Gate of eopd: forward KL is added where the teacher's entropy exceeds it, nats.")
-    alpha: float = setting(1.0, "Weight of eopd's gated forward KL.", ge=0)
-    k: int = setting(16, "Head entries used, most probable first. `support: sampled` always uses all stored.", ge=1)
+    tau: float = setting(
+        0.8, "Gate of eopd: forward KL is added where the teacher's entropy exceeds it, nats.", ge=-1.0, le=NATS
+    )
+    alpha: float = setting(1.0, "Weight of eopd's gated forward KL.", ge=0, le=FACTOR)
+    k: int = setting(
+        16, "Head entries used, most probable first. `support: sampled` always uses all stored.", ge=1, le=ENTRIES
+    )
     support: SupportMode = setting(
         "renormalised",
         "How forward KL treats the teacher's mass outside the head: `renormalised` (paper) and `true` leave it out, "
@@ -81,14 +85,16 @@ class ObjectiveSettings(Settings):
     )
     draws: Literal["beyond_head", "full"] = setting("beyond_head", "Draws that `support: sampled` reads.")
     n_draws: int = setting(
-        50, "Draws a token that must be stored, where draws are `full`; all that are stored are used.", ge=1
+        50, "Draws a token that must be stored, where draws are `full`; all that are stored are used.", ge=1, le=ENTRIES
     )
     rkl: Literal["sampled", "topk"] = setting(
         "sampled",
         "Reverse KL on the sampled token as a policy gradient (paper), or `topk`: summed over the stored head and the "
         "rest as one bucket.",
     )
-    student_topk: int = setting(0, "The student's own top ids at rollout time added to the head (0: none).", ge=0)
+    student_topk: int = setting(
+        0, "The student's own top ids at rollout time added to the head (0: none).", ge=0, le=ENTRIES
+    )
     advantage: Advantage = setting(
         "current",
         "log p - log q with q at present (`current`, the one that bears long rounds), or at the round's start (`old`, "
@@ -97,14 +103,14 @@ class ObjectiveSettings(Settings):
     ratio: Ratio = setting(
         "ppo", "q/q_old as factor: `ppo` clips it, `is` does not, `truncated` bounds it, `none` leaves it out."
     )
-    clip_eps: float = setting(0.2, "Clip range of `ratio: ppo`.", gt=0)
-    truncate_at: float = setting(2.0, "Bound of `ratio: truncated`.", gt=0)
+    clip_eps: float = setting(0.2, "Clip range of `ratio: ppo`.", gt=0, le=FACTOR)
+    truncate_at: float = setting(2.0, "Bound of `ratio: truncated`.", gt=0, le=FACTOR)
     beta: float = setting(0.5, "Teacher's weight in the mixture of jsd, in (0, 1).", gt=0, lt=1)
     outlier: Literal["fkl", "clip", "mask", "jsd"] = setting(
         "fkl", "What tropd does on tokens outside its trust region: forward KL, floored advantage, nothing, JSD 0.5."
     )
-    outlier_floor: float = setting(-5.0, "Floor of log p/q for `outlier: clip`, nats.", lt=0)
-    prefix_beta: float = setting(0.001, "Weight of log(p/q) on tokens that the teacher wrote (tropd).", ge=0)
+    outlier_floor: float = setting(-5.0, "Floor of log p/q for `outlier: clip`, nats.", lt=0, ge=-NATS)
+    prefix_beta: float = setting(0.001, "Weight of log(p/q) on tokens that the teacher wrote (tropd).", ge=0, le=FACTOR)
     floor_lambda: float = setting(
         0.2, "Mixture weight that sets reopold's floor of the advantage, in (0, 1).", gt=0, lt=1
     )

@@ -21,6 +21,7 @@ class Node:
     job: PlannedJob
     again: list[Batch] = field(default_factory=list)  # what did not end well
     poisoned: dict[int, str] = field(default_factory=dict)  # part -> why it was given up
+    refusals: dict[str, frozenset[int]] = field(default_factory=dict)  # message -> parts that ended with it
     _running: dict[tuple[int, ...], tuple[Batch, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,17 @@ class Node:
         """The task of ``parts`` ended: its batch, and whether anything was committed meanwhile."""
         batch, mark = self._running.pop(parts)
         return batch, self._mark(parts) != mark
+
+    def is_refused_whole(self, parts: Sequence[int], message: str) -> bool:
+        """Whether other parts were refused with the same message: then no part is to blame, and all would be."""
+        before = self.refusals.setdefault(message, frozenset(parts))
+        self.refusals[message] = before & frozenset(parts) or before
+        return before.isdisjoint(parts)
+
+    def give_up(self, message: str) -> None:
+        """Poison every part that is missing."""
+        self.poisoned |= dict.fromkeys(self.missing(), message)
+        self.again.clear()
 
     def _mark(self, parts: Sequence[int]) -> object:
         if self.job.stage == "train":

@@ -1,8 +1,9 @@
 """What becomes of parts whose task did not end well. Pure: no clock, no store.
 
 A task of several parts that fails is tried again whole, then in halves, so that the part to blame ends up alone; a
-part that has failed ``attempts`` times is poisoned. A lost worker says nothing of its parts: they are tried again
-without blame, until so many were lost without any progress that the parts must be suspected after all.
+part that has failed ``attempts`` times is poisoned. A task that refuses what it was given would do so again: it is
+halved at once, and a part that is refused alone is poisoned. A lost worker says nothing of its parts: they are tried
+again without blame, until so many were lost without any progress that the parts must be suspected after all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Verdict:
 def judge(
     batch: Batch,
     left: tuple[int, ...],
-    kind: Literal["failed", "lost"],
+    kind: Literal["failed", "refused", "lost"],
     policy: FaultSettings,
     now: float,
     *,
@@ -50,10 +51,10 @@ def judge(
         return Verdict((Batch(left, failures, losses + 1, now + backoff(policy, losses + 1)),))
     failures += 1
     alone = whole or len(left) == 1
-    if alone and failures >= policy.attempts:
+    if alone and (failures >= policy.attempts or kind == "refused"):
         return Verdict(poisoned=left[0])
-    later = now + backoff(policy, failures)
-    if alone or failures == 1 < policy.attempts:
+    later = now if kind == "refused" else now + backoff(policy, failures)
+    if alone or (kind != "refused" and failures == 1 < policy.attempts):
         return Verdict((Batch(left, failures, losses, later),))
     middle = len(left) // 2
     known = min(failures, policy.attempts - 1)  # a part is only condemned for what it does alone

@@ -134,7 +134,7 @@ class Scheduler:
             node.again.append(Batch(left, batch.failures, batch.losses))
             self._hold_up(task, outcome.message)
             return
-        kind: Literal["failed", "lost"] = "lost" if outcome.kind == "lost" else "failed"
+        kind: Literal["failed", "refused", "lost"] = "failed" if outcome.kind == "done" else outcome.kind
         message = outcome.message
         if outcome.kind == "done":
             message = f"{few_parts(left)} not committed. Was {node.runner.paths.config} changed by another run?"
@@ -142,13 +142,19 @@ class Scheduler:
         verdict = judge(batch, left, kind, self._policy, now, progress=progress, whole=whole)
         name = Task(task.runner, task.job, left).name
         told = f"{name} {'lost its worker' if kind == 'lost' else 'failed'}: {message}"
-        if verdict.poisoned is not None:
+        if kind == "refused" and node.is_refused_whole(left, message):
+            node.give_up(message)
+            told += "\n  given up: other parts were refused in the same way, so trying again would not help"
+        elif verdict.poisoned is not None:
             node.poisoned[verdict.poisoned] = message
-            told += f"\n  given up after {self._policy.attempts} failures; the rest goes on as far as it can without it"
+            times = (
+                "at once, as it would fail again" if kind == "refused" else f"after {self._policy.attempts} failures"
+            )
+            told += f"\n  given up {times}; the rest goes on as far as it can without it"
         else:
             node.again += verdict.again
             wait = max(again.not_before for again in verdict.again) - now
-            told += f"\n  trying again in {wait:.0f} s"
+            told += "\n  trying again in halves" if kind == "refused" else f"\n  trying again in {wait:.0f} s"
         node.runner.progress.line(told)
 
     def _what_failed(self) -> str:

@@ -9,8 +9,9 @@ from typing import Literal, Protocol
 from eopd.pipeline.plan import PlannedJob, Stage
 from eopd.pipeline.runner import Runner
 
-Kind = Literal["done", "failed", "full", "lost"]
-"""full: no space left where it writes; lost: the worker vanished (its node is gone, it was killed)."""
+Kind = Literal["done", "failed", "refused", "full", "lost"]
+"""refused: it would fail in the same way again; full: no space left where it writes; lost: the worker vanished (its
+node is gone, it was killed)."""
 
 
 @dataclass(frozen=True)

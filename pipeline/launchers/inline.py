@@ -9,6 +9,7 @@ import traceback
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from eopd.pipeline.ends import is_refusal
 from eopd.pipeline.launchers.base import Kind, Outcome, Task
 from eopd.pipeline.launchers.processes import stage_command, trains_together
 from eopd.pipeline.logs import log_name
@@ -69,5 +70,5 @@ def run_here(task: Task) -> tuple[Kind, str]:
         log = task.runner.paths.logs / log_name(task.job.stage, task.job.round)
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        return "failed", f"{str(error) or type(error).__name__} (log: {log})"
+        return "refused" if is_refusal(error) else "failed", f"{str(error) or type(error).__name__} (log: {log})"
     return "done", ""

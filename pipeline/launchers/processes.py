@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from eopd.pipeline.ends import EXIT_FULL, EXIT_INTERRUPTED
+from eopd.pipeline.ends import EXIT_FULL, EXIT_INTERRUPTED, EXIT_REFUSED
 
 if TYPE_CHECKING:
     from eopd.pipeline.config import RunSettings
@@ -169,6 +169,8 @@ def kind_of(code: int) -> Kind:
         return "done"
     if code == EXIT_FULL:
         return "full"
+    if code == EXIT_REFUSED:
+        return "refused"
     return "lost" if code < 0 or code == EXIT_INTERRUPTED else "failed"
 
 

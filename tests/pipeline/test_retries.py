@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from eopd.pipeline.launchers.settings import FaultSettings
 from eopd.pipeline.retries import Batch, backoff, judge
 
@@ -25,6 +27,14 @@ def drive(poison: set[int], parts: int, policy: FaultSettings = POLICY) -> tuple
         if verdict.poisoned is not None:
             poisoned.add(verdict.poisoned)
     return poisoned, done, tasks
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_refused_is_not_tried_again(whole: bool) -> None:
+    assert judge(Batch((7,)), (7,), "refused", POLICY, 9.0, progress=False, whole=whole).poisoned == 7
+    verdict = judge(Batch((1, 2, 3, 4)), (1, 2, 3, 4), "refused", POLICY, 9.0, progress=False, whole=False)
+    assert [batch.parts for batch in verdict.again] == [(1, 2), (3, 4)]
+    assert {batch.not_before for batch in verdict.again} == {9.0}
 
 
 def test_a_poisoned_part_is_found_among_many_and_costs_no_other() -> None:

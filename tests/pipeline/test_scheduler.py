@@ -26,8 +26,14 @@ QUICK = FaultSettings(backoff_seconds=0.0)
 class Hands:
     """A pool whose tasks end when they are waited for; parts in ``bad`` (stage, round, part) cannot be made."""
 
-    def __init__(self, room: int = 1, bad: Collection[tuple[str, int, int]] = ()) -> None:
-        self._room, self._bad = room, bad
+    def __init__(
+        self,
+        room: int = 1,
+        bad: Collection[tuple[str, int, int]] = (),
+        refused: dict[tuple[str, int], str] | None = None,
+    ) -> None:
+        """``refused``: by (stage, part), the message with which it is refused."""
+        self._room, self._bad, self._refused = room, bad, refused or {}
         self._tasks: list[Task] = []
         self.told: list[Task] = []
         self.made: Counter[tuple[str, int]] = Counter()
@@ -58,6 +64,8 @@ class Hands:
         for part in task.parts:
             if (job.stage, job.round, part) in self._bad:
                 return Outcome(task, "failed", "it cannot be made")
+            if (job.stage, part) in self._refused:
+                return Outcome(task, "refused", self._refused[job.stage, part])
             self._make(runner, task, part)
         last = job.output.parts - 1
         if job.stage in SUMMED_UP and runner.artifact(job.output).missing() == [last]:
@@ -115,6 +123,19 @@ def test_a_poisoned_part_stops_only_what_needs_it(tmp_path: Path) -> None:
     assert runner.is_done(runner.plan.job("evaluate", 0))
     assert not {task.job.name for task in hands.told} & {"train 0", "rollout 1"}
     assert sum(task.parts == (1,) for task in hands.told) <= QUICK.attempts
+
+
+def test_what_is_refused_for_one_part_is_tried_twice_and_for_all_parts_given_up(tmp_path: Path) -> None:
+    runner, hands = make_runner(tmp_path), Hands(1, refused={("rollout", 1): "part 1 is wrong"})
+    with pytest.raises(RunError, match="rollout 0 part 1: part 1 is wrong"):
+        run_jobs([(runner, job) for job in runner.plan.jobs], hands, QUICK)
+    assert runner.artifact(runner.plan.job("rollout", 0).output).committed() == {0, 2}
+    assert sum(1 in task.parts for task in hands.told if task.job.stage == "rollout") <= 2
+    other = make_runner(tmp_path / "other")
+    hands = Hands(1, refused={("rollout", part): "no part can be made" for part in range(3)})
+    with pytest.raises(RunError, match="no part can be made"):
+        run_jobs([(other, job) for job in other.plan.jobs], hands, QUICK)
+    assert len([task for task in hands.told if task.job.stage == "rollout"]) == 3  # whole, and each half
 
 
 def test_a_poisoned_part_is_set_aside_and_the_run_ends_well(tmp_path: Path) -> None:

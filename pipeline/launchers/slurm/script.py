@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eopd.pipeline.ends import EXIT_FULL
+from eopd.pipeline.ends import EXIT_FULL, EXIT_REFUSED
 from eopd.pipeline.launchers.processes import TORCHRUN
 from eopd.pipeline.launchers.slurm.arrays import Array, Work, arrays_of
 from eopd.pipeline.launchers.slurm.settings import SlurmResources, SlurmSettings
@@ -32,7 +32,8 @@ code=$?
 [ $code = 0 ] && exit 0
 if [ -n "$limit_near" ]; then
     again "the time limit is near"
-elif [ -z "$stopped" ] && [ $code != {full} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
+elif [ -z "$stopped" ] && [[ $code != {full} && $code != {refused} ]] &&
+    [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
     again "ended with code $code"
 fi
 exit $code
@@ -68,7 +69,7 @@ def render(array: Array, settings: SlurmSettings, attempts: int, place: Place) -
     run = array.runner.settings.name
     head = f"#!/bin/bash\n# {array.job.name} of run {run}. A task that runs twice does only what is missing.\n"
     parts = "" if array.job.stage == "train" else f"case $SLURM_ARRAY_TASK_ID in\n{cases}esac\n"
-    tail = _AGAIN.format(full=EXIT_FULL, retries=attempts - 1)
+    tail = _AGAIN.format(full=EXIT_FULL, refused=EXIT_REFUSED, retries=attempts - 1)
     return f"{head}{options}{setup}{parts}\n{_command(array, resources, place)} &\nwork=$!\n\n{tail}"
 
 

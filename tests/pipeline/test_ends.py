@@ -1,0 +1,61 @@
+"""Which errors a worker ends with are refusals, that no second attempt would change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from eopd.pipeline.config import load_config
+from eopd.pipeline.ends import EXIT_FAILED, EXIT_REFUSED, is_refusal, tell_end
+from eopd.pipeline.errors import RunError
+from eopd.pipeline.launchers.processes import kind_of
+from eopd.stages.models.chat_templates import Conversation, parse_conversation, write_conversation
+from eopd.stages.models.loading import load_tokenizer_at
+from eopd.stages.models.prompts import PromptSettings, load_prompts
+from eopd.storage.errors import DamagedPart
+
+
+def raised(action: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        action()
+    return caught.value
+
+
+def of_a_template(_: Conversation) -> str:
+    return jinja2.Environment().from_string("{{ messages.x.y }}").render()
+
+
+def test_refusals_of_our_own_checks(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "bad.yaml").write_text("{")
+    talk = parse_conversation("x")
+    for action in (
+        lambda: parse_conversation([]),
+        lambda: load_prompts(PromptSettings(path=str(tmp_path / "bad.jsonl"))),
+        lambda: load_config(str(tmp_path / "bad.yaml")),
+        lambda: write_conversation(talk, of_a_template),
+    ):
+        error = raised(action)
+        assert is_refusal(error), error
+        assert tell_end(error, None) == EXIT_REFUSED
+    assert kind_of(EXIT_REFUSED) == "refused"
+
+
+def test_errors_that_may_go_away(tmp_path: Path) -> None:
+    def out_of_space() -> None:
+        raise OSError(5, "Input/output error")
+
+    for error in (
+        raised(lambda: json.loads("{")),  # raised by another package: who knows why
+        raised(out_of_space),
+        raised(lambda: load_tokenizer_at(str(tmp_path))),  # in place of an OSError
+        RunError("parts are missing"),
+        DamagedPart("part 3"),
+        RuntimeError("CUDA error"),
+    ):
+        assert not is_refusal(error), error
+        assert tell_end(error, None) == EXIT_FAILED

@@ -8,14 +8,31 @@ at the size that they cannot exceed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.estimate import Keep
 from eopd.pipeline.overview import Overview, look
+from eopd.pipeline.plan import Stage
 from eopd.pipeline.runner import Runner, states_of
 from eopd.stages.format import size
 from eopd.storage import listing
+
+LIKELY_SHARE = 0.1
+"""Of a bound on tokens."""
+SOON_FREED = 100_000_000
+"""A disk that lacks less than this is soon cleared, and pauses the run until then."""
+RESPONSE_BYTES = 1024
+"""What a response takes before it has a token: the request, its sample, its row."""
+ASKED_BY: dict[Stage, str] = {
+    "rollout": "rollout.samples_per_prompt, rollout.prompts_per_round, rollout.max_new_tokens or rounds",
+    "score": "rollout.samples_per_prompt, rollout.max_new_tokens, score.head.k_max or rounds",
+    "train": "train.keep_checkpoints, train.keep_optimizer_states or rounds",
+    "evaluate": "evaluate.samples, evaluate.max_new_tokens or the benchmarks' limit",
+    "align": "evaluate.alignment.samples",
+}
 
 SPAREST = Keep(weights=1, optimizer=1)
 
@@ -40,6 +57,60 @@ def refuse_too_large(runners: Sequence[Runner]) -> None:
         f"{size(overview.peak_bound)} of {'its' if len(runners) == 1 else 'their'} own, {size(others)} of other "
         f"artifacts. {_what_would_help(runners, overview)} Nothing was started."
     )
+
+
+def refuse_what_the_machine_lacks(runners: Sequence[Runner]) -> None:
+    """Compare what `eopd plan` forecasts with the free disk, and one engine call with the free memory.
+
+    Tokens that nothing like was sampled of yet are forecast as bounds, of which often a tenth is used: so much is
+    asked for. A disk that fills up all the same pauses the run.
+
+    Raises:
+        ConfigError: there is far too little; names the settings that ask for so much.
+    """
+    overview = look(runners)
+    bounds = sum(row.bytes - row.present for row in overview.rows if row.at_most and row.stage != "train")
+    need = overview.peak_bytes - overview.present_bytes - round((1 - LIKELY_SHARE) * bounds)
+    if need > max(overview.free_bytes, SOON_FREED):
+        missing = max(overview.rows, key=lambda row: row.bytes - row.present)
+        raise ConfigError(
+            f"{size(overview.free_bytes)} are free at {overview.store}, and {size(need)} and more would be needed, "
+            f"most of it for `{missing.stage}`: lower {ASKED_BY[missing.stage]}, free space, or choose another "
+            "store. `eopd plan` shows what takes how much. Nothing was started."
+        )
+    available = _available_memory()
+    if available is None:
+        return
+    for runner in runners:
+        if runner.settings.launcher.kind not in ("inline", "local"):  # other machines have other memory
+            continue
+        for settings, responses in _responses_of_a_part(runner):
+            if responses * RESPONSE_BYTES > available:
+                raise ConfigError(
+                    f"{settings}: a part of {responses:,} responses is sampled at once and takes "
+                    f"{size(responses * RESPONSE_BYTES)} of memory and more, of which {size(available)} are available; "
+                    "lower one of them. Nothing was started."
+                )
+
+
+def _responses_of_a_part(runner: Runner) -> Iterator[tuple[str, int]]:
+    """The settings that decide it, and how many responses one engine call samples."""
+    rollout, evaluate = runner.settings.rollout, runner.settings.evaluate
+    prompts = min(rollout.rows_per_part, rollout.prompts_per_round, runner.facts.prompt_count)
+    yield "rollout.samples_per_prompt and rollout.rows_per_part", prompts * rollout.samples_per_prompt
+    if evaluate is not None:
+        most = max((benchmark.count for benchmark in runner.facts.benchmarks), default=0)
+        yield "evaluate.samples and evaluate.rows_per_part", min(evaluate.rows_per_part, most) * evaluate.samples
+
+
+def _available_memory() -> int | None:
+    """Bytes that programs may still take on this machine; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    line = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(line[1]) * 1024 if line else None
 
 
 def _others(runners: Sequence[Runner]) -> int:

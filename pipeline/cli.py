@@ -135,6 +135,8 @@ def report(runs: Runs, out: Out = None, set_: Set = None, folder: RunsFolder = P
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.reporting import write_comparison, write_report
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, and the page needs a folder; name another")
     display = make_display()
     runners = [_open(config_of(name, folder), set_, display) for name in dict.fromkeys(runs)]
     if len(runners) == 1 and out is None:
@@ -170,7 +172,7 @@ def run(
     if dry_run:
         sys.stdout.write(show_submission(work, launcher))
         return
-    _refuse_what_cannot_end_well(runners, works_here=launcher.launcher.kind == "inline")
+    _refuse_what_cannot_end_well(runners, works_here=launcher.launcher.kind == "inline", whole=True)
     for runner in runners:
         _write_resolved(runner)
     # Ray finds its cluster through the temporary folder of the machine
@@ -232,19 +234,24 @@ def _stage(stage: Stage, config: str, round_: int, parts: str | None, overrides:
         runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
 
 
-def _refuse_what_cannot_end_well(runners: Sequence[Runner], *, works_here: bool, trains: bool = True) -> None:
+def _refuse_what_cannot_end_well(
+    runners: Sequence[Runner], *, works_here: bool, trains: bool = True, whole: bool = False
+) -> None:
     """Raises ConfigError before any work.
 
     Args:
         works_here: whether this process will do the work.
         trains: whether it is work towards a training, whose objective must find what it reads.
+        whole: read every row of the prompt sources, and not the first ones only.
     """
-    from eopd.pipeline.budget import refuse_too_large
+    from eopd.pipeline.budget import refuse_too_large, refuse_what_the_machine_lacks
     from eopd.pipeline.models import refuse_incomplete_weights
     from eopd.pipeline.needs import refuse_unmet_needs
+    from eopd.pipeline.prompt_check import FIRST_ROWS, refuse_unreadable_prompts
     from eopd.pipeline.vocabularies import refuse_other_vocabulary
     from eopd.storage.fingerprints import Digests
 
+    refuse_unreadable_prompts(runners, None if whole else FIRST_ROWS)
     for runner in runners:
         facts, settings = runner.facts, runner.settings
         models = {"student": (settings.student, facts.student), "teacher": (settings.teacher, facts.teacher)}
@@ -255,6 +262,7 @@ def _refuse_what_cannot_end_well(runners: Sequence[Runner], *, works_here: bool,
             if trains and job.stage == "train" and not runner.is_done(job):
                 refuse_unmet_needs(runner, job.round)
     refuse_too_large(runners)
+    refuse_what_the_machine_lacks(runners)
 
 
 def _share(text: str | None, parts: int) -> list[int] | None:
@@ -292,6 +300,7 @@ def _write_resolved(runner: Runner) -> None:
 def main() -> None:
     """Entry point: errors that a person can mend are one message, not a traceback (EOPD_DEBUG=1 shows it)."""
     from eopd.pipeline.ends import EXIT_INTERRUPTED, be_quiet, is_for_people, tell_end
+    from eopd.stages.format import escaped
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
     be_quiet()
@@ -307,7 +316,7 @@ def main() -> None:
         code = tell_end(error, worker_progress())
         if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
             raise
-        sys.stderr.write(f"eopd: {error}\n")
+        sys.stderr.write(f"eopd: {escaped(str(error))}\n")
         sys.exit(code)
 
 

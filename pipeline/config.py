@@ -130,6 +130,22 @@ class RunSettings(Settings):
         self.score.resolve_temperature(self.rollout.temperature)
         return self
 
+    @model_validator(mode="after")
+    def _the_teacher_finds_its_column(self) -> RunSettings:
+        if self.score.teacher_prompt.kind != "column":
+            return self
+        lacking = [] if self.prompts.columns.teacher_prompt is not None else ["prompts"]
+        if self.evaluate is not None and self.evaluate.alignment is not None:
+            for number, benchmark in enumerate(self.evaluate.benchmarks):
+                if benchmark.columns.teacher_prompt is None:
+                    lacking.append(f"evaluate.benchmarks.{number}")
+        if lacking:
+            raise ValueError(
+                "score.teacher_prompt.kind is column, and no column of that kind is named in "
+                f"{', '.join(f'{where}.columns.teacher_prompt' for where in lacking)}"
+            )
+        return self
+
     @field_validator("name")
     @classmethod
     def _no_dots_only(cls, name: str) -> str:

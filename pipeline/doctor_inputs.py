@@ -13,11 +13,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Literal
 
-from eopd.pipeline.config import ModelSettings, RunSettings
+from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.inspect import count_source
 from eopd.pipeline.models import check_architectures, find_tokenizer, find_weights
+from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
 from eopd.pipeline.vocabularies import compare_vocabularies
+from eopd.stages.format import escaped, excerpt
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.storage.errors import StoreError
 from eopd.storage.extras import installing
@@ -30,10 +32,11 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     yield from _model("teacher", settings.teacher)
     yield from _architectures(settings)
     yield from _tokens(settings)
-    yield _source("prompts", settings.prompts)
-    if settings.evaluate is not None:
-        for number, benchmark in enumerate(settings.evaluate.benchmarks):
-            yield _source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark))
+    for source in sources_of(settings):
+        count = _source(source.name, source.prompts)
+        yield count
+        if count.state == "ok":
+            yield from _renderings(source, settings)
     for place in settings.read_only_stores:
         yield _tried("read_only_stores", partial(_read_only, settings.store, place), _HAVE_STORE)
     yield _tried("train", partial(_packages, settings), "")
@@ -102,6 +105,23 @@ def _source(where: str, settings: PromptSettings) -> Finding:
         return f"{count:,} in {settings.path}"
 
     return _tried(where, look, _HAVE_SOURCE)
+
+
+def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
+    """The first prompt of a source as each model reads it, where their tokenizers are there."""
+    try:
+        student = Reader("student", find_tokenizer("student", settings.student), settings.student.trust_remote_code)
+        teacher = Reader("teacher", find_tokenizer("teacher", settings.teacher), settings.teacher.trust_remote_code)
+    except (ValueError, OSError):
+        return
+    try:
+        for rendered in render_sources([source], student, teacher):
+            yield Finding(f"{source.name} ({rendered.reader})", "ok", excerpt(rendered.text))
+    except ImportError as error:
+        yield Finding(f"{source.name} (rendered)", "broken", f"not looked at: {error}", "run `make setup` again")
+    except ConfigError as error:
+        text = str(error).removeprefix(f"{source.name}: ")
+        yield Finding(f"{source.name} (rendered)", "broken", escaped(text), "change the prompts, or the template")
 
 
 def _read_only(private: str, place: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,9 @@ EXIT_FAILED = 1
 EXIT_FULL = 28  # the number of ENOSPC
 EXIT_REFUSED = 65  # EX_DATAERR of sysexits.h: what it was given is wrong, and trying again would not help
 EXIT_INTERRUPTED = 130
+
+NO_SUCH_PLACE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
+"""Of a path that somebody named and that cannot be what it is meant for. The system's message names it."""
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -35,15 +39,20 @@ def tell_end(error: Exception, progress: Progress | None) -> int:
     if isinstance(progress, EventProgress):
         message = str(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
         progress.end(kind, message)
-    return {"full": EXIT_FULL, "refused": EXIT_REFUSED}.get(kind, EXIT_FAILED)
+    scheduled = isinstance(progress, EventProgress) or "SLURM_ARRAY_TASK_ID" in os.environ
+    if kind == "refused" and scheduled:  # people have no use for the difference
+        return EXIT_REFUSED
+    return EXIT_FULL if kind == "full" else EXIT_FAILED
 
 
 def log_end(error: Exception) -> None:
     """Into a worker's log: one line where the message says what to do, else (or with EOPD_DEBUG=1) the traceback."""
+    from eopd.stages.format import escaped
+
     if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
         traceback.print_exception(error)
     else:
-        sys.stderr.write(f"eopd: {error}\n")
+        sys.stderr.write(f"eopd: {escaped(str(error))}\n")
 
 
 CHECKED_WITH = ("eopd", "jinja2", "json", "pydantic", "pydantic_core", "pyarrow", "yaml")
@@ -82,4 +91,5 @@ def is_for_people(error: Exception) -> bool:
     from eopd.storage.errors import StoreError
 
     stopped = type(error).__name__ == "TrainingStopped"
-    return isinstance(error, (StoreError, ValueError)) or stopped
+    misnamed = isinstance(error, OSError) and error.filename is not None and error.errno in NO_SUCH_PLACE
+    return isinstance(error, (StoreError, ValueError)) or stopped or misnamed

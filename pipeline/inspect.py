@@ -10,8 +10,7 @@ from pathlib import Path
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.models import inspect_model
 from eopd.pipeline.plan import BenchmarkFacts, Facts
-from eopd.stages.models.prompt_sources import holds_conversations
-from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
+from eopd.stages.models.prompts import PromptSettings, count_prompts, holds_conversations, source_files
 from eopd.storage.files import sha256_text
 from eopd.storage.fingerprints import LENGTH, Digests
 
@@ -51,7 +50,7 @@ def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int
     files, count = count_source(where, settings)
     try:
         digest = digests.of_files(files[0].parent, files)
-        conversations = holds_conversations(Path(settings.path), settings.split, settings.columns.prompt)
+        conversations = holds_conversations(settings)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from error
     if conversations:  # these were rendered without fields such as tool_calls at first, and a prefill was closed

@@ -167,7 +167,10 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
     text = _read_json(tokenizer / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
-    found = [int(entry["id"]) for entry in added if entry["content"] == text]
+    try:
+        found = [int(entry["id"]) for entry in added if entry["content"] == text]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{tokenizer / 'tokenizer.json'}: added_tokens must list an id and a content each") from error
     for name in ("generation_config.json", "config.json"):
         found += _eos_in(folder / name)
     return tuple(dict.fromkeys(found))
@@ -187,7 +190,11 @@ def generation_stops_of(folder: Path) -> tuple[int, ...]:
 
 def _eos_in(path: Path) -> list[int]:
     eos = _read_json(path).get("eos_token_id")
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise ConfigError(f"{path}: eos_token_id must be a token's id, or a list of them; got {repr(number)[:40]}")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -195,6 +202,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply to be read: download or save the model again") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
     return found if isinstance(found, dict) else {}

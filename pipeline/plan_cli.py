@@ -34,8 +34,11 @@ def plan(
 ) -> None:
     """Show every job: what is there, what is missing, what it will take. Changes nothing."""
     from eopd.pipeline.overview import look
+    from eopd.pipeline.prompt_check import FIRST_ROWS, refuse_unreadable_prompts
 
-    overview = look(open_runners(config, set_, sweep))
+    runners = open_runners(config, set_, sweep)
+    overview = look(runners)
+    refuse_unreadable_prompts(runners, FIRST_ROWS)
     if as_json:
         sys.stdout.write(json.dumps(overview.to_json(), indent=1) + "\n")
         return
@@ -51,6 +54,7 @@ def open_runners(
     from eopd.pipeline.config import load_config
     from eopd.pipeline.planning import plan_run
     from eopd.pipeline.runner import Runner
+    from eopd.pipeline.store_check import check_folders
     from eopd.pipeline.sweep import NamedProgress, load_sweep
     from eopd.stages.job import NullProgress
     from eopd.storage.fingerprints import Digests
@@ -59,6 +63,7 @@ def open_runners(
         settings = load_config(config, overrides or ())
         return [Runner(settings, *plan_run(settings), progress() if progress else NullProgress())]
     runs = load_sweep(config, sweep, overrides or ())
+    check_folders(runs[0])
     digests = Digests.of_store(runs[0].store)  # of all: where there is no store yet, nothing else remembers them
     return [
         Runner(

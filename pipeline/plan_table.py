@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from eopd.pipeline.forecast import Row, Total
 from eopd.pipeline.overview import Overview
 from eopd.pipeline.plan import SUMMED_UP, Stage
-from eopd.stages.format import duration, number, size
+from eopd.stages.format import duration, escaped, number, size
 
 STYLES = {"complete": "green", "shared": "cyan", "partly": "yellow", "missing": "", "set aside": "red"}
 FOLDED_ABOVE = 2  # rounds of one kind that are still shown one by one
@@ -21,10 +22,18 @@ NARROWEST = 110  # columns of a table that is written to a pipe
 
 def make_console(width: int | None = None) -> Console:
     """A console on stdout that does not squeeze the table where there is no terminal to fit it into."""
-    console = Console(highlight=False, width=width)
+    console = PlainConsole(highlight=False, width=width)
     if width is None and not console.is_terminal:
-        console = Console(highlight=False, width=NARROWEST)
+        console = PlainConsole(highlight=False, width=NARROWEST)
     return console
+
+
+class PlainConsole(Console):
+    """A console on which no text can steer the terminal: names and messages may be anybody's."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escaped(segment.text), segment.style)
 
 
 def plan_table(overview: Overview, *, every_job: bool = False) -> RenderableType:

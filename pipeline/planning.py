@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from eopd.pipeline.config import RunSettings
 from eopd.pipeline.inspect import gather_facts
 from eopd.pipeline.plan import Facts, Plan, Shelf, make_plan
+from eopd.pipeline.store_check import check_folders
 from eopd.storage.artifacts import Artifact, Identity
 from eopd.storage.coverage import Coverage, able, needs_of
 from eopd.storage.errors import StoreError
@@ -20,6 +21,7 @@ def plan_run(settings: RunSettings, facts: Facts | None = None, digests: Digests
     Args:
         digests: as ``gather_facts``; who plans several runs over one store hashes each file once with them.
     """
+    check_folders(settings)
     stores = StackedStores.at(settings.store, settings.read_only_stores)
     facts = facts or gather_facts(settings, digests)
     return facts, make_plan(settings, facts, StoreShelf(stores))

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from eopd.stages.format import duration
+from eopd.stages.format import duration, escaped
 from eopd.stages.job import Progress
 from eopd.storage.jsonl import append_line, parse_lines
 from eopd.storage.stopping import stop_wished
@@ -157,7 +157,7 @@ class TerminalProgress:
             self._display.bars().update(self._task, total=total or None)
 
     def line(self, text: str) -> None:
-        self._display.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._display.console.print(escaped(text), highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.start(0)
@@ -205,7 +205,7 @@ class LineProgress:
         self._bar.expect(total, in_hand)
 
     def line(self, text: str) -> None:
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(escaped(text) + "\n")
         sys.stderr.flush()
 
     def close(self) -> None:

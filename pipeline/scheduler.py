@@ -147,10 +147,10 @@ class Scheduler:
             told += "\n  given up: other parts were refused in the same way, so trying again would not help"
         elif verdict.poisoned is not None:
             node.poisoned[verdict.poisoned] = message
-            times = (
-                "at once, as it would fail again" if kind == "refused" else f"after {self._policy.attempts} failures"
-            )
-            told += f"\n  given up {times}; the rest goes on as far as it can without it"
+            attempts = self._policy.attempts
+            told += "\n  given up at once, as it would fail again" if kind == "refused" else ""
+            told += f"\n  given up after {attempts} failures" if kind != "refused" else ""
+            told += "; the rest goes on as far as it can without it"
         else:
             node.again += verdict.again
             wait = max(again.not_before for again in verdict.again) - now

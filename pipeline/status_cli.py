@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eopd.pipeline.plan_cli import Set, Sweep, open_runners
+from eopd.stages.format import escaped
 from eopd.storage.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ def logs(
     # how long they are is read once: what is added while they are shown is what `follow` begins with
     ends = {path: path.stat().st_size for path in find_logs(folder, stage, round_)}
     for path, end in ends.items():
-        sys.stdout.write(f"==> {path.name} <==\n" + "".join(f"{line}\n" for line in tail(path, lines, end)))
+        sys.stdout.write(f"==> {escaped(path.name)} <==\n")
+        sys.stdout.writelines(f"{escaped(line, colours=True)}\n" for line in tail(path, lines, end))
     sys.stdout.flush()
     if not follow:
         return
     try:
         for line in follow_logs(folder, ends, stage, round_, 0.5):
-            sys.stdout.write(line + "\n")
+            sys.stdout.write(escaped(line, colours=True) + "\n")
             sys.stdout.flush()
     except (KeyboardInterrupt, Stopped):
         return

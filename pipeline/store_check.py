@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.stages.format import size
 from eopd.storage.errors import NoHardLinks, StoreError
@@ -21,7 +22,11 @@ NO_SPACE = 100 << 20
 
 def check_store(store: Path) -> Iterator[Finding]:
     """Space, permissions, exclusive creation and locks at ``store``; where it does not exist yet, above it."""
-    place = existing(store)
+    try:
+        place = existing(store)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+        yield Finding("store", "broken", f"{store} cannot be a folder: {error}", "set store: to another folder")
+        return
     yield _space(place)
     trial = place / f".doctor-{secrets.token_hex(8)}"
     try:
@@ -40,10 +45,35 @@ def check_store(store: Path) -> Iterator[Finding]:
         shutil.rmtree(trial, ignore_errors=True)
 
 
+def check_folders(settings: RunSettings) -> None:
+    """Raises ConfigError where `store` or `runs` cannot be a folder, whatever permissions there are."""
+    for name in ("store", "runs"):
+        path = Path(getattr(settings, name))
+        try:
+            above = existing(path)
+            is_folder = above.is_dir()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+            raise ConfigError(f"{name}: {path} cannot be a folder: {error}") from error
+        if not is_folder:
+            raise ConfigError(f"{name}: {path} cannot be a folder, as {above} is a file; name another")
+
+
 def existing(path: Path) -> Path:
-    """``path``, or the folder above it that exists."""
+    """``path``, or the folder above it that exists.
+
+    Raises:
+        OSError: the system refuses the path, such as one with a name that is too long.
+        RuntimeError: it leads through a loop of links.
+    """
     path = path.resolve()
-    return path if os.path.lexists(path) or path == path.parent else existing(path.parent)
+    while path != path.parent:
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+        else:
+            break
+    return path
 
 
 def _space(place: Path) -> Finding:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.stages.format import size
+from eopd.stages.format import escaped, one_line, size
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -30,10 +30,8 @@ Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/ke
 
 
 def _say(text: str) -> None:
-    """Print a line; what a terminal would obey, in a name that somebody else gave to a file, is shown instead."""
-    lines = text.split("\n")
-    shown = ["".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line) for line in lines]
-    sys.stdout.write("\n".join(shown) + "\n")
+    """Print lines that cannot steer the terminal, whatever names somebody else gave to files."""
+    sys.stdout.write(escaped(text) + "\n")
 
 
 @app.command()
@@ -46,7 +44,8 @@ def ls(
 
     found = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
     for item in found:
-        _say(f"{item.kind + '/' + item.key:<56} {_parts(item):>13} {size(item.bytes):>10}  {_state(item)}")
+        name = one_line(f"{item.kind}/{item.key}")
+        _say(f"{name:<56} {_parts(item):>13} {size(item.bytes):>10}  {one_line(_state(item))}")
     _say(f"{len(found)} artifacts, {size(sum(item.bytes for item in found))}")
 
 
@@ -126,7 +125,8 @@ def verify(
     only = [listing.named(place, name) for name in names] if names else None
     damages = verification.verify(place, only, repair=repair)
     for damage in damages:
-        _say(damage.problem if damage.problem.startswith(damage.folder) else f"{damage.folder}: {damage.problem}")
+        named = damage.problem.startswith(damage.folder)
+        _say(one_line(damage.problem if named else f"{damage.folder}: {damage.problem}"))
     left = sum(damage.beyond_repair for damage in damages)
     again = "run the same commands again" if isinstance(place, Path) else "`eopd store copy` puts them there again"
     mended = len(damages) - left
@@ -165,7 +165,7 @@ def gc(
         _say(f"passed over: {problem}")
     removals = garbage.plan(folder, None if runs is None else _roots(runs, folder))
     for removal in removals:
-        _say(f"{size(removal.bytes):>10}  {removal.path}  ({removal.reason})")
+        _say(f"{size(removal.bytes):>10}  {one_line(str(removal.path))}  ({removal.reason})")
     total = sum(removal.bytes for removal in removals)
     if not yes:
         _say(f"{len(removals)} removals would free {size(total)}; nothing was removed (--yes does it)")

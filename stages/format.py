@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 _DIRECTION = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 
 
@@ -76,3 +77,38 @@ def _sign(match: re.Match[str]) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else "\ufffd"
+
+
+def escaped(text: str, *, colours: bool = False) -> str:
+    """``text`` for a terminal, with what would steer a terminal, or turn the direction of writing, as visible escapes.
+
+    Names of files, messages and prompts may be anybody's. Line breaks and tabs stay.
+
+    Args:
+        colours: leave colours in.
+    """
+    if text.isprintable():
+        return text
+    if colours:
+        shown = (escaped(piece) for piece in _COLOUR.split(text))
+        kept = [*_COLOUR.findall(text), ""]
+        return "".join(piece + colour for piece, colour in zip(shown, kept, strict=True))
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def one_line(text: str) -> str:
+    """``text`` as one printable line."""
+    return escaped(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def excerpt(text: str, most: int = 400) -> str:
+    """One printable line of a text, without its middle where that is longer than ``most`` characters."""
+    half = most // 2
+    short = text if len(text) <= most else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return one_line(short)

@@ -18,8 +18,10 @@ LIGHT = (
     "settings",
     "eopd.stages.format",
     "eopd.stages.job",
+    "eopd.stages.models.chat_templates",
     "eopd.stages.models.generation",
     "eopd.stages.models.prompts",
+    "eopd.stages.models.teacher_prompts",
     "eopd.stages.models.weight_files",
     "eopd.stages.train.schedule",
 )

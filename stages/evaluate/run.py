@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
-from eopd.stages.evaluate.summary import Tally, figures, overall
+from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
@@ -268,11 +268,20 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
             {"benchmark": settings.benchmarks[chunk.benchmark].name, "start": chunk.start, "stop": chunk.stop}
             for chunk in (cut[part] for part in left_out)
         ]
+    warnings = [
+        text
+        for benchmark, tally in zip(settings.benchmarks, tallies, strict=True)
+        for text in doubts(benchmark.name, tally)
+    ]
+    if warnings:
+        results["warnings"] = warnings
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(len(cut), inputs=inputs) as folder:
         problems = [row for tally in tallies for row in tally.problems]
         evaluations.write_problems(folder, problems)
         (folder / evaluations.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+    for warning in warnings:
+        job.progress.line(f"evaluate: warning: {warning}")
     mean = results["mean"]
     assert isinstance(mean, dict)
     n = settings.samples

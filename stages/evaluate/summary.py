@@ -18,7 +18,7 @@ import pyarrow as pa
 from eopd.stages.evaluate import diversity, passk
 from eopd.stages.evaluate.verifiers.answers import last_box
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
-from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
+from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
 
 Row = dict[str, Any]
@@ -33,6 +33,7 @@ class Tally:
     lengths: list[int] = field(default_factory=list)
     stopped: int = 0
     ungraded: int = 0
+    unanswered: int = 0  # responses in which the verifier found no answer
     unboxed_correct: int = 0
     # a problem each: sum of -log-prob of its sampled tokens under the distribution sampled from (nats), and the tokens
     surprise: list[tuple[float, int]] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Tally:
         for row in rows:
             reason = row["reason"] or ""
             self.ungraded += reason in (DIED, UNREADABLE) or reason.startswith(TIMED_OUT)
+            self.unanswered += reason.startswith(NO_ANSWER)
             self.unboxed_correct += self.boxes and row["correct"] and last_box(row["response_text"]) is None
         self.problems.append(
             {
@@ -76,6 +78,24 @@ class Tally:
                 "truncated": truncated,
             }
         )
+
+
+def doubts(name: str, tally: Tally) -> list[str]:
+    """What makes the results of a benchmark doubtful as a whole: more often its settings' fault than the student's."""
+    responses = len(tally.lengths)
+    if responses and tally.unanswered == responses:
+        why = "no answer could be read in any"
+    elif responses and tally.ungraded == responses:
+        why = "the verifier could judge none"
+    elif responses and not any(problem["correct"] for problem in tally.problems):
+        why = "none is right"
+    else:
+        return []
+    stopped = f"{tally.stopped / responses:.0%} of them ended by themselves"
+    return [
+        f"benchmark {name}: of {responses:,} responses {why} ({stopped}); compare its columns.answer and verifier with "
+        "a few responses, and see whether template, suffix and max_new_tokens let the student answer"
+    ]
 
 
 @dataclass(frozen=True)

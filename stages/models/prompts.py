@@ -164,6 +164,11 @@ def source_files(settings: PromptSettings) -> list[Path]:
     return prompt_sources.files(Path(settings.path), settings.split)
 
 
+def holds_conversations(settings: PromptSettings) -> bool:
+    """Whether the prompts are lists of messages, by the first row. Raises ValueError, as ``load_prompts``."""
+    return prompt_sources.holds_conversations(Path(settings.path), settings.split, settings.columns.prompt)
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: PromptSettings) -> list[int]:
     """Token ids of a prompt as the student reads it. Its length is not checked here.
 

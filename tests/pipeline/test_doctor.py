@@ -182,7 +182,7 @@ def looked_at(**changes: Any) -> dict[str, Finding]:
         "name": "x",
         "student": {"path": str(countdown / "student")},
         "teacher": {"path": str(countdown / "teacher")},
-        "prompts": {"path": str(countdown / "train.jsonl"), "columns": {"prompt": "problem"}},
+        "prompts": {"path": str(countdown / "train.jsonl"), "columns": {"prompt": "problem"}, "template": "plain"},
         "evaluate": {"benchmarks": [{"name": "b", "path": str(countdown / "evaluate.jsonl")}]},
     }
     return {finding.name: finding for finding in check_inputs(parse_settings(raw | changes, "test"))}
@@ -194,7 +194,8 @@ def test_what_a_config_names_is_there() -> None:
         (
             *("student", "student.tokenizer", "teacher", "teacher.tokenizer"),
             *("student.weights", "teacher.weights", "tokens", "prompts"),
-            *("evaluate.benchmarks.0", "train", "launcher.kind: local"),
+            *("prompts (student)", "prompts (teacher)", "evaluate.benchmarks.0", "evaluate.benchmarks.0 (student)"),
+            *("train", "launcher.kind: local"),
         ),
         "ok",
     )

@@ -13,6 +13,8 @@ from eopd.pipeline.config import load_config
 from eopd.pipeline.ends import EXIT_FAILED, EXIT_REFUSED, is_refusal, tell_end
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.processes import kind_of
+from eopd.pipeline.progress import EventProgress, Replay
+from eopd.stages.job import NullProgress
 from eopd.stages.models.chat_templates import Conversation, parse_conversation, write_conversation
 from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.prompts import PromptSettings, load_prompts
@@ -29,7 +31,7 @@ def of_a_template(_: Conversation) -> str:
     return jinja2.Environment().from_string("{{ messages.x.y }}").render()
 
 
-def test_refusals_of_our_own_checks(tmp_path: Path) -> None:
+def test_refusals_of_our_own_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "bad.yaml").write_text("{")
     talk = parse_conversation("x")
@@ -41,7 +43,15 @@ def test_refusals_of_our_own_checks(tmp_path: Path) -> None:
     ):
         error = raised(action)
         assert is_refusal(error), error
-        assert tell_end(error, None) == EXIT_REFUSED
+        assert tell_end(error, None) == EXIT_FAILED
+        with monkeypatch.context() as scheduled:
+            scheduled.setenv("SLURM_ARRAY_TASK_ID", "3")
+            assert tell_end(error, None) == EXIT_REFUSED
+        events = EventProgress(tmp_path / "events.jsonl")
+        assert tell_end(error, events) == EXIT_REFUSED
+        replay = Replay(tmp_path / "events.jsonl", NullProgress())
+        replay.close()
+        assert replay.end == ("refused", str(error))
     assert kind_of(EXIT_REFUSED) == "refused"
 
 

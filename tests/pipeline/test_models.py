@@ -57,6 +57,23 @@ def test_generation_ends_at_the_ids_of_generation_config_where_there_is_one(tmp_
     assert generation_stops_of(folder) == (CHAT_END,)
 
 
+@pytest.mark.parametrize("value", ["abc", [1, "2"], [[1]], {"id": 1}, 1.5, True, -1, 2**40, [None]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_stop_id_that_is_none_is_named_by_file_and_key(tmp_path: Path, name: str, value: object) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / name).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=rf"{name}: eos_token_id must be"):
+        stop_ids_of(folder, folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"added_tokens": [{"id": 1}]}', '{"added_tokens": 3}', "{"])
+def test_a_tokenizer_s_file_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        stop_ids_of(folder, folder)
+
+
 def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Path) -> None:
     teacher = model(tmp_path / "teacher", "<|im_end|>", [CHAT_END, END], CHAT_END)
     student = model(tmp_path / "student", "<|endoftext|>", [END], END)

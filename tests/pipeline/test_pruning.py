@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from eopd.pipeline.budget import refuse_too_large
+from eopd.pipeline.budget import refuse_too_large, refuse_what_the_machine_lacks
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.neighbours import configs, register
@@ -164,6 +166,42 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
     commit(other, other.plan.jobs[0])
     with pytest.raises(ConfigError, match=r"4\.0 kB of other artifacts"):
         refuse_too_large([make_runner(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)])
+
+
+def test_far_too_little_disk_is_refused_by_the_settings_that_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`samples_per_prompt: 100000` is a typo, of which the disk would be full in a few hours."""
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("eopd.pipeline.budget._available_memory", lambda: None)
+    monkeypatch.setattr("eopd.pipeline.overview.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    refuse_what_the_machine_lacks([make_runner(tmp_path)])
+    with pytest.raises(ConfigError, match=r"1\.0 GB are free .*rollout\.samples_per_prompt.*Nothing was started"):
+        refuse_what_the_machine_lacks([make_runner(tmp_path, rollout={"samples_per_prompt": 100_000})])
+    with pytest.raises(ConfigError, match=r"evaluate\.samples"):
+        refuse_what_the_machine_lacks([make_runner(tmp_path, evaluate={"samples": 100_000})])
+    monkeypatch.setattr("eopd.pipeline.overview.read_shapes", lambda _: {"weight": (100_000_000,)})
+    with pytest.raises(ConfigError, match=r"keep_checkpoints"):
+        refuse_what_the_machine_lacks([make_runner(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"rollout": {"samples_per_prompt": 1_000_000}}, r"rollout\.samples_per_prompt and rollout\.rows_per_part"),
+        ({"evaluate": {"samples": 100_000}}, r"evaluate\.samples and evaluate\.rows_per_part"),
+    ],
+)
+def test_a_part_that_memory_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], setting: str
+) -> None:
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("eopd.pipeline.budget._available_memory", lambda: 2 * 10**8)
+    monkeypatch.setattr("eopd.pipeline.overview.shutil.disk_usage", lambda _: SimpleNamespace(free=10**18))
+    refuse_what_the_machine_lacks([make_runner(tmp_path)])
+    with pytest.raises(ConfigError, match=setting):
+        refuse_what_the_machine_lacks([make_runner(tmp_path, **changes)])
+    refuse_what_the_machine_lacks([make_runner(tmp_path, **changes, launcher={"kind": "slurm"})])
 
 
 def test_runs_of_a_sweep_share_the_limit(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_teacher_on_vllm_says_the_same(evaluated: EvaluateJob, aligned: Alignm
     [
         ({"tau": 0.0}, "greater than 0"),
         ({"bins": [0.4, 0.2]}, "increasing"),
-        ({"bins": [0.0, 0.2]}, "positive"),
+        ({"bins": [0.0, 0.2]}, r"bins\.0\n.*greater than 0"),
         ({"responses": []}, "at least 1"),
         ({"responses": ["own", "own"]}, "twice"),
         ({"engine_options": {"dtype": "bfloat16"}}, r"set student\.dtype or teacher\.dtype"),

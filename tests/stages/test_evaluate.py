@@ -17,10 +17,11 @@ from eopd.stages.evaluate import run as stage
 from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
-from eopd.stages.evaluate.summary import Tally, figures, overall
+from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.evaluate.verifiers.countdown import verify
+from eopd.stages.evaluate.verifiers.math_worker import grade
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
-from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
+from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact, Identity
@@ -96,6 +97,26 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
     job = job_for(folder, settings_for(benchmarks=benchmarks))
     stage.run(job)
     return job
+
+
+def test_a_benchmark_on_which_nothing_is_right_says_so(evaluated: EvaluateJob) -> None:
+    (warning,) = results_of(evaluated)["warnings"]
+    assert warning.startswith("benchmark exact: of 8 responses none is right")
+    assert isinstance(evaluated.progress, Lines)
+    assert f"evaluate: warning: {warning}" in evaluated.progress.seen
+
+
+def test_a_benchmark_without_one_answer_that_can_be_read_says_so() -> None:
+    reason = grade("I do not know", "3")["reason"]
+
+    def tally(correct: int, reasons: list[str | None]) -> Tally:
+        problem = {"correct": correct}
+        unanswered = sum((reason or "").startswith(NO_ANSWER) for reason in reasons)
+        return Tally(problems=[problem], lengths=[1] * len(reasons), unanswered=unanswered, stopped=1)
+
+    assert "no answer could be read in any (50% of them" in doubts("b", tally(0, [reason, reason]))[0]
+    assert "none is right" in doubts("b", tally(0, [reason, "answered 4"]))[0]
+    assert doubts("b", tally(1, [reason, None])) == []
 
 
 def test_parts_hold_every_sample_of_every_problem_once(evaluated: EvaluateJob) -> None:

@@ -61,6 +61,6 @@ class AlignmentSettings(Settings):
     @field_validator("bins")
     @classmethod
     def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(edge <= 0 for edge in value) or any(high <= low for low, high in itertools.pairwise(value)):
-            raise ValueError(f"evaluate.alignment.bins must be positive and increasing, got {list(value)}")
+        if any(high <= low for low, high in itertools.pairwise(value)):
+            raise ValueError(f"evaluate.alignment.bins must be increasing, got {list(value)}")
         return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNREADABLE = "the reference answer cannot be read"
+NO_ANSWER = "no answer found"
+"""How the reason begins of a response in which a verifier finds no answer at all."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""Prompt sources and templates, tried before any work: what a plan's files say of them, without transformers or torch.
+
+One prompt of each shape (roles, fields, tools) of each source is rendered as the student reads it and, where the
+teacher reads it too, as the teacher does. `eopd doctor` shows the first of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
+from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, student_conversation
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_conversation
+
+if TYPE_CHECKING:
+    from eopd.pipeline.runner import Runner
+
+FIRST_ROWS = 1000
+"""Rows of a source that are read where a person waits for the answer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prompt source, and who reads it how."""
+
+    name: str  # of its setting
+    prompts: PromptSettings
+    teacher: TeacherPromptSettings | None  # None: the teacher does not read it
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads prompts."""
+
+    role: str
+    tokenizer: Path
+    trusted: bool  # its tokenizer may be code of its own, of which nothing is known here
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as a model reads it."""
+
+    source: str
+    reader: str
+    text: str
+
+
+def sources_of(settings: RunSettings) -> Iterator[Source]:
+    """The prompts, and every benchmark."""
+    yield Source("prompts", settings.prompts, settings.score.teacher_prompt)
+    if settings.evaluate is not None:
+        teacher = settings.score.teacher_prompt if settings.evaluate.alignment is not None else None
+        for number, benchmark in enumerate(settings.evaluate.benchmarks):
+            yield Source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), teacher)
+
+
+def refuse_unreadable_prompts(runners: Sequence[Runner], rows: int | None) -> None:
+    """Try the sources of every run that has something left to do; those that runs share, once.
+
+    Raises:
+        ConfigError: as ``render_sources``.
+    """
+    tried: set[str] = set()
+    for runner in runners:
+        if all(runner.is_done(job) for job in runner.plan.jobs):
+            continue
+        student = Reader("student", runner.facts.student.tokenizer_folder, runner.settings.student.trust_remote_code)
+        teacher = Reader("teacher", runner.facts.teacher.tokenizer_folder, runner.settings.teacher.trust_remote_code)
+        for source in sources_of(runner.settings):
+            key = repr((source, student, teacher))
+            if key not in tried:
+                render_sources([source], student, teacher, rows)
+                tried.add(key)
+
+
+def render_sources(
+    sources: Sequence[Source], student: Reader, teacher: Reader, rows: int | None = FIRST_ROWS
+) -> list[Rendered]:
+    """The first prompt of each source, once one of each shape is known to be rendered.
+
+    Args:
+        rows: how many rows of each source are read; None: all.
+
+    Raises:
+        ConfigError: a row, by its place, that cannot be read; a prompt that a template refuses or would write only in
+            part; an argument that a template does not read.
+    """
+    rendered: list[Rendered] = []
+    for source in sources:
+        settings = source.prompts
+        if rows is not None:
+            settings = settings.model_copy(update={"limit": min(settings.limit or rows, rows)})
+        try:
+            shapes: dict[object, Prompt] = {}
+            for prompt in load_prompts(settings):
+                shapes.setdefault(prompt.conversation.shape(), prompt)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{source.name}: {error}") from error
+        views: list[list[Rendered]] = [_views(source, prompt, student, teacher) for prompt in shapes.values()]
+        rendered += views[0]
+    return rendered
+
+
+def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> list[Rendered]:
+    try:
+        conversation = student_conversation(prompt, source.prompts)
+        text = _text(conversation, source.prompts.template, source.prompts.template_arguments, student)
+    except ValueError as error:
+        raise ConfigError(f"{source.name}: prompt {prompt.id!r} as the student reads it: {error}") from error
+    views = [Rendered(source.name, student.role, text)]
+    reads = source.teacher
+    if reads is None:
+        return views
+    if reads.kind == "same":
+        return [*views, Rendered(source.name, teacher.role, text)]
+    try:
+        told = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
+        if told is None:
+            raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
+        text = _text(teacher_conversation(told, reads), reads.template, reads.arguments, teacher)
+    except ValueError as error:
+        raise ConfigError(
+            f"{source.name}: prompt {prompt.id!r} as the teacher reads it (score.teacher_prompt): {error}"
+        ) from error
+    return [*views, Rendered(source.name, teacher.role, text)]
+
+
+def _text(conversation: Conversation, template: str, arguments: dict[str, object], reader: Reader) -> str:
+    if template == "plain":
+        return conversation.plain_text()
+    if reader.trusted:
+        return "(by code that comes with the model)"
+    found = ChatTemplate.of_folder(reader.tokenizer, tools=bool(conversation.tools or arguments.get("tools")))
+    check_arguments(found, arguments)
+    return write_conversation(conversation, lambda what: found.render(what, arguments))

@@ -1,0 +1,176 @@
+"""Sources and templates that `plan`, `run` and `doctor` refuse before any work, by the setting's name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, RunSettings, parse_settings
+from eopd.pipeline.doctor_inputs import check_inputs
+from eopd.pipeline.prompt_check import Reader, refuse_unreadable_prompts, render_sources, sources_of
+from tests.pipeline.plan_case import commit, make_facts, make_runner
+from tests.stages.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+SYSTEM = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "1+2?"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_tokenizer(tmp_path / "student")
+    tiny_tokenizer(tmp_path / "teacher", template=NO_SYSTEM)
+    return tmp_path
+
+
+def settings(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> RunSettings:
+    raw: dict[str, Any] = {
+        "name": "x",
+        "student": {"path": str(folder / "student")},
+        "teacher": {"path": str(folder / "teacher")},
+        "prompts": {"path": write(folder / "prompts.jsonl", rows)},
+    }
+    for name, value in changes.items():
+        raw[name] = {**raw.get(name, {}), **value}
+    return parse_settings(raw, "test")
+
+
+def render(asked: RunSettings, folder: Path, rows: int | None = None) -> list[str]:
+    readers = [Reader(role, folder / role, trusted=False) for role in ("student", "teacher")]
+    return [found.text for found in render_sources(list(sources_of(asked)), *readers, rows)]
+
+
+def test_both_views_of_every_source(folder: Path) -> None:
+    benchmark = write(folder / "b.jsonl", [{"problem": "3+4?", "answer": "7", "id": "b0"}])
+    asked = settings(
+        folder,
+        [{"prompt": "1+2?"}],
+        score={"teacher_prompt": {"kind": "template", "template": "plain", "suffix": " Think."}},
+        evaluate={"benchmarks": [{"name": "b", "path": benchmark}], "alignment": {}},
+    )
+    assert render(asked, folder) == [
+        "<|user|>1+2?<|end|><|assistant|>",
+        "1+2? Think.",
+        "<|user|>3+4?<|end|><|assistant|>",
+        "3+4? Think.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (
+            [{"prompt": "x"}] * 9 + [{"prompt": SYSTEM}],
+            {"score": {"teacher_prompt": "template"}},
+            "'9' as the teacher.*no system role",
+        ),
+        (
+            [{"prompt": SYSTEM}],
+            {"prompts": {"system": "Think."}},
+            "prompts: .*'0' as the student.*system message already",
+        ),
+        ([{"prompt": "x"}], {"prompts": {"template_arguments": {"thinking": True}}}, "no argument thinking"),
+        (
+            [{"prompt": "x"}],
+            {"score": {"teacher_prompt": {"kind": "template", "arguments": {"thinking": True}}}},
+            "as the teacher.*no argument thinking",
+        ),
+        (
+            [{"prompt": "x", "answer": float("nan")}],
+            {"prompts": {"columns": {"answer": "answer"}}},
+            "prompts: .*line 1.*nan",
+        ),
+        ([{"prompt": "x"}], {"prompts": {"columns": {"answer": "answer"}}}, "no column 'answer'"),
+    ],
+)
+def test_what_cannot_be_rendered_is_named(
+    folder: Path, rows: list[dict[str, Any]], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        render(settings(folder, rows, **changes), folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_column_for_the_teacher_is_named_in_every_source(folder: Path) -> None:
+    benchmark = {"name": "b", "path": "b.jsonl"}
+    column: dict[str, Any] = {"score": {"teacher_prompt": "column"}}
+    with pytest.raises(ConfigError, match=r"prompts\.columns\.teacher_prompt"):
+        settings(folder, [], **column)
+    column["prompts"] = {"columns": {"teacher_prompt": "hint"}}
+    settings(folder, [], evaluate={"benchmarks": [benchmark]}, **column)
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.0\.columns\.teacher_prompt"):
+        settings(folder, [], evaluate={"benchmarks": [benchmark], "alignment": {}}, **column)
+    named = {**benchmark, "columns": {"teacher_prompt": "hint"}}
+    settings(folder, [], evaluate={"benchmarks": [named], "alignment": {}}, **column)
+
+
+def test_rows_beyond_those_that_are_asked_for_are_not_read(folder: Path) -> None:
+    asked = settings(folder, [{"prompt": "x"}, {"prompt": ""}])
+    assert len(render(asked, folder, rows=1)) == 2
+    with pytest.raises(ConfigError, match="line 2"):
+        render(asked, folder, rows=2)
+
+
+def test_a_run_that_is_complete_is_not_looked_at(folder: Path) -> None:
+    facts = make_facts(folder=folder)
+    facts = replace(
+        facts,
+        student=replace(facts.student, tokenizer_folder=folder / "student"),
+        teacher=replace(facts.teacher, tokenizer_folder=folder / "teacher"),
+    )
+    runner = make_runner(folder, facts, prompts={"path": write(folder / "p.jsonl", [{"prompt": ""}])}, rounds=1)
+    with pytest.raises(ConfigError, match=r"prompts: .*line 1"):
+        refuse_unreadable_prompts([runner], None)
+    for job in runner.plan.jobs:
+        commit(runner, job)
+    refuse_unreadable_prompts([runner], None)
+
+
+def test_doctor_shows_prompts_without_what_steers_a_terminal(folder: Path) -> None:
+    asked = settings(folder, [{"prompt": "\x1b[31mred\n" + "x" * 2000}])
+    found = {finding.name: finding for finding in check_inputs(asked)}
+    text = found["prompts (student)"].text
+    assert text.startswith("<|user|>\\x1b[31mred\\nxxx")
+    assert text.endswith("<|end|><|assistant|>")
+    assert "characters ..." in text
+    assert len(text) < 500
+    broken = {
+        finding.name: finding
+        for finding in check_inputs(settings(folder, [{"prompt": SYSTEM}], score={"teacher_prompt": "template"}))
+    }["prompts (rendered)"]
+    assert broken.state == "broken"
+    assert "no system role" in broken.text
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "rollout"])
+def test_the_commands_refuse_before_work(folder: Path, command: str) -> None:
+    countdown = CONFIG_FOLDER.parent / "examples" / "countdown"
+    config = folder / "x.yaml"
+    config.write_text(
+        f"name: x\nstore: {folder}/store\nruns: {folder}/runs\n"
+        f"student: {{path: {countdown}/student, tokenizer: {folder}/teacher}}\n"
+        f"teacher: {{path: {countdown}/teacher, tokenizer: {folder}/teacher}}\n"
+        f"prompts: {{path: {write(folder / 'p.jsonl', [{'prompt': SYSTEM}])}}}\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "eopd.pipeline.cli", command, str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("eopd: prompts: prompt '0' as the student reads it")
+    assert not any(line.endswith((" torch", " transformers")) for line in result.stderr.splitlines())
+    assert not (folder / "store").exists()

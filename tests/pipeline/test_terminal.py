@@ -1,0 +1,88 @@
+"""Text of others on a terminal, and paths that cannot be what they are named for."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from eopd.pipeline.config import ConfigError, parse_settings
+from eopd.pipeline.plan_table import PlainConsole
+from eopd.pipeline.store_check import check_folders, check_store
+from eopd.stages.format import escaped, excerpt, one_line
+
+HOSTILE = "a\x1b[2J\x1b]0;t\x07b\r\x9b1m\u202ec"
+
+
+def test_what_steers_a_terminal_is_shown() -> None:
+    assert escaped("plain é 中 \U0001f600\n\tx") == "plain é 中 \U0001f600\n\tx"
+    assert escaped(HOSTILE) == "a\\x1b[2J\\x1b]0;t\\x07b\\r\\x9b1m\\u202ec"
+    assert escaped("\x1b[31mred\x1b[0m\x1b[2J", colours=True) == "\x1b[31mred\x1b[0m\\x1b[2J"
+    assert one_line("a\nb\tc") == "a\\nb\\tc"
+    assert escaped("\ud800") == "\\ud800"
+
+
+def test_an_excerpt_has_both_ends() -> None:
+    text = excerpt("begin" + "x" * 5000 + "end", 100)
+    assert text.startswith("begin")
+    assert text.endswith("end")
+    assert "4,908 characters" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table_of_hostile_names_moves_nothing(terminal: bool) -> None:
+    output = io.StringIO()
+    console = PlainConsole(file=output, width=120, force_terminal=terminal, color_system="standard")
+    table = Table.grid()
+    table.add_row("name", HOSTILE, style="red")
+    console.print(table)
+    assert "\\x1b[2J" in output.getvalue()
+    assert not any(code in output.getvalue() for code in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e"))
+
+
+@pytest.mark.parametrize("setting", ["store", "runs"])
+@pytest.mark.parametrize("kind", ["device", "file", "below", "loop", "long"])
+def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, setting: str, kind: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    place = {
+        "device": Path("/dev/null"),
+        "file": tmp_path / "file",
+        "below": tmp_path / "file" / "store",
+        "loop": tmp_path / "loop" / "store",
+        "long": tmp_path / ("x" * 300),
+    }[kind]
+    raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    with pytest.raises(ConfigError, match=f"{setting}: .*cannot be a folder"):
+        check_folders(parse_settings({**raw, "store": str(tmp_path / "store"), setting: str(place)}, "test"))
+    check_folders(parse_settings({**raw, "store": str(tmp_path / "store")}, "test"))
+    if setting == "store":
+        assert any(finding.state == "broken" for finding in check_store(place))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["store", "ls", "--store", "FILE"],
+        ["store", "gc", "--store", "FILE/x"],
+        ["plan", "quickstart", "--set", "store=FILE"],
+        ["status", "FILE/x", "--once"],
+        ["report", "quickstart", "--out", "FILE"],
+        ["plan", "\x1b[2J"],
+    ],
+    ids=" ".join,
+)
+def test_the_commands_end_in_one_line(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    arguments = [word.replace("FILE", str(tmp_path / "file")) for word in command]
+    result = subprocess.run(
+        [sys.executable, "-m", "eopd.pipeline.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode not in (0, 2)
+    assert result.stderr.startswith("eopd: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.rstrip("\n").isprintable()

@@ -222,7 +222,7 @@ def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
     with naming_misfits(str(path)):
         _ = [float(rows[0][name]) for name in FIRST_STEP if name in rows[0]]
         for row in rows:
-            if not all(isinstance(row[name], int) for name in ("round", "step", "epoch", "tokens")):
+            if not all(isinstance(row[name], (int, float)) for name in ("round", "step", "epoch", "tokens")):
                 raise TypeError("a step without its number")
     return rows
 

@@ -58,7 +58,7 @@ def make_store(store: Path) -> Path:
         )
     checkpoint = Artifact(store, Identity("checkpoints", 1, 2, {}, {"rollouts": sampled.key, "scores": found.key}))
     with checkpoint.write_part(0) as folder:
-        row = {"round": 0, "step": 0, "epoch": 0, "tokens": 4, "rkl": 0.5}
+        row = {"round": 0, "step": 0, "epoch": 0, "tokens": 4.0, "rkl": 0.5}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     with checkpoint.write_part(1) as folder:
         save_file({"entropy": np.full(4, 0.25, np.float32)}, folder / "round_start.safetensors")

@@ -39,7 +39,7 @@ class Lines(NullProgress):
         self.finished = 0
 
     def advance(self, n: int, **figures: float) -> None:
-        self.finished = int(figures["responses"])
+        self.finished = int(figures.get("responses", self.finished))  # an alignment counts tokens alone
 
     def line(self, text: str) -> None:
         self.seen.append(text)

@@ -18,6 +18,7 @@ from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import LENGTH, Digests, code_files, model_files, template_files, tokenizer_files
 
 NOISE = ("attention_dropout", "router_jitter_noise")
+CHECK_ATTEMPTS = 3  # a process that checks weights and that a signal ends is started again
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def check_architectures(
 
         return refusals(arguments)
     command = [sys.executable, "-m", "eopd.stages.models.loading", json.dumps(arguments)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    for _ in range(CHECK_ATTEMPTS):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode >= 0:  # below zero, a signal ended it, which says nothing about the weights
+            break
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

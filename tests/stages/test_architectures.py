@@ -237,6 +237,7 @@ def test_traits_that_the_config_names_and_the_class_ignores_are_not_applied() ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gemma4_text", "falcon_h1", "qwen3_next", "gpt_oss", "opt", "lfm2", "deepseek_v3"])
+@pytest.mark.usefixtures("attention_in_half_precision")
 def test_half_precision_finds_the_same_traits_and_layout(name: str, dtype: torch.dtype) -> None:
     model = _model(name)
     wanted, layout = traits_of(model), layout_of(model)

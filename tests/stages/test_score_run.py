@@ -89,6 +89,7 @@ def test_scores_equal_the_model_alone(name: str, tmp_path: Path) -> None:
             _check_response(rows, number, logprobs, row["response_token_ids"])
 
 
+@pytest.mark.usefixtures("attention_in_half_precision")
 def test_an_engine_that_is_opened_again_is_checked_again(teacher: Path, tmp_path: Path) -> None:
     """As after each training on a GPU; one that stays open is not."""
     engines = Engines(keep=True)

@@ -88,7 +88,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     "ONEDNN_MAX_CPU_ISA" in os.environ and torch.cpu._is_amx_tile_supported(),
     reason="vLLM uses AMX wherever the processor has it, and ends the process where oneDNN may not",
 )
-@pytest.mark.usefixtures("plain_attention")
+@pytest.mark.usefixtures("attention_in_half_precision")
 def test_half_precision_comes_as_such_and_is_as_near_to_exact_as_its_rounding(tmp_path: Path) -> None:
     """On the way to a hidden state each of two layers rounds about 15 vectors, relative to their size, and the last
     norm once: 31 independent errors."""

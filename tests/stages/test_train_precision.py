@@ -13,7 +13,7 @@ from eopd.stages.train.job import OPTIMIZER, WEIGHTS
 from eopd.stages.train.run import run
 from tests.stages.train_case import make_world, read_rows, train_job
 
-pytestmark = pytest.mark.usefixtures("plain_attention")
+pytestmark = pytest.mark.usefixtures("attention_in_half_precision")
 
 LORA = {"rank": 4, "alpha": 8.0}
 

@@ -17,8 +17,10 @@ SLOW = (
     "test_setup.py",
     "stages/test_report_browser.py",
     "stages/test_train_processes.py",
+    "pipeline/test_doctor.py",
+    "storage/test_remote.py",
 )
-"""Whole runs, whole installations, a browser, several processes: left out by ``make test-fast``."""
+"""Whole runs, whole installations, a browser, a bucket's server, several processes: left out by ``make test-fast``."""
 NUMERIC = (
     "stages/test_align.py",
     "stages/test_alignment.py",

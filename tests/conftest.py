@@ -15,12 +15,13 @@ SLOW = (
     "study/",
     "test_packaging.py",
     "test_setup.py",
+    "stages/test_architectures.py",
     "stages/test_report_browser.py",
     "stages/test_train_processes.py",
     "pipeline/test_doctor.py",
     "storage/test_remote.py",
 )
-"""Whole runs, whole installations, a browser, a bucket's server, several processes: left out by ``make test-fast``."""
+"""Whole runs and installations, a browser, a server, every architecture; `make test-fast` omits them."""
 NUMERIC = (
     "stages/test_align.py",
     "stages/test_alignment.py",

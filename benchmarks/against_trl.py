@@ -36,7 +36,6 @@ from accelerate import Accelerator
 
 from benchmarks.training_world import SEED, STOP_ID, Shape, StepClock, World, make_world, train_job, train_settings
 from eopd.stages.models.packing import Sequence as TokenSequence
-from eopd.stages.train.job import METRICS_FILE, WEIGHTS
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.metrics import means
 from eopd.stages.train.objectives.registry import make_objective
@@ -47,6 +46,7 @@ from eopd.stages.train.schedule import batch_of_step
 from eopd.stages.train.states import read_jsonl
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
+from eopd.storage.checkpoints import METRICS_FILE, WEIGHTS
 from eopd.storage.extras import installing
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache

@@ -35,8 +35,9 @@ from benchmarks.cache_real import measure_real
 from benchmarks.generator import STOP_IDS, VOCABULARY, Ids, generate
 from benchmarks.machine import describe
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import StoreError
+from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker, marker_text
 from eopd.storage.teacher_cache import PartHeader, TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -198,7 +199,7 @@ def measure_open(root: Path, parts: int = 20_000) -> dict[str, Any]:
 
 
 def measure_scale(root: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """What grows with a cache, and by how much: for docs/cache-format.md."""
+    """What grows with a cache, and by how much: for docs/format.md."""
     rows = []
     for tokens in sizes:
         artifact = build(root / f"scale{tokens}", tokens)

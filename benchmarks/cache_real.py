@@ -19,9 +19,8 @@ import numpy as np
 
 from benchmarks.generator import TARGETS, VOCABULARY
 from eopd.pipeline.config import RunSettings, parse_settings
-from eopd.pipeline.planning import plan_run
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
+from eopd.pipeline.run import open_run
+from eopd.pipeline.worker import execute
 from eopd.storage.artifacts import Artifact
 from eopd.storage.statistics import CacheStats, stats
 from eopd.storage.teacher_cache import TeacherCache
@@ -85,12 +84,11 @@ def _settings(root: Path, models: Path, data: Path, responses: int, k_max: int) 
 
 
 def _score(settings: RunSettings) -> Artifact:
-    facts, plan = plan_run(settings)
-    runner = Runner(settings, facts, plan, NullProgress())
-    job = plan.job("score", 0)
-    runner.run(plan.job("rollout", 0))
-    runner.run(job)
-    return runner.artifact(job.output)
+    run = open_run(settings)
+    job = run.plan.job("score", 0)
+    execute(run, run.plan.job("rollout", 0))
+    execute(run, job)
+    return run.artifact(job.output)
 
 
 def _bytes(folder: Path) -> int:

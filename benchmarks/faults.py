@@ -139,17 +139,15 @@ def children(process: int) -> dict[int, str]:
             continue
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            named = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes() if parent == process else b""
         except (OSError, ValueError):
             continue
         if parent == process:
-            stages = [stage for stage in ("rollout", "score", "train", "evaluate") if f"\0{stage}\0".encode() in named]
-            found[int(folder.name)] = stages[0] if stages else stage_of(int(folder.name))
+            found[int(folder.name)] = stage_of(int(folder.name))
     return found
 
 
 def stage_of(process: int) -> str:
-    """Of a forked process: by the log that its output goes to."""
+    """What a worker does, by the log that its output goes to."""
     try:
         return os.readlink(f"/proc/{process}/fd/1").rpartition("/")[2].split("-")[0]
     except OSError:

@@ -26,16 +26,16 @@ import yaml
 
 from benchmarks.machine import describe
 from eopd.pipeline.config import RunSettings, load_config
-from eopd.pipeline.inspect import gather_facts
-from eopd.pipeline.overview import look
-from eopd.pipeline.plan import Facts, PlannedJob, make_plan
-from eopd.pipeline.plan_table import make_console, plan_table
-from eopd.pipeline.planning import plan_run
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
+from eopd.pipeline.forecast import forecast
+from eopd.pipeline.inputs import gather_facts
+from eopd.pipeline.run import Run, open_run
+from eopd.pipeline.tables import make_console, plan_table
+from eopd.stages.experiment import Facts
+from eopd.stages.stage import Job
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker, file_text, marker_text
 
 REPEATS = 5
@@ -65,13 +65,13 @@ def write_config(folder: Path, rounds: int, parts: int, rows: int) -> Path:
     return path
 
 
-def fill(runner: Runner, jobs: list[PlannedJob]) -> int:
+def fill(run: Run, jobs: list[Job]) -> int:
     """Leave in the store what finished jobs leave, but for the data in the parts' folders. Returns its markers."""
     made = 0
-    runner.paths.folder.mkdir(parents=True, exist_ok=True)
-    with runner.paths.jobs.open("w", encoding="utf-8") as lines:
+    run.paths.folder.mkdir(parents=True, exist_ok=True)
+    with run.paths.jobs.open("w", encoding="utf-8") as lines:
         for job in jobs:
-            artifact = runner.artifact(job.output)
+            artifact = run.artifact(job.output)
             artifact.folder.mkdir(parents=True)
             (artifact.folder / paths.IDENTITY).write_text(file_text(artifact.identity.to_json()))
             for part in range(artifact.parts):
@@ -81,11 +81,11 @@ def fill(runner: Runner, jobs: list[PlannedJob]) -> int:
             )
             made += artifact.parts
             line = {
-                "stage": job.stage,
+                "stage": job.stage.name,
                 "round": job.round,
                 "key": artifact.key,
                 "seconds": 9.5,
-                "parts": artifact.parts,
+                "made": artifact.parts,
             }
             lines.write(json.dumps(line) + "\n")
     return made
@@ -102,11 +102,10 @@ def _leave_part(artifact: Artifact, part: int) -> None:
 
 def plan_once(settings: RunSettings, facts: Facts | None = None) -> str:
     """What `eopd plan` does between reading the settings and printing; with ``facts`` given, none are gathered."""
-    known, plan = plan_run(settings, facts)
-    runner = Runner(settings, known, plan, NullProgress())
+    run = open_run(settings, facts)
     console = make_console(120)
     with console.capture() as captured:
-        console.print(plan_table(look([runner])))
+        console.print(plan_table(forecast([run])))
     return captured.get()
 
 
@@ -114,9 +113,9 @@ def measure_plan(folder: Path, rounds: int, parts: int, rows: int) -> dict[str, 
     config = write_config(folder, rounds, parts, rows)
     settings = load_config(str(config))
     facts = gather_facts(settings)
-    runner = Runner(settings, facts, make_plan(settings, facts), NullProgress())
-    half = [job for job in runner.plan.jobs if job.round < rounds // 2]
-    markers = fill(runner, half)
+    run = open_run(settings, facts)
+    half = [job for job in run.plan.jobs if job.round < rounds // 2]
+    markers = fill(run, half)
     took = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -140,7 +139,7 @@ def measure_plan(folder: Path, rounds: int, parts: int, rows: int) -> dict[str, 
         "rounds": rounds,
         "parts": parts,
         "prompts_per_part": rows,
-        "jobs": len(runner.plan.jobs),
+        "jobs": len(run.plan.jobs),
         "markers_on_disk": markers,
     }
 

@@ -11,9 +11,10 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from eopd.pipeline.launchers import local, processes
+from eopd.pipeline import processes
+from eopd.pipeline.launchers import local
 
 
 class Forked:
@@ -47,7 +48,9 @@ class Forked:
 def preload() -> None:
     """Import what the stages import, here and once."""
 
-    import eopd.pipeline.reporting
+    import eopd.pipeline.cli.main
+    import eopd.pipeline.report
+    import eopd.stages.align.run
     import eopd.stages.evaluate.run
     import eopd.stages.report.run
     import eopd.stages.rollout.run
@@ -61,9 +64,15 @@ def fork_eopd(arguments: list[str], environment: Mapping[str, str], log: Path) -
         return fork_process(["-m", "eopd.pipeline.cli", *arguments], environment, output)
 
 
+def fork_worker(arguments: list[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: Any) -> Forked:
+    """In place of ``processes.Leader``."""
+    return fork_process(arguments, env, stdout)
+
+
 def fork_process(arguments: list[str], environment: Mapping[str, str], output: IO[bytes]) -> Forked:
-    """In place of ``local.spawn_process``."""
-    assert arguments[:2] == ["-m", "eopd.pipeline.cli"], arguments
+    """``python ARGUMENTS`` for one of our two programs."""
+    assert arguments[0] == "-m", arguments
+    assert arguments[1] in PROGRAMS, arguments
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -79,21 +88,34 @@ def fork_process(arguments: list[str], environment: Mapping[str, str], output: I
         os.dup2(output.fileno(), 2)
         os.environ.clear()
         os.environ.update(environment)
-        code = _run(["eopd", *arguments[2:]])
+        code = _run(arguments[1], arguments[2:])
     finally:
         os._exit(code)
 
 
-def _run(arguments: list[str]) -> int:
-    from eopd.pipeline.cli import main
-
-    local.spawn_process = fork_process
-    sys.argv = arguments
+def _run(program: str, arguments: list[str]) -> int:
+    local.Leader = fork_worker  # type: ignore[assignment,misc]
+    sys.argv = [program, *arguments]
     try:
-        main()
+        PROGRAMS[program]()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def _command() -> None:
+    from eopd.pipeline.cli.main import main
+
+    main()
+
+
+def _worker() -> None:
+    from eopd.pipeline.worker import main
+
+    main()
+
+
+PROGRAMS = {"eopd.pipeline.cli": _command, "eopd.pipeline.worker": _worker}

@@ -5,7 +5,7 @@ entries a token on vLLM's side; on ours also the exact entropy, tail, rank, draw
 
 A random model's distributions are nearly flat (6.2 nats), which no teacher's are, and the flatter they are the more
 there is to store. So the model's final norm is scaled until the mean entropy is the 1.26 nats that a Qwen3-8B teacher
-was seen to have (docs/cache-format.md; on the tokens of the whole stage it is 0.92). That is measured on the flat one
+was seen to have (docs/format.md; on the tokens of the whole stage it is 0.92). That is measured on the flat one
 as well.
 """
 
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks.machine import alternate
-from eopd.stages.engines.hidden import HiddenEngine, open_hidden_engine
+from eopd.stages.engines.hidden import HiddenEngine
+from eopd.stages.engines.open import open_hidden_engine
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef, NullProgress
@@ -33,7 +34,8 @@ from eopd.stages.score.run import Scorer
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import TokenBatch
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule

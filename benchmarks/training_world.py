@@ -26,7 +26,8 @@ from eopd.stages.score.run import run as score
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.settings import TrainSettings
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "countdown" / "teacher"

@@ -159,23 +159,23 @@ def main() -> None:
 def run(spans: Spans, config: str, changes: list[str], *, keep: bool) -> None:
     """All jobs in order in this process, and the report."""
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import make_display
-    from eopd.pipeline.reporting import write_report
-    from eopd.pipeline.runner import Runner
+    from eopd.pipeline.report import write_report
+    from eopd.pipeline.run import open_run
+    from eopd.pipeline.worker import execute
     from eopd.stages.engines.kept import Engines
 
     engines = Engines(keep=keep)
     with spans.of_stage("plan"):
         settings = load_config(config, changes)
-        runner = Runner(settings, *plan_run(settings), make_display().open(), engines)
-    for job in runner.plan.jobs:
-        with spans.of_stage(job.stage):
-            runner.run(job)
+        opened = open_run(settings, progress=make_display().open())
+    for job in opened.plan.jobs:
+        with spans.of_stage(job.stage.name):
+            execute(opened, job, engines=engines)
     with spans.of_stage("end"), spans.span("engines closed"):
         engines.close()
     with spans.of_stage("report"):
-        write_report(runner)
+        write_report(opened)
 
 
 if __name__ == "__main__":

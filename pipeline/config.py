@@ -12,18 +12,14 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from eopd.pipeline.launchers.settings import LauncherSettings
-from eopd.stages.evaluate.settings import EvaluateSettings
-from eopd.stages.models.prompts import PromptSettings
-from eopd.stages.rollout.settings import RolloutSettings
-from eopd.stages.score.settings import ScoreSettings
-from eopd.stages.settings import ROUNDS, SEED, Settings, setting
-from eopd.stages.train.settings import TrainSettings
+from eopd.stages.experiment import ExperimentSettings
+from eopd.stages.settings import SEED, setting
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -32,30 +28,12 @@ class ConfigError(ValueError):
     """The settings are not valid; the message names the file, the key and what to do."""
 
 
-class ModelSettings(Settings):
-    path: str = setting(..., "Folder of a causal LM in Hugging Face format, or a hub id.", keyed=False)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Precision the weights are used in when sampling or scoring; auto is the checkpoint's own."
-    )
-    revision: str | None = setting(None, "Hub commit or tag. Fixed weights come from a commit.", keyed=False)
-    tokenizer: str | None = setting(None, "Folder or hub id of the tokenizer when it is not in `path`.", keyed=False)
-    trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
+class RunSettings(ExperimentSettings):
+    """Everything a config can set: the experiment, and where and how it runs."""
 
-
-class StudentSettings(ModelSettings):
-    sft_teacher: str | None = setting(
-        None,
-        "Model (folder or hub id) that wrote the responses the student was supervised on before, where you know it. "
-        "lightning_opd assumes that it is the teacher, and warns where it is not.",
-        keyed=False,
-    )
-
-
-class RunSettings(Settings):
     name: str = setting(
         ..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$", max_length=200
     )
-    seed: int = setting(0, "Seed of prompt order, sampling and training order.", ge=0, le=SEED)
     store: str = setting(
         "store",
         "Folder of the artifact store. Runs that share it share work. A list is this folder and, behind it, the "
@@ -76,23 +54,6 @@ class RunSettings(Settings):
         gt=0,
         le=SEED,
     )
-    rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1, le=ROUNDS)
-    refresh: int = setting(
-        1, "The policy that samples is renewed every this many rounds (1: each round).", ge=1, le=ROUNDS
-    )
-    lag: int = setting(
-        0,
-        "Rounds by which the policy that samples is late: with 1, a round's rollouts overlap training.",
-        ge=0,
-        le=ROUNDS,
-    )
-    student: StudentSettings = setting(..., "The model that learns.")
-    teacher: ModelSettings = setting(..., "The model it learns from.")
-    prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
-    rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")
-    score: ScoreSettings = setting(ScoreSettings, "What the teacher says of every token.")
-    train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
-    evaluate: EvaluateSettings | None = setting(None, "How students are measured. None: not at all.")
     launcher: LauncherSettings = setting(LauncherSettings, "How stages are started.", keyed=False)
 
     @model_validator(mode="before")
@@ -116,35 +77,6 @@ class RunSettings(Settings):
                 f"scores/KEY {store} --inputs` puts what it made there"
             )
         return store
-
-    @field_validator("evaluate")
-    @classmethod
-    def _measured_as_trained(cls, evaluate: EvaluateSettings | None, info: ValidationInfo) -> EvaluateSettings | None:
-        """Before any key is made: a base model that is trained on plain prompts is evaluated on such, too."""
-        if evaluate is None or not {"prompts", "rollout"} <= info.data.keys():  # one of them was refused
-            return evaluate
-        return evaluate.following(info.data["prompts"], info.data["rollout"].max_new_tokens)
-
-    @model_validator(mode="after")
-    def _scored_as_sampled(self) -> RunSettings:
-        self.score.resolve_temperature(self.rollout.temperature)
-        return self
-
-    @model_validator(mode="after")
-    def _the_teacher_finds_its_column(self) -> RunSettings:
-        if self.score.teacher_prompt.kind != "column":
-            return self
-        lacking = [] if self.prompts.columns.teacher_prompt is not None else ["prompts"]
-        if self.evaluate is not None and self.evaluate.alignment is not None:
-            for number, benchmark in enumerate(self.evaluate.benchmarks):
-                if benchmark.columns.teacher_prompt is None:
-                    lacking.append(f"evaluate.benchmarks.{number}")
-        if lacking:
-            raise ValueError(
-                "score.teacher_prompt.kind is column, and no column of that kind is named in "
-                f"{', '.join(f'{where}.columns.teacher_prompt' for where in lacking)}"
-            )
-        return self
 
     @field_validator("name")
     @classmethod

@@ -116,9 +116,10 @@ def _store(store: Path) -> list[Finding]:
 def _inputs(settings: RunSettings) -> list[Finding]:
     try:
         from eopd.pipeline.doctor_inputs import check_inputs
-    except ImportError as error:
+
+        return list(check_inputs(settings))
+    except ImportError as error:  # at any point: packages are imported where they are needed
         return [not_looked_at("what the config names", error)]
-    return list(check_inputs(settings))
 
 
 def _there(package: str) -> bool:

@@ -13,12 +13,17 @@ from contextlib import suppress
 from functools import partial
 from typing import Literal
 
-from eopd.pipeline.config import ConfigError, ModelSettings, RunSettings
+from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
-from eopd.pipeline.inspect import count_source
-from eopd.pipeline.models import check_architectures, find_tokenizer, find_weights
+from eopd.pipeline.inputs import (
+    check_architectures,
+    compare_vocabularies,
+    count_source,
+    find_tokenizer,
+    find_weights,
+)
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
-from eopd.pipeline.vocabularies import compare_vocabularies
+from eopd.stages.experiment import ModelSettings
 from eopd.stages.format import escaped, excerpt
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.storage.errors import StoreError

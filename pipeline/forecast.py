@@ -1,216 +1,99 @@
-"""What the jobs of a plan will take: tokens, bytes, seconds, and the disk at its worst moment. Pure arithmetic.
+"""What is there of a plan, and what the rest will take: one row a job, with tokens, bytes, seconds and disk.
 
-Tokens a response and bytes a token come from committed parts. If a stage has none yet, tokens are what the settings
-allow *at most*, bytes are an estimate, and scores also have a bound that no teacher exceeds. Seconds come from finished
-jobs or not at all.
+Tokens and bytes are those of committed parts of the job, or of other jobs of its stage. If a stage has none yet, tokens
+are what the settings allow at most, bytes are an estimate, and scores also have a bound that no teacher exceeds.
+Seconds come from finished jobs of these runs, or not at all. Only listings of the store's folders and a sample of
+markers are read; nothing is changed.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import shutil
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from eopd.pipeline.config import RunSettings
-from eopd.pipeline.estimate import ROLLOUT_TOKEN, CheckpointBytes, Keep, peak_bytes, score_token_bytes
-from eopd.pipeline.plan import STAGES, Facts, PlannedJob, Stage, prompts_per_round
-from eopd.pipeline.rates import Rate, Sizes
-from eopd.pipeline.survey import JobState
-from eopd.storage.size_bound import most_bytes
-from eopd.storage.teacher_record import HeadRule
+from eopd.pipeline.run import Run
+from eopd.stages.stage import Job, Measured, Size
+from eopd.stages.table import STAGES
+from eopd.stages.train.footprint import CheckpointBytes
+from eopd.stages.train.stage import student_bytes
+from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.errors import StoreError
+from eopd.storage.files import existing
+from eopd.storage.jsonl import read_lines
 
-SIDE_ENTRY = 4.0  # bytes of an entry of the student's own top-k, before compression
-ALIGNED_ROW = 20.0  # bytes of an alignment's sums of one response in one bin of entropy
-SAMPLED = ("rollouts", "evaluations")  # artifacts whose tokens other stages read
+MARKERS_PER_STAGE = 64
+MARKERS_PER_JOB = 8
+JOBS_PER_STAGE = 8  # finished jobs that a rate rests on
 
-
-@dataclass(frozen=True)
-class RunSpec:
-    """What a forecast must know of one run."""
-
-    settings: RunSettings
-    facts: Facts
-    checkpoint: CheckpointBytes
-    vocabulary: int = 0  # ids of the teacher; 0: not known
+State = Literal["complete", "shared", "partly", "missing"]
+"""shared: complete, and made by another run."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One job with what it takes as a whole; ``seconds`` are those of what is missing, None if not known yet."""
+    """One job: what is there of it, and what it takes. Several runs that plan the same job have one row."""
 
-    state: JobState
-    tokens: int
-    bytes: int  # an estimate, unless the job is done
-    present: int  # bytes of it that are there, in the store that is written to
-    at_most: bool  # nothing like it was measured: tokens are a bound
-    seconds: float | None
-    most_bytes: int | None = None  # what ``bytes`` cannot exceed, if that is known
+    run: Run  # the first that plans it
+    job: Job
+    runs: tuple[str, ...]  # names of all that plan it
+    state: State
+    done: int  # parts, those that were pruned since among them
+    pruned: int
+    set_aside: Mapping[int, str]  # parts that were committed empty after failing too often: why
+    elsewhere: bool  # in a store that is only read
+    size: Size = field(default_factory=Size)
+    seconds: float | None = None  # to do what is missing; None: not known yet
 
     @property
-    def stage(self) -> Stage:
-        return self.state.job.stage
+    def stage(self) -> str:
+        return self.job.stage.name
 
     @property
     def round(self) -> int:
-        return self.state.job.round
+        return self.job.round
+
+    @property
+    def parts(self) -> int:
+        return self.job.output.parts
+
+    @property
+    def missing(self) -> int:
+        return self.parts - self.done
+
+    @property
+    def is_done(self) -> bool:
+        return self.missing == 0
+
+    @property
+    def present(self) -> int:
+        """Bytes of it in the store that is written to."""
+        if self.elsewhere:
+            return 0
+        if not self.job.is_prunable:
+            return round(self.size.bytes * (self.done - self.pruned) / self.parts)
+        # a checkpoint's optimiser state is written first and pruned first
+        checkpoint = student_bytes(self.run.experiment)
+        optimizer, weights = self.done >= 1 and not self.pruned, self.is_done and self.pruned < 2
+        return optimizer * checkpoint.optimizer + weights * checkpoint.weights
 
 
-def responses_of(job: PlannedJob, spec: RunSpec) -> int:
-    """Responses that a rollout or an evaluation samples."""
-    if job.stage == "evaluate":
-        evaluate = spec.settings.evaluate
-        assert evaluate is not None
-        return evaluate.samples * sum(benchmark.count for benchmark in spec.facts.benchmarks)
-    return prompts_per_round(spec.settings, spec.facts) * spec.settings.rollout.samples_per_prompt
-
-
-def forecast(
-    states: Sequence[JobState],
-    specs: Mapping[str, RunSpec],
-    sizes: Mapping[str, Sizes],
-    rates: Mapping[Stage, Rate],
-) -> list[Row]:
-    """A row for every state, in the same order. ``sizes``: artifact key -> sums over some of its parts."""
-    by_stage: dict[Stage, Sizes] = defaultdict(Sizes)
-    for state in states:
-        by_stage[state.job.stage] += sizes.get(state.job.output.key, Sizes())
-    rows: list[Row] = []
-    tokens_of: dict[str, tuple[int, bool]] = {}  # of what was sampled: tokens, and whether that is a bound
-    for state in states:
-        job, spec = state.job, specs[state.runs[0]]
-        again = job.output.key in tokens_of  # for a run that wants another side artifact of the same rollouts
-        own, stage = sizes.get(job.output.key, Sizes()), by_stage[job.stage]
-        if job.output.kind in SAMPLED:
-            tokens, at_most = _sampled(job, spec, own if own.responses else stage)
-            tokens_of[job.output.key] = (tokens, at_most)
-        else:
-            read = [tokens_of[identity.key] for identity in job.inputs if identity.kind in SAMPLED]
-            tokens, at_most = sum(count for count, _ in read), any(bound for _, bound in read)
-            if job.stage == "align":
-                tokens = round(tokens * _aligned(spec))
-        if job.stage == "train":
-            tokens *= spec.settings.train.epochs
-            size = float(spec.checkpoint.weights + spec.checkpoint.optimizer)
-        else:
-            size = tokens * (
-                (0.0 if again else _bytes_per_token(job, spec, own if own.tokens else stage)) + _beside(job)
-            )
-        most = _most(job, spec, tokens) if job.stage == "score" and not (own if own.tokens else stage).tokens else None
-        rate = rates.get(job.stage)
-        left = tokens * state.missing / state.parts
-        seconds = 0.0 if state.is_done else None if rate is None else left * rate.seconds_per_token
-        rows.append(Row(state, tokens, round(size), round(_present(state, size, spec)), at_most, seconds, most))
-    return rows
-
-
-def _most(job: PlannedJob, spec: RunSpec, tokens: int) -> int:
-    """Bytes that scores of so many tokens do not exceed."""
-    coverage = job.output.coverage or {}
-    return most_bytes(
-        HeadRule(**coverage["head"]),
-        stops=len(spec.facts.stop_ids),
-        vocabulary=spec.vocabulary,
-        extra_k=spec.settings.rollout.student_topk if coverage.get("extra") else 0,
-        tokens=tokens,
-        responses=responses_of(job, spec),
-        parts=job.output.parts,
-    )
-
-
-def _present(state: JobState, size: float, spec: RunSpec) -> float:
-    """Of ``size`` bytes, those that are in the store that is written to.
-
-    A checkpoint's optimiser is written first and pruned first.
-    """
-    if state.elsewhere:
-        return 0.0
-    if state.job.stage != "train":
-        return size * (state.done - state.pruned) / state.parts
-    optimizer, weights = state.done >= 1 and state.pruned == 0, state.done == state.parts and state.pruned < 2
-    return float(optimizer * spec.checkpoint.optimizer + weights * spec.checkpoint.weights)
-
-
-def _aligned(spec: RunSpec) -> float:
-    """Share of an evaluation's responses that an alignment reads."""
-    evaluate = spec.settings.evaluate
-    assert evaluate is not None
-    assert evaluate.alignment is not None
-    limit = evaluate.alignment.limit
-    problems = [benchmark.count for benchmark in spec.facts.benchmarks]
-    read = problems if limit is None else [min(limit, count) for count in problems]
-    return evaluate.alignment.samples / evaluate.samples * sum(read) / sum(problems)
-
-
-def _sampled(job: PlannedJob, spec: RunSpec, measured: Sizes) -> tuple[int, bool]:
-    responses = responses_of(job, spec)
-    if measured.responses:
-        return round(responses * measured.tokens / measured.responses), False
-    settings = spec.settings.evaluate if job.stage == "evaluate" else spec.settings.rollout
-    assert settings is not None
-    return responses * settings.parameters(()).max_new_tokens, True
-
-
-def _bytes_per_token(job: PlannedJob, spec: RunSpec, measured: Sizes) -> float:
-    if measured.tokens:
-        found = measured.bytes / measured.tokens
-    elif job.stage == "score":
-        found = score_token_bytes(spec.settings.score.head, spec.vocabulary)
-    elif job.stage == "align":
-        evaluate = spec.settings.evaluate
-        assert evaluate is not None
-        assert evaluate.alignment is not None
-        bins = len(evaluate.alignment.bins) + 2
-        found = ALIGNED_ROW * bins / evaluate.parameters(()).max_new_tokens
-    else:
-        found = ROLLOUT_TOKEN
-    return found
-
-
-def _beside(job: PlannedJob) -> float:
-    """Bytes a token of the student's own top-k, which a rollout makes beside its responses."""
-    return SIDE_ENTRY * int(job.side.settings["k"]) if job.stage == "rollout" and job.side is not None else 0.0
-
-
-def peak_disk(
-    rows: Sequence[Row], specs: Mapping[str, RunSpec], keep: Keep | None = None, *, bounds: bool = False
-) -> int:
-    """Bytes of what these runs have or make in the store that is written to, at the worst moment.
-
-    Should each run reach its own at the same time; what runs have in common is the first one's.
-
-    Args:
-        keep: what pruning leaves; None: as each run's settings say.
-        bounds: take what a job's bytes cannot exceed instead of the estimate, if that is known.
-    """
-
-    def size(row: Row) -> int:
-        return row.most_bytes if bounds and row.most_bytes is not None else row.bytes
-
-    total = 0
-    for run, spec in specs.items():
-        own = [row for row in rows if row.state.runs[0] == run and not row.state.elsewhere]
-        made = [row for row in own if row.stage == "train"]
-        if not made:
-            total += sum(map(size, own))
-            continue
-        first = spec.settings.rounds - len(made)  # those of the rounds before lie elsewhere
-        data = [0] * len(made)
-        for row in own:
-            if row.stage != "train":
-                data[min(max(row.round - first, 0), len(data) - 1)] += size(row)
-        trained = sum(row.state.is_done for row in made)
-        train = spec.settings.train
-        kept = keep or Keep(train.keep_checkpoints, train.keep_optimizer_states)
-        total += peak_bytes(spec.checkpoint, data, kept, train.keep_progress, trained)
-    return total
+@dataclass(frozen=True)
+class Rate:
+    seconds_per_token: float  # of one worker, start-up included
+    jobs: int  # that were measured
 
 
 @dataclass(frozen=True)
 class Total:
-    """Of one stage, or of all: jobs by state, and what they take."""
+    """Sums over the jobs of one stage, or of all."""
 
     jobs: int
-    done: int
+    done: int  # jobs
     parts: int
     missing: int  # parts
     tokens: int
@@ -220,21 +103,282 @@ class Total:
     unknown: int  # jobs that are missing and have none
 
 
-def totals(rows: Sequence[Row]) -> dict[Stage | str, Total]:
-    """By stage, and ``all``."""
-    found: dict[Stage | str, Total] = {}
-    for name in (*STAGES, "all"):
-        chosen = [row for row in rows if name in (row.stage, "all")]
-        if chosen:
-            found[name] = Total(
-                jobs=len(chosen),
-                done=sum(row.state.is_done for row in chosen),
-                parts=sum(row.state.parts for row in chosen),
-                missing=sum(row.state.missing for row in chosen),
-                tokens=sum(row.tokens for row in chosen),
-                bytes=sum(row.bytes for row in chosen),
-                at_most=any(row.at_most for row in chosen),
-                seconds=sum(row.seconds or 0.0 for row in chosen),
-                unknown=sum(row.seconds is None for row in chosen),
-            )
-    return found
+@dataclass(frozen=True)
+class Keep:
+    """How many of the newest checkpoints keep their weights and optimiser state; None: all. The newest always does."""
+
+    weights: int | None = None
+    optimizer: int | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything that `eopd plan` shows."""
+
+    runs: tuple[Run, ...]
+    rows: tuple[Row, ...]
+    rates: Mapping[str, Rate]  # by stage
+    free_bytes: int  # at the store that is written to
+    planned: int  # jobs, each run counted by itself
+
+    @property
+    def store(self) -> Path:
+        return self.runs[0].store
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(run.name for run in self.runs)
+
+    @property
+    def totals(self) -> dict[str, Total]:
+        """By stage, and ``all``."""
+        totals = {}
+        for name in (*(stage.name for stage in STAGES), "all"):
+            rows = [row for row in self.rows if name in (row.stage, "all")]
+            if rows:
+                totals[name] = _total(rows)
+        return totals
+
+    @property
+    def present_bytes(self) -> int:
+        return sum(row.present for row in self.rows)
+
+    def peak_bytes(self, keep: Keep | None = None, *, bounds: bool = False) -> int:
+        """Bytes of what these runs have or make in the store that is written to, at the worst moment.
+
+        Each run is taken to reach its own worst moment at the same time; what runs have in common is the first one's.
+
+        Args:
+            keep: what pruning leaves; None: what each run's settings say.
+            bounds: take what a job's bytes cannot exceed instead of the estimate, if that is known.
+        """
+        return sum(_peak_of_run(run, [row for row in self.rows if row.run is run], keep, bounds) for run in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runs": list(self.names),
+            "store": str(self.store),
+            "jobs": [_row_json(row) for row in self.rows],
+            "planned_jobs": self.planned,
+            "totals": {name: vars(total) for name, total in self.totals.items()},
+            "rates": {stage: vars(rate) for stage, rate in self.rates.items()},
+            "disk": {"peak": self.peak_bytes(), "present": self.present_bytes, "free": self.free_bytes},
+        }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    return {
+        "runs": list(row.runs),
+        "stage": row.stage,
+        "round": row.round,
+        "artifact": f"{row.job.output.kind}/{row.job.output.key}",
+        "state": row.state,
+        "parts": row.parts,
+        "done": row.done,
+        "set_aside": {str(part): reason for part, reason in row.set_aside.items()},
+        "tokens": row.size.tokens,
+        "bytes": row.size.bytes,
+        "tokens_at_most": row.size.at_most,
+        "bytes_at_most": row.size.most_bytes,
+        "seconds_left": row.seconds,
+    }
+
+
+def _total(rows: Sequence[Row]) -> Total:
+    return Total(
+        jobs=len(rows),
+        done=sum(row.is_done for row in rows),
+        parts=sum(row.parts for row in rows),
+        missing=sum(row.missing for row in rows),
+        tokens=sum(row.size.tokens for row in rows),
+        bytes=sum(row.size.bytes for row in rows),
+        at_most=any(row.size.at_most for row in rows),
+        seconds=sum(row.seconds or 0.0 for row in rows),
+        unknown=sum(row.seconds is None for row in rows),
+    )
+
+
+def forecast(runs: Sequence[Run]) -> Forecast:
+    """Look at runs that share their stores and a folder of runs."""
+    states = list(job_states(runs))
+    samples = _sample(states)
+    by_stage: dict[str, Measured] = defaultdict(Measured)
+    for row in states:
+        by_stage[row.stage] += samples.get(row.job.key, Measured())
+    rates = measure_rates(runs)
+    sizes: dict[tuple[str, str], Size] = {}
+    rows = []
+    for row in states:
+        inputs = {
+            role: sizes[input_.identity.kind, input_.identity.key]
+            for role, input_ in row.job.inputs.items()
+            if (input_.identity.kind, input_.identity.key) in sizes
+        }
+        own = samples.get(row.job.key, Measured())
+        measured = own if own.parts else by_stage[row.stage]
+        size = row.job.stage.forecast(row.job, row.run.experiment, inputs, measured)
+        sizes[row.job.key] = size
+        rate = rates.get(row.stage)
+        seconds: float | None = 0.0
+        if not row.is_done and size.tokens:
+            seconds = None if rate is None else size.tokens * row.missing / row.parts * rate.seconds_per_token
+        rows.append(replace(row, size=size, seconds=seconds))
+    free = shutil.disk_usage(existing(runs[0].store)).free
+    return Forecast(tuple(runs), tuple(rows), rates, free, sum(len(run.plan.jobs) for run in runs))
+
+
+def job_states(runs: Sequence[Run]) -> Iterable[Row]:
+    """What is there of every job of the runs' plans, each once, in the order of the first run that plans it."""
+    planned: dict[tuple[str, str], tuple[Run, Job, list[str]]] = {}
+    for run in runs:
+        for job in run.plan.jobs:
+            planned.setdefault(job.key, (run, job, []))[2].append(run.name)
+    own = {str(line.get("key")) for run in runs for line in read_lines(run.paths.jobs) if line.get("made")}
+    rebuilds = {part for run in runs for part in run.rebuilds}
+    for run, job, names in planned.values():
+        artifact = run.artifact(job.output)
+        standing = artifact.standing()
+        pruned = {part for part in standing.pruned if (job.output.key, part) not in rebuilds}
+        done = len(standing.committed) + len(pruned)
+        state: State = "partly" if done else "missing"
+        if done == job.output.parts:
+            state = "complete" if job.output.key in own else "shared"
+        yield Row(
+            run=run,
+            job=job,
+            runs=tuple(names),
+            state=state,
+            done=done,
+            pruned=len(pruned),
+            set_aside=artifact.reasons_aside(standing),
+            elsewhere=not run.is_own(artifact),
+        )
+
+
+# -- what was measured -----------------------------------------------------------------------------------------------
+
+
+def _sample(rows: Sequence[Row]) -> dict[tuple[str, str], Measured]:
+    """Sums over some committed parts of jobs that have any, spread evenly: a store may hold very many markers."""
+    by_stage: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.done:
+            by_stage[row.stage].append(row)
+    samples = {}
+    for begun in by_stage.values():
+        per_job = max(1, min(MARKERS_PER_JOB, MARKERS_PER_STAGE // len(begun)))
+        for row in _spread(begun, MARKERS_PER_STAGE):
+            artifact = row.run.artifact(row.job.output)
+            parts = range(artifact.parts) if row.is_done else sorted(artifact.committed())
+            samples[row.job.key] = measure(artifact, _spread(parts, per_job))
+    return samples
+
+
+def measure(artifact: Artifact, parts: Iterable[int]) -> Measured:
+    """Sums over the committed ones of ``parts``; a marker that cannot be read is skipped, `verify` reports it."""
+    total = Measured()
+    for part in parts:
+        try:
+            marker = artifact.marker(part)
+        except StoreError:
+            continue
+        total += Measured(1, _count(marker.info.get("responses")), _count(marker.info.get("tokens")), marker.bytes)
+    return total
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    if len(items) <= most:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
+
+
+def measure_rates(runs: Sequence[Run]) -> dict[str, Rate]:
+    """Seconds a token of each stage, from the latest jobs that these runs finished."""
+    latest: dict[str, deque[tuple[Run, dict[str, Any]]]] = defaultdict(lambda: deque(maxlen=JOBS_PER_STAGE))
+    for run in runs:
+        interrupted: dict[str, float] = {}  # seconds of training that was stopped on its way, by key
+        for line in read_lines(run.paths.jobs):
+            key, seconds = str(line.get("key")), line.get("seconds")
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+                continue
+            seconds += interrupted.pop(key, 0.0)
+            made = line.get("made")
+            if isinstance(made, int) and made > 0:
+                latest[str(line.get("stage"))].append((run, {**line, "seconds": seconds}))
+            else:
+                interrupted[key] = seconds
+    rates = {}
+    for stage, lines in latest.items():
+        measured = [(line["seconds"], tokens) for run, line in lines if (tokens := _tokens_of(run, line))]
+        if measured:
+            rates[stage] = Rate(sum(s for s, _ in measured) / sum(t for _, t in measured), len(measured))
+    return rates
+
+
+def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
+    """Tokens of a finished task, from a few of the markers that its job left or read; 0 if they are gone."""
+    try:
+        job = run.plan.find(str(line["stage"]), int(line["round"]))
+        if job is None or job.output.key != line["key"]:
+            return 0.0
+        if job.is_prunable:  # training reads all rollouts in each epoch
+            rollouts = open_artifact(run.store, "rollouts", job.output.inputs["rollouts"])
+            return _tokens_a_part(rollouts) * rollouts.parts * run.settings.train.epochs
+        return _tokens_a_part(run.artifact(job.output)) * int(line["made"])
+    except (StoreError, KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def _tokens_a_part(artifact: Artifact) -> float:
+    measured = measure(artifact, _spread(sorted(artifact.committed()), MARKERS_PER_JOB))
+    return measured.tokens / measured.parts if measured.parts else 0.0
+
+
+# -- disk ------------------------------------------------------------------------------------------------------------
+
+
+def _peak_of_run(run: Run, rows: Sequence[Row], keep: Keep | None, bounds: bool) -> int:
+    def size(row: Row) -> int:
+        return row.size.most_bytes if bounds and row.size.most_bytes is not None else row.size.bytes
+
+    own = [row for row in rows if not row.elsewhere]
+    checkpoints = [row for row in own if row.job.is_prunable]
+    if not checkpoints:
+        return sum(map(size, own))
+    first = run.settings.rounds - len(checkpoints)  # checkpoints of earlier rounds lie elsewhere
+    data = [0] * len(checkpoints)
+    for row in own:
+        if not row.job.is_prunable:
+            data[min(max(row.round - first, 0), len(data) - 1)] += size(row)
+    train = run.settings.train
+    kept = keep or Keep(train.keep_checkpoints, train.keep_optimizer_states)
+    trained = sum(row.is_done for row in checkpoints)
+    return peak_bytes(student_bytes(run.experiment), data, kept, train.keep_progress, trained)
+
+
+def peak_bytes(checkpoint: CheckpointBytes, data: Sequence[int], keep: Keep, states: int = 1, trained: int = 0) -> int:
+    """Bytes of a run's own artifacts at the worst moment: a round's checkpoint is committed, and nothing pruned yet.
+
+    Args:
+        data: of each round, its complete rollouts, scores and evaluations.
+        states: resumable states kept while a round trains; the next one is written before the oldest goes.
+        trained: rounds whose checkpoints exist (or were pruned) already; the peak is that of the rounds after them.
+    """
+
+    def kept(made: int) -> int:
+        weights = made if keep.weights is None else min(made, keep.weights)
+        optimizer = made if keep.optimizer is None else min(made, keep.optimizer)
+        return weights * checkpoint.weights + optimizer * checkpoint.optimizer
+
+    peak = so_far = 0
+    for round_, added in enumerate(data):
+        so_far += added
+        writing = checkpoint.weights + checkpoint.optimizer + states * checkpoint.state
+        while_training = max(writing, (states + 1) * checkpoint.state)
+        if round_ >= trained:
+            peak = max(peak, so_far + kept(round_) + while_training)
+    return max(peak, so_far + kept(len(data)))

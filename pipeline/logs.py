@@ -1,27 +1,16 @@
-"""The stage logs below ``runs/<name>/logs``: which there are, their last lines, what went wrong, and following them."""
+"""The stage logs below ``runs/<name>/logs``: finding them, their last lines, and following them."""
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.errors import RunError
 
 TAIL_BYTES = 1 << 16
-ERROR = re.compile(r"^(eopd: .+|(?:[\w.]+\.)?\w*(?:Error|Exception|Stopped|StoreFull)\b.*)$")
-DONE = re.compile(r"^[a-z]+ \d+: done\b")
-_OF_A_JOB = re.compile(r"^(?P<stage>[a-z]+)-(?P<round>\d+)\b")
-
-
-@dataclass(frozen=True)
-class LastWords:
-    log: Path
-    line: str
-    when: float  # of the log's last change, seconds since the epoch
+_OF_A_JOB = re.compile(r"^(?P<stage>[a-z_]+)-(?P<round>\d+)\b")
 
 
 def job_name(stage: str, round_: int) -> str:
@@ -65,33 +54,6 @@ def tail(path: Path, lines: int, end: int | None = None) -> list[str]:
         file.seek(start)
         text = file.read(end - start).decode("utf-8", errors="replace")
     return text.splitlines()[-lines:]
-
-
-def last_line(folder: Path) -> LastWords | None:
-    """The last line that is not blank of the log that changed last."""
-    for path in reversed(_logs(folder)):
-        for line in reversed(tail(path, 20)):
-            if line.strip():
-                return LastWords(path, line.strip(), path.stat().st_mtime)
-    return None
-
-
-def errors(folder: Path, most: int = 3) -> list[LastWords]:
-    """The last error of each log in which nothing was done after it, newest first."""
-    found = []
-    for path in reversed(_logs(folder)):
-        lines = [line.strip() for line in tail(path, 200)]
-        since = itertools.takewhile(lambda line: not DONE.match(line), reversed(lines))
-        wrong = next((line for line in since if ERROR.match(line)), None)
-        if wrong is not None:
-            found.append(LastWords(path, wrong, path.stat().st_mtime))
-        if len(found) == most:
-            break
-    return found
-
-
-def _logs(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*.log") if path.is_file()), key=lambda path: path.stat().st_mtime)
 
 
 def follow(

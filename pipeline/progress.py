@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -25,16 +26,15 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from eopd.pipeline.outcome import Outcome
 from eopd.stages.format import duration, escaped
-from eopd.stages.job import Progress
+from eopd.stages.job import NullProgress, Progress
 from eopd.storage.jsonl import append_line, parse_lines
 from eopd.storage.stopping import stop_wished
 
 LINE_EVERY_SECONDS = 15.0
 EVENT_EVERY_SECONDS = 0.2
 RATE_SECONDS = 30.0
-EVENTS_VARIABLE = "EOPD_PROGRESS"
-"""Names the file that a worker's events go to."""
 
 
 _bars: WeakSet[_Bar] = WeakSet()  # what this process shows
@@ -89,6 +89,16 @@ class Display(Protocol):
 
     def open(self) -> Progress:
         """A place of its own for one job."""
+
+
+@dataclass(frozen=True)
+class SingleDisplay:
+    """A display of one job that is shown somewhere already."""
+
+    progress: Progress
+
+    def open(self) -> Progress:
+        return self.progress
 
 
 def make_display() -> Display:
@@ -245,9 +255,9 @@ class EventProgress:
     def close(self) -> None:
         self._tell(close=True)
 
-    def end(self, kind: str, message: str) -> None:
-        """Why the worker ends: an outcome's kind, and what a person should read."""
-        self._tell(end=[kind, message])
+    def end(self, outcome: Outcome) -> None:
+        """Report how the task ended."""
+        self._tell(**outcome.to_json())
 
     def _flush(self) -> None:
         moved, self._moved = self._moved, 0
@@ -268,12 +278,12 @@ class EventProgress:
 
 
 class Replay:
-    """Shows the events of one worker's file as they come. ``end``: (kind, message) of how it ended, if it said so."""
+    """Shows the events of one worker's file as they come. ``outcome``: how its task ended, if it reported that."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path, self._progress = path, progress
         self._read = 0
-        self.end: tuple[Any, str] | None = None
+        self.outcome: Outcome | None = None
 
     def catch_up(self) -> None:
         try:
@@ -285,15 +295,21 @@ class Replay:
         whole, newline, _ = new.rpartition(b"\n")
         self._read += len(whole) + len(newline)
         for event in parse_lines(whole):
-            if "end" in event:
-                kind, message = event["end"]
-                self.end = (kind, message)
+            if "outcome" in event:
+                self.outcome = Outcome(event["outcome"], event["message"])
             else:
                 replay(event, self._progress)
 
     def close(self) -> None:
         self.catch_up()
         self._progress.close()
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """The last outcome in a worker's events file; None if it reported none."""
+    reader = Replay(path, NullProgress())
+    reader.catch_up()
+    return reader.outcome
 
 
 def replay(event: dict[str, Any], progress: Progress) -> None:

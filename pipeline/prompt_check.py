@@ -17,7 +17,7 @@ from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, stu
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_conversation
 
 if TYPE_CHECKING:
-    from eopd.pipeline.runner import Runner
+    from eopd.pipeline.run import Run
 
 FIRST_ROWS = 1000
 """Rows of a source that are read where a person waits for the answer."""
@@ -59,19 +59,19 @@ def sources_of(settings: RunSettings) -> Iterator[Source]:
             yield Source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), teacher)
 
 
-def refuse_unreadable_prompts(runners: Sequence[Runner], rows: int | None) -> None:
+def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
     """Try the sources of every run that has something left to do; those that runs share, once.
 
     Raises:
         ConfigError: as ``render_sources``.
     """
     tried: set[str] = set()
-    for runner in runners:
-        if all(runner.is_done(job) for job in runner.plan.jobs):
+    for run in runs:
+        if all(run.is_done(job) for job in run.plan.jobs):
             continue
-        student = Reader("student", runner.facts.student.tokenizer_folder, runner.settings.student.trust_remote_code)
-        teacher = Reader("teacher", runner.facts.teacher.tokenizer_folder, runner.settings.teacher.trust_remote_code)
-        for source in sources_of(runner.settings):
+        student = Reader("student", run.facts.student.tokenizer_folder, run.settings.student.trust_remote_code)
+        teacher = Reader("teacher", run.facts.teacher.tokenizer_folder, run.settings.teacher.trust_remote_code)
+        for source in sources_of(run.settings):
             key = repr((source, student, teacher))
             if key not in tried:
                 render_sources([source], student, teacher, rows)

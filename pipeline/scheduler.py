@@ -1,8 +1,8 @@
-"""Brings planned jobs to their end through a pool of workers: what is ready is started, what fails is tried again.
+"""Brings planned jobs to their end through a pool of workers: starts what is ready, retries what fails.
 
-A job is ready when its inputs are there (a part of scores: when its part of the rollouts is). Jobs that make
-the same are one job. Everything is read from the store's commit markers and claims, so that other processes may do
-parts of the same jobs at the same time, and a scheduler that was killed goes on where the store is.
+A job's part is ready when its inputs are committed. Jobs of several runs that make the same artifact are one job. All
+state is read from the store's commit markers and claims, so that other processes may work on the same jobs at the same
+time, and a scheduler that was killed goes on where the store is.
 """
 
 from __future__ import annotations
@@ -10,27 +10,35 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+from eopd.pipeline.disk_pause import DiskPause
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.fullness import Pause
-from eopd.pipeline.launchers.base import Outcome, Pool, Task, few_parts
 from eopd.pipeline.launchers.settings import FaultSettings
-from eopd.pipeline.node import Node
-from eopd.pipeline.plan import PlannedJob
+from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.retries import Batch, judge
-from eopd.pipeline.runner import Runner
+from eopd.pipeline.run import Run
+from eopd.pipeline.tasks import Pool, Task, few_parts
+from eopd.stages.stage import Job
 from eopd.storage import stopping
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import Patience, claim, holder
 from eopd.storage.errors import StoreFull
+from eopd.storage.sources import filled_parts
 
 WAIT_SECONDS = 0.5
+BROKEN_AFTER = 3
+"""Parts that must fail for good, none being done, before the job itself counts as broken."""
+
+Work = Sequence[tuple[Run, Job]]
 
 
-def run_jobs(work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: FaultSettings) -> None:
+def run_jobs(work: Work, pool: Pool, policy: FaultSettings) -> None:
     """Do every job that is not complete, in the order given where there is a choice.
 
     Raises:
-        RunError: parts failed for good; all that could be done without them is done. Names them.
+        RunError: parts failed for good, and all that could be done without them is done; names them.
         Stopped: the process was asked to stop; the parts in hand are committed.
     """
     with stopping.in_hand():
@@ -41,136 +49,225 @@ def run_jobs(work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: Faul
 
 
 class Scheduler:
-    def __init__(self, work: Sequence[tuple[Runner, PlannedJob]], pool: Pool, policy: FaultSettings) -> None:
+    def __init__(self, work: Work, pool: Pool, policy: FaultSettings) -> None:
         self._pool, self._policy = pool, policy
-        self._pause: Pause | None = None
-        self._nodes: dict[tuple[str, ...], Node] = {}
-        for runner, job in work:
-            if runner.is_done(job):
-                runner.progress.line(f"{job.name}: complete already -> {runner.artifact(job.output).folder}")
+        self._pause: DiskPause | None = None
+        self._open: dict[tuple[str, str], OpenJob] = {}
+        for run, job in work:
+            if run.is_done(job):
+                run.progress.line(f"{job.name}: complete already -> {run.artifact(job.output).folder}")
             else:
-                self._nodes.setdefault(job.makes, Node(runner, job))
+                self._open.setdefault(job.key, OpenJob(run, job))
 
     def run(self) -> None:
-        while self._nodes:
+        while self._open:
             stopping.check()
             if self._pause is not None and self._pause.is_over():
                 self._pause = None
-            hopeful = self._start_what_is_ready()
-            for outcome in self._pool.wait(WAIT_SECONDS):
-                self._take_in(outcome)
-                hopeful = True
-            for key, node in list(self._nodes.items()):
-                if not node.running and node.runner.is_done(node.job):
-                    del self._nodes[key]
-                    hopeful = True
-            if not hopeful:
+            alive = self._start_ready()
+            for task, outcome in self._pool.wait(WAIT_SECONDS):
+                self._handle(task, outcome)
+                alive = True
+            for key, open_job in list(self._open.items()):
+                if not open_job.running and open_job.run.is_done(open_job.job):
+                    del self._open[key]
+                    alive = True
+            if not alive:
                 raise RunError(self._what_failed())
 
-    def _start_what_is_ready(self) -> bool:
-        """Whether anything runs or may come to run."""
-        hopeful = self._pause is not None
-        for node in self._nodes.values():
-            if node.poisoned and self._policy.poisoned == "set_aside":
-                hopeful = node.settle() or hopeful
-            batches = [] if node.is_broken() else node.batches()
-            hopeful = hopeful or bool(batches) or node.running
-            room = self._pool.room(node.job.stage) if batches and self._pause is None else 0
-            for batch in self._fitting(node, batches, room):
-                self._start(node, batch)
-        return hopeful
+    def _start_ready(self) -> bool:
+        """Start what there is room for; True if anything runs or may come to run."""
+        alive = self._pause is not None
+        for open_job in self._open.values():
+            if open_job.poisoned and self._policy.poisoned == "set_aside":
+                alive = open_job.set_poisoned_aside() or alive
+            batches = [] if open_job.is_broken() else open_job.batches()
+            alive = alive or bool(batches) or open_job.running
+            room = self._pool.room(open_job.job.stage) if batches and self._pause is None else 0
+            for batch in self._fitting(open_job, batches, room):
+                self._start(open_job, batch)
+        return alive
 
-    def _fitting(self, node: Node, batches: Sequence[Batch], room: int) -> list[Batch]:
-        """Up to ``room`` batches to start now; what was never tried is divided over the room there is."""
+    def _fitting(self, open_job: OpenJob, batches: Sequence[Batch], room: int) -> list[Batch]:
+        """Up to ``room`` batches to start now; parts that were never tried are divided over the room."""
         now = time.monotonic()
-        free = [batch for batch in batches if batch.not_before <= now] if room else []
-        parts = node.not_held([part for batch in free for part in batch.parts]) - self._sampled_beside(node)
-        found: list[Batch] = []
-        for batch in free:
-            able = tuple(part for part in batch.parts if part in parts)
-            if not able:
+        due = [batch for batch in batches if batch.not_before <= now] if room else []
+        free = open_job.unclaimed([part for batch in due for part in batch.parts])
+        fitting: list[Batch] = []
+        for batch in due:
+            parts = tuple(part for part in batch.parts if part in free)
+            if not parts:
                 continue
-            if batch.failures or batch.losses or node.job.stage == "train":
-                found.append(Batch(able, batch.failures, batch.losses))
+            if batch.failures or batch.losses or not open_job.job.stage.divisible:
+                fitting.append(Batch(parts, batch.failures, batch.losses))
             else:
-                found += [Batch(share) for share in shares(able, room - len(found))]
-        return found[:room]
+                fitting += [Batch(share) for share in shares(parts, room - len(fitting))]
+        return fitting[:room]
 
-    def _sampled_beside(self, node: Node) -> set[int]:
-        """Parts of the same rollouts that are at work for runs that want another side artifact of them, or none."""
-        same = (other for other in self._nodes.values() if other is not node and other.output.key == node.output.key)
-        return {part for other in same for part in other.parts_running}
-
-    def _start(self, node: Node, batch: Batch) -> None:
+    def _start(self, open_job: OpenJob, batch: Batch) -> None:
         if self._pause is not None:
             return
-        task = Task(node.runner, node.job, batch.parts)
+        task = Task(open_job.run, open_job.job, batch.parts)
         try:
-            # or a worker that plans later may find scores that serve as well
-            node.runner.artifact(node.job.output).begin()
+            # a worker plans by itself: once this is begun, it cannot settle on other scores that would serve
+            open_job.output.begin()
             self._pool.start(task)
         except StoreFull as full:
             self._hold_up(task, str(full))
             return
-        node.begin(batch)
+        open_job.begin(batch)
 
     def _hold_up(self, task: Task, message: str) -> None:
         if self._pause is None:
-            self._pause = Pause(task.runner, message, self._policy.full_poll_seconds)
+            self._pause = DiskPause(task.run, message, self._policy.full_poll_seconds)
         else:
             self._pause.renew(message)
 
-    def _take_in(self, outcome: Outcome) -> None:
-        task = outcome.task
-        node = self._nodes[task.job.makes]
-        batch, progress = node.end(task.parts)
-        missing = set(node.missing())
+    def _handle(self, task: Task, outcome: Outcome) -> None:
+        open_job = self._open[task.job.key]
+        batch, progress = open_job.end(task.parts)
+        missing = open_job.run.missing_parts(task.job)
         left = tuple(part for part in task.parts if part in missing)
         if not left:
             return
-        whole = task.job.stage == "train"
+        whole = not task.job.stage.divisible
         left = task.parts if whole else left
         if outcome.kind == "full":
-            node.again.append(Batch(left, batch.failures, batch.losses))
+            open_job.retries.append(Batch(left, batch.failures, batch.losses))
             self._hold_up(task, outcome.message)
             return
-        kind: Literal["failed", "refused", "lost"] = "failed" if outcome.kind == "done" else outcome.kind
+        kind = retry_kind(outcome)
         message = outcome.message
         if outcome.kind == "done":
-            message = f"{few_parts(left)} not committed. Was {node.runner.paths.config} changed by another run?"
+            message = f"{few_parts(left)} not committed. Was {open_job.run.paths.config} changed by another run?"
         now = time.monotonic()
         verdict = judge(batch, left, kind, self._policy, now, progress=progress, whole=whole)
-        name = Task(task.runner, task.job, left).name
-        told = f"{name} {'lost its worker' if kind == 'lost' else 'failed'}: {message}"
-        if kind == "refused" and node.is_refused_whole(left, message):
-            node.give_up(message)
-            told += "\n  given up: other parts were refused in the same way, so trying again would not help"
+        name = Task(task.run, task.job, left).name
+        line = f"{name} {'lost its worker' if kind == 'lost' else 'failed'}: {message}"
+        if kind == "refused" and open_job.is_refused_whole(left, message):
+            open_job.give_up(message)
+            line += "\n  given up: other parts were refused in the same way, so trying again would not help"
         elif verdict.poisoned is not None:
-            node.poisoned[verdict.poisoned] = message
-            attempts = self._policy.attempts
-            told += "\n  given up at once, as it would fail again" if kind == "refused" else ""
-            told += f"\n  given up after {attempts} failures" if kind != "refused" else ""
-            told += "; the rest goes on as far as it can without it"
+            open_job.poisoned[verdict.poisoned] = message
+            why = "at once, as it would fail again" if kind == "refused" else f"after {self._policy.attempts} failures"
+            line += f"\n  given up {why}; the run goes on as far as it can without it"
         else:
-            node.again += verdict.again
+            open_job.retries += verdict.again
             wait = max(again.not_before for again in verdict.again) - now
-            told += "\n  trying again in halves" if kind == "refused" else f"\n  trying again in {wait:.0f} s"
-        node.runner.progress.line(told)
+            line += "\n  retrying in halves" if kind == "refused" else f"\n  retrying in {wait:.0f} s"
+        open_job.run.progress.line(line)
 
     def _what_failed(self) -> str:
         failed = [
-            f"{Task(node.runner, node.job, (part,)).name}: {message}"
-            for node in self._nodes.values()
-            for part, message in node.poisoned.items()
+            f"{Task(open_job.run, open_job.job, (part,)).name}: {message}"
+            for open_job in self._open.values()
+            for part, message in open_job.poisoned.items()
         ]
-        unsure = ", ".join(node.job.name for node in list(self._nodes.values())[:4])
-        told = "; ".join(failed) or f"nothing more can be done for {unsure}: their inputs are not made by this plan"
+        stuck = ", ".join(open_job.job.name for open_job in list(self._open.values())[:4])
+        what = "; ".join(failed) or f"nothing more can be done for {stuck}: their inputs are not made by this plan"
         hint = " launcher.faults.poisoned=set_aside goes on without parts that fail." if failed else ""
-        return f"{told}. What was committed is kept: the same command tries again.{hint}"
+        return f"{what}. What was committed is kept: the same command tries again.{hint}"
+
+
+@dataclass
+class OpenJob:
+    """A job that is not complete: which parts are in work, to be retried, or given up."""
+
+    run: Run
+    job: Job
+    retries: list[Batch] = field(default_factory=list)
+    poisoned: dict[int, str] = field(default_factory=dict)  # part -> why it was given up
+    refusals: dict[str, frozenset[int]] = field(default_factory=dict)  # message -> parts that ended with it
+    _running: dict[tuple[int, ...], tuple[Batch, object]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.output: Artifact = self.run.artifact(self.job.output)
+        self._patience = Patience(self.run.progress.line)
+
+    @property
+    def running(self) -> bool:
+        return bool(self._running)
+
+    def batches(self) -> list[Batch]:
+        """What may be tried now or later: parts that failed before, apart, then all others that are ready."""
+        in_work = {part for parts in self._running for part in parts}
+        ready = self.run.ready_parts(self.job) - self.poisoned.keys() - in_work
+        if not self.job.stage.divisible:
+            if not ready or self.running or self.poisoned:
+                return []
+            return self.retries[:1] or [Batch(tuple(sorted(ready)))]
+        self.retries = [kept for batch in self.retries if (kept := _only(batch, ready)).parts]
+        fresh = sorted(ready - {part for batch in self.retries for part in batch.parts})
+        return [*self.retries, *([Batch(tuple(fresh))] if fresh else [])]
+
+    def begin(self, batch: Batch) -> None:
+        """Note that ``batch``, or what was free of it, was started."""
+        self._running[batch.parts] = (batch, self._mark(batch.parts))
+        rest = set(range(self.output.parts)) - set(batch.parts)
+        self.retries = [kept for old in self.retries if (kept := _only(old, rest)).parts]
+
+    def end(self, parts: tuple[int, ...]) -> tuple[Batch, bool]:
+        """The batch of an ended task, and whether anything was committed meanwhile."""
+        batch, mark = self._running.pop(parts)
+        return batch, self._mark(parts) != mark
+
+    def is_refused_whole(self, parts: Sequence[int], message: str) -> bool:
+        """True if other parts were refused with the same message: then no part is to blame, and all would be."""
+        before = self.refusals.setdefault(message, frozenset(parts))
+        self.refusals[message] = before & frozenset(parts) or before
+        return before.isdisjoint(parts)
+
+    def give_up(self, message: str) -> None:
+        """Poison every part that is missing."""
+        self.poisoned |= dict.fromkeys(self.run.missing_parts(self.job), message)
+        self.retries.clear()
+
+    def _mark(self, parts: Sequence[int]) -> object:
+        return self.output.committed() & set(parts), self.run.scratch_steps(self.job)
+
+    def unclaimed(self, parts: Sequence[int]) -> set[int]:
+        """Those of ``parts`` that no other process works on. Says whom the job waits for if there are none."""
+        claimed = parts if self.job.stage.divisible else [0]
+        held = {part for part in claimed if holder(self.output, part) is not None}
+        if held and not self.running and held.issuperset(claimed):
+            self._patience.say(self.output, sorted(held))
+        return set() if held and not self.job.stage.divisible else set(parts) - held
+
+    def set_poisoned_aside(self) -> bool:
+        """Commit given-up parts empty once all others are done; False if the job cannot do without them.
+
+        An indivisible job cannot. A job none of whose parts could be done has another fault than a poisoned part.
+        """
+        if not self.job.stage.divisible or self.run.missing_parts(self.job) != self.poisoned.keys():
+            return False
+        if not any(True for _ in filled_parts(self.output)):
+            return False
+        for part, reason in self.poisoned.items():
+            with claim(self.output, part) as ours:
+                if ours and not self.output.is_committed(part):
+                    self.output.set_aside(part, reason)
+        self.poisoned.clear()
+        return True
+
+    def is_broken(self) -> bool:
+        """True if several parts were given up and none is done: the job fails, not its parts."""
+        return len(self.poisoned) >= BROKEN_AFTER and len(self.run.missing_parts(self.job)) == self.output.parts
+
+
+def _only(batch: Batch, parts: set[int]) -> Batch:
+    kept = tuple(part for part in batch.parts if part in parts)
+    return Batch(kept, batch.failures, batch.losses, batch.not_before)
+
+
+def retry_kind(outcome: Outcome) -> Literal["failed", "refused", "lost"]:
+    """The kind of failure that ``retries.judge`` is told; a task that says it is done and is not has failed."""
+    if outcome.kind in ("refused", "lost"):
+        return outcome.kind
+    return "failed"
 
 
 def shares(parts: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """At most ``count`` runs of neighbouring parts, as equal as can be."""
+    """At most ``count`` runs of neighbouring parts, as equal as possible."""
     count = min(count, len(parts))
     edges = [round(len(parts) * number / count) for number in range(count + 1)] if count > 0 else [0]
     return [tuple(parts[start:stop]) for start, stop in itertools.pairwise(edges)]

@@ -14,7 +14,7 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.stages.format import size
 from eopd.storage.errors import NoHardLinks, StoreError
-from eopd.storage.files import NEEDS_LINKS, create_exclusively, fsync_folder
+from eopd.storage.files import NEEDS_LINKS, create_exclusively, existing, fsync_folder
 
 LITTLE_SPACE = 5 << 30
 NO_SPACE = 100 << 20
@@ -56,24 +56,6 @@ def check_folders(settings: RunSettings) -> None:
             raise ConfigError(f"{name}: {path} cannot be a folder: {error}") from error
         if not is_folder:
             raise ConfigError(f"{name}: {path} cannot be a folder, as {above} is a file; name another")
-
-
-def existing(path: Path) -> Path:
-    """``path``, or the folder above it that exists.
-
-    Raises:
-        OSError: the system refuses the path, such as one with a name that is too long.
-        RuntimeError: it leads through a loop of links.
-    """
-    path = path.resolve()
-    while path != path.parent:
-        try:
-            path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            path = path.parent
-        else:
-            break
-    return path
 
 
 def _space(place: Path) -> Finding:

@@ -1,105 +1,265 @@
-"""A warm worker: a process that does one task after another and keeps what they share.
+"""A worker: the one way in which work is done, in this process or in one that was started for it.
 
-    python -m eopd.pipeline.worker ANSWERS        ANSWERS: the number of an inherited file descriptor
+    python -m eopd.pipeline.worker TASK             do a task (JSON), then exit with a code that says how it ended
+    python -m eopd.pipeline.worker FILE NUMBER      do the task of that number in a JSON file {number: task}
+    python -m eopd.pipeline.worker --serve FD       do one task after another, as they come on stdin, one a line
 
-Tasks come on stdin and answers go to ANSWERS, one JSON line each, in turn:
+A served worker stays warm: it keeps imports, engines and their weights between tasks. It answers each task with `+`
+(done) or `-` on the inherited descriptor FD. After IDLE_SECONDS without a task its engines free their memory. It exits
+after a task that failed and at the end of stdin.
 
-    {"stage": "rollout", "config": "runs/x/config.yaml", "round": 3, "parts": [0, 1], "events": ..., "log": ...}
-    {"code": 0}                                   as the exit code of `eopd STAGE` would be
-
-Imports, engines and their weights stay between tasks. After IDLE_SECONDS without a task the engines give their
-memory back; after a task that failed and at the end of stdin the process ends. What a task prints goes to its log,
-its progress to its events.
+Progress and, last, the outcome go to the task's events file; what the task prints goes to its log.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from eopd.pipeline.launchers.processes import end_with_parent_if_spawned
+from eopd.pipeline.processes import TORCHRUN_VARIABLE, end_with_parent, end_with_parent_if_spawned, rank
 
 if TYPE_CHECKING:
-    from eopd.pipeline.plan import Stage
+    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.run import Run
+    from eopd.pipeline.tasks import Task
     from eopd.stages.engines.kept import Engines
+    from eopd.stages.stage import Job
 
 end_with_parent_if_spawned()
 
 IDLE_SECONDS = 120.0
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-@dataclass(frozen=True)
-class Order:
-    """A task as it travels."""
+def do(task: Task, engines: Engines | None = None) -> Outcome:
+    """Do a task in this process, or start the processes that train together and wait for them.
 
-    stage: Stage
-    config: str  # path of the run's resolved settings
-    round: int
-    parts: list[int] | None  # null: all
-    events: str | None  # file that progress goes to
-    log: str
+    Whatever a stage raises becomes an outcome: whoever gave the task decides what becomes of the run.
+    """
+    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.processes import trains_together
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    if trains_together(task):
+        return do_together(task)
+    try:
+        execute(task.run, task.job, task.parts, engines)
+    except Exception as error:
+        task.run.progress.close()
+        print_error(error)
+        outcome = outcome_of(error)
+        log_task(task.run, task.job, outcome=outcome.kind, message=outcome.message, parts=list(task.parts))
+        return outcome
+    return Outcome("done")
 
-    @classmethod
-    def from_json(cls, line: str) -> Order:
-        return cls(**json.loads(line))
 
+def do_together(task: Task) -> Outcome:
+    """Do a task in several processes, as the local launcher does: they stop when this process is asked to, or ends."""
+    from eopd.pipeline.launchers.local import LocalPool
+    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.progress import SingleDisplay
+    from eopd.storage import stopping
+    from eopd.storage.errors import StoreFull
 
-def main() -> None:
-    from eopd.pipeline.ends import EXIT_INTERRUPTED, be_quiet
-    from eopd.pipeline.temporary import temporary_folder
-    from eopd.stages.engines.kept import Engines
-    from eopd.storage.stopping import Stopped, stopping_on_signals
-
-    be_quiet()
-    engines = Engines(keep=True)
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as answers:
+    pool = LocalPool(task.run.settings, SingleDisplay(task.run.progress))
+    with stopping.in_hand():
         try:
-            with stopping_on_signals(_tell_stop), temporary_folder():
-                for order in _orders(engines):
-                    code = do(order, engines)
-                    answers.write(json.dumps({"code": code}) + "\n")
-                    answers.flush()
-                    if code:  # who knows what a failure left in this process, or on its GPU
-                        break
-        except (Stopped, KeyboardInterrupt):
-            sys.exit(EXIT_INTERRUPTED)
-    engines.close()
+            pool.start(task)
+            while not (ended := pool.wait(1.0)):
+                stopping.check()
+        except StoreFull as full:
+            return Outcome("full", str(full))
+        finally:
+            pool.close()
+    ((_, outcome),) = ended
+    if outcome.kind != "done":
+        task.run.progress.line(f"{task.name}: {outcome.message}")
+    return outcome
 
 
-def do(order: Order, engines: Engines) -> int:
-    """Do a task; the exit code that tells how it ended."""
+def execute(run: Run, job: Job, parts: Sequence[int] | None = None, engines: Engines | None = None) -> bool:
+    """Do what is missing of a job, or of ``parts`` of it. False if there was nothing to do.
+
+    Raises:
+        RunError: an input is not complete yet; names the command that makes it.
+    """
+    from eopd.pipeline.retention import prune_old
+    from eopd.stages.engines.kept import Engines
+    from eopd.storage.errors import StoreError
+    from eopd.storage.pruning import revive
+
+    chosen = set(range(job.output.parts)) if parts is None else set(parts)
+    if not run.missing_parts(job) & chosen:
+        return False
+    output = run.artifact(job.output)
+    committed = output.committed()
+    run.check_inputs(job, chosen)
+    for part in run.parts_to_rebuild(job):
+        revive(output, part)
+    run.paths.logs.mkdir(parents=True, exist_ok=True)
+    steps = run.scratch_steps(job)
+    began = time.monotonic()
+
+    def log_cost() -> float:
+        seconds = time.monotonic() - began
+        run.progress.close()
+        made = len((output.committed() - committed) & chosen)
+        if made or run.scratch_steps(job) > steps:  # made 0: training that was interrupted on its way
+            log_task(run, job, seconds=seconds, made=made)
+        return seconds
+
+    try:
+        job.stage.run(run.context(job, sorted(chosen), engines or Engines()))
+    except BaseException:
+        with suppress(StoreError, OSError):  # work that was stopped or failed took its time too
+            log_cost()
+        raise
+    seconds = log_cost()
+    run.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
+    if job.is_prunable or run.is_made(job):
+        prune_old(run)
+    return True
+
+
+def log_task(run: Run, job: Job, **facts: Any) -> None:
+    """Append a line to the run's jobs.jsonl: what a task cost, or how it failed. One process of a group does."""
+    from eopd.storage.files import naming_full_disks
+    from eopd.storage.jsonl import append_line
+
+    if rank() == 0:
+        run.paths.folder.mkdir(parents=True, exist_ok=True)
+        with naming_full_disks(run.paths.jobs):
+            append_line(
+                run.paths.jobs,
+                {"stage": job.stage.name, "round": job.round, "key": job.output.key, "time": time.time(), **facts},
+            )
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+NO_SUCH_PLACE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
+"""Errors of a path that cannot be what it was named for. The system's message names it."""
+
+CHECKED_WITH = ("eopd", "jinja2", "json", "pydantic", "pydantic_core", "pyarrow", "yaml")
+"""Packages whose errors, raised again by a check of ours, are about what they were given."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if a check of ours refused what it was given: the same task would end the same way again.
+
+    That is a ValueError raised in this package, and not in place of an error of the machine, a model or an engine. What
+    a run lacks at the moment (``RunError``) may be there the next time.
+    """
+    from eopd.pipeline.errors import RunError
+
+    if not isinstance(error, ValueError) or isinstance(error, RunError) or _raised_in(error) != "eopd":
+        return False
+    cause = error.__cause__
+    while cause is not None:
+        package = type(cause).__module__.partition(".")[0]
+        if isinstance(cause, (OSError, MemoryError)) or not {package, _raised_in(cause)} & set(CHECKED_WITH):
+            return False
+        cause = cause.__cause__
+    return True
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        module, trace = str(trace.tb_frame.f_globals.get("__name__", "")), trace.tb_next
+    return module.partition(".")[0]
+
+
+def outcome_of(error: Exception) -> Outcome:
+    from eopd.pipeline.outcome import Outcome
+    from eopd.storage.files import is_full
+
+    message = str(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
+    if is_full(error):
+        return Outcome("full", message)
+    return Outcome("refused" if is_refusal(error) else "failed", message)
+
+
+def is_for_people(error: Exception) -> bool:
+    """True if the message says what to do, so that a traceback would only hide it."""
+    from eopd.stages.train.errors import TrainingStopped
+    from eopd.storage.errors import StoreError
+
+    misnamed = isinstance(error, OSError) and error.filename is not None and error.errno in NO_SUCH_PLACE
+    return isinstance(error, (StoreError, ValueError, TrainingStopped)) or misnamed
+
+
+def print_error(error: Exception) -> None:
+    """Print one line if the message says what to do, else (or with EOPD_DEBUG=1) the traceback."""
+    from eopd.stages.format import escaped
+
+    if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
+        traceback.print_exception(error)
+    else:
+        sys.stderr.write(f"eopd: {escaped(str(error))}\n")
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
+
+
+def be_quiet() -> None:
+    """Silence libraries before they are imported; what a person has set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def do_text(text: str, engines: Engines | None = None) -> Outcome:
+    """Do a task that came as JSON."""
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.ends import log_end, tell_end
-    from eopd.pipeline.planning import plan_run
     from eopd.pipeline.progress import EventProgress
-    from eopd.pipeline.runner import Runner
+    from eopd.pipeline.run import open_run
+    from eopd.pipeline.tasks import Task
     from eopd.stages.job import NullProgress
     from eopd.stages.output import output_to
 
-    progress = EventProgress(Path(order.events)) if order.events else NullProgress()
-    with output_to(Path(order.log)):
+    fields = json.loads(text)
+    first = rank() == 0  # of several processes, one speaks for all
+    events = EventProgress(Path(fields["events"])) if first and fields["events"] else None
+    with output_to(Path(fields["log"])) if fields["log"] else nullcontext():
         try:
-            settings = load_config(order.config)
-            runner = Runner(settings, *plan_run(settings), progress, engines)
-            job = runner.plan.job(order.stage, order.round)
-            runner.run(job, order.parts)
-            sys.stdout.write(f"{job.name}: done\n")  # `logs.errors` shows none from before
-        except Exception as error:  # the boundary: who gave the task decides what becomes of the run
-            log_end(error)
-            return tell_end(error, progress)
-    return 0
+            run = open_run(load_config(fields["config"]), progress=events or NullProgress())
+            task = Task(run, run.plan.job(fields["stage"], fields["round"]), tuple(fields["parts"]))
+        except Exception as error:
+            print_error(error)
+            outcome = outcome_of(error)
+        else:
+            outcome = do(task, engines)
+    if events is not None:
+        events.end(outcome)
+    return outcome
 
 
-def _orders(engines: Engines) -> Iterator[Order]:
+def serve(descriptor: int) -> None:
+    """Do tasks as they come on stdin, and answer each with `+` (done) or `-`."""
+    from eopd.stages.engines.kept import Engines
+
+    engines = Engines(keep=True)
+    with os.fdopen(descriptor, "w") as answers:
+        for text in _lines_of_stdin(engines):
+            outcome = do_text(text, engines)
+            answers.write("+" if outcome.kind == "done" else "-")
+            answers.flush()
+            if outcome.kind != "done":  # a failure may leave anything behind in this process, or on its GPU
+                break
+    engines.close()
+
+
+def _lines_of_stdin(engines: Engines) -> Iterator[str]:
     while True:
         ready, _, _ = select.select([sys.stdin], [], [], IDLE_SECONDS if engines.any_open else None)
         if not ready:
@@ -108,12 +268,39 @@ def _orders(engines: Engines) -> Iterator[Order]:
         line = sys.stdin.readline()
         if not line:
             return
-        yield Order.from_json(line)
+        yield line
 
 
-def _tell_stop() -> None:
-    # not through sys.stderr: the signal may have come while something was being written to it
-    os.write(2, b"stopping: what is in hand is finished first\n")
+def main() -> None:
+    from eopd.pipeline.outcome import EXIT_CODES
+    from eopd.pipeline.temporary import temporary_folder
+    from eopd.storage.stopping import Stopped, stopping_on_signals
+
+    be_quiet()
+    if TORCHRUN_VARIABLE in os.environ:
+        end_with_parent()
+    try:
+        with stopping_on_signals(announce_stop), temporary_folder():
+            match sys.argv[1:]:
+                case ["--serve", descriptor]:
+                    serve(int(descriptor))
+                case [text]:
+                    sys.exit(EXIT_CODES[do_text(text).kind])
+                case [file, number]:
+                    tasks = json.loads(Path(file).read_text(encoding="utf-8"))
+                    sys.exit(EXIT_CODES[do_text(json.dumps(tasks[number])).kind])
+    except (Stopped, KeyboardInterrupt):
+        sys.exit(EXIT_CODES["interrupted"])
+
+
+def announce_stop() -> None:
+    from eopd.pipeline.progress import seconds_in_hand
+    from eopd.stages.format import duration
+
+    seconds = seconds_in_hand()
+    wait = "" if seconds is None else f", in about {duration(seconds)}"
+    text = f"stopping: what is in hand is finished first{wait}; a second interruption stops at once\n"
+    os.write(2, text.encode())  # not through sys.stderr, which the signal may have interrupted in a write
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from pathlib import Path
 import yaml
 from rich.console import Console, RenderableType
 
+from eopd.pipeline.cli.options import open_runs
 from eopd.pipeline.config import load_config
-from eopd.pipeline.overview import look
-from eopd.pipeline.plan_cli import open_runners
-from eopd.pipeline.plan_table import plan_table
-from eopd.pipeline.status import Status, status_view, take_status
+from eopd.pipeline.forecast import forecast
+from eopd.pipeline.status import Status, take_status
+from eopd.pipeline.tables import plan_table, status_view
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 WIDTH = 100
@@ -71,14 +71,14 @@ def main() -> None:
         try:
 
             def under_way() -> Status | None:
-                status = take_status(open_runners("demo.yaml", None, None))
-                trained = any(row.stage == "train" and row.state.is_done for row in status.overview.rows)
-                working = [activity for activity in status.activities if activity.workers and activity.state.done]
-                return status if trained and working and status.overview.rates.keys() >= {"score", "train"} else None
+                status = take_status(open_runs("demo.yaml", None, None))
+                trained = any(row.stage == "train" and row.is_done for row in status.forecast.rows)
+                working = [activity for activity in status.activities if activity.workers and activity.row.done]
+                return status if trained and working and status.forecast.rates.keys() >= {"score", "train"} else None
 
             status = wait_for(under_way, 900)
             save("status", "eopd status demo", status_view(status))
-            save("plan", "eopd plan demo.yaml", plan_table(look(open_runners("demo.yaml", None, None))))
+            save("plan", "eopd plan demo.yaml", plan_table(forecast(open_runs("demo.yaml", None, None))))
         finally:
             run.send_signal(signal.SIGINT)
             run.wait()

@@ -15,102 +15,18 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, WrongArtifact
-from eopd.storage.files import (
-    canonical_json,
-    create_exclusively,
-    fsync_tree,
-    naming_full_disks,
-    replace_atomically,
-    sha256_file,
-    sha256_text,
-)
-from eopd.storage.markers import REPAIR, SCHEMA, Marker, file_text, marker_text, refuse_newer_schema
+from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError
+from eopd.storage.files import create_exclusively, fsync_tree, naming_full_disks, replace_atomically, sha256_file
+from eopd.storage.identity import Identity, parse_identity
+from eopd.storage.markers import REPAIR, Marker, file_text, marker_text
 from eopd.storage.stored import StoredArtifact
-from eopd.storage.untrusted import naming, open_plain, parse_json, read_plain, refuse_links, walk
+from eopd.storage.untrusted import open_plain, read_plain, refuse_links, walk
 
-KEY_LENGTH = 20
 READ_BYTES = 1 << 20
-MOST_PARTS = 10**9
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What an artifact is: the content of its key.
-
-    ``settings`` are the semantic ones only. ``inputs`` maps a role to the key of the artifact, or the fingerprint
-    of the external model or file, that plays it. ``coverage`` (scores only) is keyed apart, so that several
-    coverages stand beside one identity.
-    """
-
-    kind: str
-    version: int
-    parts: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    coverage: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        assert self.kind in paths.KINDS, self.kind
-        assert self.parts > 0, f"{self.kind} artifact of {self.parts} parts"
-
-    @cached_property
-    def base_key(self) -> str:
-        """Key of the identity without its coverage."""
-        made_of = {
-            "kind": self.kind,
-            "version": self.version,
-            "parts": self.parts,
-            "settings": self.settings,
-            "inputs": self.inputs,
-        }
-        return sha256_text(canonical_json(made_of))[:KEY_LENGTH]
-
-    @cached_property
-    def key(self) -> str:
-        if self.coverage is None:
-            return self.base_key
-        return f"{self.base_key}/{sha256_text(canonical_json(self.coverage))[:KEY_LENGTH]}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "kind": self.kind,
-            "version": self.version,
-            "parts": self.parts,
-            "settings": dict(self.settings),
-            "inputs": dict(self.inputs),
-            "coverage": None if self.coverage is None else dict(self.coverage),
-        }
-
-    @classmethod
-    def from_json(cls, found: Any, where: Path) -> Identity:
-        """Raises DamagedPart, NewerSchema."""
-        refuse_newer_schema(found, where)
-        with naming(str(where)):
-            _IDENTITY.validate_python(found, strict=True)
-        return cls(**{name: found[name] for name in ("kind", "version", "parts", "settings", "inputs", "coverage")})
-
-
-class _IdentityText(TypedDict):
-    kind: Literal[paths.KINDS]  # type: ignore[valid-type]
-    version: Annotated[int, Field(ge=0, lt=1 << 31)]
-    parts: Annotated[int, Field(gt=0, le=MOST_PARTS)]
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    coverage: dict[str, Any] | None
-
-
-_IDENTITY = TypeAdapter(_IdentityText)
 
 
 class Artifact(StoredArtifact):
@@ -298,16 +214,6 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
     except FileNotFoundError as error:
         raise MissingArtifact(f"there is no {kind} artifact {key} in {store}") from error
     return Artifact(store, parse_identity(text, kind, key, str(path)))
-
-
-def parse_identity(text: bytes, kind: str, key: str, where: str) -> Identity:
-    """Raises DamagedPart (not JSON), WrongArtifact (it does not hash to its key) or NewerSchema."""
-    with naming(where):
-        found = parse_json(text)
-    identity = Identity.from_json(found, Path(where))
-    if (identity.kind, identity.key) != (kind, key):
-        raise WrongArtifact(f"{where} describes {identity.kind}/{identity.key}, not {kind}/{key}")
-    return identity
 
 
 def _listing(folder: Path) -> dict[str, dict[str, Any]]:

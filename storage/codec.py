@@ -1,4 +1,4 @@
-"""The bytes of a part: format version 1 (docs/cache-format.md).
+"""The bytes of a part: format version 1 (docs/format.md).
 
 Every number is a byte-sized symbol and some raw bits (``storage.symbols``). A part is three arrays:
 

@@ -7,7 +7,7 @@ not covered is refused with what is missing and how to add it, and never approxi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from eopd.storage.errors import StoreError
@@ -17,6 +17,14 @@ from eopd.storage.teacher_record import HeadRule
 
 class NeedNotMet(StoreError):
     """A cache does not hold what was asked of it. The message says what is missing and how to add it."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a coverage lacks, and the settings of a run that would add it; none if the capture was imported."""
+
+    what: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,69 +49,70 @@ class Coverage:
             sampled=bool(found.get("sampled", True)),
         )
 
-    def lacks(self, need: Need) -> str | None:
-        """None where the need is met; otherwise what is missing and the settings that add it."""
+    def lacks(self, need: Need) -> Missing | None:
+        """None if the need is met."""
         head = self.head
         match need:
             case EntropyNeed():
-                return None if self.entropy else "full-vocabulary entropy: it was imported without. Score it instead"
+                return None if self.entropy else Missing("full-vocabulary entropy, which an import cannot add")
             case SampledNeed():
-                return None if self.sampled else "the sampled tokens' log-probs: imported without. Score it instead"
+                return None if self.sampled else Missing("the sampled tokens' log-probs, which an import cannot add")
             case StopsNeed():
-                return None if self.sampled else "stop log-probs: it was imported without. Score it instead"
+                return None if self.sampled else Missing("stop log-probs, which an import cannot add")
             case HeadNeed(1, _, _):
                 return None  # every rule keeps the most probable entry of every token
             case HeadNeed(k, above, min_prob):
                 whole = self.vocab_size > 0 and head.k_max >= self.vocab_size
                 if not whole and head.k_max < k:
-                    return f"heads of {k} entries; it keeps {head.k_max}. Add: score.head.k_max={k}"
+                    return Missing(f"heads of {k} entries (it keeps {head.k_max})", {"score.head.k_max": k})
                 if head.full_head_above > above:
-                    return (
-                        f"full heads where entropy > {above:g}; it has them where > {head.full_head_above:g}. "
-                        f"Add: score.head.full_head_above={above:g}"
+                    return Missing(
+                        f"full heads where entropy > {above:g} (it has them where > {head.full_head_above:g})",
+                        {"score.head.full_head_above": above},
                     )
                 if head.full_head_above >= 0 and head.min_prob > min_prob:
-                    return (
-                        f"ids of probability {min_prob:g} and more; it has those of {head.min_prob:g} and more. "
-                        f"Add: score.head.min_prob={min_prob:g}"
+                    return Missing(
+                        f"ids of probability {min_prob:g} and more (it has those of {head.min_prob:g} and more)",
+                        {"score.head.min_prob": min_prob},
                     )
                 return None
             case DrawsNeed("beyond_head", _, max_weight):
                 if head.draws != "beyond_head":
-                    return f"draws beyond the head; it has draws: {head.draws}. Add: score.head.draws=beyond_head"
+                    missing = f"draws beyond the head (it has draws: {head.draws})"
+                    return Missing(missing, {"score.head.draws": "beyond_head"})
                 if head.min_prob > max_weight:
-                    return (
-                        f"draws of weight at most {max_weight:g}; its draws weigh {head.min_prob:g}. "
-                        f"Add: score.head.min_prob={max_weight:g}"
+                    return Missing(
+                        f"draws of weight at most {max_weight:g} (its draws weigh {head.min_prob:g})",
+                        {"score.head.min_prob": max_weight},
                     )
                 return None
             case DrawsNeed(_, n, _):
                 if head.draws != "full" or head.n_draws < n:
-                    found = f"{head.n_draws} draws ({head.draws})"
-                    return (
-                        f"{n} draws a token from the full distribution; it has {found}. "
-                        f"Add: score.head.draws=full score.head.n_draws={n}"
+                    return Missing(
+                        f"{n} draws a token from the full distribution (it has {head.n_draws} draws: {head.draws})",
+                        {"score.head.draws": "full", "score.head.n_draws": n},
                     )
                 return None
             case ExtraIdsNeed(k):
                 if self.extra_k < k:
-                    return (
-                        f"teacher log-probs at the student's top-{k}; it has {self.extra_k}. "
-                        f"Add: rollout.student_topk={k}"
-                    )
+                    missing = f"teacher log-probs at the student's top-{k} (it has {self.extra_k})"
+                    return Missing(missing, {"rollout.student_topk": k})
                 return None
         raise AssertionError(need)
 
     def require(self, needs: Sequence[Need], where: str) -> None:
-        """Raises NeedNotMet naming every need that ``where`` does not answer and the command that would."""
-        missing = [text for need in needs if (text := self.lacks(need)) is not None]
-        if missing:
-            raise NeedNotMet(
-                f"{where} lacks "
-                + "; ".join(missing)
-                + ". Write this into the config, or give it to `eopd run CONFIG` with --set: a sibling coverage is "
-                "made beside this one; nothing that exists changes."
-            )
+        """Raises NeedNotMet naming every need that ``where`` does not answer and the settings that would."""
+        missing = [one for need in needs if (one := self.lacks(need)) is not None]
+        if not missing:
+            return
+        added = {name: value for one in missing for name, value in one.settings.items()}
+        cure = (
+            f"Add {' '.join(f'{name}={value}' for name, value in added.items())} to the config, or give it to `eopd "
+            "run CONFIG` with --set: a sibling coverage is made beside this one, and nothing that exists changes."
+            if added
+            else "Score these tokens instead of importing them."
+        )
+        raise NeedNotMet(f"{where} lacks {'; '.join(one.what for one in missing)}. {cure}")
 
     def cost(self) -> tuple[int, float, float, int, int]:
         """Order of coverages by what they cost to store and read, cheapest first."""

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from eopd.storage.errors import NoHardLinks, StoreFull, StoreUnwritable
 
 NO_INODES = "no inodes left"
@@ -49,7 +47,7 @@ def naming_full_disks(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         number, named = _errno(error), getattr(error, "filename", None)
         named = named if isinstance(named, str) else path
         if number in _FULL:
@@ -101,16 +99,18 @@ def free_of(path: Path) -> Free:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that no space (or quota) is left."""
     while error is not None:
-        if isinstance(error, StoreFull) or (isinstance(error, (OSError, SafetensorError)) and _errno(error) in _FULL):
+        if isinstance(error, StoreFull) or _errno(error) in _FULL:
             return True
         error = error.__cause__
     return False
 
 
-def _errno(error: OSError | SafetensorError) -> int:
-    """Of an OSError; safetensors only writes it into its message, as "(os error 28)"."""
+def _errno(error: BaseException) -> int:
+    """The errno of an error, or 0. safetensors only writes it into its message, as "(os error 28)"."""
     if isinstance(error, OSError):
         return error.errno or 0
+    if type(error).__name__ != "SafetensorError":  # by name: the store does not need safetensors
+        return 0
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else 0
 
@@ -210,3 +210,21 @@ def replace_atomically(path: Path, text: str) -> None:
         with _written_beside(path, text) as temporary:
             os.replace(temporary, path)
         fsync_folder(path.parent)
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the folder above it that exists.
+
+    Raises:
+        OSError: the system refuses the path, such as one with a name that is too long.
+        RuntimeError: it leads through a loop of links.
+    """
+    path = path.resolve()
+    while path != path.parent:
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+        else:
+            break
+    return path

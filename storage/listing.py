@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import UNSOUND, DamagedPart, StoreError
-from eopd.storage.untrusted import refuse_links
+from eopd.storage.untrusted import A_PLAIN_FILE, kind_of, refuse_links
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -41,9 +41,9 @@ def is_store(store: Path | Bucket) -> bool:
     """Whether there is such a folder; of a bucket, whether it holds anything that a store would."""
     if isinstance(store, Path):
         return store.is_dir()
-    from eopd.storage.remote import folders
+    from eopd.storage.remote import folders, kinds
 
-    return any(folders(store, kind) for kind in paths.KINDS)
+    return any(paths.is_key(name) for kind in kinds(store) for name in folders(store, kind))
 
 
 def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
@@ -77,20 +77,20 @@ def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
 
 def _folders(store: Path) -> Iterator[tuple[str, str, Path]]:
     """(kind, key, folder) of every folder that may be an artifact's, sorted; links among them, which nobody follows."""
-    for kind in paths.KINDS:
+    for kind in filter(paths.is_kind, _names(store)):
         if (store / kind).is_symlink():  # ``misplaced`` names it
             continue
-        for name in _names(store / kind):
+        for name in filter(paths.is_key, _names(store / kind)):
             folder = store / kind / name
             if not folder.is_symlink() and not folder.is_dir():
                 continue
             yield kind, name, folder
             if not folder.is_symlink() and not os.path.lexists(folder / paths.IDENTITY):
-                inner = (folder / each for each in _names(folder))
+                inner = (each for each in _names(folder) if paths.is_key(f"{name}/{each}"))
                 yield from (
-                    (kind, f"{name}/{each.name}", each)
+                    (kind, f"{name}/{each}", folder / each)
                     for each in inner
-                    if (each.is_symlink() or each.is_dir()) and paths.data_part(each.name) is None
+                    if (folder / each).is_symlink() or (folder / each).is_dir()
                 )
 
 
@@ -102,8 +102,12 @@ def _names(folder: Path) -> list[str]:
 
 
 def misplaced(store: Path) -> Iterator[tuple[str, str]]:
-    """(name, problem) of each folder of a store's layout that is a link or no folder, so that nothing in it is read."""
-    for name in (*paths.KINDS, paths.RUNS, paths.FETCHED):
+    """(name, problem) of whatever stands in the place of a folder of a store's layout, so that nothing in it is read.
+
+    A plain file that has a kind's name may be anybody's note: it is passed over.
+    """
+    kinds = (name for name in filter(paths.is_kind, _names(store)) if kind_of(store / name) != A_PLAIN_FILE)
+    for name in (*kinds, paths.RUNS, paths.FETCHED):
         try:
             refuse_links(store, name)
         except DamagedPart as error:

@@ -1,6 +1,6 @@
-"""Notes of a store on the runs that use it: files of ``<store>/.runs``, of two lines.
+"""What one run refers to, as it writes it down: in the store (``<store>/.runs/<id>.json``) and in its own folder.
 
-The first is the resolved config of a run, the second the folder that the run was started in; older notes lack it.
+Producer: ``pipeline.retention``, which decides by these notes what may be pruned and collected.
 """
 
 from __future__ import annotations
@@ -9,37 +9,85 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart
-from eopd.storage.files import replace_atomically, sha256_text
-from eopd.storage.untrusted import read_plain, refuse_links
+from eopd.storage.files import canonical_json, replace_atomically, sha256_text
+from eopd.storage.untrusted import naming_misfits, read_json, refuse_links
 
 NAME_LENGTH = 16
-LARGEST = 16_384
+SCHEMA = 1
+
+Parts = set[tuple[str, int]]
+"""(key of a checkpoint, part of it)"""
+
+Keys = set[tuple[str, str]]
+"""(kind, key) of artifacts"""
 
 
 @dataclass(frozen=True)
 class Note:
-    config: Path
-    started: Path | None
+    """What one run refers to."""
+
+    config: Path  # the run's resolved config
+    store: Path
+    read_only: tuple[Path, ...]  # folders that the run only reads
+    artifacts: Keys
+    wanted: Parts  # of checkpoints
+
+    @classmethod
+    def read(cls, path: Path) -> Note:
+        """Raises DamagedPart if the file holds no note; FileNotFoundError."""
+        content: Any = read_json(path)
+        with naming_misfits(str(path)):
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']!r} is of another version of eopd")
+            folders = [content["config"], content["store"], *content["read_only"]]
+            if not all(
+                isinstance(folder, str) and folder.isprintable() and os.path.isabs(folder) for folder in folders
+            ):
+                raise ValueError("it names a folder by no absolute path")
+            return cls(
+                config=Path(content["config"]),
+                store=Path(content["store"]),
+                read_only=tuple(map(Path, content["read_only"])),
+                artifacts={(str(kind), str(key)) for kind, key in content["artifacts"]},
+                wanted={(str(key), int(part)) for key, part in content["wanted"]},
+            )
+
+    def text(self) -> str:
+        content: dict[str, Any] = {
+            "schema": SCHEMA,
+            "config": str(self.config),
+            "store": str(self.store),
+            "read_only": [str(folder) for folder in self.read_only],
+            "artifacts": sorted(self.artifacts),
+            "wanted": sorted(self.wanted),
+        }
+        return canonical_json(content) + "\n"
 
 
-def write_note(store: Path, config: Path, started: Path) -> None:
-    """Note that the run of ``config`` uses the store. Nothing is written where that stands there already."""
+def note_name(config: Path) -> str:
+    return f"{sha256_text(str(config))[:NAME_LENGTH]}.json"
+
+
+def write_note(store: Path, note: Note, own_copy: Path | None = None) -> None:
+    """Write a note into the store and, if ``own_copy`` names a file, beside the run. An equal note stays as it is."""
     refuse_links(store, paths.RUNS)
-    path = store / paths.RUNS / sha256_text(str(config))[:NAME_LENGTH]
-    note = Note(config, started)
-    try:
-        if _read(path) == note:
-            return
-    except (FileNotFoundError, DamagedPart):
-        pass
-    replace_atomically(path, f"{config}\n{started}\n")
+    for path in (own_copy, store / paths.RUNS / note_name(note.config)):
+        if path is None:
+            continue
+        try:
+            if Note.read(path) == note:
+                continue
+        except (FileNotFoundError, DamagedPart):
+            pass
+        replace_atomically(path, note.text())
 
 
 def notes(store: Path) -> Iterator[tuple[str, Note | DamagedPart]]:
-    """Name and content of every note of a store, sorted; of one that cannot be read, what is wrong with it.
+    """Name and content of every note in a store, sorted; for an unreadable one, what is wrong with it.
 
     Raises:
         DamagedPart: the folder of the notes is a link.
@@ -53,19 +101,8 @@ def notes(store: Path) -> Iterator[tuple[str, Note | DamagedPart]]:
         if name.startswith("."):
             continue
         try:
-            yield name, _read(store / paths.RUNS / name)
+            yield name, Note.read(store / paths.RUNS / name)
         except FileNotFoundError:
             continue
         except DamagedPart as error:
             yield name, error
-
-
-def _read(path: Path) -> Note:
-    """Raises DamagedPart, FileNotFoundError."""
-    try:
-        lines = read_plain(path, LARGEST).decode().strip().split("\n")
-    except UnicodeDecodeError as error:
-        raise DamagedPart(f"{path} is no text") from error
-    if not 1 <= len(lines) <= 2 or not all(line.isprintable() and os.path.isabs(line) for line in lines):
-        raise DamagedPart(f"{path} is no note of a run: it names no config by its whole path")
-    return Note(Path(lines[0]), Path(lines[1]) if len(lines) == 2 else None)

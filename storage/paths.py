@@ -1,5 +1,7 @@
 """Every path of the store's and the run folder's layout.
 
+A kind of artifact is a folder of the store whose name is a lower-case word (``is_kind``): storage lists none.
+
 <store>/<kind>/<key>/identity.json          what the key is the hash of
 <store>/<kind>/<key>/manifest.json          written when the last part is complete
 <store>/<kind>/<key>/part-00003.json        the commit marker of a part
@@ -14,6 +16,8 @@
 <store>/.fetched/<kind>/<key>/              parts of a bucket's artifacts that are read as files: a store of its own
 
 <runs>/<name>/config.yaml       resolved settings
+<runs>/<name>/references.json   artifacts that the run refers to, for gc and pruning
+<runs>/<name>/jobs.jsonl        one line a task: what it cost, or how it failed
 <runs>/<name>/summary.json      one row of figures per round
 <runs>/<name>/metrics.jsonl     one line per optimiser step
 <runs>/<name>/logs/             engine logs, one file a job
@@ -35,14 +39,20 @@ MANIFEST = "manifest.json"
 DIGESTS = ".digests.json"
 FETCHED = ".fetched"
 RUNS = ".runs"
+REFERENCES = "references.json"
 PART = "part-"
 CLAIM = ".claim"
-KINDS = ("rollouts", "student_topk", "scores", "checkpoints", "progress", "evaluations", "alignments")
 
+_KIND = re.compile(r"(?=.{1,64}\Z)[a-z]+(_[a-z]+)*")
 _KEY = re.compile(r"[0-9a-f]{20}(/[0-9a-f]{20})?")
 _MARKER = re.compile(r"^part-(\d{5,})\.json$")
 _TOMBSTONE = re.compile(r"^part-(\d{5,})\.pruned$")
 _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
+
+
+def is_kind(name: str) -> bool:
+    """Whether ``name`` may be a kind of artifact: a lower-case word, or several joined by underscores."""
+    return _KIND.fullmatch(name) is not None
 
 
 def is_key(text: str) -> bool:
@@ -111,6 +121,10 @@ class RunPaths:
     @property
     def config(self) -> Path:
         return self.folder / "config.yaml"
+
+    @property
+    def references(self) -> Path:
+        return self.folder / REFERENCES
 
     @property
     def summary(self) -> Path:

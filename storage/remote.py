@@ -20,9 +20,9 @@ from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteReque
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Identity, parse_identity
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.extras import installing
+from eopd.storage.identity import Identity, parse_identity
 from eopd.storage.markers import Marker
 from eopd.storage.stored import StoredArtifact
 from eopd.storage.untrusted import LARGEST_TEXT
@@ -148,7 +148,7 @@ def rename(bucket: Bucket, path: str, to: str) -> None:
 
 
 def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
-    """Names of the objects directly in ``folder``, and of what looks like a folder there; sorted.
+    """Names of the objects directly in ``folder`` ("": the root), and of what looks like a folder there; sorted.
 
     Raises:
         StoreUnreadable, StoreUnwritable: it does not answer, refuses access, or there is no such bucket.
@@ -156,7 +156,7 @@ def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
     import obstore
 
     with naming_refusals(bucket, folder):
-        found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/")
+        found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/" if folder else None)
     objects = [entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]]
     return sorted(objects), sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
 
@@ -164,6 +164,11 @@ def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
 def folders(bucket: Bucket, folder: str) -> list[str]:
     """Names of what looks like a folder directly in ``folder``."""
     return listed(bucket, folder)[1]
+
+
+def kinds(bucket: Bucket) -> list[str]:
+    """Names of the folders that may hold artifacts of one kind each."""
+    return list(filter(paths.is_kind, folders(bucket, "")))
 
 
 def sizes(bucket: Bucket, folder: str) -> dict[str, int]:
@@ -189,12 +194,13 @@ def unidentified(bucket: Bucket) -> Iterator[tuple[str, str]]:
 
 def _artifact_folders(bucket: Bucket) -> Iterator[tuple[str, str, list[str]]]:
     """(kind, key, names of the objects in it) of every folder that may be an artifact's."""
-    for kind in paths.KINDS:
-        for key in folders(bucket, kind):
+    for kind in kinds(bucket):
+        for key in filter(paths.is_key, folders(bucket, kind)):
             names, inner = listed(bucket, f"{kind}/{key}")
             yield kind, key, names
-            if kind == "scores" and paths.IDENTITY not in names:
-                yield from ((kind, f"{key}/{each}", listed(bucket, f"{kind}/{key}/{each}")[0]) for each in inner)
+            if paths.IDENTITY not in names:
+                coverages = filter(paths.is_key, (f"{key}/{each}" for each in inner))
+                yield from ((kind, coverage, listed(bucket, f"{kind}/{coverage}")[0]) for coverage in coverages)
 
 
 class RemoteArtifact(StoredArtifact):

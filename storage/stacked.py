@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import UNSOUND, MissingArtifact, StoreError
+from eopd.storage.identity import Identity
 from eopd.storage.listing import coverages
 from eopd.storage.places import open_place
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
-
-MADE_BY_PART = ("scores", "student_topk")
-"""Kinds whose part i is made from part i of rollouts."""
 
 
 class StackedStores:
@@ -94,9 +92,12 @@ class StackedStores:
                 yield number, found
 
     def _fits(self, number: int, found: Artifact) -> bool:
-        """Whether it was made from the rollouts that this stack reads."""
+        """True unless its parts were made from other bytes of rollouts than those that this stack reads.
+
+        Whatever is made by part of rollouts names the checksum of each of their parts in its markers.
+        """
         key = found.identity.inputs.get("rollouts")
-        if found.kind not in MADE_BY_PART or key is None:
+        if key is None:
             return True
         known = self._fitting.get((number, found.kind, found.key))
         if known is not None:
@@ -107,7 +108,11 @@ class StackedStores:
             if elsewhere is None or elsewhere[0] == number:
                 return True
             read = elsewhere[1]
-        fits = all(found.marker(part).inputs.get("rollouts") == read.marker(part).checksum for part in read.committed())
+        fits = True
+        if found.parts == read.parts:
+            made_from = {part: found.marker(part).inputs.get("rollouts") for part in read.committed()}
+            by_part = any(made_from.values())
+            fits = not by_part or all(checksum == read.marker(part).checksum for part, checksum in made_from.items())
         if is_whole(read):  # else more of them may come, and others than those
             self._fitting[number, found.kind, found.key] = fits
         return fits

@@ -12,17 +12,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart
+from eopd.storage.identity import Identity
 from eopd.storage.markers import REMADE, REPAIR, Marker, file_text, parse_marker, refuse_newer_schema
 from eopd.storage.untrusted import naming, parse_json
-
-if TYPE_CHECKING:
-    from eopd.storage.artifacts import Identity
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.storage import listing, paths
-from eopd.storage.artifacts import Artifact, Identity, parse_identity
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import UNSOUND, DamagedPart, MissingArtifact, MissingPart, NewerSchema
 from eopd.storage.files import fsync_folder
+from eopd.storage.identity import Identity, parse_identity
 from eopd.storage.markers import file_text, marker_text
 from eopd.storage.notes import notes
 from eopd.storage.stored import StoredArtifact

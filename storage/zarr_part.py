@@ -2,7 +2,7 @@
 
 Shards keep a part to a handful of files. Every chunk ends with its CRC32C, which is checked when it is decoded. The
 metadata files have no checksum of their own: their hashes are in the marker, and they are compared before they are
-believed (docs/cache-format.md).
+believed (docs/format.md).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "numba", "vllm", "transformers", "accelerate", "datasets", "math_verify", "matplotlib"}
-SHARED = {f"eopd.stages.{name}" for name in ("models", "engines", "settings", "format", "job", "intervals", "output")}
-# what `pipeline` may import at module level: settings and pure functions that need no torch
+SHARED = {
+    f"eopd.stages.{name}"
+    for name in ("engines", "experiment", "format", "intervals", "job", "models", "output", "settings", "stage")
+}
+# what `pipeline` may import at module level, beside every `settings` and `stage`: it needs no torch
 LIGHT = (
-    "settings",
+    "eopd.stages.engines.sampling",
+    "eopd.stages.experiment",
     "eopd.stages.format",
     "eopd.stages.job",
     "eopd.stages.models.chat_templates",
@@ -23,6 +28,8 @@ LIGHT = (
     "eopd.stages.models.prompts",
     "eopd.stages.models.teacher_prompts",
     "eopd.stages.models.weight_files",
+    "eopd.stages.table",
+    "eopd.stages.train.footprint",
     "eopd.stages.train.schedule",
 )
 
@@ -52,6 +59,11 @@ def starts_with(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def is_light(imported: str) -> bool:
+    named = {"settings", "stage"} & set(imported.split(".")[2:])
+    return bool(named) or any(starts_with(imported, name) for name in LIGHT)
+
+
 def test_storage_knows_nothing_above_it_and_no_torch() -> None:
     for name, tree in modules("storage"):
         for imported in imports(tree, top_level=False):
@@ -60,15 +72,28 @@ def test_storage_knows_nothing_above_it_and_no_torch() -> None:
             assert imported.split(".")[0] not in HEAVY - {"datasets", "numba"}, f"{name} imports {imported}"
 
 
-def test_stages_do_not_know_the_pipeline_nor_each_other() -> None:
+def test_stages_do_not_know_the_pipeline() -> None:
+    for name, tree in modules("stages"):
+        for imported in imports(tree, top_level=False):
+            assert not starts_with(imported, "eopd.pipeline"), f"{name} imports {imported}"
+
+
+def test_a_stage_knows_of_others_only_their_settings() -> None:
+    """Two modules put the stages together: an experiment has the settings of all, and the table lists them."""
     for name, tree in modules("stages"):
         own = ".".join(name.split(".")[:3])
         for imported in imports(tree, top_level=False):
-            assert not starts_with(imported, "eopd.pipeline"), f"{name} imports {imported}"
-            if not starts_with(imported, "eopd.stages") or imported == "eopd.stages":
-                continue
             theirs = ".".join(imported.split(".")[:3])
-            assert theirs == own or theirs in SHARED, f"{name} imports {imported}"
+            if not starts_with(imported, "eopd.stages") or theirs in {"eopd.stages", own, *SHARED}:
+                continue
+            allowed = imported.split(".")[3:4]
+            match name:
+                case "eopd.stages.table":
+                    assert allowed == ["stage"], f"{name} imports {imported}"
+                case "eopd.stages.experiment":
+                    assert allowed in (["settings"], ["schedule"]), f"{name} imports {imported}"
+                case _:
+                    assert allowed == ["settings"], f"{name} imports {imported}"
 
 
 def test_the_pipeline_imports_no_stage_and_nothing_heavy_at_module_level() -> None:
@@ -76,26 +101,45 @@ def test_the_pipeline_imports_no_stage_and_nothing_heavy_at_module_level() -> No
         for imported in imports(tree, top_level=True):
             assert imported.split(".")[0] not in HEAVY, f"{name} imports {imported}"
             if starts_with(imported, "eopd.stages") and imported.count(".") > 1:
-                light = any(word in imported for word in LIGHT) or imported.startswith("eopd.stages.engines.sampling")
-                assert light, f"{name} imports {imported} at module level"
+                assert is_light(imported), f"{name} imports {imported} at module level"
+
+
+def loaded_by(imported: str, suspects: set[str]) -> str:
+    """Those of ``suspects`` that importing some modules loads, as text."""
+    code = f"import sys, {imported}; print(sorted({suspects!r} & set(sys.modules)))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_what_the_pipeline_may_import_of_stages_loads_nothing_heavy() -> None:
+    light = [name.removesuffix(".__init__") for name, _ in modules("stages") if is_light(name)]
+    assert len(light) > len(LIGHT)
+    assert loaded_by(", ".join(light), HEAVY) == "[]"
 
 
 @pytest.mark.parametrize(
-    "module", ["eopd.pipeline.cli", "eopd.pipeline.config", "eopd.pipeline.plan", "eopd.storage.teacher_cache"]
+    "module",
+    ["eopd.pipeline.cli.main", "eopd.pipeline.config", "eopd.pipeline.run", "eopd.storage.teacher_cache"],
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert loaded_by(module, HEAVY) == "[]"
 
 
 def test_help_loads_what_draws_it_and_nothing_else() -> None:
     """So that it answers at once: reading settings alone would take ten times as long."""
     large = HEAVY | {"numpy", "pyarrow", "pydantic", "rich", "yaml"}
     code = (
-        "import atexit, sys; from eopd.pipeline.cli import main; sys.argv = ['eopd', '--help'];"
+        "import atexit, sys; from eopd.pipeline.cli.main import main; sys.argv = ['eopd', '--help'];"
         f"atexit.register(lambda: print(sorted({large!r} & set(sys.modules)))); main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "rollout" in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_module_imports_in_a_circle_and_few_places_name_a_stage() -> None:
+    audit = subprocess.run(
+        [sys.executable, "-m", "scripts.audit"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    figures = json.loads(audit.stdout.splitlines()[-1])
+    assert figures["import_cycles"] == 0
+    assert figures["stage_name_comparisons"] <= 10

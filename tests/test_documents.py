@@ -22,6 +22,8 @@ from tests.test_train_from_cache import make_store
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", "store"} & set(path.parts)]
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]+)\)")
+ANCHOR = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 CONFIG = re.compile(r"```yaml\n(# mine\.yaml\n.*?)```", re.DOTALL)
 
@@ -38,9 +40,35 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_headings_lead_somewhere(page: Path) -> None:
+    """Anchors of headings as GitHub makes them."""
+    missing = []
+    for link, anchor in ANCHOR.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / link if link else page
+        headings = HEADING.findall(target.read_text(encoding="utf-8"))
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if anchor not in anchors:
+            missing.append(f"{link}#{anchor}")
+    assert missing == []
+
+
+def test_the_map_of_the_code_names_every_module() -> None:
+    folder, mapped = "", set()
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r"### `(.+/)`", line):
+            folder = heading[1]
+        elif folder and (row := re.match(r"\| `(\w+\.py)` \| \S", line)):
+            mapped.add(folder + row[1])
+    paths = (path for package in ("pipeline", "stages", "storage") for path in (ROOT / package).rglob("*.py"))
+    modules = {path.relative_to(ROOT).as_posix() for path in paths if path.name not in ("__init__.py", "__main__.py")}
+    assert modules - mapped == set(), "not in the map"
+    assert mapped - modules == set(), "gone from the code"
+
+
 def test_messages_are_quoted_as_the_code_says_them() -> None:
-    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
-    cells = [row.split("|")[1] for row in rows if row.startswith("| ") and "(vLLM)" not in row]
+    messages = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("\n## Messages\n")[2]
+    cells = [row.split("|")[1] for row in messages.splitlines() if row.startswith("| ") and "(vLLM)" not in row]
     quoted = [
         piece.strip(" ;") for cell in cells for words in re.findall(r"`([^`]+)`", cell) for piece in words.split("…")
     ]

@@ -64,7 +64,7 @@ def test_the_wheel_works_alone(tmp_path: Path, through_archive: bool) -> None:
         command = [sys.executable, "-S", "-c", code]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
-    eopd = "import sys; from eopd.pipeline import cli; sys.argv = ['eopd', *{}]; cli.main()"
+    eopd = "import sys; from eopd.pipeline.cli.main import main; sys.argv = ['eopd', *{}]; main()"
     assert "rollout" in python(eopd.format(["plan", "quickstart"]))
     assert python(eopd.format(["--version"])) == f"eopd {wheel.name.split('-')[1]}\n"
     assert python("import eopd.storage.paths as p; print(p.__file__)").startswith(str(installed))

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule

@@ -1,9 +1,9 @@
 """The study: how objectives, gates, staleness and storage change what a student learns on Countdown.
 
-    python -m examples.study                    # everything that is missing, seed by seed, then docs/study.md
+    python -m examples.study                    # everything that is missing, seed by seed, then study.md
     python -m examples.study --only main        # the main comparison
     python -m examples.study --list             # what is there, what is missing, how long it will take
-    python -m examples.study --report           # docs/study.md from the results that are there
+    python -m examples.study --report           # study.md from the results that are there
     python -m examples.study --smoke            # the whole path at toy size, in a folder of its own (5 minutes)
 
 Every result is one JSON file below examples/study/results; what exists is not made again. Stop it at any moment and
@@ -27,8 +27,7 @@ from examples.study.experiments import DEFAULT, EXPERIMENTS, TUNE
 from examples.study.workers import alone, run_all
 from examples.study.worlds import GSM8K, TOY_GSM8K, gsm8k_data
 
-ROOT = HERE.parent.parent
-DOCS = ROOT / "docs" / "study.md"
+DOCS = HERE / "study.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

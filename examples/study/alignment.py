@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from eopd.pipeline.runner import Runner
-from eopd.stages.engines.sampling import SamplingRequest, derive_seed, open_sampling_engine
-from eopd.stages.evaluate.alignment.bins import Alignment, Means
-from eopd.stages.evaluate.alignment.reading import measure_alignment
+from eopd.pipeline.run import Run
+from eopd.stages.align.bins import Alignment, Means
+from eopd.stages.align.reading import measure_alignment
+from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.sampling import SamplingRequest, derive_seed
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.prompts import load_prompts, render_prompt
@@ -27,21 +28,21 @@ EDGES = (0.1, 0.4, 0.8, 1.2)
 FIGURES = ("share", "fkl", "rkl", "agreement", "teacher_entropy", "student_entropy", "student_above")
 
 
-def measure(runner: Runner, evaluation: Artifact, round_: int) -> dict[str, Any]:
+def measure(run: Run, evaluation: Artifact, round_: int) -> dict[str, Any]:
     """Alignment of the student before round ``round_``, whose samples ``evaluation`` holds; nats a token."""
-    assert runner.settings.evaluate is not None
-    student_ref = runner.student(round_)
-    source = runner.settings.evaluate.prompts_of(runner.settings.evaluate.benchmarks[0])
+    assert run.settings.evaluate is not None
+    student_ref = run.student(round_)
+    source = run.settings.evaluate.prompts_of(run.settings.evaluate.benchmarks[0])
     tokenizer, table = load_tokenizer(student_ref), load_prompts(source)
-    rows = table.rows(range(runner.facts.benchmarks[0].count))
+    rows = table.rows(range(run.facts.benchmarks[0].count))
     prompts = {prompt.id: render_prompt(tokenizer, prompt, source) for prompt in rows}
-    teacher, student = load_model(runner.teacher()), load_model(student_ref)
+    teacher, student = load_model(run.experiment.teacher), load_model(student_ref)
     found = {}
-    responses = {"own": _own(evaluation), "teacher": _teachers(runner, prompts)}
+    responses = {"own": _own(evaluation), "teacher": _teachers(run, prompts)}
     for name, by_id in responses.items():
         sequences = [Sequence(prompts[number], by_id[number]) for number in prompts]
         alignment = measure_alignment(
-            teacher, student, sequences, tau=TAU, edges=EDGES, merged=runner.facts.stop_ids, resamples=100
+            teacher, student, sequences, tau=TAU, edges=EDGES, merged=run.facts.stop_ids, resamples=100
         )
         found[name] = _compact(alignment)
     return found
@@ -50,21 +51,21 @@ def measure(runner: Runner, evaluation: Artifact, round_: int) -> dict[str, Any]
 def _own(evaluation: Artifact) -> dict[str, list[int]]:
     """The first sample of each problem."""
     found: dict[str, list[int]] = {}
-    for part in range(evaluation.parts - 1):
+    for part in range(evaluation.parts):
         for row in evaluations.read_samples(evaluation.part_folder(part)).to_pylist():
             found.setdefault(row["problem_id"], list(row["response_token_ids"]))
     return found
 
 
-def _teachers(runner: Runner, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+def _teachers(run: Run, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
     """A response of the teacher to each problem, by seeds that depend on nothing but the problem."""
-    settings = runner.settings.rollout
+    settings = run.settings.rollout
     longest = max(map(len, prompts.values())) + settings.max_new_tokens
     engine = open_sampling_engine(
-        settings.engine, runner.teacher(), max_model_len=longest, log_dir=Path(), options=settings.engine_options
+        settings.engine, run.experiment.teacher, max_model_len=longest, log_dir=Path(), options=settings.engine_options
     )
     requests = [SamplingRequest(ids, derive_seed(0, "teacher", name)) for name, ids in prompts.items()]
-    samples = engine.sample(requests, settings.parameters(runner.facts.stop_ids))
+    samples = engine.sample(requests, settings.parameters(run.facts.stop_ids))
     engine.close()
     return {name: sample.token_ids.tolist() for name, sample in zip(prompts, samples, strict=True)}
 

@@ -55,18 +55,19 @@ def measure(experiment: Experiment, work: Path) -> dict[str, Any]:
     """The anchors of an experiment's task and seeds, as ``PATH`` holds them: with what they are of, and made by."""
     import torch
 
+    from eopd.pipeline.worker import execute
     from examples.study import alignment
-    from examples.study.run import delete, inputs_of, made, open_runner
+    from examples.study.run import delete, inputs_of, made, open_task
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {"made": made(), "alignment": []}
     for seed in experiment.seeds:
-        runner = open_runner(Task(experiment, experiment.settings[0], seed, lr=1.0), work)
-        job = runner.plan.job("evaluate", 0)
-        runner.run(job)
-        evaluation = runner.artifact(job.output)
-        found["inputs"] = inputs_of(runner)
-        found["alignment"].append(alignment.measure(runner, evaluation, round_=0))
+        opened = open_task(Task(experiment, experiment.settings[0], seed, lr=1.0), work)
+        job = opened.plan.job("evaluate", 0)
+        execute(opened, job)
+        evaluation = opened.artifact(job.output)
+        found["inputs"] = inputs_of(opened)
+        found["alignment"].append(alignment.measure(opened, evaluation, round_=0))
         delete(evaluation)
     found["figures"] = _countdown(experiment, work) if experiment.world == COUNTDOWN else {}
     return found

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.divergence import forward_kl
 from eopd.stages.train.objectives.eopd import (
     forward_needs,
@@ -23,6 +23,7 @@ from eopd.stages.train.objectives.eopd import (
     round_start_fields,
 )
 from eopd.stages.train.objectives.gate import above
+from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.tropd import hashed_uniform

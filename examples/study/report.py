@@ -1,4 +1,4 @@
-"""docs/study.md from the results: a hand-written text with blocks between markers that are written anew.
+"""study.md from the results: a hand-written text with blocks between markers that are written anew.
 
     <!-- study:main -->  ...table...  <!-- /study -->
 

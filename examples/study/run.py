@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import parse_settings
-from eopd.pipeline.inspect import gather_facts
-from eopd.pipeline.plan import Stage, make_plan
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
+from eopd.pipeline.inputs import gather_facts
+from eopd.pipeline.plan import make_plan
+from eopd.pipeline.run import Run
+from eopd.pipeline.worker import execute
+from eopd.stages.experiment import Experiment
 from eopd.stages.train.objectives.settings import own_file_hash
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
@@ -31,7 +32,7 @@ from eopd.storage.jsonl import append_line, read_lines
 from examples.study import alignment, results
 from examples.study.design import HERE, Task
 
-STAGES: tuple[Stage, ...] = ("rollout", "score", "train")  # of a round
+STAGES: tuple[str, ...] = ("rollout", "score", "train")  # of a round
 COUNTS: dict[str, tuple[str, ...]] = {"rollout": ("responses", "tokens"), "score": ("score_bytes",)}
 WINDOWS = 8  # a run's training figures are kept as means over this many equal stretches
 FIGURES = ("loss", "gate_fraction", "student_entropy", "teacher_entropy", "fkl", "rkl", "top1_agreement", "clipped")
@@ -39,22 +40,23 @@ FIGURES = ("loss", "gate_fraction", "student_entropy", "teacher_entropy", "fkl",
 
 def run(task: Task, work: Path, folder: Path) -> Path:
     """Make the result of ``task`` below ``folder``; intermediate files lie below ``work``. Returns its path."""
-    runner = open_runner(task, work)
-    settings, plan = runner.settings, runner.plan
-    first, jobs = _first_missing(runner), _read_jobs(runner)
+    opened = open_task(task, work)
+    settings = opened.settings
+    first, jobs = _first_missing(opened), _read_jobs(opened)
     for round_ in range(first, settings.rounds):
         for stage in STAGES:
-            _do(runner, stage, round_, jobs)
-        _sweep(runner, round_)
-    _do(runner, "evaluate", settings.rounds, jobs)
+            _do(opened, stage, round_, jobs)
+        _sweep(opened, round_)
+    _do(opened, "evaluate", settings.rounds, jobs)
+    _do(opened, "evaluation_summary", settings.rounds, jobs)
     clock = Clock()
-    content = _content(task, runner, runner.artifact(plan.job("evaluate", settings.rounds).output))
+    content = _content(task, opened)
     content["made"] = made(row["commit"] for row in jobs.values() if "commit" in row)
     content["cost"] = _cost(settings.rounds, jobs) | {"resumed_at_round": first}
     for name, spent in clock.spent().items():
         content["cost"][name] = round(content["cost"][name] + spent, 1)
     path = results.write(task, content, folder)
-    _clear(runner)
+    _clear(opened)
     return path
 
 
@@ -73,41 +75,41 @@ class Clock:
         return {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def _do(runner: Runner, stage: Stage, round_: int, jobs: Jobs) -> None:
+def _do(opened: Run, stage: str, round_: int, jobs: Jobs) -> None:
     """Do a job if it is not done, and write down what it cost and what its artifacts say, before they are deleted.
 
     That it is begun is written down before: where a process is killed, its own jobs are told from those that another
     setting's run did.
     """
-    job = runner.plan.job(stage, round_)
-    row: dict[str, Any] = {"round": round_, "stage": stage, "made": not runner.is_done(job), "commit": commit()}
+    job = opened.plan.job(stage, round_)
+    row: dict[str, Any] = {"round": round_, "stage": stage, "made": not opened.is_done(job), "commit": commit()}
     if row["made"]:
-        row["parts_before"] = len(runner.artifact(job.output).committed())
-        _write_down(runner, row, jobs)
+        row["parts_before"] = len(opened.artifact(job.output).committed())
+        _write_down(opened, row, jobs)
         clock = Clock()
-        row["made"] = runner.run(job)
+        row["made"] = execute(opened, job)
         row |= clock.spent()
     elif (round_, stage) in jobs:
         row = jobs[round_, stage]
-    _write_down(runner, row | _counts(runner, stage, round_), jobs)
+    _write_down(opened, row | _counts(opened, stage, round_), jobs)
 
 
-def _write_down(runner: Runner, row: dict[str, Any], jobs: Jobs) -> None:
+def _write_down(opened: Run, row: dict[str, Any], jobs: Jobs) -> None:
     """A job's row; it takes the place of an earlier one."""
     jobs[row["round"], row["stage"]] = row
     # nothing else may have made the folder: round 0 is often there already, made for another setting
-    runner.paths.folder.mkdir(parents=True, exist_ok=True)
-    append_line(_jobs_file(runner), row)
+    opened.paths.folder.mkdir(parents=True, exist_ok=True)
+    append_line(_jobs_file(opened), row)
 
 
-def _jobs_file(runner: Runner) -> Path:
-    return runner.paths.folder / "rounds.jsonl"
+def _jobs_file(opened: Run) -> Path:
+    return opened.paths.folder / "rounds.jsonl"
 
 
-def _read_jobs(runner: Runner) -> Jobs:
+def _read_jobs(opened: Run) -> Jobs:
     """What earlier processes wrote down; the last of a job."""
     jobs: Jobs = {}
-    for row in read_lines(_jobs_file(runner)):
+    for row in read_lines(_jobs_file(opened)):
         if "stage" in row:
             jobs[row["round"], row["stage"]] = row
         else:  # one row a round, of what was stored and not of what it cost: what was written at first
@@ -117,29 +119,29 @@ def _read_jobs(runner: Runner) -> Jobs:
     return jobs
 
 
-def _counts(runner: Runner, stage: Stage, round_: int) -> dict[str, int]:
+def _counts(opened: Run, stage: str, round_: int) -> dict[str, int]:
     if stage not in COUNTS:
         return {}
-    artifact = runner.artifact(runner.plan.job(stage, round_).output)
+    artifact = opened.artifact(opened.plan.job(stage, round_).output)
     markers = [artifact.marker(part) for part in range(artifact.parts)]
     if stage == "score":
         return {"score_bytes": sum(marker.bytes for marker in markers)}
     return {name: sum(marker.info[name] for marker in markers) for name in COUNTS[stage]}
 
 
-def open_runner(task: Task, work: Path) -> Runner:
+def open_task(task: Task, work: Path) -> Run:
     """The run of ``task`` below ``work``, with its models and problems made where they are missing."""
     task.experiment.world.prepare(work, task.scale)
     # the plan is made without looking for wider coverages in the store: what is stored is what an experiment varies
     settings = parse_settings(task.config(work), source=task.name)
     facts = gather_facts(settings)
-    return Runner(settings, facts, make_plan(settings, facts), NullProgress())
+    return Run(settings, facts, make_plan(Experiment(settings, facts)))
 
 
-def _first_missing(runner: Runner) -> int:
+def _first_missing(opened: Run) -> int:
     """The round after the last whose student is there."""
-    for round_ in reversed(range(runner.settings.rounds)):
-        if runner.is_done(runner.plan.job("train", round_)):
+    for round_ in reversed(range(opened.settings.rounds)):
+        if opened.is_done(opened.plan.job("train", round_)):
             return round_ + 1
     return 0
 
@@ -148,28 +150,33 @@ def delete(artifact: Artifact) -> None:
     shutil.rmtree(artifact.folder, ignore_errors=True)
 
 
-def _sweep(runner: Runner, round_: int) -> None:
+def _sweep(opened: Run, round_: int) -> None:
     """Delete what no later round reads."""
     if round_ == 0:
         return
-    previous = runner.plan.policy(round_)
+    previous = opened.plan.policy(round_)
     assert previous is not None
-    delete(runner.artifact(previous))
+    delete(opened.artifact(previous))
     for stage in ("rollout", "score"):
-        delete(runner.artifact(runner.plan.job(stage, round_).output))
+        delete(opened.artifact(opened.plan.job(stage, round_).output))
 
 
-def _clear(runner: Runner) -> None:
-    rounds = runner.settings.rounds
-    last = runner.plan.policy(rounds)
+def _clear(opened: Run) -> None:
+    rounds = opened.settings.rounds
+    last = opened.plan.policy(rounds)
     assert last is not None
-    delete(runner.artifact(last))
-    delete(runner.artifact(runner.plan.job("evaluate", rounds).output))
-    shutil.rmtree(runner.paths.folder, ignore_errors=True)
+    delete(opened.artifact(last))
+    for stage in ("evaluate", "evaluation_summary"):
+        delete(opened.artifact(opened.plan.job(stage, rounds).output))
+    shutil.rmtree(opened.paths.folder, ignore_errors=True)
 
 
-def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]:
-    folder = evaluation.part_folder(evaluation.parts - 1)
+def _content(task: Task, opened: Run) -> dict[str, Any]:
+    rounds = opened.settings.rounds
+    evaluation, summary = (
+        opened.artifact(opened.plan.job(stage, rounds).output) for stage in ("evaluate", "evaluation_summary")
+    )
+    folder = summary.part_folder(0)
     rows = evaluations.read_problems(folder).to_pylist()
     (found,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
     return {
@@ -177,43 +184,43 @@ def _content(task: Task, runner: Runner, evaluation: Artifact) -> dict[str, Any]
         "setting": task.setting.name,
         "seed": task.seed,
         "settings": {**task.stated(), "refresh": task.setting.refresh, "evaluates": task.experiment.evaluates},
-        "inputs": inputs_of(runner),
-        "resolved": _resolved(task, runner),
+        "inputs": inputs_of(opened),
+        "resolved": _resolved(task, opened),
         "correct": results.encode(row["correct"] for row in rows),
         "distinct": results.encode(row["distinct_correct"] for row in rows),
         "metrics": {name: value for name, value in found.items() if name not in ("skipped",)},
-        "alignment": alignment.measure(runner, evaluation, runner.settings.rounds),
-        "training": _training(runner),
+        "alignment": alignment.measure(opened, evaluation, rounds),
+        "training": _training(opened),
     }
 
 
-def inputs_of(runner: Runner) -> dict[str, str]:
+def inputs_of(opened: Run) -> dict[str, str]:
     """Fingerprints of what a run reads."""
     return {
-        "student": runner.facts.student.fingerprint,
-        "teacher": runner.facts.teacher.fingerprint,
-        "prompts": runner.facts.prompts_fingerprint,
-        "problems": runner.facts.benchmarks[0].fingerprint,
-        **_source(runner),
+        "student": opened.facts.student.fingerprint,
+        "teacher": opened.facts.teacher.fingerprint,
+        "prompts": opened.facts.prompts_fingerprint,
+        "problems": opened.facts.benchmarks[0].fingerprint,
+        **_source(opened),
     }
 
 
-def _source(runner: Runner) -> dict[str, str]:
+def _source(opened: Run) -> dict[str, str]:
     """Of an objective of the study's own: its file's content hash."""
-    name = runner.settings.train.objective.name
+    name = opened.settings.train.objective.name
     return {"objective": own_file_hash(name)} if ":" in name else {}
 
 
-def _resolved(task: Task, runner: Runner) -> dict[str, Any]:
+def _resolved(task: Task, opened: Run) -> dict[str, Any]:
     """Every keyed setting that the run had, without the paths of this machine."""
-    found = runner.settings.semantic()
+    found = opened.settings.semantic()
     found["train"]["objective"]["name"] = task.setting.objective["name"]
     return found
 
 
-def _training(runner: Runner) -> dict[str, list[float]]:
+def _training(opened: Run) -> dict[str, list[float]]:
     """Figures of the optimiser steps, as means over WINDOWS equal stretches of the run."""
-    rows = list(read_lines(runner.paths.metrics))
+    rows = list(read_lines(opened.paths.metrics))
     found = {}
     for name in FIGURES:
         values = [row[name] for row in rows if name in row]
@@ -239,7 +246,7 @@ def _cost(rounds: int, jobs: Jobs) -> dict[str, Any]:
     cost["stage_seconds"] = {
         stage: round(sum(row.get("seconds", 0.0) for row in made if row["stage"] == stage), 1) for stage in stages
     }
-    whole = whole and len(jobs) == rounds * len(STAGES) + 1
+    whole = whole and len(jobs) == rounds * len(STAGES) + 2
     cost["shared"] = sorted({row["stage"] for row in jobs.values()} - set(stages)) if whole else None
     return cost
 

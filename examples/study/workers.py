@@ -160,7 +160,7 @@ class _Worker:
 def _serve(pipe: Connection, work: Path, folder: Path) -> None:
     import torch
 
-    from eopd.pipeline.launchers.processes import ask_to_stop_when_orphaned
+    from eopd.pipeline.processes import ask_to_stop_when_orphaned
     from examples.study.run import commit, run
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process

@@ -13,13 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from eopd.stages.engines.sampling import EngineKind, EngineOptions, resolve_engine
-from eopd.stages.job import ModelRef
-from eopd.stages.models.loading import model_folder
 from eopd.stages.models.packing import Sequence
 
 if TYPE_CHECKING:
@@ -82,39 +78,3 @@ class HiddenEngine(Protocol):
 
     def close(self) -> None:
         """Free the model. The engine cannot be used again."""
-
-
-def open_hidden_engine(
-    kind: EngineKind,
-    ref: ModelRef,
-    *,
-    longest: int,
-    log_dir: Path,
-    options: EngineOptions | None = None,
-    dtype: str = "auto",
-    batch_tokens: int = 16384,
-    row_tokens: int = 2048,
-) -> HiddenEngine:
-    """Load a teacher. Its work is done on as many threads as torch has at the time.
-
-    Args:
-        kind: auto is vLLM where it is installed and known to read this architecture right.
-        longest: tokens of the longest sequence it will read.
-        dtype: of the forward pass; auto: that of ``ref``.
-        batch_tokens: tokens of one forward pass, about.
-        row_tokens: tokens of a packed row (transformers only).
-
-    Raises:
-        ValueError: the engine is not installed, or it cannot serve this model; the message says why.
-    """
-    options = options or EngineOptions()
-    if dtype != "auto":
-        ref = replace(ref, dtype=dtype)
-    if resolve_engine(kind) == "vllm":
-        from eopd.stages.engines.hidden_vllm import VLLMHiddenEngine, is_known
-
-        if kind == "vllm" or is_known(model_folder(ref.path, ref.revision), longest):
-            return VLLMHiddenEngine(ref, longest=longest, log_dir=log_dir, options=options, batch_tokens=batch_tokens)
-    from eopd.stages.engines.hidden_transformers import TransformersHiddenEngine
-
-    return TransformersHiddenEngine(ref, options=options, batch_tokens=batch_tokens, row_tokens=row_tokens)

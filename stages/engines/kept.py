@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eopd.stages.engines.sampling import (
-    EngineKind,
-    EngineOptions,
-    SamplingEngine,
-    open_sampling_engine,
-    resolve_engine,
-)
+from eopd.stages.engines.open import open_hidden_engine, open_sampling_engine, resolve_engine
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.memory import free_memory, weight_bytes
 from eopd.stages.models.model_config import length_boundary, longest_readable, same_shape
@@ -100,8 +95,6 @@ class Engines:
         row_tokens: int,
     ) -> Iterator[HiddenEngine]:
         """An engine that gives the hidden states of ``ref``; as ``open_hidden_engine`` has it."""
-        from eopd.stages.engines.hidden import open_hidden_engine
-
         wanted = (resolve_engine(kind), ref, options, dtype, batch_tokens, row_tokens)
         with self._lending():
             reader = self._reader

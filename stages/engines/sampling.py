@@ -11,7 +11,6 @@ something is truncated, the truncated ones are given too. Letters: T tokens of o
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,42 +259,3 @@ def derive_seed(seed: int, *names: str | int) -> int:
     """A seed in [0, 2^63) that depends on every argument and nothing else: not on batch, part or machine."""
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
-    """``auto`` is vLLM where it is installed.
-
-    Raises:
-        ValueError: vLLM is asked for and not installed.
-    """
-    found = importlib.util.find_spec("vllm") is not None
-    if kind == "vllm" and not found:
-        raise ValueError(
-            "engine: vllm is asked for, but vLLM is not installed. Install it or set engine: transformers."
-        )
-    if kind == "auto":
-        return "vllm" if found else "transformers"
-    return kind
-
-
-def open_sampling_engine(
-    kind: EngineKind, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions | None = None
-) -> SamplingEngine:
-    """Load ``ref`` for sampling.
-
-    Args:
-        max_model_len: longest prompt plus response, tokens (``options.max_model_len`` overrides it).
-        log_dir: where the engine's own log goes.
-
-    Raises:
-        ValueError: the engine is not installed, or it cannot serve this model; the message says why.
-    """
-    options = options or EngineOptions()
-    length = options.max_model_len or max_model_len
-    if resolve_engine(kind) == "vllm":
-        from eopd.stages.engines.sampling_vllm import VLLMSamplingEngine
-
-        return VLLMSamplingEngine(ref, max_model_len=length, log_dir=log_dir, options=options)
-    from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine
-
-    return TransformersSamplingEngine(ref, max_model_len=length, options=options)

@@ -1,7 +1,6 @@
 """The evaluate stage: sample every problem k times, verify, and sum up.
 
-Producer of the records of ``storage.evaluations``. A part of problems is one engine call; the summary is written by
-whoever finds all other parts committed.
+Producer of the records of ``storage.evaluations``: samples, by part (one engine call each), and a summary of them.
 """
 
 from __future__ import annotations
@@ -9,23 +8,54 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
-from eopd.stages.evaluate.job import EvaluateJob
-from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, chunks
+from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, EvaluateSettings, chunks
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
 from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
 from eopd.storage import evaluations
+from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RESULTS_VERSION = 2
+RESULTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Sample and verify the problems of some benchmarks.
+
+    Part i of ``output`` holds the samples of ``settings.chunks(...)[i]``.
+    """
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: EvaluateSettings
+    progress: Progress
+    log_dir: Path
+    policy: ModelRef
+    stop_ids: tuple[int, ...]
+    seed: int  # equal seeds give equal draws to equal problems, whatever the part
+    engines: Engines = field(default_factory=Engines)
+
+
+@dataclass(frozen=True)
+class SummaryJob:
+    """Sum up a complete evaluation, in one part."""
+
+    output: Artifact
+    evaluation: Artifact
+    settings: EvaluateSettings
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -46,28 +76,28 @@ class PartWork:
 
 
 def run(job: EvaluateJob) -> None:
-    """Do every part of ``job.parts`` that is not committed, then the summary once it can be written.
+    """Do every part of ``job.parts`` that is not committed.
 
     Raises:
         ValueError: a benchmark that is missing, malformed, changed in size, too long for ``max_prompt_tokens``
             (``too_long: refuse``), or whose answers its verifier cannot read. All before the model is loaded.
     """
-    cut = chunks(job.settings)
-    if job.output.parts != len(cut) + 1:
-        raise ValueError(
-            f"{job.output} has {job.output.parts} parts, but its benchmarks make {len(cut)} and a summary: a benchmark "
-            "changed since the run was planned; plan it again"
-        )
+    cut = _chunks(job.settings, job.output)
     done = job.output.committed()
-    todo = [part for part in job.parts if part < len(cut) and part not in done]
+    todo = [part for part in job.parts if part not in done]
     if todo:
         _sample_parts(job, cut, todo)
-    missing = [part for part in job.output.missing() if part < len(cut)]
-    if missing:
-        job.progress.line(f"evaluate: the summary waits for parts {_few(missing)}")
-        return
-    for _ in claimed_parts(job.output, [len(cut)], job.progress.line):
-        _write_summary(job, cut)
+
+
+def _chunks(settings: EvaluateSettings, evaluation: Artifact) -> list[Chunk]:
+    """The parts of ``evaluation``. Raises ValueError if a benchmark changed in size."""
+    cut = chunks(settings)
+    if evaluation.parts != len(cut):
+        raise ValueError(
+            f"{evaluation} has {evaluation.parts} parts, but its benchmarks make {len(cut)}: a benchmark changed since "
+            "the run was planned; plan it again"
+        )
+    return cut
 
 
 def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -> None:
@@ -233,15 +263,26 @@ def _row(
     }
 
 
-def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
-    settings = job.settings
+def summarise(job: SummaryJob) -> None:
+    """Read every part of the evaluation and commit its figures.
+
+    Raises:
+        ValueError: every problem of a benchmark was skipped or set aside.
+    """
+    cut = _chunks(job.settings, job.evaluation)
+    for _ in claimed_parts(job.output, [0], job.progress.line):
+        _write_summary(job, cut)
+
+
+def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
+    settings, identity = job.settings, job.evaluation.identity
     tallies = [Tally(boxes=benchmark.verifier == "math") for benchmark in settings.benchmarks]
-    markers = [job.output.marker(part) for part in range(len(cut))]
+    markers = [job.evaluation.marker(part) for part in range(len(cut))]
     left_out = [part for part, marker in enumerate(markers) if marker.set_aside is not None]
     filled = [part for part in range(len(cut)) if part not in left_out]
     for part in filled:
         chunk, marker = cut[part], markers[part]
-        samples = evaluations.read_samples(job.output.part_folder(part))
+        samples = evaluations.read_samples(job.evaluation.part_folder(part))
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
     found = {
         benchmark.name: figures(
@@ -249,19 +290,20 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
         )
         for number, (benchmark, tally) in enumerate(zip(settings.benchmarks, tallies, strict=True))
     }
-    results = {
+    mean = overall(found, resamples=settings.resamples, confidence=settings.confidence)
+    results: dict[str, Any] = {
         "record": "evaluation_results",
         "version": RESULTS_VERSION,
         "benchmarks": {name: one.values for name, one in found.items()},
-        "mean": overall(found, resamples=settings.resamples, confidence=settings.confidence),
+        "mean": mean,
         "settings": settings.model_dump(mode="json"),
-        "seed": job.seed,
-        "stop_ids": list(job.stop_ids),
-        "model": {"fingerprint": job.policy.fingerprint, "dtype": job.policy.dtype},
+        "seed": identity.settings.get("seed"),
+        "stop_ids": identity.settings.get("stop_ids"),
+        "model": {"fingerprint": identity.inputs.get("policy")},
         "engines": sorted({f"{info['engine']} {info['engine_version']}" for info in (markers[p].info for p in filled)}),
         # what graded the parts: more than one where it was upgraded between them
         "verifiers": sorted({info["verifier"] for info in (markers[p].info for p in filled) if info["responses"]}),
-        "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
+        "artifact": {"key": job.evaluation.key, "inputs": dict(identity.inputs)},
     }
     if left_out:
         results["left_out"] = [  # problems of parts that were set aside: rows [start, stop) of a benchmark
@@ -276,21 +318,14 @@ def _write_summary(job: EvaluateJob, cut: Sequence[Chunk]) -> None:
     if warnings:
         results["warnings"] = warnings
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
-    with job.output.write_part(len(cut), inputs=inputs) as folder:
+    with job.output.write_part(0, inputs=inputs) as folder:
         problems = [row for tally in tallies for row in tally.problems]
         evaluations.write_problems(folder, problems)
         (folder / evaluations.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
     for warning in warnings:
         job.progress.line(f"evaluate: warning: {warning}")
-    mean = results["mean"]
-    assert isinstance(mean, dict)
     n = settings.samples
     job.progress.line(
         f"evaluate: Avg@{n} {mean['avg_at_k']:.3f}, Pass@{n} {mean['pass_at_k'][str(n)]:.3f}, "
         f"{mean['distinct_correct']:.2f} distinct correct a problem"
     )
-
-
-def _few(parts: Sequence[int]) -> str:
-    shown = ", ".join(map(str, parts[:8]))
-    return f"{shown} and {len(parts) - 8} more" if len(parts) > 8 else shown

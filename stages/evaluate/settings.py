@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
-from eopd.stages.evaluate.alignment.settings import AlignmentSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
 from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings, setting
 
-MATH_RULES = 2
+MATH_RULES = 1
 """Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: other verdicts
 on the same samples are another evaluation, so it is part of the key.
 """
@@ -166,7 +166,7 @@ class Chunk:
 
 
 def chunks(settings: EvaluateSettings) -> list[Chunk]:
-    """The parts of an evaluation, but for the last, which is the summary: an artifact has ``len(chunks) + 1`` parts.
+    """The parts of an evaluation, in order.
 
     Raises:
         ValueError: a source is missing or empty.

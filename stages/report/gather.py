@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from eopd.stages.report.data import (
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
 from eopd.storage import alignments, evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.checkpoints import CHECKPOINTS
 from eopd.storage.errors import DamagedPart
 from eopd.storage.jsonl import read_lines, read_whole
 from eopd.storage.sources import filled_parts
@@ -61,12 +62,13 @@ class RoundArtifacts:
     """What a round made; None for what is not complete."""
 
     round: int
-    evaluation: Artifact | None  # of the student at the start of the round
+    evaluation: Artifact | None  # summary of it, of the student at the start of the round
     rollouts: Artifact | None = None
     scores: Artifact | None = None
     checkpoint: Artifact | None = None
-    alignment: Artifact | None = None
+    alignment: Artifact | None = None  # summary of it
     measured: bool = True  # whether the run evaluates that student at all (evaluate.every)
+    made: Mapping[str, Artifact] = field(default_factory=dict)  # everything complete of the round, by stage: its costs
 
     @property
     def round_start(self) -> Path | None:
@@ -406,16 +408,8 @@ def _costs(run: RunArtifacts) -> list[CostRow]:
     own, elsewhere = seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere)
     rows = []
     for item in run.rounds:
-        read = sum(row["tokens"] for row in _steps(item.checkpoint)) if item.checkpoint else None
-        for stage, artifact, tokens in (
-            ("evaluate", item.evaluation, None),
-            ("align", item.alignment, None),
-            ("rollout", item.rollouts, None),
-            ("score", item.scores, None),
-            ("train", item.checkpoint, read),
-        ):
-            if artifact is None:
-                continue
+        for stage, artifact in item.made.items():
+            read = sum(row["tokens"] for row in _steps(artifact)) if artifact.kind == CHECKPOINTS else None
             took = [log[artifact.key] for log in (own, elsewhere) if artifact.key in log]
             markers = [artifact.remains(part) for part in range(artifact.parts)]
             counted = [int(marker.info["tokens"]) for marker in markers if "tokens" in marker.info]
@@ -424,7 +418,7 @@ def _costs(run: RunArtifacts) -> list[CostRow]:
                     stage,
                     item.round,
                     sum(took) if took else None,
-                    tokens=tokens if tokens is not None else sum(counted) if counted else None,
+                    tokens=read if read is not None else sum(counted) if counted else None,
                     bytes=sum(marker.committed_bytes for marker in markers),
                     shared=artifact.key not in own or artifact.key in run.also_read,
                     key=artifact.key,

@@ -30,7 +30,7 @@ class ReportJob:
     data: ReportData
 
 
-def run(job: ReportJob) -> Path:
+def make_report(job: ReportJob) -> Path:
     """Write the report and return the path of its page, which is written last and appears whole.
 
     Raises:

@@ -1,6 +1,6 @@
 """The rollout stage: one engine call a part, nothing else in flight, committed when it returns.
 
-Producer of the records of ``storage.rollouts`` and, where asked for, of ``storage.student_topk``.
+Producer of the records of ``storage.rollouts``.
 """
 
 from __future__ import annotations
@@ -8,18 +8,43 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import refuse_crossing
-from eopd.stages.models.prompts import Prompt, load_prompts, render_prompt
-from eopd.stages.rollout.job import RolloutJob
+from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
+from eopd.stages.rollout.settings import RolloutSettings
+from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import write_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """Sample the responses of one round.
+
+    Part i of ``output`` holds the samples of the prompts ``prompt_indices[i]``. ``stop_ids`` are those of student
+    and teacher together: every response ends at the first of them.
+    """
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: RolloutSettings
+    progress: Progress
+    log_dir: Path
+    policy: ModelRef
+    prompts: PromptSettings
+    prompt_indices: Sequence[Sequence[int]]  # rows of the prompt source, per part of the artifact
+    stop_ids: tuple[int, ...]
+    seed: int  # of this round: equal seeds give equal draws to equal prompts
+    engines: Engines = field(default_factory=Engines)
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,7 @@ class Draw:
 
 
 def run(job: RolloutJob) -> None:
-    """Do every part of ``job.parts`` that is not committed, then what is missing of the side artifact.
+    """Do every part of ``job.parts`` that is not committed.
 
     Raises:
         ValueError: bad prompts (``prompts.load_prompts``), a prompt longer than ``prompts.max_prompt_tokens`` where
@@ -43,10 +68,6 @@ def run(job: RolloutJob) -> None:
     pending = [part for part in job.parts if part not in done]
     if pending:
         _sample_parts(job, pending)
-    if job.student_topk is not None and not job.student_topk.committed().issuperset(job.parts):
-        from eopd.stages.rollout.student_topk import find_student_topk
-
-        find_student_topk(job, job.student_topk)
 
 
 def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:

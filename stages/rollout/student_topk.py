@@ -7,12 +7,16 @@ Letters: T tokens of a block, V vocabulary, D hidden size, k ids a token.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import torch_device
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
@@ -20,7 +24,7 @@ from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
 from eopd.stages.models.packing import pack
 from eopd.stages.models.threads import torch_threads
-from eopd.stages.rollout.job import RolloutJob
+from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import read_rollouts
@@ -32,38 +36,56 @@ LOGIT_BYTES = 256 * 2**20
 """Of one block of float32 logits."""
 
 
-def find_student_topk(job: RolloutJob, side: Artifact) -> None:
-    """Do every part of ``job.parts`` that ``side`` lacks.
+@dataclass(frozen=True)
+class StudentTopkJob:
+    """Part i of ``output`` from part i of ``rollouts``."""
+
+    output: Artifact
+    parts: Collection[int]
+    rollouts: Artifact
+    policy: ModelRef
+    settings: RolloutSettings
+    progress: Progress
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is used here
+
+
+def run(job: StudentTopkJob) -> None:
+    """Do every part of ``job.parts`` that is not committed.
 
     Raises:
         ValueError: ``rollout.student_topk`` is 0 or more than the vocabulary has.
     """
+    done = job.output.committed()
+    todo = sorted(part for part in job.parts if part not in done)
+    if not todo:
+        return
     device = torch_device(job.settings.engine_options)
     if device != "cpu":
         job.engines.close()
     with torch_threads(job.settings.engine_options.cpu_threads):
-        _find(job, side, device)
+        _read_parts(job, todo, device)
     give_back_gpu_memory()
 
 
-def _find(job: RolloutJob, side: Artifact, device: str) -> None:
+def _read_parts(job: StudentTopkJob, todo: list[int], device: str) -> None:
     model = load_model(job.policy, device)
     vocabulary = lm_head_of(model).vocab_size
     k = job.settings.student_topk
     if not 0 < k <= vocabulary:
         raise ValueError(f"rollout.student_topk must be 1 to {vocabulary} (the vocabulary), got {k}")
-    job.progress.start("student top-k", len(job.parts), unit="parts")
+    job.progress.start("student top-k", len(todo), unit="parts")
     try:
-        for part in claimed_parts(side, job.parts, job.progress.line):
-            if passes_on(job.output, part, side, part):
+        for part in claimed_parts(job.output, todo, job.progress.line):
+            if passes_on(job.rollouts, part, job.output, part):
                 continue
-            table = read_rollouts(job.output.part_folder(part), ["prompt_token_ids", "response_token_ids"])
+            table = read_rollouts(job.rollouts.part_folder(part), ["prompt_token_ids", "response_token_ids"])
             columns = table.to_pydict()
             pairs = zip(columns["prompt_token_ids"], columns["response_token_ids"], strict=True)
-            found = topk_of(model, [PackSequence(*pair) for pair in pairs], k, job.settings.temperature, device)
-            inputs = {"rollouts": job.output.marker(part).checksum, "policy": job.policy.fingerprint}
-            with side.write_part(part, inputs=inputs, info={"k": k}) as folder:
-                write_student_topk(folder, found)
+            topk = topk_of(model, [PackSequence(*pair) for pair in pairs], k, job.settings.temperature, device)
+            inputs = {"rollouts": job.rollouts.marker(part).checksum, "policy": job.policy.fingerprint}
+            info = {"k": k, "tokens": len(topk.ids), "responses": len(topk.lengths)}
+            with job.output.write_part(part, inputs=inputs, info=info) as folder:
+                write_student_topk(folder, topk)
             job.progress.advance(1)
     finally:
         job.progress.close()

@@ -1,4 +1,4 @@
-"""The statistics head: hidden states in, exact statistics of the teacher's distribution out (docs/statistics-head.md).
+"""The statistics head: hidden states in, exact statistics of the teacher's distribution out (docs/format.md).
 
     head = StatisticsHead(lm_head, HeadRule(), temperature=1.0, stop_ids=(2,))
     statistics = head(hidden, TokenBatch(sampled_ids, keys))

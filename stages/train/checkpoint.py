@@ -22,21 +22,14 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, with_stop_ids
 from eopd.stages.models.lm_head import unwrap
 from eopd.stages.models.loading import load_model, model_folder, no_progress_bars
-from eopd.stages.train.job import (
-    ADAPTER_FOLDER,
-    METRICS_FILE,
-    OPTIMIZER,
-    OPTIMIZER_FILE,
-    TRAINING_FILE,
-    WEIGHTS,
-    TrainJob,
-)
+from eopd.stages.train.job import TrainJob
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import merged_weights, save_adapter
 from eopd.stages.train.metrics import summarise
 from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import RoundStart, States, write_jsonl
+from eopd.storage.checkpoints import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER, OPTIMIZER_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.errors import StoreFull
 from eopd.storage.files import free_of
 from eopd.storage.fingerprints import tokenizer_files

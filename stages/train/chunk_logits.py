@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SparseStudent, outcomes
+from eopd.stages.train.objectives.base import SparseStudent, outcomes
+from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 GROUP_BYTES = 16 * 2**20

@@ -10,13 +10,6 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
 
-WEIGHTS, OPTIMIZER = 0, 1  # parts of a checkpoint
-METRICS_FILE = "metrics.jsonl"
-TRAINING_FILE = "training.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-ROUND_START_FILE = "round_start.safetensors"
-ADAPTER_FOLDER = "adapter"
-
 
 @dataclass(frozen=True)
 class TrainJob:

@@ -28,7 +28,7 @@ from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.extras import require_extras
 from eopd.stages.train.failures import save_failure
-from eopd.stages.train.job import WEIGHTS, TrainJob
+from eopd.stages.train.job import TrainJob
 from eopd.stages.train.loop import Loop, Step
 from eopd.stages.train.lora import add_adapters
 from eopd.stages.train.metrics import Recorder, RecordingFailed, means, peak_memory_bytes
@@ -43,6 +43,7 @@ from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.storage import stopping
+from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.claims import Patience, claim
 from eopd.storage.teacher_cache import TeacherCache
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -185,11 +185,3 @@ class TrainSettings(Settings):
                 "average over the rounds exists; unset one of them"
             )
         return self
-
-    def semantic(self) -> dict[str, Any]:
-        """What came later than the first checkpoints leaves their keys as they were where it is unset."""
-        kept = super().semantic()
-        for later in ("ema", "staleness"):
-            if kept[later] is None:
-                del kept[later]
-        return kept

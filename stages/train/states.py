@@ -21,8 +21,8 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eopd.stages.train.job import OPTIMIZER_FILE, ROUND_START_FILE
 from eopd.storage.artifacts import Artifact
+from eopd.storage.checkpoints import OPTIMIZER_FILE, ROUND_START_FILE
 from eopd.storage.jsonl import read_whole
 
 WEIGHTS_FILE = "weights.safetensors"

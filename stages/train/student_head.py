@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.train.chunk_logits import Taken, group_rows, sparse_student, take
 from eopd.stages.train.head_products import HeadProducts, local_parameter
-from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.divergence import forward_kl, reverse_kl
+from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 WORKSPACE_BYTES = 256 * 2**20

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 
 from benchmarks.audit import auditing, begun
-from benchmarks.faults import measure
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.jsonl import read_lines
+from tests.end_to_end.workers import started_with
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
+ROOT = Path(__file__).resolve().parents[2]
 ALONE: dict[str, Any] = {"rounds": 1, "evaluate": None}
 
 
@@ -35,8 +37,15 @@ def wait_until(there: Callable[[], object], process: subprocess.Popen[str]) -> N
 
 @pytest.mark.slow
 def test_kills_of_workers_and_of_the_runner_cost_nothing_that_was_committed(tmp_path: Path) -> None:
-    """The benchmark at a small size: it compares the artifacts, and counts what was lost or done twice."""
-    found = measure(tmp_path, kills=6, vllm=0, seed=1)
+    """The benchmark at a small size: it compares the artifacts, and counts what was lost or done twice.
+
+    It forks, so it has a process of its own, in which nothing was computed before.
+    """
+    words = ["--kills", "6", "--vllm", "0", "--seed", "1", "--keep", str(tmp_path)]
+    measured = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults", *words], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = json.loads(measured.stdout.splitlines()[-1])
     assert found["kills"] == 6
     assert found["kills_of_runner"] > 0
     assert found["lost_committed"] == found["redone_committed"] == found["runs_that_needed_a_hand"] == 0
@@ -63,10 +72,10 @@ def test_an_interruption_commits_what_is_in_hand_and_the_next_run_goes_on(world:
     assert eopd("run", config).stderr.count("complete already") == 2
     assert checksums(store) == checksums(world.store(one_round))
     jobs = list(read_lines(world.runs("interrupted") / "jobs.jsonl"))
-    legs = [job["parts"] for job in jobs if job["stage"] == "rollout"]
+    legs = [job["made"] for job in jobs if job["stage"] == "rollout"]
     assert len(legs) > 1, "the time until the interruption counts too"
     assert min(legs) > 0
-    assert [job["parts"] for job in jobs if job["stage"] == "train"] == [0, 2]
+    assert [job["made"] for job in jobs if job["stage"] == "train"] == [0, 2]
 
 
 @pytest.mark.slow
@@ -124,15 +133,15 @@ def test_who_waits_says_for_whom(world: World, one_round: str) -> None:
 def test_a_second_interruption_stops_at_once(world: World) -> None:
     """Neither the part in hand is awaited nor a worker left behind."""
     config, store = world.config("impatient", **ALONE, launcher={"kind": "local"}), world.store("impatient")
-    process = start("run", config)
+    process = start("run", config, EOPD_OF_TEST="impatient")
     wait_until(lambda: list(store.glob("rollouts/*/*.claim")), process)
+    assert len(started_with("EOPD_OF_TEST", "impatient")) >= 2  # the command and its worker
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
-    at_work = subprocess.run(["pgrep", "-f", str(world.runs("impatient"))], capture_output=True, check=False)
-    assert not at_work.stdout
+    assert not started_with("EOPD_OF_TEST", "impatient")
 
 
 @pytest.mark.slow

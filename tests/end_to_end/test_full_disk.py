@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.ends import EXIT_FULL
+from eopd.pipeline.outcome import EXIT_CODES
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 
@@ -83,7 +83,7 @@ def test_a_stage_by_hand_says_that_the_disk_is_full(world: World, small_disk: Pa
     subprocess.run(["mount", "-o", "remount,size=20k", small_disk], check=True)
     config = world.config("full-by-hand", store=str(small_disk), rounds=1, evaluate=None)
     result = eopd("rollout", config, check=False)
-    assert result.returncode == EXIT_FULL, result.stderr
+    assert result.returncode == EXIT_CODES["full"], result.stderr
     assert "no space left" in result.stderr
     assert "run the same command again" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

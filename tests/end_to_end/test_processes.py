@@ -68,7 +68,7 @@ def children_of(parent: int) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if parent_of(int(folder.name)) == parent and b"eopd.pipeline.cli" in (folder / "cmdline").read_bytes():
+            if parent_of(int(folder.name)) == parent and b"eopd.pipeline.worker" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
@@ -91,7 +91,7 @@ def wait_until(there: Callable[[], object]) -> None:
 
 SPAWNING = """
 import multiprocessing, os, time
-from eopd.pipeline import {module}
+import eopd.pipeline.{module}
 def work():
     print(os.getpid(), flush=True)
     time.sleep(600)
@@ -102,7 +102,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("module", ["cli", "worker"])
+@pytest.mark.parametrize("module", ["cli.main", "worker"])
 def test_a_process_that_a_library_spawns_ends_with_us(tmp_path: Path, module: str) -> None:
     """As vLLM spawns its engine: Python imports our program in it anew."""
     script = tmp_path / "program.py"

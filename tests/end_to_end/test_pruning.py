@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 
 from eopd.pipeline.config import load_config
-from eopd.pipeline.planning import plan_run
-from eopd.pipeline.progress import EVENTS_VARIABLE
-from eopd.pipeline.pruning import prune_old
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
+from eopd.pipeline.retention import prune_old
+from eopd.pipeline.run import open_run
+from eopd.pipeline.tasks import Task
 from eopd.storage import garbage
 from eopd.storage.verification import verify
-from tests.end_to_end.conftest import World, checksums, command, environment, eopd
+from tests.end_to_end.conftest import World, checksums, environment, eopd
 
 SMALL = {
     "rounds": 4,
@@ -32,7 +30,7 @@ NEWEST = {"keep_checkpoints": 1, "keep_optimizer_states": 1}
 DIES_WHILE_PRUNING = """
 import os, signal, sys
 import eopd.storage.pruning as pruning
-from eopd.pipeline.cli import main
+from eopd.pipeline.cli.main import main
 pruning.left_over = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["eopd", "run", sys.argv[1]]
 main()
@@ -110,7 +108,7 @@ def test_what_another_run_keeps_stays(world: World, tmp_path: Path) -> None:
     keeping = world.config("keeping", **SMALL | {"rounds": 2}, store=store, train={"keep_optimizer_states": None})
     eopd("run", keeping)
     settings = load_config(str(world.config("sparing", **SMALL | {"rounds": 2}, store=store, train=NEWEST)))
-    sparing = Runner(settings, *plan_run(settings), NullProgress())
+    sparing = open_run(settings)
     assert prune_old(sparing) == 0
     assert (weights(Path(store)), moments(Path(store))) == (2, 2)
     shutil.rmtree(world.runs("keeping"))
@@ -136,7 +134,8 @@ def test_a_stage_that_would_outgrow_its_store_is_refused_as_the_run_is(world: Wo
     assert "complete already" in eopd("rollout", config, "--parts", "1", *little).stderr
     assert "max_store_bytes is" in eopd("rollout", config, *little, check=False).stderr
     assert checksums(store) == before
-    events = str(world.folder / "events.jsonl")
-    told = {**environment(), EVENTS_VARIABLE: events}
-    subprocess.run(command("rollout", config, "--parts", "0", *little), env=told, check=True, capture_output=True)
+    run = open_run(load_config(str(config), little[1:]))
+    task = Task(run, run.plan.job("rollout", 0), (0,)).to_json()
+    worker = [sys.executable, "-m", "eopd.pipeline.worker", task]
+    subprocess.run(worker, env=environment(), check=True, capture_output=True)
     assert len(checksums(store)) == 2

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from eopd.pipeline.launchers.base import Task
-from eopd.pipeline.launchers.ray.pool import RayPool
+from eopd.pipeline.launchers.ray import RayPool
 from eopd.pipeline.progress import LineDisplay
+from eopd.pipeline.tasks import Task
 from tests.end_to_end.conftest import World, checksums, command, environment, eopd
 from tests.end_to_end.workers import parent_of, worker_of
-from tests.pipeline.plan_case import make_runner
+from tests.pipeline.plan_case import make_run
 
 ray = pytest.importorskip("ray", reason="needs ray (the extra of that name)")
 
@@ -51,15 +51,15 @@ def test_a_log_that_finds_no_space_on_its_node_is_a_full_disk(tmp_path: Path, cl
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    runner = make_runner(disk, launcher={"kind": "ray", "ray": {"address": cluster.address}})
-    pool = RayPool(runner.settings, LineDisplay())
+    run = make_run(disk, launcher={"kind": "ray", "ray": {"address": cluster.address}})
+    pool = RayPool(run.settings, LineDisplay())
     try:
-        runner.paths.logs.mkdir(parents=True)
+        run.paths.logs.mkdir(parents=True)
         with suppress(OSError):
             for number in range(12):
                 (disk / str(number)).touch()
-        pool.start(Task(runner, runner.plan.job("rollout", 0), (0,)))
-        (outcome,) = pool.wait(60.0)
+        pool.start(Task(run, run.plan.job("rollout", 0), (0,)))
+        ((_, outcome),) = pool.wait(60.0)
         assert outcome.kind == "full", outcome.message
         assert "No space left" in outcome.message
     finally:

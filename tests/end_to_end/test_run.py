@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eopd.pipeline.worker import Order
+from eopd.pipeline.config import load_config
+from eopd.pipeline.run import open_run
+from eopd.pipeline.tasks import Task
 from tests.end_to_end.conftest import World, checksums, commit_times, eopd
 from tests.end_to_end.world import environment
 
@@ -36,8 +38,9 @@ def test_a_run_leaves_a_report_and_a_summary(world: World, undisturbed: str) -> 
     assert [(row["round"], row["step"]) for row in steps] == [(r, s) for r in range(2) for s in range(8)]
     assert list((folder / "tensorboard").glob("events*"))
     jobs = [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
-    assert [(job["stage"], job["round"]) for job in jobs][:4] == [
+    assert [(job["stage"], job["round"]) for job in jobs][:5] == [
         ("evaluate", 0),
+        ("evaluation_summary", 0),
         ("rollout", 0),
         ("score", 0),
         ("train", 0),
@@ -48,7 +51,7 @@ def test_a_second_run_does_nothing(world: World, undisturbed: str) -> None:
     before = commit_times(world.store(undisturbed))
     result = eopd("run", world.config(undisturbed))
     assert commit_times(world.store(undisturbed)) == before
-    assert result.stderr.count("complete already") == 9
+    assert result.stderr.count("complete already") == 12
 
 
 def test_each_stage_alone_gives_the_same_artifacts(world: World, undisturbed: str) -> None:
@@ -84,10 +87,10 @@ def test_two_experiments_share_what_is_the_same(world: World, undisturbed: str) 
     config = world.config("other", store=str(store), rounds=1, train={"objective": {"name": "opd"}})
     before = commit_times(store)
     result = eopd("run", config)
-    for stage in ("rollout 0", "score 0", "evaluate 0"):
+    for stage in ("rollout 0", "score 0", "evaluate 0", "evaluation_summary 0"):
         assert f"{stage}: complete already" in result.stderr
     made = set(commit_times(store)) - set(before)
-    assert {name.split("/")[0] for name in made} == {"checkpoints", "evaluations"}
+    assert {name.split("/")[0] for name in made} == {"checkpoints", "evaluations", "evaluation_summaries"}
     assert {name: time for name, time in commit_times(store).items() if name in before} == before
 
 
@@ -114,10 +117,10 @@ def test_a_share_of_few_parts_may_be_empty(world: World) -> None:
 
 def test_plan_changes_nothing_and_tells_what_is_there(world: World, undisturbed: str) -> None:
     result = eopd("plan", world.config("planned"))
-    assert len(re.findall(r" missing +0/", result.stdout)) == 9
+    assert len(re.findall(r" missing +0/", result.stdout)) == 12
     assert not world.store("planned").joinpath("rollouts").exists()
     result = eopd("plan", world.config(undisturbed))
-    assert len(re.findall(r" complete\b", result.stdout)) == 9
+    assert len(re.findall(r" complete\b", result.stdout)) == 12
 
 
 def test_a_stage_without_its_input_says_what_makes_it(world: World) -> None:
@@ -133,19 +136,18 @@ def test_scores_that_training_could_not_read_are_not_made(world: World) -> None:
     eopd("rollout", config)
     result = eopd("run", config, "--set", "train.objective={name: tropd}", check=False)
     assert result.returncode == 1
-    assert "they lack heads of 64 entries; it keeps 16" in result.stderr
+    assert "they lack heads of 64 entries (it keeps 16)" in result.stderr
     assert not world.store("unread").joinpath("scores").exists()
 
 
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_a_workers_log_says_why_its_task_failed(world: World, tmp_path: Path, debug: str) -> None:
     log = tmp_path / "score-0.log"
-    order = Order("score", str(world.config("unscored")), round=0, parts=None, events=None, log=str(log))
-    code = (
-        "import sys; from eopd.pipeline.worker import Order, do; from eopd.stages.engines.kept import Engines;"
-        "sys.exit(do(Order.from_json(sys.argv[1]), Engines()))"
-    )
-    command = [sys.executable, "-c", code, order.to_json()]
+    config = world.config("unscored")
+    eopd("rollout", config, "--parts", "0")  # writes the resolved config that workers read
+    run = open_run(load_config(str(config)))
+    task = Task(run, run.plan.job("score", 0), (1,))
+    command = [sys.executable, "-m", "eopd.pipeline.worker", task.to_json(log=log)]
     result = subprocess.run(command, env={**environment(), "EOPD_DEBUG": debug}, capture_output=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (1, b"", b"")
     last = log.read_text().splitlines()[-1]
@@ -185,19 +187,15 @@ def test_wrong_weights_under_the_rollouts_stop_training(world: World, undisturbe
     """Sampler and trainer must mean the same policy: here the trainer's temperature is not the sampler's."""
     from dataclasses import replace
 
-    from eopd.pipeline.config import load_config
-    from eopd.pipeline.inspect import gather_facts
-    from eopd.pipeline.plan import make_plan
-    from eopd.pipeline.runner import Runner, train_job
-    from eopd.stages.job import NullProgress
+    from eopd.stages.engines.kept import Engines
     from eopd.stages.train.errors import TrainingStopped
     from eopd.stages.train.run import run
-    from eopd.storage.artifacts import Artifact, Identity
+    from eopd.stages.train.stage import train_job
+    from eopd.storage.artifacts import Artifact
+    from eopd.storage.identity import Identity
 
-    settings = load_config(str(world.config(undisturbed)))
-    facts = gather_facts(settings)
-    runner = Runner(settings, facts, make_plan(settings, facts), NullProgress())
-    job = train_job(runner, runner.plan.job("train", 0))
+    planned = open_run(load_config(str(world.config(undisturbed))))
+    job = train_job(planned.context(planned.plan.job("train", 0), [0, 1], Engines()))
     elsewhere = Artifact(tmp_path, Identity("checkpoints", 1, 2))
     states = Artifact(tmp_path, Identity("progress", 1, 10))
     with pytest.raises(TrainingStopped, match="sampler's log-probs and the trainer's differ by"):

@@ -11,17 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.pipeline.config import load_config
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.plan import WEIGHTS
-from eopd.pipeline.plan_cli import open_runners
-from eopd.pipeline.runner import Runner
-from eopd.pipeline.students import copy_student, find_student, newest, whereabouts
+from eopd.pipeline.export import copy_student, find_student, newest, where_students_are
+from eopd.pipeline.run import Run, open_run
 from eopd.stages.models.generation import stop_ids_in
-from eopd.stages.train import remains
+from eopd.storage.checkpoints import METRICS_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.places import open_place
 from eopd.storage.pruning import prune
 from eopd.storage.transfer import copy
 from tests import s3
 from tests.end_to_end.conftest import World, eopd
+
+KEPT = (METRICS_FILE, TRAINING_FILE)
 
 
 def test_the_newest_student_is_named_and_copied(world: World, undisturbed: str, tmp_path: Path) -> None:
@@ -47,26 +47,30 @@ def test_the_newest_student_is_named_and_copied(world: World, undisturbed: str, 
 
 
 @pytest.fixture
-def runner(world: World, undisturbed: str) -> Runner:
-    (found,) = open_runners(str(world.config(undisturbed)), None, None)
-    return found
+def run(world: World, undisturbed: str) -> Run:
+    return open_run(load_config(str(world.config(undisturbed))))
 
 
-def test_an_earlier_student_and_the_first_one(world: World, runner: Runner, tmp_path: Path) -> None:
-    earlier, first = find_student(runner, 1), find_student(runner, 0)
+def lose_weights(run: Run, round_: int) -> None:
+    """What ``retention.prune_old`` leaves of a student."""
+    prune(run.artifact(run.plan.job("train", round_).output), WEIGHTS, lambda name: name not in KEPT)
+
+
+def test_an_earlier_student_and_the_first_one(world: World, run: Run, tmp_path: Path) -> None:
+    earlier, first = find_student(run, 1), find_student(run, 0)
     assert str(earlier) == "student 1 of 2 (trained in round 0)"
-    assert earlier.folder.parent != find_student(runner, 2).folder.parent
+    assert earlier.folder.parent != find_student(run, 2).folder.parent
     assert first.folder == world.folder / "student"
     (tmp_path / "empty").mkdir()
     copy_student(first, tmp_path / "empty")
     assert AutoTokenizer.from_pretrained(tmp_path / "empty")("Ann")["input_ids"]
-    assert set(stop_ids_in(tmp_path / "empty")) == set(runner.facts.stop_ids)
+    assert set(stop_ids_in(tmp_path / "empty")) == set(run.facts.stop_ids)
     with pytest.raises(RunError, match="students 0 to 2, and no student 3"):
-        find_student(runner, 3)
+        find_student(run, 3)
 
 
-def test_a_student_that_is_not_there_is_said_not_to_be(world: World, runner: Runner) -> None:
-    (more,) = open_runners(str(world.config("more", store=str(runner.store), rounds=2)), ["seed=7"], None)
+def test_a_student_that_is_not_there_is_said_not_to_be(world: World, run: Run) -> None:
+    more = open_run(load_config(str(world.config("more", store=str(run.store), rounds=2)), ["seed=7"]))
     with pytest.raises(RunError, match=r"no student of its own yet.*eopd run CONFIG"):
         newest(more)
     with pytest.raises(RunError, match=r"student 1 is not trained yet; those that are there: none"):
@@ -74,25 +78,23 @@ def test_a_student_that_is_not_there_is_said_not_to_be(world: World, runner: Run
 
 
 def test_a_pruned_student_is_said_to_be(world: World, tmp_path: Path) -> None:
-    settings = load_config(str(world.config("pruned-student", evaluate=None)))
-    (runner,) = open_runners(str(world.config("pruned-student", evaluate=None)), None, None)
-    assert runner.settings == settings
+    run = open_run(load_config(str(world.config("pruned-student", evaluate=None))))
     for round_ in (0, 1):
-        artifact = runner.artifact(runner.plan.job("train", round_).output)
+        artifact = run.artifact(run.plan.job("train", round_).output)
         for part in (0, 1):
             with artifact.write_part(part) as folder:
                 (folder / "model.safetensors").write_bytes(b"weights")
-    assert newest(runner) == 2
-    prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
+    assert newest(run) == 2
+    lose_weights(run, 0)
     with pytest.raises(RunError, match=r"weights of student 1 were pruned.*those that are there: 2\."):
-        find_student(runner, 1)
+        find_student(run, 1)
 
 
 def test_a_complete_sweep_whose_student_was_pruned_ends_well(world: World, one_round: str, tmp_path: Path) -> None:
     shutil.copytree(world.store(one_round), tmp_path / "store")
     config = world.config("seen-again", rounds=1, evaluate=None, store=str(tmp_path / "store"))
-    (runner,) = open_runners(str(config), None, None)
-    prune(runner.artifact(runner.plan.job("train", 0).output), WEIGHTS, remains.weights)
+    run = open_run(load_config(str(config)))
+    lose_weights(run, 0)
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("sweep: [{name: a}, {name: b}]")
     ended = eopd("run", config, "--sweep", sweep).stderr
@@ -102,7 +104,7 @@ def test_a_complete_sweep_whose_student_was_pruned_ends_well(world: World, one_r
 
 
 def test_a_student_in_a_bucket_is_fetched_when_it_is_asked_for(
-    world: World, runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("obstore", reason="needs obstore (the extra objectstore)")
     pytest.importorskip("moto", reason="needs moto, a server that speaks S3")
@@ -110,15 +112,15 @@ def test_a_student_in_a_bucket_is_fetched_when_it_is_asked_for(
         for name, value in s3.environment(endpoint).items():
             monkeypatch.setenv(name, value)
         s3.client(endpoint).create_bucket(Bucket="team")
-        for job in runner.plan.jobs:
-            if job.stage == "train":
-                copy(runner.artifact(job.output), open_place("s3://team/store"))
+        for job in run.plan.jobs:
+            if job.stage.name == "train":
+                copy(run.artifact(job.output), open_place("s3://team/store"))
         own = tmp_path / "store"
         config = world.config("from-a-bucket", store=[str(own), "s3://team/store"])
-        (other,) = open_runners(str(config), None, None)
-        assert "student 2 of 2 lies in a bucket" in whereabouts(other)
+        other = open_run(load_config(str(config)))
+        assert "student 2 of 2 lies in a bucket" in where_students_are(other)
         assert not (own / ".fetched").exists()
         found = find_student(other, newest(other))
         assert found.folder.is_relative_to(own / ".fetched")
         assert AutoModelForCausalLM.from_pretrained(found.folder)
-        assert whereabouts(other).startswith(f"student 2 of 2 (trained in round 1): {found.folder}; ")
+        assert where_students_are(other).startswith(f"student 2 of 2 (trained in round 1): {found.folder}; ")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eopd.pipeline.config import ConfigError
-from eopd.pipeline.vocabularies import compare_vocabularies
+from eopd.pipeline.inputs import compare_vocabularies
 from eopd.stages.models import vocabulary
 from tests.end_to_end.conftest import World, eopd
 from tests.stages.tiny_models import tiny_tokenizer

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.launchers.processes import Process
-from eopd.pipeline.launchers.warm import WarmWorkers
+from eopd.pipeline.config import load_config
+from eopd.pipeline.launchers.local import WarmWorker
+from eopd.pipeline.run import open_run
+from eopd.pipeline.tasks import Task
 from tests.end_to_end.world import World, checksums, environment, eopd
 
 
@@ -23,41 +25,37 @@ def test_two_warm_workers_make_what_a_process_a_stage_makes(world: World, undist
     assert "opened anew" not in told
 
 
-def test_a_worker_does_many_tasks_and_is_replaced_when_it_dies_or_fails(
-    world: World, undisturbed: str, tmp_path: Path
-) -> None:
+def test_a_worker_does_many_tasks_and_exits_after_one_that_failed(world: World, undisturbed: str) -> None:
     config = world.config("one-by-one")
-    log = tmp_path / "worker.log"
+    eopd("rollout", config, "--parts", "0")  # writes the resolved config that workers read
+    run = open_run(load_config(str(config)))
 
-    def spawn(stage: str, round_: int, *parts: int) -> Process:
-        chosen = ["--parts", ",".join(map(str, parts))] if parts else []
-        command = ["-m", "eopd.pipeline.cli", stage, str(config), "--round", str(round_), *chosen]
-        with log.open("ab") as output:
-            return workers.spawn(command, environment(), output)
+    def do(worker: WarmWorker, stage: str, round_: int, *parts: int) -> WarmWorker:
+        job = run.plan.job(stage, round_)
+        task = Task(run, job, parts or tuple(range(job.output.parts)))
+        return worker.give(task.to_json(), engine="")
 
-    with WarmWorkers() as workers:
-        first = spawn("rollout", 0, 0, 1)
-        assert first.poll() is None
-        beside = spawn("evaluate", 0, 0)
-        assert beside.pid != first.pid  # the first was busy
+    first, beside = (WarmWorker(environment(), "") for _ in range(2))
+    try:
+        do(first, "rollout", 0, 1)
+        do(beside, "evaluate", 0, 0)
+        assert not first.is_idle
         assert (first.wait(), beside.wait()) == (0, 0)
-        again = spawn("rollout", 0, 2)
-        assert again.pid == first.pid
-        assert again.wait() == 0
-        missing = spawn("score", 1)  # there are no rollouts of round 1
-        assert missing.wait() == 1
-        killed = spawn("train", 0)
-        os.kill(killed.pid, signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
-        after = spawn("score", 0)
-        assert after.pid not in (missing.pid, killed.pid)
-        assert after.wait() == 0
-        last = after.pid
-    with pytest.raises(ProcessLookupError):
-        os.kill(last, 0)
+        assert do(first, "rollout", 0, 2).wait() == 0
+        assert do(first, "score", 0).wait() == 0
+        assert first.is_alive
+        assert do(first, "score", 1).wait() == 1  # there are no rollouts of round 1
+        assert not first.is_alive
+        do(beside, "train", 0)
+        os.kill(beside.process.pid, signal.SIGKILL)
+        assert beside.wait() == -signal.SIGKILL
+        assert not beside.is_alive
+    finally:
+        first.close()
+        beside.close()
     made = checksums(world.store("one-by-one"))
-    assert len(made) == 7
     assert made.items() <= checksums(world.store(undisturbed)).items()
+    assert {Path(name).parts[0] for name in made} >= {"rollouts", "scores", "evaluations"}
 
 
 FORKS = """
@@ -76,18 +74,18 @@ def test_a_killed_worker_ends_its_task_though_a_child_of_it_lives_on(tmp_path: P
     (tmp_path / "sitecustomize.py").write_text(FORKS)
     child = tmp_path / "child"
     own = {**environment(), "PYTHONPATH": str(tmp_path), "CHILD": str(child)}
-    with WarmWorkers() as workers, (tmp_path / "log").open("ab") as output:
-        command = ["-m", "eopd.pipeline.cli", "rollout", str(tmp_path / "none.yaml"), "--round", "0"]
-        task = workers.spawn(command, own, output)
+    worker = WarmWorker(own, "")
+    try:
+        worker.give("{}", engine="")
         until = time.monotonic() + 30
         while not child.exists() and time.monotonic() < until:
             time.sleep(0.02)
-        try:
-            os.kill(task.pid, signal.SIGKILL)
-            until = time.monotonic() + 10
-            while task.poll() is None and time.monotonic() < until:
-                time.sleep(0.05)
-            os.kill(int(child.read_text()), 0)
-            assert task.poll() == -signal.SIGKILL
-        finally:
-            os.kill(int(child.read_text()), signal.SIGKILL)
+        os.kill(worker.process.pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while worker.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(int(child.read_text()), 0)
+        assert worker.poll() in (-signal.SIGKILL, 1)
+    finally:
+        os.kill(int(child.read_text()), signal.SIGKILL)
+        worker.close()

@@ -95,7 +95,8 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
     "torch.utils.tensorboard",
-    "eopd.pipeline.cli",
+    "eopd.pipeline.cli.main",
+    "eopd.pipeline.worker",
     "eopd.stages.evaluate.run",
     "eopd.stages.report.run",
     "eopd.stages.rollout.run",
@@ -143,7 +144,7 @@ def _run(arguments: list[str], variables: dict[str, str], files: tuple[Path, Pat
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = ["eopd", *arguments]
-    from eopd.pipeline.cli import main
+    from eopd.pipeline.cli.main import main
 
     main()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from eopd.pipeline.config import RunSettings, load_config, parse_settings
-from eopd.pipeline.models import ModelFacts
-from eopd.pipeline.plan import BenchmarkFacts, Facts, make_plan
+from eopd.pipeline.plan import make_plan
+from eopd.stages.experiment import BenchmarkFacts, Experiment, Facts, ModelFacts
 from examples.study.design import Task
 from examples.study.experiments import EXPERIMENTS
 
@@ -33,7 +33,7 @@ def made_up_facts(settings: RunSettings) -> Facts:
 
 def keys_of(settings: RunSettings) -> dict[str, str]:
     """Keys of the first two rounds and of the last, by job."""
-    plan = make_plan(settings, made_up_facts(settings))
+    plan = make_plan(Experiment(settings, made_up_facts(settings)))
     rounds = {0, 1, settings.rounds - 1, settings.rounds}
     return {job.name: job.output.key for job in plan.jobs if job.round in rounds}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import RunSettings, parse_settings
-from eopd.pipeline.models import ModelFacts
-from eopd.pipeline.plan import BenchmarkFacts, Facts, PlannedJob, make_plan
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
+from eopd.pipeline.plan import Plan, make_plan
+from eopd.pipeline.run import Run
+from eopd.stages.experiment import BenchmarkFacts, Experiment, Facts, ModelFacts
+from eopd.stages.stage import Job
 from eopd.storage.artifacts import Artifact
 
 RAW: dict[str, Any] = {
@@ -40,27 +40,31 @@ def make_settings(**changes: object) -> RunSettings:
     return parse_settings(raw, "test")
 
 
-def make_runner(folder: Path, facts: Facts | None = None, **changes: object) -> Runner:
+def plan_of(settings: RunSettings | None = None, facts: Facts | None = None) -> Plan:
+    return make_plan(Experiment(settings or make_settings(), facts or make_facts()))
+
+
+def make_run(folder: Path, facts: Facts | None = None, **changes: object) -> Run:
     """A run whose store and runs lie in ``folder``."""
     changes = {"store": str(folder / "store"), "runs": str(folder / "runs"), **changes}
     settings = make_settings(**changes)
     facts = facts or make_facts(folder=folder)
-    return Runner(settings, facts, make_plan(settings, facts), NullProgress())
+    return Run(settings, facts, plan_of(settings, facts))
 
 
-def commit(runner: Runner, job: PlannedJob, parts: Iterable[int] | None = None, **info: object) -> Artifact:
+def commit(run: Run, job: Job, parts: Iterable[int] | None = None, **info: object) -> Artifact:
     """Commit parts of one small file each, as a stage would; ``info`` goes into every marker."""
-    artifact = runner.artifact(job.output)
+    artifact = run.artifact(job.output)
     for part in range(artifact.parts) if parts is None else parts:
         with artifact.write_part(part, info=info) as folder:
             (folder / "data").write_bytes(b"x" * 1000)
     return artifact
 
 
-def note_job(runner: Runner, job: PlannedJob, seconds: float, parts: int | None = None) -> None:
+def note_job(run: Run, job: Job, seconds: float, parts: int | None = None) -> None:
     """The line that a finished job leaves in ``jobs.jsonl``."""
-    runner.paths.folder.mkdir(parents=True, exist_ok=True)
+    run.paths.folder.mkdir(parents=True, exist_ok=True)
     parts = job.output.parts if parts is None else parts
-    line = {"stage": job.stage, "round": job.round, "key": job.output.key, "seconds": seconds, "parts": parts}
-    with runner.paths.jobs.open("a", encoding="utf-8") as file:
+    line = {"stage": job.stage.name, "round": job.round, "key": job.output.key, "seconds": seconds, "made": parts}
+    with run.paths.jobs.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings, read_list
+from eopd.pipeline.launchers.settings import RayResources, RaySettings, SlurmResources, SlurmSettings
 from eopd.stages.settings import Settings
 
 MINIMAL = """
@@ -304,6 +305,16 @@ def test_where_and_how_fast_are_not_keyed(minimal: Path) -> None:
     changed = load_config(str(minimal), ["train.epochs=2"])
     assert one.train.semantic() == other.train.semantic()
     assert one.train.semantic() != changed.train.semantic()
+
+
+def test_a_command_without_resources_of_its_own_has_the_general_ones() -> None:
+    slurm = SlurmSettings(resources=SlurmResources(partition="all"), score=SlurmResources(gpus=2))
+    assert (slurm.of("score").gpus, slurm.of("score").partition) == (2, "all")
+    ray = RaySettings(resources=RayResources(cpus=3), score=RayResources(gpus=2))
+    assert (ray.of("score").gpus, ray.of("score").cpus) == (2, 1)
+    for command in ("token_counts", "resources", "workers", "setup", "of"):
+        assert slurm.of(command) == slurm.resources
+        assert ray.of(command) == ray.resources
 
 
 def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:

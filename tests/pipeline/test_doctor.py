@@ -165,7 +165,7 @@ def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
     ("package", "words"),
     [
         ("numpy", "quickstart not looked at: masked"),
-        ("safetensors", "store not looked at: masked"),
+        ("safetensors", "what the config names not looked at: masked"),
         ("rich", "student"),
     ],
 )

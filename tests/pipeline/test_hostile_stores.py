@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,13 +17,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from eopd.pipeline.overview import look
-from eopd.pipeline.runner import Runner
+from eopd.pipeline.cli.store import app
+from eopd.pipeline.forecast import forecast
+from eopd.pipeline.retention import note, notes_of_others, references
+from eopd.pipeline.run import Run
 from eopd.pipeline.status import take_status
-from eopd.pipeline.store_cli import app
+from eopd.pipeline.tables import plan_table, status_view
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.storage import garbage, listing, paths
 from eopd.storage.artifacts import Artifact, open_artifact
@@ -32,7 +36,7 @@ from eopd.storage.pruning import prune
 from eopd.storage.student_topk import read_student_topk
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
-from tests.pipeline.plan_case import commit, make_runner, note_job
+from tests.pipeline.plan_case import commit, make_run, note_job
 from tests.storage import hostile
 from tests.storage.hostile import DEEP, HOSTILE, IN_ITS_PLACE, files_of, make_store, places, put
 from tests.storage.making import other, scores
@@ -83,8 +87,8 @@ def artifacts_of(store: Path, kind: str) -> list[Artifact]:
 
 
 def report(store: Path) -> None:
-    one = {kind: next(iter(artifacts_of(store, kind)), None) for kind in paths.KINDS}
-    stages = [one[kind] for kind in ("evaluations", "rollouts", "scores", "checkpoints", "alignments")]
+    kinds = ("evaluation_summaries", "rollouts", "scores", "checkpoints", "alignment_summaries")
+    stages = [next(iter(artifacts_of(store, kind)), None) for kind in kinds]
     settings = {"train": {"objective": {"name": "opd", "support": "sampled", "k": 16}}}
     none = store / "none"
     gather(RunArtifacts("run", settings, [RoundArtifacts(0, *stages)], "", None, metrics=none, jobs=none))
@@ -303,9 +307,9 @@ def test_gc_removes_nothing_behind_a_folder_that_is_a_link(tmp_path: Path, outsi
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def planned(tmp_path: Path) -> Run:
     save_file({"weight": torch.zeros(10)}, tmp_path / "model.safetensors")
-    found = make_runner(tmp_path)
+    found = make_run(tmp_path)
     commit(found, found.plan.job("rollout", 0), responses=8, tokens=80)
     note_job(found, found.plan.job("rollout", 0), 2.0)
     found.paths.metrics.write_text("{}\n")
@@ -314,25 +318,60 @@ def runner(tmp_path: Path) -> Runner:
     return found
 
 
+def show(planned: Run) -> None:
+    Console(file=io.StringIO()).print(plan_table(forecast([planned])))
+
+
+def show_status(planned: Run) -> None:
+    Console(file=io.StringIO()).print(status_view(take_status([planned])))
+
+
 @pytest.mark.parametrize("by", IN_ITS_PLACE)
 @pytest.mark.parametrize("name", ["*.json", "*.claim", "jobs.jsonl", "metrics.jsonl", "part-abc.claim", "rollouts"])
-def test_plan_and_status_end_well_or_name_it(runner: Runner, tmp_path: Path, name: str, by: str) -> None:
+def test_plan_and_status_end_well_or_name_it(planned: Run, tmp_path: Path, name: str, by: str) -> None:
     found = [tmp_path / "store" / name] if name == "rollouts" else sorted(tmp_path.rglob(name))
     if name == "part-abc.claim":
-        found = [runner.artifact(runner.plan.job("rollout", 0).output).folder / name]
+        found = [planned.artifact(planned.plan.job("rollout", 0).output).folder / name]
     for path in found:
         hostile.replace(path, by)
-    ends_well_or_names_it(lambda: look([runner]))
-    ends_well_or_names_it(lambda: take_status([runner]))
+    ends_well_or_names_it(lambda: show(planned))
+    ends_well_or_names_it(lambda: show_status(planned))
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
-@pytest.mark.parametrize("name", ["seconds", "parts", "key", "stage", "round"])
-def test_plan_takes_any_line_of_a_log(runner: Runner, name: str, value: Any) -> None:
-    line = {"stage": "rollout", "round": 0, "key": "0" * 20, "parts": 1, "seconds": 1.0, name: value}
-    runner.paths.jobs.write_text(json.dumps(line) + "\n" + DEEP.decode() + "\n")
-    ends_well_or_names_it(lambda: look([runner]))
-    ends_well_or_names_it(lambda: take_status([runner]))
+@pytest.mark.parametrize("name", ["seconds", "made", "outcome", "message", "parts", "time", "key", "stage", "round"])
+def test_plan_takes_any_line_of_a_log(planned: Run, name: str, value: Any) -> None:
+    cost = {"stage": "rollout", "round": 0, "key": "0" * 20, "time": 1.0, "seconds": 1.0, "made": 1}
+    failure = {**cost, "outcome": "failed", "message": "x", "parts": [0]}
+    del failure["made"]
+    lines = [json.dumps({**line, name: value}) for line in (cost, failure)]
+    planned.paths.jobs.write_text("\n".join([*lines, DEEP.decode()]) + "\n")
+    ends_well_or_names_it(lambda: show(planned))
+    ends_well_or_names_it(lambda: show_status(planned))
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("name", ["round", "step", "tokens", "tokens_per_s", "loss"])
+def test_status_takes_any_line_of_metrics(planned: Run, name: str, value: Any) -> None:
+    step = {"round": 0, "step": 0, "tokens": 4.0, "tokens_per_s": 2.0, "loss": 0.5, name: value}
+    planned.paths.metrics.write_text(json.dumps(step) + "\n")
+    with claim(planned.artifact(planned.plan.job("train", 0).output), 0):
+        ends_well_or_names_it(lambda: show_status(planned))
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
+def test_a_note_of_any_content_is_taken_or_named(planned: Run, value: Any) -> None:
+    """Pruning and `eopd store gc` read the notes of other runs: in the store, and beside the runs."""
+    note(planned)
+    (path,) = (planned.store / paths.RUNS).iterdir()
+    content = json.loads(path.read_text())
+    for place in places({**content, "artifacts": content["artifacts"][:1], "wanted": content["wanted"][:1]}):
+        for target in (path, planned.paths.references):
+            target.write_text(json.dumps(put(content, place, value)))
+            ends_well_or_names_it(lambda: list(notes_of_others(planned.store)))
+            ends_well_or_names_it(lambda: references(planned.store, planned.paths.folder.parent))
+            ends_well_or_names_it(lambda: verify(planned.store))
+            target.write_text(json.dumps(content))
 
 
 # -- anything else -------------------------------------------------------------------------------------------------

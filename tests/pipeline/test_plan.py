@@ -6,61 +6,60 @@ from dataclasses import replace
 
 import pytest
 
+from eopd.pipeline.config import RunSettings
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.plan import Facts, Plan, Stage, make_plan, steps_of_round
+from eopd.pipeline.plan import Plan
+from eopd.stages.experiment import Experiment
+from eopd.stages.rollout.stage import drawn_rows
 from tests.pipeline.plan_case import make_facts as facts
 from tests.pipeline.plan_case import make_settings as settings
+from tests.pipeline.plan_case import plan_of
 
 
-def keys(plan: Plan, stage: Stage) -> list[str]:
-    return [job.output.key for job in plan.jobs if job.stage == stage]
+def keys(plan: Plan, stage: str) -> list[str]:
+    return [job.output.key for job in plan.jobs if job.stage.name == stage]
 
 
-BASE = make_plan(settings(), facts())
-AS_THEN = {"train": {"objective": {"advantage": "old"}}}
-"""What was the default when the keys were new."""
+BASE = plan_of(settings(), facts())
 
-KEYS = {
-    "rollout 1": "64c3adeae880f7998265",
-    "score 1": "8466811a8b5a89581031/71818986fbe3e3ea8e7d",
-    "train 1": "20c8c902f93cbf4181ab",
-    "evaluate 1": "40be450812b8eb66b8e0",
-}
+
+def drawn(plan_settings: RunSettings, round_: int, prompts: int = 25) -> list[list[int]]:
+    return drawn_rows(Experiment(plan_settings, facts(prompts=prompts)), round_)
 
 
 def test_jobs_come_after_what_they_read() -> None:
     done: set[str] = set()
     for job in BASE.jobs:
-        assert all(identity.key in done for identity in job.inputs), job.name
+        assert all(input_.identity.key in done for input_ in job.inputs.values()), job.name
         done.add(job.output.key)
-    assert [job.name for job in BASE.jobs[:6]] == [
+    assert [job.name for job in BASE.jobs[:7]] == [
         "evaluate 0",
+        "evaluation_summary 0",
         "rollout 0",
         "score 0",
         "train 0",
         "evaluate 1",
-        "rollout 1",
+        "evaluation_summary 1",
     ]
-    assert len(BASE.jobs) == 3 * 4 + 1
+    assert len(BASE.jobs) == 3 * 5 + 2
 
 
 def test_parts() -> None:
-    rollout = BASE.job("rollout", 0)
-    assert [len(part) for part in rollout.prompt_indices] == [4, 4, 2]
+    assert [len(part) for part in drawn(settings(), 0)] == [4, 4, 2]
     assert BASE.job("score", 0).output.parts == 3
-    assert BASE.job("evaluate", 0).output.parts == 3 + 1
-    assert steps_of_round(settings(), facts()) == 2 * 3
+    assert BASE.job("evaluate", 0).output.parts == 3
+    assert BASE.job("evaluation_summary", 0).output.parts == 1
+    assert Experiment(settings(), facts()).steps_per_round == 2 * 3
 
 
 def test_no_prompt_twice_in_an_epoch() -> None:
-    drawn = [i for round_ in range(3) for part in BASE.job("rollout", round_).prompt_indices for i in part]
-    assert sorted(drawn[:25]) == list(range(25))
-    assert all(0 <= i < 25 for i in drawn)
+    rows = [i for round_ in range(3) for part in drawn(settings(), round_) for i in part]
+    assert sorted(rows[:25]) == list(range(25))
+    assert all(0 <= i < 25 for i in rows)
 
 
 def test_a_small_source_bounds_a_round() -> None:
-    plan = make_plan(settings(), facts(prompts=6))
-    assert sorted(i for part in plan.job("rollout", 1).prompt_indices for i in part) == list(range(6))
+    assert sorted(i for part in drawn(settings(), 1, prompts=6) for i in part) == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -83,20 +82,20 @@ def test_a_small_source_bounds_a_round() -> None:
 def test_first_round_keys_follow_meaning(
     changes: dict[str, object], other_facts: dict[str, str], changed: set[str]
 ) -> None:
-    other = make_plan(settings(**changes), facts(**other_facts))  # type: ignore[arg-type]
-    stages: tuple[Stage, ...] = ("rollout", "score", "train", "evaluate")
+    other = plan_of(settings(**changes), facts(**other_facts))
+    stages = ("rollout", "score", "train", "evaluate")
     found = {stage for stage in stages if keys(BASE, stage)[0] != keys(other, stage)[0]}
     assert found == changed
 
 
 def test_a_later_round_depends_on_training() -> None:
-    other = make_plan(settings(train={"objective": {"tau": 0.4}}), facts())
+    other = plan_of(settings(train={"objective": {"tau": 0.4}}), facts())
     assert keys(BASE, "rollout")[0] == keys(other, "rollout")[0]
     assert keys(BASE, "rollout")[1] != keys(other, "rollout")[1]
 
 
 def test_a_coverage_is_a_sibling_of_the_same_identity() -> None:
-    wide = make_plan(settings(score={"head": {"k_max": 64}}), facts())
+    wide = plan_of(settings(score={"head": {"k_max": 64}}), facts())
     ours, theirs = BASE.job("score", 0).output, wide.job("score", 0).output
     assert ours.base_key == theirs.base_key
     assert ours.key != theirs.key
@@ -104,22 +103,8 @@ def test_a_coverage_is_a_sibling_of_the_same_identity() -> None:
 
 def test_more_rounds_of_a_constant_rate_begin_with_the_same_ones() -> None:
     constant = {"optimizer": {"schedule": "constant"}}
-    short, long = (make_plan(settings(train=constant, rounds=n), facts()) for n in (2, 5))
+    short, long = (plan_of(settings(train=constant, rounds=n), facts()) for n in (2, 5))
     assert keys(short, "train") == keys(long, "train")[:2]
-
-
-def test_keys_are_those_of_every_earlier_version() -> None:
-    """A plan of today must find the artifacts of yesterday: keys as they were when each stage's version was new."""
-    found = {job.name: job.output.key for job in make_plan(settings(**AS_THEN), facts()).jobs if job.round == 1}
-    assert found == KEYS
-
-
-def test_evaluations_without_mathematics_are_those_of_before_its_answers_were_read_as_written() -> None:
-    plan = make_plan(
-        settings(**AS_THEN, evaluate={"benchmarks": [{"name": "b", "path": "b.jsonl", "verifier": "countdown"}]}),
-        facts(),
-    )
-    assert plan.job("evaluate", 1).output.key == "a22b921d0a845ff9e4d1"
 
 
 @pytest.mark.parametrize(
@@ -133,49 +118,34 @@ def test_evaluations_without_mathematics_are_those_of_before_its_answers_were_re
     ],
 )
 def test_which_policy_samples(schedule: dict[str, object], sampled: list[int]) -> None:
-    plan = make_plan(settings(rounds=6, **schedule), facts())
+    plan = plan_of(settings(rounds=6, **schedule), facts())
     for round_, policy in enumerate(sampled):
         rollout = plan.job("rollout", round_)
         expected = "s0" if policy == 0 else plan.job("train", policy - 1).output.key
         assert rollout.output.inputs["policy"] == expected
-        assert rollout.inputs == (() if policy == 0 else (plan.job("train", policy - 1).output,))
+        read = [input_.identity for input_ in rollout.inputs.values()]
+        assert read == ([] if policy == 0 else [plan.job("train", policy - 1).output])
         # training itself always goes on from the newest student
         newest = "s0" if round_ == 0 else plan.job("train", round_ - 1).output.key
         assert plan.job("train", round_).output.inputs["student"] == newest
 
 
 def test_a_late_policy_leaves_rollouts_free_of_the_training_before() -> None:
-    plan = make_plan(settings(rounds=3, lag=1), facts())
-    assert plan.job("train", 1).output not in plan.job("rollout", 2).inputs
-    assert plan.job("train", 0).output in plan.job("rollout", 2).inputs
-
-
-def test_training_on_an_older_policy_s_merged_stops_is_told_apart() -> None:
-    one_stop = replace(facts(), teacher=replace(facts().teacher, stop_ids=(2,)))
-    remapped = settings(lag=1, train={"objective": {"stops": "remap"}})
-    for asked, known, told in (
-        (settings(lag=1), facts(), [False, True, True]),
-        (settings(refresh=2), facts(), [False, True, False]),
-        (settings(), facts(), [False] * 3),
-        (settings(lag=1), one_stop, [False] * 3),
-        (remapped, facts(), [False] * 3),
-    ):
-        jobs = [make_plan(asked, known).job("train", round_) for round_ in range(3)]
-        assert ["merged_stops" in job.output.settings for job in jobs] == told
+    plan = plan_of(settings(rounds=3, lag=1), facts())
+    (policy,) = plan.job("rollout", 2).inputs.values()
+    assert policy.identity == plan.job("train", 0).output
 
 
 def test_rollouts_of_one_policy_in_several_rounds_are_different_ones() -> None:
-    plan = make_plan(settings(rounds=3, refresh=3), facts())
+    plan = plan_of(settings(rounds=3, refresh=3), facts())
     assert len(set(keys(plan, "rollout"))) == 3
 
 
 @pytest.mark.parametrize(("prompts", "per_round", "rounds"), [(25, 10, 8), (7, 3, 21), (6, 6, 4), (100, 33, 10)])
 def test_epochs_over_the_prompts(prompts: int, per_round: int, rounds: int) -> None:
     """Across every epoch's end: each epoch holds every prompt once, in an order of its own."""
-    plan = make_plan(
-        settings(rounds=rounds, rollout={"prompts_per_round": per_round, "rows_per_part": 4}), facts(prompts=prompts)
-    )
-    deck = [i for r in range(rounds) for part in plan.job("rollout", r).prompt_indices for i in part]
+    planned = settings(rounds=rounds, rollout={"prompts_per_round": per_round, "rows_per_part": 4})
+    deck = [i for r in range(rounds) for part in drawn(planned, r, prompts) for i in part]
     assert len(deck) == rounds * per_round
     epochs = [tuple(deck[start : start + prompts]) for start in range(0, len(deck), prompts)]
     for epoch in epochs:
@@ -192,19 +162,9 @@ def test_swapped_stops_are_those_of_a_checkpoint_alone() -> None:
     other = replace(plain, teacher=replace(teacher, stop_ids=(5, 2)), student=replace(student, stop_ids=(2,)))
     for stops, changed in (("class", []), ("remap", ["train"])):
         run = settings(rounds=1, train={"objective": {"stops": stops}})
-        one, two = make_plan(run, swapped), make_plan(run, other)
-        stages: tuple[Stage, ...] = ("rollout", "score", "train")
+        one, two = plan_of(run, swapped), plan_of(run, other)
+        stages = ("rollout", "score", "train")
         assert [stage for stage in stages if keys(one, stage) != keys(two, stage)] == changed
-
-
-def test_a_checkpoint_that_now_ends_elsewhere_has_another_key() -> None:
-    """A student that ends at its own stop id only is exported with the teacher's too; all else keeps its key."""
-    plain = facts()
-    base = replace(plain, student=replace(plain.student, generation_stops=(2,)))
-    one, two = make_plan(settings(rounds=1), plain), make_plan(settings(rounds=1), base)
-    stages: tuple[Stage, ...] = ("rollout", "score", "train")
-    assert [stage for stage in stages if keys(one, stage) != keys(two, stage)] == ["train"]
-    assert two.job("train", 0).output.settings["generation_stops"] == [2, 5]
 
 
 def test_an_unknown_round_is_refused() -> None:
@@ -221,50 +181,39 @@ def test_students_are_measured_now_and_then_the_first_and_the_last_always(
 ) -> None:
     asked = {"alignment": {"responses": ["own", "first"]}}
     seldom, always = (
-        make_plan(settings(rounds=rounds, evaluate={**asked, "every": number}), facts()) for number in (every, 1)
+        plan_of(settings(rounds=rounds, evaluate={**asked, "every": number}), facts()) for number in (every, 1)
     )
     for stage in ("evaluate", "align"):
-        rounds_of = [job.round for job in seldom.jobs if job.stage == stage]
+        rounds_of = [job.round for job in seldom.jobs if job.stage.name == stage]
         assert rounds_of == measured
         for round_ in measured:
-            assert seldom.job(stage, round_).output.key == always.job(stage, round_).output.key  # type: ignore[arg-type]
+            assert seldom.job(stage, round_).output.key == always.job(stage, round_).output.key
     assert keys(seldom, "train") == keys(always, "train")
-
-
-def test_what_was_trained_otherwise_at_first_is_told_apart() -> None:
-    def told(found: Facts, **changes: object) -> set[str]:
-        return set(make_plan(settings(**changes), found).job("train", 0).output.settings) & {"own_ids", "noise"}
-
-    assert told(facts()) == set()
-    some = {"objective": {"name": "rkl_topk", "student_topk": 4}}
-    assert told(facts(), train=some, rollout={"student_topk": 4}) == set()
-    assert told(facts(), train=some, rollout={"student_topk": 8}) == {"own_ids"}
-    assert told(facts(), train={"objective": {"name": "fkl"}}, rollout={"student_topk": 8}) == set()
-    noisy = replace(facts().student, is_noisy=True)
-    assert told(replace(facts(), student=noisy)) == {"noise"}
 
 
 def test_alignment_comes_beside_evaluations_and_changes_none_of_their_keys() -> None:
     asked = settings(evaluate={"alignment": {"responses": ["own", "first"]}})
-    plan = make_plan(asked, facts())
-    assert [job.output.key for job in plan.jobs if job.stage != "align"] == [job.output.key for job in BASE.jobs]
+    plan = plan_of(asked, facts())
+    assert [job.output.key for job in plan.jobs if job.stage.command != "align"] == [
+        job.output.key for job in BASE.jobs
+    ]
     last = plan.job("align", 3)
-    assert last.inputs == (
-        plan.job("evaluate", 3).output,
-        plan.job("evaluate", 0).output,
-        plan.job("train", 2).output,
-    )
-    assert last.output.parts == 2 * 3 + 1
-    assert plan.job("align", 0).inputs == (plan.job("evaluate", 0).output,)
+    assert {role: input_.identity for role, input_ in last.inputs.items()} == {
+        "own": plan.job("evaluate", 3).output,
+        "first": plan.job("evaluate", 0).output,
+        "policy": plan.job("train", 2).output,
+    }
+    assert last.output.parts == 2 * 3
+    assert plan.job("alignment_summary", 3).inputs["alignments"].identity == last.output
     assert len(set(keys(plan, "align"))) == 4
     done: set[str] = set()
     for job in plan.jobs:
-        assert all(identity.key in done for identity in job.inputs), job.name
+        assert all(input_.identity.key in done for input_ in job.inputs.values()), job.name
         done.add(job.output.key)
-    other = make_plan(asked, facts(teacher="t1"))
+    other = plan_of(asked, facts(teacher="t1"))
     assert other.job("evaluate", 0).output.key == plan.job("evaluate", 0).output.key
     assert other.job("align", 0).output.key != plan.job("align", 0).output.key
-    context = make_plan(
+    context = plan_of(
         settings(evaluate={"alignment": {"responses": ["own", "first"]}}, score={"teacher_prompt": "template"}), facts()
     )
     assert context.job("align", 0).output.key != plan.job("align", 0).output.key

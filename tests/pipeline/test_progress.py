@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eopd.pipeline import progress
+from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.progress import EventProgress, LineProgress, Replay, seconds_in_hand
 from eopd.stages.job import NullProgress
 
@@ -29,10 +30,10 @@ def test_an_event_that_was_cut_short_stops_nothing(tmp_path: Path) -> None:
     with events.open("ab") as file:
         file.write(b'{"advance": 12, "figu')
     worker.line("second")
-    worker.end("full", "no space left")
+    worker.end(Outcome("full", "no space left"))
     replay.close()
     assert heard.lines == ["first", "second"]
-    assert replay.end == ("full", "no space left")
+    assert replay.outcome == Outcome("full", "no space left")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, RunSettings, parse_settings
 from eopd.pipeline.doctor_inputs import check_inputs
-from eopd.pipeline.prompt_check import Reader, refuse_unreadable_prompts, render_sources, sources_of
-from tests.pipeline.plan_case import commit, make_facts, make_runner
+from eopd.pipeline.prompt_check import Reader, check_prompts, render_sources, sources_of
+from tests.pipeline.plan_case import commit, make_facts, make_run
 from tests.stages.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
@@ -128,12 +128,12 @@ def test_a_run_that_is_complete_is_not_looked_at(folder: Path) -> None:
         student=replace(facts.student, tokenizer_folder=folder / "student"),
         teacher=replace(facts.teacher, tokenizer_folder=folder / "teacher"),
     )
-    runner = make_runner(folder, facts, prompts={"path": write(folder / "p.jsonl", [{"prompt": ""}])}, rounds=1)
+    run = make_run(folder, facts, prompts={"path": write(folder / "p.jsonl", [{"prompt": ""}])}, rounds=1)
     with pytest.raises(ConfigError, match=r"prompts: .*line 1"):
-        refuse_unreadable_prompts([runner], None)
-    for job in runner.plan.jobs:
-        commit(runner, job)
-    refuse_unreadable_prompts([runner], None)
+        check_prompts([run], None)
+    for job in run.plan.jobs:
+        commit(run, job)
+    check_prompts([run], None)
 
 
 def test_doctor_shows_prompts_without_what_steers_a_terminal(folder: Path) -> None:

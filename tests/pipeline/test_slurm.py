@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.config import parse_settings
-from eopd.pipeline.launchers.slurm.arrays import Array, arrays_of
-from eopd.pipeline.launchers.slurm.script import Place, dependency, dry_run
-from eopd.pipeline.plan import make_plan
-from eopd.pipeline.runner import Runner
-from eopd.stages.job import NullProgress
-from tests.pipeline.plan_case import RAW, commit, make_facts
+from eopd.pipeline.config import ConfigError, parse_settings
+from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, dry_run
+from eopd.pipeline.run import Run
+from tests.pipeline.plan_case import RAW, commit, make_facts, plan_of
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 PLACE = Place(Path("/cluster/project"), "python")
@@ -28,15 +26,15 @@ SLURM = {
 }
 
 
-def runner(store: str, **changes: object) -> Runner:
+def slurm_run(store: str, **changes: object) -> Run:
     slurm = SLURM | changes
     raw = RAW | {"store": store, "rounds": 2, "launcher": {"kind": "slurm", "slurm": slurm}}
     raw["train"] = {**RAW["train"], "processes": 4}  # type: ignore[dict-item]
     settings = parse_settings(raw, "test")
-    return Runner(settings, make_facts(), make_plan(settings, make_facts()), NullProgress())
+    return Run(settings, make_facts(), plan_of(settings, make_facts()))
 
 
-def arrays(run: Runner) -> list[Array]:
+def arrays(run: Run) -> list[Array]:
     return arrays_of([(run, job) for job in run.plan.jobs], run.settings.launcher.slurm)
 
 
@@ -45,37 +43,43 @@ def waits(found: list[Array]) -> dict[str, str | None]:
 
 
 def test_a_whole_plan_is_submitted_at_once(tmp_path: Path) -> None:
-    found = arrays(runner(str(tmp_path)))
+    found = arrays(slurm_run(str(tmp_path)))
     assert {array.name: array.indices for array in found} == {
         "evaluate-0": "0-1",
+        "evaluation_summary-0": "0",
         "rollout-0": "0-1",
         "score-0": "0-1",
         "train-0": "0",
         "evaluate-1": "0-1",
+        "evaluation_summary-1": "0",
         "rollout-1": "0-1",
         "score-1": "0-1",
         "train-1": "0",
         "evaluate-2": "0-1",
+        "evaluation_summary-2": "0",
     }
     assert waits(found) == {
         "evaluate-0": None,
+        "evaluation_summary-0": "afterok:evaluate-0",
         "rollout-0": None,
         "score-0": "aftercorr:rollout-0",
         "train-0": "afterok:rollout-0:score-0",
         "evaluate-1": "afterok:train-0",
+        "evaluation_summary-1": "afterok:evaluate-1",
         "rollout-1": "afterok:train-0",
         "score-1": "aftercorr:rollout-1",
         "train-1": "afterok:rollout-1:score-1:train-0",
         "evaluate-2": "afterok:train-1",
+        "evaluation_summary-2": "afterok:evaluate-2",
     }
-    assert found[0].chunks == {0: (0, 1), 1: (2,)}  # its last part is the summary: whoever ends last writes it
+    assert found[0].chunks == {0: (0, 1), 1: (2,)}
 
 
 def test_what_is_committed_is_left_out(tmp_path: Path) -> None:
-    run = runner(str(tmp_path))
+    run = slurm_run(str(tmp_path))
     commit(run, run.plan.job("rollout", 0), [0, 1])
     commit(run, run.plan.job("score", 0), [0])
-    commit(run, run.plan.job("evaluate", 0), [0, 1, 2, 3])
+    commit(run, run.plan.job("evaluate", 0))
     found = arrays(run)
     chunks = {array.name: dict(array.chunks) for array in found}
     assert "evaluate-0" not in chunks
@@ -90,14 +94,8 @@ def test_what_is_committed_is_left_out(tmp_path: Path) -> None:
     assert waits(found)["train-0"] == "afterok:score-0"
 
 
-def test_only_the_summary_is_missing(tmp_path: Path) -> None:
-    run = runner(str(tmp_path))
-    commit(run, run.plan.job("evaluate", 0), [0, 1, 2])
-    assert arrays(run)[0].chunks == {1: (3,)}
-
-
 def test_arrays_stay_below_the_clusters_limit(tmp_path: Path) -> None:
-    found = arrays(runner(str(tmp_path), parts_per_task=1, array_size=2))
+    found = arrays(slurm_run(str(tmp_path), parts_per_task=1, array_size=2))
     by_name = {array.name: array for array in found}
     assert by_name["rollout-0"].chunks == {0: (0,), 1: (1,)}
     assert by_name["rollout-0-1"].chunks == {0: (2,)}
@@ -106,32 +104,66 @@ def test_arrays_stay_below_the_clusters_limit(tmp_path: Path) -> None:
 
 
 def test_two_runs_that_share_a_job_submit_it_once(tmp_path: Path) -> None:
-    one = runner(str(tmp_path))
+    one = slurm_run(str(tmp_path))
     settings = one.settings.model_copy(update={"name": "other"})
-    other = Runner(settings, make_facts(), make_plan(settings, make_facts()), NullProgress())
+    other = Run(settings, make_facts(), plan_of(settings, make_facts()))
     work = [(run, job) for run in (one, other) for job in run.plan.jobs]
-    assert {array.runner.settings.name for array in arrays_of(work, one.settings.launcher.slurm)} == {"x"}
+    assert {array.run.settings.name for array in arrays_of(work, one.settings.launcher.slurm)} == {"x"}
 
 
-def test_runs_that_want_another_side_artifact_sample_once(tmp_path: Path) -> None:
-    """The second array finds the responses of the first and adds what is beside them; each waits for its own."""
-    one = runner(str(tmp_path))
+def test_runs_that_want_the_students_top_k_sample_once(tmp_path: Path) -> None:
+    one = slurm_run(str(tmp_path))
     rollout = one.settings.rollout.model_copy(update={"student_topk": 4})
     settings = one.settings.model_copy(update={"name": "other", "rollout": rollout})
-    other = Runner(settings, make_facts(), make_plan(settings, make_facts()), NullProgress())
+    other = Run(settings, make_facts(), plan_of(settings, make_facts()))
     found = arrays_of([(run, job) for run in (one, other) for job in run.plan.jobs], one.settings.launcher.slurm)
-    names = {array: f"{array.runner.settings.name}:{array.name}" for array in found}
+    names = {array: f"{array.run.name}:{array.name}" for array in found}
     waiting = {names[array]: dependency(array, names) for array in found}
-    assert waiting["other:rollout-0"] == "afterok:x:rollout-0"
-    assert waiting["other:score-0"] == "aftercorr:other:rollout-0"
+    assert "other:rollout-0" not in waiting
+    assert waiting["other:student_topk-0"] == "aftercorr:x:rollout-0"
+    assert waiting["other:score-0"] == "aftercorr:x:rollout-0,aftercorr:other:student_topk-0"
     assert waiting["x:score-0"] == "aftercorr:x:rollout-0"
     assert "other:evaluate-0" not in waiting  # that is one job
+
+
+def test_tasks_that_wait_for_different_arrays_stand_apart(tmp_path: Path) -> None:
+    run = slurm_run(str(tmp_path), parts_per_task=1)
+    settings = run.settings.model_copy(update={"rollout": run.settings.rollout.model_copy(update={"student_topk": 4})})
+    run = Run(settings, make_facts(), plan_of(settings, make_facts()))
+    commit(run, run.plan.job("rollout", 0), [0, 1])
+    commit(run, run.plan.job("student_topk", 0), [0])
+    found = {array.name: array for array in arrays(run)}
+    names = {array: name for name, array in found.items()}
+    scores = {name: array for name, array in found.items() if name.startswith("score-0")}
+    assert {name: tuple(array.chunks) for name, array in scores.items()} == {
+        "score-0.ready": (0,),
+        "score-0.1": (1,),
+        "score-0": (2,),
+    }
+    assert [dependency(array, names) for array in scores.values()] == [
+        None,
+        "aftercorr:student_topk-0.ready",
+        "aftercorr:rollout-0,aftercorr:student_topk-0",
+    ]
+
+
+@pytest.mark.parametrize("name", ["losses", "backoff_seconds", "backoff_limit_seconds", "full_poll_seconds"])
+def test_fault_settings_that_slurm_would_ignore_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"launcher.faults.{name}"):
+        parse_settings(RAW | {"launcher": {"kind": "slurm", "faults": {name: 7}}}, "test")
+
+
+def test_tasks_are_written_beside_the_script(tmp_path: Path) -> None:
+    array = arrays(slurm_run(str(tmp_path)))[0]
+    tasks = json.loads(array.tasks_text())
+    assert [task["parts"] for task in tasks.values()] == [[0, 1], [2]]
+    assert {(task["stage"], task["round"]) for task in tasks.values()} == {("evaluate", 0)}
 
 
 @pytest.fixture
 def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    run = runner("store")
+    run = slurm_run("store")
     text = dry_run([(run, job) for job in run.plan.jobs], run.settings.launcher.slurm, 3, PLACE)
     assert not list(tmp_path.iterdir())
     return text

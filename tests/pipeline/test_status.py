@@ -15,15 +15,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eopd.pipeline.cli.options import config_of
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.logs import errors, find_logs, last_line, tail
-from eopd.pipeline.plan import PlannedJob
-from eopd.pipeline.plan_table import make_console
-from eopd.pipeline.runner import Runner
-from eopd.pipeline.status import status_view, take_status
-from eopd.pipeline.status_cli import config_of
+from eopd.pipeline.logs import find_logs, tail
+from eopd.pipeline.run import Run
+from eopd.pipeline.status import take_status
+from eopd.pipeline.tables import make_console, status_view
+from eopd.pipeline.worker import log_task
+from eopd.stages.stage import Job
 from tests.end_to_end.conftest import command
-from tests.pipeline.plan_case import commit, make_runner, note_job
+from tests.pipeline.plan_case import commit, make_run, note_job
 
 HOLD = """
 import sys, time
@@ -37,9 +38,9 @@ with claim(open_artifact(Path(sys.argv[1]), sys.argv[2], sys.argv[3]), int(sys.a
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def run(tmp_path: Path) -> Run:
     save_file({"weight": torch.zeros(10)}, tmp_path / "model.safetensors")
-    return make_runner(tmp_path)
+    return make_run(tmp_path)
 
 
 @pytest.fixture
@@ -51,83 +52,78 @@ def held() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def hold(runner: Runner, job: PlannedJob, part: int) -> subprocess.Popen[str]:
-    arguments = [str(runner.store), job.output.kind, job.output.key, str(part)]
+def hold(run: Run, job: Job, part: int) -> subprocess.Popen[str]:
+    arguments = [str(run.store), job.output.kind, job.output.key, str(part)]
     process = subprocess.Popen([sys.executable, "-c", HOLD, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "True"
     return process
 
 
-def shown(runner: Runner) -> str:
+def shown(run: Run) -> str:
     console = make_console(160)
     with console.capture() as captured:
-        console.print(status_view(take_status([runner])))
+        console.print(status_view(take_status([run])))
     return captured.get()
 
 
-def test_who_works_on_what_and_how_fast(runner: Runner, held: list[subprocess.Popen[str]]) -> None:
-    rollout = runner.plan.job("rollout", 0)
-    artifact = commit(runner, rollout, [0, 1], responses=8, tokens=320)
+def test_who_works_on_what_and_how_fast(run: Run, held: list[subprocess.Popen[str]]) -> None:
+    rollout = run.plan.job("rollout", 0)
+    artifact = commit(run, rollout, [0, 1], responses=8, tokens=320)
     for part, age in ((0, 40), (1, 10)):
         marker = artifact.folder / f"part-0000{part}.json"
         os.utime(marker, (time.time() - age, time.time() - age))
-    held.append(hold(runner, rollout, 2))
-    (activity,) = take_status([runner]).activities
+    held.append(hold(run, rollout, 2))
+    (activity,) = take_status([run]).activities
     assert list(activity.workers.values()) == [[2]]
     assert f"process {held[0].pid} " in next(iter(activity.workers))
     assert activity.seconds_per_part == pytest.approx(30, abs=1)
-    assert activity.left == pytest.approx(30, abs=1)
-    assert "rollout 0  2/3" in shown(runner)
+    assert activity.seconds_left == pytest.approx(30, abs=1)
+    assert "rollout 0  2/3" in shown(run)
     held[0].kill()
     held[0].wait()
-    (activity,) = take_status([runner]).activities
+    (activity,) = take_status([run]).activities
     assert activity.workers == {}
-    assert "No part is claimed" in shown(runner)
+    assert "No part is claimed" in shown(run)
 
 
-def test_a_training_shows_its_step(runner: Runner, held: list[subprocess.Popen[str]]) -> None:
-    train = runner.plan.job("train", 0)
-    artifact = runner.artifact(train.output)
+def test_a_training_shows_its_step(run: Run, held: list[subprocess.Popen[str]]) -> None:
+    train = run.plan.job("train", 0)
+    artifact = run.artifact(train.output)
     with artifact.write_part(1):  # leaves an identity to claim; the optimiser's part is the first to come
         pass
-    held.append(hold(runner, train, 0))
-    runner.paths.folder.mkdir(parents=True)
+    held.append(hold(run, train, 0))
+    run.paths.folder.mkdir(parents=True)
     rows = [{"round": 0, "step": step, "tokens": 100, "tokens_per_s": 50.0, "loss": 0.25} for step in range(3)]
-    runner.paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"round": 0, "st')
-    (activity,) = take_status([runner]).activities
+    run.paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"round": 0, "st')
+    (activity,) = take_status([run]).activities
     assert activity.step == rows[-1]
-    assert activity.left == pytest.approx((6 - 3) * 2.0)  # 20 responses in batches of 8, twice
-    assert "step 3/6" in shown(runner)
+    assert activity.seconds_left == pytest.approx((6 - 3) * 2.0)  # 20 responses in batches of 8, twice
+    assert "step 3/6" in shown(run)
 
 
-def test_errors_and_the_last_line_are_shown(runner: Runner) -> None:
-    logs = runner.paths.logs
-    logs.mkdir(parents=True)
-    (logs / "score-0.worker-0.log").write_text("loading\nTraceback\nValueError: the teacher's logits are NaN\n")
-    (logs / "rollout-1.worker-1.log").write_text("rollout: 20 responses\n\n")
-    os.utime(logs / "score-0.worker-0.log", (1, time.time() - 100))
-    assert [words.line for words in errors(logs)] == ["ValueError: the teacher's logits are NaN"]
-    (logs / "score-1.worker-0.log").write_text("eopd: the disk is full\nscore 1: done\nloading\n")
-    os.utime(logs / "score-1.worker-0.log", (1, time.time() - 200))
-    assert len(errors(logs)) == 1, "what was overcome is no error"
-    found = last_line(logs)
-    assert found is not None
-    assert (found.log.name, found.line) == ("rollout-1.worker-1.log", "rollout: 20 responses")
-    text = shown(runner)
-    assert "Error in score-0.worker-0.log, 1 min 40 s ago: ValueError" in text
-    assert "rollout-1.worker-1.log: rollout: 20 responses" in text
+def test_failures_are_shown_until_the_job_is_done(run: Run) -> None:
+    score, rollout = run.plan.job("score", 0), run.plan.job("rollout", 1)
+    log_task(run, rollout, outcome="failed", message="out of memory", parts=[0])
+    log_task(run, score, outcome="failed", message="the teacher's logits are NaN", parts=[1])
+    assert [failure.job for failure in take_status([run]).failures] == ["score 0", "rollout 1"]
+    log_task(run, rollout, seconds=3.0, made=1)
+    (failure,) = take_status([run]).failures
+    assert failure.message == "the teacher's logits are NaN"
+    assert "score 0 failed 0 s ago: the teacher's logits are NaN" in shown(run)
 
 
-def test_everything_done(runner: Runner) -> None:
-    for job in runner.plan.jobs:
-        commit(runner, job, responses=8, tokens=80)
-        note_job(runner, job, 1.0)
-    assert "Everything is done." in shown(runner)
+def test_everything_done(run: Run) -> None:
+    for job in run.plan.jobs:
+        commit(run, job, responses=8, tokens=80)
+        note_job(run, job, 1.0)
+    assert "Everything is done." in shown(run)
 
 
 def test_logs_are_chosen_by_stage_and_round(tmp_path: Path) -> None:
-    for number, name in enumerate(["score-0.worker-0.log", "score-1.worker-0.log", "train-1.log", "vllm.log"]):
+    for number, name in enumerate(
+        ["score-0.worker-0.log", "score-1.worker-0.log", "train-1.log", "student_topk-0.log", "vllm.log"]
+    ):
         (tmp_path / name).write_text(f"of {name}\n")
         os.utime(tmp_path / name, (number, number))
     assert [path.name for path in find_logs(tmp_path, "score", None)] == [
@@ -135,7 +131,8 @@ def test_logs_are_chosen_by_stage_and_round(tmp_path: Path) -> None:
         "score-1.worker-0.log",
     ]
     assert [path.name for path in find_logs(tmp_path, None, 1)] == ["score-1.worker-0.log", "train-1.log"]
-    assert len(find_logs(tmp_path)) == 4
+    assert [path.name for path in find_logs(tmp_path, "student_topk", 0)] == ["student_topk-0.log"]
+    assert len(find_logs(tmp_path)) == 5
     with pytest.raises(RunError, match=r"no log of train round 0 .* there is: .*vllm\.log"):
         find_logs(tmp_path, "train", 0)
 

@@ -11,9 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from eopd.pipeline.doctor_cli import doctor
-from eopd.pipeline.store_cli import app
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.pipeline.cli.inspect import doctor
+from eopd.pipeline.cli.store import app
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.listing import find, keys
 from eopd.storage.teacher_cache import TeacherCache
 from tests import s3
@@ -37,10 +38,10 @@ def test_ls_and_show(tmp_path: Path) -> None:
     with training.write_part(7) as folder:
         (folder / "state").write_text("x")
     lines = run("ls", "--store", tmp_path).splitlines()
-    assert "3 parts" in lines[0]
-    assert lines[0].endswith("complete")
-    assert "000000" not in lines[1]
-    assert "a training that has not ended" in lines[1]
+    assert "000000" not in lines[0]
+    assert "a training that has not ended" in lines[0]
+    assert "3 parts" in lines[1]
+    assert lines[1].endswith("complete")
     assert lines[2].startswith("2 artifacts")
     assert run("ls", "scores", "--store", tmp_path).count("\n") == 2
     assert json.loads(run("show", artifact.key[:8], "--store", tmp_path))["parts"] == 3

@@ -11,8 +11,8 @@ import pytest
 from rich.table import Table
 
 from eopd.pipeline.config import ConfigError, parse_settings
-from eopd.pipeline.plan_table import PlainConsole
 from eopd.pipeline.store_check import check_folders, check_store
+from eopd.pipeline.tables import PlainConsole
 from eopd.stages.format import escaped, excerpt, one_line
 
 HOSTILE = "a\x1b[2J\x1b]0;t\x07b\r\x9b1m\u202ec"

@@ -13,7 +13,8 @@ import numpy as np
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.score.job import ScoreJob
 from eopd.stages.score.settings import ScoreSettings
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 
 STOPS = (2, 9)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SparseStudent, outcomes
+from eopd.stages.train.objectives.base import SparseStudent, outcomes
+from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 

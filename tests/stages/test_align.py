@@ -11,20 +11,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from eopd.stages.align.bins import SUMMED
+from eopd.stages.align.job import AlignmentJob, SummaryJob
+from eopd.stages.align.reading import measure_alignment
+from eopd.stages.align.run import run, summarise
+from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate import run as evaluating
-from eopd.stages.evaluate.alignment.bins import SUMMED
-from eopd.stages.evaluate.alignment.job import AlignmentJob
-from eopd.stages.evaluate.alignment.reading import measure_alignment
-from eopd.stages.evaluate.alignment.run import run
-from eopd.stages.evaluate.alignment.settings import AlignmentSettings
-from eopd.stages.evaluate.job import EvaluateJob
+from eopd.stages.evaluate.run import EvaluateJob
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.storage import alignments
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from tests.bounds import forward_rounding
 from tests.stages.test_evaluate import COUNTDOWN, STOPS, STUDENT, Lines, job_for, samples_of, settings_for
 
@@ -49,9 +50,9 @@ def evaluated_first(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
 
 def align(evaluated: EvaluateJob, store: Path, sources: tuple[str, ...] = ("own",), **alignment: Any) -> AlignmentJob:
     settings = settings_for(alignment={**ALIGNMENT, "responses": sources, **alignment})
-    count = len(sources) * (evaluated.output.parts - 1) + 1
+    count = len(sources) * evaluated.output.parts
     asked = settings.alignment.semantic() if settings.alignment else {}
-    output = Artifact(store, Identity("alignments", 2, count, asked))
+    output = Artifact(store, Identity("alignments", 1, count, asked, {"teacher": "teacher", "student": "student"}))
     return AlignmentJob(
         output,
         range(count),
@@ -66,8 +67,19 @@ def align(evaluated: EvaluateJob, store: Path, sources: tuple[str, ...] = ("own"
     )
 
 
+def summary_of(job: AlignmentJob) -> SummaryJob:
+    """The job that sums up what ``job`` measures."""
+    identity = Identity("alignment_summaries", 1, 1, inputs={"alignments": job.output.key})
+    return SummaryJob(Artifact(job.output.folder.parents[1], identity), job.output, job.settings, Lines())
+
+
+def run_and_summarise(job: AlignmentJob) -> None:
+    run(job)
+    summarise(summary_of(job))
+
+
 def results_of(job: AlignmentJob) -> dict[str, Any]:
-    path = job.output.part_folder(job.output.parts - 1) / alignments.RESULTS
+    path = summary_of(job).output.part_folder(0) / alignments.RESULTS
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -75,7 +87,7 @@ def results_of(job: AlignmentJob) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def aligned(evaluated: EvaluateJob, tmp_path_factory: pytest.TempPathFactory) -> AlignmentJob:
     job = align(evaluated, tmp_path_factory.mktemp("aligned"))
-    run(job)
+    run_and_summarise(job)
     return job
 
 
@@ -114,27 +126,27 @@ def test_the_summary_is_what_the_two_models_say_of_the_samples(evaluated: Evalua
 def test_the_record_says_what_it_was_made_from(evaluated: EvaluateJob, aligned: AlignmentJob) -> None:
     found = results_of(aligned)
     assert found["settings"]["samples"] == 2
-    assert found["teacher"]["fingerprint"] == "teacher"
+    assert (found["teacher"]["fingerprint"], found["student"]["fingerprint"]) == ("teacher", "student")
     assert found["engines"][0].startswith("transformers")
     assert aligned.output.marker(1).inputs == {"samples": evaluated.output.marker(1).checksum}
     table = alignments.read_sums(aligned.output.part_folder(0))
     assert set(SUMMED) < set(table.column_names)
     assert min(table.column("tokens").to_pylist()) >= 1
-    assert isinstance(aligned.progress, Lines)
-    assert "nats a token" in aligned.progress.seen[-1]
 
 
 def test_parts_can_be_done_apart_and_add_up_to_the_same_bytes(
     evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path
 ) -> None:
     job = align(evaluated, tmp_path)
-    run(replace(job, parts=[3, 2]))
+    run(replace(job, parts=[2]))
     assert job.output.committed() == {2}
-    assert isinstance(job.progress, Lines)
-    assert "waits for 2 of 3 parts" in job.progress.seen[-1]
     run(replace(job, parts=[0, 1]))
     assert job.output.is_complete()
     run(replace(job, student=replace(STUDENT, path="/nowhere")))  # nothing to do, nothing is loaded
+    summary = summary_of(job)
+    summarise(summary)
+    assert isinstance(summary.progress, Lines)
+    assert "nats a token" in summary.progress.seen[-1]
     assert results_of(job)["responses"] == results_of(aligned)["responses"]
 
 
@@ -143,12 +155,12 @@ def test_fewer_problems_and_a_fixed_set_beside_its_own(
 ) -> None:
     """Each under its own name: what reading either evaluation alone gives."""
     job = align(evaluated, tmp_path / "both", ("own", "first"), samples=1, limit=7)
-    run(replace(job, sources=(job.sources[0], ("first", evaluated_first.output))))
+    run_and_summarise(replace(job, sources=(job.sources[0], ("first", evaluated_first.output))))
     found = results_of(job)["responses"]
     assert found["own"]["problems"] == found["own"]["responses"] == 7
     for name, source in (("own", evaluated), ("first", evaluated_first)):
         alone = align(source, tmp_path / name, samples=1, limit=7)
-        run(alone)
+        run_and_summarise(alone)
         assert found[name] == results_of(alone)["responses"]["own"]
     assert found["own"]["all"]["fkl"] != found["first"]["all"]["fkl"]
 
@@ -159,16 +171,16 @@ def test_the_teacher_reads_its_own_template(evaluated: EvaluateJob, aligned: Ali
     )
     with pytest.raises(ValueError, match="chat template"):
         run(replace(job, teacher=replace(TEACHER, tokenizer=str(COUNTDOWN / "student"))))
-    run(job)
+    run_and_summarise(job)
     assert results_of(job)["responses"]["own"]["all"]["fkl"] != results_of(aligned)["responses"]["own"]["all"]["fkl"]
 
 
 def test_responses_longer_than_a_model_reads_are_cut_and_counted(
     evaluated: EvaluateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eopd.stages.evaluate.alignment.run.longest_readable", lambda folder: 16)
+    monkeypatch.setattr("eopd.stages.align.run.longest_readable", lambda folder: 16)
     job = align(evaluated, tmp_path)
-    run(job)
+    run_and_summarise(job)
     found = results_of(job)["responses"]["own"]
     rows = [row for row in samples_of(evaluated) if row["sample"] < 2]
     kept = [min(len(row["response_token_ids"]), 17 - row["prompt_tokens"]) for row in rows]
@@ -179,10 +191,10 @@ def test_responses_longer_than_a_model_reads_are_cut_and_counted(
 def test_a_source_of_which_every_part_was_set_aside_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
     job = align(evaluated, tmp_path, ("own", "first"))
     broken = Artifact(tmp_path, Identity("evaluations", 1, evaluated.output.parts, {"name": "broken"}))
-    for part in range(broken.parts - 1):
+    for part in range(broken.parts):
         broken.set_aside(part, "failed 3 times: out of luck")
     with pytest.raises(ValueError, match=r"every part of 'first' was set aside \(.*out of luck\).*verify --repair"):
-        run(replace(job, sources=(*job.sources[:1], ("first", broken))))
+        run_and_summarise(replace(job, sources=(*job.sources[:1], ("first", broken))))
 
 
 def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
@@ -212,7 +224,7 @@ def test_kept_engines_make_room_on_a_gpu(evaluated: EvaluateJob, tmp_path: Path,
 @pytest.mark.vllm
 def test_a_teacher_on_vllm_says_the_same(evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path) -> None:
     job = align(evaluated, tmp_path, teacher_engine="vllm")
-    run(job)
+    run_and_summarise(job)
     assert any(engine.startswith("vllm") for engine in results_of(job)["engines"])
     found, expected = (results_of(one)["responses"]["own"]["all"] for one in (job, aligned))
     for name in ("fkl", "rkl", "teacher_entropy"):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eopd.stages.evaluate.alignment import divergence
-from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
-from eopd.stages.evaluate.alignment.divergence import TokenFigures, compare
-from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment, read_pairs
+from eopd.stages.align import divergence
+from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
+from eopd.stages.align.divergence import TokenFigures, compare
+from eopd.stages.align.reading import LoadedModel, measure_alignment, read_pairs
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence
 from tests.bounds import entropy_rounding, forward_rounding, logits_rounding, logprobs_rounding, rounding
@@ -132,7 +132,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(ValueError, match="the student's logits are not finite"):
         compare((states(3, 8, 0), head(50, 8, 0)), (broken, head(50, 8, 0)))
     with pytest.raises(ValueError, match="no response has a token"):
-        summarise(np.zeros((0, 3, len(SUMMED))), [], EntropyBins.of((1.0,), 0.8, 50))
+        summarise_bins(np.zeros((0, 3, len(SUMMED))), [], EntropyBins.of((1.0,), 0.8, 50))
 
 
 def test_bins_split_at_tau_and_hold_every_token() -> None:
@@ -211,8 +211,8 @@ def test_intervals_are_over_problems_not_tokens() -> None:
     sums = np.zeros((40, bins.count, len(SUMMED)))
     sums[:, 0, 0] = 10
     sums[:, 0, 1] = 10 * rng.random(40)
-    alone = summarise(sums, list(range(40)), bins)
-    copies = summarise(np.concatenate([sums] * 4), list(range(40)) * 4, bins)
+    alone = summarise_bins(sums, list(range(40)), bins)
+    copies = summarise_bins(np.concatenate([sums] * 4), list(range(40)) * 4, bins)
     assert copies.all.intervals["fkl"] == pytest.approx(alone.all.intervals["fkl"])
     assert copies.problems == 40
     assert copies.responses == 160
@@ -232,14 +232,14 @@ def test_where_resamples_never_differ_no_interval_is_claimed() -> None:
     sums[:, 0, SUMMED.index("agreement")] = sums[:, 0, 0]  # wherever one looks
     sums[3:5, 2, 0] = 7
     sums[3:5, 2, SUMMED.index("fkl")] = 7 * 1.4, 7 * 2.1
-    apart = summarise(sums, list(range(30)), bins)
+    apart = summarise_bins(sums, list(range(30)), bins)
     assert apart.bins[0].agreement == 1.0
     assert set(apart.bins[0].intervals) == {"fkl"}
     assert apart.bins[2].intervals["fkl"] == pytest.approx((1.4, 2.1))
-    one = summarise(sums, [*range(4), 3, *range(5, 30)], bins)  # both responses are of one problem
+    one = summarise_bins(sums, [*range(4), 3, *range(5, 30)], bins)  # both responses are of one problem
     assert one.bins[2].fkl == pytest.approx(1.75)
     assert one.bins[2].intervals == {}
-    each = summarise(sums[3:5], [0, 1], bins, benchmarks=["a", "b"])  # two benchmarks of one problem
+    each = summarise_bins(sums[3:5], [0, 1], bins, benchmarks=["a", "b"])  # two benchmarks of one problem
     assert each.all.intervals == {}
 
 
@@ -251,7 +251,7 @@ def test_problems_are_drawn_within_their_benchmark() -> None:
     sums[:, 0, 0] = 10
     sums[:, 0, SUMMED.index("fkl")] = 10 * np.concatenate([rng.normal(1.0, 0.01, 10), rng.normal(3.0, 0.01, 30)])
     benchmarks = ["b"] * 10 + ["a"] * 30
-    apart, together = (summarise(sums, list(range(40)), bins, benchmarks=names) for names in (benchmarks, None))
+    apart, together = (summarise_bins(sums, list(range(40)), bins, benchmarks=names) for names in (benchmarks, None))
     assert apart.all.fkl == together.all.fkl == pytest.approx(2.5, abs=0.02)  # tokens count, not benchmarks
     low, high = apart.all.intervals["fkl"]
     assert high - low == pytest.approx(2 * 1.96 * 0.01 / math.sqrt(40), rel=0.4)

@@ -12,12 +12,12 @@ import transformers as hf
 from safetensors.numpy import load_file as load_arrays
 from torch import nn
 
-from eopd.stages.engines.hidden import open_hidden_engine
+from eopd.stages.align.reading import LoadedModel, measure_alignment
 from eopd.stages.engines.hidden_transformers import full_model_logits
 from eopd.stages.engines.kept import Engines
-from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest, open_sampling_engine
+from eopd.stages.engines.open import open_hidden_engine, open_sampling_engine
+from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine, sequence_logprobs
-from eopd.stages.evaluate.alignment.reading import LoadedModel, measure_alignment
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of, traits_of
@@ -25,9 +25,9 @@ from eopd.stages.models.loading import load_model
 from eopd.stages.models.model_config import length_boundary, scaled_positions
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
-from eopd.stages.train.job import OPTIMIZER, ROUND_START_FILE, WEIGHTS
 from eopd.stages.train.run import freeze_unread
 from eopd.stages.train.run import run as train
+from eopd.storage.checkpoints import OPTIMIZER, ROUND_START_FILE, WEIGHTS
 from eopd.storage.teacher_cache import TeacherCache
 from tests.stages.score_case import random_responses, rollouts, score_job
 from tests.stages.tiny_models import COMMON, save_teacher, tiny_model, tiny_tokenizer

@@ -14,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from eopd.stages.evaluate import run as stage
-from eopd.stages.evaluate.job import EvaluateJob
 from eopd.stages.evaluate.passk import pass_at_k
+from eopd.stages.evaluate.run import EvaluateJob, SummaryJob
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.evaluate.verifiers.countdown import verify
@@ -24,7 +24,8 @@ from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.storage import evaluations
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 
 COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
 STUDENT = ModelRef(path=str(COUNTDOWN / "student"), dtype="float32", fingerprint="student")
@@ -61,21 +62,33 @@ def settings_for(**changes: Any) -> EvaluateSettings:
 def job_for(
     folder: Path, settings: EvaluateSettings, parts: Sequence[int] | None = None, planned: int | None = None
 ) -> EvaluateJob:
-    count = planned if planned is not None else len(chunks(settings)) + 1
+    count = planned if planned is not None else len(chunks(settings))
     output = Artifact(folder / "store", Identity("evaluations", 1, count, settings.semantic(), {"policy": "student"}))
     chosen = range(count) if parts is None else parts
     return EvaluateJob(output, chosen, settings, Lines(), folder / "logs", STUDENT, STOPS, seed=7)
 
 
+def summary_of(job: EvaluateJob) -> SummaryJob:
+    """The job that sums up what ``job`` samples."""
+    identity = Identity("evaluation_summaries", 1, 1, inputs={"evaluation": job.output.key})
+    return SummaryJob(Artifact(job.output.folder.parents[1], identity), job.output, job.settings, Lines())
+
+
+def evaluate(job: EvaluateJob) -> None:
+    """Sample every part and sum up."""
+    stage.run(job)
+    stage.summarise(summary_of(job))
+
+
 def results_of(job: EvaluateJob) -> dict[str, Any]:
-    folder = job.output.part_folder(job.output.parts - 1)
+    folder = summary_of(job).output.part_folder(0)
     found: dict[str, Any] = json.loads((folder / evaluations.RESULTS).read_text())
     return found
 
 
 def samples_of(job: EvaluateJob) -> list[dict[str, Any]]:
     rows = []
-    for part in range(job.output.parts - 1):
+    for part in range(job.output.parts):
         rows += evaluations.read_samples(job.output.part_folder(part)).to_pylist()
     return rows
 
@@ -95,15 +108,18 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluateJob:
         },
     ]
     job = job_for(folder, settings_for(benchmarks=benchmarks))
-    stage.run(job)
+    evaluate(job)
     return job
 
 
-def test_a_benchmark_on_which_nothing_is_right_says_so(evaluated: EvaluateJob) -> None:
+def test_a_benchmark_on_which_nothing_is_right_says_so(evaluated: EvaluateJob, tmp_path: Path) -> None:
     (warning,) = results_of(evaluated)["warnings"]
     assert warning.startswith("benchmark exact: of 8 responses none is right")
-    assert isinstance(evaluated.progress, Lines)
-    assert f"evaluate: warning: {warning}" in evaluated.progress.seen
+    again = summary_of(evaluated)
+    again = replace(again, output=Artifact(tmp_path, again.output.identity))
+    stage.summarise(again)
+    assert isinstance(again.progress, Lines)
+    assert f"evaluate: warning: {warning}" in again.progress.seen
 
 
 def test_a_benchmark_without_one_answer_that_can_be_read_says_so() -> None:
@@ -121,7 +137,7 @@ def test_a_benchmark_without_one_answer_that_can_be_read_says_so() -> None:
 
 def test_parts_hold_every_sample_of_every_problem_once(evaluated: EvaluateJob) -> None:
     assert evaluated.output.is_complete()
-    assert evaluated.output.parts == 3 + 1 + 1
+    assert evaluated.output.parts == 3 + 1
     rows = samples_of(evaluated)
     names = [(row["benchmark"], row["problem_index"], row["sample"]) for row in rows]
     assert names == [("countdown", p, s) for p in range(12) for s in range(4)] + [
@@ -173,12 +189,12 @@ def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     assert found["verifiers"] == ["countdown 1", "exact 1"]
     assert found["settings"]["samples"] == 4
     assert found["model"]["fingerprint"] == "student"
-    folder = evaluated.output.part_folder(evaluated.output.parts - 1)
-    problems = evaluations.read_problems(folder).to_pylist()
+    summary = summary_of(evaluated).output
+    problems = evaluations.read_problems(summary.part_folder(0)).to_pylist()
     assert [row["correct"] for row in problems[:12]] == correct
-    assert (
-        evaluated.output.marker(evaluated.output.parts - 1).inputs["part-00000"] == evaluated.output.marker(0).checksum
-    )
+    assert summary.marker(0).inputs == {
+        f"part-{part:05d}": evaluated.output.marker(part).checksum for part in range(evaluated.output.parts)
+    }
 
 
 def test_a_complete_evaluation_does_no_work_and_a_second_one_gives_the_same_bytes(
@@ -187,25 +203,36 @@ def test_a_complete_evaluation_does_no_work_and_a_second_one_gives_the_same_byte
     again = replace(evaluated, progress=Lines(), policy=replace(STUDENT, path="/nowhere"))
     stage.run(again)
     elsewhere = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), log_dir=tmp_path / "logs")
-    stage.run(elsewhere)
+    evaluate(elsewhere)
     for part in range(evaluated.output.parts):
         assert elsewhere.output.marker(part).checksum == evaluated.output.marker(part).checksum, part
+    checksums = [summary_of(job).output.marker(0).checksum for job in (elsewhere, evaluated)]
+    assert checksums[0] == checksums[1]
 
 
-def test_parts_can_be_done_apart_and_the_summary_waits_for_all(evaluated: EvaluateJob, tmp_path: Path) -> None:
-    job = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), progress=Lines(), parts=[4, 2])
+def test_parts_that_are_done_apart_give_the_same_summary(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), parts=[2])
     stage.run(job)
     assert job.output.committed() == {2}
-    assert isinstance(job.progress, Lines)
-    assert "waits for parts 0, 1, 3" in job.progress.seen[-1]
-    stage.run(replace(job, parts=[0, 1, 3]))
+    evaluate(replace(job, parts=[3, 0, 1]))
     assert job.output.is_complete()
     assert results_of(job) == results_of(evaluated)
 
 
+def test_a_summary_leaves_out_what_was_set_aside_and_says_so(evaluated: EvaluateJob, tmp_path: Path) -> None:
+    job = replace(evaluated, output=Artifact(tmp_path, evaluated.output.identity), parts=[0, 2, 3])
+    stage.run(job)
+    job.output.set_aside(1, "failed 3 times")
+    stage.summarise(summary_of(job))
+    found = results_of(job)
+    assert found["left_out"] == [{"benchmark": "countdown", "start": 5, "stop": 10}]
+    assert found["benchmarks"]["countdown"]["problems"] == 7
+    assert found["benchmarks"]["exact"] == results_of(evaluated)["benchmarks"]["exact"]
+
+
 def test_top_p_is_applied_and_the_entropy_is_of_what_was_sampled_from(tmp_path: Path) -> None:
     job = job_for(tmp_path, settings_for(top_p=0.5, rows_per_part=12))
-    stage.run(job)
+    evaluate(job)
     rows = samples_of(job)
     truncated = [value for row in rows for value in row["truncated_logprobs"]]
     full = [value for row in rows for value in row["logprobs"]]
@@ -219,7 +246,7 @@ def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"countdown/evaluate/\d+'?: 10 tokens.*too_long: skip"):
         stage.run(replace(refusing, policy=replace(STUDENT, fingerprint="never loaded")))
     skipping = job_for(tmp_path, settings_for(max_prompt_tokens=8, too_long="skip"))
-    stage.run(skipping)
+    evaluate(skipping)
     one = results_of(skipping)["benchmarks"]["countdown"]
     assert one["problems"] + len(one["skipped"]) == 12
     none_left = job_for(tmp_path, settings_for(max_prompt_tokens=2, too_long="skip"), parts=[0])
@@ -249,8 +276,10 @@ def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(
 
 
 def test_a_benchmark_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 9 parts, but its benchmarks make 3"):
-        stage.run(job_for(tmp_path, settings_for(), planned=9))
+    job = job_for(tmp_path, settings_for(), planned=9)
+    for work in (lambda: stage.run(job), lambda: stage.summarise(summary_of(job))):
+        with pytest.raises(ValueError, match="has 9 parts, but its benchmarks make 3"):
+            work()
 
 
 def problem(correct: int, number: int) -> dict[str, Any]:
@@ -378,7 +407,7 @@ def test_paths_and_speed_are_not_part_of_the_identity() -> None:
 @pytest.mark.vllm
 def test_vllm_evaluates_the_same_model_about_as_well(evaluated: EvaluateJob, tmp_path: Path) -> None:
     job = job_for(tmp_path, settings_for(engine="vllm", samples=16, rows_per_part=64))
-    stage.run(job)
+    evaluate(job)
     found = results_of(job)
     one, reference = found["benchmarks"]["countdown"], results_of(evaluated)["benchmarks"]["countdown"]
     assert found["engines"][0].startswith("vllm")

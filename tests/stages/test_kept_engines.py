@@ -10,6 +10,7 @@ import pytest
 
 from eopd.stages.engines import probe
 from eopd.stages.engines.kept import Engines
+from eopd.stages.engines.open import open_sampling_engine
 from eopd.stages.engines.sampling import (
     EngineKind,
     EngineOptions,
@@ -18,7 +19,6 @@ from eopd.stages.engines.sampling import (
     SamplingParameters,
     SamplingRequest,
     derive_seed,
-    open_sampling_engine,
 )
 from eopd.stages.job import ModelRef, NullProgress
 from tests.stages.tiny_models import save_tiny

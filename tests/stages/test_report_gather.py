@@ -13,14 +13,15 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from eopd.stages.evaluate.alignment.bins import SUMMED, EntropyBins, summarise
+from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
 from eopd.stages.report.compare import merged
 from eopd.stages.report.data import FIRST, OWN, Estimate, ReportData, RunData
 from eopd.stages.report.gather import FIRST_STEP, RoundArtifacts, RunArtifacts, gather, seconds_by_key, summary_rows
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
 from eopd.storage import alignments, evaluations
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_record import HeadRule
 from tests.storage.making import scores
@@ -50,7 +51,7 @@ ONE = {**FIGURES, "problems": 2, "samples": 2, "skipped": []}
 def evaluation(store: Path, number: int, *, confidence: float = 0.95, **changes: Any) -> Artifact:
     """An evaluation of benchmarks b and a with two problems each; the summary alone."""
     files = {"benchmark a": "fa", "benchmark b": "fb", "policy": str(number)}
-    artifact = Artifact(store, Identity("evaluations", 2, 1, {"made up": number}, files))
+    artifact = Artifact(store, Identity("evaluation_summaries", 1, 1, {"made up": number}, files))
     rows = [
         {
             "benchmark": benchmark,
@@ -183,11 +184,11 @@ def measured(fkl: float, tau: float) -> dict[str, Any]:
     sums = np.zeros((2, bins.count, len(SUMMED)))
     sums[:, :, 0] = 10
     sums[:, :, SUMMED.index("fkl")] = 10 * fkl * np.asarray([[0.9], [1.1]])
-    return summarise(sums, [0, 1], bins).to_json()
+    return summarise_bins(sums, [0, 1], bins).to_json()
 
 
 def alignment(store: Path, fkl: dict[str, float], *, tau: float = 0.8, teacher: str = "t", **settings: Any) -> Artifact:
-    artifact = Artifact(store, Identity("alignments", 2, 1, {"made up": [fkl, tau, teacher, settings]}))
+    artifact = Artifact(store, Identity("alignment_summaries", 1, 1, {"made up": [fkl, tau, teacher, settings]}))
     results = {
         "responses": {name: measured(value, tau) for name, value in fkl.items()},
         "settings": {"tau": tau, "temperature": 1.0, "merge_stops": True, "limit": None, **settings},
@@ -359,7 +360,7 @@ def test_costs_take_their_time_from_the_runs_that_did_the_work(tmp_path: Path) -
     logs = [tmp_path / "mine.jsonl", tmp_path / "theirs.jsonl"]
     logs[0].write_text(f'{{"key": "{mine.key}", "seconds": 2.0}}\n{{"key": "{mine.key}", "seconds": 1.5}}\n{{"k')
     logs[1].write_text(f'{{"key": "{theirs.key}", "seconds": 4.0}}\n{{"key": "{mine.key}", "seconds": 1.0}}\n')
-    rounds = [RoundArtifacts(n, None, rollouts=artifact) for n, artifact in enumerate((mine, theirs))]
+    rounds = [RoundArtifacts(n, None, made={"rollout": artifact}) for n, artifact in enumerate((mine, theirs))]
     run = gather(
         RunArtifacts(
             "run", {}, rounds, "", None, tmp_path / "none", logs[0], elsewhere=logs[1:], also_read={theirs.key}

@@ -27,7 +27,7 @@ from eopd.stages.report.data import (
     StepRow,
 )
 from eopd.stages.report.page import flatten, render
-from eopd.stages.report.run import ReportJob, run, to_csv
+from eopd.stages.report.run import ReportJob, make_report, to_csv
 from tests.stages.made_up_report import made_up_report, made_up_run, rollout, training_rows
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -335,15 +335,15 @@ def test_the_numbers_hold_every_figure_once() -> None:
 
 def test_run_writes_page_numbers_and_figures_and_removes_old_ones(tmp_path: Path) -> None:
     folder = tmp_path / "report"
-    assert run(ReportJob(folder, made_up_report(1))) == folder / "index.html"
+    assert make_report(ReportJob(folder, made_up_report(1))) == folder / "index.html"
     names = {path.stem for path in (folder / "figures").iterdir()}
     assert {"avg-at-k", "pass-at-k", "entropy", "gate-fraction", "rkl", "step-rkl", "fkl-by-entropy"} <= names
     assert "Avg@8" in "".join(ElementTree.parse(folder / "figures" / "avg-at-k.svg").getroot().itertext())
     few = ReportData("t", "g", [RunData("only", rounds=made_up_run().rounds[:2])])
-    run(ReportJob(folder, few))
+    make_report(ReportJob(folder, few))
     assert "step-rkl" not in {path.stem for path in (folder / "figures").iterdir()}
     assert not list(folder.rglob(".*")), "no temporary file stays"
     assert "only" in (folder / "index.html").read_text(encoding="utf-8")
     before = (folder / "figures" / "rkl.svg").read_bytes()
-    run(ReportJob(folder, few))
+    make_report(ReportJob(folder, few))
     assert (folder / "figures" / "rkl.svg").read_bytes() == before, "equal data give equal files"

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.prompts import PromptSettings
-from eopd.stages.rollout.job import RolloutJob
-from eopd.stages.rollout.run import run
+from eopd.stages.rollout import student_topk
+from eopd.stages.rollout.run import RolloutJob, run
 from eopd.stages.rollout.settings import RolloutSettings
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.stages.rollout.student_topk import StudentTopkJob
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk, write_student_topk
 from tests.stages import sampled_oracle
@@ -31,7 +33,7 @@ STOPS = (2, 40, 41, 42, 43, 44, 45)
 
 
 class Recorded(NullProgress):
-    """Keeps what was shown; can fail when so many responses (or parts of a side artifact) are done."""
+    """Keeps what was shown; can fail when so many responses (or parts of a top-k) are done."""
 
     def __init__(self, fail_at: int = 10**9) -> None:
         self.lines: list[str] = []
@@ -93,14 +95,19 @@ def make_job(folder: Path, policy: ModelRef, *, rollout: dict[str, Any] | None =
     )
 
 
-def with_side(job: RolloutJob, k: int = 5) -> RolloutJob:
-    settings = job.settings.model_copy(update={"student_topk": k})
-    side = Artifact(job.output.folder.parent.parent, Identity("student_topk", 1, len(PARTS), {"k": k}))
-    return replace(job, settings=settings, student_topk=side)
+def topk_job(rollouts: RolloutJob, k: int = 5) -> StudentTopkJob:
+    """The student's own top-k of what ``rollouts`` sampled."""
+    return StudentTopkJob(
+        output=Artifact(rollouts.output.folder.parent.parent, Identity("student_topk", 1, len(PARTS), {"k": k})),
+        parts=range(len(PARTS)),
+        rollouts=rollouts.output,
+        policy=rollouts.policy,
+        settings=rollouts.settings.model_copy(update={"student_topk": k}),
+        progress=Recorded(),
+    )
 
 
-def checksums(artifact: Artifact | None) -> list[str]:
-    assert artifact is not None
+def checksums(artifact: Artifact) -> list[str]:
     return [artifact.marker(part).checksum for part in range(artifact.parts)]
 
 
@@ -151,22 +158,25 @@ def test_a_prompt_drawn_twice_is_sampled_anew(tmp_path: Path, policy: tuple[Mode
 def test_parts_are_the_same_bytes_however_they_are_done(
     tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
 ) -> None:
-    whole = with_side(make_job(tmp_path / "whole", policy[0]))
+    whole, pieces = (make_job(tmp_path / name, policy[0]) for name in ("whole", "pieces"))
     run(whole)
-    pieces = with_side(make_job(tmp_path / "pieces", policy[0]))
     run(replace(pieces, parts=[2]))
     assert pieces.output.committed() == {2}
     with pytest.raises(KeyboardInterrupt):
         run(replace(pieces, progress=Recorded(fail_at=8)))  # in the second of the two parts that are left
     assert pieces.output.committed() == {0, 2}
     nonce = pieces.output.marker(0).nonce
-    with pytest.raises(KeyboardInterrupt):
-        run(replace(pieces, progress=Recorded(fail_at=7)))  # six responses of part 1, then the first side part
-    assert pieces.output.is_complete()
     run(pieces)
     assert checksums(pieces.output) == checksums(whole.output)
-    assert checksums(pieces.student_topk) == checksums(whole.student_topk)
     assert pieces.output.marker(0).nonce == nonce
+    topk, topk_in_pieces = topk_job(whole), topk_job(pieces)
+    student_topk.run(topk)
+    with pytest.raises(KeyboardInterrupt):
+        student_topk.run(replace(topk_in_pieces, progress=Recorded(fail_at=1)))
+    assert topk_in_pieces.output.committed() == {0}
+    student_topk.run(topk_in_pieces)
+    student_topk.run(replace(topk_in_pieces, policy=ModelRef("./nowhere")))  # nothing is missing, nothing is loaded
+    assert checksums(topk_in_pieces.output) == checksums(topk.output)
     assert not [folder for folder in pieces.output.folder.glob("part-*.*") if folder.is_dir() and not _named(folder)]
 
 
@@ -176,11 +186,13 @@ def _named(folder: Path) -> bool:
 
 
 def test_the_students_own_top_k(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
-    job = with_side(make_job(tmp_path, policy[0]))
+    job = make_job(tmp_path, policy[0])
     run(job)
-    assert job.student_topk is not None
-    assert job.student_topk.marker(0).inputs["rollouts"] == job.output.marker(0).checksum
-    found, rows = read_student_topk(job.student_topk.part_folder(0)), rows_of(job, 0)
+    topk = topk_job(job)
+    student_topk.run(topk)
+    assert topk.output.is_complete()
+    assert topk.output.marker(0).inputs["rollouts"] == job.output.marker(0).checksum
+    found, rows = read_student_topk(topk.output.part_folder(0)), rows_of(job, 0)
     assert found.lengths.tolist() == [len(row["response_token_ids"]) for row in rows]
     full = np.concatenate(
         [sampled_oracle.tempered(policy[1], r["prompt_token_ids"], r["response_token_ids"], 0.8) for r in rows]
@@ -190,17 +202,12 @@ def test_the_students_own_top_k(tmp_path: Path, policy: tuple[ModelRef, PreTrain
     np.testing.assert_allclose(np.take_along_axis(full, found.ids, 1), expected, atol=1e-4)
 
 
-def test_a_side_artifact_can_be_asked_for_later(tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]) -> None:
-    job = make_job(tmp_path, policy[0])
-    run(job)
-    before = checksums(job.output)
-    later = with_side(job)
-    run(later)
-    assert later.student_topk is not None
-    assert later.student_topk.is_complete()
-    assert checksums(later.output) == before
-    with pytest.raises(ValueError, match="student_topk must be 1 to 320"):
-        run(with_side(job, 321))
+@pytest.mark.parametrize("k", [0, 321])
+def test_a_top_k_that_the_vocabulary_cannot_give_is_refused(
+    tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel], k: int
+) -> None:
+    with pytest.raises(ValueError, match=r"rollout\.student_topk must be 1 to 320"):
+        student_topk.run(topk_job(make_job(tmp_path, policy[0]), k))
 
 
 def test_longer_prompts_are_skipped_and_counted_or_refused(
@@ -247,7 +254,7 @@ def test_nothing_is_loaded_when_nothing_is_missing(tmp_path: Path, policy: tuple
     run(replace(job, policy=ModelRef("./nowhere")))
 
 
-def test_the_side_record_keeps_its_shape(tmp_path: Path) -> None:
+def test_a_stored_top_k_keeps_its_shape(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     lengths = np.array([2, 0, 3], dtype=np.int32)
     written = StudentTopk(lengths, random.integers(0, 9, (5, 2), np.int32), random.random((5, 2), np.float32))
@@ -290,14 +297,14 @@ class Threads(NullProgress):
         self.seen.append(torch.get_num_threads())
 
 
-def test_the_student_s_top_k_is_found_on_the_threads_that_are_asked_for(
+def test_the_students_top_k_is_computed_on_as_many_threads_as_configured(
     tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel]
 ) -> None:
     before = torch.get_num_threads()
     run(make_job(tmp_path, policy[0]))
-    job = with_side(make_job(tmp_path, policy[0], rollout={"engine_options": {"cpu_threads": before + 2}}))
+    job = topk_job(make_job(tmp_path, policy[0], rollout={"engine_options": {"cpu_threads": before + 2}}))
     threads = Threads()
-    run(replace(job, progress=threads))
+    student_topk.run(replace(job, progress=threads))
     assert threads.seen == [before + 2] * len(PARTS)
     assert torch.get_num_threads() == before
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from eopd.stages.engines.open import open_sampling_engine, resolve_engine
 from eopd.stages.engines.sampling import (
     EngineOptions,
     Sample,
@@ -21,8 +22,6 @@ from eopd.stages.engines.sampling import (
     SamplingParameters,
     SamplingRequest,
     derive_seed,
-    open_sampling_engine,
-    resolve_engine,
 )
 from eopd.stages.engines.truncation import truncate
 from eopd.stages.job import ModelRef, NullProgress

@@ -19,7 +19,8 @@ from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model, load_tokenizer_at
 from eopd.stages.score.run import run
 from eopd.stages.score.settings import ScoreSettings
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.student_topk import StudentTopk, write_student_topk
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from eopd.stages.engines.hidden import open_hidden_engine
 from eopd.stages.engines.kept import Engines
+from eopd.stages.engines.open import open_hidden_engine
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.loading import load_model

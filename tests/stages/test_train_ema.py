@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.stages.job import ModelRef
-from eopd.stages.train.job import OPTIMIZER, WEIGHTS
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
+from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, train_job
 
 DECAY = 0.75
@@ -78,8 +78,8 @@ def test_the_average_follows_its_recurrence_over_resumes_and_rounds(world: Path)
         assert_close(found, averaged({f"model.{name}": value for name, value in start.items()}, now))
 
 
-def test_without_an_average_keys_are_as_they_were() -> None:
-    assert "ema" not in TrainSettings().semantic()
-    assert TrainSettings(ema=DECAY).semantic()["ema"] == DECAY
+def test_an_average_is_keyed_and_its_decay_is_less_than_1() -> None:
+    assert TrainSettings(ema=DECAY).semantic() == {**TrainSettings().semantic(), "ema": DECAY}
+    assert TrainSettings().semantic()["ema"] is None
     with pytest.raises(ValueError, match="less than 1"):
         TrainSettings(ema=1.0)

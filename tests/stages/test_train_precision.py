@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from eopd.stages.train.job import OPTIMIZER, WEIGHTS
 from eopd.stages.train.run import run
+from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
 from tests.stages.train_case import make_world, read_rows, train_job
 
 pytestmark = pytest.mark.usefixtures("attention_in_half_precision")

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eopd.pipeline.config import ConfigError, ModelSettings
-from eopd.pipeline.models import check_architectures, find_weights, refuse_incomplete_weights
-from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine, open_sampling_engine
+from eopd.pipeline import inputs
+from eopd.pipeline.config import ConfigError
+from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine
+from eopd.stages.experiment import ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import check_weights, load_model
 from eopd.stages.models.stored_head import stored_lm_head
@@ -259,7 +261,7 @@ def test_an_index_and_its_files_that_do_not_belong_together_are_refused(
 ) -> None:
     change(qwen3, shard(qwen3))
     with pytest.raises(ConfigError, match=rf"teacher\.path: .*{named}") as error:
-        find_weights("teacher", ModelSettings(path=str(qwen3)))
+        inputs.find_weights("teacher", ModelSettings(path=str(qwen3)))
     assert str(qwen3) in str(error.value)
     for check in (check_weights, load_model):
         with pytest.raises(ValueError, match=named):
@@ -281,7 +283,7 @@ def test_an_index_names_plain_safetensors_beside_it_and_nothing_else(name: Any, 
     with pytest.raises(ValueError, match="beside it and nothing else"):
         load_model(ModelRef(str(qwen3)))
     with pytest.raises(ConfigError, match=r"student\.path: .*beside it and nothing else"):
-        find_weights("student", ModelSettings(path=str(qwen3)))
+        inputs.find_weights("student", ModelSettings(path=str(qwen3)))
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", FIRST])
@@ -351,15 +353,13 @@ def test_a_lost_tensor_is_refused_before_work(originals: dict[str, Path], qwen3:
     damage(qwen3, lambda weights: weights.__delitem__("model.layers.1.self_attn.q_norm.weight"))
     roles = {"student": originals["llama"], "teacher": qwen3}
     models = {role: (ModelSettings(path=str(path)), path) for role, path in roles.items()}
-    found = check_architectures(models)
+    found = inputs.check_architectures(models)
     assert found.keys() == {"teacher"}
     assert "model.layers.1.self_attn.q_norm.weight is missing" in found["teacher"]
-    assert check_architectures(models, in_process=True) == found
+    assert inputs.check_architectures(models, in_process=True) == found
 
 
 def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eopd.pipeline import models
-
     tiny_tokenizer(qwen3)
     settings, refusals, checks = ModelSettings(path=str(qwen3)), {"teacher": "it is broken"}, []
 
@@ -369,10 +369,10 @@ def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkey
 
     def look() -> None:
         digests = Digests(tmp_path / "digests.json")
-        facts = models.inspect_model("teacher", settings, digests)
-        refuse_incomplete_weights({"teacher": (settings, facts)}, digests)
+        facts = inputs.inspect_model("teacher", settings, digests)
+        inputs.check_weights({"teacher": (settings, facts)}, digests)
 
-    monkeypatch.setattr(models, "check_architectures", check)
+    monkeypatch.setattr(inputs, "check_architectures", check)
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"teacher\.path: it is broken"):
             look()

@@ -16,9 +16,11 @@ from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
-from eopd.stages.train.job import METRICS_FILE, WEIGHTS, TrainJob
+from eopd.stages.train.job import TrainJob
 from eopd.stages.train.settings import TrainSettings
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.checkpoints import METRICS_FILE, WEIGHTS
+from eopd.storage.identity import Identity
 from tests.stages.score_case import STOPS, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
 from eopd.storage.codec import FORMAT_VERSION
+from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import PartHeader, write_part
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
 

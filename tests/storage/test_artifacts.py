@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim, claimed_parts, held_parts, holder, may_be_held
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, StoreUnwritable, WrongArtifact
+from eopd.storage.identity import Identity
 from eopd.storage.stopping import Stopped
 from tests.strangers import unprivileged
 
@@ -136,7 +137,8 @@ def test_an_identity_must_hash_to_its_key(artifact: Artifact, tmp_path: Path) ->
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.claims import claimed_parts
 store, dies = Path(sys.argv[1]), sys.argv[2] == "die"
 artifact = Artifact(store, Identity("rollouts", 1, 40))

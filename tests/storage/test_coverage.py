@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from eopd.storage.coverage import Coverage, NeedNotMet, able
@@ -11,6 +13,7 @@ from eopd.storage.teacher_record import HeadRule
 AWARE = Coverage(HeadRule(k_max=16, min_prob=0.03, full_head_above=0.4), (7,), vocab_size=1000)
 FIXED = Coverage(HeadRule(k_max=64, full_head_above=-1.0, draws="none"), (7,), extra_k=8, vocab_size=1000)
 SAMPLED = Coverage(HeadRule(k_max=1, draws="full", n_draws=50), (7,), vocab_size=1000)
+IMPORTED = Coverage(HeadRule(k_max=64, draws="none"), entropy=False, sampled=False, vocab_size=1000)
 WHOLE = Coverage(HeadRule(k_max=32, full_head_above=-1.0, draws="none"), vocab_size=32)
 
 
@@ -40,23 +43,37 @@ def test_met(coverage: Coverage, need: Need) -> None:
 
 
 @pytest.mark.parametrize(
-    ("coverage", "need", "message"),
+    ("coverage", "need", "what", "settings"),
     [
-        (AWARE, HeadNeed(17, 0.8), r"heads of 17 entries; it keeps 16\. Add: score\.head\.k_max=17"),
-        (AWARE, HeadNeed(16, 0.2), r"full heads where entropy > 0\.2; .*score\.head\.full_head_above=0\.2"),
-        (AWARE, HeadNeed(2), r"full heads where entropy > -1"),
-        (AWARE, DrawsNeed("beyond_head", max_weight=0.01), r"its draws weigh 0\.03\. Add: score\.head\.min_prob=0\.01"),
-        (AWARE, DrawsNeed("full", n=50), r"50 draws a token .*score\.head\.draws=full score\.head\.n_draws=50"),
-        (AWARE, HeadNeed(16, 0.8, 0.01), r"ids of probability 0\.01 and more; .*Add: score\.head\.min_prob=0\.01"),
-        (AWARE, ExtraIdsNeed(4), r"student's top-4; it has 0"),
-        (FIXED, DrawsNeed("beyond_head"), r"it has draws: none\. Add: score\.head\.draws=beyond_head"),
-        (SAMPLED, DrawsNeed("full", n=64), r"64 draws"),
-        (SAMPLED, DrawsNeed("beyond_head"), r"it has draws: full"),
+        (AWARE, HeadNeed(17, 0.8), "heads of 17 entries .*16", {"score.head.k_max": 17}),
+        (AWARE, HeadNeed(16, 0.2), r"entropy > 0\.2 .*> 0\.4", {"score.head.full_head_above": 0.2}),
+        (AWARE, HeadNeed(2), "entropy > -1 ", {"score.head.full_head_above": -1.0}),
+        (AWARE, HeadNeed(16, 0.8, 0.01), r"probability 0\.01 .*0\.03", {"score.head.min_prob": 0.01}),
+        (AWARE, DrawsNeed("beyond_head", max_weight=0.01), r"at most 0\.01 .*0\.03", {"score.head.min_prob": 0.01}),
+        (AWARE, DrawsNeed("full", n=50), "50 draws", {"score.head.draws": "full", "score.head.n_draws": 50}),
+        (AWARE, ExtraIdsNeed(4), "student's top-4 .*0", {"rollout.student_topk": 4}),
+        (FIXED, DrawsNeed("beyond_head"), "beyond the head .*none", {"score.head.draws": "beyond_head"}),
+        (SAMPLED, DrawsNeed("full", n=64), "64 draws .*50", {"score.head.draws": "full", "score.head.n_draws": 64}),
+        (SAMPLED, DrawsNeed("beyond_head"), "beyond the head .*full", {"score.head.draws": "beyond_head"}),
+        (IMPORTED, EntropyNeed(), "entropy", {}),
+        (IMPORTED, SampledNeed(), "sampled tokens", {}),
+        (IMPORTED, StopsNeed(), "stop", {}),
     ],
 )
-def test_not_met(coverage: Coverage, need: Need, message: str) -> None:
-    with pytest.raises(NeedNotMet, match=f"scores/x lacks .*{message}"):
-        coverage.require([EntropyNeed(), need], "scores/x")
+def test_not_met(coverage: Coverage, need: Need, what: str, settings: dict[str, object]) -> None:
+    missing = coverage.lacks(need)
+    assert missing is not None
+    assert missing.settings == settings
+    assert re.search(what, missing.what)
+    with pytest.raises(NeedNotMet) as refused:
+        coverage.require([HeadNeed(1), need], "scores/x")
+    assert f"scores/x lacks {missing.what}" in str(refused.value)
+    assert all(f"{name}={value}" in str(refused.value) for name, value in settings.items())
+
+
+def test_every_missing_need_is_named_at_once() -> None:
+    with pytest.raises(NeedNotMet, match=r"17 entries.*top-4.*score\.head\.k_max=17 rollout\.student_topk=4"):
+        AWARE.require([HeadNeed(17, 0.8), EntropyNeed(), ExtraIdsNeed(4)], "scores/x")
 
 
 def test_a_one_entry_head_is_never_taken_for_a_top_k() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from eopd.storage import garbage, paths
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage import garbage, listing, paths
+from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claim, may_be_held
+from eopd.storage.errors import DamagedPart
+from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verification import verify
 
@@ -31,6 +33,33 @@ def test_gc_keeps_what_roots_reach(tmp_path: Path) -> None:
     assert not gone.folder.exists()
     assert rollouts.is_complete()
     assert kept.is_complete()
+
+
+def test_any_kind_is_collected_and_other_folders_of_the_store_are_let_be(tmp_path: Path) -> None:
+    kept, gone = (other(tmp_path, "token_counts", {}, name=name) for name in ("kept", "gone"))
+    own = [tmp_path / name for name in ("notes", "my_runs/x/identity.json", "my_runs/latest", "Scores/x/identity.json")]
+    for path in own:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(tmp_path) if path.name == "latest" else path.write_text("x")
+    assert [(item.kind, item.key) for item in listing.ls(tmp_path) if not item.problem] == sorted(
+        ("token_counts", artifact.key) for artifact in (kept, gone)
+    )
+    assert verify(tmp_path) == []
+    plan = garbage.plan(tmp_path, [("token_counts", kept.key)], grace=-1.0)
+    assert [removal.path for removal in plan] == [gone.folder]
+    garbage.remove(plan)
+    assert all(map(os.path.lexists, own))
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "Scores", "../scores", ".runs", "token-counts", "a_", "a__b", "scores\n", "a" * 65]
+)
+def test_a_kind_is_a_lower_case_word(tmp_path: Path, kind: str) -> None:
+    content = {**Identity("scores", 1, 1).to_json(), "kind": kind}
+    with pytest.raises(DamagedPart, match="kind"):
+        Identity.from_json(content, tmp_path)
+    with pytest.raises(AssertionError):
+        Identity(kind, 1, 1)
 
 
 def test_gc_removes_what_no_marker_names(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from eopd.storage import listing, paths, statistics
-from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet, import_topk, imported_header, read_capture
+from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.stacked import StackedStores
@@ -140,11 +141,12 @@ def by_part(store: Path, kind: str, content: bytes, rollouts: Artifact | None = 
     return artifact
 
 
-def test_scores_of_other_rollouts_are_not_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["scores", "token_counts"])
+def test_scores_of_other_rollouts_are_not_served(tmp_path: Path, kind: str) -> None:
     """One key, two machines, two sets of bytes: scores of the one do not fit the rollouts of the other."""
     team, private = tmp_path / "team", tmp_path / "private"
     rollouts = by_part(team, "rollouts", b"as the team's GPU sampled them")
-    scored = by_part(team, "scores", b"scores", rollouts)
+    scored = by_part(team, kind, b"scores", rollouts)
     stack = StackedStores([private, team])
     assert stack.find(scored.identity).folder == scored.folder
     assert stack.find(rollouts.identity).folder == rollouts.folder
@@ -152,7 +154,7 @@ def test_scores_of_other_rollouts_are_not_served(tmp_path: Path) -> None:
     mine = by_part(private, "rollouts", b"as mine did")
     stack = StackedStores([private, team])
     assert stack.find(rollouts.identity).folder == mine.folder
-    assert stack.find(scored.identity).folder == private / "scores" / scored.key
+    assert stack.find(scored.identity).folder == private / kind / scored.key
     assert stack.coverages(scored.identity.base_key) == []
     with pytest.raises(WrongArtifact, match="other bytes there"):
         copy(scored, private)

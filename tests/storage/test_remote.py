@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eopd.storage import garbage, paths, remote
-from eopd.storage.artifacts import Artifact, Identity, open_artifact
+from eopd.storage import garbage, listing, paths, remote
+from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.fetched import FetchedArtifact
+from eopd.storage.identity import Identity
 from eopd.storage.pruning import prune
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import StackedStores
@@ -29,7 +30,7 @@ from eopd.storage.transfer import copy
 from eopd.storage.verification import Damage, verify
 from tests import s3
 
-from .making import scores
+from .making import other, scores
 from .test_pruning import copies_stand_as_pruned, interrupted_copies_are_continued, large, make
 from .test_teacher_cache import assert_identical
 
@@ -147,6 +148,19 @@ def test_what_is_left_in_a_bucket_is_verified_and_repaired(tmp_path: Path, bucke
     assert there.missing() == [1]
     assert copy(artifact, bucket) == [1]
     assert there.pruned() == {1}
+    assert verify(bucket) == []
+
+
+def test_any_kind_is_listed_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
+    import obstore
+
+    obstore.put(bucket, "Notes/x/identity.json", b"x")
+    obstore.put(bucket, "my_runs/x/y", b"x")
+    assert not listing.is_store(bucket)
+    artifact = other(tmp_path, "token_counts", {})
+    copy(artifact, bucket)
+    assert listing.is_store(bucket)
+    assert [(item.kind, item.key, item.problem) for item in listing.ls(bucket)] == [("token_counts", artifact.key, "")]
     assert verify(bucket) == []
 
 

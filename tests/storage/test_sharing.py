@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from eopd.storage import paths
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreFull, StoreUnwritable
+from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.verification import verify
@@ -25,7 +26,8 @@ from .making import dense, header, rows_of, scores
 WORKER = """
 import sys, time
 from pathlib import Path
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.claims import claimed_parts
 from eopd.storage.teacher_cache import write_part
 from eopd.storage.teacher_record import HeadRule

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eopd.storage import zarr_part
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
+from eopd.storage.identity import Identity
 from eopd.storage.size_bound import ENTRY_CHUNK, TOKEN_CHUNK, most_bytes
 from eopd.storage.teacher_cache import write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows

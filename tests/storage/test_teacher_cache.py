@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from zarr.codecs import ShardingCodec
 
 from eopd.storage import paths, zarr_write
-from eopd.storage.artifacts import Artifact, Identity
+from eopd.storage.artifacts import Artifact
 from eopd.storage.codec import FORMAT_VERSION
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet
+from eopd.storage.identity import Identity
 from eopd.storage.markers import file_text, marker_text
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.statistics import stats
@@ -192,7 +193,7 @@ def test_gated_tokens_have_the_codes_of_a_fixed_top_k() -> None:
 def test_needs_are_answered_by_the_coverage(built: tuple[Artifact, list[TeacherRows]]) -> None:
     cache = TeacherCache(built[0])
     cache.require([EntropyNeed(), SampledNeed(), HeadNeed(16, 0.8), HeadNeed(4, 0.4)])
-    with pytest.raises(NeedNotMet, match=r"heads of 32 entries; it keeps 16. Add: score.head.k_max=32"):
+    with pytest.raises(NeedNotMet, match=r"heads of 32 entries .*score\.head\.k_max=32"):
         cache.require([HeadNeed(32, 0.8)])
     with pytest.raises(NeedNotMet, match=r"full heads where entropy > 0\.1"):
         cache.require([HeadNeed(16, 0.1)])

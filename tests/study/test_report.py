@@ -196,7 +196,7 @@ def test_costs_say_what_was_shared_and_leave_out_what_was_not_counted(tmp_path: 
 
 def test_the_document_has_a_block_of_every_experiment(tmp_path: Path) -> None:
     document = tmp_path / "study.md"
-    document.write_text((design.HERE.parent.parent / "docs" / "study.md").read_text())
+    document.write_text((design.HERE / "study.md").read_text())
     report.write(ALL, RATES, tmp_path, document)
     text = document.read_text()
     assert text.count("<!-- study:") == len(ALL)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.plan import PlannedJob
-from eopd.pipeline.runner import Runner
+from eopd.pipeline.run import Run
+from eopd.stages.stage import Job
 from eopd.stages.train.objectives.settings import own_file_hash
 from examples.study import design, rates, results
 from examples.study import run as study_run
@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_after_its_last_round(tmp_path: Path, monkeypatch: 
     (task,) = rates.tasks_of(experiment, experiment.setting("random"), {"eopd-0.8": 2e-4}, (100,))
     sweep = study_run._sweep
 
-    def killed(runner: object, round_: int) -> None:
+    def killed(opened: Run, round_: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study_run, "_sweep", killed)
@@ -99,18 +99,18 @@ def test_a_cost_that_a_killed_process_did_not_write_down_is_not_said_to_be_anoth
 ) -> None:
     experiment = tiny("staleness")
     task = Task(experiment, experiment.setting("old-none-once"), 100, 5e-5)
-    run = Runner.run
+    execute = study_run.execute
 
-    def killed_after_scoring(self: Runner, job: PlannedJob) -> bool:
-        made = run(self, job)
-        if job.stage == "score":
+    def killed_after_scoring(opened: Run, job: Job) -> bool:
+        made = execute(opened, job)
+        if job.stage.name == "score":
             raise KeyboardInterrupt
         return made
 
-    monkeypatch.setattr(Runner, "run", killed_after_scoring)
+    monkeypatch.setattr(study_run, "execute", killed_after_scoring)
     with pytest.raises(KeyboardInterrupt):
         study_run.run(task, tmp_path, tmp_path / "results")
-    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(study_run, "execute", execute)
     with (tmp_path / "runs" / "staleness.old-none-once-seed100" / "rounds.jsonl").open("a") as file:
         file.write('{"round": 0, "sta')  # a write cut short
     cost = json.loads(study_run.run(task, tmp_path, tmp_path / "results").read_text())["cost"]

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.storage.needs import Need, StopsNeed
-
-if TYPE_CHECKING:
-    from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-
-LOG_ZERO = -1e30
-"""Log of nothing: exp gives 0, and unlike -inf it makes no NaN in products and gradients."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +69,7 @@ class TokenLoss:
     parts: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class SupportPlan:
-    """What a batch must hold beside the sampled token and the stops."""
-
-    head_k: int | None = 16  # head entries; None: all stored
-    draws: str = "none"  # none | beyond_head | full
-    extra: int = 0  # ids of the student's own, its most probable first
-    stops: bool = True  # apply stop handling
-    stop_logprobs: bool = True  # the loss reads what the teacher says of stops, not only which ids they are
-
-
-LossFunction = Callable[[SparseStudent, "TeacherBatch", StepContext], TokenLoss]
+LossFunction = Callable[[SparseStudent, TeacherBatch, StepContext], TokenLoss]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SparseStudent
+from eopd.stages.train.objectives.base import SparseStudent
+from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.settings import SupportMode
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.storage.teacher_record import LOGPROB_FLOOR

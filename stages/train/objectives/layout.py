@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.stages.train.objectives.base import LOG_ZERO, SupportPlan
 from eopd.stages.train.stops import class_entropy
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
 
@@ -22,8 +21,21 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+LOG_ZERO = -1e30
+"""Log of nothing: exp gives 0, and unlike -inf it makes no NaN in products and gradients."""
 TAIL_RESOLUTION = 1.0 / 256.0
 """A difference of a tail's mass smaller than this fraction of it is the cache's rounding, not a mass."""
+
+
+@dataclass(frozen=True)
+class SupportPlan:
+    """What a batch must hold beside the sampled token and the stops."""
+
+    head_k: int | None = 16  # head entries; None: all stored
+    draws: str = "none"  # none | beyond_head | full
+    extra: int = 0  # ids of the student's own, its most probable first
+    stops: bool = True  # apply stop handling
+    stop_logprobs: bool = True  # the loss reads what the teacher says of stops, not only which ids they are
 
 
 @dataclass

@@ -161,10 +161,6 @@ class ObjectiveSettings(Settings):
         kept = {"name": self.name, **{k: v for k, v in super().semantic().items() if k in self.used}}
         if ":" in self.name:
             kept["source"] = own_file_hash(self.name)
-        if ":" in self.name or self.name == "tropd":
-            kept["token_key"] = "round, response, position"  # first without the round: other draws in later rounds
-        if self.name == "reopold":
-            kept["equal_entropies"] = "by key"  # first by the rounding of the batch
         return kept
 
 

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import SupportPlan
-from eopd.stages.train.objectives.layout import Layout
+from eopd.stages.train.objectives.layout import Layout, SupportPlan
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 

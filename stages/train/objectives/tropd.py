@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, SupportPlan, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon
 from eopd.stages.train.objectives.gate import accepted
+from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import LOG_ZERO, Objective, SparseStudent, StepContext, SupportPlan, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.divergence import members, reverse_kl
+from eopd.stages.train.objectives.layout import LOG_ZERO, SupportPlan
 from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch

@@ -1,0 +1,222 @@
+"""Refusals before any work: what a run plans to store must be what its objective reads, and must fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.forecast import Forecast, Keep, forecast
+from eopd.pipeline.inputs import check_same_tokens, check_weights
+from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
+from eopd.pipeline.run import Run
+from eopd.stages.format import size
+from eopd.stages.stage import Job
+from eopd.stages.table import TRAIN
+from eopd.stages.train.stage import student_bytes
+from eopd.storage import listing
+from eopd.storage.coverage import Coverage
+from eopd.storage.fingerprints import Digests
+
+SPAREST = Keep(weights=1, optimizer=1)
+LIKELY_SHARE = 0.1
+"""Share of a bound on tokens that is likely to be used."""
+SOON_FREED = 100_000_000
+"""A disk that lacks less than this is soon cleared, and pauses the run until then."""
+RESPONSE_BYTES = 1024
+"""What a response takes before it has a token: the request, its sample, its row."""
+ASSUMES_SFT_TEACHER = ("lightning_opd",)
+
+
+def check_runs(
+    runs: Sequence[Run], round_: int | None = None, *, works_here: bool = False, every_row: bool = False
+) -> None:
+    """Refuse what cannot end well.
+
+    Args:
+        round_: only this round is to be worked on; None: all.
+        works_here: this process will do the work, so it may import torch.
+        every_row: read every row of the prompt sources, and not the first ones only.
+
+    Raises:
+        ConfigError: the message names the setting and what to do.
+    """
+    check_prompts(runs, None if every_row else FIRST_ROWS)
+    for run in runs:
+        models = {
+            "student": (run.settings.student, run.facts.student),
+            "teacher": (run.settings.teacher, run.facts.teacher),
+        }
+        if not all(run.is_done(job) for job in run.plan.jobs):
+            check_weights(models, run.facts.digests or Digests(), in_process=works_here)
+        check_same_tokens(run.facts)
+        trainings = [job for job in run.plan.jobs if job.stage is TRAIN and not run.is_done(job)]
+        for job in trainings:
+            if round_ in (None, job.round):
+                check_needs(run, job)
+        warning = other_sft_teacher(run) if trainings else None
+        if warning is not None:
+            run.progress.line(warning)
+    check_store_size(runs)
+    check_machine(runs)
+
+
+# -- needs of the objective ------------------------------------------------------------------------------------------
+
+
+def check_needs(run: Run, train: Job) -> None:
+    """Compare the objective's needs with the planned coverage of a round's scores.
+
+    Raises:
+        ConfigError: something is not covered, with the objective, what is missing and the command that adds it; or the
+            objective reads q_old, and the rollouts truncate the distribution that they are sampled from.
+    """
+    from eopd.stages.train.objectives.registry import make_objective
+    from eopd.stages.train.responses import refuse_truncated_sampling
+
+    settings = run.settings
+    objective = make_objective(settings.train.objective)
+    try:
+        refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    coverage = _planned_coverage(run, train)
+    missing = [
+        found for need in objective.needs_with(run.facts.stop_ids) if (found := coverage.lacks(need)) is not None
+    ]
+    if not missing:
+        return
+    changes = {name: value for one in missing for name, value in one.settings.items()}
+    command = " ".join(f"--set {name}={value}" for name, value in changes.items())
+    raise ConfigError(
+        f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack "
+        f"{'; '.join(one.what for one in missing)}. `eopd run CONFIG {command}` adds it beside what is there."
+    )
+
+
+def _planned_coverage(run: Run, train: Job) -> Coverage:
+    coverage = dict(train.inputs["scores"].identity.coverage or {})
+    return Coverage.from_mapping(
+        {
+            "head": coverage["head"],
+            "stop_ids": run.facts.stop_ids,
+            "extra_k": run.settings.rollout.student_topk if coverage.get("extra") else 0,
+            "vocab_size": run.experiment.teacher_vocabulary,
+        }
+    )
+
+
+def other_sft_teacher(run: Run) -> str | None:
+    """A warning if the objective assumes that the student was supervised by its teacher, and another one is named."""
+    named, teacher = run.settings.student.sft_teacher, run.settings.teacher.path
+    if run.settings.train.objective.name not in ASSUMES_SFT_TEACHER or named is None:
+        return None
+    if named == teacher or Path(named).expanduser().resolve() == Path(teacher).expanduser().resolve():
+        return None
+    return (
+        f"warning: {run.settings.train.objective.name} assumes that the student's supervised data came from its "
+        f"teacher, {teacher}; student.sft_teacher names {named}. The advantages then also hold their disagreement."
+    )
+
+
+# -- size of the store -----------------------------------------------------------------------------------------------
+
+
+def check_store_size(runs: Sequence[Run]) -> None:
+    """Compare what the store would hold at the runs' worst moment with `max_store_bytes`, if that is set.
+
+    Nothing is measured on the disk: other artifacts' sizes are in their markers, and the rest is the forecast, with
+    scores at the size that they cannot exceed.
+
+    Raises:
+        ConfigError: it is more; says how much, of what, and what would help.
+    """
+    limits = [run.settings.max_store_bytes for run in runs if run.settings.max_store_bytes is not None]
+    if not limits:
+        return
+    rows = forecast(runs)
+    others, peak = _bytes_of_others(runs), rows.peak_bytes(bounds=True)
+    if others + peak <= min(limits):
+        return
+    whose = "this run's worst moment" if len(runs) == 1 else f"the worst moment of these {len(runs)} runs"
+    raise ConfigError(
+        f"max_store_bytes is {size(min(limits))}, and {rows.store} would hold about {size(others + peak)} at {whose}: "
+        f"{size(peak)} of {'its' if len(runs) == 1 else 'their'} own, {size(others)} of other artifacts. "
+        f"{_what_would_help(rows)} Nothing was started."
+    )
+
+
+def check_machine(runs: Sequence[Run]) -> None:
+    """Compare what `eopd plan` forecasts with the free disk, and one engine call with the free memory.
+
+    Tokens that nothing like was sampled of yet are forecast as bounds, of which often a tenth is used: so much is
+    asked for. A disk that fills up all the same pauses the run.
+
+    Raises:
+        ConfigError: there is far too little; names the settings that ask for so much.
+    """
+    rows = forecast(runs)
+    bounds = sum(row.size.bytes - row.present for row in rows.rows if row.size.at_most and not row.job.is_prunable)
+    need = rows.peak_bytes() - rows.present_bytes - round((1 - LIKELY_SHARE) * bounds)
+    if need > max(rows.free_bytes, SOON_FREED):
+        missing = max(rows.rows, key=lambda row: row.size.bytes - row.present)
+        raise ConfigError(
+            f"{size(rows.free_bytes)} are free at {rows.store}, and {size(need)} and more would be needed, "
+            f"most of it for `{missing.stage}`: lower {missing.job.stage.size_settings}, free space, or choose another "
+            "store. `eopd plan` shows what takes how much. Nothing was started."
+        )
+    available = _available_memory()
+    if available is None:
+        return
+    for run in runs:
+        if run.settings.launcher.kind not in ("inline", "local"):  # other machines have other memory
+            continue
+        for settings, responses in _responses_of_a_part(run):
+            if responses * RESPONSE_BYTES > available:
+                raise ConfigError(
+                    f"{settings}: a part of {responses:,} responses is sampled at once and takes "
+                    f"{size(responses * RESPONSE_BYTES)} of memory and more, of which {size(available)} are available; "
+                    "lower one of them. Nothing was started."
+                )
+
+
+def _responses_of_a_part(run: Run) -> Iterator[tuple[str, int]]:
+    """The settings that decide it, and how many responses one engine call samples."""
+    rollout, evaluate = run.settings.rollout, run.settings.evaluate
+    prompts = min(rollout.rows_per_part, rollout.prompts_per_round, run.facts.prompt_count)
+    yield "rollout.samples_per_prompt and rollout.rows_per_part", prompts * rollout.samples_per_prompt
+    if evaluate is not None:
+        most = max((benchmark.count for benchmark in run.facts.benchmarks), default=0)
+        yield "evaluate.samples and evaluate.rows_per_part", min(evaluate.rows_per_part, most) * evaluate.samples
+
+
+def _available_memory() -> int | None:
+    """Bytes that programs may still take on this machine; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    line = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(line[1]) * 1024 if line else None
+
+
+def _bytes_of_others(runs: Sequence[Run]) -> int:
+    """Bytes in the store that no plan of the runs names."""
+    own = {job.key for run in runs for job in run.plan.jobs}
+    own |= {(job.scratch.kind, job.scratch.key) for run in runs for job in run.plan.jobs if job.scratch is not None}
+    store = runs[0].store
+    return sum(listing.listed(store, *key).bytes for key in listing.keys(store) if key not in own)
+
+
+def _what_would_help(rows: Forecast) -> str:
+    spared = rows.peak_bytes() - rows.peak_bytes(SPAREST)
+    checkpoint = max((student_bytes(run.experiment) for run in rows.runs), key=lambda one: one.weights)
+    text = (
+        f"A checkpoint is {size(checkpoint.weights)} of weights and {size(checkpoint.optimizer)} of optimiser state, "
+        "one a round."
+    )
+    if spared > 0:
+        text += f" train.keep_checkpoints=1 and train.keep_optimizer_states=1 would save {size(spared)}."
+    fewer = "Fewer rounds" if len(rows.runs) == 1 else "Fewer rounds or runs"
+    return f"{text} {fewer}, `eopd store gc --runs {rows.runs[0].settings.runs}`, or a higher limit help."

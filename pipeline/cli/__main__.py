@@ -1,0 +1,3 @@
+from eopd.pipeline.cli.main import main
+
+main()

@@ -1,0 +1,67 @@
+"""Arguments that several commands take, and opening the runs that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from eopd.pipeline.run import Run
+    from eopd.stages.job import Progress
+    from eopd.storage.paths import RunPaths
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="Settings: a YAML file, or a name such as quickstart.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its CONFIG.")]
+RunsFolder = Annotated[Path, typer.Option("--runs", help="Folder in which runs are looked for by name.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a setting, as in train.optimizer.lr=1e-5. Repeatable."
+    ),
+]
+Sweep = Annotated[
+    str | None, typer.Option("--sweep", metavar="FILE", help="Several runs: a YAML list of named changes to CONFIG.")
+]
+
+
+def open_runs(
+    config: str, overrides: list[str] | None, sweep: str | None, progress: Callable[[], Progress] | None = None
+) -> list[Run]:
+    """One run for each entry of the sweep, or the run of CONFIG alone. Silent unless ``progress`` is given."""
+    from eopd.pipeline.config import load_config
+    from eopd.pipeline.run import open_run
+    from eopd.pipeline.store_check import check_folders
+    from eopd.pipeline.sweep import NamedProgress, load_sweep
+    from eopd.storage.fingerprints import Digests
+
+    if sweep is None:
+        return [open_run(load_config(config, overrides or ()), progress=progress() if progress else None)]
+    settings = load_sweep(config, sweep, overrides or ())
+    check_folders(settings[0])
+    digests = Digests.of_store(settings[0].store)  # shared: before there is a store, nothing else remembers hashes
+    return [
+        open_run(one, digests=digests, progress=NamedProgress(one.name, progress()) if progress else None)
+        for one in settings
+    ]
+
+
+def config_of(run: str, runs: Path) -> str:
+    """The resolved config of the run of that name; any other ``run`` is taken as a config."""
+    from eopd.storage.paths import RunPaths
+
+    own = RunPaths(runs / run).config
+    return str(own) if own.is_file() else run
+
+
+def paths_of(run: str, runs: Path) -> RunPaths:
+    """The folder of a run, by its name or by its config."""
+    from eopd.pipeline.config import load_config
+    from eopd.storage.paths import RunPaths
+
+    if (runs / run).is_dir():
+        return RunPaths(runs / run)
+    settings = load_config(run)
+    return RunPaths(Path(settings.runs) / settings.name)

@@ -1,0 +1,289 @@
+"""`eopd store`: looking after a store. Every verb is a function of ``eopd.storage``; this is their command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eopd.stages.format import escaped, one_line, size
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
+
+    from eopd.storage.listing import Listed
+    from eopd.storage.teacher_cache import TeacherCache
+
+app = typer.Typer(
+    help="Look after a store: what it holds, whether it is sound, what nothing needs any more.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Folder = Annotated[str, typer.Option("--store", help="Folder of the store.")]
+Place = Annotated[str, typer.Option("--store", help="Folder of the store, or URL of a bucket such as s3://team/store.")]
+Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/key; its beginning is enough.")]
+
+
+def _say(text: str) -> None:
+    """Print lines that cannot steer the terminal, whatever names somebody else gave to files."""
+    sys.stdout.write(escaped(text) + "\n")
+
+
+@app.command()
+def ls(
+    store: Place = "store",
+    name: Annotated[str, typer.Argument(metavar="[BEGINNING]", help="Only these, such as scores or rollouts/08.")] = "",
+) -> None:
+    """Every artifact: parts, size, state."""
+    from eopd.storage import listing
+
+    found = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
+    for item in found:
+        name = one_line(f"{item.kind}/{item.key}")
+        _say(f"{name:<56} {_parts(item):>13} {size(item.bytes):>10}  {one_line(_state(item))}")
+    _say(f"{len(found)} artifacts, {size(sum(item.bytes for item in found))}")
+
+
+def _parts(item: Listed) -> str:
+    if item.kind == "progress":  # as many as the training takes, which is not known beforehand
+        return ""
+    return f"{item.parts} part{'' if item.parts == 1 else 's'}"
+
+
+def _state(item: Listed) -> str:
+    if item.problem:
+        return item.problem
+    if item.kind == "progress":
+        return "states of a training that has not ended"
+    state = "complete" if item.complete else f"{item.committed} of {item.parts} parts"
+    return f"{state}, {item.pruned} pruned" if item.pruned else state
+
+
+@app.command()
+def show(name: Name, store: Place = "store") -> None:
+    """Identity, inputs and parts of one artifact, as JSON."""
+    from eopd.storage import listing
+
+    _say(json.dumps(listing.show(listing.find(_opened(store), name)), indent=1))
+
+
+@app.command()
+def stats(
+    name: Name,
+    store: Place = "store",
+    parts: Annotated[int | None, typer.Option(help="Look at the first N parts only.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image (.svg).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """What scores hold: bytes by field, entropy, mass kept by k, tokens gated by tau. Choose k and tau from this."""
+    from eopd.storage import statistics
+    from eopd.storage.sources import filled_parts
+
+    cache = _scores(store, name)
+    found = statistics.stats(cache, islice(filled_parts(cache.artifact), parts))
+    _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
+    if plot is not None:
+        statistics.plot(found, _writable(plot))
+
+
+def _scores(store: str, name: str) -> TeacherCache:
+    """The scores that ``name`` says: a key, or scores/key."""
+    from eopd.storage import listing
+    from eopd.storage.teacher_cache import TeacherCache
+
+    artifact = listing.find(_opened(store), name if "/" in name else f"scores/{name}")
+    if artifact.kind != "scores":
+        raise ValueError(f"{artifact} are no scores: name one of `eopd store ls scores`")
+    return TeacherCache(artifact)
+
+
+def _writable(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+    return path
+
+
+@app.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARTIFACT]...", help="Only these: keys, or kind/key; all by default.")
+    ] = None,
+    store: Place = "store",
+    repair: Annotated[
+        bool, typer.Option(help="Set damaged parts aside, so that the next run, or copy to a bucket, makes them again.")
+    ] = False,
+) -> None:
+    """Check every byte against what was committed; exit code 1 and the names of what is damaged."""
+    from eopd.storage import listing, verification
+
+    place = _existing(store)
+    only = [listing.named(place, name) for name in names] if names else None
+    damages = verification.verify(place, only, repair=repair)
+    for damage in damages:
+        named = damage.problem.startswith(damage.folder)
+        _say(one_line(damage.problem if named else f"{damage.folder}: {damage.problem}"))
+    left = sum(damage.beyond_repair for damage in damages)
+    again = "run the same commands again" if isinstance(place, Path) else "`eopd store copy` puts them there again"
+    mended = len(damages) - left
+    _say(
+        f"{mended} damaged"
+        + (f", set aside: {again}" if mended and repair else "")
+        + (f"; {left} that no repair can mend" if left else "")
+    )
+    if left or (damages and not repair):
+        raise typer.Exit(1)
+
+
+def _existing(place: str) -> Path | Bucket:
+    """Raises ValueError where there is no store: it would pass for one without damage."""
+    from eopd.storage.listing import is_store
+
+    if not is_store(found := _opened(place)):
+        raise ValueError(f"there is no store at {place}")
+    return found
+
+
+@app.command()
+def gc(
+    store: Folder = "store",
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="Keep only what the runs in this folder, and others that use the store, refer to."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
+) -> None:
+    """Remove left-overs of killed jobs and, with --runs, artifacts that none of its runs refers to. Dry run first."""
+    from eopd.storage import garbage, listing
+
+    folder = _folder(store)
+    for _, problem in listing.misplaced(folder):
+        _say(f"passed over: {problem}")
+    removals = garbage.plan(folder, None if runs is None else _roots(runs, folder))
+    for removal in removals:
+        _say(f"{size(removal.bytes):>10}  {one_line(str(removal.path))}  ({removal.reason})")
+    total = sum(removal.bytes for removal in removals)
+    if not yes:
+        _say(f"{len(removals)} removals would free {size(total)}; nothing was removed (--yes does it)")
+        return
+    removed = garbage.remove(removals)
+    for stayed in removed.stayed:
+        _say(f"stayed: {stayed}")
+    _say(f"freed {size(removed.bytes)}")
+    if removed.stayed:
+        raise typer.Exit(1)
+
+
+def _folder(place: str) -> Path:
+    """Raises ValueError: it is a bucket, or there is none."""
+    found = _opened(place)
+    if not isinstance(found, Path):
+        raise ValueError(
+            f"gc works on folders, and {place} is a bucket, where eopd deletes nothing. `eopd store ls` shows what it "
+            "holds; what you no longer want is deleted with the bucket's own tools (such as aws s3 rm --recursive)"
+        )
+    if not found.is_dir():
+        raise ValueError(f"there is no store at {place}")
+    return found
+
+
+def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
+    from eopd.pipeline.retention import references
+
+    found = references(store, runs)
+    for config in found:
+        if not config.is_relative_to(runs.resolve()):
+            _say(f"kept as well: what {config} refers to, which uses this store")
+    return {key for keys in found.values() for key in keys}
+
+
+@app.command()
+def copy(
+    name: Name,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="Folder of another store, or a bucket's URL such as s3://bucket/store."),
+    ],
+    store: Place = "store",
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="Also all that it was made from: a run can then go on from the copy.")
+    ] = False,
+) -> None:
+    """Copy an artifact to another store; run again to continue. Reads and writes folders and buckets."""
+    from eopd.storage import garbage, listing
+    from eopd.storage.transfer import copy as copy_artifact
+
+    source = _opened(store)
+    found = listing.find(source, name)
+    wanted = {(found.kind, found.key)}
+    if inputs:
+        wanted = garbage.reachable(source, wanted)
+    for kind, key in sorted(wanted):
+        artifact = listing.open_in(source, kind, key)
+        copied = copy_artifact(artifact, _opened(target))
+        pruned = len(artifact.pruned().intersection(copied))
+        _say(f"{artifact}: {len(copied)} parts copied to {target}{f', {pruned} pruned' if pruned else ''}")
+
+
+def _opened(place: str) -> Path | Bucket:
+    from eopd.storage.places import open_place
+
+    return open_place(place)
+
+
+@app.command()
+def export(
+    name: Name,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file to write.")],
+    store: Place = "store",
+) -> None:
+    """Write scores as one Parquet table (ids, log-probs, entropy per token) that other trainers and `datasets` read."""
+    from eopd.storage.exchange import export_parquet
+
+    _say(f"{path}: {export_parquet(_scores(store, name), _writable(path)):,} tokens")
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file of uncompressed top-k lists.")],
+    store: Folder = "store",
+    teacher: Annotated[str, typer.Option(help="Name of the teacher that made it.")] = ...,  # type: ignore[assignment]
+    tokenizer: Annotated[str, typer.Option(help="Name of its tokenizer.")] = ...,  # type: ignore[assignment]
+    vocab_size: Annotated[int, typer.Option(help="Rows of the teacher's vocabulary.")] = ...,  # type: ignore[assignment]
+    ids: Annotated[str, typer.Option(help="Column of the token ids.")] = "input_ids",
+    top_ids: Annotated[str, typer.Option(help="Column of the top-k ids of each position.")] = "top_indices",
+    top_logprobs: Annotated[str, typer.Option(help="Column of their log-probs.")] = "top_values",
+    shifted: Annotated[bool, typer.Option(help="Position t of the capture predicts token t + 1.")] = True,
+) -> None:
+    """Take a DistillKit-style capture into a store as scores of one part."""
+    from eopd.storage.artifacts import Artifact
+    from eopd.storage.exchange import imported_header, read_capture
+    from eopd.storage.files import sha256_file
+    from eopd.storage.identity import Identity
+    from eopd.storage.teacher_cache import write_part
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if not isinstance(place := _opened(store), Path):
+        raise ValueError(
+            f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
+        )
+    capture = read_capture(
+        path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted, vocab_size=vocab_size
+    )
+    rows = capture.rows
+    header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
+    digest = sha256_file(path)
+    said = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
+    read = {**said, "columns": [ids, top_ids, top_logprobs]}
+    artifact = Artifact(place, Identity("scores", 1, 1, {"imported": read}, {"capture": digest}, {"head": "capture"}))
+    if not artifact.is_committed(0):
+        with artifact.write_part(0, inputs={"capture": digest}) as folder:
+            write_part(folder, rows, header)
+    _say(f"{artifact}: {rows.tokens:,} tokens in {rows.responses:,} sequences")
+    if capture.mass > 1.0:
+        _say(f"Its log-probs are {capture.precision}: masses of up to {capture.mass:.4f} were scaled to 1.")

@@ -1,0 +1,59 @@
+"""A full disk holds the run up: nothing new is started until there is room again."""
+
+from __future__ import annotations
+
+import time
+
+from eopd.pipeline.run import Run
+from eopd.storage.files import NO_INODES, Free, free_of
+
+ROOM_BYTES = 1 << 20
+"""So much more than there was when the disk was full is worth another try."""
+ROOM_INODES = 32
+"""The same where inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
+TRY_EVERY_SECONDS = 600.0
+"""A quota shows in no figure: now and then it is simply tried."""
+
+
+class DiskPause:
+    """Begins when a worker found no space; says so, and when there is some again."""
+
+    def __init__(self, run: Run, message: str, poll_seconds: float) -> None:
+        self._line = run.progress.line
+        self._folders = [folder for folder in (run.store, run.paths.folder) if folder.exists()]
+        self._poll, self._looked, self._began = poll_seconds, time.monotonic(), time.monotonic()
+        self._by_inodes = False
+        self.renew(message)
+        free = "; ".join(f"{folder.resolve()} has {free_of(folder)}" for folder in self._folders)
+        remedy = "Remove some files" if self._by_inodes else "Free some space"
+        self._line(
+            f"paused: {message}\n  {free}. {remedy} and the run goes on by itself (a quota, which these figures do not "
+            f"show, is tried again every {TRY_EVERY_SECONDS / 60:.0f} minutes); Ctrl-C ends it, and the same command "
+            "goes on later."
+        )
+
+    def renew(self, message: str) -> None:
+        """Take today's free space as what was not enough: it was full again, for what was still at work meanwhile."""
+        self._free = [free_of(folder) for folder in self._folders]
+        few = any(free.inodes is not None and free.inodes < ROOM_INODES for free in self._free)
+        self._by_inodes = self._by_inodes or few or NO_INODES in message
+
+    def is_over(self) -> bool:
+        """Whether there is more space than there was, or it is time to simply try. Cheap to ask at any time."""
+        now = time.monotonic()
+        if now - self._looked < self._poll:
+            return False
+        self._looked = now
+        for folder, before in zip(self._folders, self._free, strict=True):
+            free = free_of(folder)
+            if self._is_room(before, free):
+                self._line(f"going on: {folder.resolve()} has {free}")
+                return True
+        return now - self._began >= TRY_EVERY_SECONDS
+
+    def _is_room(self, before: Free, now: Free) -> bool:
+        if now.bytes >= before.bytes + ROOM_BYTES:
+            return True
+        if not self._by_inodes or before.inodes is None:
+            return False
+        return now.inodes is None or now.inodes >= before.inodes + ROOM_INODES

@@ -1,0 +1,269 @@
+"""What a config names outside the store: models, prompts and benchmarks, read from their small files. No torch.
+
+Everything that can be wrong with an input and can be seen without loading a model is refused here, before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
+from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
+from eopd.stages.models.weight_files import read_tensors
+from eopd.storage.files import canonical_json, sha256_text
+from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
+from eopd.storage.identity import KEY_LENGTH
+
+TOKENIZER_FILE = "tokenizer.json"
+CHECK_ATTEMPTS = 3  # a process that checks weights and that a signal ends is started again
+
+
+def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:
+    """Fingerprints and counts of every input.
+
+    Args:
+        digests: of files that were hashed before; those that the store remembers unless given.
+
+    Raises:
+        ConfigError: an input is missing or unreadable; names the setting.
+    """
+    digests = Digests.of_store(settings.store) if digests is None else digests
+    student = inspect_model("student", settings.student, digests)
+    teacher = inspect_model("teacher", settings.teacher, digests)
+    count, fingerprint = _source("prompts", settings.prompts, digests)
+    benchmarks = []
+    evaluate = settings.evaluate
+    for number, benchmark in enumerate(evaluate.benchmarks if evaluate else ()):
+        assert evaluate is not None
+        rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
+        benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
+    digests.save()
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), digests)
+
+
+def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]:
+    """Files of a prompt source and how many prompts they hold. Raises ConfigError: it is not there, or empty."""
+    try:
+        return source_files(settings), count_prompts(settings)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
+    files, count = count_source(where, settings)
+    try:
+        return count, digests.of_files(files[0].parent, files)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
+    """Facts of the model that plays ``role`` ("student" or "teacher").
+
+    Raises:
+        ConfigError: its folder or hub id is not at hand, or lacks a file; says what to do.
+    """
+    folder, tokenizer = find_weights(role, settings), find_tokenizer(role, settings)
+    ours, theirs = (code_files(folder), code_files(tokenizer)) if settings.trust_remote_code else ([], [])
+    weights = digests.of_files(folder, [*model_files(folder), *ours])
+    semantic = {"weights": weights, "dtype": settings.dtype, "remote_code": settings.trust_remote_code}
+    return ModelFacts(
+        folder=folder,
+        tokenizer_folder=tokenizer,
+        fingerprint=sha256_text(canonical_json(semantic))[:KEY_LENGTH],
+        tokenizer_fingerprint=digests.of_files(
+            tokenizer, [*tokenizer_files(tokenizer), *template_files(tokenizer), *theirs]
+        ),
+        stop_ids=stop_ids_of(folder, tokenizer),
+    )
+
+
+def find_weights(role: str, settings: ModelSettings) -> Path:
+    """Folder of the model, its weight files and their headers read. Raises ConfigError, as ``inspect_model``."""
+    folder = locate(role, settings.path, settings.revision)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
+    try:
+        with suppress(PermissionError):  # the fingerprint of another user's model may be known
+            read_tensors(folder)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{role}.path: {error}") from error
+    return folder
+
+
+def check_architectures(
+    models: Mapping[str, tuple[ModelSettings, Path]], *, in_process: bool = False
+) -> dict[str, str]:
+    """Compare the headers of each model's weight files with the architecture in its config.
+
+    Args:
+        models: role -> settings and folder.
+        in_process: import torch into this process, for one that needs it anyway.
+
+    Returns:
+        Role -> what is wrong, for those that are refused.
+
+    Raises:
+        ConfigError: the process failed.
+    """
+    arguments = {
+        role: {"path": str(folder), "trust_remote_code": settings.trust_remote_code}
+        for role, (settings, folder) in models.items()
+    }
+    if in_process:
+        from eopd.stages.models.loading import refusals
+
+        return refusals(arguments)
+    command = [sys.executable, "-m", "eopd.stages.models.loading", json.dumps(arguments)]
+    for _ in range(CHECK_ATTEMPTS):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode >= 0:  # below zero, a signal ended it, which says nothing about the weights
+            break
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise ConfigError(f"{', '.join(models)}: the weights could not be checked: {reason}")
+    refused: dict[str, str] = json.loads(lines[-1])
+    return refused
+
+
+def check_weights(
+    models: Mapping[str, tuple[ModelSettings, ModelFacts]], digests: Digests, *, in_process: bool = False
+) -> None:
+    """Refuse weights that do not fit their architecture, before any work.
+
+    ``digests`` remembers which fingerprints passed, so that a model is looked at once.
+
+    Raises:
+        ConfigError: names the role, the folder and the tensors.
+    """
+    tool = f"transformers {version('transformers')}"
+    new = {
+        role: (settings, facts)
+        for role, (settings, facts) in models.items()
+        if not digests.has_passed(tool, facts.fingerprint)
+    }
+    if not new:
+        return
+    folders = {role: (settings, facts.folder) for role, (settings, facts) in new.items()}
+    for role, reason in check_architectures(folders, in_process=in_process).items():
+        raise ConfigError(f"{role}.path: {reason}")
+    for _, facts in new.values():
+        digests.note_pass(tool, facts.fingerprint)
+    digests.save()
+
+
+def find_tokenizer(role: str, settings: ModelSettings) -> Path:
+    """Folder of its tokenizer. Raises ConfigError, as ``inspect_model``."""
+    if settings.tokenizer is None:
+        folder = locate(role, settings.path, settings.revision)
+    else:
+        folder = locate(f"{role}.tokenizer", settings.tokenizer, None)
+    if not tokenizer_files(folder):
+        raise ConfigError(f"{role}.path: no tokenizer files in {folder}; name their folder in {role}.tokenizer")
+    return folder
+
+
+def locate(role: str, path: str, revision: str | None) -> Path:
+    """The local folder of a model: as named, or from the local hub cache."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if looks_local:
+        raise ConfigError(f"{role}.path: there is no folder {path}. Point it to a model folder, or to a hub id.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise ConfigError(
+            f"{role}.path: {path!r} is neither a folder nor in the local hub cache. Download it once with "
+            f"`hf download {path}{at}`, or point {role}.path to a folder that holds it."
+        ) from error
+
+
+def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's eos token, which is the main one, then eos of generation_config.json and
+    of config.json."""
+    text = _read_json(tokenizer / "tokenizer_config.json").get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
+    try:
+        found = [int(entry["id"]) for entry in added if entry["content"] == text]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ConfigError(f"{tokenizer / 'tokenizer.json'}: added_tokens must list an id and a content each") from error
+    for name in ("generation_config.json", "config.json"):
+        found += _eos_in(folder / name)
+    return tuple(dict.fromkeys(found))
+
+
+def token_names(tokenizer: Path) -> dict[int, str]:
+    """The special tokens of a tokenizer's folder, by id."""
+    added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", [])
+    return {int(entry["id"]): str(entry["content"]) for entry in added}
+
+
+def _eos_in(path: Path) -> list[int]:
+    eos = _read_json(path).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise ConfigError(f"{path}: eos_token_id must be a token's id, or a list of them; got {repr(number)[:40]}")
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply to be read: download or save the model again") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
+    return found if isinstance(found, dict) else {}
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def check_same_tokens(facts: Facts) -> None:
+    """Raises ConfigError where an id means other bytes to the teacher than to the student."""
+    if facts.teacher.tokenizer_fingerprint != facts.student.tokenizer_fingerprint:
+        compare_vocabularies(facts.teacher.tokenizer_folder, facts.student.tokenizer_folder)
+
+
+@lru_cache
+def compare_vocabularies(teacher: Path, student: Path) -> None:
+    """The same, of two folders of tokenizers. Once in a process: reading large ones takes seconds, and the runs of a
+    sweep have the same."""
+    files = (teacher / TOKENIZER_FILE, student / TOKENIZER_FILE)
+    if not all(file.exists() for file in files):
+        return
+    from tokenizers import Tokenizer
+
+    from eopd.stages.models.vocabulary import check_same, id_to_bytes
+
+    try:
+        ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
+    except Exception:  # what the library raises; the stage that loads the tokenizer says what is wrong with it
+        return
+    try:
+        check_same(id_to_bytes(ours), id_to_bytes(theirs))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,272 @@
+"""Brings a plan to its end through Slurm: all of it is submitted at once, as job arrays that wait for each other.
+
+Nothing has to stay up for the work to go on: tasks put themselves back into the queue, and the store says what is done.
+Whoever follows only shows the progress, and resubmits what was lost when the queue has run dry.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eopd.pipeline.errors import RunError
+from eopd.pipeline.launchers import slurm_queue as queue
+from eopd.pipeline.launchers.settings import LauncherSettings, SlurmSettings
+from eopd.pipeline.launchers.slurm_arrays import Array, Place, Work, arrays_of, dependency, missing_count, render
+from eopd.pipeline.logs import tail
+from eopd.pipeline.progress import read_outcome
+from eopd.pipeline.scheduler import OpenJob
+from eopd.pipeline.tasks import few_parts
+from eopd.stages.job import Progress
+from eopd.storage.files import replace_atomically
+from eopd.storage.stopping import Stopped
+
+SUBMITTED = "submitted.json"
+NAMED_FAILURES = 5
+COMMON_REASONS = {"None", "Dependency", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit"}
+SILENT_LOOKS = 3
+
+
+class SlurmLauncher:
+    def __init__(self, settings: LauncherSettings, progress: Progress) -> None:
+        self._settings, self._slurm, self._progress = settings, settings.slurm, progress
+        self._jobs: list[int] = []  # in the queue, as far as we know
+
+    def launch(self, work: Work) -> bool:
+        """Submit what is missing and, unless ``slurm.wait`` is off, follow it to its end. True if it has ended.
+
+        Raises:
+            RunError: Slurm refused the first job, or the queue has run dry and nothing more was done; names the failed
+                tasks and their logs.
+            Stopped: whoever follows has left; the jobs go on.
+        """
+        try:
+            return self._launch(work)
+        except (KeyboardInterrupt, Stopped):
+            if self._jobs:
+                self._leave()
+            raise
+
+    def _launch(self, work: Work) -> bool:
+        self._jobs = self._queued(work)
+        if self._jobs:
+            self._progress.line(f"slurm: jobs {_ids(self._jobs)} of an earlier submission are in the queue")
+            if not self._slurm.wait:
+                return False
+            self._follow(work)
+        slurm = self._slurm
+        while arrays := arrays_of(work := _reopened(work), slurm):
+            before = _state(work)
+            submitted = self._submit(arrays)
+            if not slurm.wait:
+                self._progress.line(
+                    f"slurm: submitted {len(submitted)} arrays (jobs {_ids(submitted)}); the same command follows them"
+                )
+                return False
+            self._follow(work)
+            work = _reopened(work)
+            slurm = self._after(work, list(failures(submitted)), gained=_state(work) != before)
+        return True
+
+    def _submit(self, arrays: Sequence[Array]) -> dict[int, Array]:
+        """Submit in order. If Slurm takes no more (limits on queued jobs), the rest waits for the next time."""
+        submitted: dict[int, Array] = {}
+        self._jobs = []
+        ids: dict[Array, int] = {}
+        for array in arrays:
+            array.run.paths.logs.mkdir(parents=True, exist_ok=True)
+            text = render(array, self._slurm, self._settings.faults.attempts, Place.here(self._slurm))
+            replace_atomically(array.script, text)
+            replace_atomically(array.tasks_file, array.tasks_text())
+            for index in array.chunks:
+                array.events(index).unlink(missing_ok=True)
+            array.run.artifact(array.job.output).begin()  # so that no task settles on other scores that would serve
+            try:
+                job = queue.submit(array.script, dependency(array, ids))
+            except queue.NotAccepted as refused:
+                if not submitted:
+                    raise
+                self._progress.line(
+                    f"slurm: took {len(submitted)} of {len(arrays)} arrays, the rest comes later: {refused}"
+                )
+                break
+            ids[array] = job
+            submitted[job] = array
+            self._jobs.append(job)
+            replace_atomically(array.script.parent / SUBMITTED, json.dumps({"jobs": list(submitted)}) + "\n")
+        return submitted
+
+    def _queued(self, work: Work) -> list[int]:
+        """Jobs of an earlier submission that have not ended."""
+        jobs: set[int] = set()
+        for folder in {run.paths.slurm for run, _ in work}:
+            with suppress(FileNotFoundError):
+                jobs.update(json.loads((folder / SUBMITTED).read_text(encoding="utf-8"))["jobs"])
+        states = queue.look(jobs) if jobs else {}
+        if states is None:
+            raise RunError(
+                f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue. "
+                "Try again when it does."
+            )
+        return sorted({job for (job, _), state in states.items() if not state.ended})
+
+    def _follow(self, work: Work) -> None:
+        """Show the progress of the jobs until none is in the queue."""
+        watch = Watch(work, self._progress)
+        try:
+            while watch.look(queue.look(self._jobs)):
+                time.sleep(self._slurm.poll_seconds)
+        finally:
+            self._progress.close()
+
+    def _leave(self) -> None:
+        ids = " ".join(map(str, self._jobs))
+        with suppress(KeyboardInterrupt, Stopped, EOFError):
+            if sys.stdin.isatty() and input("\nCancel the jobs as well? [y/N] ").strip().lower() in {"y", "yes"}:
+                queue.cancel(self._jobs)
+                self._progress.line("slurm: cancelled; parts in hand are committed first")
+                return
+        self._progress.line(
+            f"slurm: the jobs go on without this command. The same command follows them; `scancel {ids}` cancels them."
+        )
+
+    def _after(self, work: Work, failed: Sequence[Failure], *, gained: bool) -> SlurmSettings:
+        """The queue has run dry: name what failed, and say how what is missing is submitted again.
+
+        If nothing was gained it is submitted part by part, so that a part to blame ends up alone; if that gains nothing
+        either, the part is set aside or the run stops, as the settings say.
+        """
+        for failure in failed[:NAMED_FAILURES]:
+            self._progress.line(f"slurm: {failure}")
+        if len(failed) > NAMED_FAILURES:
+            self._progress.line(f"slurm: and {len(failed) - NAMED_FAILURES} more tasks")
+        left = missing_count(work)
+        aside = set_aside(failed) if self._settings.faults.poisoned == "set_aside" else []
+        for line in aside:
+            self._progress.line(f"slurm: {line}")
+        several = any(len(failure.requested) > 1 and failure.array.job.stage.divisible for failure in failed)
+        if left and not gained and not aside and not several:
+            what = failed[0] if failed else "no task has failed; were they cancelled?"
+            raise RunError(
+                f"{left} parts are missing, and running them again gained nothing: {what}. What was committed is "
+                "kept; the same command goes on from there."
+            )
+        if left:
+            self._progress.line(f"slurm: {left} parts are missing; submitting them again")
+        return self._slurm if gained or aside else self._slurm.model_copy(update={"parts_per_task": 1})
+
+
+def _reopened(work: Work) -> Work:
+    """The same work with runs that look at the store again: pruned parts may no longer have to be rebuilt."""
+    runs = {id(run): replace(run) for run, _ in work}
+    return [(runs[id(run)], job) for run, job in work]
+
+
+def _state(work: Work) -> tuple[int, list[int]]:
+    """What changes whenever something is gained: parts missing, and the steps that unfinished training has kept."""
+    return missing_count(work), [run.scratch_steps(job) for run, job in work]
+
+
+def _ids(jobs: Iterable[int]) -> str:
+    return ", ".join(map(str, jobs))
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that began and left parts undone."""
+
+    array: Array
+    task: str  # in Slurm's notation: 12_3
+    requested: tuple[int, ...]
+    undone: tuple[int, ...]
+    state: str  # Slurm's word for its end
+    log: Path
+    code: int | None
+    message: str
+
+    def __str__(self) -> str:
+        what = f"{self.array.job.name}, {few_parts(self.undone)}"
+        return f"{what}: task {self.task} {self.state}: {self.message} (log: {self.log})"
+
+    @property
+    def blames_a_part(self) -> bool:
+        """True if it failed by itself (not killed, no full disk) and had one part only."""
+        failed = self.code is not None and self.code in (1, 2)
+        return failed and len(self.requested) == 1 and self.array.job.stage.divisible
+
+
+def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
+    """Failed tasks of jobs that are no longer in the queue."""
+    states = queue.look(submitted) or {}
+    for job, array in submitted.items():
+        missing = array.run.missing_parts(array.job)
+        for index, parts in array.chunks.items():
+            undone = tuple(part for part in parts if part in missing)
+            log = array.log(str(job), str(index))
+            if undone and log.exists():  # without a log it never began: what it waited for has failed
+                known = states.get((job, index))
+                state = known.state if known else queue.ended_as(job, index)
+                outcome = read_outcome(array.events(index))
+                message = outcome.message if outcome and outcome.message else _last_line(log)
+                code = queue.exit_code(job, index)
+                yield Failure(array, f"{job}_{index}", parts, undone, state, log, code, message)
+
+
+def set_aside(failed: Sequence[Failure]) -> list[str]:
+    """Give up the parts to blame, if all others of their job are done; says which."""
+    lines = []
+    for array in {failure.array for failure in failed}:
+        poisoned = {one.undone[0]: str(one) for one in failed if one.array is array and one.blames_a_part}
+        if poisoned and OpenJob(array.run, array.job, poisoned=dict(poisoned)).set_poisoned_aside():
+            lines.append(f"{array.job.name}: {few_parts(sorted(poisoned))} set aside")
+    return lines
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a task that reported no outcome."""
+    lines = [line.strip() for line in tail(log, 200) if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Turns what Slurm and the store say into a bar and lines."""
+
+    def __init__(self, work: Work, progress: Progress) -> None:
+        self._open = [(run, job) for run, job in work if not run.is_done(job)]
+        self._progress = progress
+        self._left = missing_count(self._open)
+        self._silent, self._reason = 0, ""
+        progress.start("slurm", self._left, unit="parts")
+
+    def look(self, states: Mapping[tuple[int, int], queue.TaskState] | None) -> bool:
+        """Show it; True if anything is still in the queue."""
+        for run, job in [pair for pair in self._open if pair[0].is_done(pair[1])]:
+            self._progress.line(f"{job.name}: done -> {run.artifact(job.output).folder}")
+            self._open.remove((run, job))
+        left = missing_count(self._open)
+        if states is None:
+            self._silent += 1
+            if self._silent == SILENT_LOOKS:
+                self._progress.line("slurm: squeue does not answer; waiting for it")
+            return True
+        self._silent = 0
+        live = [state for state in states.values() if not state.ended]
+        waiting = [state for state in live if state.state == "PENDING"]
+        self._progress.advance(self._left - left, running=len(live) - len(waiting), waiting=len(waiting))
+        self._left = left
+        reason = next((state.reason for state in waiting if state.reason not in COMMON_REASONS), "")
+        if reason and reason != self._reason:
+            self._progress.line(f"slurm: a job waits because of {reason}")
+        self._reason = reason
+        return bool(live)

@@ -1,0 +1,31 @@
+"""How a task ends, as worker, launcher and exit code say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["done", "failed", "refused", "full", "lost", "interrupted"]
+"""refused: the input is at fault, and another attempt would end the same; full: no space left where it writes; lost:
+the worker vanished (its node is gone, it was killed)."""
+
+# refused: EX_DATAERR of sysexits.h; full: the number of ENOSPC
+EXIT_CODES: dict[Kind, int] = {"done": 0, "failed": 1, "refused": 65, "full": 28, "interrupted": 130}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended."""
+
+    kind: Kind
+    message: str = ""  # for people
+
+    def to_json(self) -> dict[str, Any]:
+        return {"outcome": self.kind, "message": self.message}
+
+    @classmethod
+    def from_exit(cls, code: int, message: str) -> Outcome:
+        """The outcome of a process that did not report one; a negative code is the signal that killed it."""
+        kinds = {number: kind for kind, number in EXIT_CODES.items()}
+        kind = "lost" if code < 0 else kinds.get(code, "failed")
+        return cls("lost" if kind == "interrupted" else kind, message)

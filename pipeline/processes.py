@@ -1,0 +1,133 @@
+"""Processes that do tasks: how they are started, asked to stop, and cleaned up after. Used by every launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eopd.pipeline.tasks import Task
+
+WORKER = "eopd.pipeline.worker"
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+TORCHRUN = ("-m", "torch.distributed.run", f"--log-dir={os.devnull}")  # else it leaves a folder among temporary files
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun's agent for the processes that it starts."""
+PARENT_POLL_SECONDS = 0.5
+PARENT_GRACE_SECONDS = 60.0
+"""How long an orphaned process may take to finish a training step and its state before it is killed."""
+GROUP_SECONDS = 10.0
+"""How long processes that a worker left behind may take to clean up before they are killed."""
+
+
+def worker_command(processes: int, *arguments: str, torchrun: Sequence[str] = ("--standalone",)) -> list[str]:
+    """Arguments of ``python`` that start a worker; several processes that do one task together go through torchrun."""
+    if processes == 1:
+        return ["-m", WORKER, *arguments]
+    return [*TORCHRUN, *torchrun, f"--nproc-per-node={processes}", "-m", WORKER, *arguments]
+
+
+def trains_together(task: Task) -> bool:
+    """True in the process that has to start the several ones of a task, and not in those."""
+    return task.processes > 1 and "WORLD_SIZE" not in os.environ
+
+
+def rank() -> int:
+    """Number of this process among those that do a task together; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class Leader(subprocess.Popen[bytes]):
+    """``python ARGUMENTS`` as the leader of a process group that ends with it; it stops if its parent dies.
+
+    vLLM's processes would outlive a killed worker and keep the memory of its GPU.
+    """
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        ask = partial(ask_to_stop_when_orphaned, os.getpid()) if sys.platform == "linux" else None
+        super().__init__([sys.executable, *arguments], start_new_session=True, preexec_fn=ask, **options)
+
+    def poll(self) -> int | None:
+        ended_before = self.returncode is not None
+        code = super().poll()
+        if code is not None and not ended_before:
+            end_group(self.pid)
+        return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        ended_before = self.returncode is not None
+        code = super().wait(timeout)
+        if not ended_before:
+            end_group(self.pid)
+        return code
+
+
+def end_group(leader: int) -> None:
+    """End all processes of the group that ``leader``, which has ended, was the first of."""
+    with suppress(ProcessLookupError, PermissionError):
+        try:
+            os.killpg(leader, signal.SIGTERM)
+            until = time.monotonic() + GROUP_SECONDS
+            while _any_runs(leader) and time.monotonic() < until:
+                time.sleep(0.02)
+        finally:
+            os.killpg(leader, signal.SIGKILL)
+
+
+def _any_runs(group: int) -> bool:
+    """True if a process of ``group`` runs; a zombie that nobody waits for keeps its group but does not count."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group, *_ = file.read_text(errors="replace").rpartition(")")[2].split()
+            if int(its_group) == group and state not in "ZX":
+                return True
+    return False
+
+
+def ask_to_stop_when_orphaned(parent: int | None = None) -> None:
+    """In a child of ``parent``: have the kernel send SIGTERM when the parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:  # it ended before it could be asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent(first: signal.Signals = signal.SIGTERM) -> None:
+    """Watch the parent from now on: when it ends, send ``first`` to this process, and SIGKILL if that does not help.
+
+    For processes that libraries start: torchrun's agent and vLLM's engine put theirs into sessions of their own, in
+    which they would outlive everything. A thread does it: the kernel's signal comes when the parent's thread ends.
+    """
+    threading.Thread(target=_watch, args=(os.getppid(), first), name="parent", daemon=True).start()
+
+
+def end_with_parent_if_spawned() -> None:
+    """Call this when a program of ours is imported: multiprocessing imports it in what it spawns (vLLM's engine)."""
+    if "--multiprocessing-fork" in sys.orig_argv:  # its parent_process() is not known yet
+        end_with_parent(signal.SIGKILL)  # it has nothing to finish
+
+
+def _watch(parent: int, first: signal.Signals) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os.kill(os.getpid(), first)
+    time.sleep(PARENT_GRACE_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def last_line(log: Path, start: int, code: int) -> str:
+    """How a process ended that reported no outcome; its output is in ``log`` from byte ``start`` on."""
+    ended = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read()[-4096:].decode(errors="replace").strip().splitlines()
+    return f"{ended}; its last line: {lines[-1].strip()}" if lines else ended

@@ -1,0 +1,151 @@
+"""Which old checkpoints are pruned and what gc keeps: set arithmetic over the notes of runs (``storage.notes``).
+
+When a run starts, and whenever it prunes, it writes down every artifact that its plan names and every part of a
+checkpoint that it still wants. A copy lies in the run's folder, so that a project can be moved. No run is ever planned
+on behalf of another.
+
+A part of a checkpoint is pruned if its run has no more use for it (``Run.unwanted``) and no other run over the store
+wants it. The figures of its steps stay, and with LoRA the adapter. A pruned part counts as done; it is rebuilt only if
+something missing reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eopd.pipeline.run import Run
+from eopd.storage import paths, pruning
+from eopd.storage.artifacts import Artifact
+from eopd.storage.checkpoints import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    OPTIMIZER,
+    OPTIMIZER_FILE,
+    ROUND_START_FILE,
+    TRAINING_FILE,
+    WEIGHTS,
+)
+from eopd.storage.errors import DamagedPart
+from eopd.storage.notes import Keys, Note, Parts, note_name, notes, write_note
+from eopd.storage.places import is_bucket
+
+MEND = (
+    "`eopd store verify --repair` sets it aside, and the next start of its run writes it again; remove it if that run "
+    "is not wanted any more"
+)
+
+
+def note_of(run: Run) -> Note:
+    """What the run refers to now."""
+    jobs = run.plan.jobs
+    # after a kill between a checkpoint's commit and the end of its job, states are left that nothing will read
+    scratch = [job.scratch for job in jobs if job.scratch is not None and not run.is_made(job)]
+    checkpoints = {(job.output.key, part) for job in jobs if job.is_prunable for part in (WEIGHTS, OPTIMIZER)}
+    return Note(
+        config=run.paths.config.resolve(),
+        store=run.store.resolve(),
+        read_only=tuple(Path(place).resolve() for place in run.settings.read_only_stores if not is_bucket(place)),
+        artifacts={job.key for job in jobs} | {(identity.kind, identity.key) for identity in scratch},
+        wanted=checkpoints - run.unwanted(),
+    )
+
+
+def note(run: Run) -> None:
+    """Write down what the run refers to."""
+    write_note(run.store, note_of(run), own_copy=run.paths.references)
+
+
+def notes_of_others(store: Path, own: str = "") -> Iterator[Note]:
+    """Notes of the runs that use ``store``, but for the one named ``own`` and for runs whose folder is gone.
+
+    Raises:
+        DamagedPart: a note is unreadable, so that what its run refers to is not known.
+    """
+    for name, one in notes(store):
+        if isinstance(one, DamagedPart):
+            raise DamagedPart(f"{one}: what its run refers to is not known. {MEND}")
+        if name != own and not _is_gone(one.config):
+            yield one
+
+
+def _is_gone(config: Path) -> bool:
+    """False for a config that another user does not let us see: it may be there."""
+    try:
+        os.stat(config)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+# -- pruning -------------------------------------------------------------------------------------------------------
+
+
+def prune_old(run: Run) -> int:
+    """Prune what no run wants; returns the bytes freed. Finishes what a kill left half done."""
+    going = run.unwanted()
+    if not going:
+        return 0
+    note(run)
+    try:
+        for other in notes_of_others(run.store, own=note_name(run.paths.config.resolve())):
+            going -= other.wanted
+    except DamagedPart as error:
+        run.progress.line(f"old checkpoints stay: {error}")
+        return 0
+    freed = sum(pruning.prune(artifact, part, drops) for artifact, part, drops in _prunings(run, going))
+    if freed:
+        run.progress.line(f"old checkpoints pruned: {freed / 1e6:,.1f} MB freed (train.keep_checkpoints)")
+    return freed
+
+
+def _prunings(run: Run, going: Parts) -> Iterator[tuple[Artifact, int, Callable[[str], bool]]]:
+    """(checkpoint, part, which files to drop) for every part in ``going`` of the run's own store."""
+    for job in run.trained():
+        artifact = run.artifact(job.output)
+        if not run.is_own(artifact):
+            continue
+        whole = (artifact.key, WEIGHTS) in going
+        if whole:
+            yield artifact, WEIGHTS, lambda name: name not in (METRICS_FILE, TRAINING_FILE)
+        if (artifact.key, OPTIMIZER) in going and whole:  # averaged weights go too; an adapter is small and stays
+            yield artifact, OPTIMIZER, lambda name: not name.startswith(f"{ADAPTER_FOLDER}/")
+        elif (artifact.key, OPTIMIZER) in going:
+            yield artifact, OPTIMIZER, lambda name: name in (OPTIMIZER_FILE, ROUND_START_FILE)
+
+
+# -- garbage collection --------------------------------------------------------------------------------------------
+
+
+def references(store: Path, runs: Path) -> dict[Path, Keys]:
+    """Artifacts that every run over ``store`` refers to, by the run's config.
+
+    The runs are those that left a note in the store, and those below ``runs``, wherever the project was moved to.
+
+    Raises:
+        DamagedPart: a note is unreadable.
+        ValueError: no run below ``runs`` uses the store, or one of them only reads it.
+    """
+    store = store.resolve()
+    found = {one.config: one.artifacts for one in notes_of_others(store)}
+    below: Keys = set()
+    for path in sorted(runs.glob(f"*/{paths.REFERENCES}")):
+        try:
+            own = Note.read(path)
+        except DamagedPart as error:
+            raise DamagedPart(
+                f"{error}: what its run refers to is not known. Start it, or remove its folder"
+            ) from error
+        if store in own.read_only:
+            raise ValueError(
+                f"{path.parent} only reads {store}: collect that store where its own runs are, or leave out --runs to "
+                "remove left-overs of killed jobs only"
+            )
+        below |= own.artifacts
+        found.setdefault(path.parent.resolve() / "config.yaml", own.artifacts)
+    if not any((store / kind / key).is_dir() for kind, key in below):
+        raise ValueError(f"nothing in {store} belongs to a run below {runs}: were the models or prompts changed?")
+    return found

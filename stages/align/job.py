@@ -1,0 +1,43 @@
+"""What the alignment measurement is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eopd.stages.engines.kept import Engines
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings
+from eopd.storage.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class AlignmentJob:
+    """Read the samples of complete evaluations with teacher and student.
+
+    ``output`` has a part for every part of every evaluation in ``sources``, in their order.
+    """
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: EvaluateSettings  # with ``alignment``
+    progress: Progress
+    log_dir: Path
+    sources: tuple[tuple[str, Artifact], ...]  # whose responses (own, first), and the evaluation that holds them
+    student: ModelRef
+    teacher: ModelRef
+    teacher_prompt: TeacherPromptSettings
+    stop_ids: tuple[int, ...]
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is read on
+
+
+@dataclass(frozen=True)
+class SummaryJob:
+    """Sum up complete alignments, in one part."""
+
+    output: Artifact
+    alignments: Artifact
+    settings: EvaluateSettings  # with ``alignment``
+    progress: Progress

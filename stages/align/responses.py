@@ -1,0 +1,113 @@
+"""Samples of an evaluation as teacher and student read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eopd.stages.align.job import AlignmentJob
+from eopd.stages.models.packing import Sequence
+from eopd.stages.models.prompts import Prompt, PromptTable, load_prompts, render_prompt
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, render_teacher_prompt
+from eopd.storage import evaluations
+from eopd.storage.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ["benchmark", "problem_id", "problem_index", "sample", "response_token_ids"]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What is read of one part of an evaluation; all lists in the samples' order."""
+
+    names: list[tuple[str, str, int]]  # benchmark, problem id, sample
+    student: list[Sequence]
+    teacher: list[Sequence]
+    cut: int  # responses of which only the first tokens fit into both models
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence.response_ids) for sequence in self.student)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that either model reads."""
+        return max((one.input_length for one in (*self.student, *self.teacher)), default=1)
+
+
+class ResponseReader:
+    """Renders prompts once and cuts what is too long."""
+
+    def __init__(
+        self,
+        job: AlignmentJob,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        limits: tuple[int | None, int | None],
+    ) -> None:
+        """``limits``: most tokens that student and teacher can read."""
+        self._job, self._student, self._teacher, self._limits = job, student, teacher, limits
+        self._tables: dict[str, PromptTable] = {}
+        self._contexts: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def read(self, evaluation: Artifact, part: int) -> Responses:
+        """The first samples of the first problems of a part, as the settings say.
+
+        Raises:
+            ValueError: a problem, by id, that is no longer in its benchmark or cannot be rendered for the teacher.
+        """
+        settings = self._job.settings.alignment
+        assert settings is not None
+        found = Responses([], [], [], 0)
+        cut = 0
+        for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist():
+            late = settings.limit is not None and row["problem_index"] >= settings.limit
+            if late or row["sample"] >= settings.samples:
+                continue
+            own, theirs = self._contexts_of(row["benchmark"], row["problem_id"], row["problem_index"])
+            response = row["response_token_ids"]
+            room = min(self._room(own, 0), self._room(theirs, 1), len(response))
+            cut += room < len(response)
+            found.names.append((row["benchmark"], row["problem_id"], row["sample"]))
+            found.student.append(Sequence(own, response[:room]))
+            found.teacher.append(Sequence(theirs, response[:room]))
+        return Responses(found.names, found.student, found.teacher, cut)
+
+    def _room(self, context: list[int], which: int) -> int:
+        """Response tokens that fit behind ``context``; the last one is predicted, never read."""
+        limit = self._limits[which]
+        return 2**31 if limit is None else max(0, limit + 1 - len(context))
+
+    def _contexts_of(self, benchmark: str, problem: str, index: int) -> tuple[list[int], list[int]]:
+        key = (benchmark, problem)
+        if key not in self._contexts:
+            settings = next(one for one in self._job.settings.benchmarks if one.name == benchmark)
+            source = self._job.settings.prompts_of(settings)
+            if benchmark not in self._tables:
+                self._tables[benchmark] = load_prompts(source)
+            (prompt,) = self._tables[benchmark].rows([index])
+            where = f"benchmark {benchmark}, problem {problem!r}"
+            if prompt.id != problem:
+                raise ValueError(f"{where} is now {prompt.id!r}: the benchmark changed since it was evaluated")
+            own = render_prompt(self._student, prompt, source)
+            theirs = _as_the_teacher_reads(prompt, own, self._job.teacher_prompt, self._teacher, where)
+            if not own or not theirs:
+                raise ValueError(f"{where} has no prompt tokens, so nothing predicts the first response token")
+            self._contexts[key] = own, theirs
+        return self._contexts[key]
+
+
+def _as_the_teacher_reads(
+    prompt: Prompt, own: list[int], settings: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[int]:
+    if settings.kind == "same":
+        return own
+    if settings.kind == "template":
+        return render_teacher_prompt(prompt.messages_json, settings, tokenizer, where)
+    if prompt.teacher_prompt is None:
+        raise ValueError(
+            f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no columns.teacher_prompt"
+        )
+    return render_teacher_prompt(prompt.teacher_prompt, settings, tokenizer, where)

@@ -1,0 +1,208 @@
+"""The alignment job: teacher and student read an evaluation's samples, part by part; then a summary.
+
+Producer of the record of ``storage.alignments``. Both models are in memory at once; a part's sums are committed before
+the next part is read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+
+from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
+from eopd.stages.align.job import AlignmentJob, SummaryJob
+from eopd.stages.align.reading import read_pairs
+from eopd.stages.align.responses import ResponseReader, Responses
+from eopd.stages.align.settings import AlignmentSettings
+from eopd.stages.engines.hidden import HiddenEngine
+from eopd.stages.engines.open import open_hidden_engine
+from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
+from eopd.stages.job import ModelRef
+from eopd.stages.models.loading import load_tokenizer, model_folder
+from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.threads import torch_threads
+from eopd.stages.models.tokenizers import check_same_vocabulary
+from eopd.storage import alignments
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import claimed_parts
+from eopd.storage.sources import passes_on
+
+RESULTS_VERSION = 1
+Part = tuple[str, Artifact, int]  # whose responses, their evaluation, its part
+
+
+def run(job: AlignmentJob) -> None:
+    """Do every part of ``job.parts`` that is not committed.
+
+    Raises:
+        ValueError: a problem that cannot be rendered; tokenizers that differ in their tokens; an unknown architecture;
+            logits that are not finite.
+    """
+    layout = _layout(job)
+    assert job.output.parts == len(layout), (job.output.parts, len(layout))
+    done = job.output.committed()
+    todo = [part for part in job.parts if part not in done]
+    todo = [part for part in todo if not passes_on(layout[part][1], layout[part][2], job.output, part)]
+    if todo:
+        _measure(job, layout, todo)
+
+
+def _layout(job: AlignmentJob) -> list[Part]:
+    return [(whose, found, part) for whose, found in job.sources for part in range(found.parts)]
+
+
+def _settings(job: AlignmentJob | SummaryJob) -> AlignmentSettings:
+    assert job.settings.alignment is not None
+    return job.settings.alignment
+
+
+def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> None:
+    tokenizers = load_tokenizer(job.student), load_tokenizer(job.teacher)
+    if job.student.tokenizer_path != job.teacher.tokenizer_path:
+        check_same_vocabulary(tokenizers[1], tokenizers[0])
+    limits = tuple(longest_readable(model_folder(ref.path, ref.revision)) for ref in (job.student, job.teacher))
+    reader = ResponseReader(job, *tokenizers, (limits[0], limits[1]))
+    found = {part: reader.read(*layout[part][1:]) for part in todo}
+    longest = max(responses.longest for responses in found.values())
+    settings = _settings(job)
+    if any(torch_device(options) != "cpu" for options in (settings.engine_options, settings.teacher_engine_options)):
+        job.engines.close()
+    with ExitStack() as stack:
+        job.progress.start("align", sum(responses.tokens for responses in found.values()))
+        stack.callback(job.progress.close)
+        stack.enter_context(torch_threads(settings.engine_options.cpu_threads))
+        teacher = _open(job, job.teacher, settings.teacher_engine, settings.teacher_engine_options, longest, stack)
+        # one process serves one model on vLLM
+        student = _open(job, job.student, "transformers", settings.engine_options, longest, stack)
+        for part in claimed_parts(job.output, list(todo), job.progress.line):
+            _do_part(job, part, layout[part], found[part], teacher, student)
+
+
+def _open(
+    job: AlignmentJob, ref: ModelRef, kind: EngineKind, options: EngineOptions, longest: int, stack: ExitStack
+) -> HiddenEngine:
+    settings = _settings(job)
+    engine = open_hidden_engine(
+        kind,
+        ref,
+        longest=longest,
+        log_dir=job.log_dir,
+        options=options,
+        batch_tokens=settings.batch_tokens,
+    )
+    stack.enter_context(closing(engine))
+    if engine.note:
+        job.progress.line(f"align: {ref.path} reads {engine.note}")
+    return engine
+
+
+def _do_part(
+    job: AlignmentJob, part: int, source: Part, responses: Responses, teacher: HiddenEngine, student: HiddenEngine
+) -> None:
+    """Read one part with both models and commit its sums."""
+    settings = _settings(job)
+    bins = EntropyBins.of(settings.bins, settings.tau, teacher.head.vocab_size)
+    began, tokens = time.monotonic(), 0
+    rows: list[dict[str, Any]] = []
+    for number, figures in read_pairs(
+        teacher,
+        student,
+        responses.teacher,
+        responses.student,
+        settings.temperature,
+        job.stop_ids if settings.merge_stops else (),
+        batch_tokens=settings.batch_tokens,
+    ):
+        names = dict(zip(("benchmark", "problem_id", "sample"), responses.names[number], strict=True))
+        sums = bins.sums(figures)
+        rows += [
+            {**names, "bin": place, **dict(zip(SUMMED, sums[place].tolist(), strict=True))}
+            for place in np.flatnonzero(sums[:, 0]).tolist()
+        ]
+        tokens += figures.tokens
+        job.progress.advance(figures.tokens, tokens_per_s=tokens / max(time.monotonic() - began, 1e-9))
+    info = {
+        "responses": source[0],
+        "edges": list(bins.edges),
+        "tokens": tokens,
+        "cut": responses.cut,
+        "seconds": round(time.monotonic() - began, 3),
+        "engines": [f"{engine.name} {engine.version} {engine.dtype}" for engine in (student, teacher)],
+    }
+    with job.output.write_part(part, inputs={"samples": source[1].marker(source[2]).checksum}, info=info) as folder:
+        alignments.write_sums(folder, rows)
+
+
+def summarise(job: SummaryJob) -> None:
+    """Read the sums of every part and commit the divergences by bin."""
+    for _ in claimed_parts(job.output, [0], job.progress.line):
+        _write_summary(job)
+
+
+def _write_summary(job: SummaryJob) -> None:
+    settings, identity = _settings(job), job.alignments.identity
+    markers = [job.alignments.marker(part) for part in range(job.alignments.parts)]
+    per_source, rest = divmod(len(markers), len(settings.responses))  # evaluations of one run have equally many parts
+    assert rest == 0, (len(markers), settings.responses)
+    filled = [part for part, marker in enumerate(markers) if marker.set_aside is None]
+    found: dict[str, Any] = {}
+    for number, whose in enumerate(settings.responses):
+        of_source = range(number * per_source, (number + 1) * per_source)
+        parts = [part for part in of_source if part in filled]
+        if not parts:
+            raise ValueError(
+                f"evaluate.alignment.responses: every part of {whose!r} was set aside "
+                f"({markers[of_source[0]].set_aside}), so nothing can be compared. `eopd store verify --repair` "
+                "re-queues what was set aside"
+            )
+        bins = EntropyBins(tuple(markers[parts[0]].info["edges"]), settings.tau)
+        sums, problems = _read(job.alignments, parts, bins)
+        figures = summarise_bins(
+            sums,
+            problems,
+            bins,
+            benchmarks=[benchmark for benchmark, _ in problems],
+            resamples=job.settings.resamples,
+            confidence=job.settings.confidence,
+        )
+        found[whose] = {**figures.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
+        job.progress.line(
+            f"align: {figures.all.tokens:,} tokens of {whose} responses: FKL {figures.all.fkl:.3f}, RKL "
+            f"{figures.all.rkl:.3f} nats a token, {figures.above.share:.1%} above {figures.tau:g}"
+        )
+    results = {
+        "record": "alignment_results",
+        "version": RESULTS_VERSION,
+        "responses": found,
+        "settings": settings.model_dump(mode="json"),
+        "teacher_prompt": identity.settings.get("teacher_prompt"),
+        "stop_ids": list(identity.settings.get("stop_ids", ())),
+        "student": {"fingerprint": identity.inputs.get("student")},
+        "teacher": {"fingerprint": identity.inputs.get("teacher")},
+        "engines": sorted({engine for part in filled for engine in markers[part].info["engines"]}),
+        "artifact": {"key": job.alignments.key, "inputs": dict(identity.inputs)},
+    }
+    if len(filled) < len(markers):
+        results["left_out"] = [part for part in range(len(markers)) if part not in filled]
+    inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
+    with job.output.write_part(0, inputs=inputs) as folder:
+        text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)
+        (folder / alignments.RESULTS).write_text(text, encoding="utf-8")
+
+
+def _read(
+    output: Artifact, parts: Sequence[int], bins: EntropyBins
+) -> tuple[np.ndarray[Any, Any], list[tuple[str, str]]]:
+    """Sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
+    sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
+    for part in parts:
+        for row in alignments.read_sums(output.part_folder(part)).to_pylist():
+            key = (row["benchmark"], row["problem_id"], row["sample"])
+            sums.setdefault(key, np.zeros((bins.count, len(SUMMED))))[row["bin"]] = [row[name] for name in SUMMED]
+    problems = [key[:2] for key in sums]
+    return np.asarray(list(sums.values())).reshape(len(sums), bins.count, len(SUMMED)), problems

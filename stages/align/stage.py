@@ -1,0 +1,139 @@
+"""The stages of `eopd align`: teacher and student compared on an evaluation's samples, and figures by entropy bin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.stage import (
+    Input,
+    Job,
+    JobContext,
+    Measured,
+    PlanView,
+    Size,
+    Stage,
+    policy_input,
+    policy_key,
+    read_size,
+)
+
+ALIGNED_ROW_BYTES = 20.0  # sums of one response in one bin of entropy
+SUMMARY_BYTES = 65536
+
+
+class AlignStage(Stage):
+    name = command = "align"
+    kind = "alignments"
+    size_settings = "evaluate.alignment.samples"
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        settings, facts = plan.experiment.settings, plan.experiment.facts
+        own, first = plan.output("evaluate", round_), plan.output("evaluate", 0)
+        if settings.evaluate is None or settings.evaluate.alignment is None or own is None or first is None:
+            return None
+        alignment = settings.evaluate.alignment
+        evaluations = {whose: {"own": own, "first": first}[whose] for whose in alignment.responses}
+        policy = plan.policy(round_)
+        output = self.identity(
+            parts=sum(evaluation.parts for evaluation in evaluations.values()),
+            settings={
+                "alignment": alignment.semantic(),
+                "teacher_prompt": settings.score.teacher_prompt.semantic(),
+                "stop_ids": list(facts.stop_ids),
+            },
+            inputs={
+                **{f"{whose} evaluation": evaluation.key for whose, evaluation in evaluations.items()},
+                "student": policy_key(plan.experiment, policy),
+                "student_tokenizer": facts.student.tokenizer_fingerprint,
+                "teacher": facts.teacher.fingerprint,
+                "teacher_tokenizer": facts.teacher.tokenizer_fingerprint,
+            },
+        )
+        inputs: dict[str, Input] = {whose: Input(evaluation) for whose, evaluation in evaluations.items()}
+        return Job(self, round_, output, {**inputs, **policy_input(policy)})
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        alignment = settings.evaluate.alignment if settings.evaluate else None
+        both = (alignment.engine_options, alignment.teacher_engine_options) if alignment else ()
+        return max((options.tensor_parallel for options in both), default=1)  # the two models share the devices
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        evaluate = experiment.settings.evaluate
+        assert evaluate is not None
+        assert evaluate.alignment is not None
+        sampled = [size for role, size in inputs.items() if role != "policy"]
+        share = evaluate.alignment.samples / evaluate.samples * self._problems_read(experiment)
+        tokens = round(sum(size.tokens for size in sampled) * share)
+        read = Size(tokens, at_most=any(size.at_most for size in sampled))
+        bins = len(evaluate.alignment.bins) + 2
+        return read_size(read, ALIGNED_ROW_BYTES * bins / evaluate.parameters(()).max_new_tokens, measured)
+
+    @staticmethod
+    def _problems_read(experiment: Experiment) -> float:
+        """Share of all problems that an alignment reads."""
+        evaluate = experiment.settings.evaluate
+        limit = evaluate.alignment.limit if evaluate and evaluate.alignment else None
+        problems = [benchmark.count for benchmark in experiment.facts.benchmarks]
+        read = problems if limit is None else [min(limit, count) for count in problems]
+        return sum(read) / sum(problems)
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.align.job import AlignmentJob
+        from eopd.stages.align.run import run
+
+        settings = context.settings
+        assert settings.evaluate is not None
+        assert settings.evaluate.alignment is not None
+        run(
+            AlignmentJob(
+                output=context.output,
+                parts=context.parts,
+                settings=settings.evaluate,
+                progress=context.progress,
+                log_dir=context.log_dir,
+                sources=tuple((whose, context.inputs[whose]) for whose in settings.evaluate.alignment.responses),
+                student=context.student,
+                teacher=context.experiment.teacher,
+                teacher_prompt=settings.score.teacher_prompt,
+                stop_ids=context.experiment.facts.stop_ids,
+                engines=context.engines,
+            )
+        )
+
+
+class AlignmentSummaryStage(Stage):
+    """Divergences by teacher-entropy bin, with intervals."""
+
+    name = "alignment_summary"
+    kind = "alignment_summaries"
+    command = "align"
+    divisible = False
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        alignments, evaluate = plan.output("align", round_), plan.experiment.settings.evaluate
+        if alignments is None or evaluate is None:
+            return None
+        settings = {"resamples": evaluate.resamples, "confidence": evaluate.confidence}
+        output = self.identity(parts=1, settings=settings, inputs={"alignments": alignments.key})
+        return Job(self, round_, output, {"alignments": Input(alignments)})
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return 0
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        return Size(0, measured.bytes // measured.parts if measured.parts else SUMMARY_BYTES)
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.align.job import SummaryJob
+        from eopd.stages.align.run import summarise
+
+        assert context.settings.evaluate is not None
+        summarise(
+            SummaryJob(
+                output=context.output,
+                alignments=context.inputs["alignments"],
+                settings=context.settings.evaluate,
+                progress=context.progress,
+            )
+        )

@@ -1,0 +1,126 @@
+"""The stages of `eopd evaluate`: verified samples of every benchmark, and the figures computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from eopd.stages.evaluate.settings import MATH_RULES
+from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.stage import (
+    Input,
+    Job,
+    JobContext,
+    Measured,
+    PlanView,
+    Size,
+    Stage,
+    policy_input,
+    policy_key,
+    sampled_size,
+)
+
+SAMPLED_TOKEN_BYTES = 12.0  # id, log-prob and text of a token in Parquet, before compression
+PROBLEM_BYTES = 256  # a problem's row in a summary, before compression
+SUMMARISED = ("resamples", "confidence")
+"""Settings that only the summary reads."""
+
+
+def is_evaluated(settings: ExperimentSettings, round_: int) -> bool:
+    """True if the student at the start of ``round_`` is evaluated: each `every`-th, the first and the last."""
+    evaluate = settings.evaluate
+    return evaluate is not None and (round_ % evaluate.every == 0 or round_ == settings.rounds)
+
+
+class EvaluateStage(Stage):
+    name = command = "evaluate"
+    kind = "evaluations"
+    size_settings = "evaluate.samples, evaluate.max_new_tokens or the benchmarks' limit"
+    engine = "sampling"
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        settings, facts = plan.experiment.settings, plan.experiment.facts
+        evaluate = settings.evaluate
+        if evaluate is None or not is_evaluated(settings, round_):
+            return None
+        policy = plan.policy(round_)
+        output = self.identity(
+            parts=sum(math.ceil(benchmark.count / evaluate.rows_per_part) for benchmark in facts.benchmarks),
+            settings={
+                "evaluate": {name: value for name, value in evaluate.semantic().items() if name not in SUMMARISED},
+                "seed": settings.seed,
+                "stop_ids": list(facts.stop_ids),
+                "rules": {"math": MATH_RULES} if any(one.verifier == "math" for one in evaluate.benchmarks) else {},
+            },
+            inputs={
+                "policy": policy_key(plan.experiment, policy),
+                "tokenizer": facts.student.tokenizer_fingerprint,
+                **{f"benchmark {benchmark.name}": benchmark.fingerprint for benchmark in facts.benchmarks},
+            },
+        )
+        return Job(self, round_, output, policy_input(policy))
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        evaluate = experiment.settings.evaluate
+        assert evaluate is not None
+        responses = evaluate.samples * sum(benchmark.count for benchmark in experiment.facts.benchmarks)
+        return sampled_size(responses, evaluate.parameters(()).max_new_tokens, SAMPLED_TOKEN_BYTES, measured)
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.evaluate.run import EvaluateJob, run
+
+        assert context.settings.evaluate is not None
+        run(
+            EvaluateJob(
+                output=context.output,
+                parts=context.parts,
+                settings=context.settings.evaluate,
+                progress=context.progress,
+                log_dir=context.log_dir,
+                policy=context.student,
+                stop_ids=context.experiment.facts.stop_ids,
+                seed=context.settings.seed,
+                engines=context.engines,
+            )
+        )
+
+
+class EvaluationSummaryStage(Stage):
+    """Avg@k, Pass@k, lengths and diversity of one evaluation, with intervals."""
+
+    name = "evaluation_summary"
+    kind = "evaluation_summaries"
+    command = "evaluate"
+    divisible = False
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        evaluation = plan.output("evaluate", round_)
+        if evaluation is None:
+            return None
+        semantic = plan.experiment.settings.evaluate.semantic() if plan.experiment.settings.evaluate else {}
+        settings = {name: semantic[name] for name in SUMMARISED}
+        output = self.identity(parts=1, settings=settings, inputs={"evaluation": evaluation.key})
+        return Job(self, round_, output, {"evaluation": Input(evaluation)})
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return 0
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        problems = sum(benchmark.count for benchmark in experiment.facts.benchmarks)
+        return Size(0, measured.bytes // measured.parts if measured.parts else PROBLEM_BYTES * problems)
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.evaluate.run import SummaryJob, summarise
+
+        assert context.settings.evaluate is not None
+        summarise(
+            SummaryJob(
+                output=context.output,
+                evaluation=context.inputs["evaluation"],
+                settings=context.settings.evaluate,
+                progress=context.progress,
+            )
+        )

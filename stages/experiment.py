@@ -1,0 +1,199 @@
+"""An experiment: the settings and inputs that decide what its stages make. Imports no torch.
+
+``Experiment`` is what a stage may know when it plans its job: keyed settings, and facts about models, prompts and
+benchmarks. Where artifacts are stored and how jobs are started belongs to ``pipeline``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from eopd.stages.engines.sampling import derive_seed
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef
+from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.rollout.settings import RolloutSettings
+from eopd.stages.score.settings import ScoreSettings
+from eopd.stages.settings import ROUNDS, SEED, Settings, setting
+from eopd.stages.train.schedule import steps_per_round
+from eopd.stages.train.settings import TrainSettings
+from eopd.storage.fingerprints import Digests
+
+
+class ModelSettings(Settings):
+    path: str = setting(..., "Folder of a causal LM in Hugging Face format, or a hub id.", keyed=False)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Precision of the weights when sampling or scoring; auto is the checkpoint's own."
+    )
+    revision: str | None = setting(None, "Hub commit or tag. Only a commit pins the weights.", keyed=False)
+    tokenizer: str | None = setting(None, "Folder or hub id of the tokenizer if it is not in `path`.", keyed=False)
+    trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
+
+
+class StudentSettings(ModelSettings):
+    sft_teacher: str | None = setting(
+        None,
+        "Model (folder or hub id) that wrote the student's supervised data, if known. lightning_opd assumes that it is "
+        "the teacher and warns otherwise.",
+        keyed=False,
+    )
+
+
+class ExperimentSettings(Settings):
+    seed: int = setting(0, "Seed of prompt order, sampling and training order.", ge=0, le=SEED)
+    rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1, le=ROUNDS)
+    refresh: int = setting(1, "Renew the sampling policy every this many rounds (1: each round).", ge=1, le=ROUNDS)
+    lag: int = setting(
+        0, "Rounds by which the sampling policy is late; with 1, a round's rollouts overlap training.", ge=0, le=ROUNDS
+    )
+    student: StudentSettings = setting(..., "The model that learns.")
+    teacher: ModelSettings = setting(..., "The model it learns from.")
+    prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
+    rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")
+    score: ScoreSettings = setting(ScoreSettings, "What the teacher says about every token.")
+    train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
+    evaluate: EvaluateSettings | None = setting(None, "How students are evaluated. None: they are not.")
+
+    @field_validator("evaluate")
+    @classmethod
+    def _evaluate_as_trained(cls, evaluate: EvaluateSettings | None, info: ValidationInfo) -> EvaluateSettings | None:
+        """Fill what is null from training: a base model trained on plain prompts is evaluated on plain prompts."""
+        if evaluate is None or not {"prompts", "rollout"} <= info.data.keys():  # one of them was refused
+            return evaluate
+        return evaluate.following(info.data["prompts"], info.data["rollout"].max_new_tokens)
+
+    @model_validator(mode="after")
+    def _score_as_sampled(self) -> ExperimentSettings:
+        self.score.resolve_temperature(self.rollout.temperature)
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_finds_its_column(self) -> ExperimentSettings:
+        if self.score.teacher_prompt.kind != "column":
+            return self
+        missing = [] if self.prompts.columns.teacher_prompt is not None else ["prompts"]
+        if self.evaluate is not None and self.evaluate.alignment is not None:
+            for number, benchmark in enumerate(self.evaluate.benchmarks):
+                if benchmark.columns.teacher_prompt is None:
+                    missing.append(f"evaluate.benchmarks.{number}")
+        if missing:
+            raise ValueError(
+                "score.teacher_prompt.kind is column, and no column of that kind is named in "
+                f"{', '.join(f'{where}.columns.teacher_prompt' for where in missing)}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """An external model: where it is, and what of it enters artifact keys."""
+
+    folder: Path
+    tokenizer_folder: Path
+    fingerprint: str  # weights, config, dtype and trusted code
+    tokenizer_fingerprint: str  # every tokenizer file, templates included
+    stop_ids: tuple[int, ...]  # the main one first
+
+
+@dataclass(frozen=True)
+class BenchmarkFacts:
+    name: str
+    count: int  # problems
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a plan must know about inputs that lie outside the store."""
+
+    student: ModelFacts
+    teacher: ModelFacts
+    prompt_count: int
+    prompts_fingerprint: str
+    benchmarks: tuple[BenchmarkFacts, ...] = ()
+    digests: Digests | None = field(default=None, compare=False, repr=False)  # hashes of the files behind all this
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Union of both models' stop ids, ascending. Rollouts stop at any of them."""
+        return tuple(sorted({*self.student.stop_ids, *self.teacher.stop_ids}))
+
+    @cached_property
+    def ordered_stop_ids(self) -> tuple[int, ...]:
+        """The same ids, the student's main one first: what checkpoints carry in their generation config."""
+        return tuple(dict.fromkeys((*self.student.stop_ids, *self.teacher.stop_ids)))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings and facts of one run."""
+
+    settings: ExperimentSettings
+    facts: Facts
+
+    @property
+    def prompts_per_round(self) -> int:
+        """`rollout.prompts_per_round`, or the whole prompt set if that is smaller."""
+        return min(self.settings.rollout.prompts_per_round, self.facts.prompt_count)
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps of a round in which no prompt is skipped."""
+        train = self.settings.train
+        responses = self.prompts_per_round * self.settings.rollout.samples_per_prompt
+        return steps_per_round(responses, train.batch_responses, train.epochs)
+
+    def sampling_round(self, round_: int) -> int:
+        """The round at whose start the policy stood that samples ``round_`` (settings ``refresh`` and ``lag``)."""
+        refresh = self.settings.refresh
+        return max(0, round_ // refresh * refresh - self.settings.lag)
+
+    def sampling_seed(self, round_: int) -> int:
+        """Seed of a round's rollouts; a prompt that returns in a later round gets other samples."""
+        return derive_seed(self.settings.seed, "round", round_)
+
+    @property
+    def teacher_vocabulary(self) -> int:
+        """Ids of the teacher by its config; 0 if the config does not say."""
+        return vocabulary_size(self.facts.teacher.folder)
+
+    @property
+    def student_dtype(self) -> str:
+        """Precision of every student of the run; `auto` is resolved to that of the first one."""
+        dtype = self.settings.student.dtype
+        return dtype if dtype != "auto" else _saved_dtype(self.facts.student.folder)
+
+    @property
+    def first_student(self) -> ModelRef:
+        return _reference(self.settings.student, self.facts.student)
+
+    @property
+    def teacher(self) -> ModelRef:
+        return _reference(self.settings.teacher, self.facts.teacher)
+
+
+def _reference(settings: ModelSettings, facts: ModelFacts) -> ModelRef:
+    return ModelRef(
+        path=str(facts.folder),
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        fingerprint=facts.fingerprint,
+        tokenizer=str(facts.tokenizer_folder),
+    )
+
+
+def vocabulary_size(folder: Path) -> int:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
+
+
+def _saved_dtype(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,96 @@
+"""The stage of `eopd score`: what the teacher says about every response token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.score.settings import HeadSettings
+from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, read_size
+from eopd.storage.size_bound import most_bytes
+
+
+def token_bytes(head: HeadSettings, vocabulary: int) -> float:
+    """Bytes of one scored token, about; ``storage.size_bound`` has what no teacher can exceed.
+
+    Heads that follow the entropy: a model that is hardly ever sure (`python -m benchmarks.cache --only real`) takes
+    48.0, 74.9 and 130.6 at k_max 16, 32 and 64 with 11 bits an id, and 65.7 at k_max 16 with 17. Fixed heads: uniform
+    ids.
+    """
+    if head.full_head_above < 0:
+        return 15.0 + 2.9 * head.k_max + 3.0 * head.n_draws
+    bits = math.log2(max(vocabulary, 2)) - 11.0
+    return 20.0 + (1.75 + 0.175 * bits) * head.k_max + 3.0 * head.n_draws
+
+
+class ScoreStage(Stage):
+    name = command = "score"
+    kind = "scores"
+    size_settings = "rollout.samples_per_prompt, rollout.max_new_tokens, score.head.k_max or rounds"
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        settings, facts = plan.experiment.settings, plan.experiment.facts
+        rollouts, topk = plan.output("rollout", round_), plan.output("student_topk", round_)
+        if rollouts is None:
+            return None
+        identity = self.identity(
+            parts=rollouts.parts,
+            settings={
+                **settings.score.identity(),
+                "temperature": settings.score.resolve_temperature(settings.rollout.temperature),
+                "stop_ids": list(facts.stop_ids),
+            },
+            inputs={
+                "rollouts": rollouts.key,
+                "teacher": facts.teacher.fingerprint,
+                "tokenizer": facts.teacher.tokenizer_fingerprint,
+            },
+        )
+        output = replace(identity, coverage={**settings.score.coverage(), "extra": topk.key if topk else None})
+        inputs = {"rollouts": Input(rollouts, by_part=True)}
+        if topk is not None:
+            inputs["student_topk"] = Input(topk, by_part=True)
+        return Job(self, round_, output, inputs)
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return settings.score.engine_options.tensor_parallel
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        settings, vocabulary = experiment.settings, experiment.teacher_vocabulary
+        size = read_size(inputs["rollouts"], token_bytes(settings.score.head, vocabulary), measured)
+        if measured.tokens:
+            return size
+        bound = most_bytes(
+            settings.score.head.rule(),
+            stops=len(experiment.facts.stop_ids),
+            vocabulary=vocabulary,
+            extra_k=settings.rollout.student_topk,
+            tokens=size.tokens,
+            responses=experiment.prompts_per_round * settings.rollout.samples_per_prompt,
+            parts=job.output.parts,
+        )
+        return replace(size, most_bytes=bound)
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.score.job import ScoreJob
+        from eopd.stages.score.run import run
+
+        facts = context.experiment.facts
+        run(
+            ScoreJob(
+                output=context.output,
+                parts=context.parts,
+                settings=context.settings.score,
+                progress=context.progress,
+                log_dir=context.log_dir,
+                rollouts=context.inputs["rollouts"],
+                teacher=context.experiment.teacher,
+                student_tokenizer=str(facts.student.tokenizer_folder),
+                stop_ids=facts.stop_ids,
+                rollout_temperature=context.settings.rollout.temperature,
+                student_topk=context.inputs.get("student_topk"),
+                engines=context.engines,
+            )
+        )

@@ -1,0 +1,212 @@
+"""A stage: what it makes from what, what that takes, and how it is run. Imports no torch.
+
+Every stage is one object in ``stages.table.STAGES``. The plan asks each for its job of every round; launchers ask for
+its resources; a worker calls ``run``. A stage that is added there is planned, started, resumed, shown and collected
+like the others.
+
+Terms: a **job** makes one artifact (or what is missing of it); a **task** is some parts of a job, done by one worker.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.job import ModelRef, Progress
+from eopd.storage.artifacts import Artifact
+from eopd.storage.checkpoints import CHECKPOINTS, WEIGHTS
+from eopd.storage.identity import Identity
+
+if TYPE_CHECKING:
+    from eopd.stages.engines.kept import Engines
+
+
+@dataclass(frozen=True)
+class Input:
+    """An artifact that a job reads."""
+
+    identity: Identity
+    parts: tuple[int, ...] | None = None  # the parts it reads; None: all
+    by_part: bool = False  # part i of the output is made from part i alone
+
+    def needed(self) -> set[int]:
+        return set(range(self.identity.parts)) if self.parts is None else set(self.parts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make in one round, and what it is made from."""
+
+    stage: Stage
+    round: int
+    output: Identity
+    inputs: Mapping[str, Input] = field(default_factory=dict)  # by role
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.name} {self.round}"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Kind and key of the output: jobs of several runs with equal keys are one job."""
+        return self.output.kind, self.output.key
+
+    @property
+    def is_prunable(self) -> bool:
+        """True if old outputs of this kind give up their data (``pipeline.retention``)."""
+        return self.output.kind == CHECKPOINTS
+
+    @property
+    def scratch(self) -> Identity | None:
+        """Resumable states on the way to the output; dropped once it is complete."""
+        return self.stage.scratch(self)
+
+
+class PlanView(Protocol):
+    """What a stage sees of the plan while it is being made."""
+
+    experiment: Experiment
+
+    def output(self, stage: str, round_: int) -> Identity | None:
+        """The output of a job that was planned before; None if there is no such job."""
+
+    def policy(self, round_: int) -> Identity | None:
+        """The checkpoint that is the student at the start of ``round_``; None: the external student."""
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """What a stage is handed to run a job: where to read, write and report."""
+
+    experiment: Experiment
+    job: Job
+    parts: Sequence[int]  # of the output
+    output: Artifact
+    inputs: Mapping[str, Artifact]  # by role
+    scratch: Artifact | None
+    progress: Progress
+    log_dir: Path
+    run_dir: Path
+    engines: Engines
+
+    @property
+    def settings(self) -> ExperimentSettings:
+        return self.experiment.settings
+
+    @property
+    def student(self) -> ModelRef:
+        """The student that this job reads: its `policy` input, or the external student."""
+        return student_at(self.experiment, self.inputs.get("policy"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over committed parts that were looked at."""
+
+    parts: int = 0
+    responses: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(
+            self.parts + other.parts,
+            self.responses + other.responses,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a whole job takes."""
+
+    tokens: int = 0  # sampled or read
+    bytes: int = 0  # of its output, about
+    at_most: bool = False  # nothing alike was measured: tokens are an upper bound
+    most_bytes: int | None = None  # what its output cannot exceed, if that is known
+
+
+class Stage(ABC):
+    """One kind of job."""
+
+    name: ClassVar[str]  # of its jobs: "score 3"
+    kind: ClassVar[str]  # of its artifacts
+    version: ClassVar[int] = 1  # enters keys; raise it when equal settings give other bytes
+    command: ClassVar[str]  # the `eopd` command, and the launcher's resources, that it belongs to
+    divisible: ClassVar[bool] = True  # parts can be done apart, and given up apart
+    size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
+    engine: ClassVar[str] = ""  # stages of one name share a loaded engine when one worker does both
+
+    @abstractmethod
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        """The job of a round (0 to ``rounds``; the last one has no training), or None if there is none."""
+
+    @abstractmethod
+    def run(self, context: JobContext) -> None:
+        """Do what is missing of ``context.parts``. Heavy modules are imported here."""
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        """GPUs that one task works on at once; 0: none, whatever the machine has."""
+        return 1
+
+    @abstractmethod
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        """What the job takes.
+
+        Args:
+            inputs: sizes of the inputs' jobs, by role.
+            measured: sums over parts of this job, or else of other jobs of this stage; empty if there are none.
+        """
+
+    def processes(self, settings: ExperimentSettings) -> int:
+        """Processes that do one task together; more than 1 are started by torchrun."""
+        return 1
+
+    def scratch(self, job: Job) -> Identity | None:
+        return None
+
+    def identity(self, parts: int, settings: Mapping[str, object], inputs: Mapping[str, str]) -> Identity:
+        return Identity(kind=self.kind, version=self.version, parts=parts, settings=settings, inputs=inputs)
+
+
+def sampled_size(responses: int, longest: int, bytes_per_token: float, measured: Measured) -> Size:
+    """The size of sampled responses: as measured, or at most ``longest`` tokens each."""
+    tokens = responses * longest
+    if measured.responses:
+        tokens = round(responses * measured.tokens / measured.responses)
+    rate = measured.bytes / measured.tokens if measured.tokens else bytes_per_token
+    return Size(tokens, round(tokens * rate), at_most=not measured.responses)
+
+
+def read_size(read: Size, bytes_per_token: float, measured: Measured) -> Size:
+    """The size of what is stored about every token that is read."""
+    rate = measured.bytes / measured.tokens if measured.tokens else bytes_per_token
+    return Size(read.tokens, round(read.tokens * rate), at_most=read.at_most)
+
+
+def student_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
+    """A trained student, or the external one if there is no checkpoint."""
+    if checkpoint is None:
+        return experiment.first_student
+    return ModelRef(
+        path=str(checkpoint.part_folder(WEIGHTS)),
+        dtype=experiment.student_dtype,
+        trust_remote_code=experiment.settings.student.trust_remote_code,
+        fingerprint=checkpoint.key,
+        tokenizer=str(experiment.facts.student.tokenizer_folder),
+    )
+
+
+def policy_key(experiment: Experiment, policy: Identity | None) -> str:
+    """What stands for the student in a key."""
+    return experiment.facts.student.fingerprint if policy is None else policy.key
+
+
+def policy_input(policy: Identity | None, *parts: int) -> dict[str, Input]:
+    """The `policy` input of a job, if the student is a checkpoint; reads its weights unless told otherwise."""
+    return {} if policy is None else {"policy": Input(policy, parts=parts or (WEIGHTS,))}

@@ -1,0 +1,74 @@
+"""All stages, in the order in which a round does them. This is the one place where stages are listed.
+
+Another package adds a stage as an entry point of the group ``eopd.stages``; it comes after those below:
+
+    [project.entry-points."eopd.stages"]
+    token_counts = "my_package.token_counts:TokenCountsStage"
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from eopd.stages.align.stage import AlignmentSummaryStage, AlignStage
+from eopd.stages.evaluate.stage import EvaluateStage, EvaluationSummaryStage
+from eopd.stages.rollout.stage import RolloutStage, StudentTopkStage
+from eopd.stages.score.stage import ScoreStage
+from eopd.stages.stage import Stage
+from eopd.stages.train.stage import TrainStage
+from eopd.storage.paths import is_kind
+
+GROUP = "eopd.stages"
+TRAIN = TrainStage()
+
+STAGES: list[Stage] = [
+    EvaluateStage(),
+    EvaluationSummaryStage(),
+    AlignStage(),
+    AlignmentSummaryStage(),
+    RolloutStage(),
+    StudentTopkStage(),
+    ScoreStage(),
+    TRAIN,
+]
+"""The student at the start of a round is evaluated before the round's rollouts are sampled."""
+
+
+def _add_installed() -> None:
+    """Append the stages that other packages bring, by the name of their entry point.
+
+    Raises:
+        ValueError: one cannot be loaded, or is no stage, or takes the name or kind of another.
+    """
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        package = entry.dist.name if entry.dist else "an unknown package"
+        problem = f"the stage {entry.name} = {entry.value}, which {package} adds to eopd,"
+        try:
+            stage = entry.load()()
+        except Exception as error:
+            raise ValueError(f"{problem} cannot be loaded ({error!r}): mend or uninstall {package}") from error
+        if not isinstance(stage, Stage):
+            raise ValueError(f"{problem} is no subclass of eopd.stages.stage.Stage: mend or uninstall {package}")
+        for name in ("name", "kind", "command"):
+            value = getattr(stage, name, None)
+            if not (isinstance(value, str) and is_kind(value)):
+                raise ValueError(f"{problem} has {name} {value!r}: it must be lower-case words joined by underscores")
+            if name != "command" and value in (getattr(other, name) for other in STAGES):
+                raise ValueError(f"{problem} has {name} {value!r}, which another stage has: choose another")
+        STAGES.append(stage)
+
+
+_add_installed()
+
+
+def stage_named(name: str) -> Stage:
+    """Raises KeyError if there is no such stage."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise KeyError(name)
+
+
+def commands() -> list[str]:
+    """Names of the `eopd` commands that run stages, each once."""
+    return list(dict.fromkeys(stage.command for stage in STAGES))

@@ -1,0 +1,131 @@
+"""The stage of `eopd train`: one round of optimisation on stored rollouts and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, policy_input, policy_key
+from eopd.stages.train.footprint import CheckpointBytes, checkpoint_bytes, read_shapes
+from eopd.storage.checkpoints import CHECKPOINTS, OPTIMIZER, WEIGHTS
+from eopd.storage.identity import Identity
+
+if TYPE_CHECKING:
+    from eopd.stages.train.job import TrainJob
+
+PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step, of which there may be any number
+
+
+_shapes = cache(read_shapes)
+
+
+def student_bytes(experiment: Experiment) -> CheckpointBytes:
+    """Sizes of a checkpoint of this experiment's student."""
+    return checkpoint_bytes(_shapes(experiment.facts.student.folder), experiment.settings.train)
+
+
+class TrainStage(Stage):
+    name = command = "train"
+    kind = CHECKPOINTS
+    size_settings = "train.keep_checkpoints, train.keep_optimizer_states or rounds"
+    divisible = False
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        experiment, settings = plan.experiment, plan.experiment.settings
+        rollouts, scores = plan.output("rollout", round_), plan.output("score", round_)
+        if rollouts is None or scores is None:
+            return None
+        policy = plan.policy(round_)
+        output = self.identity(
+            parts=2,
+            settings={
+                "train": settings.train.semantic(),
+                "seed": settings.seed,
+                "round": round_,
+                "total_steps": self._schedule_steps(experiment),
+                "stop_ids": list(experiment.facts.ordered_stop_ids),
+                **self._main_stops(experiment),
+            },
+            inputs={
+                "student": policy_key(experiment, policy),
+                "tokenizer": experiment.facts.student.tokenizer_fingerprint,
+                "rollouts": rollouts.key,
+                "scores": scores.key,
+            },
+        )
+        carries_state = settings.train.optimizer.carry_over and settings.train.lora is None
+        read = (WEIGHTS, OPTIMIZER) if carries_state else (WEIGHTS,)
+        return Job(
+            self,
+            round_,
+            output,
+            {"rollouts": Input(rollouts), "scores": Input(scores), **policy_input(policy, *read)},
+        )
+
+    @staticmethod
+    def _schedule_steps(experiment: Experiment) -> int | None:
+        """Steps that the learning rate's schedule spans; None for a constant rate, which depends on no span."""
+        optimizer = experiment.settings.train.optimizer
+        if optimizer.schedule == "constant":
+            return None
+        return experiment.steps_per_round * (experiment.settings.rounds if optimizer.carry_over else 1)
+
+    @staticmethod
+    def _main_stops(experiment: Experiment) -> dict[str, list[int]]:
+        """Under `stops: remap` a checkpoint depends on each model's main stop id, not only on the union of all."""
+        if experiment.settings.train.objective.stops != "remap":
+            return {}
+        student, teacher = experiment.facts.student, experiment.facts.teacher
+        return {"stops": [*student.stop_ids[:1], *teacher.stop_ids[:1]]}
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return settings.train.processes
+
+    def processes(self, settings: ExperimentSettings) -> int:
+        return settings.train.processes
+
+    def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
+        read, checkpoint = inputs["rollouts"], student_bytes(experiment)
+        tokens = read.tokens * experiment.settings.train.epochs
+        return Size(tokens, checkpoint.weights + checkpoint.optimizer, read.at_most)
+
+    def scratch(self, job: Job) -> Identity:
+        return Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key})
+
+    def run(self, context: JobContext) -> None:
+        from eopd.stages.train.run import run
+
+        run(train_job(context))
+
+
+def train_job(context: JobContext) -> TrainJob:
+    """What the train stage is handed for a planned job."""
+    from eopd.stages.train.job import TrainJob
+
+    experiment, settings = context.experiment, context.settings
+    round_, steps = context.job.round, experiment.steps_per_round
+    carries = settings.train.optimizer.carry_over
+    assert context.scratch is not None
+    return TrainJob(
+        output=context.output,
+        progress_states=context.scratch,
+        student=context.student,
+        previous=context.inputs.get("policy"),
+        rollouts=context.inputs["rollouts"],
+        scores=context.inputs["scores"],
+        settings=settings.train,
+        round=round_,
+        age=round_ - experiment.sampling_round(round_),
+        total_steps=steps * (settings.rounds if carries else 1),
+        first_step=steps * round_ if carries else 0,
+        seed=settings.seed,
+        temperature=settings.rollout.temperature,
+        truncated_rollouts=settings.rollout.parameters(()).truncates,
+        student_stop_ids=experiment.facts.student.stop_ids,
+        teacher_stop_ids=experiment.facts.teacher.stop_ids,
+        progress=context.progress,
+        run_dir=context.run_dir,
+        engines=context.engines,
+    )

@@ -1,0 +1,112 @@
+"""What a run is refused for before anything is sampled: scores that lack what it reads, a disk or memory too small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eopd.pipeline.checks import check_machine, check_needs, other_sft_teacher
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.run import Run
+from tests.pipeline.plan_case import make_run
+
+
+def run_with(folder: Path, objective: dict[str, Any], vocab: int = 1000, **changes: Any) -> Run:
+    (folder / "config.json").write_text(json.dumps({"vocab_size": vocab}))
+    return make_run(folder, train={"objective": objective}, **changes)
+
+
+def needs_of_round(run: Run, round_: int) -> None:
+    check_needs(run, run.plan.job("train", round_))
+
+
+def test_the_message_names_the_objective_and_the_command(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {"name": "tropd"})
+    with pytest.raises(ConfigError, match=r"name=tropd .*heads of 64 entries \(it keeps 16") as refused:
+        needs_of_round(run, 0)
+    assert "eopd run CONFIG --set score.head.k_max=64" in str(refused.value)
+    head = {"k_max": 64, "full_head_above": -1.0}
+    needs_of_round(run_with(tmp_path, {"name": "tropd"}, score={"head": head}), 0)
+
+
+def test_what_is_covered_passes(tmp_path: Path) -> None:
+    for name in ("eopd", "opd", "fkl", "sft", "jsd"):
+        needs_of_round(run_with(tmp_path, {"name": name}), 2)
+    whole = {"k_max": 32, "full_head_above": -1.0}
+    needs_of_round(run_with(tmp_path, {"name": "tropd"}, vocab=32, score={"head": whole}), 0)
+
+
+def test_rollouts_that_cut_their_distribution_are_refused_before_they_are_sampled(tmp_path: Path) -> None:
+    sampled = {"top_p": 0.95, "prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4}
+    run = run_with(tmp_path, {"name": "eopd"}, rollout=sampled)
+    with pytest.raises(ConfigError, match=r"Sample with rollout\.top_p=1"):
+        needs_of_round(run, 0)
+    needs_of_round(run_with(tmp_path, {"name": "fkl"}, rollout=sampled), 0)
+
+
+def test_the_students_own_ids_must_be_stored(tmp_path: Path) -> None:
+    objective = {"name": "rkl_topk", "student_topk": 8}
+    with pytest.raises(ConfigError, match=r"--set rollout\.student_topk=8"):
+        needs_of_round(run_with(tmp_path, objective), 0)
+    sampled = {"student_topk": 8, "prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4}
+    needs_of_round(run_with(tmp_path, objective, rollout=sampled), 0)
+
+
+LIGHTNING = {"objective": {"name": "lightning_opd"}}
+
+
+@pytest.mark.parametrize("named", [None, "t", "./x/../t"])
+def test_the_same_sft_teacher_or_none_gives_no_warning(tmp_path: Path, named: str | None) -> None:
+    run = make_run(tmp_path, train=LIGHTNING, student={"path": "s", "sft_teacher": named})
+    assert other_sft_teacher(run) is None
+
+
+def test_another_sft_teacher_is_named(tmp_path: Path) -> None:
+    student = {"path": "s", "sft_teacher": str(tmp_path)}
+    warning = other_sft_teacher(make_run(tmp_path, train=LIGHTNING, student=student))
+    assert warning is not None
+    assert "lightning_opd" in warning
+    assert f"student.sft_teacher names {tmp_path}" in warning
+    assert other_sft_teacher(make_run(tmp_path, student=student)) is None  # eopd assumes nothing
+
+
+def test_far_too_little_disk_is_refused_by_the_settings_that_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`samples_per_prompt: 100000` is a typo that would fill the disk in a few hours."""
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: None)
+    monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    check_machine([make_run(tmp_path)])
+    with pytest.raises(ConfigError, match=r"1\.0 GB are free .*rollout\.samples_per_prompt.*Nothing was started"):
+        check_machine([make_run(tmp_path, rollout={"samples_per_prompt": 100_000})])
+    with pytest.raises(ConfigError, match=r"evaluate\.samples"):
+        check_machine([make_run(tmp_path, evaluate={"samples": 100_000})])
+    monkeypatch.setattr("eopd.stages.train.stage._shapes", lambda _: {"weight": (100_000_000,)})
+    with pytest.raises(ConfigError, match=r"keep_checkpoints"):
+        check_machine([make_run(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"rollout": {"samples_per_prompt": 1_000_000}}, r"rollout\.samples_per_prompt and rollout\.rows_per_part"),
+        ({"evaluate": {"samples": 100_000}}, r"evaluate\.samples and evaluate\.rows_per_part"),
+    ],
+)
+def test_a_part_that_memory_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], setting: str
+) -> None:
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: 2 * 10**8)
+    monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**18))
+    check_machine([make_run(tmp_path)])
+    with pytest.raises(ConfigError, match=setting):
+        check_machine([make_run(tmp_path, **changes)])
+    check_machine([make_run(tmp_path, **changes, launcher={"kind": "slurm"})])

@@ -1,0 +1,120 @@
+"""What a plan reads of a model's folder: its stop ids, the main one first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.inputs import inspect_model, locate, stop_ids_of
+from eopd.stages.experiment import ModelSettings
+from eopd.stages.train.stops import StopHandling, swap_stops
+from eopd.storage.fingerprints import Digests
+from eopd.storage.teacher_record import HeadRule
+from tests.storage.making import dense, rows_of
+
+END, CHAT_END = 3, 7
+"""<|endoftext|> and <|im_end|>, as a chat model of two stop ids has them."""
+
+
+def model(folder: Path, eos: str, generation: list[int], config: int) -> Path:
+    folder.mkdir()
+    added = [{"content": "<|endoftext|>", "id": END}, {"content": "<|im_end|>", "id": CHAT_END}]
+    files = {
+        "tokenizer_config.json": {"eos_token": eos},
+        "tokenizer.json": {"added_tokens": added},
+        "generation_config.json": {"eos_token_id": generation},
+        "config.json": {"eos_token_id": config},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "config", "expected"),
+    [
+        ("<|im_end|>", [CHAT_END, END], CHAT_END, (CHAT_END, END)),
+        ("<|im_end|>", [END, CHAT_END], END, (CHAT_END, END)),
+        ("<|endoftext|>", [END], END, (END,)),
+        ("<|nothing|>", [CHAT_END, END], END, (CHAT_END, END)),
+    ],
+)
+def test_the_main_stop_id_comes_first(
+    tmp_path: Path, eos: str, generation: list[int], config: int, expected: tuple[int, ...]
+) -> None:
+    folder = model(tmp_path / "model", eos, generation, config)
+    assert stop_ids_of(folder, folder) == expected
+
+
+@pytest.mark.parametrize("value", ["abc", [1, "2"], [[1]], {"id": 1}, 1.5, True, -1, 2**40, [None]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_stop_id_that_is_none_is_named_by_file_and_key(tmp_path: Path, name: str, value: object) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / name).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=rf"{name}: eos_token_id must be"):
+        stop_ids_of(folder, folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"added_tokens": [{"id": 1}]}', '{"added_tokens": 3}', "{"])
+def test_a_tokenizer_s_file_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        stop_ids_of(folder, folder)
+
+
+def test_remap_swaps_the_ends_of_a_chat_teacher_and_a_base_student(tmp_path: Path) -> None:
+    teacher = model(tmp_path / "teacher", "<|im_end|>", [CHAT_END, END], CHAT_END)
+    student = model(tmp_path / "student", "<|endoftext|>", [END], END)
+    rows = rows_of(dense(1, [30], 20), HeadRule(k_max=8, full_head_above=-1.0), stops=(END, CHAT_END))
+    swapped = swap_stops(rows, StopHandling("remap", stop_ids_of(student, student), stop_ids_of(teacher, teacher)))
+    assert np.count_nonzero(rows.head_ids == END) != np.count_nonzero(rows.head_ids == CHAT_END)
+    np.testing.assert_array_equal(swapped.head_ids == END, rows.head_ids == CHAT_END)
+
+
+def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "<|endoftext|>", [END], END)
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+
+    def facts(trusted: bool) -> tuple[str, str]:
+        settings = ModelSettings(path=str(folder), trust_remote_code=trusted)
+        found = inspect_model("student", settings, Digests())
+        return found.fingerprint, found.tokenizer_fingerprint
+
+    before = [facts(trusted) for trusted in (False, True)]
+    (folder / "modeling_own.py").write_text("scale = 2")
+    after = [facts(trusted) for trusted in (False, True)]
+    assert after[0] == before[0]
+    assert after[1][0] != before[1][0]
+    assert after[1][1] != before[1][1]
+
+
+def test_a_further_chat_template_is_part_of_the_tokenizer(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "<|endoftext|>", [END], END)
+    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    (folder / "additional_chat_templates").mkdir()
+    prints = []
+    for text in ("", "{{ tools }}", "{{ messages }}"):
+        if text:
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text(text)
+        facts = inspect_model("student", ModelSettings(path=str(folder)), Digests())
+        prints.append(facts.tokenizer_fingerprint)
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/model"])
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"student.path: '{name}' is neither a folder nor in the local hub cache"):
+        locate("student", name, None)
+    commit, cached = "a" * 40, tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = cached / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert locate("student", name, None) == snapshot

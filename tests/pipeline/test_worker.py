@@ -1,0 +1,75 @@
+"""How a worker tells what it ended with; refusals are errors that no second attempt would change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from eopd.pipeline.config import load_config
+from eopd.pipeline.errors import RunError
+from eopd.pipeline.outcome import EXIT_CODES, Outcome
+from eopd.pipeline.progress import EventProgress, Replay
+from eopd.pipeline.worker import is_refusal, outcome_of
+from eopd.stages.job import NullProgress
+from eopd.stages.models.chat_templates import Conversation, parse_conversation, write_conversation
+from eopd.stages.models.loading import load_tokenizer_at
+from eopd.stages.models.prompts import PromptSettings, load_prompts
+from eopd.storage.errors import DamagedPart
+
+
+def raised(action: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        action()
+    return caught.value
+
+
+def of_a_template(_: Conversation) -> str:
+    return jinja2.Environment().from_string("{{ messages.x.y }}").render()
+
+
+def test_refusals_of_our_own_checks(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "bad.yaml").write_text("{")
+    talk = parse_conversation("x")
+    for action in (
+        lambda: parse_conversation([]),
+        lambda: load_prompts(PromptSettings(path=str(tmp_path / "bad.jsonl"))),
+        lambda: load_config(str(tmp_path / "bad.yaml")),
+        lambda: write_conversation(talk, of_a_template),
+    ):
+        error = raised(action)
+        assert is_refusal(error), error
+        outcome = outcome_of(error)
+        assert outcome == Outcome("refused", str(error))
+        events = EventProgress(tmp_path / "events.jsonl")
+        events.end(outcome)
+        replay = Replay(tmp_path / "events.jsonl", NullProgress())
+        replay.close()
+        assert replay.outcome == outcome
+
+
+def test_exit_codes() -> None:
+    for kind in ("done", "failed", "refused", "full"):
+        assert Outcome.from_exit(EXIT_CODES[kind], "").kind == kind
+    assert Outcome.from_exit(EXIT_CODES["interrupted"], "").kind == "lost"  # somebody else ended it
+    assert Outcome.from_exit(-9, "").kind == "lost"
+
+
+def test_errors_that_may_go_away(tmp_path: Path) -> None:
+    def out_of_space() -> None:
+        raise OSError(5, "Input/output error")
+
+    for error in (
+        raised(lambda: json.loads("{")),  # raised by another package: who knows why
+        raised(out_of_space),
+        raised(lambda: load_tokenizer_at(str(tmp_path))),  # in place of an OSError
+        RunError("parts are missing"),
+        DamagedPart("part 3"),
+        RuntimeError("CUDA error"),
+    ):
+        assert not is_refusal(error), error
+        assert outcome_of(error).kind == "failed", error

@@ -1,8 +1,7 @@
 """The alignment record: sums over the tokens of one response in one bin of teacher entropy.
 
-Produced by ``stages.evaluate.alignment``; read by its own summary and by ``stages.report``. One Parquet file a part of
-problems, without rows for empty bins; the part's marker names the bins' edges. The last part of the artifact holds the
-summary (``RESULTS``).
+Produced by ``stages.align``, one Parquet file a part of problems, without rows for empty bins; the part's marker names
+the bins' edges. The summary (``RESULTS``) is an artifact of its own, which ``stages.report`` reads.
 """
 
 from __future__ import annotations

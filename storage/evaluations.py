@@ -1,7 +1,7 @@
 """The evaluation record: one sampled response of a model to one problem of a benchmark, and its verdict.
 
-Produced by ``stages.evaluate``; read by its own summary and by ``stages.report``. One Parquet file a part of
-problems; the last part of the artifact holds the summary (``RESULTS``) and one row a problem (``PROBLEMS``).
+Produced by ``stages.evaluate``, one Parquet file a part of problems. The summary (``RESULTS``) and one row a problem
+(``PROBLEMS``) are an artifact of their own, which ``stages.report`` reads.
 """
 
 from __future__ import annotations

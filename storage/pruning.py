@@ -5,7 +5,7 @@ files that stay (small ones that people still read), with the size and checksum 
 tombstone is written, the marker goes, the data go, the manifest says so. A kill before the second leaves the part as
 committed as ever; after it the part is pruned, and what is left to do is done by the next ``prune`` or `eopd store gc`.
 
-What may go is the pipeline's to decide (``eopd.pipeline.pruning``).
+What may go is the pipeline's to decide (``eopd.pipeline.retention``).
 """
 
 from __future__ import annotations

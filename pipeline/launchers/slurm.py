@@ -19,6 +19,7 @@ from eopd.pipeline.launchers import slurm_queue as queue
 from eopd.pipeline.launchers.settings import LauncherSettings, SlurmSettings
 from eopd.pipeline.launchers.slurm_arrays import Array, Place, Work, arrays_of, dependency, missing_count, render
 from eopd.pipeline.logs import tail
+from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.progress import read_outcome
 from eopd.pipeline.scheduler import OpenJob
 from eopd.pipeline.tasks import few_parts
@@ -28,6 +29,7 @@ from eopd.storage.stopping import Stopped
 
 SUBMITTED = "submitted.json"
 NAMED_FAILURES = 5
+KILLED = 128  # a shell's exit codes from here on: ended by a signal
 COMMON_REASONS = {"None", "Dependency", "Priority", "Resources", "BeginTime", "JobArrayTaskLimit"}
 SILENT_LOOKS = 3
 
@@ -199,7 +201,7 @@ class Failure:
     @property
     def blames_a_part(self) -> bool:
         """True if it failed by itself (not killed, no full disk) and had one part only."""
-        failed = self.code is not None and self.code in (1, 2)
+        failed = self.code is not None and 0 < self.code < KILLED and self.code != EXIT_CODES["full"]
         return failed and len(self.requested) == 1 and self.array.job.stage.divisible
 
 

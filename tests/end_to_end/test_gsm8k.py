@@ -30,9 +30,9 @@ def test_every_stage_runs_on_a_pair_of_ones_own(tmp_path: Path) -> None:
         assert f"{stage}: done in" in result.stderr
     rows = json.loads((tmp_path / "runs" / "gsm8k-demo" / "summary.json").read_text())["rounds"]
     assert rows[0]["gate_fraction"] > 0.9  # a random teacher is unsure of everything
-    results = sorted((tmp_path / "store" / "evaluations").glob("*/part-*/results.json"))
+    results = sorted((tmp_path / "store" / "evaluation_summaries").glob("*/part-*/results.json"))
     assert len(results) == 2
-    aligned = sorted((tmp_path / "store" / "alignments").glob("*/part-*/alignment.json"))
+    aligned = sorted((tmp_path / "store" / "alignment_summaries").glob("*/part-*/alignment.json"))
     own = json.loads(aligned[0].read_text())["responses"]["own"]
     assert own["all"]["fkl"] > 0
     assert own["teacher_outside"] > 0  # the teacher's vocabulary has more rows

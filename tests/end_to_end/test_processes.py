@@ -16,7 +16,7 @@ import pytest
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.claims import holder
 from tests.end_to_end.conftest import World, command, environment, eopd
-from tests.end_to_end.workers import parent_of
+from tests.end_to_end.workers import is_alive, parent_of
 
 PATIENCE_SECONDS = 120
 """A process that does not end at all fails the test; how long one takes is not measured."""
@@ -42,19 +42,27 @@ def test_two_processes_give_the_single_process_loss_curve(world: World, undistur
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ranks_end_with_a_killed_agent_and_let_go_of_their_claim(world: World, one_round: str, tmp_path: Path) -> None:
+def test_ranks_end_with_a_killed_agent_or_command_and_let_go_of_their_claim(
+    world: World, one_round: str, tmp_path: Path
+) -> None:
     """The agent puts each of them into a session of its own, which nobody else would end."""
     store = world.store("killed-agent")
     changes = {"rounds": 1, "evaluate": None, "store": [str(store), str(world.store(one_round))]}
     training = {"processes": 2, "epochs": 8, "checkpoint_every_steps": 1}
     config = world.config("killed-agent", train=training, **changes)
     variables = environment() | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command("train", config), env=variables, stderr=subprocess.DEVNULL) as agent:
-        wait_until(lambda: list(store.glob("progress/*/part-0*1.json")) or agent.poll() is not None)
-        ranks = children_of(agent.pid)
-        assert len(ranks) == 2
-        agent.kill()
-    wait_until(lambda: not any(map(is_alive, ranks)))
+    for victim in ("agent", "command"):
+        before = last_state(store)
+        with subprocess.Popen(command("train", config), env=variables, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda process=process, before=before: last_state(store) > before or process.poll() is not None)
+            (agent,) = children_of(process.pid)
+            ranks = children_of(agent)
+            assert len(ranks) == 2
+            os.kill(agent if victim == "agent" else process.pid, signal.SIGKILL)
+            told = process.communicate()[1]
+        wait_until(lambda agent=agent, ranks=ranks: not any(map(is_alive, [agent, *ranks])))
+        assert process.returncode == (1 if victim == "agent" else -signal.SIGKILL)
+        assert victim == "command" or "SIGKILL" in told
     assert not list(tmp_path.glob("torchelastic_*"))
     (identity,) = store.glob("checkpoints/*/identity.json")
     checkpoint = open_artifact(store, "checkpoints", identity.parent.name)
@@ -62,6 +70,10 @@ def test_ranks_end_with_a_killed_agent_and_let_go_of_their_claim(world: World, o
     assert holder(checkpoint, 0) is None
     assert "resumed after step" in eopd("train", config).stderr
     assert checkpoint.is_complete()
+
+
+def last_state(store: Path) -> int:
+    return max((int(path.stem.partition("-")[2]) for path in store.glob("progress/*/part-*.json")), default=-1)
 
 
 def children_of(parent: int) -> list[int]:
@@ -73,13 +85,6 @@ def children_of(parent: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def wait_until(there: Callable[[], object]) -> None:

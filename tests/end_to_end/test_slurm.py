@@ -59,7 +59,7 @@ def test_a_run_through_interruptions_of_every_kind(world: World, undisturbed: st
     assert follower.returncode == 0, said
     theirs = checksums(world.store(undisturbed))
     assert checksums(world.store("slurm")) == {
-        name: checksum for name, checksum in theirs.items() if not name.startswith("evaluations")
+        name: checksum for name, checksum in theirs.items() if not name.startswith("evaluation")
     }
     assert "train 1: done" in said
     assert "ended with code 137: back into the queue" in logs(world, "score-0")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eopd.pipeline.config import ConfigError, parse_settings
+from eopd.pipeline.launchers.slurm import Failure
 from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, dry_run
 from eopd.pipeline.run import Run
 from tests.pipeline.plan_case import RAW, commit, make_facts, plan_of
@@ -178,3 +179,17 @@ def test_every_script_is_shell(shown: str) -> None:
     for script in shown.split("# ==> ")[1:]:
         text = script.partition("\n")[2]
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=True).stderr == ""
+
+
+def test_a_part_alone_in_its_task_is_to_blame_unless_its_worker_was_killed_or_its_disk_full(tmp_path: Path) -> None:
+    rollout, train = (
+        next(a for a in arrays(slurm_run("store")) if a.job.stage.name == name) for name in ("rollout", "train")
+    )
+
+    def blames(array: Array, code: int | None, parts: tuple[int, ...] = (3,)) -> bool:
+        return Failure(array, "1_0", parts, parts, "FAILED", tmp_path, code, "").blames_a_part
+
+    assert [blames(rollout, code) for code in (1, 2, 65)] == [True] * 3
+    assert not any(blames(rollout, code) for code in (None, 0, 28, 130, 137))
+    assert not blames(rollout, 65, (3, 4))
+    assert not blames(train, 65, (0,))

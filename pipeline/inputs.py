@@ -24,7 +24,7 @@ from eopd.storage.fingerprints import Digests, code_files, model_files, template
 from eopd.storage.identity import KEY_LENGTH
 
 TOKENIZER_FILE = "tokenizer.json"
-CHECK_ATTEMPTS = 3  # a process that checks weights and that a signal ends is started again
+CHECK_ATTEMPTS = 10  # a process that checks weights (it reads headers only) and that a signal ends is started again
 
 
 def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:

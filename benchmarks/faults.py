@@ -149,9 +149,10 @@ def children(process: int) -> dict[int, str]:
 def stage_of(process: int) -> str:
     """What a worker does, by the log that its output goes to."""
     try:
-        return os.readlink(f"/proc/{process}/fd/1").rpartition("/")[2].split("-")[0]
+        output = os.readlink(f"/proc/{process}/fd/1")
     except OSError:
         return "gone"
+    return output.rpartition("/")[2].split("-")[0] if output.endswith(".log") else "check of weights"
 
 
 def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Random, count: Count) -> None:

@@ -30,12 +30,12 @@ ASSUMES_SFT_TEACHER = ("lightning_opd",)
 
 
 def check_runs(
-    runs: Sequence[Run], round_: int | None = None, *, works_here: bool = False, every_row: bool = False
+    runs: Sequence[Run], jobs: Sequence[Job] | None = None, *, works_here: bool = False, every_row: bool = False
 ) -> None:
     """Refuse what cannot end well.
 
     Args:
-        round_: only this round is to be worked on; None: all.
+        jobs: those that are to be done now; None: all.
         works_here: this process will do the work, so it may import torch.
         every_row: read every row of the prompt sources, and not the first ones only.
 
@@ -52,14 +52,22 @@ def check_runs(
             check_weights(models, run.facts.digests or Digests(), in_process=works_here)
         check_same_tokens(run.facts)
         trainings = [job for job in run.plan.jobs if job.stage is TRAIN and not run.is_done(job)]
+        if jobs is not None:
+            trainings = [job for job in trainings if _takes_part(jobs, job)]
         for job in trainings:
-            if round_ in (None, job.round):
-                check_needs(run, job)
+            check_needs(run, job)
         warning = other_sft_teacher(run) if trainings else None
         if warning is not None:
             run.progress.line(warning)
-    check_store_size(runs)
-    check_machine(runs)
+    rows = forecast(runs)
+    check_store_size(rows)
+    check_machine(rows)
+
+
+def _takes_part(jobs: Sequence[Job], train: Job) -> bool:
+    """True if a training job is among ``jobs`` or reads what one of them makes."""
+    read = {(input_.identity.kind, input_.identity.key) for input_ in train.inputs.values()}
+    return any(job is train or job.key in read for job in jobs)
 
 
 # -- needs of the objective ------------------------------------------------------------------------------------------
@@ -123,7 +131,7 @@ def other_sft_teacher(run: Run) -> str | None:
 # -- size of the store -----------------------------------------------------------------------------------------------
 
 
-def check_store_size(runs: Sequence[Run]) -> None:
+def check_store_size(rows: Forecast) -> None:
     """Compare what the store would hold at the runs' worst moment with `max_store_bytes`, if that is set.
 
     Nothing is measured on the disk: other artifacts' sizes are in their markers, and the rest is the forecast, with
@@ -132,10 +140,10 @@ def check_store_size(runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: it is more; says how much, of what, and what would help.
     """
+    runs = rows.runs
     limits = [run.settings.max_store_bytes for run in runs if run.settings.max_store_bytes is not None]
     if not limits:
         return
-    rows = forecast(runs)
     others, peak = _bytes_of_others(runs), rows.peak_bytes(bounds=True)
     if others + peak <= min(limits):
         return
@@ -147,7 +155,7 @@ def check_store_size(runs: Sequence[Run]) -> None:
     )
 
 
-def check_machine(runs: Sequence[Run]) -> None:
+def check_machine(rows: Forecast) -> None:
     """Compare what `eopd plan` forecasts with the free disk, and one engine call with the free memory.
 
     Tokens that nothing like was sampled of yet are forecast as bounds, of which often a tenth is used: so much is
@@ -156,7 +164,6 @@ def check_machine(runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: there is far too little; names the settings that ask for so much.
     """
-    rows = forecast(runs)
     bounds = sum(row.size.bytes - row.present for row in rows.rows if row.size.at_most and not row.job.is_prunable)
     need = rows.peak_bytes() - rows.present_bytes - round((1 - LIKELY_SHARE) * bounds)
     if need > max(rows.free_bytes, SOON_FREED):
@@ -169,7 +176,7 @@ def check_machine(runs: Sequence[Run]) -> None:
     available = _available_memory()
     if available is None:
         return
-    for run in runs:
+    for run in rows.runs:
         if run.settings.launcher.kind not in ("inline", "local"):  # other machines have other memory
             continue
         for settings, responses in _responses_of_a_part(run):

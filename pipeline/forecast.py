@@ -21,7 +21,7 @@ from eopd.stages.stage import Job, Measured, Size
 from eopd.stages.table import STAGES
 from eopd.stages.train.footprint import CheckpointBytes
 from eopd.stages.train.stage import student_bytes
-from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreError
 from eopd.storage.files import existing
 from eopd.storage.jsonl import read_lines
@@ -326,7 +326,7 @@ def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
         if job is None or job.output.key != line["key"]:
             return 0.0
         if job.is_prunable:  # training reads all rollouts in each epoch
-            rollouts = open_artifact(run.store, "rollouts", job.output.inputs["rollouts"])
+            rollouts = run.artifact(job.inputs["rollouts"].identity)
             return _tokens_a_part(rollouts) * rollouts.parts * run.settings.train.epochs
         return _tokens_a_part(run.artifact(job.output)) * int(line["made"])
     except (StoreError, KeyError, TypeError, ValueError):

@@ -30,11 +30,23 @@ GROUP_SECONDS = 10.0
 """How long processes that a worker left behind may take to clean up before they are killed."""
 
 
-def worker_command(processes: int, *arguments: str, torchrun: Sequence[str] = ("--standalone",)) -> list[str]:
-    """Arguments of ``python`` that start a worker; several processes that do one task together go through torchrun."""
-    if processes == 1:
+def worker_command(processes: int, *arguments: str, torchrun: Sequence[str] | None = None) -> list[str]:
+    """Arguments of ``python`` that start a worker, or several processes that do one task together.
+
+    Args:
+        processes: on this machine.
+        torchrun: options that say where the processes of several machines meet; None: there is one machine.
+    """
+    if processes == 1 and torchrun is None:
         return ["-m", WORKER, *arguments]
-    return [*TORCHRUN, *torchrun, f"--nproc-per-node={processes}", "-m", WORKER, *arguments]
+    return [
+        *TORCHRUN,
+        *(["--standalone"] if torchrun is None else torchrun),
+        f"--nproc-per-node={processes}",
+        "-m",
+        WORKER,
+        *arguments,
+    ]
 
 
 def trains_together(task: Task) -> bool:

@@ -37,6 +37,7 @@ class Run:
     settings: RunSettings
     facts: Facts
     plan: Plan
+    stores: StackedStores
     progress: Progress = field(default_factory=NullProgress)
 
     @property
@@ -54,10 +55,6 @@ class Run:
     @property
     def paths(self) -> RunPaths:
         return RunPaths(Path(self.settings.runs) / self.settings.name)
-
-    @cached_property
-    def stores(self) -> StackedStores:
-        return StackedStores.at(self.settings.store, self.settings.read_only_stores)
 
     def artifact(self, identity: Identity) -> Artifact:
         """Where this artifact is, or is to be made."""
@@ -198,7 +195,7 @@ def open_run(
     stores = StackedStores.at(settings.store, settings.read_only_stores)
     facts = facts or gather_facts(settings, digests)
     plan = make_plan(Experiment(settings, facts), StoreShelf(stores))
-    return Run(settings, facts, plan, progress or NullProgress())
+    return Run(settings, facts, plan, stores, progress or NullProgress())
 
 
 class StoreShelf(Shelf):

@@ -19,7 +19,7 @@ from eopd.pipeline.launchers.settings import FaultSettings
 from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.retries import Batch, judge
 from eopd.pipeline.run import Run
-from eopd.pipeline.tasks import Pool, Task, few_parts
+from eopd.pipeline.tasks import Pool, Task, Work, few_parts
 from eopd.stages.stage import Job
 from eopd.storage import stopping
 from eopd.storage.artifacts import Artifact
@@ -30,8 +30,6 @@ from eopd.storage.sources import filled_parts
 WAIT_SECONDS = 0.5
 BROKEN_AFTER = 3
 """Parts that must fail for good, none being done, before the job itself counts as broken."""
-
-Work = Sequence[tuple[Run, Job]]
 
 
 def run_jobs(work: Work, pool: Pool, policy: FaultSettings) -> None:
@@ -178,6 +176,7 @@ class OpenJob:
     retries: list[Batch] = field(default_factory=list)
     poisoned: dict[int, str] = field(default_factory=dict)  # part -> why it was given up
     refusals: dict[str, frozenset[int]] = field(default_factory=dict)  # message -> parts that ended with it
+    given_up: bool = False  # the job as a whole, and not single parts of it
     _running: dict[tuple[int, ...], tuple[Batch, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -212,15 +211,16 @@ class OpenJob:
         return batch, self._mark(parts) != mark
 
     def is_refused_whole(self, parts: Sequence[int], message: str) -> bool:
-        """True if other parts were refused with the same message: then no part is to blame, and all would be."""
+        """True if no part is done and other parts were refused with the same message: the job is at fault."""
         before = self.refusals.setdefault(message, frozenset(parts))
         self.refusals[message] = before & frozenset(parts) or before
-        return before.isdisjoint(parts)
+        return before.isdisjoint(parts) and not self._any_done()
 
     def give_up(self, message: str) -> None:
-        """Poison every part that is missing."""
+        """Poison every part that is missing. None of them is set aside, for most were never tried."""
         self.poisoned |= dict.fromkeys(self.run.missing_parts(self.job), message)
         self.retries.clear()
+        self.given_up = True
 
     def _mark(self, parts: Sequence[int]) -> object:
         return self.output.committed() & set(parts), self.run.scratch_steps(self.job)
@@ -240,7 +240,7 @@ class OpenJob:
         """
         if not self.job.stage.divisible or self.run.missing_parts(self.job) != self.poisoned.keys():
             return False
-        if not any(True for _ in filled_parts(self.output)):
+        if self.given_up or not self._any_done():
             return False
         for part, reason in self.poisoned.items():
             with claim(self.output, part) as ours:
@@ -248,6 +248,9 @@ class OpenJob:
                     self.output.set_aside(part, reason)
         self.poisoned.clear()
         return True
+
+    def _any_done(self) -> bool:
+        return any(True for _ in filled_parts(self.output))
 
     def is_broken(self) -> bool:
         """True if several parts were given up and none is done: the job fails, not its parts."""

@@ -178,7 +178,7 @@ def _time(forecast: Forecast, total: Total) -> str:
         if stage in missing
     )
     if not rates:
-        return "Time: not known yet; nothing like it has been run in this store."
+        return "Time: not known yet; this run has finished no such job."
     unknown = f", and {total.unknown} jobs of which no rate is known yet" if total.unknown else ""
     return f"Time of one worker: {duration(total.seconds)}{unknown}. Measured: {rates}."
 

@@ -17,6 +17,9 @@ from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.run import Run
 from eopd.stages.stage import Job, Stage
 
+Work = Sequence[tuple[Run, Job]]
+"""Jobs to be done, each with the run that asks for it."""
+
 
 @dataclass(frozen=True)
 class Task:

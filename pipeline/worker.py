@@ -47,6 +47,7 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
     """
     from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.processes import trains_together
+    from eopd.storage.errors import StoreError
 
     if trains_together(task):
         return do_together(task)
@@ -56,7 +57,8 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
         task.run.progress.close()
         print_error(error)
         outcome = outcome_of(error)
-        log_task(task.run, task.job, outcome=outcome.kind, message=outcome.message, parts=list(task.parts))
+        with suppress(StoreError, OSError):  # a full disk has no room for this line either
+            log_task(task.run, task.job, outcome=outcome.kind, message=outcome.message, parts=list(task.parts))
         return outcome
     return Outcome("done")
 
@@ -124,7 +126,7 @@ def execute(run: Run, job: Job, parts: Sequence[int] | None = None, engines: Eng
         raise
     seconds = log_cost()
     run.progress.line(f"{job.name}: done in {seconds:.1f} s -> {output.folder}")
-    if job.is_prunable or run.is_made(job):
+    if rank() == 0 and run.is_made(job):
         prune_old(run)
     return True
 
@@ -221,6 +223,7 @@ def be_quiet() -> None:
 def do_text(text: str, engines: Engines | None = None) -> Outcome:
     """Do a task that came as JSON."""
     from eopd.pipeline.config import load_config
+    from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.progress import EventProgress
     from eopd.pipeline.run import open_run
     from eopd.pipeline.tasks import Task
@@ -237,6 +240,8 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
         except Exception as error:
             print_error(error)
             outcome = outcome_of(error)
+            if outcome.kind == "refused":  # whoever gave the task could open the run: this machine lacks something
+                outcome = Outcome("failed", outcome.message)
         else:
             outcome = do(task, engines)
     if events is not None:
@@ -289,6 +294,8 @@ def main() -> None:
                 case [file, number]:
                     tasks = json.loads(Path(file).read_text(encoding="utf-8"))
                     sys.exit(EXIT_CODES[do_text(json.dumps(tasks[number])).kind])
+                case _:
+                    sys.exit(__doc__)
     except (Stopped, KeyboardInterrupt):
         sys.exit(EXIT_CODES["interrupted"])
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from eopd.storage import paths
 from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, replace_atomically, sha256_file, sha256_text
+from eopd.storage.identity import KEY_LENGTH
 from eopd.storage.untrusted import parse_json, read_plain
 
-LENGTH = 20
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,7 +63,7 @@ class Digests:
     def of_files(self, root: Path, files: Iterable[Path]) -> str:
         """One fingerprint of several files: their names below ``root`` and their bytes."""
         listing = {file.relative_to(root).as_posix(): self.of_file(file) for file in sorted(files)}
-        return sha256_text(canonical_json(listing))[:LENGTH]
+        return sha256_text(canonical_json(listing))[:KEY_LENGTH]
 
     def has_passed(self, check: str, fingerprint: str) -> bool:
         """Whether ``note_pass`` was called for this check of what has this fingerprint."""

@@ -29,6 +29,7 @@ from eopd.stages.train.objectives.settings import own_file_hash
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.jsonl import append_line, read_lines
+from eopd.storage.stacked import StackedStores
 from examples.study import alignment, results
 from examples.study.design import HERE, Task
 
@@ -135,7 +136,12 @@ def open_task(task: Task, work: Path) -> Run:
     # the plan is made without looking for wider coverages in the store: what is stored is what an experiment varies
     settings = parse_settings(task.config(work), source=task.name)
     facts = gather_facts(settings)
-    return Run(settings, facts, make_plan(Experiment(settings, facts)))
+    return Run(
+        settings,
+        facts,
+        make_plan(Experiment(settings, facts)),
+        StackedStores.at(settings.store, settings.read_only_stores),
+    )
 
 
 def _first_missing(opened: Run) -> int:

@@ -229,7 +229,7 @@ def _stage(command: str, config: str, round_: int, parts: str | None, overrides:
         return
     wanted = [_wanted_parts(run, job, jobs[0], chosen) for job in jobs]
     if any(wanted):
-        _check([run], round_, works_here=True)
+        _check([run], jobs, works_here=True)
     _begin(run)
     engines = Engines(keep=True)
     for number, (job, todo) in enumerate(zip(jobs, wanted, strict=True)):
@@ -271,11 +271,13 @@ def parse_parts(text: str | None, parts: int) -> list[int] | None:
     return sorted({int(number) for number in numbers})
 
 
-def _check(runs: Sequence[Run], round_: int | None = None, *, works_here: bool, every_row: bool = False) -> None:
+def _check(
+    runs: Sequence[Run], jobs: Sequence[Job] | None = None, *, works_here: bool, every_row: bool = False
+) -> None:
     """Refuse, before any work, what cannot end well. Raises ConfigError."""
     from eopd.pipeline.checks import check_runs
 
-    check_runs(runs, round_, works_here=works_here, every_row=every_row)
+    check_runs(runs, jobs, works_here=works_here, every_row=every_row)
 
 
 def _begin(run: Run) -> None:

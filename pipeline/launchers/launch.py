@@ -14,8 +14,8 @@ from eopd.pipeline.launchers.slurm import SlurmLauncher
 from eopd.pipeline.launchers.slurm_arrays import Place, dry_run
 from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.progress import Display
-from eopd.pipeline.scheduler import Work, run_jobs
-from eopd.pipeline.tasks import Pool, Task
+from eopd.pipeline.scheduler import run_jobs
+from eopd.pipeline.tasks import Pool, Task, Work
 from eopd.stages.stage import Stage
 
 if TYPE_CHECKING:

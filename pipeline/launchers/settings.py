@@ -25,8 +25,8 @@ class FaultSettings(Settings):
     backoff_limit_seconds: float = setting(300.0, "The longest such wait.", keyed=False, ge=0.0, le=DAY)
     poisoned: Literal["stop", "set_aside"] = setting(
         "stop",
-        "A part that failed `attempts` times. stop: everything that can be done without it is done, then the run "
-        "ends. set_aside: it is committed empty, by name, and the run goes on without its responses.",
+        "A part that failed `attempts` times, or was refused alone. stop: everything that can be done without it is "
+        "done, then the run ends. set_aside: it is committed empty, by name, and the run goes on without it.",
         keyed=False,
     )
     full_poll_seconds: float = setting(
@@ -178,7 +178,7 @@ class SlurmSettings(Settings):
 class LauncherSettings(Settings):
     kind: Literal["inline", "local", "ray", "slurm"] = setting(
         "local",
-        "inline: every stage in this process. local: sub-processes (which give their memory back), one a GPU. ray: "
+        "inline: every stage in this process. local: worker processes, one a GPU (kept between tasks: `warm`). ray: "
         "tasks on a Ray cluster. slurm: job arrays on a Slurm cluster.",
         keyed=False,
     )

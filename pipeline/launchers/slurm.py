@@ -17,12 +17,12 @@ from pathlib import Path
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers import slurm_queue as queue
 from eopd.pipeline.launchers.settings import LauncherSettings, SlurmSettings
-from eopd.pipeline.launchers.slurm_arrays import Array, Place, Work, arrays_of, dependency, missing_count, render
+from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, missing_count, render
 from eopd.pipeline.logs import tail
 from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.progress import read_outcome
 from eopd.pipeline.scheduler import OpenJob
-from eopd.pipeline.tasks import few_parts
+from eopd.pipeline.tasks import Work, few_parts
 from eopd.stages.job import Progress
 from eopd.storage.files import replace_atomically
 from eopd.storage.stopping import Stopped

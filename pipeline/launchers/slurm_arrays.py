@@ -24,10 +24,8 @@ from eopd.pipeline.logs import job_name
 from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.processes import TORCHRUN, worker_command
 from eopd.pipeline.run import Run
-from eopd.pipeline.tasks import Task
+from eopd.pipeline.tasks import Task, Work
 from eopd.stages.stage import Job
-
-Work = Sequence[tuple[Run, Job]]
 
 _SUPERVISE = """\
 again() {{

@@ -72,7 +72,10 @@ def test_two_nodes_train_together(world: World, one_round: str, cluster: Any) ->
     other = cluster.add_node(num_cpus=1)
     config = config_of(world, "together", cluster, train={"nodes": 2})
     shutil.copytree(world.store(one_round), world.store("together"), ignore=shutil.ignore_patterns("checkpoints"))
-    said = eopd("run", config).stderr
+    run = subprocess.Popen(command("run", config), env=environment(), stderr=subprocess.PIPE, text=True)
+    assert worker_of(world.runs("together") / "config.yaml", run, "train", variable=("WORLD_SIZE", "2"))
+    said = run.communicate()[1]
+    assert run.returncode == 0, said
     assert "rollout 0: complete already" in said
     assert losses(world, "together") == pytest.approx(losses(world, one_round), rel=1e-5)
     cluster.remove_node(other)

@@ -13,6 +13,7 @@ from eopd.pipeline.run import Run
 from eopd.stages.experiment import BenchmarkFacts, Experiment, Facts, ModelFacts
 from eopd.stages.stage import Job
 from eopd.storage.artifacts import Artifact
+from eopd.storage.stacked import StackedStores
 
 RAW: dict[str, Any] = {
     "name": "x",
@@ -48,8 +49,11 @@ def make_run(folder: Path, facts: Facts | None = None, **changes: object) -> Run
     """A run whose store and runs lie in ``folder``."""
     changes = {"store": str(folder / "store"), "runs": str(folder / "runs"), **changes}
     settings = make_settings(**changes)
-    facts = facts or make_facts(folder=folder)
-    return Run(settings, facts, plan_of(settings, facts))
+    return run_of(settings, facts or make_facts(folder=folder))
+
+
+def run_of(settings: RunSettings, facts: Facts) -> Run:
+    return Run(settings, facts, plan_of(settings, facts), StackedStores.at(settings.store, settings.read_only_stores))
 
 
 def commit(run: Run, job: Job, parts: Iterable[int] | None = None, **info: object) -> Artifact:

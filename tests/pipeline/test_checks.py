@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eopd.pipeline.checks import check_machine, check_needs, other_sft_teacher
+from eopd.pipeline.checks import check_machine, check_needs, check_runs, other_sft_teacher
 from eopd.pipeline.config import ConfigError
+from eopd.pipeline.forecast import forecast
 from eopd.pipeline.run import Run
 from tests.pipeline.plan_case import make_run
 
@@ -83,14 +84,14 @@ def test_far_too_little_disk_is_refused_by_the_settings_that_ask_for_it(
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
     monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: None)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
-    check_machine([make_run(tmp_path)])
+    check_machine(forecast([make_run(tmp_path)]))
     with pytest.raises(ConfigError, match=r"1\.0 GB are free .*rollout\.samples_per_prompt.*Nothing was started"):
-        check_machine([make_run(tmp_path, rollout={"samples_per_prompt": 100_000})])
+        check_machine(forecast([make_run(tmp_path, rollout={"samples_per_prompt": 100_000})]))
     with pytest.raises(ConfigError, match=r"evaluate\.samples"):
-        check_machine([make_run(tmp_path, evaluate={"samples": 100_000})])
+        check_machine(forecast([make_run(tmp_path, evaluate={"samples": 100_000})]))
     monkeypatch.setattr("eopd.stages.train.stage._shapes", lambda _: {"weight": (100_000_000,)})
     with pytest.raises(ConfigError, match=r"keep_checkpoints"):
-        check_machine([make_run(tmp_path)])
+        check_machine(forecast([make_run(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,18 @@ def test_a_part_that_memory_cannot_hold_is_refused(
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
     monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: 2 * 10**8)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**18))
-    check_machine([make_run(tmp_path)])
+    check_machine(forecast([make_run(tmp_path)]))
     with pytest.raises(ConfigError, match=setting):
-        check_machine([make_run(tmp_path, **changes)])
-    check_machine([make_run(tmp_path, **changes, launcher={"kind": "slurm"})])
+        check_machine(forecast([make_run(tmp_path, **changes)]))
+    check_machine(forecast([make_run(tmp_path, **changes, launcher={"kind": "slurm"})]))
+
+
+def test_an_evaluation_is_not_asked_for_what_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for check in ("check_prompts", "check_weights", "check_same_tokens"):
+        monkeypatch.setattr(f"eopd.pipeline.checks.{check}", lambda *_, **__: None)
+    save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    run = run_with(tmp_path, {"name": "tropd"})
+    check_runs([run], run.plan.of_command("evaluate", 0))
+    for command in ("rollout", "score", "train"):
+        with pytest.raises(ConfigError, match="name=tropd"):
+            check_runs([run], run.plan.of_command(command, 0))

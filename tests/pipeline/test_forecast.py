@@ -172,7 +172,7 @@ def test_what_lies_in_a_store_that_is_only_read_takes_no_space(tmp_path: Path) -
     roomy = make_run(
         tmp_path, name="mine", read_only_stores=[str(tmp_path / "team")], max_store_bytes=overview.peak_bytes()
     )
-    check_store_size([roomy])
+    check_store_size(forecast([roomy]))
 
 
 def test_rounds_that_are_not_all_measured_are_folded_too(tmp_path: Path) -> None:

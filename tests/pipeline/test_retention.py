@@ -126,7 +126,7 @@ def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:
 
 def reopened(run: Run) -> Run:
     """The same run, started again."""
-    return Run(run.settings, run.facts, run.plan, run.progress)
+    return Run(run.settings, run.facts, run.plan, run.stores, run.progress)
 
 
 def test_what_was_fetched_from_a_bucket_is_not_pruned(tmp_path: Path) -> None:
@@ -148,20 +148,20 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
     keep_all = {"keep_optimizer_states": None}
     free = make_run(tmp_path, rounds=20, train=keep_all)
-    check_store_size([free])
+    check_store_size(forecast([free]))
     peak = forecast([free]).peak_bytes(bounds=True)
-    check_store_size([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)])
+    check_store_size(forecast([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)]))
     small = make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak - 1)
     with pytest.raises(ConfigError, match=r"max_store_bytes is .*would hold about .*keep_checkpoints=1.*would save"):
-        check_store_size([small])
+        check_store_size(forecast([small]))
     spared = forecast([make_run(tmp_path, rounds=20, train={"keep_checkpoints": 1})]).peak_bytes(bounds=True)
     assert spared < peak
-    check_store_size([make_run(tmp_path, rounds=20, train={"keep_checkpoints": 1}, max_store_bytes=spared)])
+    check_store_size(forecast([make_run(tmp_path, rounds=20, train={"keep_checkpoints": 1}, max_store_bytes=spared)]))
 
     other = make_run(tmp_path, rounds=1, seed=5)
     commit(other, other.plan.jobs[0])
     with pytest.raises(ConfigError, match=r"3\.0 kB of other artifacts"):
-        check_store_size([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)])
+        check_store_size(forecast([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)]))
 
 
 def test_runs_of_a_sweep_share_the_limit(tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ def test_runs_of_a_sweep_share_the_limit(tmp_path: Path) -> None:
     peak = forecast([make_run(tmp_path, **one), make_run(tmp_path, **other)]).peak_bytes(bounds=True)
     both = [make_run(tmp_path, **changes, max_store_bytes=peak - 1) for changes in (one, other)]
     for alone in both:
-        check_store_size([alone])
+        check_store_size(forecast([alone]))
     with pytest.raises(ConfigError, match=r"at the worst moment of these 2 runs: .* Fewer rounds or runs"):
-        check_store_size(both)
-    check_store_size([make_run(tmp_path, **changes, max_store_bytes=peak) for changes in (one, other)])
+        check_store_size(forecast(both))
+    check_store_size(forecast([make_run(tmp_path, **changes, max_store_bytes=peak) for changes in (one, other)]))
 
 
 def test_states_of_a_training_that_was_stopped_are_not_counted_twice(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_states_of_a_training_that_was_stopped_are_not_counted_twice(tmp_path: P
     peak = forecast([run]).peak_bytes(bounds=True)
     with run.scratch(run.plan.job("train", 0)).write_part(2) as folder:
         (folder / "state").write_bytes(bytes(3000))
-    check_store_size([make_run(tmp_path, max_store_bytes=peak)])
+    check_store_size(forecast([make_run(tmp_path, max_store_bytes=peak)]))
 
 
 # -- notes and gc ----------------------------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ def test_what_is_refused_for_one_part_is_tried_twice_and_for_all_parts_given_up(
         run_jobs([(run, job) for job in run.plan.jobs], hands, QUICK)
     assert run.artifact(run.plan.job("rollout", 0).output).committed() == {0, 2}
     assert sum(1 in task.parts for task in hands.told if task.job.stage.name == "rollout") <= 2
+    set_aside = FaultSettings(backoff_seconds=0.0, poisoned="set_aside")
+    third = make_run(tmp_path / "third", rollout={"rows_per_part": 1})
+    hands = Hands(1, refused={("rollout", part): "a prompt is too long" for part in (7, 9)})
+    run_jobs([(third, third.plan.job("rollout", 0))], hands, set_aside)
+    assert third.artifact(third.plan.job("rollout", 0).output).reasons_aside().keys() == {7, 9}
     other = make_run(tmp_path / "other")
     hands = Hands(1, refused={("rollout", part): "no part can be made" for part in range(3)})
     with pytest.raises(RunError, match="no part can be made"):

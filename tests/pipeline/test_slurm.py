@@ -12,7 +12,7 @@ from eopd.pipeline.config import ConfigError, parse_settings
 from eopd.pipeline.launchers.slurm import Failure
 from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, dry_run
 from eopd.pipeline.run import Run
-from tests.pipeline.plan_case import RAW, commit, make_facts, plan_of
+from tests.pipeline.plan_case import RAW, commit, make_facts, run_of
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 PLACE = Place(Path("/cluster/project"), "python")
@@ -32,7 +32,7 @@ def slurm_run(store: str, **changes: object) -> Run:
     raw = RAW | {"store": store, "rounds": 2, "launcher": {"kind": "slurm", "slurm": slurm}}
     raw["train"] = {**RAW["train"], "processes": 4}  # type: ignore[dict-item]
     settings = parse_settings(raw, "test")
-    return Run(settings, make_facts(), plan_of(settings, make_facts()))
+    return run_of(settings, make_facts())
 
 
 def arrays(run: Run) -> list[Array]:
@@ -107,7 +107,7 @@ def test_arrays_stay_below_the_clusters_limit(tmp_path: Path) -> None:
 def test_two_runs_that_share_a_job_submit_it_once(tmp_path: Path) -> None:
     one = slurm_run(str(tmp_path))
     settings = one.settings.model_copy(update={"name": "other"})
-    other = Run(settings, make_facts(), plan_of(settings, make_facts()))
+    other = run_of(settings, make_facts())
     work = [(run, job) for run in (one, other) for job in run.plan.jobs]
     assert {array.run.settings.name for array in arrays_of(work, one.settings.launcher.slurm)} == {"x"}
 
@@ -116,7 +116,7 @@ def test_runs_that_want_the_students_top_k_sample_once(tmp_path: Path) -> None:
     one = slurm_run(str(tmp_path))
     rollout = one.settings.rollout.model_copy(update={"student_topk": 4})
     settings = one.settings.model_copy(update={"name": "other", "rollout": rollout})
-    other = Run(settings, make_facts(), plan_of(settings, make_facts()))
+    other = run_of(settings, make_facts())
     found = arrays_of([(run, job) for run in (one, other) for job in run.plan.jobs], one.settings.launcher.slurm)
     names = {array: f"{array.run.name}:{array.name}" for array in found}
     waiting = {names[array]: dependency(array, names) for array in found}
@@ -130,7 +130,7 @@ def test_runs_that_want_the_students_top_k_sample_once(tmp_path: Path) -> None:
 def test_tasks_that_wait_for_different_arrays_stand_apart(tmp_path: Path) -> None:
     run = slurm_run(str(tmp_path), parts_per_task=1)
     settings = run.settings.model_copy(update={"rollout": run.settings.rollout.model_copy(update={"student_topk": 4})})
-    run = Run(settings, make_facts(), plan_of(settings, make_facts()))
+    run = run_of(settings, make_facts())
     commit(run, run.plan.job("rollout", 0), [0, 1])
     commit(run, run.plan.job("student_topk", 0), [0])
     found = {array.name: array for array in arrays(run)}

@@ -9,16 +9,20 @@ from pathlib import Path
 import jinja2
 import pytest
 
+from eopd.pipeline import worker
 from eopd.pipeline.config import load_config
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.outcome import EXIT_CODES, Outcome
+from eopd.pipeline.processes import worker_command
 from eopd.pipeline.progress import EventProgress, Replay
-from eopd.pipeline.worker import is_refusal, outcome_of
+from eopd.pipeline.tasks import Task
+from eopd.pipeline.worker import do, do_text, is_refusal, outcome_of
 from eopd.stages.job import NullProgress
 from eopd.stages.models.chat_templates import Conversation, parse_conversation, write_conversation
 from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.prompts import PromptSettings, load_prompts
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, StoreFull
+from tests.pipeline.plan_case import make_run
 
 
 def raised(action: Callable[[], object]) -> Exception:
@@ -73,3 +77,33 @@ def test_errors_that_may_go_away(tmp_path: Path) -> None:
     ):
         assert not is_refusal(error), error
         assert outcome_of(error).kind == "failed", error
+
+
+def test_a_task_whose_line_in_the_log_finds_no_space_still_ends_as_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StoreFull("no space left")
+
+    monkeypatch.setattr(worker, "execute", full)
+    monkeypatch.setattr(worker, "log_task", full)
+    run = make_run(tmp_path)
+    assert do(Task(run, run.plan.job("rollout", 0), (0,))).kind == "full"
+
+
+def test_a_run_that_cannot_be_opened_here_may_be_opened_elsewhere(tmp_path: Path) -> None:
+    """Another machine may see the folder that is missing: the parts are not to blame."""
+    config = {"name": "x", "student": {"path": str(tmp_path / "s")}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    (tmp_path / "x.yaml").write_text(json.dumps(config))
+    task = {"config": str(tmp_path / "x.yaml"), "stage": "rollout", "round": 0, "parts": [0]}
+    outcome = do_text(json.dumps({**task, "events": None, "log": None}))
+    assert outcome.kind == "failed"
+    assert str(tmp_path / "s") in outcome.message
+
+
+@pytest.mark.parametrize(("processes", "meeting"), [(1, ["--nnodes=2"]), (2, None), (2, ["--nnodes=2"])])
+def test_processes_that_train_together_go_through_torchrun(processes: int, meeting: list[str] | None) -> None:
+    command = worker_command(processes, "TASK", torchrun=meeting)
+    assert "torch.distributed.run" in command
+    assert set(meeting or ["--standalone"]) <= set(command)
+    assert worker_command(1, "TASK") == ["-m", "eopd.pipeline.worker", "TASK"]

@@ -43,11 +43,11 @@ from eopd.stages.train.optimizer import make_optimizer
 from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import run as train
 from eopd.stages.train.schedule import batch_of_step
-from eopd.stages.train.states import read_jsonl
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.storage.checkpoints import METRICS_FILE, WEIGHTS
 from eopd.storage.extras import installing
+from eopd.storage.jsonl import read_whole
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
@@ -75,7 +75,7 @@ def ours(where: World, name: str) -> Curve:
     clock = StepClock()
     job = train_job(where, name, clock)
     train(job)
-    losses = [row["loss"] for row in read_jsonl(job.output.part_folder(WEIGHTS) / METRICS_FILE)]
+    losses = [row["loss"] for row in read_whole(job.output.part_folder(WEIGHTS) / METRICS_FILE)]
     return Curve(losses, np.diff(clock.at).tolist())
 
 

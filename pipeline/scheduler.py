@@ -157,9 +157,9 @@ class Scheduler:
 
     def _what_failed(self) -> str:
         failed = [
-            f"{Task(open_job.run, open_job.job, (part,)).name}: {message}"
+            f"{Task(open_job.run, open_job.job, tuple(parts)).name}: {message}"
             for open_job in self._open.values()
-            for part, message in open_job.poisoned.items()
+            for message, parts in open_job.reasons().items()
         ]
         stuck = ", ".join(open_job.job.name for open_job in list(self._open.values())[:4])
         what = "; ".join(failed) or f"nothing more can be done for {stuck}: their inputs are not made by this plan"
@@ -248,6 +248,13 @@ class OpenJob:
                     self.output.set_aside(part, reason)
         self.poisoned.clear()
         return True
+
+    def reasons(self) -> dict[str, list[int]]:
+        """Why parts were given up -> those parts."""
+        found: dict[str, list[int]] = {}
+        for part, message in sorted(self.poisoned.items()):
+            found.setdefault(message, []).append(part)
+        return found
 
     def _any_done(self) -> bool:
         return any(True for _ in filled_parts(self.output))

@@ -17,6 +17,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
+from eopd.stages.models.model_config import resolve_dtype
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
@@ -166,8 +167,7 @@ class Experiment:
     @property
     def student_dtype(self) -> str:
         """Precision of every student of the run; `auto` is resolved to that of the first one."""
-        dtype = self.settings.student.dtype
-        return dtype if dtype != "auto" else _saved_dtype(self.facts.student.folder)
+        return resolve_dtype(self.facts.student.folder, self.settings.student.dtype)
 
     @property
     def first_student(self) -> ModelRef:
@@ -192,8 +192,3 @@ def vocabulary_size(folder: Path) -> int:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
-
-
-def _saved_dtype(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -37,7 +37,8 @@ class AlignmentSettings(Settings):
     )
     teacher_engine: EngineKind = setting(
         "transformers",
-        "Who runs the teacher's forward pass. The student is run by transformers, and both are in memory at once.",
+        "Who runs the teacher's forward pass, in teacher.dtype (score.dtype is not read). The student is run by "
+        "transformers, and both are in memory at once.",
         keyed=False,
     )
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the student runs", keyed=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from eopd.stages.evaluate.settings import MATH_RULES
+from eopd.stages.evaluate.verifiers import countdown, exact
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.stage import (
     Input,
@@ -32,6 +33,10 @@ def is_evaluated(settings: ExperimentSettings, round_: int) -> bool:
     return evaluate is not None and (round_ % evaluate.every == 0 or round_ == settings.rounds)
 
 
+RULES = {"math": MATH_RULES, "countdown": countdown.VERSION, "exact": exact.VERSION}
+"""Versions of the verifiers' rules: other verdicts on the same samples are another evaluation."""
+
+
 class EvaluateStage(Stage):
     name = command = "evaluate"
     kind = "evaluations"
@@ -50,7 +55,7 @@ class EvaluateStage(Stage):
                 "evaluate": {name: value for name, value in evaluate.semantic().items() if name not in SUMMARISED},
                 "seed": settings.seed,
                 "stop_ids": list(facts.stop_ids),
-                "rules": {"math": MATH_RULES} if any(one.verifier == "math" for one in evaluate.benchmarks) else {},
+                "rules": {one.verifier: RULES[one.verifier] for one in evaluate.benchmarks},
             },
             inputs={
                 "policy": policy_key(plan.experiment, policy),

@@ -86,7 +86,8 @@ class TrainSettings(Settings):
     max_logprob_gap: float = setting(
         0.2,
         "Largest mean |log-prob of the sampler - log-prob of the trainer| at the start of a round, nats. More means "
-        "wrong weights, template or temperature, and stops the run.",
+        "wrong weights, template or temperature, and stops the run. It is not asked of rollouts of an earlier student, "
+        "whose distance is real.",
         keyed=False,
         gt=0,
         le=FACTOR,

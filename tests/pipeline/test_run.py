@@ -11,13 +11,14 @@ import pytest
 from eopd.pipeline.cli.options import open_runs
 from eopd.pipeline.plan import Plan, make_plan
 from eopd.pipeline.run import StoreShelf
+from eopd.stages.engines.kept import Engines
 from eopd.stages.score.settings import HeadSettings, ScoreSettings
 from eopd.storage import fingerprints
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import sha256_file
 from eopd.storage.identity import Identity
 from eopd.storage.stacked import StackedStores
-from tests.pipeline.plan_case import commit, make_run
+from tests.pipeline.plan_case import RAW, commit, make_run
 
 
 def asked(k_max: int, **head: Any) -> Identity:
@@ -129,3 +130,25 @@ def test_parts_are_ready_when_their_inputs_are_there(tmp_path: Path) -> None:
     assert run.ready_parts(train) == {0, 1}
     commit(run, train, [1])
     assert run.missing_parts(train) == {0, 1}, "training is done as a whole"
+
+
+@pytest.mark.parametrize("name", ["rollout", "score", "train", "student_topk"])
+def test_every_stage_is_handed_the_temperature_of_the_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The reference for logits is the policy that sampled: a stage that took 1.0 would train towards another one."""
+    changes = {"temperature": 0.8, "student_topk": 4}
+    run = make_run(tmp_path, rollout={**RAW["rollout"], **changes})
+    module = "stages.rollout.student_topk" if name == "student_topk" else f"stages.{name}.run"
+    handed: list[Any] = []
+    monkeypatch.setattr(f"eopd.{module}.run", handed.append)
+    job = run.plan.job(name, 0)
+    job.stage.run(run.context(job, [0], Engines()))
+    (made,) = handed
+    found = {
+        "rollout": lambda: made.settings.temperature,
+        "score": lambda: made.rollout_temperature,
+        "train": lambda: made.temperature,
+        "student_topk": lambda: made.settings.temperature,
+    }
+    assert found[name]() == 0.8

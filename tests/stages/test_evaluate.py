@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,14 @@ from eopd.stages.evaluate import run as stage
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.run import EvaluateJob, SummaryJob
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
+from eopd.stages.evaluate.stage import RULES
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.evaluate.verifiers.countdown import verify
 from eopd.stages.evaluate.verifiers.math_worker import grade
 from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.job import ModelRef, NullProgress
+from eopd.stages.models.prompts import VerifierName
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
@@ -44,6 +46,10 @@ class Lines(NullProgress):
 
     def line(self, text: str) -> None:
         self.seen.append(text)
+
+
+def test_every_verifier_has_a_version_in_the_key() -> None:
+    assert set(RULES) == set(get_args(VerifierName))
 
 
 def settings_for(**changes: Any) -> EvaluateSettings:

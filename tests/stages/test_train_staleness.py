@@ -37,22 +37,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def logprobs(model: torch.nn.Module, sequences: list[Sequence], *, merged: bool = True) -> torch.Tensor:
+def logprobs(
+    model: torch.nn.Module, sequences: list[Sequence], *, merged: bool = True, temperature: float = 1.0
+) -> torch.Tensor:
     """Log-prob of every response token [T], float64; the stop tokens are one outcome, unless not ``merged``."""
     found = []
     for sequence in sequences:
         (packed,) = pack([sequence], 64)
         with torch.no_grad():
-            q = lm_head_of(model).logits(final_hidden(model, packed)).double().log_softmax(dim=1)
+            q = (lm_head_of(model).logits(final_hidden(model, packed)).double() / temperature).log_softmax(dim=1)
         if merged:
             q[:, list(STOPS)] = q[:, list(STOPS)].logsumexp(dim=1, keepdim=True)
         found.append(q.gather(1, packed.target_ids[:, None])[:, 0])
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("objective", ["eopd", "fkl", "sft"])
-def test_staleness_is_that_of_a_dense_forward_pass(world: Path, objective: str) -> None:
-    job = train_job(world, f"dense-{objective}", objective={"name": objective}, optimizer=LR)
+@pytest.mark.parametrize(("objective", "temperature"), [("eopd", 0.7), ("fkl", 1.0), ("sft", 0.7)])
+def test_staleness_is_that_of_a_dense_forward_pass(world: Path, objective: str, temperature: float) -> None:
+    name = f"dense-{objective}"
+    job = train_job(world, name, objective={"name": objective}, optimizer=LR, temperature=temperature)
     with pytest.raises(Killed):
         run(replace(job, progress=KillAfter(1)))
     state = load_file(job.progress_states.part_folder(1) / "weights.safetensors")
@@ -64,14 +67,34 @@ def test_staleness_is_that_of_a_dense_forward_pass(world: Path, objective: str) 
     model = load_model(job.student)
     responses = load_responses(job.rollouts, TeacherCache(job.scores))
     chosen = [responses.sequences[n] for n in batch_of_step(len(responses), 4, 1, seed=job.seed, round_=0)[1]]
-    before = logprobs(model, chosen)
+    before = logprobs(model, chosen, temperature=temperature)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"model.{name}"])
-    moved = logprobs(model, chosen) - before
+    moved = logprobs(model, chosen, temperature=temperature) - before
     assert rows[1]["staleness_k1"] == pytest.approx(-moved.mean().item(), rel=1e-3, abs=1e-5)
     assert rows[1]["staleness_k3"] == pytest.approx((moved.exp() - 1 - moved).mean().item(), rel=1e-3, abs=1e-5)
     assert rows[1]["staleness_k3"] > 1e-4
+
+
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(world: Path) -> None:
+    """Its size decides when ``max_grad_norm`` clips; one micro-batch a response, so that shares have to add up."""
+    job = train_job(world, "gradient", objective={"name": "sft"}, temperature=0.7, micro_batch_tokens=16)
+    run(job)
+    responses = load_responses(job.rollouts, TeacherCache(job.scores))
+    chosen = [responses.sequences[n] for n in batch_of_step(len(responses), 4, 0, seed=job.seed, round_=0)[1]]
+    model = load_model(job.student)
+    losses = []
+    for sequence in chosen:
+        (packed,) = pack([sequence], 64)
+        q = (lm_head_of(model).logits(final_hidden(model, packed)) / 0.7).log_softmax(dim=1)
+        losses.append(-q.gather(1, packed.target_ids[:, None])[:, 0])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    first = read_rows(job)[0]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
 def test_a_limit_stops_with_the_numbers_and_a_higher_one_goes_on(world: Path) -> None:

@@ -92,21 +92,24 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: neither; lists what is there.
     """
-    path = Path(name)
-    try:
-        if path.is_file():
-            return path
-    except OSError as error:  # such as a name that is too long
-        raise ConfigError(f"no config file {name[:80]!r}: {error.strerror}") from error
-    if (path / "config.yaml").is_file():  # what a run was resolved to
-        return path / "config.yaml"
-    packaged = CONFIG_FOLDER / f"{name}.yaml"
-    if packaged.is_file():
-        return packaged
+    found = config_file(name)
+    if found is not None:
+        return found
     known = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in CONFIG_FOLDER.rglob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise ConfigError(f"no config file {name!r}, and none of that name comes with eopd ({', '.join(known)}).{hint}")
+
+
+def config_file(name: str) -> Path | None:
+    """As ``find_config``, but None where there is none. Raises ConfigError for what can be no path."""
+    path = Path(name)
+    packaged = CONFIG_FOLDER / f"{name}.yaml"
+    try:
+        # the second is what a run was resolved to
+        return next((file for file in (path, path / "config.yaml", packaged) if file.is_file()), None)
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"no config file {name[:80]!r}: {error.strerror}") from error
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunSettings:
@@ -343,7 +346,10 @@ def _explain(item: Mapping[str, Any]) -> str:
         return f"unknown setting {where!r}.{hint}"
     if item["type"] == "missing":
         return f"setting {where!r} is required"
-    return f"setting {where!r} is {_shown(item.get('input'))}: {item['msg'].removeprefix('Value error, ')}"
+    message, value = item["msg"].removeprefix("Value error, "), item.get("input")
+    if item["type"] == "value_error" and (not location or isinstance(value, (Mapping, BaseModel))):
+        return f"setting {where!r}: {message}" if where else message  # of a group: it names the settings that it means
+    return f"setting {where!r} is {_shown(value)}: {message}"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
+from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
 from eopd.stages.models.weight_files import read_tensors
 from eopd.storage.files import canonical_json, sha256_text
@@ -96,6 +97,7 @@ def find_weights(role: str, settings: ModelSettings) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
     try:
+        eos_of(folder)
         with suppress(PermissionError):  # the fingerprint of another user's model may be known
             read_tensors(folder)
     except (ValueError, OSError) as error:
@@ -133,7 +135,7 @@ def check_architectures(
             break
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()[:300]
         raise ConfigError(f"{', '.join(models)}: the weights could not be checked: {reason}")
     refused: dict[str, str] = json.loads(lines[-1])
     return refused
@@ -207,9 +209,34 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
         found = [int(entry["id"]) for entry in added if entry["content"] == text]
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{tokenizer / 'tokenizer.json'}: added_tokens must list an id and a content each") from error
-    for name in ("generation_config.json", "config.json"):
-        found += _eos_in(folder / name)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *eos_of(folder)]))
+
+
+def eos_of(folder: Path) -> list[int]:
+    """Ids at which the model in ``folder`` ends: eos of generation_config.json, then of config.json.
+
+    Raises:
+        ConfigError: one is no id, or is beyond the vocabulary that config.json states; names the file and the key.
+    """
+    vocabulary = _vocabulary_of(folder / "config.json")
+    return [number for name in (GENERATION_FILE, "config.json") for number in _eos_in(folder / name, vocabulary)]
+
+
+def _vocabulary_of(path: Path) -> int | None:
+    """How many ids a config.json states, at most; None if it states none."""
+    config = _read_json(path)
+    text = config.get("text_config")
+    if not isinstance(text, (dict, type(None))):
+        raise ConfigError(f"{path}: text_config must be an object, got {repr(text)[:40]}")
+    counts = []
+    for where, group in (("", config), ("text_config.", text or {})):
+        count = group.get("vocab_size")
+        if count is None:
+            continue
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 2**31:
+            raise ConfigError(f"{path}: {where}vocab_size must be a whole number of ids, got {repr(count)[:40]}")
+        counts.append(count)
+    return max(counts, default=None)
 
 
 def token_names(tokenizer: Path) -> dict[int, str]:
@@ -218,12 +245,16 @@ def token_names(tokenizer: Path) -> dict[int, str]:
     return {int(entry["id"]): str(entry["content"]) for entry in added}
 
 
-def _eos_in(path: Path) -> list[int]:
+def _eos_in(path: Path, vocabulary: int | None) -> list[int]:
     eos = _read_json(path).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
             raise ConfigError(f"{path}: eos_token_id must be a token's id, or a list of them; got {repr(number)[:40]}")
+        if vocabulary is not None and number >= vocabulary:
+            raise ConfigError(
+                f"{path}: eos_token_id {number} is beyond the vocabulary: vocab_size in config.json is {vocabulary}"
+            )
     return ids
 
 
@@ -236,7 +267,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is nested too deeply to be read: download or save the model again") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} must hold a JSON object, found a {type(found).__name__}: download or save the model again"
+        )
+    return found
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
-from eopd.stages.format import size
+from eopd.stages.format import one_line, size
 from eopd.storage.errors import NoHardLinks, StoreError
 from eopd.storage.files import NEEDS_LINKS, create_exclusively, existing, fsync_folder
 
@@ -22,11 +23,11 @@ NO_SPACE = 100 << 20
 
 def check_store(store: Path) -> Iterator[Finding]:
     """Space, permissions, exclusive creation and locks at ``store``; where it does not exist yet, above it."""
-    try:
-        place = existing(store)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
-        yield Finding("store", "broken", f"{store} cannot be a folder: {error}", "set store: to another folder")
+    reason = why_no_folder(store)
+    if reason is not None:
+        yield Finding("store", "broken", f"{store} cannot be a folder: {reason}", "set store: to another folder")
         return
+    place = existing(store)
     yield _space(place)
     trial = place / f".doctor-{secrets.token_hex(8)}"
     try:
@@ -46,16 +47,52 @@ def check_store(store: Path) -> Iterator[Finding]:
 
 
 def check_folders(settings: RunSettings) -> None:
-    """Raises ConfigError where `store` or `runs` cannot be a folder, whatever permissions there are."""
+    """Raises ConfigError where `store` or `runs` is no folder and cannot become one.
+
+    One that is there may be read-only: a plan only looks at it.
+    """
     for name in ("store", "runs"):
         path = Path(getattr(settings, name))
-        try:
-            above = existing(path)
-            is_folder = above.is_dir()
-        except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
-            raise ConfigError(f"{name}: {path} cannot be a folder: {error}") from error
-        if not is_folder:
-            raise ConfigError(f"{name}: {path} cannot be a folder, as {above} is a file; name another")
+        reason = why_no_folder(path)
+        if reason is not None:
+            raise ConfigError(f"{name}: {path} cannot be a folder: {reason}")
+
+
+def check_runs_folder(runs: Path) -> list[Finding]:
+    """A finding if `runs` is no folder and cannot become one."""
+    reason = why_no_folder(runs)
+    text = f"{runs} cannot be a folder: {reason}"
+    return [] if reason is None else [Finding("runs", "broken", text, "set runs: to another folder")]
+
+
+def why_no_folder(path: Path) -> str | None:
+    """Why ``path`` is no folder and none can be made there; None if it is one, or nothing is known against it.
+
+    Nothing is left behind, and only file systems that keep no files, such as /proc, are written to.
+    """
+    try:
+        above = existing(path)
+        if not above.is_dir():
+            return f"{above} is a file"
+        if above == path.resolve():
+            return None
+        system = os.statvfs(above)
+        if system.f_flag & os.ST_RDONLY:
+            return f"{above} cannot be written: {os.strerror(errno.EROFS)}"
+        if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            return f"{above} cannot be written: {os.strerror(errno.EACCES)}"
+    except (OSError, RuntimeError) as error:  # a name that is too long, a loop of links
+        return one_line(str(error))
+    return None if system.f_blocks else _why_nothing_is_made(above)
+
+
+def _why_nothing_is_made(folder: Path) -> str | None:
+    """For a file system without a size: /proc and its like grant what they then refuse, a tmpfs without limit works."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"nothing can be made in {folder}: {error.strerror}"
 
 
 def _space(place: Path) -> Finding:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ class Artifact(StoredArtifact):
                 folder.mkdir(parents=True)
                 self.begin()
                 yield folder
+                _open_to_readers(folder)
                 marker = Marker(part, nonce, _listing(folder), dict(inputs or {}), dict(info or {}))
                 if "set_aside" in marker.info:
                     create_exclusively(self.folder / paths.set_aside_name(part), "")
@@ -214,6 +215,27 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
     except FileNotFoundError as error:
         raise MissingArtifact(f"there is no {kind} artifact {key} in {store}") from error
     return Artifact(store, parse_identity(text, kind, key, str(path)))
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file below a part's folder the mode that the umask gives a new file.
+
+    What is written through a temporary file (safetensors' files are) is its owner's alone, whatever the umask says. The
+    mode is that of the folder, which was made under the same umask, or under the access list of the folder above it.
+    A file that has another name elsewhere is left alone: somebody may have put it there to open it to all.
+    """
+    wanted = stat.S_IMODE(folder.lstat().st_mode) & 0o666
+    for entry in walk(folder):
+        if not entry.is_file(follow_symlinks=False):
+            continue
+        handle = open_plain(entry.path)
+        try:
+            found = os.fstat(handle)
+            if stat.S_IMODE(found.st_mode) != wanted and found.st_nlink == 1:
+                with suppress(OSError):  # where it cannot be changed, it is as it was written
+                    os.fchmod(handle, wanted)
+        finally:
+            os.close(handle)
 
 
 def _listing(folder: Path) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,15 +124,18 @@ def read_capture(
     vLLM writes it, has no scores. Masses above 1 that the log-probs' precision explains are scaled to 1.
 
     Raises:
-        ValueError: a column is missing or of another type, or a row or position (both are named) has ids outside the
-            vocabulary, an id twice, values that are no log-probs, more mass than 1, or lists of other lengths.
+        ValueError: the file is no Parquet; a column is missing or of another type; or a row or position (both are
+            named) has ids outside the vocabulary, an id twice, values that are no log-probs, more mass than 1, or lists
+            of other lengths.
     """
-    schema = pq.read_schema(path)
+    with _naming_what_is_no_parquet(path):
+        schema = pq.read_schema(path)
     for name, depth in ((ids, 1), (top_ids, 2), (top_logprobs, 2)):
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
         _check_type(path, schema.field(name), depth, floats=name == top_logprobs)
-    table = pq.read_table(path, columns=[ids, top_ids, top_logprobs]).combine_chunks()
+    with _naming_what_is_no_parquet(path):
+        table = pq.read_table(path, columns=[ids, top_ids, top_logprobs]).combine_chunks()
     tokens: list[NDArray[np.int64]] = []
     entries: list[_Position] = []
     lengths: list[int] = []
@@ -157,7 +161,7 @@ def read_capture(
                     "read it with shifted=False (`--no-shifted`)"
                 )
             first, some_ids, some = 1, some_ids[1:], some[1:]
-        predicted = _ids(sequence[first:], vocab_size, f"{where}: token id")
+        predicted = _ids(sequence, vocab_size, f"{where}: token id")[first:]
         start = first - shifted
         for place, (one, other) in enumerate(zip(some_ids[: len(predicted)], some[: len(predicted)], strict=True)):
             entries.append(_position(one, other, vocab_size, f"{where}, position {place + start}"))
@@ -165,6 +169,17 @@ def read_capture(
         lengths.append(len(predicted))
     every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
     return _imported(every.astype(np.int32), entries, np.asarray(lengths, np.int64), vocab_size)
+
+
+@contextmanager
+def _naming_what_is_no_parquet(path: Path) -> Iterator[None]:
+    """Turn what Arrow says of the bytes of a file into an error that names the file."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, which names the file
+            raise
+        raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -202,8 +217,8 @@ def _position(ids: list[int] | None, logprobs: list[float] | None, vocab_size: i
     if len(ids) != len(logprobs):
         raise ValueError(f"{where}: {len(ids)} ids and {len(logprobs)} log-probs")
     values = np.asarray(logprobs, np.float64)
-    if np.isnan(values).any():
-        raise ValueError(f"{where}: a log-prob is NaN")
+    if not (values < np.inf).all():  # NaN is not either
+        raise ValueError(f"{where}: a log-prob is {'NaN' if np.isnan(values).any() else '+inf'}")
     kept = values >= LOGPROB_FLOOR  # ids beside -inf are often never written
     some = _ids([one for one, keep in zip(ids, kept, strict=True) if keep], vocab_size, f"{where}: id")
     values = values[kept]
@@ -237,9 +252,10 @@ def _imported(
     precision, error = _precision(flat)
     order = np.lexsort((-flat, row))
     flat, flat_ids = flat[order], flat_ids[order]
-    mass = np.bincount(row, np.exp(flat), minlength=len(sizes))
-    # An error of e in a log-prob l changes its probability p by p |l| e.
-    allowed = 1.0 + 1e-3 + error * np.bincount(row, np.exp(flat) * np.abs(flat), minlength=len(sizes))
+    probability = np.exp(np.minimum(flat, 99.0))  # finite: an infinite mass would equal what is allowed
+    mass = np.bincount(row, probability, minlength=len(sizes))
+    # An error of e in a log-prob l changes its probability p by p |l| e; rounding makes none of them positive.
+    allowed = 1.0 + 1e-3 + error * np.bincount(row, probability * np.maximum(-flat, 0.0), minlength=len(sizes))
     heavy = np.flatnonzero(~(mass <= allowed))
     if len(heavy):
         raise ValueError(f"{entries[heavy[0]].where}: mass {mass[heavy[0]]:.4f}; are these log-probs?")

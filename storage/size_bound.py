@@ -43,8 +43,7 @@ def _padded(length: float, chunk: int) -> float:
 def _token(head: HeadRule, stops: int, vocabulary: int, extra_k: int) -> tuple[int, float]:
     """Bytes a token in ``tokens``, and entries a token: as many as its ids, or as its raw bits need."""
     k = min(head.k_max, vocabulary)
-    # systematic draws of weight min_prob from a mass of at most 1; one more for rounding
-    draws = {"none": 0, "full": head.n_draws, "beyond_head": math.floor(1.0 / head.min_prob) + 2}[head.draws]
+    draws = {"none": 0, "full": head.n_draws, "beyond_head": _most_draws(k, vocabulary, head.min_prob)}[head.draws]
     largest = {
         "head_size": k,
         "sampled": k,
@@ -60,6 +59,18 @@ def _token(head: HeadRule, stops: int, vocabulary: int, extra_k: int) -> tuple[i
     codes = k - 1 + 1 + extra_k
     bits += ids * _raw_bits(vocabulary - 1, ID_EXTRA) + codes * _raw_bits(MAX_CODE, CODE_EXTRA)
     return len(COLUMNS) + stops, max(ids, bits / (8 * RAW_PLANES))
+
+
+def _most_draws(k: int, vocabulary: int, weight: float) -> int:
+    """Systematic draws of ``weight`` beyond a head of at most ``k`` ids; an id drawn twice is stored twice.
+
+    Beyond a head of k ids lies the mass of the V - k least probable ones: at most 1 - k/V. A shorter head holds every
+    id of probability ``weight``, so each of the others makes less than one draw.
+    """
+    beyond_whole_head = (1.0 - k / vocabulary) / weight
+    beyond_shorter_head = min(vocabulary - 1, 1.0 / weight) if k > 1 else 0.0
+    # the rest is for rounding: one draw more by the place of the first, and sums of float32
+    return math.floor(1.001 * max(beyond_whole_head, beyond_shorter_head)) + 2
 
 
 def _raw_bits(largest: int, extra: int) -> int:

@@ -142,19 +142,21 @@ def doctor(
     from eopd.pipeline.doctor import examine, not_looked_at, worst
     from eopd.storage.places import open_place
 
-    settings, unread = None, []
+    settings, first = None, []
     if config is not None:
         try:
             from eopd.pipeline.config import load_config
+            from eopd.pipeline.store_check import check_runs_folder
 
             settings = load_config(config)
+            first = check_runs_folder(Path(settings.runs))
         except ImportError as error:
-            unread = [not_looked_at(config, error)]
+            first = [not_looked_at(config, error)]
     folder = open_place(store or (settings.store if settings is not None else "store"))
     if not isinstance(folder, Path):
         raise ValueError(f"--store {store} is a bucket; name the folder that a run would write to")
     findings = []
-    for finding in chain(unread, examine(folder, settings, engines=engines)):
+    for finding in chain(first, examine(folder, settings, engines=engines)):
         findings.append(finding)
         if not as_json:
             _print(finding)

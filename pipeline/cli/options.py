@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,11 +51,41 @@ def open_runs(
 
 
 def config_of(run: str, runs: Path) -> str:
-    """The resolved config of the run of that name; any other ``run`` is taken as a config."""
+    """The resolved config of the run of that name; any other ``run`` is a config.
+
+    Raises:
+        ConfigError: it is neither; says where a run of that name would be.
+    """
+    from eopd.pipeline.config import ConfigError, config_file
+    from eopd.stages.format import one_line
     from eopd.storage.paths import RunPaths
 
     own = RunPaths(runs / run).config
-    return str(own) if own.is_file() else run
+    try:
+        if own.is_file():
+            return str(own)
+        blocked = own.exists() or own.is_symlink()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"no run can be called {_short(run)}: {error.strerror}") from error
+    if blocked:
+        raise ConfigError(f"{one_line(str(own))}, where the run's config belongs, is no plain file")
+    if config_file(run) is not None:
+        return run
+    raise ConfigError(f"there is no run {_short(run)} below {runs}, and no config of that name.{_near(run, runs)}")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
+
+
+def _near(run: str, runs: Path) -> str:
+    """A hint at the run in ``runs`` whose name is most like ``run``; empty without one."""
+    try:
+        names = [folder.name for folder in runs.iterdir() if (folder / "config.yaml").is_file()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def paths_of(run: str, runs: Path) -> RunPaths:
@@ -61,7 +93,8 @@ def paths_of(run: str, runs: Path) -> RunPaths:
     from eopd.pipeline.config import load_config
     from eopd.storage.paths import RunPaths
 
-    if (runs / run).is_dir():
-        return RunPaths(runs / run)
-    settings = load_config(run)
+    with suppress(OSError):  # such as a name that is too long, which is refused below
+        if (runs / run).is_dir():
+            return RunPaths(runs / run)
+    settings = load_config(config_of(run, runs))
     return RunPaths(Path(settings.runs) / settings.name)

@@ -86,9 +86,14 @@ def compare(
     return TokenFigures(*values)
 
 
+def known_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Distinct ``ids`` of the vocabulary, in order."""
+    return sorted({number for number in ids if number < vocab_size})
+
+
 def _merge(logits: Tensor, ids: Sequence[int]) -> Tensor:
     """``logits`` [C, V] with all of ``ids`` as one outcome, which the first of them stands for."""
-    known = sorted({number for number in ids if number < logits.shape[1]})
+    known = known_ids(ids, logits.shape[1])
     if len(known) < 2:
         return logits
     total = logits[:, known].logsumexp(1)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
 
 from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
+from eopd.stages.align.divergence import known_ids
 from eopd.stages.align.job import AlignmentJob, SummaryJob
 from eopd.stages.align.reading import read_pairs
 from eopd.stages.align.responses import ResponseReader, Responses
 from eopd.stages.align.settings import AlignmentSettings
+from eopd.stages.engines.check import check_first_batch, refuse_uniform
 from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.engines.open import open_hidden_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
@@ -41,7 +43,7 @@ def run(job: AlignmentJob) -> None:
 
     Raises:
         ValueError: a problem that cannot be rendered; tokenizers that differ in their tokens; an unknown architecture;
-            logits that are not finite.
+            logits that are not finite; a teacher to which all tokens are equally probable.
     """
     layout = _layout(job)
     assert job.output.parts == len(layout), (job.output.parts, len(layout))
@@ -79,8 +81,18 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
         teacher = _open(job, job.teacher, settings.teacher_engine, settings.teacher_engine_options, longest, stack)
         # one process serves one model on vLLM
         student = _open(job, job.student, "transformers", settings.engine_options, longest, stack)
+        _check(job, teacher, student, found.values())
         for part in claimed_parts(job.output, list(todo), job.progress.line):
             _do_part(job, part, layout[part], found[part], teacher, student)
+
+
+def _check(job: AlignmentJob, teacher: HiddenEngine, student: HiddenEngine, responses: Iterable[Responses]) -> None:
+    """Compare each model's reading of a few sequences with its full logits."""
+    some = next((one for one in responses if one.tokens), None)
+    if some is None:
+        return
+    for role, engine, sequences in (("teacher", teacher, some.teacher), ("student", student, some.student)):
+        job.progress.line(f"align: the {role} is {check_first_batch(engine, engine.head, sequences)}")
 
 
 def _open(
@@ -107,15 +119,17 @@ def _do_part(
     """Read one part with both models and commit its sums."""
     settings = _settings(job)
     bins = EntropyBins.of(settings.bins, settings.tau, teacher.head.vocab_size)
+    merged = job.stop_ids if settings.merge_stops else ()
     began, tokens = time.monotonic(), 0
     rows: list[dict[str, Any]] = []
+    entropies: list[np.ndarray[Any, Any]] = []
     for number, figures in read_pairs(
         teacher,
         student,
         responses.teacher,
         responses.student,
         settings.temperature,
-        job.stop_ids if settings.merge_stops else (),
+        merged,
         batch_tokens=settings.batch_tokens,
     ):
         names = dict(zip(("benchmark", "problem_id", "sample"), responses.names[number], strict=True))
@@ -124,8 +138,18 @@ def _do_part(
             {**names, "bin": place, **dict(zip(SUMMED, sums[place].tolist(), strict=True))}
             for place in np.flatnonzero(sums[:, 0]).tolist()
         ]
+        entropies.append(figures.teacher_entropy)
         tokens += figures.tokens
         job.progress.advance(figures.tokens, tokens_per_s=tokens / max(time.monotonic() - began, 1e-9))
+    if entropies:
+        vocab_size = teacher.head.vocab_size
+        refuse_uniform(
+            np.concatenate(entropies),
+            vocab_size,
+            job.teacher.path,
+            "evaluate.alignment.teacher_engine",
+            merged=len(known_ids(merged, vocab_size)),
+        )
     info = {
         "responses": source[0],
         "edges": list(bins.edges),

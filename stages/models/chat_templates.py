@@ -2,8 +2,8 @@
 
 A template is free to ignore what it does not know: a role, `tool_calls`, `reasoning_content`, a `name`, an argument.
 What it ignores would be missing from the prompt without a word, so each field is checked to change the text, and a
-field that does not is refused. ``ChatTemplate`` renders with Jinja alone, so that a plan can check templates without
-importing transformers.
+field that does not is refused; so is a role that is written as the assistant's. ``ChatTemplate`` renders with Jinja
+alone, so that a plan can check templates without importing transformers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,14 @@ RESERVED = frozenset(
 LINKS = frozenset({"id", "tool_call_id", "type"})
 """Fields that join a tool's answer to its call and say nothing else: many templates rightly leave them out."""
 
+NOTHING: tuple[object, ...] = (None, "", [], {})
+"""Values that say nothing, so that leaving them out is no loss. Zero and false say something."""
+
 SYSTEM = ("system", "developer")
 PROBE = "eopd-probe"
 PREFIX_END = "eopd-end-of-prefix"
+LATER: tuple[Message, ...] = ({"role": "assistant", "content": PROBE}, {"role": "user", "content": PROBE})
+"""Messages that may follow any other."""
 
 
 @dataclass(frozen=True)
@@ -170,19 +175,46 @@ def write_conversation(conversation: Conversation, render: Render) -> str:
     """What ``render`` writes, once it is known to leave nothing out.
 
     Raises:
-        ValueError: the template refuses the conversation, or ignores a message, a field or the tools; says which.
+        ValueError: the template refuses the conversation, or ignores a message, a field, a role or the tools; says
+            which.
     """
     text = _rendered(conversation, render)
     for field, changed in _probes(conversation, text):
-        try:
-            ignored = render(changed) == text
-        except Exception:  # the template does something else without the field: so it reads it
-            ignored = False
-        if ignored:
+        if _or_refused(changed, render) == text:
             raise ValueError(
                 f"the chat template leaves out {field}; remove it, or use a model whose template writes it"
             )
+    for number, message in enumerate(conversation.messages):
+        if message["role"] not in ("user", "assistant") and _as_the_assistant_s(conversation, number, render):
+            raise ValueError(
+                f"the chat template leaves out the role {message['role']!r} of message {number + 1}, whose turn it "
+                "writes as the assistant's; remove it, or use a model whose template writes it"
+            )
     return text
+
+
+def _or_refused(conversation: Conversation, render: Render) -> str | None:
+    """Text of a conversation, or None where the template refuses it: it reads what was changed.
+
+    Other errors (of memory, of the code around the template) say nothing about the template, and are raised.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return render(conversation)
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return None
+
+
+def _as_the_assistant_s(conversation: Conversation, number: int, render: Render) -> bool:
+    """Whether the template writes a message just as it would write it were it the assistant's."""
+    messages = conversation.messages
+    # an assistant's last message would be left open, which changes the text whatever the role is
+    after = LATER if number + 1 == len(messages) else ()
+    changed = {**messages[number], "role": "assistant"}
+    own = _or_refused(Conversation((*messages, *after), conversation.tools), render)
+    other = Conversation((*messages[:number], changed, *messages[number + 1 :], *after), conversation.tools)
+    return own is not None and own == _or_refused(other, render)
 
 
 def _rendered(conversation: Conversation, render: Render) -> str:
@@ -203,7 +235,7 @@ def _probes(conversation: Conversation, text: str) -> Iterator[tuple[str, Conver
             if (
                 name == "role"
                 or name in LINKS
-                or not value
+                or value in NOTHING
                 or (name == "name" and message["role"] in ("tool", "function"))
             ):
                 continue

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -34,19 +34,26 @@ def with_stop_ids(config: GenerationConfig, stop_ids: Sequence[int]) -> tuple[Ge
 def stop_ids_in(folder: Path) -> list[int]:
     """Ids at which transformers and vLLM end a response of the model in ``folder``; empty where it names none."""
     path = folder / GENERATION_FILE
-    return _ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")) if path.exists() else []
+    return _ids(_read(path).get("eos_token_id")) if path.exists() else []
 
 
 def write_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
     """Let the model in ``folder`` end at ``stop_ids``; its other generation settings stay as they are."""
     path = folder / GENERATION_FILE
     if path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _read(path)
     else:  # from now on nobody looks into config.json for these
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         values = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
     values["eos_token_id"] = list(stop_ids)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, found a {type(values).__name__}: save the model again")
+    return values
 
 
 def _ids(value: int | Sequence[int] | None) -> list[int]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from eopd.stages.job import ModelRef
 
+MOST_OF_A_MESSAGE = 300
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -301,9 +302,22 @@ def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for role, fields in models.items():
         try:
             check_weights(ModelRef(**fields))
-        except (ValueError, OSError) as error:
-            refused[role] = str(error)
+        except (ImportError, MemoryError):
+            raise  # says nothing about the model
+        except Exception as error:  # what transformers raises where config.json describes no model
+            refused[role] = _refusal_in_a_line(Path(fields["path"]), error)
     return refused
+
+
+def _refusal_in_a_line(folder: Path, error: Exception) -> str:
+    """Our own messages as they are; those of transformers, which may name no file, with the config that they are of."""
+    text = " ".join(str(error).split())
+    if text.startswith(str(folder)) or (isinstance(error, OSError) and error.filename is not None):
+        return text
+    if not isinstance(error, (ValueError, OSError)):
+        text = f"{type(error).__name__}: {text}"
+    text = f"{folder / 'config.json'}: {text}"
+    return text if len(text) <= MOST_OF_A_MESSAGE else f"{text[: MOST_OF_A_MESSAGE - 3]}..."
 
 
 if __name__ == "__main__":

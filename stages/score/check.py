@@ -1,108 +1,15 @@
-"""The first batch against the full model's own logits: a wrong head or engine is found before anything is stored."""
+"""Which token of which response gives logits that are not finite."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.models.packing import Sequence
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
-from eopd.storage.teacher_record import Float32
-
-MOST_SEQUENCES, MOST_TOKENS, MOST_INPUT = 4, 128, 512
-"""Of the check: sequences, response tokens of each, and tokens of any but the shortest (a CPU has to read them)."""
-UNIFORM = 1e-5
-"""Nats from ln V: rounding of float32 entropies."""
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
-"""Mean total variation distance (probability) by dtype of the forward pass. Two honest kernels differ by float
-rounding; a forgotten soft-cap, scale, bias, mask or sliding window moves far more mass than that."""
-
-
-@torch.inference_mode()
-def check_first_batch(engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence]) -> str:
-    """Compare distributions of a few sequences read side by side with those of the full model, which reads each alone.
-
-    Returns:
-        A line that says what was compared.
-
-    Raises:
-        ValueError: they disagree; with the numbers.
-    """
-    chosen = _choose(sequences)
-    reference = engine.own_logits(chosen)
-    if reference is None:
-        return "not checked against the full model's logits: it does not fit this machine's memory, or is quantised"
-    # logits that are not finite are the model's own fault, and are reported by the part that holds them
-    finite = [number for number, own in enumerate(reference.logits) if bool(torch.isfinite(own).all())]
-    if not finite:
-        return "not checked against the full model's logits: they are NaN or infinite"
-    logits = _side_by_side(engine, head, [chosen[number] for number in finite])
-    pairs = [(found, reference.logits[number].cpu()) for found, number in zip(logits, finite, strict=True)]
-    distance = torch.cat([_total_variation(found, own) for found, own in pairs])
-    tolerance = TOLERANCE[engine.dtype]
-    mean, largest = float(distance.mean()), float(distance.max())
-    if not mean <= tolerance:
-        gap = max(float((found - own).abs().max()) for found, own in pairs)
-        raise ValueError(
-            f"engine {engine.name} {engine.version} disagrees with the full model's own logits ({reference.source}) "
-            f"on {len(distance)} tokens ({engine.dtype}): total variation distance {mean:.3g} on average and "
-            f"{largest:.3g} at most, {tolerance:g} allowed; logits differ by up to {gap:.3g}. Nothing was scored. Try "
-            "the other score.engine."
-        )
-    return (
-        f"checked against the full model's logits ({reference.source}): total variation distance {mean:.1e} on "
-        f"{len(distance)} tokens of {len(pairs)} sequences read side by side"
-    )
-
-
-def _choose(sequences: SequenceOf[Sequence]) -> list[Sequence]:
-    """The shortest sequence with a response, and longer ones of other lengths; at least two, of which one may be the
-    beginning of the other."""
-    ordered = sorted((one for one in sequences if len(one.response_ids)), key=lambda sequence: sequence.input_length)
-    shortest = ordered[0]
-    first = Sequence(shortest.context_ids, shortest.response_ids[:MOST_TOKENS])
-    others = [one for one in ordered[1:] if one.input_length <= MOST_INPUT]
-    if not others:
-        return [first, Sequence(first.context_ids, first.response_ids[: -(-len(first.response_ids) // 2)])]
-    places = np.linspace(0, len(others) - 1, min(MOST_SEQUENCES - 1, len(others))).astype(int)
-    return [first, *(_ending(others[place]) for place in places)]
-
-
-def _ending(sequence: Sequence) -> Sequence:
-    """The same ids, of which the last ``MOST_TOKENS`` at most are the response."""
-    ids = [*sequence.context_ids, *sequence.response_ids]
-    count = min(MOST_TOKENS, len(sequence.response_ids))
-    return Sequence(ids[:-count], ids[-count:])
-
-
-def _side_by_side(engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence]) -> list[Tensor]:
-    """Logits [T, V] of each sequence, on the CPU, by the engine in as few batches as it makes."""
-    logits: dict[int, Tensor] = {}
-    for batch in engine.hidden(sequences):
-        pieces = batch.hidden.tensor_split(np.cumsum(batch.lengths)[:-1].tolist())
-        for number, hidden in zip(batch.order, pieces, strict=True):
-            logits[number] = head.logits(hidden).cpu()
-    return [logits[number] for number in range(len(sequences))]
-
-
-def refuse_uniform(entropy: Float32, vocab_size: int, path: str) -> None:
-    """Refuse a teacher to which every token of the vocabulary is equally probable, everywhere.
-
-    Raises:
-        ValueError: all entropies are ln V, which no trained model has; names the folder.
-    """
-    uniform = math.log(vocab_size)
-    if len(entropy) and float(np.abs(entropy - uniform).max()) < UNIFORM:
-        raise ValueError(
-            f"{path}: all {len(entropy)} tokens have the entropy ln {vocab_size} = {uniform:.4f} nats, as if the "
-            "teacher's weights were zero or lost. Check its files, or set score.engine to another one."
-        )
 
 
 def first_not_finite(
@@ -133,9 +40,3 @@ def _is_finite(engine: HiddenEngine, head: StatisticsHead, sequence: Sequence, l
     except NotFinite:
         return False
     return True
-
-
-def _total_variation(found: Tensor, own: Tensor) -> Tensor:
-    """[T] half the sum of absolute differences of two softmaxes; NaN logits give NaN."""
-    p, q = (torch.softmax(logits.double(), 1) for logits in (found, own))
-    return (p - q).abs().sum(1) / 2

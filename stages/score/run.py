@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eopd.stages.engines.check import check_first_batch, refuse_uniform
 from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
-from eopd.stages.score.check import check_first_batch, first_not_finite, refuse_uniform
+from eopd.stages.score.check import first_not_finite
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
@@ -171,7 +172,7 @@ class Scorer:
             self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
         if found.pieces:
             entropy = np.concatenate([piece.entropy for piece in found.pieces])
-            refuse_uniform(entropy, engine.head.vocab_size, self.job.teacher.path)
+            refuse_uniform(entropy, engine.head.vocab_size, self.job.teacher.path, "score.engine")
         return found
 
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:

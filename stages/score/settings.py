@@ -11,12 +11,17 @@ from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, NATS, SEED, Settings, setting
 from eopd.storage.teacher_record import DrawMode, HeadRule
 
+LEAST_WEIGHT = 1e-6
+"""A token may have one draw for each such share of its probability: a million, which nothing has a use for."""
+
 
 class HeadSettings(Settings):
     """Which entries of the teacher's distribution are kept (``storage.teacher_record.HeadRule``)."""
 
     k_max: int = setting(16, "Most entries kept of a token", ge=1, le=ENTRIES)
-    min_prob: float = setting(0.03, "Keep ids at least this probable; also the weight of each draw", gt=0.0, le=1.0)
+    min_prob: float = setting(
+        0.03, "Keep ids at least this probable; also the weight of each draw", ge=LEAST_WEIGHT, le=1.0
+    )
     full_head_above: float = setting(
         0.4,
         "Keep all k_max entries where the entropy exceeds this (nats); -1: everywhere, a fixed top-k",

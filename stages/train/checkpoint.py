@@ -114,7 +114,8 @@ def _require_space(job: TrainJob, model: Any) -> None:
 def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart, states: States) -> None:
     """Write the optimiser first and the weights last: whoever finds the weights finds the round finished.
 
-    Every process must call it. Where it fails, the state after the last step is kept, so that no step is taken again.
+    Every process must call it. Where it fails, the state after the last step is kept, so that no step is taken again;
+    where that fails too, a line says so.
     """
     inner = student_of(loop.student)
     weights, moments = gather_weights(inner.model), optimizer_tensors(inner, loop.optimizer)
@@ -123,12 +124,17 @@ def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundSt
         return
     try:
         _write_parts(job, loop, rows, start, weights, moments, averages)
-    except Exception:
+    except Exception:  # whatever it is, it is raised again
         if states.newest_step() != len(rows):
             trained = {name for name, value in inner.model.named_parameters() if value.requires_grad}
-            with suppress(Exception):  # the first error says more
-                kept = {f"model.{name}": value for name, value in weights.items() if name in trained}
+            kept = {f"model.{name}": value for name, value in weights.items() if name in trained}
+            try:
                 states.save(len(rows), kept, moments, averages or {}, rows)
+            except Exception as error:  # the first one says more, and is what is raised
+                job.progress.line(
+                    f"train {job.round}: the state after step {len(rows)} could not be kept either, so steps since the "
+                    f"last one that was will be taken again: {type(error).__name__}: {error}"
+                )
         raise
 
 

@@ -214,6 +214,8 @@ def test_every_number_has_two_bounds_and_is_finite() -> None:
         "seed=-1",
         "seed=99999999999999999999",
         "score.head.seed=-1",
+        "score.head.min_prob=5e-324",
+        "score.head.min_prob=1.0e-7",
         "train.optimizer.lr=.nan",
         "train.optimizer.lr=.inf",
         "train.optimizer.lr=0",
@@ -387,3 +389,35 @@ def test_a_format_that_does_not_fit_what_it_follows_is_refused() -> None:
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": PLAIN}
     with pytest.raises(ConfigError, match="belong to template: chat"):
         parse_settings({**raw, "evaluate": {"benchmarks": [{"name": "b", "path": "b"}], "system": "Be brief."}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"store": []}, "test: `store` is an empty list; its first entry is the folder that is written to"),
+        (
+            {"prompts": {"path": "p", "template": "plain", "system": "s"}},
+            "test: setting 'prompts': system and template",
+        ),
+        ({"train": {"objective": {"name": "jsd", "rkl": "topk"}}}, "test: setting 'train.objective': jsd does not use"),
+        ({"prompts": 3}, "test: setting 'prompts' is 3: "),
+        ({"name": {"a": "b"}}, "test: setting 'name' is {'a': 'b'}: Input should be a valid string"),
+    ],
+)
+def test_what_a_group_is_refused_for_is_said_without_the_group(raw: dict[str, object], message: str) -> None:
+    rest = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+    with pytest.raises(ConfigError) as caught:
+        parse_settings({**rest, **raw}, "test")
+    assert str(caught.value).startswith(message)
+    assert ("{" in str(caught.value)) == ("{" in message or "{name: jsd}" in str(caught.value))
+
+
+def test_a_bare_word_is_an_objective_with_its_own_defaults(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "train: {objective: {name: eopd, alpha: 0.3, rkl: topk}}\n")
+    word = load_config(str(minimal), ["train.objective=jsd"])
+    assert word.train.objective == load_config(str(minimal), ["train.objective={name: jsd}"]).train.objective
+    assert (word.train.objective.name, word.train.objective.beta) == ("jsd", 0.5)
+    with pytest.raises(ConfigError, match=r"objective\.name='jsdd' is unknown; nearest: 'jsd'"):
+        load_config(str(minimal), ["train.objective=jsdd"])
+    with pytest.raises(ConfigError, match=r"jsd does not use alpha, rkl; .*--set 'train.objective={name: jsd}'"):
+        load_config(str(minimal), ["train.objective.name=jsd"])

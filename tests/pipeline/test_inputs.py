@@ -10,11 +10,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from eopd.pipeline.config import ConfigError
-from eopd.pipeline.inputs import inspect_model, locate, stop_ids_of
+from eopd.pipeline.inputs import check_architectures, find_weights, inspect_model, locate, stop_ids_of
 from eopd.stages.experiment import ModelSettings
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule
+from tests.stages.tiny_models import save_tiny
 from tests.storage.making import dense, rows_of
 
 END, CHAT_END = 3, 7
@@ -58,6 +59,67 @@ def test_a_stop_id_that_is_none_is_named_by_file_and_key(tmp_path: Path, name: s
     (folder / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ConfigError, match=rf"{name}: eos_token_id must be"):
         stop_ids_of(folder, folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("where", ["vocab_size", "text_config"])
+def test_a_stop_id_beyond_the_vocabulary_is_named_by_file_and_key(tmp_path: Path, name: str, where: str) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    config: dict[str, object] = {"vocab_size": 64} if where == "vocab_size" else {"text_config": {"vocab_size": 64}}
+    for last in (63, 64):
+        for file, content in (("config.json", config), (name, {**(config if name == "config.json" else {})})):
+            (folder / file).write_text(json.dumps({**content, "eos_token_id": last if file == name else END}))
+        if last < 64:
+            assert last in stop_ids_of(folder, folder)
+            continue
+        with pytest.raises(ConfigError, match=rf"/{name}: eos_token_id 64 is beyond the vocabulary"):
+            stop_ids_of(folder, folder)
+        with pytest.raises(ConfigError, match=rf"^student\.path: .*/{name}: eos_token_id 64 is beyond"):
+            find_weights("student", ModelSettings(path=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_a_model_s_file_that_holds_no_object_is_named(tmp_path: Path, name: str, text: str) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"/{name} must hold a JSON object"):
+        stop_ids_of(folder, folder)
+
+
+@pytest.mark.parametrize(
+    "content", [{"vocab_size": "abc"}, {"vocab_size": -1}, {"vocab_size": 1.5}, {"text_config": 3}]
+)
+def test_a_vocabulary_that_is_none_is_named_by_role_and_file(tmp_path: Path, content: dict[str, object]) -> None:
+    folder = model(tmp_path / "model", "<|im_end|>", [END], END)
+    (folder / "config.json").write_text(json.dumps(content))
+    (key,) = content
+    with pytest.raises(ConfigError, match=rf"^teacher\.path: {folder}/config\.json: {key} must be"):
+        find_weights("teacher", ModelSettings(path=str(folder)))
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_what_a_config_is_refused_for_is_one_line_with_the_file(tmp_path: Path, in_process: bool) -> None:
+    changes: dict[str, dict[str, object]] = {
+        "a": {"model_type": "nope\n\x1b[31m"},
+        "b": {"hidden_size": -1},
+        "c": {"num_hidden_layers": "two"},
+        "d": {"num_attention_heads": 0},
+        "e": {"vocab_size": "abc"},
+    }
+    models = {}
+    for role, change in changes.items():
+        save_tiny("qwen3", tmp_path / role)
+        file = tmp_path / role / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        models[role] = ModelSettings(path=str(tmp_path / role)), tmp_path / role
+    found = check_architectures(models, in_process=in_process)
+    assert found.keys() == changes.keys()
+    for role, reason in found.items():
+        assert reason.startswith(f"{tmp_path / role / 'config.json'}: ")
+        assert len(reason.splitlines()) == 1
+        assert len(reason) <= 300
+    assert "model type `nope" in found["a"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"added_tokens": [{"id": 1}]}', '{"added_tokens": 3}', "{"])

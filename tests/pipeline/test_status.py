@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from eopd.pipeline.cli.options import config_of
+from eopd.pipeline.cli.options import config_of, paths_of
+from eopd.pipeline.config import ConfigError
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.logs import find_logs, tail
 from eopd.pipeline.run import Run
@@ -148,6 +149,36 @@ def test_a_run_is_found_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine" / "config.yaml").write_text("name: mine\n")
     assert config_of("mine", tmp_path / "runs") == str(tmp_path / "runs" / "mine" / "config.yaml")
     assert config_of("quickstart", tmp_path / "runs") == "quickstart"
+
+
+@pytest.mark.parametrize("find", [config_of, paths_of])
+def test_what_is_neither_a_run_nor_a_config_is_said_to_be_neither(
+    tmp_path: Path, find: Callable[[str, Path], object]
+) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(ConfigError) as caught:
+        find("base", runs)
+    assert str(caught.value) == f"there is no run 'base' below {runs}, and no config of that name."
+    (runs / "basic").mkdir(parents=True)
+    (runs / "basic" / "config.yaml").write_text("name: basic\n")
+    with pytest.raises(ConfigError, match=r"no run 'base' below .*runs, and no config .* Did you mean basic\?"):
+        find("base", runs)
+    with pytest.raises(ConfigError, match=r"no run can be called 'xxx.*File name too long"):
+        find("x" * 5000, runs)
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_a_run_s_config_that_is_no_plain_file_is_named(tmp_path: Path, kind: str) -> None:
+    config = tmp_path / "quickstart" / "config.yaml"
+    config.parent.mkdir()
+    if kind == "folder":
+        config.mkdir()
+    elif kind == "link":
+        config.symlink_to("gone.yaml")
+    else:
+        os.mkfifo(config)
+    with pytest.raises(ConfigError, match=rf"{config}, where the run's config belongs, is no plain file"):
+        config_of("quickstart", tmp_path)
 
 
 @pytest.mark.timeout(90)

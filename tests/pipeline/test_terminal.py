@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
 
 from eopd.pipeline.config import ConfigError, parse_settings
-from eopd.pipeline.store_check import check_folders, check_store
+from eopd.pipeline.store_check import check_folders, check_runs_folder, check_store, why_no_folder
 from eopd.pipeline.tables import PlainConsole
 from eopd.stages.format import escaped, excerpt, one_line
+from tests.strangers import unprivileged
 
 HOSTILE = "a\x1b[2J\x1b]0;t\x07b\r\x9b1m\u202ec"
 
@@ -64,6 +67,46 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, setting: str, k
         assert any(finding.state == "broken" for finding in check_store(place))
 
 
+RAW = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
+
+
+@pytest.mark.parametrize("setting", ["store", "runs"])
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_place_where_no_folder_can_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, granted: bool
+) -> None:
+    """/proc grants root what it then refuses."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: granted)
+    settings = parse_settings({**RAW, "store": str(tmp_path), setting: "/proc/1/x"}, "test")
+    with pytest.raises(ConfigError, match=f"^{setting}: /proc/1/x cannot be a folder: .*/proc/1"):
+        check_folders(settings)
+    findings = list(check_store(Path("/proc/1/x"))) if setting == "store" else check_runs_folder(Path("/proc/1/x"))
+    assert [(finding.name, finding.state) for finding in findings] == [(setting, "broken")]
+    assert findings[0].text.startswith("/proc/1/x cannot be a folder: ")
+
+
+def test_a_folder_of_others_can_be_looked_at_and_none_is_made_in_it(open_folder: Path) -> None:
+    (open_folder / "store").mkdir()
+    open_folder.chmod(0o555)
+    with unprivileged():
+        assert why_no_folder(open_folder / "store") is None
+        assert why_no_folder(open_folder / "new" / "store") == f"{open_folder} cannot be written: Permission denied"
+    assert [path.name for path in open_folder.iterdir()] == ["store"]
+
+
+def test_a_read_only_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = SimpleNamespace(f_flag=os.ST_RDONLY, f_blocks=1)
+    monkeypatch.setattr(os, "statvfs", lambda _: system)
+    assert why_no_folder(tmp_path / "store") == f"{tmp_path} cannot be written: Read-only file system"
+    assert why_no_folder(tmp_path) is None
+
+
+def test_a_file_system_without_a_size_is_tried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=0, f_blocks=0))
+    assert why_no_folder(tmp_path / "store") is None
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -71,6 +114,10 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, setting: str, k
         ["store", "gc", "--store", "FILE/x"],
         ["plan", "quickstart", "--set", "store=FILE"],
         ["status", "FILE/x", "--once"],
+        ["report", "nosuch"],
+        ["logs", "x" * 400],
+        ["run", "quickstart", "--set", "store=/proc/1/x"],
+        ["plan", "quickstart", "--set", "runs=/proc/1/x"],
         ["report", "quickstart", "--out", "FILE"],
         ["plan", "\x1b[2J"],
     ],

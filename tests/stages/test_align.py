@@ -12,14 +12,17 @@ import torch
 from pydantic import ValidationError
 
 from eopd.stages.align.bins import SUMMED
+from eopd.stages.align.divergence import compare, known_ids
 from eopd.stages.align.job import AlignmentJob, SummaryJob
 from eopd.stages.align.reading import measure_alignment
 from eopd.stages.align.run import run, summarise
 from eopd.stages.align.settings import AlignmentSettings
+from eopd.stages.engines.check import refuse_uniform
 from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate import run as evaluating
 from eopd.stages.evaluate.run import EvaluateJob
 from eopd.stages.job import ModelRef
+from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
@@ -195,6 +198,35 @@ def test_a_source_of_which_every_part_was_set_aside_is_named(evaluated: Evaluate
         broken.set_aside(part, "failed 3 times: out of luck")
     with pytest.raises(ValueError, match=r"every part of 'first' was set aside \(.*out of luck\).*verify --repair"):
         run_and_summarise(replace(job, sources=(*job.sources[:1], ("first", broken))))
+
+
+def test_a_model_that_reads_other_than_its_checkpoint_is_refused(
+    evaluated: EvaluateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(Lines, "line", lambda _, text: lines.append(text))
+    run(align(evaluated, tmp_path / "checked"))
+    assert [line.split(" is checked against")[0] for line in lines if "checked against" in line] == [
+        "align: the teacher",
+        "align: the student",
+    ]
+    honest = LMHead.logits
+    monkeypatch.setattr(LMHead, "logits", lambda self, hidden: 3.0 * honest(self, hidden))
+    job = align(evaluated, tmp_path / "scaled")
+    with pytest.raises(ValueError, match=r"disagrees with the full model's own logits"):
+        run(job)
+    assert not job.output.committed()
+
+
+@pytest.mark.parametrize("merged", [(), (3,), (1, 4, 9), (1, 4, 900)])
+def test_a_teacher_to_which_all_tokens_are_equal_is_refused(merged: tuple[int, ...]) -> None:
+    head = LMHead(torch.zeros(64, 8), None, 1.0, None, 64)
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    figures = compare((hidden, head), (hidden, head), merged=merged)
+    known = len(known_ids(merged, 64))
+    with pytest.raises(ValueError, match=r"folder: all 5 tokens have the entropy ln 64 = 4\.1589.*set here to another"):
+        refuse_uniform(figures.teacher_entropy, 64, "folder", "here", merged=known)
+    refuse_uniform(figures.teacher_entropy - 1e-3, 64, "folder", "here", merged=known)
 
 
 def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ PLAIN = (
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
 KNOWN_ROLES = "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<{{ m.content }}>{% endif %}{% endfor %}"
+TWO_ROLES = (
+    "{% for m in messages %}<{% if m.role == 'user' %}user{% else %}assistant{% endif %}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+IF_TRUE = PLAIN.replace("{{ m.content }}", "{% if m.weight %}{{ m.weight }}{% endif %}{{ m.content }}")
 TRIMS = PLAIN.replace("m.content", "m.content | trim")
 
 
@@ -87,6 +92,10 @@ def test_everything_that_a_template_takes_is_passed_on() -> None:
         (KNOWN_ROLES, SYSTEM, None, r"content.*message 1 \(system"),
         (KNOWN_ROLES, [{"role": "human", "content": "1+2?"}], None, "content"),
         (NO_SYSTEM, SYSTEM, None, "System role not supported"),
+        (TWO_ROLES, SYSTEM, None, "role 'system' of message 1"),
+        (TWO_ROLES, [USER, {"role": "tool", "content": "3"}], None, "role 'tool' of message 2"),
+        (IF_TRUE, [{**USER, "weight": 0}], None, "weight"),
+        (IF_TRUE, [{**USER, "weight": False}], None, "weight"),
         (PLAIN.replace("m.content", "m.text + ''"), [USER], None, "refuses it"),
         ("{% for m in messages %", [USER], None, "no Jinja template"),
         (WHOLE, PREFILL[1:], None, None),

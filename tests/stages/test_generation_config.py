@@ -227,3 +227,11 @@ def test_stop_ids_are_written_beside_the_settings_that_are_there(tmp_path: Path)
     file.write_text(json.dumps({"eos_token_id": 2, "top_k": 20}))
     write_stop_ids(tmp_path, (2, 9))
     assert json.loads(file.read_text()) == {"eos_token_id": [2, 9], "top_k": 20}
+
+
+@pytest.mark.parametrize("text", ["[]", "3"])
+def test_generation_settings_that_are_no_object_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    for look in (lambda: stop_ids_in(tmp_path), lambda: write_stop_ids(tmp_path, (2,))):
+        with pytest.raises(ValueError, match=r"generation_config\.json must hold a JSON object"):
+            look()

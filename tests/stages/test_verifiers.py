@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eopd.stages.evaluate.settings import MATH_RULES
-from eopd.stages.evaluate.verifiers import countdown, exact, mathematics
+from eopd.stages.evaluate.verifiers import countdown, exact, mathematics, values
 from eopd.stages.evaluate.verifiers.answers import final_answer
 from eopd.stages.evaluate.verifiers.equations import equations
 from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
@@ -242,6 +242,21 @@ def test_math_reads_references_as_they_come_and_judges_nothing_by_others(math_ve
         math_verifier.check_answer("$")
     verdicts = math_verifier.verify_many([(r"\boxed{2}", "2"), (r"\boxed{2}", "$"), (r"\boxed{3}", "2")])
     assert [(v.correct, v.readable) for v in verdicts] == [(True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize("answer", ["x^{2", r"\frac{1}{2", "{"])
+def test_math_names_a_reference_that_no_response_can_match(math_verifier: MathVerifier, answer: str) -> None:
+    with pytest.raises(ValueError, match=r"the reference answer .*"):
+        math_verifier.check_answer(answer)
+
+
+def test_a_lack_of_memory_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(values, "latex2sympy", full)
+    with pytest.raises(MemoryError):
+        values.read("x+1")
 
 
 @pytest.mark.parametrize("source", PAIRS)

@@ -44,6 +44,21 @@ def test_a_part_exists_only_once_its_marker_does(artifact: Artifact) -> None:
     assert (artifact.part_folder(0) / "f").read_text() == "x"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_of_the_umask_however_they_were_written(artifact: Artifact, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with artifact.write_part(0) as folder:
+            (folder / "own").write_text("x")
+            (folder / "own").chmod(0o600)  # as a file that was written through a temporary one
+            (folder / "plain").write_text("x")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in artifact.part_folder(0).iterdir() if path.is_file()}
+    assert modes.keys() >= {"own", "plain"}
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def test_the_manifest_appears_with_the_last_part(artifact: Artifact) -> None:
     write(artifact, 2)
     write(artifact, 0)

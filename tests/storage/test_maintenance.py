@@ -292,6 +292,8 @@ UNREADABLE = {
         "row 0, position 0: 3 ids and 2 log-probs",
     ),
     "more positions than tokens": ({"input_ids": [[5, 1]]}, "row 0: 2 tokens and 3 lists"),
+    "infinite log-prob": ({"top_values": [[[-0.2, float("inf")]] + [[-0.2, -2.0]] * 2]}, r"position 0: .*\+inf"),
+    "first token beyond": ({"input_ids": [[99, 1, 2]]}, "row 0: token id 99"),
 }
 
 
@@ -301,6 +303,16 @@ def test_a_capture_that_is_wrong_is_refused_by_row_and_position(tmp_path: Path, 
     pq.write_table(pa.table({**SEQUENCE, **changes}), tmp_path / "capture.parquet")
     with pytest.raises(ValueError, match=message):
         read_capture(tmp_path / "capture.parquet", vocab_size=64)
+
+
+def test_a_capture_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "capture.parquet"
+    for content in (b"", b"{}", b"PAR1" + b"\0" * 40 + b"PAR1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"capture\.parquet cannot be read as Parquet"):
+            read_capture(path, vocab_size=64)
+    with pytest.raises(FileNotFoundError, match=r"gone\.parquet"):
+        read_capture(tmp_path / "gone.parquet", vocab_size=64)
 
 
 def test_ids_without_mass_are_left_out_and_a_null_first_position_has_no_scores(tmp_path: Path) -> None:

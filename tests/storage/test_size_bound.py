@@ -11,7 +11,7 @@ import pytest
 from eopd.storage import zarr_part
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.size_bound import ENTRY_CHUNK, TOKEN_CHUNK, most_bytes
+from eopd.storage.size_bound import ENTRY_CHUNK, TOKEN_CHUNK, _most_draws, most_bytes
 from eopd.storage.teacher_cache import write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.storage.making import dense, header, rows_of
@@ -20,8 +20,10 @@ RULES = {
     "default": HeadRule(),
     "wide": HeadRule(k_max=64, min_prob=0.005, full_head_above=-1.0),
     "fixed": HeadRule(k_max=12, full_head_above=-1.0, draws="none"),
+    "light": HeadRule(k_max=16, min_prob=1e-3, full_head_above=-1.0),
     "sampled": HeadRule(k_max=1, full_head_above=-1.0, draws="full", n_draws=50),
 }
+ALL_IDS = {"all ids": HeadRule(k_max=512, min_prob=1e-6, full_head_above=0.0)}
 LENGTHS = {"one": [1], "many": [7] * 60, "long": [2500, 1700], "empty": [0, 0, 3]}
 
 
@@ -31,9 +33,9 @@ def worst(rule: HeadRule, lengths: list[int], vocabulary: int, stops: tuple[int,
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES | ALL_IDS)
 def test_no_rows_take_more_bytes_than_the_bound(tmp_path: Path, name: str, lengths: list[int]) -> None:
-    rule, vocabulary, stops = RULES[name], 300, (3, 7)
+    rule, vocabulary, stops = (RULES | ALL_IDS)[name], 300, (3, 7)
     rows = worst(rule, lengths, vocabulary, stops)
     artifact = Artifact(tmp_path, Identity("scores", 1, 1, {}, {}, {"head": asdict(rule)}))
     with artifact.write_part(0) as folder:
@@ -82,3 +84,29 @@ def test_more_parts_take_more_and_never_less() -> None:
         for parts in (1, 4, 100)
     ]
     assert sizes == sorted(sizes)
+
+
+def most_draws(rule: HeadRule, vocabulary: int, sharpness: float) -> int:
+    rows = rows_of(dense(1, [40], vocabulary, sharpness=sharpness), rule, stops=())
+    return int(np.diff(rows.draw_offsets).max())
+
+
+@pytest.mark.parametrize("sharpness", [1e-3, 1.0, 4.0])
+@pytest.mark.parametrize("above", [-1.0, 0.0, 2.0, 1000.0])
+@pytest.mark.parametrize("k_max", [1, 16, 250, 512])
+@pytest.mark.parametrize("weight", [1e-4, 1e-3, 0.03, 1.0])
+def test_no_head_leaves_more_draws_than_the_bound_has(
+    k_max: int, weight: float, above: float, sharpness: float
+) -> None:
+    rule, vocabulary = HeadRule(k_max, weight, above), 300
+    bound = _most_draws(min(k_max, vocabulary), vocabulary, weight)
+    assert most_draws(rule, vocabulary, sharpness) <= bound <= 1.001 / weight + 2
+
+
+def test_a_head_of_every_id_leaves_few_draws_however_light() -> None:
+    """Draws are stored as often as they are drawn: they outnumber the ids only where a head leaves ids out."""
+    sizes = {"stops": 2, "vocabulary": 64, "extra_k": 0, "tokens": 4_100, "responses": 64, "parts": 2}
+    all_ids = most_bytes(ALL_IDS["all ids"], **sizes)
+    some_ids = most_bytes(HeadRule(k_max=16, min_prob=1e-6, full_head_above=0.0), **sizes)
+    assert all_ids < 4_000_000 < 1_000_000_000 < some_ids
+    assert most_draws(HeadRule(k_max=16, min_prob=1e-4), 64, 1e-3) > 64

@@ -19,11 +19,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TOKEN = re.compile(r"\\[A-Za-z]+|[^\s{}$\\]")
 _THOUGHTS = "think|thinking|thought|thoughts|reasoning|scratchpad|seed:think"
 _THINK_TAG = re.compile(
-    rf"<(?P<close>/)?(?:{_THOUGHTS})>|\[(?P<bracket>/)?THINK\]|<\|(?P<token>begin|end)_of_thought\|>|"
+    rf"<\s?(?P<close>/)?\s?(?:{_THOUGHTS})(?:\s[^<>]{{0,80}})?>|\[(?P<bracket>/)?THINK\]|<\|(?P<token>begin|end)_of_thought\|>|"
     r"(?P<kimi>◁/?think▷)|<\|channel\|>(?P<channel>[a-z]+)<\|message\|>",
     re.IGNORECASE,
 )
-_ANSWER_TAG = re.compile(r"<answer>(?P<content>.*?)(?:</answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_ANSWER_TAG = re.compile(r"<answer\s?>(?P<content>.*?)(?:</answer\s?>|\Z)", re.IGNORECASE | re.DOTALL)
 _GSM8K = re.compile(r"^[ \t]*####[ \t]*(?P<content>\S[^\n]*)", re.MULTILINE)
 _ANCHOR = re.compile(
     r"(?:\banswer\b(?:\s+(?:to|for|of)\b[^.:\n]{0,80}?)?[*_\s]*(?:\b(?:is|are|equals|would\s+be|must\s+be)\b[*_\s]*:?|[:=：])"
@@ -31,7 +31,23 @@ _ANCHOR = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<![A-Z])[.!?](?=\s|$|\*)|。|\n|I hope\b")
+_QUESTION = re.compile(r"[^.!?。]*\?(?=\s|$)")
 _REASON = re.compile(r"[,;]?\s+(?:because|since|as|which|so|where|when|from|by)\s")
+_TAKEN_BACK = re.compile(
+    r"\b(?:not|n't|never|neither|nor|cannot|wrong|incorrect|false|mistaken|unless|if|suppose|supposing|assume|assuming|"
+    r"perhaps|maybe|might|may|could|doubt\w*|guess\w*|claims?|claimed)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_SECOND_THOUGHT = re.compile(
+    r"[\s*_]*(?:no|wait|but|hmm+|actually|oops|sorry|incorrect|wrong|however|(?:this|that|it|which)(?:\s+(?:is|was|can)|['’]s|isn)"
+    r"\s*(?:not|n['’]?t|wrong|incorrect|false|impossible|too)|(?:this|that|it)\s+(?:isn|can|doesn|fail)\w*)\b",
+    re.IGNORECASE,
+)
+_SUBJECT = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the|this|our|my|its|their|his|her|there|he|she|it|they|we)\b[^.=\\$\d]{0,80}?"
+    r"\b(?:is|are|equals|was|were|has|have|had)\s+(?=[-+$\\(]?\d|[-+]?\$|[-+]?\\)",
+    re.IGNORECASE,
+)
 _SAYS = re.compile(r"=|\b(?:is|are|was|equals|get|gives?|yields)\b[:\s*_]*")
 _NUMBER = re.compile(r"[-−]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 _LABEL = re.compile(r"\b(?:step|part|case|problem|example|question|equation|lemma|line)\s+\d", re.IGNORECASE)
@@ -65,8 +81,8 @@ def final_answer(response: str) -> str | None:
     inner = _boxes(content)
     if inner:
         content = inner[1]
-    elif "\\text" not in content and _ANCHOR.search(content):
-        content = _stated(content) or content
+    elif "\\text" not in content:
+        content = _said(content)
     return content if content and len(content) <= MAX_ANSWER else None
 
 
@@ -87,10 +103,15 @@ def reference_answer(answer: str) -> str:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             answer = _from_json(_record(answer), answer)
     marked = _last(_GSM8K, answer)
+    tagged = _last(_ANSWER_TAG, answer)
     if boxes := _boxes(answer):
         answer = boxes[1]
     elif marked:
         answer = marked["content"]
+    elif tagged and tagged["content"].strip():
+        answer = _said(tagged["content"].strip())
+    elif "\\text" not in answer and (anchor := _last(_ANCHOR, answer)):
+        answer = _after(answer, anchor) or answer
     answer = as_written(answer.strip())
     holds_none = _DOLLAR.sub("", answer).strip().lower() in _MISSING or answer == "None"
     return "" if holds_none else answer
@@ -164,16 +185,33 @@ def _stated(text: str) -> str | None:
     """What a text without a complete box says last."""
     text = _BOX.split(text, maxsplit=1)[0]
     anchor = _last(_ANCHOR, text)
-    if anchor:
-        rest = text[anchor.end() : anchor.end() + MAX_ANSWER].lstrip()
-        rest = _FILLER.sub("", rest, count=1) if _FILLER.match(rest) else rest
-        end = _SENTENCE_END.search(rest)
-        rest = _REASON.split(rest[: end.start()] if end else rest, maxsplit=1)[0]
-        rest = rest.strip(" \t*_\"'“”")
-        if rest:
-            return rest
-    lines = text[-MAX_ANSWER:].splitlines()[-8:]
+    if anchor and (rest := _after(text, anchor)):
+        return rest
+    lines = [_QUESTION.sub(" ", line) for line in text[-MAX_ANSWER:].splitlines()[-8:]]
     return next((_last_statement(line) for line in reversed(lines) if _NUMBER.search(line) or "$" in line), None)
+
+
+def _after(text: str, anchor: re.Match[str]) -> str | None:
+    """The statement that begins at an anchor; None where it asks, denies, supposes, or is taken back at once."""
+    rest = text[anchor.end() : anchor.end() + MAX_ANSWER].lstrip()
+    rest = _FILLER.sub("", rest, count=1) if _FILLER.match(rest) else rest
+    end = _SENTENCE_END.search(rest)
+    after = rest[end.end() :] if end else ""
+    sentence = rest[: end.start()] if end else rest
+    before = text[max(anchor.start() - 200, 0) : anchor.start()]
+    start = deque(_SENTENCE_END.finditer(before), maxlen=1)
+    before = before[start[0].end() :] if start else before
+    if (end and end[0] == "?") or _TAKEN_BACK.search(before + sentence) or _SECOND_THOUGHT.match(after):
+        return None
+    return _REASON.split(sentence, maxsplit=1)[0].strip(" \t*_\"'“”") or None
+
+
+def _said(content: str) -> str:
+    """The answer in a tag or a line of its own, which may be a sentence."""
+    if _ANCHOR.search(content):
+        return _stated(content) or content
+    subject = _SUBJECT.match(content)
+    return content[subject.end() :] if subject and not _TAKEN_BACK.search(content) else content
 
 
 def _last_statement(line: str) -> str | None:

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from eopd.stages.evaluate.settings import MATH_RULES
+from eopd.stages.evaluate.verifiers.answers import reference_answer
 from eopd.stages.evaluate.verifiers.verdict import Verdict
 
 WORKER = "eopd.stages.evaluate.verifiers.math_worker"
@@ -72,11 +73,16 @@ class MathVerifier:
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
             raise ValueError("the reference answer is empty")
-        [verdict] = self.verify_many([("", answer)])
+        [verdict] = self.verify_many([(rf"\boxed{{{reference_answer(answer)}}}", answer)])
         if not verdict.readable:
             raise ValueError(f"the reference answer {answer!r} holds no answer")
         if verdict.reason == DIED or _timed_out(verdict):
             raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
+        if not verdict.correct:
+            raise ValueError(
+                f"no response can match the reference answer {answer!r}: in a box of its own it is graded wrong. Are "
+                "its braces balanced?"
+            )
 
     def named(self) -> str:
         return f"math {MATH_RULES} (math-verify{f' {self._version}' if self._version else ''})"

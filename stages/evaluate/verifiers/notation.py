@@ -45,6 +45,9 @@ _SPELLING = (
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"^\s*\*\*(?=\S)([^*]+)\*\*[.\s]*$"), r"\1"),
+    (re.compile(r'^\s*"([^"]*)"\s*$'), r"\1"),
+    (re.compile(r"~~(?=\S)[^~]*\S~~"), r"\\struck "),
     (re.compile(r"\*\*(?=\s*[-({\d])"), "^"),
     (re.compile(r"\*\*"), ""),
     (re.compile(r"\\(?:d|t|c)frac(?![A-Za-z])"), r"\\frac"),
@@ -70,10 +73,13 @@ _SPELLING = (
     (re.compile(r"\\(?:ge|geq)slant(?![A-Za-z])|\\geq(?![A-Za-z])"), r"\\ge "),
     (re.compile(r"<="), r"\\le "),
     (re.compile(r">="), r"\\ge "),
-    (re.compile(r"\\neq(?![A-Za-z])|!="), r"\\ne "),
+    (re.compile(r"\\neq(?![A-Za-z])|!=|\\not\s*="), r"\\ne "),
+    (re.compile(r"\\not\s*\\in(?![A-Za-z])"), r"\\notin "),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset "),
     (re.compile(r"\\[lcv]?dots[cbmi]?(?![A-Za-z])|\.\.\."), r"\\ldots "),
+    (re.compile(r"(?<=[\d})])\s*\\(?:text)?(?:degrees?|deg)(?![A-Za-z])(?:\{\})?"), r"^\\circ "),
     (re.compile(r"\\(?:degree|deg)(?![A-Za-z])|\{\\circ\}"), r"\\circ "),
+    (re.compile(r"(?<=\d)\s*\\circ\s*$"), r"^\\circ "),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?"), r"^\\circ "),
     (re.compile(r"\\(?:l|r)(?:brace)(?![A-Za-z])"), lambda brace: r"\{" if "lb" in brace[0] else r"\}"),
     (re.compile(r"\\l(?:angle)(?![A-Za-z])"), r"\\langle "),
@@ -100,91 +106,7 @@ _COUNTED = """
 NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 _WORDS = re.compile(r"[^\W\d_]+(?:(?:['’-]| +(?:& +)?)[^\W\d_]+)*['’]?")
-_CURRENCY = re.compile(
-    r"^([-+]?)\s*(?:\\\$|\\text\{\s*(?:US)?\\?\$\s*\}|US\\?\$|[€£¥₹₩]|\\pounds|\\euro|(?:USD|EUR|Rs\.?)\s)\s*"
-)
-_CURRENCY_NAMES = {
-    "$": "usd",
-    "\\$": "usd",
-    "€": "eur",
-    "£": "gbp",
-    "¥": "cny",
-    "₹": "inr",
-    "\\pounds": "gbp",
-    "\\euro": "eur",
-}
-_UNITS = {  # spellings of one unit
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "m": "m meter meters metre metres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "mg": "mg milligram milligrams",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "lb": "lb lbs pound pounds",
-    "oz": "oz ounce ounces",
-    "ms": "ms millisecond milliseconds",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "yr yrs year years",
-    "ml": "ml mL milliliter milliliters millilitre millilitres",
-    "l": "l L liter liters litre litres",
-    "gal": "gal gallon gallons",
-    "deg": "degree degrees deg",
-    "rad": "rad rads radian radians",
-    "usd": "dollar dollars usd USD buck bucks",
-    "cent": "cent cents ¢",
-    "eur": "euro euros eur EUR",
-    "gbp": "gbp GBP",
-    "cny": "元 yuan rmb RMB CNY",
-    "mph": "mph",
-    "km/h": "kph kmh kmph",
-    "K": "K kelvin kelvins",
-    "C": "celsius Celsius",
-    "F": "fahrenheit Fahrenheit",
-    "N": "N newton newtons",
-    "J": "J joule joules",
-    "kJ": "kJ kilojoule kilojoules",
-    "W": "W watt watts",
-    "kW": "kW kilowatt kilowatts",
-    "V": "V volt volts",
-    "A": "A amp amps ampere amperes",
-    "Hz": "Hz hertz",
-    "Pa": "Pa pascal pascals",
-    "ohm": "ohm ohms",
-    "erg": "erg ergs",
-    "eV": "eV",
-    "mol": "mol mole moles",
-    "nm": "nm nanometer nanometers",
-    "acre": "acre acres",
-    "unit": "unit units",
-}
-UNITS = {spelling: unit for unit, spellings in _UNITS.items() for spelling in spellings.split()}
-_NO_UNIT = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|mod|base|factorial|squared|cubed|times|half|halves|thirds?|"
-    r"quarters?|tenths?|plus|minus|not|if|when|for|where|than|least|most|or|and|to|between|of|except|remainder|only)\b"
-    r"|[百千万億亿]|[0-9=<>+*\\]"
-)
-_UNIT_WORD = re.compile(r"[A-Za-z¢]+")
-_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-_COMMENT = re.compile(
-    r"(?:\s*\\text\{\s*\((?!\s*base)[^{}]*[A-Za-z]{3}.*|\s+\((?!\s*base)(?=[^()]*[A-Za-z]{3})[^()]*\)"
-    r"|[,;]\s*(?:\\text\{[^{}]*\}\s*)?\(?[A-Za-z]\s*\\in\s*\\mathbb\s*\{?[A-Z]\}?[^,;=]*$"
-    r"|\s*(?:\\text\{)?,?\s*\bfor\s+(?:any|all|every|some|each|arbitrary)\b.*)$"
-)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
-_SCALE = re.compile(
-    rf"(?P<core>.*\d)\s*(?:\\text\{{)?\s*(?P<scale>{'|'.join(_SCALES)})(?![a-z])\s*\}}?(?P<rest>.*)", re.DOTALL
-)
-_CJK = re.compile(r"(?<=[\d}%])\s*(?:\\text\{)?\s*[\u4e00-\u9fff]+(?:\^\{?\d\}?)?\s*\}?$")
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -205,6 +127,7 @@ def tidy(text: str) -> str:
     text = text.translate(_UNICODE)
     for pattern, spelling in _SPELLING:
         text = pattern.sub(spelling, text)
+    text = re.sub(r"(?<!\\)\\+\s*$", "", text)  # a space or a break that was cut
     for _ in range(3):
         text = _MARKS.sub("", text).strip()
     while text.startswith("{") and closing(text, 0) == len(text) - 1:
@@ -214,8 +137,19 @@ def tidy(text: str) -> str:
 
 def bare(text: str) -> str:
     """A tidy text for a comparison character by character: fonts, braces of one token and white space do not count."""
-    text = re.sub(r"\{([A-Za-z0-9])\}", r"\1", _TEXT.sub(r"\1", text))
+    text = re.sub(r"\{([A-Za-z0-9])\}", r"\1", TEXT.sub(r"\1", text))
+    if re.search(r"\d,\s+\d{3}(?!\d)", text):  # 1, 234 are two numbers, but (1,234) are so too
+        text = _apart(text)
     return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+
+
+def _apart(text: str) -> str:
+    """A text in which commas before a space that stand in no bracket are semicolons."""
+    places, depth = [], 0
+    for place, sign in enumerate(text):
+        depth += (sign in "([{") - (sign in ")]}")
+        places.append(";" if sign == "," and depth == 0 and text[place + 1 : place + 2].isspace() else sign)
+    return "".join(places)
 
 
 def closing(text: str, opening: int) -> int:
@@ -312,85 +246,10 @@ def words(text: str) -> str | None:
 
     A single letter is no word unless a font of text says so; two and more always are: a product is not read from them.
     """
-    plain = _TEXT.sub(r" \1 ", text)
-    plain = re.sub(r"[.,!?\"“”]+(?=\s|$)", "", plain).strip()
+    plain = TEXT.sub(r" \1 ", text)
+    plain = re.sub(r"[.,!\"“”]+(?=\s|$)", "", plain).strip()
     if not _WORDS.fullmatch(plain) or (len(plain) > 1 and not re.search(r"[^\W\d_]{2}", plain)):
         return None
     if plain.lower() in ("pi", "e", "i", "") or (len(plain) == 1 and "\\text" not in text):
         return None
     return re.sub(r"^(?:the|an|a)\s+(?=\S{2})", "", " ".join(re.sub("[-’']", " ", plain).lower().split()))
-
-
-def uncommented(text: str) -> str:
-    """A tidy text without a remark in words after it: ``5 \\text{ (at } x=1)``, ``f(x)=cx \\text{ for any } c``."""
-    return _COMMENT.sub("", text).strip() or text
-
-
-def quantity(text: str) -> tuple[str, str | None]:
-    """Number and unit of a tidy text. The unit is None for a text without one, "?" for one in other words."""
-    core, unit = text, None
-    scaled = _SCALE.fullmatch(core)
-    if scaled:
-        number = plain_number(tidy(scaled["core"]))
-        if number:
-            core = f"{number.value * 10 ** _SCALES[scaled['scale']]}{scaled['rest']}"
-    money = _CURRENCY.match(core)
-    if money:
-        core = money[1] + core[money.end() :]
-        sign = money[0].strip("-+ ").replace("\\text{", "").strip("} ")
-        unit = _CURRENCY_NAMES.get(sign, "?")
-    chinese = _CJK.search(core)
-    if chinese and not _NO_UNIT.search(re.sub(r"\\text|\^\{?\d\}?", "", chinese[0])):
-        name = re.sub(r"\\text|[{}\s]", "", chinese[0])
-        return tidy(core[: chinese.start()]), UNITS.get(name, "?")
-    degrees = re.sub(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\s*\}?$", "", core)
-    if degrees != core:
-        temperature = re.search(r"([CF])\s*\}?$", core)
-        return tidy(degrees), temperature[1] if temperature else "deg"
-    end = _unit_start(core)
-    if end is not None:
-        known = unit_name(core[end:])
-        return tidy(core[:end]), unit if known is None or (known == "?" and unit) else known
-    return tidy(core), unit
-
-
-def _unit_start(text: str) -> int | None:
-    """Where the unit of a quantity begins: text in a font of its own, or known or plain words after a number."""
-    font = re.search(
-        r"\s*\\text\{[^{}]*\}(?:\s*/\s*\\text\{[^{}]*\}|\s*\\cdot\s*\\text\{[^{}]*\}|\s*\^\s*\{?-?\d\}?)*$", text
-    )
-    if font and font.start() > 0:
-        name = " ".join(_TEXT.findall(font[0]))
-        first = text[: font.start()].rstrip()
-        if not _NO_UNIT.search(name) and first and first[-1] not in "+-*/^_=<>({[,":
-            return font.start()
-        return None
-    tail = re.search(
-        r"(?<=[\d.}%)])(?P<space>\s*)(?P<unit>[A-Za-z¢][A-Za-z¢ /\-]*(?:\^\{?-?\d\}?)?(?:/[a-z]+(?:\^\{?-?\d\}?)?)?)$",
-        text,
-    )
-    if tail is None or plain_number(tidy(text[: tail.start()])) is None or _NO_UNIT.search(tail["unit"].split("^")[0]):
-        return None
-    names = _UNIT_WORD.findall(tail["unit"])
-    known = all(name in UNITS or name in ("per", "square", "cubic", "sq", "cu") for name in names)
-    single = max(map(len, names)) == 1
-    if known and (not single or tail["space"]):
-        return tail.start()
-    return tail.start() if tail["space"] and min(map(len, names)) > 1 and max(map(len, names)) > 2 else None
-
-
-def unit_name(text: str) -> str | None:
-    """One name of a unit however it is spelled: ``square inches`` and ``inches^2`` are ``in^2``; "?" if unknown."""
-    text = _TEXT.sub(r" \1 ", text).replace("{", "").replace("}", "").strip(" .")
-    if not text:
-        return None
-    text = re.sub(r"\b(?:sq\.?|square)\s+(\w+)", r"\1^2", text)
-    text = re.sub(r"\b(?:cu\.?|cubic)\s+(\w+)", r"\1^3", text)
-    text = re.sub(r"\s+per\s+", "/", text)
-    text = re.sub(r"\s*([/^])\s*", r"\1", text)
-    parts = re.fullmatch(r"([A-Za-z¢元]+)(\^-?\d)?(?:/([A-Za-z]+)(\^-?\d)?)?", text)
-    if parts is None or parts[1] not in UNITS or (parts[3] and parts[3] not in UNITS):
-        return "?"
-    over = UNITS[parts[1]] + (parts[2] or "")
-    name = f"{over}/{UNITS[parts[3]]}{parts[4] or ''}" if parts[3] else over
-    return {"mi/h": "mph", "unit": "?"}.get(name, name)

@@ -59,7 +59,7 @@ REFUSED = {
 
 
 class ObjectiveSettings(Settings):
-    """One objective and its constants; entropies and log-probs in nats."""
+    """One objective and its constants; entropies and log-probs in nats. A bare word is short for ``name``: ``jsd``."""
 
     name: str = setting(
         "eopd",
@@ -130,6 +130,8 @@ class ObjectiveSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _own_defaults(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
         if not isinstance(data, dict):
             return data
         name = str(data.get("name", "eopd"))

@@ -1,0 +1,122 @@
+"""Equations, inequalities and memberships: their sides, and the numbers that they allow."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import sympy
+from sympy import S
+from sympy.core.function import AppliedUndef
+
+from eopd.stages.evaluate.verifiers import notation
+from eopd.stages.evaluate.verifiers.notation import bare, split, tidy
+from eopd.stages.evaluate.verifiers.quantities import quantity
+from eopd.stages.evaluate.verifiers.values import INEXACT, as_set, read, same_value, zero
+
+RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|[<>]|(?<!\\)=")
+NAME = re.compile(r"[A-Za-z]|\\[A-Za-z]+|[A-Za-z]_\{?[^{}]+\}?|\\[A-Za-z]+_\{?[^{}]+\}?")
+CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")
+
+
+class Statement:
+    """A text cut at its relation signs."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        signs = RELATION.findall(text)
+        self.sign = ("=" if set(signs) == {"="} else next(sign for sign in signs if sign != "=")) if signs else ""
+        sides = [tidy(side) for side in RELATION.split(text)]
+        self.left, self.right = sides[0], sides[-1]
+        self.chain = sides
+        self.is_name = bool(NAME.fullmatch(self.left) or CALL.fullmatch(self.left))
+        self.variable = self._variable() if self.sign and self.sign != "=" else ""
+
+    def _variable(self) -> str:
+        """The one letter that an inequality bounds."""
+        sides = [tidy(side) for part in split(self.text) for side in RELATION.split(part)]
+        names = {bare(side) for side in sides if NAME.fullmatch(side) and side not in (r"\infty", r"\pi", "e")}
+        return names.pop() if len(names) == 1 else ""
+
+    def as_set(self) -> Any:
+        """The set of numbers that it allows: "or" joins inequalities, "and" limits each by the others."""
+        parts = split(self.text)
+        if len(parts) > 1 and all(RELATION.search(part) for part in parts):
+            sets = [Statement(tidy(part)).as_set() for part in parts]
+            if any(part is None for part in sets):
+                return None
+            both = sympy.Intersection(*sets)
+            either = re.search(r"(?<![A-Za-z\\])or(?![A-Za-z])", self.text) or both is S.EmptySet
+            return sympy.Union(*sets) if either else both
+        if not self.sign:
+            return as_set(read(self.text))
+        if r"\in" in RELATION.findall(self.text):
+            return as_set(read(self.right)) if len(self.chain) == 2 and self.is_name else None
+        value = read(self.text)
+        return as_set(value)
+
+
+def names_value(statement: Statement) -> bool:
+    """Whether ``left = right`` gives the value of something: a name, an expression of several, or a sum that is right.
+
+    ``2x + 3 = 5`` has still to be solved, and gives none.
+    """
+    if statement.is_name or notation.words(statement.left):
+        return True
+    left, right = read(statement.left), read(statement.right)
+    if isinstance(left, AppliedUndef):
+        return True
+    if left is None:
+        return not re.search(r"[+\-*/^\d]", statement.left)
+    if not getattr(left, "free_symbols", set()):
+        return right is not None and same_value(left, right)
+    return len(left.free_symbols) > 1 or left.is_Function
+
+
+def free(text: str) -> Any:
+    return getattr(read(text), "free_symbols", ()) or ()
+
+
+def is_name(text: str) -> bool:
+    """Whether a tidy text names something: ``x``, ``a_1``, ``f(x)``; the names of numbers do not."""
+    return bool(NAME.fullmatch(text) or CALL.fullmatch(text)) and text not in (
+        "e",
+        "i",
+        r"\pi",
+        r"\infty",
+        r"\emptyset",
+    )
+
+
+def agree(statement: Statement) -> bool:
+    """Whether the sides in a chain of equal signs are the same: ``x = 5+2 = 7``, and not ``x = 8 = 7``."""
+    *between, last = statement.chain[1:]
+    values = [read(quantity(side, None)[0]) for side in between if not is_name(side)]
+    return not values or all(value is None or same_value(value, read(quantity(last, None)[0])) for value in values)
+
+
+def proportional(ours: Statement, theirs: Statement) -> bool:
+    """Equations (or inequalities) that differ by a factor that is constant (and of the right sign)."""
+    if len(ours.chain) != 2 or len(theirs.chain) != 2:
+        return False
+    sides = [read(side) for side in (*ours.chain, *theirs.chain)]
+    if any(not isinstance(side, sympy.Expr) for side in sides):
+        return False
+    f, g = sides[0] - sides[1], sides[2] - sides[3]
+    f, g = f.xreplace({INEXACT: S.One}), g.xreplace({INEXACT: S.One})
+    flip = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\lt": ">", r"\gt": "<"}
+    equal = ours.sign == theirs.sign
+    opposite = flip.get(ours.sign) == theirs.sign
+    if ours.sign in ("=", r"\ne"):
+        opposite = equal
+    if not (equal or opposite) or f.free_symbols != g.free_symbols or not f.free_symbols:
+        return False
+    if (equal and zero(f - g)) or (opposite and zero(f + g)):
+        return True
+    try:
+        ratio = sympy.simplify(f / g)
+    except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    if not ratio.is_number or not ratio.is_finite or ratio == 0:
+        return False
+    return (equal and (ours.sign in ("=", r"\ne") or bool(ratio > 0))) or (opposite and bool(ratio < 0))

@@ -94,7 +94,7 @@ def judge_rollouts(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool
     """Verdicts on shown rollouts; None where there is no such verifier, or it cannot read the reference answer
     (training needs none).
     """
-    from eopd.stages.evaluate.verifiers.registry import NAMES, open_verifier
+    from eopd.stages.verifiers.registry import NAMES, open_verifier
 
     if verifier not in NAMES or not pairs:
         return [None] * len(pairs)

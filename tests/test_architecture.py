@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "numba", "vllm", "transformers", "accelerate", "datasets", "math_verify", "matplotlib"}
 SHARED = {
     f"eopd.stages.{name}"
-    for name in ("engines", "experiment", "format", "intervals", "job", "models", "output", "settings", "stage")
+    for name in (
+        *("engines", "experiment", "format", "intervals", "job"),
+        *("models", "output", "settings", "stage", "verifiers"),
+    )
 }
 # what `pipeline` may import at module level, beside every `settings` and `stage`: it needs no torch
 LIGHT = (

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.examples.countdown import make, task, tokenizer, training
 from eopd.examples.countdown.measure import measure, sample, texts
-from eopd.stages.evaluate.verifiers.countdown import verify
+from eopd.stages.verifiers.countdown import verify
 
 FOLDER = Path(make.__file__).parent
 RULES = task.Rules()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from eopd.examples.countdown.task import Traces, answer_text
 from eopd.examples.countdown.tokenizer import END, ID, PAD, TURN_END, VOCABULARY, encode
 from eopd.stages.evaluate.passk import pass_at_k
-from eopd.stages.evaluate.verifiers.countdown import verify
+from eopd.stages.verifiers.countdown import verify
 
 HEADER = (
     "| model | problems | Avg@8 | Pass@8 | distinct correct | response tokens | entropy (nats) | above 0.8 nats |\n"

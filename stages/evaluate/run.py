@@ -16,10 +16,10 @@ from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, EvaluateSettings, chunks
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
-from eopd.stages.evaluate.verifiers.registry import Verifier, open_verifier
-from eopd.stages.evaluate.verifiers.verdict import Verdict
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
+from eopd.stages.verifiers.registry import Verifier, open_verifier
+from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts

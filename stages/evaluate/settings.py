@@ -12,11 +12,6 @@ from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingPara
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
 from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings, setting
 
-MATH_RULES = 1
-"""Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: other verdicts
-on the same samples are another evaluation, so it is part of the key.
-"""
-
 
 class ProblemColumns(Columns):
     """Which column of a benchmark holds what; every problem needs a reference answer."""

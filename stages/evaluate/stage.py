@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from eopd.stages.evaluate.settings import MATH_RULES
-from eopd.stages.evaluate.verifiers import countdown, exact
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.stage import (
     Input,
@@ -20,6 +18,7 @@ from eopd.stages.stage import (
     policy_key,
     sampled_size,
 )
+from eopd.stages.verifiers.registry import RULES
 
 SAMPLED_TOKEN_BYTES = 12.0  # id, log-prob and text of a token in Parquet, before compression
 PROBLEM_BYTES = 256  # a problem's row in a summary, before compression
@@ -31,10 +30,6 @@ def is_evaluated(settings: ExperimentSettings, round_: int) -> bool:
     """True if the student at the start of ``round_`` is evaluated: each `every`-th, the first and the last."""
     evaluate = settings.evaluate
     return evaluate is not None and (round_ % evaluate.every == 0 or round_ == settings.rounds)
-
-
-RULES = {"math": MATH_RULES, "countdown": countdown.VERSION, "exact": exact.VERSION}
-"""Versions of the verifiers' rules: other verdicts on the same samples are another evaluation."""
 
 
 class EvaluateStage(Stage):

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from eopd.stages.evaluate import diversity, passk
-from eopd.stages.evaluate.verifiers.answers import last_box
-from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
-from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
+from eopd.stages.verifiers.answers import last_box
+from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT
+from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
 
 Row = dict[str, Any]
 

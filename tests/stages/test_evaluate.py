@@ -17,14 +17,14 @@ from eopd.stages.evaluate import run as stage
 from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.run import EvaluateJob, SummaryJob
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
-from eopd.stages.evaluate.stage import RULES
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
-from eopd.stages.evaluate.verifiers.countdown import verify
-from eopd.stages.evaluate.verifiers.math_worker import grade
-from eopd.stages.evaluate.verifiers.mathematics import DIED, TIMED_OUT
-from eopd.stages.evaluate.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.prompts import VerifierName
+from eopd.stages.verifiers.countdown import verify
+from eopd.stages.verifiers.math_worker import grade
+from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT
+from eopd.stages.verifiers.registry import RULES
+from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity

@@ -14,14 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.stages.evaluate.settings import MATH_RULES
-from eopd.stages.evaluate.verifiers import countdown, exact, mathematics, values
-from eopd.stages.evaluate.verifiers.answers import final_answer
-from eopd.stages.evaluate.verifiers.equations import equations
-from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
-from eopd.stages.evaluate.verifiers.notation import tidy
-from eopd.stages.evaluate.verifiers.registry import NAMES, PLAIN, PlainVerifier, open_verifier
-from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.verifiers import countdown, exact, mathematics, values
+from eopd.stages.verifiers.answers import final_answer
+from eopd.stages.verifiers.equations import equations
+from eopd.stages.verifiers.mathematics import MATH_RULES, MathVerifier
+from eopd.stages.verifiers.notation import tidy
+from eopd.stages.verifiers.registry import NAMES, PLAIN, PlainVerifier, open_verifier
+from eopd.stages.verifiers.verdict import Verdict
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BENCHMARKS = SHARED / "data" / "benchmarks"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.verifiers.verdict import Verdict
 
 VERSION = 1  # one more with every change of what ``verify`` says: stored beside the verdicts
 MAX_CHARACTERS = 4096

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.verifiers.verdict import Verdict
 
 VERSION = 1  # one more with every change of what ``verify`` says: stored beside the verdicts
 

@@ -19,11 +19,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from eopd.stages.evaluate.settings import MATH_RULES
-from eopd.stages.evaluate.verifiers.answers import reference_answer
-from eopd.stages.evaluate.verifiers.verdict import Verdict
+from eopd.stages.verifiers.answers import reference_answer
+from eopd.stages.verifiers.verdict import Verdict
 
-WORKER = "eopd.stages.evaluate.verifiers.math_worker"
+MATH_RULES = 1
+"""Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: it enters the
+keys of evaluations and verdicts.
+"""
+WORKER = "eopd.stages.verifiers.math_worker"
 START_SECONDS = 120.0
 RESTART_PAUSE_SECONDS = 1.0
 GIVE_UP_AFTER = 20

@@ -18,10 +18,10 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from eopd.stages.evaluate.verifiers.answers import as_written, final_answer, reference_answer
-from eopd.stages.evaluate.verifiers.equations import equations
-from eopd.stages.evaluate.verifiers.notation import tidy
-from eopd.stages.evaluate.verifiers.verdict import UNREADABLE
+from eopd.stages.verifiers.answers import as_written, final_answer, reference_answer
+from eopd.stages.verifiers.equations import equations
+from eopd.stages.verifiers.notation import tidy
+from eopd.stages.verifiers.verdict import UNREADABLE
 
 MEMORY_BYTES = 4 << 30
 
@@ -33,7 +33,7 @@ def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.disable(logging.CRITICAL)
-    import eopd.stages.evaluate.verifiers.equality  # noqa: F401  (slow: not within the first answer's time)
+    import eopd.stages.verifiers.equality  # noqa: F401  (slow: not within the first answer's time)
 
     _say(out, {"ready": True, "version": version("math-verify")})
     for line in sys.stdin:
@@ -44,7 +44,7 @@ def main() -> None:
 
 def grade(response: str, answer: str) -> dict[str, Any]:
     """Verdict of one response. Takes any time and any memory: never call it in a process that matters."""
-    from eopd.stages.evaluate.verifiers.equality import same_answer
+    from eopd.stages.verifiers.equality import same_answer
 
     expected = reference_answer(answer)
     if not tidy(expected):

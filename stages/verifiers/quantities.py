@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from eopd.stages.evaluate.verifiers.notation import TEXT, plain_number, tidy
+from eopd.stages.verifiers.notation import TEXT, plain_number, tidy
 
 _CURRENCY = re.compile(
     r"^([-+]?)\s*(?:\\\$|\\text\{\s*(?:US)?\\?\$\s*\}|US\\?\$|[€£¥₹₩]|\\pounds|\\euro|(?:USD|EUR|Rs\.?)\s)\s*"

@@ -9,10 +9,10 @@ import sympy
 from sympy import S
 from sympy.core.function import AppliedUndef
 
-from eopd.stages.evaluate.verifiers import notation
-from eopd.stages.evaluate.verifiers.notation import bare, split, tidy
-from eopd.stages.evaluate.verifiers.quantities import quantity
-from eopd.stages.evaluate.verifiers.values import INEXACT, as_set, read, same_value, zero
+from eopd.stages.verifiers import notation
+from eopd.stages.verifiers.notation import bare, split, tidy
+from eopd.stages.verifiers.quantities import quantity
+from eopd.stages.verifiers.values import INEXACT, as_set, read, same_value, zero
 
 RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|[<>]|(?<!\\)=")
 NAME = re.compile(r"[A-Za-z]|\\[A-Za-z]+|[A-Za-z]_\{?[^{}]+\}?|\\[A-Za-z]+_\{?[^{}]+\}?")

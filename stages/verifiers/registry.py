@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, get_args
 
-from eopd.stages.evaluate.verifiers import countdown, exact
-from eopd.stages.evaluate.verifiers.mathematics import MathVerifier
-from eopd.stages.evaluate.verifiers.verdict import UNREADABLE, Verdict
 from eopd.stages.models.prompts import VerifierName
+from eopd.stages.verifiers import countdown, exact
+from eopd.stages.verifiers.mathematics import MATH_RULES, MathVerifier
+from eopd.stages.verifiers.verdict import UNREADABLE, Verdict
 
 Judge = Callable[[str, str], Verdict]
 
@@ -71,6 +71,9 @@ PLAIN: dict[str, tuple[Judge, int]] = {
 """Verifiers that are a pure function, which raises ValueError where it cannot read the reference answer; and its
 version. One more here, and in ``VerifierName``, is all that a new task needs.
 """
+
+RULES: dict[str, int] = {"math": MATH_RULES, **{name: version for name, (_, version) in PLAIN.items()}}
+"""Version of each verifier's rules. It enters the keys of evaluations and verdicts."""
 
 NAMES: tuple[str, ...] = get_args(VerifierName)
 

@@ -12,10 +12,10 @@ import re
 
 import sympy
 
-from eopd.stages.evaluate.verifiers import choices, notation
-from eopd.stages.evaluate.verifiers.notation import Plain, bare, base_numeral, closing, plain_number, split, tidy
-from eopd.stages.evaluate.verifiers.quantities import quantity, same_remarks, uncommented, unit_words
-from eopd.stages.evaluate.verifiers.statements import (
+from eopd.stages.verifiers import choices, notation
+from eopd.stages.verifiers.notation import Plain, bare, base_numeral, closing, plain_number, split, tidy
+from eopd.stages.verifiers.quantities import quantity, same_remarks, uncommented, unit_words
+from eopd.stages.verifiers.statements import (
     CALL,
     NAME,
     RELATION,
@@ -26,7 +26,7 @@ from eopd.stages.evaluate.verifiers.statements import (
     names_value,
     proportional,
 )
-from eopd.stages.evaluate.verifiers.values import near, number_of, read, same_set, same_value
+from eopd.stages.verifiers.values import near, number_of, read, same_set, same_value
 
 MAX_ITEMS = 200
 

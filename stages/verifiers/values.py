@@ -12,7 +12,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationCo
 from sympy import S
 from sympy.core.function import AppliedUndef
 
-from eopd.stages.evaluate.verifiers.notation import plain_number
+from eopd.stages.verifiers.notation import plain_number
 
 ABSOLUTE = Fraction(1, 2_000_000)
 """How far a decimal may be from what it stands for: half of the sixth place, as in math-verify."""

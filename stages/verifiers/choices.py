@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from eopd.stages.evaluate.verifiers.notation import TEXT, tidy
+from eopd.stages.verifiers.notation import TEXT, tidy
 
 _LETTER = re.compile(r"\(?([A-J])\)?")
 _LABELLED = re.compile(r"(?:\(([A-J])\)\s*|([A-J])[.):]\s+)(\S.*)", re.DOTALL)

@@ -32,7 +32,7 @@ ASSUMES_SFT_TEACHER = ("lightning_opd",)
 def check_runs(
     runs: Sequence[Run], jobs: Sequence[Job] | None = None, *, works_here: bool = False, every_row: bool = False
 ) -> None:
-    """Refuse what cannot end well.
+    """Refuse runs that cannot succeed.
 
     Args:
         jobs: those that are to be done now; None: all.
@@ -116,7 +116,8 @@ def _planned_coverage(run: Run, train: Job) -> Coverage:
 
 
 def other_sft_teacher(run: Run) -> str | None:
-    """A warning if the objective assumes that the student was supervised by its teacher, and another one is named."""
+    """Return a warning if the objective assumes that the student was supervised by its teacher and the config names
+    another."""
     named, teacher = run.settings.student.sft_teacher, run.settings.teacher.path
     if run.settings.train.objective.name not in ASSUMES_SFT_TEACHER or named is None:
         return None
@@ -132,7 +133,7 @@ def other_sft_teacher(run: Run) -> str | None:
 
 
 def check_store_size(rows: Forecast) -> None:
-    """Compare what the store would hold at the runs' worst moment with `max_store_bytes`, if that is set.
+    """Compare the size of the store at the runs' peak with `max_store_bytes`, if that is set.
 
     Nothing is measured on the disk: other artifacts' sizes are in their markers, and the rest is the forecast, with
     scores at the size that they cannot exceed.
@@ -189,7 +190,7 @@ def check_machine(rows: Forecast) -> None:
 
 
 def _responses_of_a_part(run: Run) -> Iterator[tuple[str, int]]:
-    """The settings that decide it, and how many responses one engine call samples."""
+    """Return the settings that decide how many responses one engine call samples, and that number."""
     rollout, evaluate = run.settings.rollout, run.settings.evaluate
     prompts = min(rollout.rows_per_part, rollout.prompts_per_round, run.facts.prompt_count)
     yield "rollout.samples_per_prompt and rollout.rows_per_part", prompts * rollout.samples_per_prompt
@@ -199,7 +200,7 @@ def _responses_of_a_part(run: Run) -> Iterator[tuple[str, int]]:
 
 
 def _available_memory() -> int | None:
-    """Bytes that programs may still take on this machine; None where the system does not say."""
+    """Return the bytes that programs may still allocate on this machine; None if the system does not say."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
@@ -209,7 +210,7 @@ def _available_memory() -> int | None:
 
 
 def _bytes_of_others(runs: Sequence[Run]) -> int:
-    """Bytes in the store that no plan of the runs names."""
+    """Return the bytes of artifacts in the store that no plan of the runs names."""
     own = {job.key for run in runs for job in run.plan.jobs}
     own |= {(job.scratch.kind, job.scratch.key) for run in runs for job in run.plan.jobs if job.scratch is not None}
     store = runs[0].store

@@ -25,11 +25,11 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 class ConfigError(ValueError):
-    """The settings are not valid; the message names the file, the key and what to do."""
+    """Invalid settings; the message names the file, the key and the remedy."""
 
 
 class RunSettings(ExperimentSettings):
-    """Everything a config can set: the experiment, and where and how it runs."""
+    """All settings of a config: the experiment, and where and how it runs."""
 
     name: str = setting(
         ..., "Name of the run: its folder below `runs`.", keyed=False, pattern=r"^[A-Za-z0-9._-]+$", max_length=200
@@ -59,7 +59,7 @@ class RunSettings(ExperimentSettings):
     @model_validator(mode="before")
     @classmethod
     def _one_store_is_written(cls, raw: Any) -> Any:
-        """``store: [mine, theirs, ...]`` is ``store: mine`` and ``read_only_stores: [theirs, ...]``."""
+        """Read ``store: [mine, theirs, ...]`` as ``store: mine`` and ``read_only_stores: [theirs, ...]``."""
         if isinstance(raw, dict) and isinstance(raw.get("store"), list):
             if raw.get("read_only_stores"):
                 raise ValueError("give `store` as a list, or `read_only_stores`, not both")
@@ -87,7 +87,7 @@ class RunSettings(ExperimentSettings):
 
 
 def find_config(name: str) -> Path:
-    """A path, the folder of a run, or the name of a config that comes with the package.
+    """Find a config by path, by the folder of a run, or by the name of a config that comes with the package.
 
     Raises:
         ConfigError: neither; lists what is there.
@@ -102,7 +102,7 @@ def find_config(name: str) -> Path:
 
 
 def config_file(name: str) -> Path | None:
-    """As ``find_config``, but None where there is none. Raises ConfigError for what can be no path."""
+    """Return what ``find_config`` would, or None if there is none. Raises ConfigError for an impossible path."""
     path = Path(name)
     packaged = CONFIG_FOLDER / f"{name}.yaml"
     try:
@@ -113,7 +113,7 @@ def config_file(name: str) -> Path | None:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunSettings:
-    """Settings from a YAML file and ``key.path=value`` overrides (values are read as YAML).
+    """Load settings from a YAML file and ``key.path=value`` overrides (values are read as YAML).
 
     Raises:
         ConfigError: a file, key or value is wrong.
@@ -123,7 +123,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def load_raw(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """As ``load_config``, but the mapping before it is checked, and the file it is from."""
+    """Load the mapping that ``load_config`` checks, and the file it comes from."""
     path = find_config(name)
     raw = _read_yaml(path, seen=())
     for override in overrides:
@@ -132,7 +132,7 @@ def load_raw(name: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], 
 
 
 def read_list(path: Path, key: str) -> list[Any]:
-    """The list under ``key`` of a YAML file, its paths relative to the file.
+    """Read the list under ``key`` of a YAML file; its paths are relative to the file.
 
     Raises:
         ConfigError: no such file, not YAML, or no list there.
@@ -155,7 +155,7 @@ def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
 
 
 def _refuse_other_values(value: Any, where: str, source: str) -> None:
-    """Raises ConfigError for what no artifact key, resolved config or path could hold, by the setting's name.
+    """Raise ConfigError for values that no artifact key, resolved config or path can hold, naming the setting.
 
     YAML has dates, sets, binary data and NaN; and fields such as template arguments take any value.
     """
@@ -228,14 +228,14 @@ def _resolve_paths(value: Any, folder: Path) -> Any:
 
 
 class _BadYaml(Exception):
-    """A text is not YAML, or YAML that cannot be settings. The message is one line."""
+    """Text that is not YAML, or YAML that cannot be settings. The message is one line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that loses nothing: PyYAML takes the last of equal keys without a word."""
+    """YAML loader that refuses duplicate keys; PyYAML silently keeps the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As the file has it: constructing puts what `<<` merges among a mapping's own keys."""
+        """Keep the node as the file has it: construction adds what `<<` merges to a mapping's own keys."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
         for key, _ in node.value:
@@ -255,7 +255,7 @@ MOST_VALUES = 100_000
 
 
 def _load_yaml(text: str) -> Any:
-    """Raises _BadYaml."""
+    """Parse one YAML document. Raises _BadYaml."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -272,7 +272,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
-    """Values below ``node`` with every alias written out; ``counts``: of nodes, None while a node is being counted.
+    """Count the values below ``node`` with aliases expanded; ``counts`` holds None for a node being counted.
 
     Raises:
         _BadYaml: a node holds itself, or a few lines of aliases stand for more values than any config has.
@@ -300,7 +300,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; short, however long it is."""
+    """Format a value for a message, shortened if it is long."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python writes
@@ -369,7 +369,7 @@ def _is_model(kind: Any) -> bool:
 
 
 def _model_of(annotation: Any) -> Any:
-    """The settings class inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
+    """Return the settings class inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
     if _is_model(annotation):
         return annotation
     for inner in getattr(annotation, "__args__", ()):

@@ -1,4 +1,4 @@
-"""A full disk holds the run up: nothing new is started until there is room again."""
+"""Pause on a full disk: no new task starts until there is space again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRY_EVERY_SECONDS = 600.0
 
 
 class DiskPause:
-    """Begins when a worker found no space; says so, and when there is some again."""
+    """A pause that begins when a worker ran out of disk space; it reports its start and its end."""
 
     def __init__(self, run: Run, message: str, poll_seconds: float) -> None:
         self._line = run.progress.line
@@ -33,13 +33,13 @@ class DiskPause:
         )
 
     def renew(self, message: str) -> None:
-        """Take today's free space as what was not enough: it was full again, for what was still at work meanwhile."""
+        """Record today's free space as insufficient: the disk was full again for tasks that were still running."""
         self._free = [free_of(folder) for folder in self._folders]
         few = any(free.inodes is not None and free.inodes < ROOM_INODES for free in self._free)
         self._by_inodes = self._by_inodes or few or NO_INODES in message
 
     def is_over(self) -> bool:
-        """Whether there is more space than there was, or it is time to simply try. Cheap to ask at any time."""
+        """Return True if space was freed or the waiting time has passed. Cheap to call at any time."""
         now = time.monotonic()
         if now - self._looked < self._poll:
             return False

@@ -1,4 +1,4 @@
-"""`eopd doctor`: what would stop a run on this machine, found before one is started, each with what to do about it.
+"""`eopd doctor`: find what would stop a run on this machine before one is started, each with a remedy.
 
 Heavy packages are imported in processes of their own, all at once and with a time limit: a broken one then says why it
 is broken, and cannot take the doctor with it. What needs other packages is imported where it is looked at.
@@ -44,7 +44,7 @@ found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
 
 
 def examine(store: Path, settings: RunSettings | None = None, *, engines: bool = True) -> Iterator[Finding]:
-    """Every finding as it comes: heavy packages are imported meanwhile, and come last.
+    """Yield findings as they are made; heavy packages are imported in the background and reported last.
 
     Args:
         settings: whose models, prompts, benchmarks and launcher are looked at too.
@@ -66,7 +66,7 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
 
 
 def probe(package: str, code: str, seconds: float = IMPORT_SECONDS) -> dict[str, Any] | str:
-    """What ``code`` found after importing ``package`` in a process of its own; or why it could not be imported."""
+    """Import ``package`` in a separate process and return the output of ``code``, or the reason of the failure."""
     program = f"import {package}\n{code}\nimport json\nprint('\\n' + json.dumps(found))"
     try:
         done = subprocess.run(
@@ -101,7 +101,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def not_looked_at(name: str, error: ImportError) -> Finding:
-    """What cannot be looked at without a package that is missing or broken."""
+    """Report a check that was skipped because a package is missing or broken."""
     return Finding(name, "broken", f"not looked at: {error}", "run `make setup` again")
 
 
@@ -148,7 +148,7 @@ def _version(package: str) -> str:
 
 
 def _known(package: str, installed: str) -> tuple[str, str]:
-    """(text, remedy) of a version, compared with those that the committed constraints pin."""
+    """Return (text, remedy) of a version, compared with the committed constraints."""
     known = known_versions(package)
     if not known or installed.split("+")[0] in known:
         return installed + (" (known to work)" if known else ""), ""
@@ -156,7 +156,7 @@ def _known(package: str, installed: str) -> tuple[str, str]:
 
 
 def known_versions(package: str, folder: Path = CONSTRAINTS) -> set[str]:
-    """Versions of a package that the constraint files pin; none where eopd was installed without them."""
+    """Return the versions of a package in the constraint files; none if eopd was installed without them."""
     pattern = re.compile(rf"^{re.escape(package)}(?:-cpu)?==([^+\s;]+)", re.MULTILINE)
     files = sorted(folder.glob("constraints-*.txt"))
     return {found for file in files for found in pattern.findall(file.read_text(encoding="utf-8"))}
@@ -184,7 +184,7 @@ def _torch(found: dict[str, Any] | str) -> Iterator[Finding]:
 
 
 def compiling(headers: Path) -> Finding:
-    """What Triton needs when vLLM or torch first uses one of its kernels; ``headers``: the folder of Python's."""
+    """Check what Triton needs to compile kernels of vLLM or torch; ``headers``: the folder of Python's headers."""
     compiler = os.environ.get("CC") or _which("gcc", "clang")
     gone = ["a C compiler (gcc)"] if compiler is None else []
     if not (headers / "Python.h").exists():
@@ -196,7 +196,7 @@ def compiling(headers: Path) -> Finding:
 
 
 def _driver() -> str | None:
-    """Version of the NVIDIA driver, or None where there is no GPU that it serves."""
+    """Return the version of the NVIDIA driver, or None if it drives no GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -266,5 +266,5 @@ def _or_absent(name: str, found: str | None, otherwise: str) -> Finding:
 
 
 def worst(findings: Sequence[Finding]) -> int:
-    """Exit code: 1 when something that a run needs is broken."""
+    """Return the exit code: 1 if something that a run needs is broken."""
     return int(any(finding.state == "broken" for finding in findings))

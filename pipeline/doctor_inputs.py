@@ -1,4 +1,4 @@
-"""What a config names and a run needs: models, prompts, benchmarks, stores and the launcher's program.
+"""Checks of the inputs that a config names: models, prompts, benchmarks, stores and the launcher's program.
 
 Looked at with the functions that a plan is made with, each by itself, so that all that is missing is said at once.
 Nothing is hashed, and no torch is imported into this process.
@@ -32,7 +32,7 @@ from eopd.storage.stacked import StackedStores
 
 
 def check_inputs(settings: RunSettings) -> Iterator[Finding]:
-    """A finding for each thing that the config names."""
+    """Yield a finding for each input that the config names."""
     yield from _model("student", settings.student)
     yield from _model("teacher", settings.teacher)
     yield from _architectures(settings)
@@ -53,7 +53,7 @@ _HAVE_SOURCE = "name a JSONL or Parquet file, or a folder saved with save_to_dis
 
 
 def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
-    """``look`` says what is there, or raises the error that a run would end with, often with the cure after it."""
+    """Report what ``look`` returns, or the error it raises, whose remedy is split off."""
     try:
         return Finding(name, "ok", look())
     except ImportError as error:
@@ -72,7 +72,7 @@ def _model(role: Literal["student", "teacher"], settings: ModelSettings) -> Iter
 
 
 def _architectures(settings: RunSettings) -> Iterator[Finding]:
-    """Whether each model folder that could be read holds every weight of its architecture."""
+    """Check that each readable model folder holds every weight of its architecture."""
     models = {}
     for role, model in (("student", settings.student), ("teacher", settings.teacher)):
         with suppress(ValueError, OSError):  # reported by ``_model``
@@ -90,7 +90,7 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
 
 
 def _tokens(settings: RunSettings) -> Iterator[Finding]:
-    """Whether teacher and student share their tokens, where both tokenizers are there."""
+    """Check that teacher and student share their tokens, if both tokenizers are available."""
     try:
         teacher, student = find_tokenizer("teacher", settings.teacher), find_tokenizer("student", settings.student)
     except (ValueError, OSError):
@@ -113,7 +113,7 @@ def _source(where: str, settings: PromptSettings) -> Finding:
 
 
 def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
-    """The first prompt of a source as each model reads it, where their tokenizers are there."""
+    """Show the first prompt of a source as each model reads it, if the tokenizers are available."""
     try:
         student = Reader("student", find_tokenizer("student", settings.student), settings.student.trust_remote_code)
         teacher = Reader("teacher", find_tokenizer("teacher", settings.teacher), settings.teacher.trust_remote_code)

@@ -1,7 +1,8 @@
-"""What can go wrong with a run whose settings are sound."""
+"""Errors of a run whose settings are valid."""
 
 from __future__ import annotations
 
 
 class RunError(ValueError):
-    """A command asks for what a run does not hold, or tasks failed for good. The message says which, and what to do."""
+    """A command needs something that a run does not hold, or tasks failed for good. The message names it and the
+    remedy."""

@@ -1,4 +1,4 @@
-"""The students that a run has trained, as model folders: where they lie, and how one is taken out of the store."""
+"""Trained students of a run as model folders: finding them in the store and copying them out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Student:
 
     @property
     def has_own_ends(self) -> bool:
-        """Whether generation from ``folder`` ends elsewhere than this run's sampling and evaluation."""
+        """True if generation from ``folder`` ends at other ids than this run's sampling and evaluation."""
         return bool(self.stop_ids) and set(stop_ids_in(self.folder)) != set(self.stop_ids)
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Student:
 
 
 def newest(run: Run) -> int:
-    """Raises RunError: no round is trained yet."""
+    """Return the last trained round. Raises RunError if no round is trained yet."""
     for round_ in range(run.settings.rounds, 0, -1):
         if _is_there(run, round_):
             return round_
@@ -48,7 +48,7 @@ def newest(run: Run) -> int:
 
 
 def find_student(run: Run, round_: int) -> Student:
-    """The student before round ``round_``; one that lies in a bucket is fetched.
+    """Return the student at the start of round ``round_``; a student in a bucket is downloaded first.
 
     Raises:
         RunError: there is no such round, it is not trained yet, or its weights were pruned.
@@ -84,7 +84,7 @@ def find_student(run: Run, round_: int) -> Student:
 
 
 def ends_of(run: Run, student: Student) -> str:
-    """Where responses end in this run and in generation from the student's folder, for people."""
+    """Describe where responses end in this run and in generation from the student's folder."""
     names = token_names(run.facts.student.tokenizer_folder)
     ends = ", ".join(f"{number} {names[number]}" if number in names else str(number) for number in student.stop_ids)
     if not student.has_own_ends:
@@ -97,7 +97,7 @@ def ends_of(run: Run, student: Student) -> str:
 
 
 def where_students_are(run: Run) -> str:
-    """At the end of a run: where its last student lies, or why no folder of it can be named.
+    """Describe where the run's last student lies, or why its folder cannot be named.
 
     None is fetched from a bucket for that.
     """
@@ -113,7 +113,7 @@ def where_students_are(run: Run) -> str:
 
 
 def copy_student(student: Student, target: Path) -> None:
-    """Copy the model and its tokenizer to ``target``, which appears whole and ends where the run's responses do.
+    """Copy the model and its tokenizer to ``target``, atomically and with the run's stop ids.
 
     Raises:
         RunError: there is something at ``target``.
@@ -139,6 +139,6 @@ def _is_there(run: Run, round_: int) -> bool:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """Files of a checkpoint's weights part that belong to the model."""
+    """List the files of a checkpoint's weights part that belong to the model."""
     own = (METRICS_FILE, TRAINING_FILE)
     return [path for path in sorted(folder.iterdir()) if path.name not in own and not path.is_symlink()]

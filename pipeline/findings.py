@@ -1,4 +1,4 @@
-"""What a self-check says."""
+"""Results of self-checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "broken", "absent"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``broken``: no run without it. ``warning``: a run works, not as well. ``absent``: optional, and not there."""
+    """One result. ``broken``: no run works; ``warning``: a run works, but worse; ``absent``: optional and missing."""
 
     name: str
     state: State

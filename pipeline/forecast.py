@@ -1,4 +1,4 @@
-"""What is there of a plan, and what the rest will take: one row a job, with tokens, bytes, seconds and disk.
+"""Forecast of a plan: one row per job with its state, tokens, bytes, seconds and disk.
 
 Tokens and bytes are those of committed parts of the job, or of other jobs of its stage. If a stage has none yet, tokens
 are what the settings allow at most, bytes are an estimate, and scores also have a bound that no teacher exceeds.
@@ -36,7 +36,7 @@ State = Literal["complete", "shared", "partly", "missing"]
 
 @dataclass(frozen=True)
 class Row:
-    """One job: what is there of it, and what it takes. Several runs that plan the same job have one row."""
+    """One job: its state and what it takes. Runs that plan the same job share a row."""
 
     run: Run  # the first that plans it
     job: Job
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def present(self) -> int:
-        """Bytes of it in the store that is written to."""
+        """Bytes of the artifact in the private store."""
         if self.elsewhere:
             return 0
         if not self.job.is_prunable:
@@ -105,7 +105,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Keep:
-    """How many of the newest checkpoints keep their weights and optimiser state; None: all. The newest always does."""
+    """Number of newest checkpoints that keep weights and optimiser state; None: all. The newest always keeps them."""
 
     weights: int | None = None
     optimizer: int | None = None
@@ -113,7 +113,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything that `eopd plan` shows."""
+    """The content of `eopd plan`."""
 
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
@@ -131,7 +131,7 @@ class Forecast:
 
     @property
     def totals(self) -> dict[str, Total]:
-        """By stage, and ``all``."""
+        """Sums by stage, and ``all``."""
         totals = {}
         for name in (*(stage.name for stage in STAGES), "all"):
             rows = [row for row in self.rows if name in (row.stage, "all")]
@@ -144,7 +144,7 @@ class Forecast:
         return sum(row.present for row in self.rows)
 
     def peak_bytes(self, keep: Keep | None = None, *, bounds: bool = False) -> int:
-        """Bytes of what these runs have or make in the store that is written to, at the worst moment.
+        """Return the peak of the bytes that these runs hold in the private store.
 
         Each run is taken to reach its own worst moment at the same time; what runs have in common is the first one's.
 
@@ -199,7 +199,7 @@ def _total(rows: Sequence[Row]) -> Total:
 
 
 def forecast(runs: Sequence[Run]) -> Forecast:
-    """Look at runs that share their stores and a folder of runs."""
+    """Inspect runs that share their stores and a folder of runs."""
     states = list(job_states(runs))
     samples = _sample(states)
     by_stage: dict[str, Measured] = defaultdict(Measured)
@@ -228,7 +228,7 @@ def forecast(runs: Sequence[Run]) -> Forecast:
 
 
 def job_states(runs: Sequence[Run]) -> Iterable[Row]:
-    """What is there of every job of the runs' plans, each once, in the order of the first run that plans it."""
+    """Return the state of every job in the runs' plans, each once, in the order of the first run that plans it."""
     planned: dict[tuple[str, str], tuple[Run, Job, list[str]]] = {}
     for run in runs:
         for job in run.plan.jobs:
@@ -259,7 +259,7 @@ def job_states(runs: Sequence[Run]) -> Iterable[Row]:
 
 
 def _sample(rows: Sequence[Row]) -> dict[tuple[str, str], Measured]:
-    """Sums over some committed parts of jobs that have any, spread evenly: a store may hold very many markers."""
+    """Sum over a sample of committed parts, spread evenly over the jobs: a store may hold very many markers."""
     by_stage: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.done:
@@ -275,7 +275,7 @@ def _sample(rows: Sequence[Row]) -> dict[tuple[str, str], Measured]:
 
 
 def measure(artifact: Artifact, parts: Iterable[int]) -> Measured:
-    """Sums over the committed ones of ``parts``; a marker that cannot be read is skipped, `verify` reports it."""
+    """Sum over the committed ones of ``parts``; unreadable markers are skipped (`verify` reports them)."""
     total = Measured()
     for part in parts:
         try:
@@ -297,7 +297,7 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def measure_rates(runs: Sequence[Run]) -> dict[str, Rate]:
-    """Seconds a token of each stage, from the latest jobs that these runs finished."""
+    """Measure seconds per token of each stage from the latest jobs that these runs finished."""
     latest: dict[str, deque[tuple[Run, dict[str, Any]]]] = defaultdict(lambda: deque(maxlen=JOBS_PER_STAGE))
     for run in runs:
         interrupted: dict[str, float] = {}  # seconds of training that was stopped on its way, by key
@@ -320,7 +320,7 @@ def measure_rates(runs: Sequence[Run]) -> dict[str, Rate]:
 
 
 def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
-    """Tokens of a finished task, from a few of the markers that its job left or read; 0 if they are gone."""
+    """Estimate the tokens of a finished task from a few markers of its job's output or input; 0 if they are gone."""
     try:
         job = run.plan.find(str(line["stage"]), int(line["round"]))
         if job is None or job.output.key != line["key"]:
@@ -361,7 +361,7 @@ def _peak_of_run(run: Run, rows: Sequence[Row], keep: Keep | None, bounds: bool)
 
 
 def peak_bytes(checkpoint: CheckpointBytes, data: Sequence[int], keep: Keep, states: int = 1, trained: int = 0) -> int:
-    """Bytes of a run's own artifacts at the worst moment: a round's checkpoint is committed, and nothing pruned yet.
+    """Return a run's own bytes at their peak: a round's checkpoint is committed and nothing is pruned yet.
 
     Args:
         data: of each round, its complete rollouts, scores and evaluations.

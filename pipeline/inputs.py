@@ -1,4 +1,4 @@
-"""What a config names outside the store: models, prompts and benchmarks, read from their small files. No torch.
+"""Inputs outside the store that a config names: models, prompts and benchmarks, read from small files without torch.
 
 Everything that can be wrong with an input and can be seen without loading a model is refused here, before any work.
 """
@@ -29,7 +29,7 @@ CHECK_ATTEMPTS = 10  # a process that checks weights (it reads headers only) and
 
 
 def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:
-    """Fingerprints and counts of every input.
+    """Collect fingerprints and counts of every input.
 
     Args:
         digests: of files that were hashed before; those that the store remembers unless given.
@@ -52,7 +52,7 @@ def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts
 
 
 def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]:
-    """Files of a prompt source and how many prompts they hold. Raises ConfigError: it is not there, or empty."""
+    """List the files of a prompt source and count its prompts. Raises ConfigError if it is missing or empty."""
     try:
         return source_files(settings), count_prompts(settings)
     except (ValueError, OSError) as error:
@@ -71,7 +71,7 @@ def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int
 
 
 def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
-    """Facts of the model that plays ``role`` ("student" or "teacher").
+    """Collect the facts of the model that plays ``role`` ("student" or "teacher").
 
     Raises:
         ConfigError: its folder or hub id is not at hand, or lacks a file; says what to do.
@@ -92,7 +92,7 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
 
 
 def find_weights(role: str, settings: ModelSettings) -> Path:
-    """Folder of the model, its weight files and their headers read. Raises ConfigError, as ``inspect_model``."""
+    """Find the model's folder and weight files, and read their headers. Raises ConfigError, as ``inspect_model``."""
     folder = locate(role, settings.path, settings.revision)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
@@ -168,7 +168,7 @@ def check_weights(
 
 
 def find_tokenizer(role: str, settings: ModelSettings) -> Path:
-    """Folder of its tokenizer. Raises ConfigError, as ``inspect_model``."""
+    """Find the folder of a tokenizer. Raises ConfigError, as ``inspect_model``."""
     if settings.tokenizer is None:
         folder = locate(role, settings.path, settings.revision)
     else:
@@ -179,7 +179,7 @@ def find_tokenizer(role: str, settings: ModelSettings) -> Path:
 
 
 def locate(role: str, path: str, revision: str | None) -> Path:
-    """The local folder of a model: as named, or from the local hub cache."""
+    """Return the local folder of a model: the one named, or one in the local hub cache."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -200,8 +200,8 @@ def locate(role: str, path: str, revision: str | None) -> Path:
 
 
 def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's eos token, which is the main one, then eos of generation_config.json and
-    of config.json."""
+    """Return the ids that end a response: the tokenizer's eos token first (the main one), then eos of
+    generation_config.json and of config.json."""
     text = _read_json(tokenizer / "tokenizer_config.json").get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
@@ -213,7 +213,7 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
 
 
 def eos_of(folder: Path) -> list[int]:
-    """Ids at which the model in ``folder`` ends: eos of generation_config.json, then of config.json.
+    """Return the eos ids of the model in ``folder``: those of generation_config.json, then of config.json.
 
     Raises:
         ConfigError: one is no id, or is beyond the vocabulary that config.json states; names the file and the key.
@@ -223,7 +223,7 @@ def eos_of(folder: Path) -> list[int]:
 
 
 def _vocabulary_of(path: Path) -> int | None:
-    """How many ids a config.json states, at most; None if it states none."""
+    """Return the largest vocabulary size that a config.json states; None if it states none."""
     config = _read_json(path)
     text = config.get("text_config")
     if not isinstance(text, (dict, type(None))):
@@ -240,7 +240,7 @@ def _vocabulary_of(path: Path) -> int | None:
 
 
 def token_names(tokenizer: Path) -> dict[int, str]:
-    """The special tokens of a tokenizer's folder, by id."""
+    """Return the special tokens of a tokenizer's folder, by id."""
     added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", [])
     return {int(entry["id"]): str(entry["content"]) for entry in added}
 
@@ -278,15 +278,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_same_tokens(facts: Facts) -> None:
-    """Raises ConfigError where an id means other bytes to the teacher than to the student."""
+    """Raise ConfigError if an id stands for other bytes in the teacher's vocabulary than in the student's."""
     if facts.teacher.tokenizer_fingerprint != facts.student.tokenizer_fingerprint:
         compare_vocabularies(facts.teacher.tokenizer_folder, facts.student.tokenizer_folder)
 
 
 @lru_cache
 def compare_vocabularies(teacher: Path, student: Path) -> None:
-    """The same, of two folders of tokenizers. Once in a process: reading large ones takes seconds, and the runs of a
-    sweep have the same."""
+    """Compare the vocabularies of two tokenizer folders. Cached per process: large ones take seconds to read, and the
+    runs of a sweep share them."""
     files = (teacher / TOKENIZER_FILE, student / TOKENIZER_FILE)
     if not all(file.exists() for file in files):
         return

@@ -1,4 +1,4 @@
-"""The stage logs below ``runs/<name>/logs``: finding them, their last lines, and following them."""
+"""Find, show and follow the stage logs in ``runs/<name>/logs``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _OF_A_JOB = re.compile(r"^(?P<stage>[a-z_]+)-(?P<round>\d+)\b")
 
 
 def job_name(stage: str, round_: int) -> str:
-    """What the names of a job's logs begin with."""
+    """Return the common prefix of a job's log names."""
     return f"{stage}-{round_}"
 
 
 def log_name(stage: str, round_: int, worker: int | None = None) -> str:
-    """Of a job's log, or of one worker's."""
+    """Return the log name of a job, or of one of its workers."""
     return job_name(stage, round_) + (".log" if worker is None else f".worker-{worker}.log")
 
 
 def find_logs(folder: Path, stage: str | None = None, round_: int | None = None) -> list[Path]:
-    """Logs of a run, the one that changed last at the end.
+    """List the logs of a run, the last changed at the end.
 
     Raises:
         RunError: there is none such; lists what there is.
@@ -47,7 +47,7 @@ def _is_of(path: Path, stage: str | None, round_: int | None) -> bool:
 
 
 def tail(path: Path, lines: int, end: int | None = None) -> list[str]:
-    """The last ``lines`` lines before byte ``end`` (None: of the file), read from the last 64 KiB."""
+    """Return the last ``lines`` lines before byte ``end`` (None: of the file), read from the last 64 KiB."""
     with path.open("rb") as file:
         end = file.seek(0, 2) if end is None else end
         start = max(end - TAIL_BYTES, 0)
@@ -59,7 +59,7 @@ def tail(path: Path, lines: int, end: int | None = None) -> list[str]:
 def follow(
     folder: Path, shown_to: Mapping[Path, int], stage: str | None, round_: int | None, poll: float
 ) -> Iterator[str]:
-    """Every new line of the logs, those that appear later too, for ever; a heading where the log changes.
+    """Yield new lines of the logs, including later logs, for ever; a heading where the log changes.
 
     Args:
         shown_to: bytes of each log that were shown already; the last one is that with the latest heading.

@@ -1,4 +1,4 @@
-"""How a task ends, as worker, launcher and exit code say it."""
+"""Outcomes of tasks, shared by workers, launchers and exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_CODES: dict[Kind, int] = {"done": 0, "failed": 1, "refused": 65, "full": 28
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended."""
+    """The end of a task."""
 
     kind: Kind
     message: str = ""  # for people
@@ -25,7 +25,7 @@ class Outcome:
 
     @classmethod
     def from_exit(cls, code: int, message: str) -> Outcome:
-        """The outcome of a process that did not report one; a negative code is the signal that killed it."""
+        """Return the outcome of a process that did not report one; a negative code is the signal that killed it."""
         kinds = {number: kind for kind, number in EXIT_CODES.items()}
         kind = "lost" if code < 0 else kinds.get(code, "failed")
         return cls("lost" if kind == "interrupted" else kind, message)

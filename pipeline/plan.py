@@ -45,24 +45,24 @@ class Plan:
         raise RunError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
 
     def of_command(self, command: str, round_: int) -> list[Job]:
-        """Jobs of a round that one `eopd` command does. Raises RunError if there are none."""
+        """Return the jobs of a round that one `eopd` command does. Raises RunError if there are none."""
         jobs = [job for job in self.jobs if job.stage.command == command and job.round == round_]
         return jobs or [self.job(command, round_)]
 
     def maker(self, identity: Identity) -> Job:
-        """The job that makes an input of another one."""
+        """Return the job that makes an input of ``job``."""
         return self._by_key[identity.kind, identity.key]
 
     def policy(self, round_: int) -> Identity | None:
-        """The checkpoint that is the student at the start of ``round_``; None: the external student."""
+        """Return the checkpoint that is the student at the start of ``round_``; None: the external student."""
         return None if round_ == 0 else self.job(TRAIN.name, round_ - 1).output
 
 
 class Shelf:
-    """What stores hold that bears on a plan. This one is empty: every artifact is made as requested."""
+    """Read access to stored artifacts while planning. The base class is empty: every artifact is made as requested."""
 
     def serving(self, requested: Identity) -> Sequence[Identity]:
-        """Artifacts that hold at least what ``requested`` would, cheapest first; never empty."""
+        """Return artifacts that hold at least what ``requested`` would, cheapest first; never empty."""
         return [requested]
 
     def is_begun(self, identity: Identity) -> bool:
@@ -85,7 +85,7 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
 
 
 class _Draft:
-    """A plan in the making: what stages see of the jobs planned before theirs."""
+    """A plan under construction; stages see the jobs planned before theirs."""
 
     def __init__(self, experiment: Experiment, jobs: dict[tuple[str, int], Job] | None = None) -> None:
         self.experiment = experiment
@@ -106,7 +106,7 @@ class _Draft:
 
 
 def _serving(draft: _Draft, job: Job, place: int, shelf: Shelf) -> Identity:
-    """The coverage to use for ``job``: one that a job of this round has begun to read, or else the cheapest."""
+    """Choose the coverage for ``job``: one that a job of this round has begun to read, or else the cheapest."""
     candidates = shelf.serving(job.output)
     for candidate in candidates if len(candidates) > 1 else ():
         trial = _Draft(draft.experiment, draft.jobs)

@@ -1,4 +1,4 @@
-"""Processes that do tasks: how they are started, asked to stop, and cleaned up after. Used by every launcher."""
+"""Worker processes: starting, stopping and cleaning up after them. Used by every launcher."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUP_SECONDS = 10.0
 
 
 def worker_command(processes: int, *arguments: str, torchrun: Sequence[str] | None = None) -> list[str]:
-    """Arguments of ``python`` that start a worker, or several processes that do one task together.
+    """Return the arguments of ``python`` that start a worker, or several processes that do one task together.
 
     Args:
         processes: on this machine.
@@ -50,17 +50,17 @@ def worker_command(processes: int, *arguments: str, torchrun: Sequence[str] | No
 
 
 def trains_together(task: Task) -> bool:
-    """True in the process that has to start the several ones of a task, and not in those."""
+    """True in the process that starts the group of a task; False inside the group."""
     return task.processes > 1 and "WORLD_SIZE" not in os.environ
 
 
 def rank() -> int:
-    """Number of this process among those that do a task together; 0 if it is alone."""
+    """Return the rank of this process in the group that does a task; 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 class Leader(subprocess.Popen[bytes]):
-    """``python ARGUMENTS`` as the leader of a process group that ends with it; it stops if its parent dies.
+    """``python ARGUMENTS`` as the leader of a process group that ends with it; the leader stops if its parent dies.
 
     vLLM's processes would outlive a killed worker and keep the memory of its GPU.
     """
@@ -85,7 +85,7 @@ class Leader(subprocess.Popen[bytes]):
 
 
 def end_group(leader: int) -> None:
-    """End all processes of the group that ``leader``, which has ended, was the first of."""
+    """Kill what is left of the process group of ``leader``, which has ended."""
     with suppress(ProcessLookupError, PermissionError):
         try:
             os.killpg(leader, signal.SIGTERM)
@@ -97,7 +97,7 @@ def end_group(leader: int) -> None:
 
 
 def _any_runs(group: int) -> bool:
-    """True if a process of ``group`` runs; a zombie that nobody waits for keeps its group but does not count."""
+    """True if a process of ``group`` runs; zombies keep their group but do not count."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, its_group, *_ = file.read_text(errors="replace").rpartition(")")[2].split()
@@ -107,14 +107,14 @@ def _any_runs(group: int) -> bool:
 
 
 def ask_to_stop_when_orphaned(parent: int | None = None) -> None:
-    """In a child of ``parent``: have the kernel send SIGTERM when the parent ends, however it ends."""
+    """Ask the kernel, in a child of ``parent``, to send SIGTERM when the parent ends for any reason."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if parent is not None and os.getppid() != parent:  # it ended before it could be asked
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_with_parent(first: signal.Signals = signal.SIGTERM) -> None:
-    """Watch the parent from now on: when it ends, send ``first`` to this process, and SIGKILL if that does not help.
+    """Watch the parent: when it ends, send ``first`` to this process, then SIGKILL.
 
     For processes that libraries start: torchrun's agent and vLLM's engine put theirs into sessions of their own, in
     which they would outlive everything. A thread does it: the kernel's signal comes when the parent's thread ends.
@@ -123,7 +123,7 @@ def end_with_parent(first: signal.Signals = signal.SIGTERM) -> None:
 
 
 def end_with_parent_if_spawned() -> None:
-    """Call this when a program of ours is imported: multiprocessing imports it in what it spawns (vLLM's engine)."""
+    """Apply ``end_with_parent`` in processes that multiprocessing spawns (vLLM's engine); call as a program starts."""
     if "--multiprocessing-fork" in sys.orig_argv:  # its parent_process() is not known yet
         end_with_parent(signal.SIGKILL)  # it has nothing to finish
 
@@ -137,7 +137,7 @@ def _watch(parent: int, first: signal.Signals) -> None:
 
 
 def last_line(log: Path, start: int, code: int) -> str:
-    """How a process ended that reported no outcome; its output is in ``log`` from byte ``start`` on."""
+    """Describe the end of a process that reported no outcome; its output starts at byte ``start`` of ``log``."""
     ended = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     with log.open("rb") as file:
         file.seek(start)

@@ -1,4 +1,4 @@
-"""What a person sees while stages work: bars on a terminal, a line now and then elsewhere.
+"""Progress display: bars on a terminal, occasional lines elsewhere, events from workers.
 
 Workers in other processes write what they would show to a file, one JSON event a line; ``replay`` shows it here.
 """
@@ -41,13 +41,13 @@ _bars: WeakSet[_Bar] = WeakSet()  # what this process shows
 
 
 def seconds_in_hand() -> float | None:
-    """Seconds until everything in hand is committed, by the bars that this process shows; None if it is not known."""
+    """Return the seconds until the parts in progress are committed, by this process's bars; None if unknown."""
     left = [bar.seconds_in_hand() for bar in list(_bars)]
     return max((seconds for seconds in left if seconds is not None), default=None)
 
 
 class _Bar:
-    """Units done of a total (0: not known yet), at the rate of the last ``RATE_SECONDS``."""
+    """Units done of a total (0: unknown), at the rate of the last ``RATE_SECONDS``."""
 
     def __init__(self) -> None:
         self.total = self.done = self.in_hand = 0
@@ -85,15 +85,15 @@ class _Bar:
 
 
 class Display(Protocol):
-    """Where several jobs show how they get on at once."""
+    """A place to show the progress of several jobs at once."""
 
     def open(self) -> Progress:
-        """A place of its own for one job."""
+        """Open a place for one job."""
 
 
 @dataclass(frozen=True)
 class SingleDisplay:
-    """A display of one job that is shown somewhere already."""
+    """A display of one job that already has a place."""
 
     progress: Progress
 
@@ -106,7 +106,7 @@ def make_display() -> Display:
 
 
 class TerminalDisplay:
-    """rich progress bars on stderr, one a job, gone when nothing runs."""
+    """rich progress bars on stderr, one per job, removed when nothing runs."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -223,7 +223,7 @@ class LineProgress:
 
 
 class EventProgress:
-    """A worker's: events to a file that whoever started it reads. A file that cannot be written stops no work.
+    """Progress of a worker, as events in a file that its parent reads. Failed writes to the file are ignored.
 
     What it begins and says goes to stderr too, which is its log.
     """
@@ -278,7 +278,7 @@ class EventProgress:
 
 
 class Replay:
-    """Shows the events of one worker's file as they come. ``outcome``: how its task ended, if it reported that."""
+    """Show the events of one worker's file as they arrive. ``outcome``: the reported end of its task, if any."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self._path, self._progress = path, progress
@@ -306,7 +306,7 @@ class Replay:
 
 
 def read_outcome(path: Path) -> Outcome | None:
-    """The last outcome in a worker's events file; None if it reported none."""
+    """Return the last outcome in a worker's events file; None if there is none."""
     reader = Replay(path, NullProgress())
     reader.catch_up()
     return reader.outcome

@@ -1,4 +1,4 @@
-"""Prompt sources and templates, tried before any work: what a plan's files say of them, without transformers or torch.
+"""Trial rendering of prompt sources through templates before any work, without transformers or torch.
 
 One prompt of each shape (roles, fields, tools) of each source is rendered as the student reads it and, where the
 teacher reads it too, as the teacher does. `eopd doctor` shows the first of each.
@@ -25,7 +25,7 @@ FIRST_ROWS = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """A prompt source, and who reads it how."""
+    """A prompt source, and how the models read it."""
 
     name: str  # of its setting
     prompts: PromptSettings
@@ -51,7 +51,7 @@ class Rendered:
 
 
 def sources_of(settings: RunSettings) -> Iterator[Source]:
-    """The prompts, and every benchmark."""
+    """Return the sources of a run: the prompts, and every benchmark."""
     yield Source("prompts", settings.prompts, settings.score.teacher_prompt)
     if settings.evaluate is not None:
         teacher = settings.score.teacher_prompt if settings.evaluate.alignment is not None else None
@@ -60,7 +60,7 @@ def sources_of(settings: RunSettings) -> Iterator[Source]:
 
 
 def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
-    """Try the sources of every run that has something left to do; those that runs share, once.
+    """Check the sources of every run with missing jobs; shared sources once.
 
     Raises:
         ConfigError: as ``render_sources``.
@@ -81,7 +81,7 @@ def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
 def render_sources(
     sources: Sequence[Source], student: Reader, teacher: Reader, rows: int | None = FIRST_ROWS
 ) -> list[Rendered]:
-    """The first prompt of each source, once one of each shape is known to be rendered.
+    """Render one prompt of each shape, and return the first of each source.
 
     Args:
         rows: how many rows of each source are read; None: all.

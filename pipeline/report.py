@@ -1,4 +1,4 @@
-"""The report of one run or of several, from whatever of their plans is complete: the page, and ``summary.json``."""
+"""The report of one or several runs from their complete artifacts: the page, and ``summary.json``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_report(run: Run) -> Path:
 
 
 def write_comparison(runs_: Sequence[Run], folder: Path) -> Path:
-    """Write one page over several runs to ``folder``; runs that differ in nothing but their seed are one line of it.
+    """Write one page over several runs to ``folder``; runs that differ only in their seed become one line.
 
     The first run is what the others are compared with. Returns the page.
     """
@@ -81,7 +81,7 @@ def _gather(runs_: Sequence[Run]) -> list[RunData]:
 
 
 def _kin(run: Run) -> str:
-    """Equal for runs that ask for the same of the same inputs, with whatever seed."""
+    """Return a value that is equal for runs with equal settings and inputs, whatever their seed."""
     semantic = run.settings.semantic()
     del semantic["seed"]
     facts = run.facts
@@ -91,9 +91,8 @@ def _kin(run: Run) -> str:
 
 
 def judge_rollouts(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Verdicts on shown rollouts; None where there is no such verifier, or it cannot read the reference answer
-    (training needs none).
-    """
+    """Grade the rollouts that are shown; None if there is no such verifier or it cannot read the reference answer
+    (training needs none)."""
     from eopd.stages.verifiers.registry import NAMES, open_verifier
 
     if verifier not in NAMES or not pairs:

@@ -1,4 +1,5 @@
-"""Which old checkpoints are pruned and what gc keeps: set arithmetic over the notes of runs (``storage.notes``).
+"""Retention: which old checkpoints are pruned and what gc keeps, by set arithmetic over the notes of runs
+(``storage.notes``).
 
 When a run starts, and whenever it prunes, it writes down every artifact that its plan names and every part of a
 checkpoint that it still wants. A copy lies in the run's folder, so that a project can be moved. No run is ever planned
@@ -38,7 +39,7 @@ MEND = (
 
 
 def note_of(run: Run) -> Note:
-    """What the run refers to now."""
+    """Return the note of what the run refers to now."""
     jobs = run.plan.jobs
     # after a kill between a checkpoint's commit and the end of its job, states are left that nothing will read
     scratch = [job.scratch for job in jobs if job.scratch is not None and not run.is_made(job)]
@@ -53,12 +54,12 @@ def note_of(run: Run) -> Note:
 
 
 def note(run: Run) -> None:
-    """Write down what the run refers to."""
+    """Write the run's note."""
     write_note(run.store, note_of(run), own_copy=run.paths.references)
 
 
 def notes_of_others(store: Path, own: str = "") -> Iterator[Note]:
-    """Notes of the runs that use ``store``, but for the one named ``own`` and for runs whose folder is gone.
+    """Return the notes of other runs that use ``store``, except runs whose folder is gone.
 
     Raises:
         DamagedPart: a note is unreadable, so that what its run refers to is not known.
@@ -71,7 +72,7 @@ def notes_of_others(store: Path, own: str = "") -> Iterator[Note]:
 
 
 def _is_gone(config: Path) -> bool:
-    """False for a config that another user does not let us see: it may be there."""
+    """True if the run's config is gone; False if another user does not let us see it."""
     try:
         os.stat(config)
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +86,7 @@ def _is_gone(config: Path) -> bool:
 
 
 def prune_old(run: Run) -> int:
-    """Prune what no run wants; returns the bytes freed. Finishes what a kill left half done."""
+    """Prune parts that no run wants and complete interrupted prunings; returns the bytes freed."""
     going = run.unwanted()
     if not going:
         return 0
@@ -103,7 +104,7 @@ def prune_old(run: Run) -> int:
 
 
 def _prunings(run: Run, going: Parts) -> Iterator[tuple[Artifact, int, Callable[[str], bool]]]:
-    """(checkpoint, part, which files to drop) for every part in ``going`` of the run's own store."""
+    """Yield (checkpoint, part, files to drop) for every part of ``going`` in the run's own store."""
     for job in run.trained():
         artifact = run.artifact(job.output)
         if not run.is_own(artifact):
@@ -121,7 +122,7 @@ def _prunings(run: Run, going: Parts) -> Iterator[tuple[Artifact, int, Callable[
 
 
 def references(store: Path, runs: Path) -> dict[Path, Keys]:
-    """Artifacts that every run over ``store`` refers to, by the run's config.
+    """Return the artifacts that runs over ``store`` refer to, by the run's config.
 
     The runs are those that left a note in the store, and those below ``runs``, wherever the project was moved to.
 

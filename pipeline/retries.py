@@ -1,4 +1,4 @@
-"""What becomes of parts whose task did not end well. Pure: no clock, no store.
+"""Retry policy for parts of failed tasks. Pure: no clock, no store.
 
 A task of several parts that fails is tried again whole, then in halves, so that the part to blame ends up alone; a
 part that has failed ``attempts`` times is poisoned. A task that refuses what it was given would do so again: it is
@@ -16,7 +16,7 @@ from eopd.pipeline.launchers.settings import FaultSettings
 
 @dataclass(frozen=True)
 class Batch:
-    """Parts that were tried together and are to be tried again together."""
+    """Parts that were tried together and will be retried together."""
 
     parts: tuple[int, ...]
     failures: int = 0  # tasks in a row that failed over these parts
@@ -40,7 +40,7 @@ def judge(
     progress: bool,
     whole: bool,
 ) -> Verdict:
-    """What to do about the parts ``left`` of ``batch`` whose task ended as ``kind``.
+    """Decide about the parts ``left`` of ``batch``, whose task ended as ``kind``.
 
     Args:
         progress: something was committed meanwhile, so that what happened before is forgiven.
@@ -62,5 +62,5 @@ def judge(
 
 
 def backoff(policy: FaultSettings, times: int) -> float:
-    """Seconds to wait after something went wrong ``times`` times in a row."""
+    """Return the seconds to wait after ``times`` failures in a row."""
     return min(policy.backoff_seconds * 2.0 ** (times - 1), policy.backoff_limit_seconds)

@@ -1,4 +1,4 @@
-"""A run: its settings, the facts they name, the plan these make, and the stores. Nothing is changed here."""
+"""A run: its settings, facts, plan and stores. This module changes nothing."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Run:
         return RunPaths(Path(self.settings.runs) / self.settings.name)
 
     def artifact(self, identity: Identity) -> Artifact:
-        """Where this artifact is, or is to be made."""
+        """Return the artifact at its present or future place."""
         return self.stores.find(identity)
 
     def is_own(self, artifact: Artifact) -> bool:
-        """True if the artifact lies, or is to be made, in the store that the run writes to."""
+        """True if the artifact belongs to the store that the run writes to."""
         return artifact.folder == self.store / artifact.kind / artifact.key
 
     def is_made(self, job: Job) -> bool:
@@ -79,7 +79,7 @@ class Run:
         return {(job.output.key, part) for part in parts}
 
     def _needed(self) -> Parts:
-        """Parts, pruned ones too, that a job reads which is to be done or redone."""
+        """Parts, pruned ones included, that an unfinished job reads."""
         needed: Parts = set()
         for job in reversed(self.plan.jobs):
             if not self.is_made(job) or self._pruned(job) & needed:
@@ -89,12 +89,12 @@ class Run:
 
     @cached_property
     def rebuilds(self) -> Parts:
-        """Pruned parts that had to be made again when this run was opened: a job that was not done reads them."""
+        """Pruned parts that must be made again, as of the opening of this run: an unfinished job reads them."""
         pruned = {part for job in self.plan.jobs for part in self._pruned(job)}
         return pruned & self._needed() if pruned else pruned
 
     def parts_to_rebuild(self, job: Job) -> set[int]:
-        """Parts of the output among ``rebuilds``, until they are made again."""
+        """Return the parts of the output that are among ``rebuilds`` and not yet made again."""
         return {part for key, part in self._pruned(job) & self.rebuilds}
 
     def trained(self) -> list[Job]:
@@ -118,16 +118,16 @@ class Run:
     # -- what is there and what can be done --------------------------------------------------------------------------
 
     def missing_parts(self, job: Job) -> set[int]:
-        """Parts of the output that were never made or must be rebuilt; all of them if the job is indivisible."""
+        """Return output parts that were never made or must be rebuilt; all parts if the job is indivisible."""
         missing = set(self.artifact(job.output).missing()) | self.parts_to_rebuild(job)
         return set(range(job.output.parts)) if missing and not job.stage.divisible else missing
 
     def missing_input(self, input_: Input) -> set[int]:
-        """Parts of an input that its job reads and that are not there."""
+        """Return the parts of an input that its job reads and that are missing."""
         return input_.needed() - self.artifact(input_.identity).committed()
 
     def ready_parts(self, job: Job) -> set[int]:
-        """Missing parts of the output whose inputs are there."""
+        """Return the missing parts of the output whose inputs are complete."""
         ready = self.missing_parts(job)
         for input_ in job.inputs.values() if ready else ():
             missing = self.missing_input(input_)
@@ -137,7 +137,7 @@ class Run:
         return ready
 
     def check_inputs(self, job: Job, parts: Collection[int]) -> None:
-        """Raises RunError if an input that ``parts`` of a job read is not there; names the command that makes it."""
+        """Raise RunError, naming the command that helps, if an input that ``parts`` of a job read is missing."""
         for input_ in job.inputs.values():
             missing = self.missing_input(input_)
             if input_.by_part:
@@ -156,12 +156,12 @@ class Run:
         return None if identity is None else self.artifact(identity)
 
     def scratch_steps(self, job: Job) -> int:
-        """How far the resumable states of a job have come, in steps; 0 if it keeps none."""
+        """Return the steps that the resumable states of a job have reached; 0 if it keeps none."""
         scratch = self.scratch(job)
         return 0 if scratch is None else max(scratch.committed(), default=-1) + 1
 
     def student(self, round_: int) -> ModelRef:
-        """The student at the start of ``round_``."""
+        """Return the student at the start of ``round_``."""
         policy = self.plan.policy(round_)
         return student_at(self.experiment, None if policy is None else self.artifact(policy))
 
@@ -186,7 +186,7 @@ def open_run(
     digests: Digests | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Gather facts (unless given) and plan; stored scores that hold enough serve in place of the requested ones.
+    """Gather facts (unless given) and plan; stored scores that hold enough may serve in place of the requested ones.
 
     Args:
         digests: hashes of files that were read before; runs over one store share them, so each file is hashed once.
@@ -199,7 +199,7 @@ def open_run(
 
 
 class StoreShelf(Shelf):
-    """What the run's stores hold. Work that was begun is finished as it was begun."""
+    """The shelf of the run's stores. An artifact that was begun is finished under the same identity."""
 
     def __init__(self, stores: StackedStores) -> None:
         self._stores = stores

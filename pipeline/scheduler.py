@@ -1,4 +1,4 @@
-"""Brings planned jobs to their end through a pool of workers: starts what is ready, retries what fails.
+"""The scheduler: does planned jobs with a pool of workers, starting ready parts and retrying failed ones.
 
 A job's part is ready when its inputs are committed. Jobs of several runs that make the same artifact are one job. All
 state is read from the store's commit markers and claims, so that other processes may work on the same jobs at the same
@@ -74,7 +74,7 @@ class Scheduler:
                 raise RunError(self._what_failed())
 
     def _start_ready(self) -> bool:
-        """Start what there is room for; True if anything runs or may come to run."""
+        """Start as many tasks as there is room for; True if anything runs or may still run."""
         alive = self._pause is not None
         for open_job in self._open.values():
             if open_job.poisoned and self._policy.poisoned == "set_aside":
@@ -87,7 +87,7 @@ class Scheduler:
         return alive
 
     def _fitting(self, open_job: OpenJob, batches: Sequence[Batch], room: int) -> list[Batch]:
-        """Up to ``room`` batches to start now; parts that were never tried are divided over the room."""
+        """Return up to ``room`` batches to start now; parts that were never tried are divided over the room."""
         now = time.monotonic()
         due = [batch for batch in batches if batch.not_before <= now] if room else []
         free = open_job.unclaimed([part for batch in due for part in batch.parts])
@@ -169,7 +169,7 @@ class Scheduler:
 
 @dataclass
 class OpenJob:
-    """A job that is not complete: which parts are in work, to be retried, or given up."""
+    """A job that is not complete: its parts in progress, to be retried, and given up."""
 
     run: Run
     job: Job
@@ -188,7 +188,7 @@ class OpenJob:
         return bool(self._running)
 
     def batches(self) -> list[Batch]:
-        """What may be tried now or later: parts that failed before, apart, then all others that are ready."""
+        """Return the batches that may be tried: each earlier failure apart, then all other ready parts."""
         in_work = {part for parts in self._running for part in parts}
         ready = self.run.ready_parts(self.job) - self.poisoned.keys() - in_work
         if not self.job.stage.divisible:
@@ -200,13 +200,13 @@ class OpenJob:
         return [*self.retries, *([Batch(tuple(fresh))] if fresh else [])]
 
     def begin(self, batch: Batch) -> None:
-        """Note that ``batch``, or what was free of it, was started."""
+        """Note that ``batch``, or its unclaimed parts, was started."""
         self._running[batch.parts] = (batch, self._mark(batch.parts))
         rest = set(range(self.output.parts)) - set(batch.parts)
         self.retries = [kept for old in self.retries if (kept := _only(old, rest)).parts]
 
     def end(self, parts: tuple[int, ...]) -> tuple[Batch, bool]:
-        """The batch of an ended task, and whether anything was committed meanwhile."""
+        """Return the batch of an ended task, and whether anything was committed meanwhile."""
         batch, mark = self._running.pop(parts)
         return batch, self._mark(parts) != mark
 
@@ -217,7 +217,7 @@ class OpenJob:
         return before.isdisjoint(parts) and not self._any_done()
 
     def give_up(self, message: str) -> None:
-        """Poison every part that is missing. None of them is set aside, for most were never tried."""
+        """Give up every missing part. None of them is set aside, since most were never tried."""
         self.poisoned |= dict.fromkeys(self.run.missing_parts(self.job), message)
         self.retries.clear()
         self.given_up = True
@@ -226,7 +226,7 @@ class OpenJob:
         return self.output.committed() & set(parts), self.run.scratch_steps(self.job)
 
     def unclaimed(self, parts: Sequence[int]) -> set[int]:
-        """Those of ``parts`` that no other process works on. Says whom the job waits for if there are none."""
+        """Return those of ``parts`` that no other process works on; if there are none, report who does."""
         claimed = parts if self.job.stage.divisible else [0]
         held = {part for part in claimed if holder(self.output, part) is not None}
         if held and not self.running and held.issuperset(claimed):
@@ -250,7 +250,7 @@ class OpenJob:
         return True
 
     def reasons(self) -> dict[str, list[int]]:
-        """Why parts were given up -> those parts."""
+        """Map each reason for giving up to its parts."""
         found: dict[str, list[int]] = {}
         for part, message in sorted(self.poisoned.items()):
             found.setdefault(message, []).append(part)
@@ -270,14 +270,14 @@ def _only(batch: Batch, parts: set[int]) -> Batch:
 
 
 def retry_kind(outcome: Outcome) -> Literal["failed", "refused", "lost"]:
-    """The kind of failure that ``retries.judge`` is told; a task that says it is done and is not has failed."""
+    """Return the kind of failure for ``retries.judge``; a task that claims to be done and is not has failed."""
     if outcome.kind in ("refused", "lost"):
         return outcome.kind
     return "failed"
 
 
 def shares(parts: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """At most ``count`` runs of neighbouring parts, as equal as possible."""
+    """Divide parts into at most ``count`` runs of neighbours of about equal size."""
     count = min(count, len(parts))
     edges = [round(len(parts) * number / count) for number in range(count + 1)] if count > 0 else [0]
     return [tuple(parts[start:stop]) for start, stop in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""`eopd status`: what is being done now, how fast, and what went wrong.
+"""`eopd status`: the work in progress, its rates, and failures.
 
 Nothing is asked of the processes that do the work: parts under way are those whose claims are held, rates are those of
 the latest commits, steps of training are in the run's metrics, and failures are lines of its jobs.jsonl.
@@ -27,7 +27,7 @@ SHOWN_ERRORS = 3
 
 @dataclass(frozen=True)
 class Activity:
-    """A job that is under way."""
+    """A job in progress."""
 
     row: Row
     workers: dict[str, list[int]]  # who holds which parts
@@ -37,7 +37,7 @@ class Activity:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until it is done, at the latest rate."""
+        """Seconds until the job is done, at the latest rate."""
         if self.step is not None and self.steps:
             rate = self.step["tokens"] / max(self.step["tokens_per_s"], 1e-9)
             return max(self.steps - int(self.step["step"]) - 1, 0) * rate
@@ -46,7 +46,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that failed and was not done since."""
+    """A task that failed and whose parts were not done since."""
 
     job: str
     message: str
@@ -101,7 +101,7 @@ def _last_step(row: Row) -> dict[str, Any] | None:
 
 
 def _is_step(line: dict[str, Any]) -> bool:
-    """False for a line of metrics without the numbers that are shown; the loss alone may be infinite or NaN."""
+    """True for a line of metrics with the numbers that are shown; the loss alone may be infinite or NaN."""
     shown = [line.get(name) for name in ("step", "tokens", "tokens_per_s")]
     return isinstance(line.get("loss"), (int, float)) and all(
         isinstance(value, (int, float)) and math.isfinite(value) for value in shown
@@ -109,7 +109,7 @@ def _is_step(line: dict[str, Any]) -> bool:
 
 
 def _failures(run: Run) -> Iterator[Failure]:
-    """The last failure of every job of a run after which nothing of the job was done."""
+    """Return the last failure of each job of a run, unless the job made progress afterwards."""
     last: dict[str, Failure | None] = {}  # by the job's name
     for line in read_lines(run.paths.jobs):
         job, when = f"{line.get('stage')} {line.get('round')}", line.get("time")

@@ -1,4 +1,4 @@
-"""Whether a store can be written and keeps what commits rest on: tried out, in a folder that goes again."""
+"""Checks that a store is writable and that its file system supports commits, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_SPACE = 100 << 20
 
 
 def check_store(store: Path) -> Iterator[Finding]:
-    """Space, permissions, exclusive creation and locks at ``store``; where it does not exist yet, above it."""
+    """Check space, permissions, exclusive creation and locks at ``store``, or at its nearest existing parent."""
     reason = why_no_folder(store)
     if reason is not None:
         yield Finding("store", "broken", f"{store} cannot be a folder: {reason}", "set store: to another folder")
@@ -47,7 +47,7 @@ def check_store(store: Path) -> Iterator[Finding]:
 
 
 def check_folders(settings: RunSettings) -> None:
-    """Raises ConfigError where `store` or `runs` is no folder and cannot become one.
+    """Raise ConfigError if `store` or `runs` is not a folder and cannot become one.
 
     One that is there may be read-only: a plan only looks at it.
     """
@@ -59,14 +59,14 @@ def check_folders(settings: RunSettings) -> None:
 
 
 def check_runs_folder(runs: Path) -> list[Finding]:
-    """A finding if `runs` is no folder and cannot become one."""
+    """Return a finding if `runs` is not a folder and cannot become one."""
     reason = why_no_folder(runs)
     text = f"{runs} cannot be a folder: {reason}"
     return [] if reason is None else [Finding("runs", "broken", text, "set runs: to another folder")]
 
 
 def why_no_folder(path: Path) -> str | None:
-    """Why ``path`` is no folder and none can be made there; None if it is one, or nothing is known against it.
+    """Return why ``path`` cannot be a folder; None if it is one or no obstacle is known.
 
     Nothing is left behind, and only file systems that keep no files, such as /proc, are written to.
     """
@@ -87,7 +87,7 @@ def why_no_folder(path: Path) -> str | None:
 
 
 def _why_nothing_is_made(folder: Path) -> str | None:
-    """For a file system without a size: /proc and its like grant what they then refuse, a tmpfs without limit works."""
+    """Explain why a file system without a size takes no files: /proc refuses them; a tmpfs without limit works."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return None
@@ -105,7 +105,7 @@ def _space(place: Path) -> Finding:
 
 
 def _commits(trial: Path, store: Path) -> Finding:
-    """A commit is the exclusive creation of a marker by link(2)."""
+    """Check exclusive creation by link(2), on which commits rest."""
     marker = trial / "part-00000.json"
     try:
         first, second = create_exclusively(marker, "first"), create_exclusively(marker, "second")
@@ -122,7 +122,7 @@ def _commits(trial: Path, store: Path) -> Finding:
 
 
 def _locks(trial: Path) -> Finding:
-    """Claims are locks. Without them the work is right, but may be done twice."""
+    """Check locks, on which claims rest. Without them results are right, but work may be done twice."""
     handles = [os.open(trial / "part-00000.claim", os.O_RDWR | os.O_CREAT) for _ in range(2)]
     try:
         fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)

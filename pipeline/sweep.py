@@ -1,4 +1,4 @@
-"""Sweeps: several runs as changes to one config, over one store, so that what they have in common is done once.
+"""Sweeps: several runs as changes to one config over one store, so that common jobs are done once.
 
     # sweep.yaml                              eopd run study.yaml --sweep sweep.yaml
     sweep:
@@ -22,7 +22,7 @@ SHARED = ("store", "read_only_stores", "runs", "launcher")
 
 
 def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[RunSettings]:
-    """Settings of every run of the sweep. ``overrides`` change the config before the entries do.
+    """Load the settings of every run of the sweep. ``overrides`` change the config before the entries do.
 
     Raises:
         ConfigError: the file is no list of named changes, two have one name, or one moves away from the common store.
@@ -52,7 +52,7 @@ def _change(entry: Any, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class NamedProgress:
-    """Says of everything which run of the sweep it is about."""
+    """Progress that prefixes every line with the name of its run."""
 
     name: str
     inner: Progress

@@ -1,4 +1,4 @@
-"""A forecast and a status as tables on the terminal."""
+"""Forecast and status as terminal tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NARROWEST = 120  # columns of a table that is written to a pipe
 
 
 def make_console(width: int | None = None) -> Console:
-    """A console on stdout; in a pipe it is wide enough for the tables."""
+    """Make a console on stdout; in a pipe it is wide enough for the tables."""
     console = PlainConsole(highlight=False, width=width)
     if width is None and not console.is_terminal:
         console = PlainConsole(highlight=False, width=NARROWEST)
@@ -30,7 +30,7 @@ def make_console(width: int | None = None) -> Console:
 
 
 class PlainConsole(Console):
-    """A console on which no text can steer the terminal: names and messages may be anybody's."""
+    """A console that escapes control characters, since names and messages may come from anybody."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -41,7 +41,7 @@ class PlainConsole(Console):
 
 
 def plan_table(forecast: Forecast, *, every_job: bool = False) -> RenderableType:
-    """One line a job, consecutive rounds in the same state folded into one line a stage; below, what it rests on."""
+    """Show one line per job, consecutive rounds in the same state folded into one; below, the basis of the figures."""
     several = len(forecast.runs) > 1
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     for name in ("run",) if several else ():
@@ -59,7 +59,7 @@ def plan_table(forecast: Forecast, *, every_job: bool = False) -> RenderableType
 
 
 def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
-    """Rows to show in one line: those of a stage in consecutive rounds that look alike."""
+    """Group rows of a stage in consecutive rounds that look alike, to be shown in one line."""
     for _, of_runs in groupby(rows, key=lambda row: row.runs):
         by_round: dict[int, list[Row]] = {}
         for row in of_runs:
@@ -74,7 +74,7 @@ def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
 
 
 def _alike(rounds: Iterable[list[Row]]) -> list[list[list[Row]]]:
-    """Consecutive rounds, cut where a stage looks different from before; not every round is evaluated."""
+    """Group consecutive rounds, starting a new group where a stage looks different; not every round is evaluated."""
     groups: list[list[list[Row]]] = []
     looks: dict[str, object] = {}
     for rows in rounds:
@@ -130,7 +130,7 @@ def _figures(rows: Sequence[Row]) -> list[str]:
 
 
 def _bytes(rows: Sequence[Row]) -> str:
-    """A bound if there is one for each, else an estimate."""
+    """Format a bound if every job has one, else an estimate."""
     bounds = [row.size.most_bytes for row in rows]
     if None not in bounds:
         return "≤ " + size(sum(bound or 0 for bound in bounds))

@@ -1,4 +1,4 @@
-"""Job, task, outcome: the words in which work is handed out.
+"""Tasks and pools: how work is handed out.
 
 A **job** (``stages.stage.Job``) makes one artifact. A **task** is some parts of a job, given to one worker. An
 **outcome** says how a task ended. Tasks travel as JSON: any process that sees the store and the run's folder can do
@@ -37,7 +37,7 @@ class Task:
 
     @property
     def processes(self) -> int:
-        """Processes that do it together (torchrun)."""
+        """Number of processes that do the task together (torchrun)."""
         return self.job.stage.processes(self.run.settings)
 
     def to_json(self, *, events: Path | None = None, log: Path | None = None) -> str:
@@ -63,16 +63,16 @@ class Pool(Protocol):
     """Workers that take one task each. Only the scheduler talks to it, from one thread."""
 
     def room(self, stage: Stage) -> int:
-        """How many more tasks of this stage may start now."""
+        """Return how many more tasks of this stage may start now."""
 
     def start(self, task: Task) -> None:
-        """Give ``task`` to a worker; there is room for it. Raises StoreFull if its log cannot be written."""
+        """Give ``task`` to a worker, for which there is room. Raises StoreFull if its log cannot be written."""
 
     def wait(self, seconds: float) -> list[tuple[Task, Outcome]]:
-        """Tasks that ended, each once, after at most about ``seconds``."""
+        """Return tasks that ended, each once, after at most about ``seconds``."""
 
     def close(self) -> None:
-        """Let running tasks commit the part in hand, then stop them; a signal meanwhile stops them at once."""
+        """Let running tasks commit their current part, then stop them; a second signal stops them at once."""
 
 
 def few_parts(parts: Sequence[int]) -> str:

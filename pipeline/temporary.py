@@ -1,4 +1,4 @@
-"""One folder for all temporary files of a run, which the next run removes where this one was killed.
+"""One folder for all temporary files of a run; if the run is killed, the next run removes it.
 
 Libraries leave files where a process is killed (vLLM's `vllm_dist_*`, sockets, folders of multiprocessing). TMPDIR
 leads them, and those of child processes, into one folder ``eopd-*``. Everyone who works in it holds a kernel lock on a
@@ -25,7 +25,7 @@ TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Lead temporary files into a folder that is removed at the end, and remove those of runs that were killed.
+    """Direct temporary files to a folder that is removed at the end, and remove folders of killed runs.
 
     A process that another one of ours started works in that one's folder.
     """
@@ -57,7 +57,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def sweep(base: Path) -> None:
-    """Remove our folders below ``base`` that no process works in. Those of other users are left alone."""
+    """Remove our folders below ``base`` that no process uses. Those of other users are left alone."""
     for folder in base.glob(f"{PREFIX}*"):
         with suppress(OSError):
             found = folder.lstat()
@@ -66,7 +66,7 @@ def sweep(base: Path) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Create the lock file of a new folder, held from the moment on that it can be seen."""
+    """Create the lock file of a new folder, locked before it becomes visible."""
     hidden = folder / f".{LOCK}"
     handle = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with suppress(OSError):  # a file system without locks: the folder is removed at the end, and never swept
@@ -76,7 +76,7 @@ def _lock(folder: Path) -> int:
 
 
 def _join(folder: Path) -> int | None:
-    """Hold the lock of a folder that another process made; None where it was removed meanwhile, or is not ours."""
+    """Lock a folder that another process made; None if it was removed meanwhile or is not ours."""
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:

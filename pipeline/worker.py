@@ -1,4 +1,4 @@
-"""A worker: the one way in which work is done, in this process or in one that was started for it.
+"""Workers: the single entry point for tasks, in this process or in a new one.
 
     python -m eopd.pipeline.worker TASK             do a task (JSON), then exit with a code that says how it ended
     python -m eopd.pipeline.worker FILE NUMBER      do the task of that number in a JSON file {number: task}
@@ -64,7 +64,7 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
 
 
 def do_together(task: Task) -> Outcome:
-    """Do a task in several processes, as the local launcher does: they stop when this process is asked to, or ends."""
+    """Do a task in several processes, as the local launcher does; they stop when this process stops or ends."""
     from eopd.pipeline.launchers.local import LocalPool
     from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.progress import SingleDisplay
@@ -88,7 +88,7 @@ def do_together(task: Task) -> Outcome:
 
 
 def execute(run: Run, job: Job, parts: Sequence[int] | None = None, engines: Engines | None = None) -> bool:
-    """Do what is missing of a job, or of ``parts`` of it. False if there was nothing to do.
+    """Do the missing parts of a job, or of ``parts``. False if nothing was missing.
 
     Raises:
         RunError: an input is not complete yet; names the command that makes it.
@@ -132,7 +132,7 @@ def execute(run: Run, job: Job, parts: Sequence[int] | None = None, engines: Eng
 
 
 def log_task(run: Run, job: Job, **facts: Any) -> None:
-    """Append a line to the run's jobs.jsonl: what a task cost, or how it failed. One process of a group does."""
+    """Append a task's cost or failure to the run's jobs.jsonl. One process of a group does it."""
     from eopd.storage.files import naming_full_disks
     from eopd.storage.jsonl import append_line
 
@@ -156,7 +156,7 @@ CHECKED_WITH = ("eopd", "jinja2", "json", "pydantic", "pydantic_core", "pyarrow"
 
 
 def is_refusal(error: Exception) -> bool:
-    """True if a check of ours refused what it was given: the same task would end the same way again.
+    """True if one of our own checks refused the input: the same task would end the same way again.
 
     That is a ValueError raised in this package, and not in place of an error of the machine, a model or an engine. What
     a run lacks at the moment (``RunError``) may be there the next time.
@@ -175,7 +175,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The package whose code raised an error."""
+    """Return the package whose code raised an error."""
     trace, module = error.__traceback__, ""
     while trace is not None:
         module, trace = str(trace.tb_frame.f_globals.get("__name__", "")), trace.tb_next
@@ -193,7 +193,7 @@ def outcome_of(error: Exception) -> Outcome:
 
 
 def is_for_people(error: Exception) -> bool:
-    """True if the message says what to do, so that a traceback would only hide it."""
+    """True if the message names the remedy, so that a traceback would only hide it."""
     from eopd.stages.train.errors import TrainingStopped
     from eopd.storage.errors import StoreError
 
@@ -202,7 +202,7 @@ def is_for_people(error: Exception) -> bool:
 
 
 def print_error(error: Exception) -> None:
-    """Print one line if the message says what to do, else (or with EOPD_DEBUG=1) the traceback."""
+    """Print one line if the message names the remedy, else (or with EOPD_DEBUG=1) the traceback."""
     from eopd.stages.format import escaped
 
     if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
@@ -215,13 +215,13 @@ def print_error(error: Exception) -> None:
 
 
 def be_quiet() -> None:
-    """Silence libraries before they are imported; what a person has set stays."""
+    """Silence libraries before they are imported; environment variables that are set are kept."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
 
 def do_text(text: str, engines: Engines | None = None) -> Outcome:
-    """Do a task that came as JSON."""
+    """Do a task given as JSON."""
     from eopd.pipeline.config import load_config
     from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.progress import EventProgress
@@ -250,7 +250,7 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
 
 
 def serve(descriptor: int) -> None:
-    """Do tasks as they come on stdin, and answer each with `+` (done) or `-`."""
+    """Do tasks read from stdin, answering each with `+` (done) or `-`."""
     from eopd.stages.engines.kept import Engines
 
     engines = Engines(keep=True)

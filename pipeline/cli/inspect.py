@@ -28,7 +28,7 @@ def plan(
     all_: Annotated[bool, typer.Option("--all", help="Every job of every round; no folding.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show every job: what is there, what is missing, what it will take. Changes nothing."""
+    """Show every job: its state, what is missing, and what the rest will take. Changes nothing."""
     from eopd.pipeline.forecast import forecast
     from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
 
@@ -51,7 +51,7 @@ def status(
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
 ) -> None:
-    """Show a run's progress: parts, rates, who works on what, what went wrong. Ctrl-C leaves it; the run goes on."""
+    """Show a run's progress: parts, rates, workers and failures. Ctrl-C closes the view; the run continues."""
     from eopd.pipeline.status import take_status
     from eopd.pipeline.tables import make_console, status_view
 
@@ -81,7 +81,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of each log.")] = 20,
 ) -> None:
-    """Show the end of a run's logs, the latest last; -f follows them, new ones too."""
+    """Show the end of a run's logs, the latest last; -f follows them and any new ones."""
     from eopd.pipeline.logs import find_logs, tail
     from eopd.pipeline.logs import follow as follow_logs
 
@@ -138,7 +138,7 @@ def doctor(
     engines: Annotated[bool, typer.Option("--engines/--no-engines", help="Import vLLM too, which takes long.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Check this machine, the packages, the store and what CONFIG names; exit code 1 when a run could not work."""
+    """Check this machine, the packages, the store and the inputs of CONFIG; exit code 1 if a run could not work."""
     from eopd.pipeline.doctor import examine, not_looked_at, worst
     from eopd.storage.places import open_place
 
@@ -166,7 +166,7 @@ def doctor(
 
 
 def _print(finding: Finding) -> None:
-    """One finding, at once, also into a pipe."""
+    """Print one finding and flush it, so that it appears at once in a pipe too."""
     state = f"{finding.state:<9}"
     if sys.stdout.isatty():
         state = f"\x1b[{FINDING_STYLES[finding.state]}m{state}\x1b[0m"

@@ -53,7 +53,7 @@ class Commands(TyperGroup):
 
 
 def stage_command(name: str, stages: Sequence[Stage]) -> Any:
-    """A command that runs some stages. Its help is the docstring of the stage of its name, or else of the first."""
+    """Build a command that runs stages. Its help is the docstring of the stage of its name, or of the first one."""
     first = next((stage for stage in stages if stage.name == name), stages[0])
 
     def work(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
@@ -124,7 +124,7 @@ def rollout(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = 
 
 @app.command()
 def score(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Let the teacher read them: entropy, top log-probs and tail of every token, to Zarr."""
+    """Compute the teacher's entropy, top log-probs and tail for every sampled token."""
     _stage("score", config, round_, parts, set_)
 
 
@@ -172,7 +172,7 @@ def run(
         bool, typer.Option("--dry-run", help="With launcher.kind=slurm: print the scripts, submit nothing.")
     ] = False,
 ) -> None:
-    """Do every stage of every round in order, skipping what is complete; then write the report."""
+    """Do every stage of every round in order, skipping complete parts; then write the report."""
     from eopd.pipeline.export import where_students_are
     from eopd.pipeline.launchers.launch import launch, show_submission
     from eopd.pipeline.progress import make_display
@@ -215,7 +215,7 @@ def _open(config: str, overrides: list[str] | None, display: Display | None = No
 
 
 def _stage(command: str, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
-    """Do the jobs of one command and round, as far as their inputs are there."""
+    """Do the jobs of one command and round for which inputs are available."""
     from eopd.pipeline.outcome import EXIT_CODES
     from eopd.pipeline.tasks import Task
     from eopd.pipeline.worker import do
@@ -247,14 +247,14 @@ def _stage(command: str, config: str, round_: int, parts: str | None, overrides:
 
 
 def _wanted_parts(run: Run, job: Job, first: Job, chosen: list[int] | None) -> set[int]:
-    """Missing parts of a command's job; only the chosen ones of jobs that are divided as the first one is."""
+    """Return the missing parts of a command's job; chosen parts apply to jobs that are divided as the first one is."""
     missing = run.missing_parts(job)
     divided = chosen is not None and job.output.parts == first.output.parts and job.stage.divisible
     return missing & set(chosen) if divided and chosen is not None else missing
 
 
 def parse_parts(text: str | None, parts: int) -> list[int] | None:
-    """Part numbers of share "i/n" or of a list "3,7,11"; None for all of them."""
+    """Parse a share "i/n" or a list "3,7,11" into part numbers; None selects all parts."""
     from eopd.pipeline.config import ConfigError
 
     if text is None:
@@ -274,14 +274,14 @@ def parse_parts(text: str | None, parts: int) -> list[int] | None:
 def _check(
     runs: Sequence[Run], jobs: Sequence[Job] | None = None, *, works_here: bool, every_row: bool = False
 ) -> None:
-    """Refuse, before any work, what cannot end well. Raises ConfigError."""
+    """Refuse a run that cannot succeed before any work. Raises ConfigError."""
     from eopd.pipeline.checks import check_runs
 
     check_runs(runs, jobs, works_here=works_here, every_row=every_row)
 
 
 def _begin(run: Run) -> None:
-    """Write the resolved settings to the run's folder, and what the run refers to to the store."""
+    """Write the resolved settings to the run's folder and the run's note to the store."""
     import yaml
 
     from eopd.pipeline.retention import note
@@ -295,7 +295,7 @@ def _begin(run: Run) -> None:
 
 
 def main() -> None:
-    """Entry point: an error that says what to do is one line, not a traceback (EOPD_DEBUG=1 shows it)."""
+    """Entry point: a known error prints one line with its remedy, not a traceback (EOPD_DEBUG=1 shows it)."""
     from eopd.pipeline.outcome import EXIT_CODES
     from eopd.pipeline.worker import announce_stop, be_quiet, is_for_people, print_error
     from eopd.storage.files import is_full

@@ -32,7 +32,7 @@ Sweep = Annotated[
 def open_runs(
     config: str, overrides: list[str] | None, sweep: str | None, progress: Callable[[], Progress] | None = None
 ) -> list[Run]:
-    """One run for each entry of the sweep, or the run of CONFIG alone. Silent unless ``progress`` is given."""
+    """Open one run for each entry of the sweep, or the run of CONFIG alone. Silent unless ``progress`` is given."""
     from eopd.pipeline.config import load_config
     from eopd.pipeline.run import open_run
     from eopd.pipeline.store_check import check_folders
@@ -51,7 +51,7 @@ def open_runs(
 
 
 def config_of(run: str, runs: Path) -> str:
-    """The resolved config of the run of that name; any other ``run`` is a config.
+    """Return the resolved config of the run with that name; any other ``run`` is taken as a config.
 
     Raises:
         ConfigError: it is neither; says where a run of that name would be.
@@ -79,7 +79,7 @@ def _short(name: str) -> str:
 
 
 def _near(run: str, runs: Path) -> str:
-    """A hint at the run in ``runs`` whose name is most like ``run``; empty without one."""
+    """Return a hint that names the run in ``runs`` with the most similar name; empty if there is none."""
     try:
         names = [folder.name for folder in runs.iterdir() if (folder / "config.yaml").is_file()]
     except OSError:
@@ -89,7 +89,7 @@ def _near(run: str, runs: Path) -> str:
 
 
 def paths_of(run: str, runs: Path) -> RunPaths:
-    """The folder of a run, by its name or by its config."""
+    """Return the folder of a run, given its name or its config."""
     from eopd.pipeline.config import load_config
     from eopd.storage.paths import RunPaths
 

@@ -1,4 +1,4 @@
-"""`eopd store`: looking after a store. Every verb is a function of ``eopd.storage``; this is their command line."""
+"""`eopd store`: inspection and maintenance of a store. Each verb calls a function of ``eopd.storage``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/ke
 
 
 def _say(text: str) -> None:
-    """Print lines that cannot steer the terminal, whatever names somebody else gave to files."""
+    """Print lines with control characters escaped, so that file names cannot steer the terminal."""
     sys.stdout.write(escaped(text) + "\n")
 
 
@@ -39,7 +39,7 @@ def ls(
     store: Place = "store",
     name: Annotated[str, typer.Argument(metavar="[BEGINNING]", help="Only these, such as scores or rollouts/08.")] = "",
 ) -> None:
-    """Every artifact: parts, size, state."""
+    """List every artifact with its parts, size and state."""
     from eopd.storage import listing
 
     found = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
@@ -66,7 +66,7 @@ def _state(item: Listed) -> str:
 
 @app.command()
 def show(name: Name, store: Place = "store") -> None:
-    """Identity, inputs and parts of one artifact, as JSON."""
+    """Show identity, inputs and parts of one artifact as JSON."""
     from eopd.storage import listing
 
     _say(json.dumps(listing.show(listing.find(_opened(store), name)), indent=1))
@@ -80,7 +80,7 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image (.svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """What scores hold: bytes by field, entropy, mass kept by k, tokens gated by tau. Choose k and tau from this."""
+    """Summarise scores: bytes by field, entropy, mass kept by k, tokens gated by tau. Helps to choose k and tau."""
     from eopd.storage import statistics
     from eopd.storage.sources import filled_parts
 
@@ -92,7 +92,7 @@ def stats(
 
 
 def _scores(store: str, name: str) -> TeacherCache:
-    """The scores that ``name`` says: a key, or scores/key."""
+    """Find scores by ``name``: a key, or scores/key."""
     from eopd.storage import listing
     from eopd.storage.teacher_cache import TeacherCache
 
@@ -118,7 +118,7 @@ def verify(
         bool, typer.Option(help="Set damaged parts aside, so that the next run, or copy to a bucket, makes them again.")
     ] = False,
 ) -> None:
-    """Check every byte against what was committed; exit code 1 and the names of what is damaged."""
+    """Check every byte against its commit marker; exit code 1 and the names of damaged files."""
     from eopd.storage import listing, verification
 
     place = _existing(store)
@@ -140,7 +140,7 @@ def verify(
 
 
 def _existing(place: str) -> Path | Bucket:
-    """Raises ValueError where there is no store: it would pass for one without damage."""
+    """Return an existing store. Raises ValueError if there is none: a missing store would pass as undamaged."""
     from eopd.storage.listing import is_store
 
     if not is_store(found := _opened(place)):
@@ -157,7 +157,7 @@ def gc(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
 ) -> None:
-    """Remove left-overs of killed jobs and, with --runs, artifacts that none of its runs refers to. Dry run first."""
+    """Remove leftovers of killed jobs and, with --runs, artifacts to which no run refers. Dry run by default."""
     from eopd.storage import garbage, listing
 
     folder = _folder(store)
@@ -179,7 +179,7 @@ def gc(
 
 
 def _folder(place: str) -> Path:
-    """Raises ValueError: it is a bucket, or there is none."""
+    """Return the folder of a store. Raises ValueError if the store is a bucket or does not exist."""
     found = _opened(place)
     if not isinstance(found, Path):
         raise ValueError(
@@ -213,7 +213,7 @@ def copy(
         bool, typer.Option("--inputs", help="Also all that it was made from: a run can then go on from the copy.")
     ] = False,
 ) -> None:
-    """Copy an artifact to another store; run again to continue. Reads and writes folders and buckets."""
+    """Copy an artifact to another store, a folder or a bucket; run the command again to continue."""
     from eopd.storage import garbage, listing
     from eopd.storage.transfer import copy as copy_artifact
 

@@ -1,4 +1,4 @@
-"""From ``launcher.kind`` to running work, and the launcher that does everything in this process."""
+"""Dispatch by ``launcher.kind``, and the pool that does every task in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def launch(work: Work, settings: RunSettings, display: Display) -> bool:
-    """Do all jobs of ``work`` as ``settings.launcher`` says. False if they were only handed to a batch system.
+    """Do all jobs of ``work`` as ``settings.launcher`` says. Returns False if a batch system took them over.
 
     Raises:
         RunError: some could not be done; the message says which and why.
@@ -39,7 +39,7 @@ def launch(work: Work, settings: RunSettings, display: Display) -> bool:
 
 
 def show_submission(work: Work, settings: RunSettings) -> str:
-    """What would be handed to a batch system, as text.
+    """Return the text that would be submitted to a batch system.
 
     Raises:
         ConfigError: the launcher is no batch system.
@@ -54,7 +54,7 @@ def show_submission(work: Work, settings: RunSettings) -> str:
 
 
 class InlinePool:
-    """A pool of one, in this process: a task that was started runs while its end is waited for."""
+    """A pool of one task in this process; the task runs inside ``wait``."""
 
     def __init__(self, settings: RunSettings, display: Display) -> None:
         self._task: Task | None = None

@@ -1,4 +1,4 @@
-"""Tasks on this machine: worker processes, one a GPU, or a few on the CPU.
+"""Worker processes of this machine: one per GPU, or a few on the CPU.
 
 A worker does one task after another and keeps what they share (``pipeline.worker``); training in several processes, and
 every task with ``launcher.warm: false``, gets processes of its own, which give their memory back. Workers run in
@@ -46,7 +46,7 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Running:
-    """A task in a worker's hands."""
+    """A task that a worker is doing."""
 
     task: Task
     handle: Handle
@@ -121,7 +121,7 @@ class LocalPool:
             shutil.rmtree(self._events, ignore_errors=True)
 
     def _stop_at_once(self) -> None:
-        """A second signal ends a worker without its part; one that ignores it is killed."""
+        """Stop workers without waiting for their parts, after a second signal; kill a worker that ignores it."""
         for running in self._running:
             running.handle.send_signal(signal.SIGTERM)
         until = time.monotonic() + PATIENCE_SECONDS
@@ -190,7 +190,7 @@ class LocalPool:
 
 @dataclass
 class WarmWorker:
-    """A process that does one task after another. It is a task's handle while it does it."""
+    """A process that does one task after another. It is also the handle of its current task."""
 
     environment: Mapping[str, str]
     gpus: str
@@ -214,7 +214,7 @@ class WarmWorker:
 
     @property
     def is_alive(self) -> bool:
-        """True if it takes tasks: it exits after one that failed."""
+        """True if the process takes tasks: it exits after a failed one."""
         return self._code in (None, 0) and self.process.poll() is None
 
     @property
@@ -222,7 +222,7 @@ class WarmWorker:
         return not self._busy
 
     def last_used(self, engine: str) -> float:
-        """When it last used an engine, for comparison: 0 with its last task, less the longer ago."""
+        """Recency of an engine: 0 if the last task used it, lower the longer ago."""
         return -float(self._used[::-1].index(engine)) if engine in self._used else -float("inf")
 
     def give(self, text: str, engine: str) -> WarmWorker:
@@ -271,13 +271,13 @@ class WarmWorker:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def end_input(self) -> None:
-        """No more tasks: it exits after the one in hand."""
+        """Close the input, so that the process exits after its current task."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
 
     def close(self) -> None:
-        """Let it exit by itself, or kill it."""
+        """Let the process exit by itself, or kill it."""
         self.end_input()
         try:
             self.process.wait(CLOSING_SECONDS)
@@ -292,12 +292,12 @@ def _overlap(ours: str, theirs: str) -> bool:
 
 
 def threads_each(workers: int) -> int:
-    """This machine's cores, divided. Threads of several processes on one core would spin for each other."""
+    """Return the threads of each of several processes: sharing cores would make threads spin for each other."""
     return max(len(os.sched_getaffinity(0)) // workers, 1)
 
 
 def visible_gpus() -> list[str]:
-    """Names of this machine's GPUs, without importing torch: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
+    """List this machine's GPUs without importing torch: CUDA_VISIBLE_DEVICES, else what nvidia-smi lists."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster, under our scheduler: Ray places them; those of a lost node are done elsewhere.
+"""Tasks on a Ray cluster under our scheduler: Ray places them; tasks of a lost node run elsewhere.
 
 Training on several nodes is torchrun on each node of a placement group. Ray Train would bring a loop, reports and
 checkpoints of its own around ours, which already resume exactly; torchrun is what every other launcher uses, too.
@@ -42,7 +42,7 @@ Need = Mapping[str, float]  # Ray's names of resources -> how much
 
 @dataclass
 class Running:
-    """A task that Ray was given."""
+    """A task that Ray is running."""
 
     task: Task
     need: Need
@@ -57,7 +57,7 @@ class Running:
 
 
 class RayPool:
-    """One Ray task a task."""
+    """A pool in which each task is one Ray task, or one per node."""
 
     def __init__(self, settings: RunSettings, display: Display) -> None:
         self._ray = connect(settings.launcher.ray)
@@ -68,7 +68,7 @@ class RayPool:
     # -- the pool ------------------------------------------------------------------------------------------------
 
     def room(self, stage: Stage) -> int:
-        """As many tasks as the live nodes hold beside what runs; Ray queues what comes too early.
+        """Return how many more tasks the live nodes can hold; Ray queues tasks that come too early.
 
         Raises:
             ConfigError: no node is large enough.
@@ -141,7 +141,7 @@ class RayPool:
         return remote.remote(list(command), os.getcwd(), str(running.log), meeting)
 
     def _start_together(self, running: Running) -> None:
-        """Start torchrun on several nodes; they meet at the first one."""
+        """Start torchrun on several nodes; the processes meet at the first one."""
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -156,7 +156,7 @@ class RayPool:
             running.answers[self._submit(running, command, meeting, scheduling_strategy=on[rank])] = rank
 
     def _collect(self, running: Running) -> None:
-        """Take what Ray has answered. If one of several nodes fails, the others are stopped."""
+        """Collect results from Ray. If one of several nodes fails, stop the others."""
         if not running.answers:
             return
         done, _ = self._ray.wait(list(running.answers), num_returns=len(running.answers), timeout=0)
@@ -220,7 +220,7 @@ class RayPool:
 
 
 def _options(need: Need) -> dict[str, Any]:
-    """Arguments of a remote function's ``.options``."""
+    """Return the arguments of a remote function's ``.options``."""
     names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
     options: dict[str, Any] = {"num_cpus": 0}
     options |= {names[name]: amount for name, amount in need.items() if name in names}
@@ -264,7 +264,7 @@ def run_on_node(arguments: Sequence[str], folder: str, log: str, meeting: tuple[
 
 
 def meeting_place() -> tuple[str, int]:
-    """Address of this node and a port that is free on it now."""
+    """Return the address of this node and a port that is free on it now."""
     import ray
 
     host: str = ray.util.get_node_ip_address()
@@ -310,6 +310,6 @@ def connect(settings: RaySettings) -> Any:
 
 
 def first_sentence(error: Exception) -> str:
-    """The first sentence of one of Ray's errors, which go on with advice to developers."""
+    """Return the first sentence of an error of Ray, which continues with advice to developers."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line.partition(". ")[0] for line in lines if line), type(error).__name__)

@@ -1,4 +1,4 @@
-"""How jobs are started, and what is done when one fails. None of it enters an artifact's key."""
+"""Settings of launchers, resources and fault handling. None of them enters an artifact's key."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RayResources(Settings):
 
 
 class RaySettings(Settings):
-    """The cluster, and what tasks ask of it."""
+    """The Ray cluster, and the resources of its tasks."""
 
     address: str = setting(
         "auto",
@@ -92,7 +92,7 @@ class RaySettings(Settings):
         return command if isinstance(getattr(self, command, None), RayResources) else "resources"
 
     def of(self, command: str) -> RayResources:
-        """What a task of a command's stages asks for."""
+        """Resources of a task of one command's stages."""
         resources: RayResources = getattr(self, self.group(command))
         return resources
 
@@ -123,7 +123,7 @@ class SlurmResources(Settings):
     )
 
     def over(self, general: Self) -> Self:
-        """``general`` with what is set here in its place."""
+        """Return ``general`` with the fields that are set here replaced."""
         return general.model_copy(update=self.model_dump(exclude_none=True))
 
 
@@ -170,7 +170,7 @@ class SlurmSettings(Settings):
     )
 
     def of(self, command: str) -> SlurmResources:
-        """What a task of a command's stages asks for."""
+        """Resources of a task of one command's stages."""
         own = getattr(self, command, None)
         return own.over(self.resources) if isinstance(own, SlurmResources) else self.resources
 
@@ -198,7 +198,7 @@ class LauncherSettings(Settings):
 
     @model_validator(mode="after")
     def _slurm_takes(self) -> LauncherSettings:
-        """Slurm itself restarts lost tasks and holds up the queue: refuse settings that it would ignore."""
+        """Refuse settings that Slurm would ignore, since it restarts lost tasks and delays the queue itself."""
         ignored = ("losses", "backoff_seconds", "backoff_limit_seconds", "full_poll_seconds")
         for name in ignored if self.kind == "slurm" else ():
             if getattr(self.faults, name) != FaultSettings.model_fields[name].default:

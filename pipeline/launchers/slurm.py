@@ -1,4 +1,4 @@
-"""Brings a plan to its end through Slurm: all of it is submitted at once, as job arrays that wait for each other.
+"""The Slurm launcher: submits the whole plan at once, as job arrays that depend on each other.
 
 Nothing has to stay up for the work to go on: tasks put themselves back into the queue, and the store says what is done.
 Whoever follows only shows the progress, and resubmits what was lost when the queue has run dry.
@@ -76,7 +76,7 @@ class SlurmLauncher:
         return True
 
     def _submit(self, arrays: Sequence[Array]) -> dict[int, Array]:
-        """Submit in order. If Slurm takes no more (limits on queued jobs), the rest waits for the next time."""
+        """Submit in order. If Slurm refuses more (limits on queued jobs), the rest is submitted later."""
         submitted: dict[int, Array] = {}
         self._jobs = []
         ids: dict[Array, int] = {}
@@ -104,7 +104,7 @@ class SlurmLauncher:
         return submitted
 
     def _queued(self, work: Work) -> list[int]:
-        """Jobs of an earlier submission that have not ended."""
+        """Return the jobs of an earlier submission that have not ended."""
         jobs: set[int] = set()
         for folder in {run.paths.slurm for run, _ in work}:
             with suppress(FileNotFoundError):
@@ -138,7 +138,7 @@ class SlurmLauncher:
         )
 
     def _after(self, work: Work, failed: Sequence[Failure], *, gained: bool) -> SlurmSettings:
-        """The queue has run dry: name what failed, and say how what is missing is submitted again.
+        """Handle an empty queue: name the failures, and say how missing parts are submitted again.
 
         If nothing was gained it is submitted part by part, so that a part to blame ends up alone; if that gains nothing
         either, the part is set aside or the run stops, as the settings say.
@@ -164,13 +164,13 @@ class SlurmLauncher:
 
 
 def _reopened(work: Work) -> Work:
-    """The same work with runs that look at the store again: pruned parts may no longer have to be rebuilt."""
+    """Open the runs again on the current store: pruned parts may no longer have to be rebuilt."""
     runs = {id(run): replace(run) for run, _ in work}
     return [(runs[id(run)], job) for run, job in work]
 
 
 def _state(work: Work) -> tuple[int, list[int]]:
-    """What changes whenever something is gained: parts missing, and the steps that unfinished training has kept."""
+    """Return a value that changes with any progress: missing parts, and kept steps of unfinished training."""
     return missing_count(work), [run.scratch_steps(job) for run, job in work]
 
 
@@ -183,7 +183,7 @@ def _ids(jobs: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that began and left parts undone."""
+    """A task that started and left parts undone."""
 
     array: Array
     task: str  # in Slurm's notation: 12_3
@@ -200,13 +200,13 @@ class Failure:
 
     @property
     def blames_a_part(self) -> bool:
-        """True if it failed by itself (not killed, no full disk) and had one part only."""
+        """True if the task failed by itself (not killed, no full disk) and had one part only."""
         failed = self.code is not None and 0 < self.code < KILLED and self.code != EXIT_CODES["full"]
         return failed and len(self.requested) == 1 and self.array.job.stage.divisible
 
 
 def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
-    """Failed tasks of jobs that are no longer in the queue."""
+    """List the failed tasks of jobs that are no longer in the queue."""
     states = queue.look(submitted) or {}
     for job, array in submitted.items():
         missing = array.run.missing_parts(array.job)
@@ -223,7 +223,7 @@ def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
 
 
 def set_aside(failed: Sequence[Failure]) -> list[str]:
-    """Give up the parts to blame, if all others of their job are done; says which."""
+    """Set the parts at fault aside if all others of their job are done; returns lines that name them."""
     lines = []
     for array in {failure.array for failure in failed}:
         poisoned = {one.undone[0]: str(one) for one in failed if one.array is array and one.blames_a_part}
@@ -233,7 +233,7 @@ def set_aside(failed: Sequence[Failure]) -> list[str]:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a task that reported no outcome."""
+    """Return the last log line of a task that reported no outcome."""
     lines = [line.strip() for line in tail(log, 200) if line.strip()]
     return lines[-1] if lines else "no output"
 
@@ -242,7 +242,7 @@ def _last_line(log: Path) -> str:
 
 
 class Watch:
-    """Turns what Slurm and the store say into a bar and lines."""
+    """Displays the state of Slurm and the store as a bar and lines."""
 
     def __init__(self, work: Work, progress: Progress) -> None:
         self._open = [(run, job) for run, job in work if not run.is_done(job)]
@@ -252,7 +252,7 @@ class Watch:
         progress.start("slurm", self._left, unit="parts")
 
     def look(self, states: Mapping[tuple[int, int], queue.TaskState] | None) -> bool:
-        """Show it; True if anything is still in the queue."""
+        """Update the display; returns True if anything is still in the queue."""
         for run, job in [pair for pair in self._open if pair[0].is_done(pair[1])]:
             self._progress.line(f"{job.name}: done -> {run.artifact(job.output).folder}")
             self._open.remove((run, job))

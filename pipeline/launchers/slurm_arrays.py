@@ -1,4 +1,4 @@
-"""From what is missing of a plan to Slurm job arrays: their tasks, what they wait for, and the text of their scripts.
+"""Slurm job arrays for the missing parts of a plan: tasks, dependencies and scripts.
 
 Pure but for listings of the store. An array task does a fixed chunk of its job's parts: chunk c holds parts c * n to
 (c + 1) * n - 1, of which those that are committed are left out. So equal indices of a round's rollout and score arrays
@@ -52,7 +52,7 @@ exit $code
 
 @dataclass(frozen=True, eq=False)
 class Array:
-    """Tasks of one job that are submitted at once."""
+    """Tasks of one job that are submitted together."""
 
     run: Run
     job: Job
@@ -64,7 +64,7 @@ class Array:
 
     @property
     def name(self) -> str:
-        """Unique in its run: rollout-0, score-1-2 (the third block), score-1.ready."""
+        """Name of the array, unique in its run: rollout-0, score-1-2 (the third block), score-1.ready."""
         return job_name(self.job.stage.name, self.job.round) + (f"-{self.block}" if self.block else "") + self.suffix
 
     @property
@@ -100,7 +100,7 @@ class Array:
 
 
 def arrays_of(work: Work, settings: SlurmSettings) -> list[Array]:
-    """Arrays of all that is missing, each after those it waits for."""
+    """Return the arrays of all missing parts, each after those it depends on."""
     arrays: dict[tuple[str, str], list[Array]] = {}  # by the job's key
     for run, job in work:
         if job.key not in arrays and not run.is_done(job):
@@ -113,7 +113,7 @@ def arrays_of(work: Work, settings: SlurmSettings) -> list[Array]:
 
 
 def _blocks(run: Run, job: Job, settings: SlurmSettings) -> Iterator[dict[int, tuple[int, ...]]]:
-    """Chunks of the missing parts, cut where an array would exceed the cluster's limit."""
+    """Divide the chunks of missing parts so that no array exceeds the cluster's limit."""
     parts = job.output.parts
     size = settings.parts_per_task if job.stage.divisible else parts
     missing = run.missing_parts(job)
@@ -132,7 +132,7 @@ def _block_arrays(
     chunks: Mapping[int, tuple[int, ...]],
     arrays: Mapping[tuple[str, str], Sequence[Array]],
 ) -> Iterator[Array]:
-    """The arrays of one block: tasks that wait for the same arrays stand in one."""
+    """Return the arrays of one block, one for each set of dependencies."""
     after: list[Array] = []
     partners: list[Array] = []  # arrays whose tasks make the inputs of tasks of the same index
     for input_ in job.inputs.values():
@@ -154,7 +154,7 @@ def missing_count(work: Work) -> int:
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
+    """Return the first and last of each run of consecutive numbers."""
     first = last = None
     for number in numbers:
         if first is None or last is None:
@@ -172,7 +172,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where scripts run: the folder they are submitted from, and the interpreter."""
+    """The submission folder and Python interpreter of the scripts."""
 
     folder: Path
     python: str
@@ -183,7 +183,7 @@ class Place:
 
 
 def render(array: Array, settings: SlurmSettings, attempts: int, place: Place) -> str:
-    """The script of ``array``; each of its tasks is tried ``attempts`` times."""
+    """Render the script of ``array``; each of its tasks is tried ``attempts`` times."""
     resources = settings.of(array.job.stage.command)
     options = "".join(f"#SBATCH {option}\n" for option in _options(array, settings, resources, place))
     setup = "".join(f"{line}\n" for line in settings.setup)
@@ -195,7 +195,7 @@ def render(array: Array, settings: SlurmSettings, attempts: int, place: Place) -
 
 
 def dependency(array: Array, ids: Mapping[Array, int | str]) -> str | None:
-    """sbatch's option for what ``array`` waits for, by the ids that the arrays before it were given."""
+    """Return sbatch's dependency option of ``array``, given the ids of the arrays before it."""
     conditions = [f"aftercorr:{ids[other]}" for other in array.after_tasks]
     if array.after:
         conditions.append("afterok:" + ":".join(str(ids[other]) for other in array.after))
@@ -203,7 +203,7 @@ def dependency(array: Array, ids: Mapping[Array, int | str]) -> str | None:
 
 
 def dry_run(work: Work, settings: SlurmSettings, attempts: int, place: Place) -> str:
-    """Every script and the commands that would submit them, as text."""
+    """Return every script and the commands that would submit them, as text."""
     arrays = arrays_of(work, settings)
     names: dict[Array, int | str] = {}
     commands = []

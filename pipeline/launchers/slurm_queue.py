@@ -1,4 +1,4 @@
-"""Slurm's commands: submit, look, cancel."""
+"""Slurm's commands: sbatch, squeue, sacct and scancel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TaskState:
 
 
 def submit(script: Path, dependency: str | None) -> int:
-    """Id of the new job array."""
+    """Submit a job array and return its id."""
     after = [f"--dependency={dependency}"] if dependency else []
     result = _call(["sbatch", "--parsable", *after, str(script)])
     if result.returncode:
@@ -41,7 +41,7 @@ def submit(script: Path, dependency: str | None) -> int:
 
 
 def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
-    """State of every array task of ``jobs`` that Slurm still remembers; None when Slurm does not answer.
+    """Return the state of every array task of ``jobs`` that Slurm remembers; None if Slurm does not answer.
 
     Ended ones are remembered for a few minutes (MinJobAge).
     """
@@ -58,14 +58,14 @@ def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
 
 
 def ended_as(job: int, index: int) -> str:
-    """How a task ended that the queue has forgotten, from the accounting where the cluster keeps one."""
+    """Return the final state of a task that left the queue, from the accounting if the cluster keeps one."""
     result = _call(["sacct", f"--jobs={job}_{index}", "--allocations", "--noheader", "--parsable2", "--format=State"])
     lines = result.stdout.split() if result.returncode == 0 else []
     return lines[0] if lines else "unknown"
 
 
 def exit_code(job: int, index: int) -> int | None:
-    """Of a task's script; None where Slurm does not know (any more)."""
+    """Return the exit code of a task's script; None if Slurm does not know it."""
     result = _call(["scontrol", "--oneliner", "show", "job", f"{job}_{index}"])
     found = re.search(r"\bExitCode=(\d+):(\d+)", result.stdout)
     return None if found is None or int(found.group(2)) else int(found.group(1))

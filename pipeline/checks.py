@@ -12,6 +12,7 @@ from eopd.pipeline.inputs import check_same_tokens, check_weights
 from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
 from eopd.pipeline.run import Run
 from eopd.stages.format import size
+from eopd.stages.rollout.stage import drawn_rows
 from eopd.stages.stage import Job
 from eopd.stages.table import TRAIN
 from eopd.stages.train.stage import student_bytes
@@ -51,6 +52,7 @@ def check_runs(
         if not all(run.is_done(job) for job in run.plan.jobs):
             check_weights(models, run.facts.digests or Digests(), in_process=works_here)
         check_same_tokens(run.facts)
+        check_shuffled(run)
         trainings = [job for job in run.plan.jobs if job.stage is TRAIN and not run.is_done(job)]
         if jobs is not None:
             trainings = [job for job in trainings if _takes_part(jobs, job)]
@@ -68,6 +70,30 @@ def _takes_part(jobs: Sequence[Job], train: Job) -> bool:
     """True if a training job is among ``jobs`` or reads what one of them makes."""
     read = {(input_.identity.kind, input_.identity.key) for input_ in train.inputs.values()}
     return any(job is train or job.key in read for job in jobs)
+
+
+def check_shuffled(run: Run) -> None:
+    """Refuse a control that has nothing to exchange: a part, or a benchmark, of one prompt.
+
+    Raises:
+        ConfigError: names the round or the benchmark.
+    """
+    settings = run.settings
+    if not settings.score.teacher_prompt.shuffled:
+        return
+    for round_ in range(settings.rounds):
+        if any(len(set(rows)) == 1 for rows in drawn_rows(run.experiment, round_)):
+            raise ConfigError(
+                f"score.teacher_prompt.shuffled exchanges answers among the prompts of a part, and round {round_} has "
+                "a part of one prompt: change rollout.rows_per_part or rollout.prompts_per_round"
+            )
+    if settings.evaluate is not None and settings.evaluate.alignment is not None:
+        for benchmark in run.facts.benchmarks:
+            if benchmark.count == 1:
+                raise ConfigError(
+                    f"score.teacher_prompt.shuffled exchanges answers among problems, and the benchmark "
+                    f"{benchmark.name} has one: leave out evaluate.alignment, or that benchmark"
+                )
 
 
 # -- needs of the objective ------------------------------------------------------------------------------------------

@@ -282,7 +282,8 @@ def measure(artifact: Artifact, parts: Iterable[int]) -> Measured:
             marker = artifact.marker(part)
         except StoreError:
             continue
-        total += Measured(1, _count(marker.info.get("responses")), _count(marker.info.get("tokens")), marker.bytes)
+        responses, tokens = _count(marker.info.get("responses")), _count(marker.info.get("tokens"))
+        total += Measured(1, responses, tokens, marker.bytes, _count(marker.info.get("tokens_read", tokens)))
     return total
 
 
@@ -335,7 +336,7 @@ def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
 
 def _tokens_a_part(artifact: Artifact) -> float:
     measured = measure(artifact, _spread(sorted(artifact.committed()), MARKERS_PER_JOB))
-    return measured.tokens / measured.parts if measured.parts else 0.0
+    return measured.tokens_read / measured.parts if measured.parts else 0.0
 
 
 # -- disk ------------------------------------------------------------------------------------------------------------

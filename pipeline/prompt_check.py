@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, student_conversation
-from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_conversation
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, opening_text, teacher_conversation
 
 if TYPE_CHECKING:
     from eopd.pipeline.run import Run
@@ -99,11 +99,22 @@ def render_sources(
             shapes: dict[object, Prompt] = {}
             for prompt in load_prompts(settings):
                 shapes.setdefault(prompt.conversation.shape(), prompt)
+                _check_values(prompt, source.teacher)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{source.name}: {error}") from error
         views: list[list[Rendered]] = [_views(source, prompt, student, teacher) for prompt in shapes.values()]
         rendered += views[0]
     return rendered
+
+
+def _check_values(prompt: Prompt, teacher: TeacherPromptSettings | None) -> None:
+    """Raises ValueError if a prompt lacks what the teacher is to see of it."""
+    for name in teacher.values_needed if teacher is not None else ():
+        if not (prompt.value(name) or "").strip():
+            raise ValueError(
+                f"prompt {prompt.id!r} has no {name}, which score.teacher_prompt shows to the teacher as "
+                f"{{{{{name}}}}}: add it, or leave the prompt out"
+            )
 
 
 def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> list[Rendered]:
@@ -116,13 +127,14 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
     reads = source.teacher
     if reads is None:
         return views
-    if reads.kind == "same":
-        return [*views, Rendered(source.name, teacher.role, text)]
     try:
-        told = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
-        if told is None:
-            raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
-        text = _text(teacher_conversation(told, reads), reads.template, reads.arguments, teacher)
+        values = {name: prompt.value(name) for name in reads.values_needed}
+        if reads.kind != "same":
+            told = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
+            if told is None:
+                raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
+            text = _text(teacher_conversation(told, reads, values), reads.template, reads.arguments, teacher)
+        text += opening_text(reads, values)
     except ValueError as error:
         raise ConfigError(
             f"{source.name}: prompt {prompt.id!r} as the teacher reads it (score.teacher_prompt): {error}"

@@ -18,7 +18,7 @@ from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.model_config import resolve_dtype
-from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.models.prompts import Columns, PromptSettings
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting
@@ -87,6 +87,29 @@ class ExperimentSettings(Settings):
             raise ValueError(
                 "score.teacher_prompt.kind is column, and no column of that kind is named in "
                 f"{', '.join(f'{where}.columns.teacher_prompt' for where in missing)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _placeholders_find_their_columns(self) -> ExperimentSettings:
+        reads = self.score.teacher_prompt
+        sources: dict[str, Columns] = {"prompts": self.prompts.columns}
+        if self.evaluate is not None and self.evaluate.alignment is not None:
+            for number, benchmark in enumerate(self.evaluate.benchmarks):
+                sources[f"evaluate.benchmarks.{number}"] = benchmark.columns
+        for name in reads.values_needed:
+            missing = [
+                f"{where}.columns.{name}" for where, columns in sources.items() if getattr(columns, name) is None
+            ]
+            if missing:
+                raise ValueError(
+                    f"score.teacher_prompt shows {{{{{name}}}}} to the teacher, and no column is named in "
+                    f"{', '.join(missing)}"
+                )
+        if reads.shuffled and self.rollout.rows_per_part == 1:
+            raise ValueError(
+                "score.teacher_prompt.shuffled exchanges answers among the prompts of a part, and "
+                "rollout.rows_per_part is 1: raise it"
             )
         return self
 

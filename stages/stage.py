@@ -111,6 +111,7 @@ class Measured:
     responses: int = 0
     tokens: int = 0
     bytes: int = 0
+    tokens_read: int = 0  # more than tokens where a model reads a response more than once
 
     def __add__(self, other: Measured) -> Measured:
         return Measured(
@@ -118,6 +119,7 @@ class Measured:
             self.responses + other.responses,
             self.tokens + other.tokens,
             self.bytes + other.bytes,
+            self.tokens_read + other.tokens_read,
         )
 
 

@@ -30,6 +30,7 @@ class AlignmentJob:
     teacher: ModelRef
     teacher_prompt: TeacherPromptSettings
     stop_ids: tuple[int, ...]
+    seed: int = 0  # of score.teacher_prompt.shuffled
     engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is read on
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from eopd.stages.align.job import AlignmentJob
 from eopd.stages.models.packing import Sequence
+from eopd.stages.models.placeholders import donors
 from eopd.stages.models.prompts import Prompt, PromptTable, load_prompts, render_prompt
-from eopd.stages.models.teacher_prompts import TeacherPromptSettings, render_teacher_prompt
+from eopd.stages.models.teacher_prompts import Context, teacher_context
 from eopd.storage import evaluations
 from eopd.storage.artifacts import Artifact
 
@@ -50,7 +51,7 @@ class ResponseReader:
         """``limits``: most tokens that student and teacher can read."""
         self._job, self._student, self._teacher, self._limits = job, student, teacher, limits
         self._tables: dict[str, PromptTable] = {}
-        self._contexts: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self._contexts: dict[tuple[str, str], tuple[Context, Context]] = {}
 
     def read(self, evaluation: Artifact, part: int) -> Responses:
         """The first samples of the first problems of a part, as the settings say.
@@ -68,19 +69,19 @@ class ResponseReader:
                 continue
             own, theirs = self._contexts_of(row["benchmark"], row["problem_id"], row["problem_index"])
             response = row["response_token_ids"]
-            room = min(self._room(own, 0), self._room(theirs, 1), len(response))
+            stops = self._job.stop_ids
+            room = min(
+                context.length_that_fits(response, stops, limit)
+                for context, limit in zip((own, theirs), self._limits, strict=True)
+            )
             cut += room < len(response)
+            response = response[:room]
             found.names.append((row["benchmark"], row["problem_id"], row["sample"]))
-            found.student.append(Sequence(own, response[:room]))
-            found.teacher.append(Sequence(theirs, response[:room]))
+            found.student.append(Sequence(own.ids(response, stops), response))
+            found.teacher.append(Sequence(theirs.ids(response, stops), response))
         return Responses(found.names, found.student, found.teacher, cut)
 
-    def _room(self, context: list[int], which: int) -> int:
-        """Response tokens that fit behind ``context``; the last one is predicted, never read."""
-        limit = self._limits[which]
-        return 2**31 if limit is None else max(0, limit + 1 - len(context))
-
-    def _contexts_of(self, benchmark: str, problem: str, index: int) -> tuple[list[int], list[int]]:
+    def _contexts_of(self, benchmark: str, problem: str, index: int) -> tuple[Context, Context]:
         key = (benchmark, problem)
         if key not in self._contexts:
             settings = next(one for one in self._job.settings.benchmarks if one.name == benchmark)
@@ -92,22 +93,26 @@ class ResponseReader:
             if prompt.id != problem:
                 raise ValueError(f"{where} is now {prompt.id!r}: the benchmark changed since it was evaluated")
             own = render_prompt(self._student, prompt, source)
-            theirs = _as_the_teacher_reads(prompt, own, self._job.teacher_prompt, self._teacher, where)
-            if not own or not theirs:
+            theirs = self._as_the_teacher_reads(prompt, own, self._shown(benchmark, index), where)
+            if not own or not theirs.ids((), ()):
                 raise ValueError(f"{where} has no prompt tokens, so nothing predicts the first response token")
-            self._contexts[key] = own, theirs
+            self._contexts[key] = Context((tuple(own),)), theirs
         return self._contexts[key]
 
+    def _shown(self, benchmark: str, index: int) -> dict[str, str | None]:
+        """Texts of the placeholders of a problem."""
+        settings, table = self._job.teacher_prompt, self._tables[benchmark]
+        if settings.shuffled:
+            index = donors(range(len(table)), self._job.seed, benchmark)[index]
+        return {name: table[index].value(name) for name in settings.values_needed}
 
-def _as_the_teacher_reads(
-    prompt: Prompt, own: list[int], settings: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[int]:
-    if settings.kind == "same":
-        return own
-    if settings.kind == "template":
-        return render_teacher_prompt(prompt.messages_json, settings, tokenizer, where)
-    if prompt.teacher_prompt is None:
-        raise ValueError(
-            f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no columns.teacher_prompt"
-        )
-    return render_teacher_prompt(prompt.teacher_prompt, settings, tokenizer, where)
+    def _as_the_teacher_reads(
+        self, prompt: Prompt, own: list[int], shown: dict[str, str | None], where: str
+    ) -> Context:
+        settings = self._job.teacher_prompt
+        source = {"same": None, "template": prompt.messages_json, "column": prompt.teacher_prompt}[settings.kind]
+        if source is None and settings.kind != "same":
+            raise ValueError(
+                f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no columns.teacher_prompt"
+            )
+        return teacher_context(source, own, settings, self._teacher, shown, where)

@@ -41,6 +41,7 @@ class AlignStage(Stage):
                 "alignment": alignment.semantic(),
                 "teacher_prompt": settings.score.teacher_prompt.semantic(),
                 "stop_ids": list(facts.stop_ids),
+                **self._values_shown(settings),
             },
             inputs={
                 **{f"{whose} evaluation": evaluation.key for whose, evaluation in evaluations.items()},
@@ -52,6 +53,17 @@ class AlignStage(Stage):
         )
         inputs: dict[str, Input] = {whose: Input(evaluation) for whose, evaluation in evaluations.items()}
         return Job(self, round_, output, {**inputs, **policy_input(policy)})
+
+    @staticmethod
+    def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
+        """What decides the texts of placeholders, the evaluations aside, which know the content of the benchmarks."""
+        reads, evaluate = settings.score.teacher_prompt, settings.evaluate
+        found: dict[str, object] = {}
+        if "solution" in reads.used and evaluate is not None:
+            found["solutions"] = [benchmark.columns.solution for benchmark in evaluate.benchmarks]
+        if reads.shuffled:
+            found["shuffle_seed"] = settings.seed
+        return found
 
     def gpus(self, settings: ExperimentSettings) -> int:
         alignment = settings.evaluate.alignment if settings.evaluate else None
@@ -97,6 +109,7 @@ class AlignStage(Stage):
                 teacher=context.experiment.teacher,
                 teacher_prompt=settings.score.teacher_prompt,
                 stop_ids=context.experiment.facts.stop_ids,
+                seed=settings.seed,
                 engines=context.engines,
             )
         )

@@ -35,6 +35,9 @@ class Columns(Settings):
     prompt: str = setting("prompt", "The prompt: text (one user message), or a list of {role, content} messages")
     id: str | None = setting(None, "A unique id (null: the row's number)")
     answer: str | None = setting(None, "Reference answer, for verifiers: text, or a number, which is read as it stands")
+    solution: str | None = setting(
+        None, "Worked solution, which `score.teacher_prompt` may show to the teacher as {{solution}}: text", keyed=False
+    )
     teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs: text")
     tools: str | None = setting(None, "Tools that the chat template may offer: a list of JSON schemas, or that as text")
 
@@ -87,6 +90,11 @@ class Prompt:
     conversation: Conversation
     answer: str | None
     teacher_prompt: str | None
+    solution: str | None
+
+    def value(self, name: str) -> str | None:
+        """The text of a placeholder of the prompt (``placeholders.OF_PROMPT``)."""
+        return {"answer": self.answer, "solution": self.solution}[name]
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -236,6 +244,7 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
         conversation=conversation,
         answer=None if columns.answer is None else _text(row, columns.answer),
         teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
+        solution=None if columns.solution is None else _text(row, columns.solution),
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from eopd.stages.models import placeholders
 from eopd.stages.models.chat_templates import Conversation, refuse_reserved
 from eopd.stages.settings import Settings, setting
 
@@ -25,8 +28,18 @@ class TeacherPromptSettings(Settings):
         "chat", "chat: the teacher's own chat template (a column's text is one user message); plain: text as it is"
     )
     arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
-    system: str | None = setting(None, "System message put before the prompt (chat only)")
-    suffix: str = setting("", "Text put after the prompt (the last user message)")
+    system: str | None = setting(
+        None, "System message put before the prompt (chat only); may hold {{answer}} and {{solution}}"
+    )
+    suffix: str = setting("", "Text put after the prompt (the last user message); may hold {{answer}} and {{solution}}")
+    opening: str = setting(
+        "",
+        "Text at the beginning of the assistant's turn, before the response that is scored; may hold {{answer}}, "
+        "{{solution}} and {{response}}, also with kind: same",
+    )
+    shuffled: bool = setting(
+        False, "Control: each prompt gets answer and solution of another prompt of its part, drawn by `seed`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -46,19 +59,130 @@ class TeacherPromptSettings(Settings):
         refuse_reserved("score.teacher_prompt.arguments", self.arguments)
         return self
 
+    @model_validator(mode="after")
+    def _placeholders_are_known(self) -> TeacherPromptSettings:
+        placeholders.check("score.teacher_prompt.suffix", self.suffix, placeholders.OF_PROMPT)
+        placeholders.check("score.teacher_prompt.system", self.system or "", placeholders.OF_PROMPT)
+        placeholders.check("score.teacher_prompt.opening", self.opening, placeholders.KNOWN)
+        if self.shuffled and not self.values_needed:
+            raise ValueError(
+                "score.teacher_prompt.shuffled has no effect: neither suffix, system nor opening holds "
+                f"{' or '.join(f'{{{{{name}}}}}' for name in placeholders.OF_PROMPT)}"
+            )
+        return self
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Names of the placeholders in these settings."""
+        names = placeholders.names_in(f"{self.suffix} {self.system or ''} {self.opening}")
+        return tuple(name for name in placeholders.KNOWN if name in names)
+
+    @property
+    def values_needed(self) -> tuple[str, ...]:
+        """Names of the placeholders whose text comes from the prompt source."""
+        return tuple(name for name in placeholders.OF_PROMPT if name in self.used)
+
+    @property
+    def copies(self) -> int:
+        """How often the teacher reads the response before it scores it."""
+        return placeholders.names_in(self.opening).count(placeholders.RESPONSE)
+
+    def semantic(self) -> dict[str, Any]:
+        """Without what is unset and came later than the first artifacts: their keys stay."""
+        kept = super().semantic()
+        return {name: value for name, value in kept.items() if value or name not in ("opening", "shuffled")}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the teacher reads before a response: token ids, with a copy of the response between each two pieces."""
+
+    pieces: tuple[tuple[int, ...], ...]
+
+    def length_that_fits(self, response: Sequence[int], stop_ids: Collection[int], limit: int | None) -> int:
+        """How many of the response's first tokens the teacher can read within ``limit``, copies cut alike.
+
+        The last token of the response is predicted and never read, so it does not count.
+        """
+        copies, text = len(self.pieces) - 1, sum(map(len, self.pieces))
+        copied = len(response) - _ends(response, stop_ids)
+        if limit is None or not response or text + copies * copied + len(response) - 1 <= limit:
+            return len(response)
+        return max(0, min(copied, (limit + 1 - text) // (copies + 1)))
+
+    def ids(self, response: Sequence[int], stop_ids: Collection[int]) -> list[int]:
+        """The context of this response, which may be the beginning of a longer one."""
+        copied = response[: len(response) - _ends(response, stop_ids)]
+        found = list(self.pieces[0])
+        for piece in self.pieces[1:]:
+            found += [*copied, *piece]
+        return found
+
+
+def _ends(response: Sequence[int], stop_ids: Collection[int]) -> bool:
+    return len(response) > 0 and response[-1] in stop_ids
+
+
+def teacher_context(
+    source: str | None,
+    own: Sequence[int],
+    settings: TeacherPromptSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, str | None],
+    where: str,
+) -> Context:
+    """The context of a prompt's responses.
+
+    Args:
+        source: as for ``render_teacher_prompt``; None with kind same.
+        own: the prompt as the student reads it.
+        values: texts of ``settings.values_needed``.
+    Raises:
+        ValueError: as ``render_teacher_prompt``; a value that is missing or blank.
+    """
+    if settings.kind == "same":
+        before = list(own)
+    else:
+        assert source is not None, where
+        before = render_teacher_prompt(source, settings, tokenizer, where, values)
+    if not settings.opening:
+        return Context((tuple(before),))
+    try:
+        texts = [placeholders.fill(text, values) for text in _opening_texts(settings)]
+    except ValueError as error:
+        raise ValueError(f"{where}, score.teacher_prompt.opening: {error}") from error
+    pieces = [[int(number) for number in tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    pieces[0] = [*before, *pieces[0]]
+    return Context(tuple(map(tuple, pieces)))
+
+
+def _opening_texts(settings: TeacherPromptSettings) -> list[str]:
+    return placeholders.split_at(settings.opening, placeholders.RESPONSE)
+
+
+def opening_text(settings: TeacherPromptSettings, values: Mapping[str, str | None]) -> str:
+    """The opening for people, with ``{{response}}`` where the response goes. Raises ValueError, as ``fill``."""
+    response = f"{{{{{placeholders.RESPONSE}}}}}"
+    return response.join(placeholders.fill(text, values) for text in _opening_texts(settings))
+
 
 def render_teacher_prompt(
-    source: str, settings: TeacherPromptSettings, tokenizer: PreTrainedTokenizerBase, where: str
+    source: str,
+    settings: TeacherPromptSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    values: Mapping[str, str | None],
 ) -> list[int]:
-    """Token ids of a context of kind template (``source``: a conversation as JSON) or column (``source``: text).
+    """Token ids of a prompt of kind template (``source``: a conversation as JSON) or column (``source``: text).
 
     Raises:
-        ValueError: what the template cannot write, or leaves out; a teacher without a chat template.
+        ValueError: what the template cannot write, or leaves out; a teacher without a chat template; a value that is
+            missing.
     """
     from eopd.stages.models.tokenizers import render_chat
 
     try:
-        conversation = teacher_conversation(source, settings)
+        conversation = teacher_conversation(source, settings, values)
         if settings.template == "plain":
             return [int(number) for number in tokenizer(conversation.plain_text())["input_ids"]]
         return render_chat(tokenizer, conversation, settings.arguments)
@@ -66,8 +190,11 @@ def render_teacher_prompt(
         raise ValueError(f"{where}, score.teacher_prompt: {error}") from error
 
 
-def teacher_conversation(source: str, settings: TeacherPromptSettings) -> Conversation:
-    """What the teacher reads, before it is rendered. Raises ValueError, as ``Conversation.prepared``."""
+def teacher_conversation(
+    source: str, settings: TeacherPromptSettings, values: Mapping[str, str | None]
+) -> Conversation:
+    """What the teacher reads, before it is rendered. Raises ValueError, as ``Conversation.prepared`` and ``fill``."""
     text = Conversation(({"role": "user", "content": source},))
     conversation = Conversation.from_json(source) if settings.kind == "template" else text
-    return conversation.prepared(settings.system, settings.suffix)
+    system = None if settings.system is None else placeholders.fill(settings.system, values)
+    return conversation.prepared(system, placeholders.fill(settings.suffix, values))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact
 
@@ -27,4 +28,6 @@ class ScoreJob:
     stop_ids: tuple[int, ...]  # union of student's and teacher's
     rollout_temperature: float
     student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too
+    prompts: PromptSettings | None = None  # the prompt source, where contexts hold solutions
+    seed: int = 0  # of score.teacher_prompt.shuffled
     engines: Engines = field(default_factory=Engines)

@@ -26,12 +26,18 @@ class PartResponses:
     identities: NDArray[np.int64]  # [S, 3] prompt index, sample, seed: what the draws are seeded by
     names: list[str]  # for errors
     truncated: int  # responses that were cut
+    copies: int  # of each response in its context
     topk: StudentTopk | None
 
     @property
     def tokens(self) -> int:
         """Response tokens to score."""
         return sum(len(sequence.response_ids) for sequence in self.sequences)
+
+    @property
+    def tokens_read(self) -> int:
+        """The same and, where contexts hold copies of the responses, those too."""
+        return self.tokens * (1 + self.copies)
 
     @property
     def longest(self) -> int:
@@ -49,15 +55,15 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     """Read and render a part.
 
     A sequence longer than ``limit`` tokens is refused, or its response cut to its first tokens that fit: to none
-    where the context alone does not. The last response token is predicted and never read, so it does not count.
+    where the context alone does not. Copies of the response in its context are cut alike.
 
     Raises:
         ValueError: a context that cannot be rendered; a sequence too long; a student top-k of other lengths.
     """
     where = f"{job.rollouts} part {part}"
-    columns = [*COLUMNS, "prompt_index", "sample", "seed", "response_token_ids"]
+    columns = [*COLUMNS, "sample", "seed", "response_token_ids"]
     table = read_rollouts(job.rollouts.part_folder(part), columns)
-    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where)
+    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where, job.prompts, (job.seed, part))
     responses: list[list[int]] = table.column("response_token_ids").to_pylist()
     numbers = np.stack([table.column(name).to_numpy() for name in ("prompt_index", "sample", "seed")], axis=1)
     prompt_ids = table.column("prompt_id").to_pylist()
@@ -65,18 +71,19 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     topk = _student_topk(job, part, [len(response) for response in responses])
     sequences, truncated = [], 0
     for context, response, name in zip(contexts, responses, names, strict=True):
-        sequence = Sequence(context, response)
-        if limit is not None and len(response) and sequence.input_length > limit:
-            if job.settings.too_long == "refuse":
-                raise ValueError(
-                    f"{where}: {name} has {sequence.input_length} tokens to read ({len(context)} of context), more "
-                    f"than the teacher's {limit}; set score.too_long: truncate to score what fits, or shorten "
-                    "rollout.max_new_tokens"
-                )
-            sequence = Sequence(context, response[: max(0, limit + 1 - len(context))])
-            truncated += 1
-        sequences.append(sequence)
-    return PartResponses(sequences, numbers.astype(np.int64), names, truncated, topk)
+        length = context.length_that_fits(response, job.stop_ids, limit)
+        if length < len(response) and job.settings.too_long == "refuse":
+            whole = Sequence(context.ids(response, job.stop_ids), response)
+            raise ValueError(
+                f"{where}: {name} has {whole.input_length} tokens to read ({len(whole.context_ids)} of context), more "
+                f"than the teacher's {limit}; set score.too_long: truncate to score what fits, or shorten "
+                "rollout.max_new_tokens"
+            )
+        truncated += length < len(response)
+        response = response[:length]
+        sequences.append(Sequence(context.ids(response, job.stop_ids), response))
+    copies = job.settings.teacher_prompt.copies
+    return PartResponses(sequences, numbers.astype(np.int64), names, truncated, copies, topk)
 
 
 def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:

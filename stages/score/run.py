@@ -212,6 +212,8 @@ class Scorer:
         if job.student_topk is not None:
             inputs["student_topk"] = job.student_topk.marker(part).checksum
         info = {"responses": rows.responses, "tokens": rows.tokens, "truncated": responses.truncated}
+        if responses.copies:
+            info["tokens_read"] = responses.tokens_read
         with job.output.write_part(part, inputs=inputs, info=info) as folder:
             write_part(folder, rows, header)
 

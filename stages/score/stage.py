@@ -41,6 +41,7 @@ class ScoreStage(Stage):
                 **settings.score.identity(),
                 "temperature": settings.score.resolve_temperature(settings.rollout.temperature),
                 "stop_ids": list(facts.stop_ids),
+                **self._values_shown(settings),
             },
             inputs={
                 "rollouts": rollouts.key,
@@ -54,12 +55,24 @@ class ScoreStage(Stage):
             inputs["student_topk"] = Input(topk, by_part=True)
         return Job(self, round_, output, inputs)
 
+    @staticmethod
+    def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
+        """What decides the texts of placeholders, the rollouts aside, which know the content of the prompt source."""
+        reads = settings.score.teacher_prompt
+        found: dict[str, object] = {}
+        if "solution" in reads.used:
+            found["solution"] = settings.prompts.columns.solution
+        if reads.shuffled:
+            found["shuffle_seed"] = settings.seed
+        return found
+
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.score.engine_options.tensor_parallel
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         settings, vocabulary = experiment.settings, experiment.teacher_vocabulary
-        size = read_size(inputs["rollouts"], token_bytes(settings.score.head, vocabulary), measured)
+        scored = read_size(inputs["rollouts"], token_bytes(settings.score.head, vocabulary), measured)
+        size = replace(scored, tokens=scored.tokens * (1 + settings.score.teacher_prompt.copies))
         if measured.tokens:
             return size
         bound = most_bytes(
@@ -67,7 +80,7 @@ class ScoreStage(Stage):
             stops=len(experiment.facts.stop_ids),
             vocabulary=vocabulary,
             extra_k=settings.rollout.student_topk,
-            tokens=size.tokens,
+            tokens=scored.tokens,
             responses=experiment.prompts_per_round * settings.rollout.samples_per_prompt,
             parts=job.output.parts,
         )
@@ -91,6 +104,8 @@ class ScoreStage(Stage):
                 stop_ids=facts.stop_ids,
                 rollout_temperature=context.settings.rollout.temperature,
                 student_topk=context.inputs.get("student_topk"),
+                prompts=context.settings.prompts,
+                seed=context.settings.seed,
                 engines=context.engines,
             )
         )

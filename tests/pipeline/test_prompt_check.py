@@ -66,9 +66,26 @@ def test_both_views_of_every_source(folder: Path) -> None:
     ]
 
 
+def test_the_teacher_s_view_shows_placeholders_filled_in(folder: Path) -> None:
+    prompt = {"kind": "template", "suffix": " Key: {{answer}}.", "opening": "{{response}} So {{answer}}: "}
+    changes: dict[str, Any] = {"prompts": {"columns": {"answer": "answer"}}, "score": {"teacher_prompt": prompt}}
+    asked = settings(folder, [{"prompt": "1+2?", "answer": 3}], **changes)
+    assert render(asked, folder)[1] == "<|user|>1+2? Key: 3.<|end|><|assistant|>{{response}} So 3: "
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "words"),
     [
+        (
+            [{"prompt": "x", "a": "1"}] * 5 + [{"prompt": "x", "a": " "}],
+            {"prompts": {"columns": {"answer": "a"}}, "score": {"teacher_prompt": {"opening": "{{answer}}"}}},
+            "prompts: prompt '5' has no answer",
+        ),
+        (
+            [{"prompt": "x"}],
+            {"prompts": {"columns": {"solution": "s"}}, "score": {"teacher_prompt": {"opening": "{{solution}}"}}},
+            "prompts: .*line 1 has no column 's'",
+        ),
         (
             [{"prompt": "x"}] * 9 + [{"prompt": SYSTEM}],
             {"score": {"teacher_prompt": "template"}},

@@ -15,6 +15,7 @@ from eopd.stages.align.bins import SUMMED
 from eopd.stages.align.divergence import compare, known_ids
 from eopd.stages.align.job import AlignmentJob, SummaryJob
 from eopd.stages.align.reading import measure_alignment
+from eopd.stages.align.responses import ResponseReader
 from eopd.stages.align.run import run, summarise
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.check import refuse_uniform
@@ -285,3 +286,28 @@ def test_more_samples_than_there_are_is_refused_and_evaluations_keep_their_keys(
     assert settings_for(alignment=ALIGNMENT).semantic() == settings_for().semantic()
     moved = AlignmentSettings(teacher_engine="vllm", batch_tokens=7)
     assert moved.semantic() == AlignmentSettings().semantic()
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_teacher_sees_answers_and_copies_of_the_samples(
+    evaluated: EvaluateJob, tmp_path: Path, shuffled: bool
+) -> None:
+    tokenizer = load_tokenizer(STUDENT)
+    prompt = TeacherPromptSettings(opening="{{response}}{{answer}}", shuffled=shuffled)
+    job = replace(align(evaluated, tmp_path), teacher_prompt=prompt)
+    found = ResponseReader(job, tokenizer, tokenizer, (None, 40)).read(evaluated.output, 0)
+    answers = {}
+    for line in (COUNTDOWN / "evaluate.jsonl").read_text().splitlines()[:12]:
+        problem = json.loads(line)
+        answers[problem["id"]] = problem["answer"]
+    for (_, name, _), own, theirs in zip(found.names, found.student, found.teacher, strict=True):
+        copied = list(own.response_ids)
+        copied = copied[:-1] if copied and copied[-1] in STOPS else copied
+        start = [*own.context_ids, *copied]
+        assert theirs.response_ids == own.response_ids
+        assert theirs.context_ids[: len(start)] == start
+        shown = tokenizer.decode(theirs.context_ids[len(start) :])
+        assert shown in answers.values()
+        assert (shown == answers[name]) is not shuffled
+        assert theirs.input_length <= 40
+    assert found.cut > 0

@@ -1,0 +1,210 @@
+"""What the teacher's context shows of a prompt and of the response: exact ids, cuts, the shuffled control, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eopd.pipeline.checks import check_shuffled
+from eopd.pipeline.config import ConfigError
+from eopd.stages.experiment import Experiment
+from eopd.stages.models.loading import load_tokenizer_at
+from eopd.stages.models.placeholders import donors
+from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings
+from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.responses import PartResponses, read_part
+from eopd.stages.score.run import run
+from eopd.stages.stage import Measured, Size
+from eopd.storage.teacher_cache import TeacherCache
+from tests.golden.keys import keys_of
+from tests.pipeline.plan_case import make_facts, make_run, make_settings, plan_of
+from tests.stages.score_case import STOPS, response_row, rollouts, score_job
+from tests.stages.test_score_run import _check_response, _oracle
+from tests.stages.tiny_models import save_teacher
+
+COPY = {"kind": "same", "opening": "{{response}}\nSo: {{answer}}. "}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    save_teacher("qwen3", folder)
+    return folder
+
+
+def solved(folder: Path, count: int = 4) -> PromptSettings:
+    path = folder / "prompts.jsonl"
+    rows = [{"prompt": f"question {n}", "id": f"p{n}", "proof": f"first {n}, then {n * n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return PromptSettings(path=str(path), columns={"id": "id", "solution": "proof"})
+
+
+def read(job: ScoreJob, part: int = 0, limit: int | None = None) -> PartResponses:
+    return read_part(job, part, load_tokenizer_at(job.teacher.path), limit)
+
+
+def test_suffix_and_system_show_answer_and_solution(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    source = rollouts(tmp_path, [[response_row(n, [30, 2], answer=f"{n + 7}") for n in (2, 0)]])
+    prompt = {"kind": "template", "system": "Key: {{ answer }}", "suffix": r" \boxed{{{answer}}} by {{solution}} {x}"}
+    job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, prompts=solved(tmp_path))
+    for sequence, number in zip(read(job).sequences, (2, 0), strict=True):
+        answer = number + 7
+        suffix = rf" \boxed{{{answer}}} by first {number}, then {number * number} {{x}}"
+        messages = [
+            {"role": "system", "content": f"Key: {answer}"},
+            {"role": "user", "content": f"question {number}{suffix}"},
+        ]
+        assert sequence.context_ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+def test_the_opening_holds_the_response_ids_without_their_stop(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    unusual = [40, 41, 42, 9]  # ids that no tokenizer would give for their text, and a stop id
+    rows = [response_row(0, unusual, answer="12"), response_row(1, [50, 51], answer="{{response}}")]
+    job = score_job(tmp_path, teacher, rollouts(tmp_path, [rows]), teacher_prompt=COPY)
+    run(job)
+    said = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\nSo: 12. ", "\nSo: {{response}}. ")]
+    contexts = [[5, 6, 7, 40, 41, 42, *said[0]], [5, 6, 7, 50, 51, *said[1]]]
+    assert [sequence.context_ids for sequence in read(job).sequences] == contexts
+    stored = TeacherCache(job.output).read_part(0)
+    for number, context in enumerate(contexts):
+        response = rows[number]["response_token_ids"]
+        _check_response(stored, number, _oracle(teacher, context, response), response)
+    header = json.loads(TeacherCache(job.output).header(0).teacher_context)
+    assert header["placeholders"] == ["answer", "response"]
+    assert job.output.marker(0).info["tokens_read"] == 2 * 6
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(100, 5), (12, 5), (11, 4), (10, 3), (5, 1), (4, 0), (3, 0)])
+def test_both_copies_are_cut_alike(limit: int, kept: int) -> None:
+    context, response = Context(((5, 6), (7, 8))), [40, 41, 42, 43, 9]
+    length = context.length_that_fits(response, STOPS, limit)
+    assert length == kept
+    copy = [40, 41, 42, 43][:length]
+    assert context.ids(response[:length], STOPS) == [5, 6, *copy, 7, 8]
+    assert length == 0 or len(context.ids(response[:length], STOPS)) + length - 1 <= limit
+
+
+def test_too_long_counts_both_copies(teacher: Path, tmp_path: Path) -> None:
+    row = response_row(7, list(range(10, 40)), answer="1")
+    job = score_job(tmp_path, teacher, rollouts(tmp_path, [[row]]), teacher_prompt=COPY, too_long="truncate")
+    found = read(job, limit=50)
+    (sequence,) = found.sequences
+    text = len(sequence.context_ids) - len(sequence.response_ids)
+    assert sequence.response_ids == row["response_token_ids"][: (51 - text) // 2]
+    assert sequence.context_ids[3 : 3 + len(sequence.response_ids)] == sequence.response_ids
+    assert found.truncated == 1
+    refusing = score_job(tmp_path, teacher, rollouts(tmp_path, [[row]]), name="t", teacher_prompt=COPY)
+    with pytest.raises(ValueError, match="'p7' sample 0 has"):
+        read(refusing, limit=50)
+
+
+def test_shuffled_gives_each_prompt_another_one_s_answer_and_solution(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    rows = [response_row(n, [30, 2], answer=f"a{n}", sample=sample) for n in range(4) for sample in range(2)]
+    prompt = {"kind": "same", "opening": "{{answer}}|{{solution}}|", "shuffled": True}
+    source = rollouts(tmp_path, [rows])
+    job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, prompts=solved(tmp_path), seed=3)
+    shown = [tokenizer.decode(one.context_ids[3:]) for one in read(job).sequences]
+    assert shown[0::2] == shown[1::2], "samples of a prompt see the same"
+    assert sorted(shown[::2]) == [f"a{n}|first {n}, then {n * n}|" for n in range(4)]
+    assert all(not text.startswith(f"a{n}|") for n, text in enumerate(shown[::2]))
+    alone = score_job(tmp_path, teacher, rollouts(tmp_path, [rows[:2]], "one"), teacher_prompt=prompt, seed=3)
+    with pytest.raises(ValueError, match=r"part 0: .*at least two prompts"):
+        read(ScoreJob(**{**vars(alone), "prompts": solved(tmp_path)}))
+
+
+def test_donors_depend_on_the_seed_and_on_nothing_else() -> None:
+    found = [donors(range(50), seed, part) for seed in (1, 2) for part in (0, 1)]
+    assert len({tuple(sorted(one.items())) for one in found}) == 4
+    assert found[0] == donors([*range(50), 3, 4], 1, 0)
+    assert all(who != whose for one in found for who, whose in one.items())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({"kind": "template", "suffix": "{{anwser}}"}, r"suffix: .*\{\{anwser\}\}. Did you mean \{\{answer\}\}"),
+        ({"kind": "template", "system": "{{Solution}}"}, r"system: .*Did you mean \{\{solution\}\}"),
+        ({"opening": "{{x-y}}"}, r"opening: .*Known: \{\{answer\}\}"),
+        ({"kind": "template", "suffix": "{{response}}"}, r"\{\{response\}\} can stand only in .*opening"),
+        ({"kind": "same", "suffix": "{{answer}}"}, "no effect with kind: same"),
+        ({"kind": "template", "suffix": " Go.", "shuffled": True}, "shuffled has no effect"),
+        ({"opening": "{{response}}", "shuffled": True}, "shuffled has no effect"),
+    ],
+)
+def test_placeholders_that_cannot_stand_there_are_refused(prompt: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TeacherPromptSettings.model_validate(prompt)
+
+
+@pytest.mark.parametrize("answer", [None, " "])
+def test_an_answer_that_is_missing_is_refused_by_prompt(teacher: Path, tmp_path: Path, answer: str | None) -> None:
+    job = score_job(
+        tmp_path, teacher, rollouts(tmp_path, [[response_row(3, [30], answer=answer)]]), teacher_prompt=COPY
+    )
+    with pytest.raises(ValueError, match=r"prompt 'p3'.*no answer"):
+        run(job)
+
+
+def test_columns_and_parts_that_are_missing_are_refused_with_the_settings() -> None:
+    shows: dict[str, Any] = {"teacher_prompt": {"opening": "{{solution}}"}}
+    with pytest.raises(ConfigError, match=r"\{\{solution\}\}.* prompts\.columns\.solution"):
+        make_settings(score=shows)
+    named = {"path": "p.jsonl", "columns": {"solution": "proof"}}
+    make_settings(score=shows, prompts=named)
+    benchmark = {"name": "b", "path": "b.jsonl"}
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.0\.columns\.solution"):
+        make_settings(score=shows, prompts=named, evaluate={"benchmarks": [benchmark], "alignment": {}})
+    shuffled = {"teacher_prompt": {"opening": "{{solution}}", "shuffled": True}}
+    with pytest.raises(ConfigError, match=r"rollout\.rows_per_part is 1"):
+        make_settings(score=shuffled, prompts=named, rollout={"rows_per_part": 1})
+
+
+def test_a_last_part_of_one_prompt_cannot_be_shuffled(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "score": {"teacher_prompt": {"opening": "{{answer}}", "shuffled": True}},
+        "prompts": {"path": "p.jsonl", "columns": {"answer": "answer"}},
+    }
+    check_shuffled(make_run(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=r"part of one prompt.*rollout\.rows_per_part"):
+        check_shuffled(make_run(tmp_path, rollout={"rows_per_part": 3}, **changes))
+
+
+def test_keys_know_what_is_shown_and_rollouts_do_not() -> None:
+    def keys(column: str | None = None, seed: int = 0, **prompt: Any) -> dict[str, str]:
+        columns = {"answer": "answer", "solution": column}
+        return keys_of(
+            make_settings(
+                seed=seed, prompts={"path": "p", "columns": columns}, score={"teacher_prompt": prompt}, evaluate=None
+            )
+        )
+
+    plain = keys()
+    assert keys("proof") == plain, "a column that nothing shows is in no key"
+    assert keys(opening="", shuffled=False) == plain
+    shown = [
+        keys("proof", opening="{{solution}}"),
+        keys("other", opening="{{solution}}"),
+        keys("other", opening="{{solution}}", shuffled=True),
+        keys("other", opening="{{response}}"),
+        keys(opening="{{answer}}"),
+    ]
+    assert len({one["score 0"] for one in [plain, *shown]}) == 6
+    assert {one["rollout 0"] for one in [plain, *shown]} == {plain["rollout 0"]}
+
+
+def test_a_forecast_counts_copies_of_the_response() -> None:
+    settings = make_settings(
+        prompts={"path": "p", "columns": {"answer": "answer"}}, score={"teacher_prompt": COPY}, evaluate=None
+    )
+    plan = plan_of(settings)
+    job = plan.job("score", 0)
+    measured = Measured(1, 10, 100, 2500, 200)
+    size = job.stage.forecast(job, Experiment(settings, make_facts()), {"rollouts": Size(1000, 5000)}, measured)
+    assert (size.tokens, size.bytes) == (2000, 25_000)

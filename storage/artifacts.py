@@ -30,7 +30,7 @@ READ_BYTES = 1 << 20
 
 
 class Artifact(StoredArtifact):
-    """One artifact of a store that is a folder. Cheap to make: nothing is read before it is asked for."""
+    """One artifact in a local store. Cheap to construct: files are read on demand."""
 
     folder: Path
 
@@ -49,17 +49,17 @@ class Artifact(StoredArtifact):
         return self._identity
 
     def is_begun(self) -> bool:
-        """Whether somebody has set out to make it."""
+        """True if work on the artifact has started."""
         return self.has(paths.IDENTITY)
 
     def is_under_way(self) -> bool:
-        """Whether somebody has come to make a part of it: parts, what is left of some, or claims are there."""
+        """True if work on some part has started: there are parts, remains of pruned parts, or claims."""
         return any(name.startswith(paths.PART) for name in self.names())
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def refuse_links(self) -> None:
-        """Check that its folder is in the store. Raises DamagedPart where a link leads to it."""
+        """Check that the artifact's folder lies in the store. Raises DamagedPart if a link leads to it."""
         refuse_links(self._store, self.kind, *self.key.split("/"))
 
     def names(self) -> list[str]:
@@ -78,11 +78,12 @@ class Artifact(StoredArtifact):
         return read_plain(self.folder / name)
 
     def part_folder(self, part: int) -> Path:
-        """Folder of a committed part, its files' presence, kind and sizes checked against the marker."""
+        """Return the folder of a committed part, with its files' presence, kind and sizes checked against the
+        marker."""
         return self._checked_folder(self.marker(part))
 
     def remaining_folder(self, part: int) -> Path:
-        """As ``part_folder``; of a pruned part, the folder with the files that were kept."""
+        """Like ``part_folder``; for a pruned part, return the folder with the files that were kept."""
         return self._checked_folder(self.remains(part))
 
     def _checked_folder(self, marker: Marker) -> Path:
@@ -111,7 +112,7 @@ class Artifact(StoredArtifact):
         return self.names_there(marker)
 
     def names_there(self, marker: Marker) -> set[str]:
-        """Paths of everything but folders in a part's folder, whoever put it there.
+        """List paths of all files in a part's folder, expected or not.
 
         Raises:
             DamagedPart: the folder is a link.
@@ -162,7 +163,7 @@ class Artifact(StoredArtifact):
         self.finish()
 
     def names_data(self, part: int, nonce: str) -> bool:
-        """Whether the marker or the tombstone of a part names the data folder of ``nonce``; an unreadable one may."""
+        """True if a part's marker or tombstone names the data folder of ``nonce``, or is unreadable and may name it."""
         try:
             return self.remains(part).nonce == nonce
         except MissingPart:
@@ -171,7 +172,7 @@ class Artifact(StoredArtifact):
             return True
 
     def set_aside(self, part: int, reason: str) -> None:
-        """Commit a part that holds nothing and says why; `eopd store verify --repair` re-queues it."""
+        """Commit an empty part with the reason; `eopd store verify --repair` re-queues it."""
         with self.write_part(part, info={"set_aside": reason}):
             pass
 
@@ -182,7 +183,7 @@ class Artifact(StoredArtifact):
         shutil.rmtree(self.folder / paths.data_name(part, marker.nonce), ignore_errors=True)
 
     def begin(self) -> None:
-        """Say what it is, before any part is there: from now on it is finished as it was asked for."""
+        """Write the identity before any part exists: from then on the artifact is finished as it was requested."""
         if not self.is_begun():
             with naming_full_disks(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ class Artifact(StoredArtifact):
 
 
 def open_artifact(store: Path, kind: str, key: str) -> Artifact:
-    """An artifact that exists, from what its folder says it is.
+    """Open an existing artifact by the identity in its folder.
 
     Raises:
         MissingArtifact: there is none.

@@ -100,7 +100,7 @@ def _code(logprob: float, shift: float) -> int:
 
 @compiled
 def balancing_offset(scaled: Float64, weights: Float64, changes: Float64, gains: Float64) -> float:
-    """The o in [0, 1] for which sum_i w_i (round(x_i + o) - x_i - o) = 0.
+    """Return the o in [0, 1] for which sum_i w_i (round(x_i + o) - x_i - o) = 0.
 
     Args:
         scaled: [M] log-probs x in steps; overwritten.

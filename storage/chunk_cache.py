@@ -1,4 +1,4 @@
-"""Decoded chunks of many parts, kept in bounded memory, and ranges of responses gathered from them."""
+"""Bounded cache of decoded chunks from many parts, and gathering of response ranges from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Key = tuple[int, str, int]  # part, array, chunk
 
 
 class ChunkCache:
-    """The chunks used last, up to ``memory`` bytes. Safe to use from several threads."""
+    """LRU cache of chunks, up to ``memory`` bytes. Thread-safe."""
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
@@ -46,7 +46,7 @@ class ChunkCache:
     def gather(
         self, opened: Mapping[int, ZarrPart], parts: Int64, starts: Int64, lengths: NDArray[np.uint32], name: str
     ) -> NDArray[np.uint8]:
-        """[planes, N] of ranges of one array, one after the other, in the order given.
+        """Return ranges of one array, one after the other in the given order: [planes, N].
 
         Args:
             opened: the parts, by number.
@@ -69,7 +69,7 @@ class ChunkCache:
         return out
 
     def _load(self, number: int, part: ZarrPart, name: str, starts: Int64, stops: Int64) -> dict[int, Chunk]:
-        """Every chunk of the ranges; those not held are read, adjacent ones at once."""
+        """Load every chunk of the ranges; missing chunks are read, adjacent ones in one read."""
         width, length = part.chunk[name], part.length[name]
         wanted = sorted(
             {i for a, b in zip(starts, stops, strict=True) for i in range(int(a) // width, -(-int(b) // width))}

@@ -1,4 +1,4 @@
-"""Advisory claims: who is at work on a part, so that two processes do not do the same one for nothing.
+"""Advisory claims on parts, so that two processes do not do the same part for nothing.
 
 A claim is a kernel lock on a small file. It vanishes with its process, however that ends, so nothing has to be
 cleaned after a crash; and it only saves work: correctness is the commit rule's (``storage.artifacts``). Where a file
@@ -29,7 +29,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 @contextmanager
 def claim(artifact: Artifact, part: int) -> Iterator[bool]:
-    """Try to claim a part; yields whether it is ours. Never waits.
+    """Try to claim a part; yields True if it is ours. Never waits.
 
     Raises:
         DamagedPart: a link, or anything but a plain file, is in the claim's place, or on the way to it.
@@ -62,7 +62,7 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
 
 
 def _share(handle: int) -> None:
-    """Let the other users of a team's store lock our claim files, whatever our umask is."""
+    """Let other users of a shared store lock our claim files, whatever our umask is."""
     found = os.fstat(handle)
     if found.st_uid == os.geteuid() and found.st_mode & 0o666 != 0o666:
         with suppress(OSError):  # where it cannot be changed, it is as the umask has it
@@ -70,7 +70,7 @@ def _share(handle: int) -> None:
 
 
 def holder(artifact: Artifact, part: int) -> str | None:
-    """Who is at work on a part, for people ("process 412 on node7 since 12:03:11"); None: nobody that can be seen."""
+    """Describe the process that holds a part ("process 412 on node7 since 12:03:11"); None if none is visible."""
     try:
         return _locked_by(artifact.folder / paths.claim_name(part))
     except (PermissionError, DamagedPart):
@@ -78,7 +78,7 @@ def holder(artifact: Artifact, part: int) -> str | None:
 
 
 def may_be_held(path: Path) -> bool:
-    """Whether a living process holds this claim file, or one may that cannot be seen."""
+    """True if a living process holds this claim file, or an invisible one may."""
     try:
         return _locked_by(path) is not None
     except DamagedPart:  # nobody claims what is no plain file
@@ -88,7 +88,7 @@ def may_be_held(path: Path) -> bool:
 
 
 def _locked_by(path: Path) -> str | None:
-    """Touches nothing. Raises PermissionError, or DamagedPart where it is no plain file."""
+    """Return the holder without changing anything. Raises PermissionError, or DamagedPart if this is no plain file."""
     try:
         handle = open_plain(path)
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def _own_name() -> str:
 
 
 def claimed_parts(artifact: Artifact, parts: Sequence[int], tell: Callable[[str], None] | None = None) -> Iterator[int]:
-    """Yield each part of ``parts`` that still has to be done, one at a time, while it is claimed by us.
+    """Yield each part of ``parts`` that is not committed, one at a time, while we hold its claim.
 
     Parts that others are at work on come last: by then they are mostly done; if their worker died, they are ours.
     Returns when every part is committed.
@@ -133,7 +133,7 @@ def held_parts(
     tell: Callable[[str], None] | None = None,
     before_waiting: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, ExitStack]]:
-    """As ``claimed_parts``, with the claim for the caller to close: when the part is committed.
+    """Like ``claimed_parts``, but the caller closes each claim after the commit.
 
     Args:
         before_waiting: sees to it that what the caller still holds will be committed: others may wait for that.
@@ -162,14 +162,14 @@ def held_parts(
 
 
 class Patience:
-    """Waiting for others without looking like a hang."""
+    """Waiting for other processes with occasional messages, so that it does not look like a hang."""
 
     def __init__(self, tell: Callable[[str], None] | None) -> None:
         self._tell = tell
         self._told, self._told_at = "", 0.0
 
     def wait_for(self, artifact: Artifact, parts: Sequence[int]) -> None:
-        """Sleep a moment; now and then say who holds ``parts``."""
+        """Sleep briefly; now and then report who holds ``parts``."""
         self.say(artifact, parts)
         time.sleep(POLL_SECONDS)
 

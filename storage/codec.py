@@ -54,7 +54,7 @@ RAW_PLANES = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """What a decoder has to know besides the bytes; follows from a part's header."""
+    """The layout that a decoder needs besides the bytes; follows from a part's header."""
 
     stop_ids: tuple[int, ...]
     draw_weight: float  # of draws beyond the head; 0 where there are none
@@ -77,14 +77,15 @@ class PartArrays:
 
 
 class RawBits:
-    """Places of raw bits: those of a response follow each other, stream by stream, from its first entry on."""
+    """Positions of raw bits: those of a response are contiguous, stream by stream, from its first entry on."""
 
     def __init__(self, entries: NDArray[Any]) -> None:
         """entries: [S] of each response"""
         self._next = 8 * RAW_PLANES * offsets_of(entries)[:-1]
 
     def place(self, counts: NDArray[np.uint8], numbers: Int64) -> Int64:
-        """[N] places (bits) of the next stream: raw bits of each number [N], numbers of each response [S]."""
+        """Return bit positions [N] of the next stream, from raw bits of each number [N] and numbers per response
+        [S]."""
         total, starts = offsets_of(counts), offsets_of(numbers)
         places = total[:-1] + np.repeat(self._next - total[starts[:-1]], numbers)
         self._next = self._next + np.diff(total[starts])
@@ -92,12 +93,12 @@ class RawBits:
 
 
 def tail_guess(entropy: symbols.Symbols, top: Integers) -> Integers:
-    """[T] guess of the tail's code, from the entropy's symbol, where the first entry is derived; elsewhere 0."""
+    """Guess the tail's code [T] from the entropy's symbol if the first entry is derived; 0 for other tokens."""
     return np.where(top == 0, _TAIL_GUESS[entropy], 0)
 
 
 def _tail_guesses() -> NDArray[np.int32]:
-    """By the symbol of the entropy H: where the head is nearly all, H = t (2 - log t) for a tail of mass t."""
+    """Guesses by the symbol of the entropy H: if the head is nearly all, H = t (2 - log t) for a tail of mass t."""
     codes = symbols.join(np.arange(256).astype(np.uint8), ENTROPY_EXTRA, np.zeros(8, np.uint8), np.zeros(256, np.int64))
     entropy = np.minimum((codes + 0.5) / quantise.ENTROPY_STEPS_PER_NAT, 1.5)
     tail = entropy.copy()
@@ -110,7 +111,7 @@ _TAIL_GUESS = _tail_guesses()
 
 
 def draw_guess(tail_codes: Integers, weight: float) -> Integers:
-    """[T] how many systematic draws of ``weight`` the tail's mass makes, give or take one; 0 for weight 0."""
+    """Guess how many systematic draws of ``weight`` the tail's mass makes [T], within one; 0 for weight 0."""
     if weight == 0.0:
         return np.zeros(len(tail_codes), np.int64)
     return np.floor(np.exp(-tail_codes / quantise.STEPS_PER_NAT) / weight + 1e-6).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Loops that NumPy cannot say without a pass over memory for every step, compiled by Numba.
+"""Numba-compiled loops, for work that NumPy would need one pass over memory per step for.
 
 A module that uses this takes half a second to import: import it where the work is done, not where commands are parsed.
 Numba keeps compiled code beside the source, or in the user's cache folder where that is read-only, and looks at the
@@ -16,7 +16,7 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 def compiled(loop: Loop) -> Loop:
-    """Compile ``loop`` when it is first called with arguments of these types; it runs without the interpreter's lock.
+    """Compile ``loop`` on its first call with arguments of these types; it runs without the interpreter's lock.
 
     Arithmetic follows NumPy (no error on division by zero) and the order in which it is written.
     """
@@ -24,7 +24,7 @@ def compiled(loop: Loop) -> Loop:
 
 
 def compiled_sums(loop: Loop) -> Loop:
-    """As ``compiled``, but what is summed may be summed in any order, which makes vector operations of it."""
+    """Like ``compiled``, but sums may be reordered, which allows vector operations."""
     return _compiled(loop, fastmath={"reassoc"})
 
 

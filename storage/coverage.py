@@ -1,4 +1,4 @@
-"""What a cache holds, and whether that answers what a consumer needs.
+"""Coverage of a cache, and whether it meets a consumer's needs.
 
 A coverage is the head rule, the draws and the extra ids that were stored. Each need is a predicate on it; what is
 not covered is refused with what is missing and how to add it, and never approximated.
@@ -16,12 +16,12 @@ from eopd.storage.teacher_record import HeadRule
 
 
 class NeedNotMet(StoreError):
-    """A cache does not hold what was asked of it. The message says what is missing and how to add it."""
+    """A cache lacks something that was requested. The message names it and how to add it."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What a coverage lacks, and the settings of a run that would add it; none if the capture was imported."""
+    """A need that a coverage does not meet, and the settings that would add it; none if the capture was imported."""
 
     what: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was stored of every token."""
+    """The fields stored of every token."""
 
     head: HeadRule
     stop_ids: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class Coverage:
         )
 
     def lacks(self, need: Need) -> Missing | None:
-        """None if the need is met."""
+        """Return what is missing for a need; None if the need is met."""
         head = self.head
         match need:
             case EntropyNeed():
@@ -101,7 +101,7 @@ class Coverage:
         raise AssertionError(need)
 
     def require(self, needs: Sequence[Need], where: str) -> None:
-        """Raises NeedNotMet naming every need that ``where`` does not answer and the settings that would."""
+        """Raise NeedNotMet, naming every need that ``where`` does not meet and the settings that would add it."""
         missing = [one for need in needs if (one := self.lacks(need)) is not None]
         if not missing:
             return
@@ -115,19 +115,19 @@ class Coverage:
         raise NeedNotMet(f"{where} lacks {'; '.join(one.what for one in missing)}. {cure}")
 
     def cost(self) -> tuple[int, float, float, int, int]:
-        """Order of coverages by what they cost to store and read, cheapest first."""
+        """Sort key: cost of storing and reading, cheapest first."""
         head = self.head
         return (head.k_max, -head.full_head_above, -head.min_prob, head.n_draws, self.extra_k)
 
 
 def able(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> list[str]:
-    """Names of the coverages that answer every need, the cheapest first."""
+    """Return names of the coverages that meet every need, cheapest first."""
     found = [name for name, coverage in coverages.items() if all(coverage.lacks(need) is None for need in needs)]
     return sorted(found, key=lambda name: (coverages[name].cost(), name))
 
 
 def needs_of(rule: HeadRule) -> tuple[Need, ...]:
-    """What a coverage must answer to hold all that one made by ``rule`` would hold."""
+    """Return the needs that a coverage must meet to hold everything that ``rule`` would store."""
     head: tuple[Need, ...] = (HeadNeed(rule.k_max, rule.full_head_above, rule.min_prob),)
     if rule.draws == "none":
         return head

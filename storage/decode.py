@@ -29,7 +29,7 @@ from eopd.storage.teacher_record import LOGPROB_FLOOR, Float32, Int64, TeacherRo
 
 
 def decode(arrays: PartArrays, layout: Layout) -> TeacherRows:
-    """The inverse of ``storage.encode.encode``, up to the stated errors and the order of a token's draws (ascending).
+    """Invert ``storage.encode.encode``, up to the stated errors and the order of a token's draws (ascending).
 
     Raises:
         ValueError: the arrays contradict each other.
@@ -83,7 +83,7 @@ def decode(arrays: PartArrays, layout: Layout) -> TeacherRows:
 
 
 def _raw_bytes(entries: Planes, counts: Int64) -> Planes:
-    """The raw bits of the responses, one after the other, and four bytes more (``symbols.join``)."""
+    """Return the raw bits of the responses, one after the other, plus four bytes (``symbols.join``)."""
     ends = offsets_of(counts)
     pieces = [entries[2:, low:high].reshape(-1) for low, high in itertools.pairwise(ends)]
     return np.concatenate([*pieces, np.zeros(4, np.uint8)])
@@ -103,7 +103,7 @@ def _tail_codes(column: dict[str, Integers], entropy: Planes) -> Integers:
 
 
 class _Sections:
-    """The sections of a stream of ``entries``: how many numbers of each kind a response has, and where."""
+    """Sections of a stream of ``entries``: counts of each kind per response, and their positions."""
 
     def __init__(self, per_token: list[Integers], response_offsets: Int64, entries: Int64) -> None:
         most = entries.max(initial=0)
@@ -117,11 +117,11 @@ class _Sections:
             raise ValueError("the columns of the tokens ask for more entries than their responses have")
 
     def symbols(self, plane: Planes) -> Planes:
-        """The stream's symbols, without what fills up a response's entries."""
+        """Return the stream's symbols, without the padding of responses' entries."""
         return plane[take_ranges(offsets_of(self._entries)[:-1], self.counts)]
 
     def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
-        """The numbers of each section, responses one after the other."""
+        """Return the numbers of each section, responses one after the other."""
         sections = self._lengths.shape[1]
         starts = offsets_of(self._lengths.reshape(-1))[:-1].reshape(-1, sections)
         return [values[take_ranges(starts[:, i], self._lengths[:, i])] for i in range(sections)]
@@ -148,7 +148,7 @@ def _sampled(
     miss_ids: Integers,
     miss_codes: Integers,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], Float32]:
-    """[T] ids, ranks and log-probs of the sampled tokens."""
+    """Return ids, ranks and log-probs of the sampled tokens, [T] each."""
     if not len(place):
         return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
     if (place > np.diff(offsets)).any():

@@ -80,7 +80,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Fields:
-    """Everything that is stored of rows, as whole numbers, in the order of their raw bits."""
+    """All stored fields of rows as integers, in the order of their raw bits."""
 
     columns: list[Stream]  # a number a token
     ids: list[Stream]
@@ -142,7 +142,7 @@ class Fields:
 def _sampled_places(
     token_ids: Int32, ranks: Int32, logprobs: Float32, offsets: Int64, head_ids: Int32, head_logprobs: Float32
 ) -> Int32:
-    """[T] 1 + place of the sampled token in its head, or 0 where the head does not hold it."""
+    """Return 1 + the sampled token's place in its head [T], or 0 if it is not in the head."""
     places = np.zeros(len(token_ids), np.int32)
     for t in range(len(token_ids)):
         at = offsets[t] + ranks[t]
@@ -154,7 +154,7 @@ def _sampled_places(
 
 @compiled
 def _later_steps(codes: Int32, offsets: Int64) -> Int32:
-    """[K* - T] within each row, every code but the first minus the one before."""
+    """Return, within each row, every code but the first minus the one before: [K* - T]."""
     steps = np.empty(len(codes) - (len(offsets) - 1), np.int32)
     for t in range(len(offsets) - 1):
         for i in range(offsets[t] + 1, offsets[t + 1]):
@@ -164,7 +164,7 @@ def _later_steps(codes: Int32, offsets: Int64) -> Int32:
 
 @compiled
 def _sorted_steps(ids: Int32, offsets: Int64) -> Int32:
-    """[M] within each row, sorted: the first as it is, every other minus the one before."""
+    """Return, within each row, sorted values: the first as it is, others minus the one before: [M]."""
     steps = ids.copy()
     for t in range(len(offsets) - 1):
         row = steps[offsets[t] : offsets[t + 1]]
@@ -180,7 +180,7 @@ def _sorted_steps(ids: Int32, offsets: Int64) -> Int32:
 
 
 def _stop_codes(rows: TeacherRows) -> Integers:
-    """[T, E] 0 where floored, else 1 + code"""
+    """Return 0 where floored, else 1 + code: [T, E]."""
     last = np.zeros(rows.tokens, bool)
     filled = np.diff(rows.response_offsets) > 0
     last[rows.response_offsets[1:][filled] - 1] = True
@@ -189,7 +189,7 @@ def _stop_codes(rows: TeacherRows) -> Integers:
 
 
 def check(rows: TeacherRows) -> None:
-    """Raises ValueError where fields disagree in length, or hold what cannot be stored."""
+    """Raise ValueError if fields disagree in length or hold values that cannot be stored."""
     tokens = rows.tokens
     wanted = dict.fromkeys(("entropy", "sampled_logprob", "sampled_rank", "tail_logmass", "stop_logprobs"), tokens)
     wanted |= {f"{name}_offsets": tokens + 1 for name in ("head", "draw", "extra")}

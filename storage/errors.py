@@ -1,4 +1,4 @@
-"""What can go wrong with a store, grouped by what a handler would do about it."""
+"""Errors of a store, grouped by how a handler would react."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class MissingPart(StoreError):
 
 
 class PrunedPart(MissingPart):
-    """A part was finished and its data were given up since. The plan makes it again where something needs it."""
+    """A part was finished and its data were pruned since. The plan rebuilds it if something needs it."""
 
 
 class MissingArtifact(StoreError):
@@ -24,11 +24,11 @@ class DamagedPart(StoreError):
 
 
 class WrongArtifact(StoreError):
-    """A folder, marker or manifest belongs to another artifact than the one asked for."""
+    """A folder, marker or manifest belongs to another artifact than the requested one."""
 
 
 class NewerSchema(StoreError):
-    """Written by a newer eopd than this one. Upgrade to read it."""
+    """A newer eopd wrote this file. Upgrade to read it."""
 
 
 class StoreFull(StoreError):

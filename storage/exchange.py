@@ -43,7 +43,7 @@ EXPORT_SCHEMA = pa.schema(
 
 
 def export_parquet(cache: TeacherCache, path: Path, parts: Iterable[int] | None = None) -> int:
-    """Write the responses of ``parts`` (all committed ones) to one Parquet file; returns how many tokens.
+    """Write the responses of ``parts`` (all committed ones) to one Parquet file; returns the number of tokens.
 
     The file appears whole or not at all.
 
@@ -90,7 +90,7 @@ def _table(rows: TeacherRows, part: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture of top-k lists as rows, one response a sequence, and what reading it had to round."""
+    """A capture of top-k lists as rows, one response per sequence, and the rounding that reading needed."""
 
     rows: TeacherRows
     precision: str  # the type that holds all of its log-probs: bfloat16, float16 or float32
@@ -111,7 +111,7 @@ def read_capture(
     shifted: bool = True,
     vocab_size: int | None = None,
 ) -> Capture:
-    """A capture of uncompressed top-k lists.
+    """Read a capture of uncompressed top-k lists.
 
     Args:
         ids, top_ids, top_logprobs: the capture's columns.
@@ -173,7 +173,7 @@ def read_capture(
 
 @contextmanager
 def _naming_what_is_no_parquet(path: Path) -> Iterator[None]:
-    """Turn what Arrow says of the bytes of a file into an error that names the file."""
+    """Turn Arrow's errors about a file's bytes into an error that names the file."""
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -184,7 +184,7 @@ def _naming_what_is_no_parquet(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Position:
-    """One position's entries with mass, as they are listed."""
+    """The entries of one position that have mass, in the listed order."""
 
     where: str
     ids: NDArray[np.int64]
@@ -203,7 +203,7 @@ def _check_type(path: Path, field: pa.Field, depth: int, *, floats: bool) -> Non
 
 
 def _ids(ids: list[int], vocab_size: int | None, what: str) -> NDArray[np.int64]:
-    """Ids as an array, refused outside the vocabulary."""
+    """Return ids as an array; ids outside the vocabulary are refused."""
     limit = 1 << 31 if vocab_size is None else vocab_size
     outside = next((one for one in ids if not 0 <= one < limit), None)
     if outside is not None:
@@ -231,7 +231,7 @@ def _position(ids: list[int] | None, logprobs: list[float] | None, vocab_size: i
 
 
 def _precision(values: NDArray[np.float64]) -> tuple[str, float]:
-    """The narrowest type that holds all values, and the relative error of a number that was cut to it."""
+    """Return the narrowest type that holds all values, and the relative error of rounding to it."""
     single = values.astype(np.float32)
     if np.array_equal(single, values):
         if not (single.view(np.uint32) & 0xFFFF).any():
@@ -290,7 +290,7 @@ def _imported(
 
 
 def imported_header(rows: TeacherRows, *, teacher: str, tokenizer: str, vocab_size: int, source: str) -> PartHeader:
-    """The header of an imported part: it answers for heads, and for nothing that the capture did not hold."""
+    """Build the header of an imported part: it covers heads, and nothing that the capture does not hold."""
     sizes = np.diff(rows.head_offsets)
     return PartHeader(
         teacher=teacher,

@@ -1,8 +1,8 @@
-"""Packages that only some settings need: how they are installed where one is missing."""
+"""Optional packages: how to install a missing one."""
 
 from __future__ import annotations
 
 
 def installing(extra: str) -> str:
-    """What adds the packages of an extra (pyproject.toml), as the end of a sentence."""
+    """Return the phrase that installs an extra (pyproject.toml), for the end of a message."""
     return f"run `.venv/bin/uv pip install -e '.[{extra}]'` in the folder of eopd's sources"

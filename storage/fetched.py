@@ -1,4 +1,4 @@
-"""Artifacts of a bucket as stages read them: scores lazily, by byte range; what has to be files is fetched.
+"""Artifacts of a bucket as stages read them: scores by byte range on demand, other files as local copies.
 
 A model, a Parquet file or results are read as files. Those are copied part by part into a store beside the private one
 (``<store>/.fetched``), under the ordinary commit rule and checked on the way, so that processes may share them.
@@ -24,7 +24,7 @@ from eopd.storage.untrusted import refuse_links
 
 
 class FetchedArtifact(Artifact):
-    """A complete artifact of a bucket: what stands in it, and its parts' bytes, are the bucket's.
+    """A complete artifact of a bucket; its listing and its parts' bytes are the bucket's.
 
     Args:
         remote: where it is.
@@ -59,11 +59,11 @@ class FetchedArtifact(Artifact):
         return self.remote.pieces(marker, name)
 
     def part_store(self, part: int, marker: Marker) -> Store:
-        """The part's files, read in place."""
+        """Return the part's files, read in place."""
         return self.remote.part_store(part, marker)
 
     def _checked_folder(self, marker: Marker) -> Path:
-        """The part's files, fetched if they are not here yet.
+        """Return the part's files, downloaded if they are not here yet.
 
         Raises:
             DamagedPart, StoreUnreadable; StoreFull, StoreUnwritable: they cannot be kept here.

@@ -66,7 +66,7 @@ def naming_full_disks(path: Path) -> Iterator[None]:
 
 
 def _what_is_short(number: int, path: Path) -> tuple[str, str]:
-    """What a write that failed with this errno lacked, and what to do about it."""
+    """Describe what a write that failed with this errno lacked, and the remedy."""
     if number == errno.EDQUOT:
         return "quota exceeded", "remove files that count towards it, or have it raised"
     if number == errno.EFBIG:
@@ -78,7 +78,7 @@ def _what_is_short(number: int, path: Path) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Free:
-    """What a file system has left for unprivileged writers."""
+    """Free space and inodes for unprivileged writers."""
 
     bytes: int
     inodes: int | None  # None: it does not count them, or cannot be asked
@@ -88,7 +88,7 @@ class Free:
 
 
 def free_of(path: Path) -> Free:
-    """Of the file system that ``path`` lies on, or would lie on."""
+    """Measure the file system that ``path`` lies on, or would lie on."""
     for place in (path, *path.absolute().parents):
         with suppress(OSError):
             found = os.statvfs(place)
@@ -97,7 +97,7 @@ def free_of(path: Path) -> Free:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that no space (or quota) is left."""
+    """True if an error, or one of its causes, says that no space (or quota) is left."""
     while error is not None:
         if isinstance(error, StoreFull) or _errno(error) in _FULL:
             return True
@@ -106,7 +106,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def _errno(error: BaseException) -> int:
-    """The errno of an error, or 0. safetensors only writes it into its message, as "(os error 28)"."""
+    """Return the errno of an error, or 0. safetensors only writes it into its message, as "(os error 28)"."""
     if isinstance(error, OSError):
         return error.errno or 0
     if type(error).__name__ != "SafetensorError":  # by name: the store does not need safetensors
@@ -168,7 +168,7 @@ def _nothing() -> None:
 
 @contextmanager
 def _written_beside(path: Path, text: str, meanwhile: Callable[[], None] = _nothing) -> Iterator[Path]:
-    """A synced temporary file beside ``path``, gone at the end; ``meanwhile`` runs while it goes to the disk."""
+    """Write a synced temporary file next to ``path``, removed at the end; ``meanwhile`` runs during the sync."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("x", encoding="utf-8") as file:
@@ -183,7 +183,7 @@ def _written_beside(path: Path, text: str, meanwhile: Callable[[], None] = _noth
 
 
 def create_exclusively(path: Path, text: str, meanwhile: Callable[[], None] = _nothing) -> bool:
-    """Create ``path`` whole or not at all. False when somebody else's is there already.
+    """Create ``path`` atomically. Returns False if it exists already.
 
     ``meanwhile`` is called before ``path`` is created: what has to be on the disk first is synced there.
     """
@@ -204,7 +204,7 @@ def create_exclusively(path: Path, text: str, meanwhile: Callable[[], None] = _n
 
 
 def replace_atomically(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader sees the old text or the new, never a part of it."""
+    """Write ``path`` so that a reader sees the old text or the new, never a mixture."""
     with naming_full_disks(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path, text) as temporary:
@@ -213,7 +213,7 @@ def replace_atomically(path: Path, text: str) -> None:
 
 
 def existing(path: Path) -> Path:
-    """``path``, or the folder above it that exists.
+    """Return ``path``, or the nearest folder above it that exists.
 
     Raises:
         OSError: the system refuses the path, such as one with a name that is too long.

@@ -1,4 +1,4 @@
-"""Fingerprints of external files and model folders: what keys say instead of a path.
+"""Fingerprints of external files and model folders, which keys use in place of paths.
 
 Hashing a large model takes a while, so digests are remembered per path and state (size, times, inode) in a small JSON
 file; the file is a cache and may be deleted at any time.
@@ -45,7 +45,7 @@ class Digests:
 
     @classmethod
     def of_store(cls, store: str | Path) -> Digests:
-        """Remembered in a store."""
+        """Open the digests that a store remembers."""
         return cls(Path(store) / paths.DIGESTS)
 
     def of_file(self, path: Path) -> str:
@@ -61,12 +61,12 @@ class Digests:
         return digest
 
     def of_files(self, root: Path, files: Iterable[Path]) -> str:
-        """One fingerprint of several files: their names below ``root`` and their bytes."""
+        """Return one fingerprint of several files: their names below ``root`` and their bytes."""
         listing = {file.relative_to(root).as_posix(): self.of_file(file) for file in sorted(files)}
         return sha256_text(canonical_json(listing))[:KEY_LENGTH]
 
     def has_passed(self, check: str, fingerprint: str) -> bool:
-        """Whether ``note_pass`` was called for this check of what has this fingerprint."""
+        """True if ``note_pass`` was called for this check and fingerprint."""
         return self._known.get(f"{check}: {fingerprint}") == [True]
 
     def note_pass(self, check: str, fingerprint: str) -> None:
@@ -74,7 +74,7 @@ class Digests:
         self._grown = True
 
     def save(self) -> None:
-        """Where there is a folder to keep them in and it can be written; whoever only looks leaves no folder behind."""
+        """Save the digests if their folder exists and is writable; never create the folder."""
         if self._memory is not None and self._grown and self._memory.parent.is_dir():
             with suppress(StoreError):
                 replace_atomically(self._memory, json.dumps(self._known, indent=0, sort_keys=True))
@@ -82,7 +82,8 @@ class Digests:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Weights and config of a Hugging Face model folder: what decides the model's outputs, tokenizer apart.
+    """Return weights and config of a Hugging Face model folder: the files that decide the model's outputs, without the
+    tokenizer.
 
     At least every file that a reader opens (``stages.models.weight_files``).
     """
@@ -96,10 +97,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def template_files(folder: Path) -> list[Path]:
-    """Chat templates beside the main one, such as that for tools."""
+    """Return chat templates besides the main one, such as the one for tools."""
     return sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def code_files(folder: Path) -> list[Path]:
-    """Python code that comes with a model, and decides its outputs where it is trusted (trust_remote_code)."""
+    """Return Python code in a model folder, which decides its outputs if it is trusted (trust_remote_code)."""
     return sorted(folder.glob("*.py"))

@@ -1,4 +1,4 @@
-"""What nothing needs any more. For `eopd store gc`: the plan first, the removal only of that plan.
+"""Garbage collection for `eopd store gc`: first a plan, then removal of exactly that plan.
 
 Roots are the artifacts that runs refer to; whatever they were made from is kept with them. Besides artifacts that no
 root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers,
@@ -43,7 +43,7 @@ class Removal:
 
 
 def reachable(store: Path | Bucket, roots: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Roots (kind, key) and, through the input keys of their identities, all they were made from."""
+    """Return roots (kind, key) and all artifacts they were made from, through the input keys of identities."""
     by_key: dict[str, list[tuple[str, str]]] = {}
     for kind, key in keys(store):
         by_key.setdefault(key, []).append((kind, key))
@@ -68,7 +68,7 @@ def reachable(store: Path | Bucket, roots: Collection[tuple[str, str]]) -> set[t
 def plan(
     store: Path, roots: Collection[tuple[str, str]] | None, *, grace: float = GRACE_SECONDS, now: float | None = None
 ) -> list[Removal]:
-    """What may go, touching nothing.
+    """List what may be removed, without changing anything.
 
     Args:
         roots: (kind, key) that runs refer to; None keeps every artifact and looks for left-overs only.
@@ -142,14 +142,14 @@ def _claims(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Removed:
-    """What came of a plan."""
+    """The result of carrying out a plan."""
 
     bytes: int  # that are gone
     stayed: tuple[str, ...]  # what could not be removed, and why
 
 
 def remove(removals: Sequence[Removal]) -> Removed:
-    """Carry out a plan. What has vanished meanwhile is passed over."""
+    """Carry out a plan. Files that have vanished meanwhile are skipped."""
     freed, stayed = 0, []
     for removal in removals:
         try:
@@ -163,7 +163,7 @@ def remove(removals: Sequence[Removal]) -> Removed:
 
 
 def _remove(path: Path) -> None:
-    """All of it that can go. Raises the first error."""
+    """Remove a path as far as possible. Raises the first error."""
     if not path.is_dir() or path.is_symlink():
         path.unlink()
         return
@@ -186,12 +186,12 @@ def _size(path: Path) -> int:
 
 
 def _last_change(path: Path) -> float:
-    """Of anything in it; of what has vanished meanwhile, never."""
+    """Return the time of the latest change below a path; infinity if it has vanished meanwhile."""
     return max((found.st_mtime for found in _files(path)), default=math.inf)
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:
-    """Of ``path`` and, if it is a folder, of all in it; what vanishes meanwhile is passed over."""
+    """Yield the status of ``path`` and, if it is a folder, of everything in it; vanished entries are skipped."""
     names = [str(path)] if path.is_symlink() else [str(path), *(entry.path for entry in walk(path))]
     for name in names:
         with suppress(FileNotFoundError):

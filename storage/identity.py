@@ -1,4 +1,4 @@
-"""The identity of an artifact: what it is made from and with, and the key that this hashes to."""
+"""The identity of an artifact: its inputs and settings, and the key that hashes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PARTS = 10**9
 
 @dataclass(frozen=True)
 class Identity:
-    """What an artifact is: the content of its key.
+    """The content of an artifact's key.
 
     ``kind`` is any plain lower-case word (``paths.is_kind``). ``settings`` are the semantic ones only. ``inputs`` maps
     a role to the key of the artifact, or the fingerprint of the external model or file, that plays it. ``coverage``

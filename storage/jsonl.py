@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that are appended to: a write may be cut short by a crash or a full disk."""
+"""JSONL files that are appended to: a crash or a full disk may cut a line short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eopd.storage.untrusted import naming, parse_json, read_plain
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line; where the last one was cut short, on a line of its own."""
+    """Append a line; start a new line if the last one was cut short."""
     with path.open("a+b") as file:
         torn = False
         if file.seek(0, os.SEEK_END):
@@ -24,7 +24,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, none where there is no file; a line that was cut short is passed over.
+    """Read the objects of a file, none if there is no file; a line that was cut short is skipped.
 
     Raises:
         DamagedPart: it is no plain file.
@@ -37,7 +37,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_lines(text: bytes) -> Iterator[dict[str, Any]]:
-    """As ``read_lines``, of what was read of one."""
+    """Parse bytes of a file as ``read_lines`` does."""
     for line in text.splitlines():
         with suppress(ValueError):
             found = parse_json(line, allow_nan=True)
@@ -46,7 +46,7 @@ def parse_lines(text: bytes) -> Iterator[dict[str, Any]]:
 
 
 def read_whole(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that was written whole and committed.
+    """Read the objects of a file that was written completely and committed.
 
     Raises:
         DamagedPart: one of its lines is no object.

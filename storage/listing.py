@@ -1,4 +1,4 @@
-"""What a store, a folder or a bucket, holds: from its folders and markers alone. For `eopd store ls` and `show`."""
+"""The content of a store (folder or bucket), from its folders and markers alone. For `eopd store ls` and `show`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Listed:
 
 
 def is_store(store: Path | Bucket) -> bool:
-    """Whether there is such a folder; of a bucket, whether it holds anything that a store would."""
+    """True if the folder exists; for a bucket, if it holds anything that a store would."""
     if isinstance(store, Path):
         return store.is_dir()
     from eopd.storage.remote import folders, kinds
@@ -62,7 +62,7 @@ def keys(store: Path | Bucket) -> Iterator[tuple[str, str]]:
 
 
 def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
-    """(kind, key) of every folder with markers and nothing that says what they are of, sorted."""
+    """List (kind, key) of every folder with markers and no identity, sorted."""
     if not isinstance(store, Path):
         from eopd.storage.remote import unidentified as unidentified_of_bucket
 
@@ -76,7 +76,8 @@ def unidentified(store: Path | Bucket) -> Iterator[tuple[str, str]]:
 
 
 def _folders(store: Path) -> Iterator[tuple[str, str, Path]]:
-    """(kind, key, folder) of every folder that may be an artifact's, sorted; links among them, which nobody follows."""
+    """List (kind, key, folder) of every folder that may be an artifact's, sorted; links are listed and never
+    followed."""
     for kind in filter(paths.is_kind, _names(store)):
         if (store / kind).is_symlink():  # ``misplaced`` names it
             continue
@@ -102,7 +103,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def misplaced(store: Path) -> Iterator[tuple[str, str]]:
-    """(name, problem) of whatever stands in the place of a folder of a store's layout, so that nothing in it is read.
+    """List (name, problem) of entries in the place of a folder of a store's layout that hide what should be there.
 
     A plain file that has a kind's name may be anybody's note: it is passed over.
     """
@@ -115,7 +116,8 @@ def misplaced(store: Path) -> Iterator[tuple[str, str]]:
 
 
 def open_in(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtifact:
-    """Raises MissingArtifact, DamagedPart, WrongArtifact, NewerSchema; of buckets, StoreUnreadable, StoreUnwritable."""
+    """Open an artifact. Raises MissingArtifact, DamagedPart, WrongArtifact, NewerSchema; in buckets also
+    StoreUnreadable, StoreUnwritable."""
     if isinstance(store, Path):
         return open_artifact(store, kind, key)
     from eopd.storage.remote import RemoteArtifact
@@ -126,7 +128,7 @@ def open_in(store: Path | Bucket, kind: str, key: str) -> Artifact | RemoteArtif
 
 
 def ls(store: Path | Bucket) -> list[Listed]:
-    """Every artifact of a store, the unusable ones among them.
+    """List every artifact of a store, unusable ones included.
 
     Raises:
         StoreError: there is no such folder, or the bucket does not answer.
@@ -141,7 +143,7 @@ def ls(store: Path | Bucket) -> list[Listed]:
 
 
 def listed(store: Path | Bucket, kind: str, key: str) -> Listed:
-    """One artifact of a store; of a folder, its bytes are those that its markers say."""
+    """Describe one artifact of a store; in a folder, its bytes are those that its markers state."""
     try:
         artifact = open_in(store, kind, key)
         standing = artifact.standing()
@@ -155,7 +157,7 @@ def listed(store: Path | Bucket, kind: str, key: str) -> Listed:
 
 
 def find(store: Path | Bucket, name: str) -> Artifact | RemoteArtifact:
-    """The artifact that ``name`` says (``named``), opened.
+    """Open the artifact that ``name`` identifies (``named``).
 
     Raises:
         StoreError: it names none, or several, or one that cannot be used.
@@ -164,7 +166,7 @@ def find(store: Path | Bucket, name: str) -> Artifact | RemoteArtifact:
 
 
 def named(store: Path | Bucket, name: str) -> tuple[str, str]:
-    """(kind, key) of the one artifact whose key, or <kind>/<key>, starts with ``name``.
+    """Return (kind, key) of the one artifact whose key, or <kind>/<key>, starts with ``name``.
 
     Raises:
         StoreError: none does, or several do.
@@ -180,7 +182,7 @@ def named(store: Path | Bucket, name: str) -> tuple[str, str]:
 
 
 def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
-    """Identity, state and the provenance of each committed part, as plain JSON values."""
+    """Return identity, state and the provenance of each committed part, as plain JSON values."""
     done, gone = sorted(artifact.committed()), sorted(artifact.pruned())
     markers = {part: artifact.remains(part) for part in (*done, *gone)}
     return {
@@ -212,7 +214,7 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
 
 
 def coverages(store: Path, identity: str) -> list[Artifact]:
-    """Every coverage of the scores with this identity key that a store knows of, and that this eopd can read."""
+    """Return every readable coverage that a store has of the scores with this identity key."""
     found = []
     refuse_links(store, "scores", identity)
     for name in _names(store / "scores" / identity):

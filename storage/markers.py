@@ -1,4 +1,4 @@
-"""The texts of a store: identities, commit markers and manifests, as they are written and as they are read back.
+"""Texts of a store: writing and parsing identities, commit markers and manifests.
 
 A marker is the commit record of a part: it names the nonce of the part's folder, every file's size and SHA-256, and
 the checksums of the input parts, and carries a seal over all of that.
@@ -41,7 +41,7 @@ class _Pruned(TypedDict):
 
 
 class _Info(TypedDict, total=False):
-    """What other modules read of a marker's ``info``. The stages add what they like."""
+    """The fields of a marker's ``info`` that other modules read. Stages may add more."""
 
     set_aside: str
     pruned: _Pruned
@@ -77,23 +77,23 @@ class Marker:
 
     @cached_property
     def checksum(self) -> str:
-        """Of the part's content: its file names, sizes and hashes. The nonce is not part of it."""
+        """Checksum of the part's content: file names, sizes and hashes, without the nonce."""
         return sha256_text(canonical_json(self.files))
 
     @property
     def set_aside(self) -> str | None:
-        """Why the part holds nothing: it could not be made, and the run went on without it. None: it holds data."""
+        """Why the part was set aside: it could not be made, and the run continued without it. None: it holds data."""
         reason = self.info.get("set_aside")
         return None if reason is None else str(reason)
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it is of what is left of a part."""
+        """True for the tombstone of a pruned part."""
         return "pruned" in self.info
 
     @property
     def file_name(self) -> str:
-        """Of the file that commits it."""
+        """Name of the file that commits the part."""
         return paths.tombstone_name(self.part) if self.is_pruned else paths.marker_name(self.part)
 
     @property
@@ -102,17 +102,17 @@ class Marker:
 
     @property
     def committed_checksum(self) -> str:
-        """``checksum``; of what is left of a pruned part, that of the whole of it."""
+        """``checksum``; for a pruned part, the checksum of the complete part."""
         return str(self.info["pruned"]["checksum"]) if self.is_pruned else self.checksum
 
     @property
     def committed_bytes(self) -> int:
-        """``bytes``; of what is left of a pruned part, those of the whole of it."""
+        """``bytes``; for a pruned part, the bytes of the complete part."""
         return int(self.info["pruned"]["bytes"]) if self.is_pruned else self.bytes
 
 
 def file_text(content: Mapping[str, Any]) -> str:
-    """The one text of an identity, a marker or a manifest: `verify` compares files with it, byte by byte."""
+    """Return the canonical text of an identity, marker or manifest: `verify` compares files with it byte by byte."""
     return json.dumps(content, indent=1, sort_keys=True)
 
 
@@ -133,7 +133,7 @@ def marker_text(marker: Marker, kind: str, key: str) -> str:
 
 
 def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Marker:
-    """The marker of part ``part`` of ``kind``/``key``, checked.
+    """Parse and check the marker of part ``part`` of ``kind``/``key``.
 
     Raises:
         DamagedPart: it was altered, or names a path outside its part folder.

@@ -1,4 +1,4 @@
-"""What a consumer may ask of a teacher cache, as predicates.
+"""Needs that a consumer may have of a teacher cache, as predicates.
 
 An objective declares its needs; a coverage answers each, or says what is missing and what would add it.
 """
@@ -26,8 +26,8 @@ class StopsNeed:
 
 @dataclass(frozen=True)
 class HeadNeed:
-    """The ``k`` most probable ids of every token whose entropy exceeds ``above`` (nats; -1: of every token); of the
-    others those of them that are at least ``min_prob`` probable, and the first in any case."""
+    """The ``k`` most probable ids of every token whose entropy exceeds ``above`` (nats; -1: every token); for other
+    tokens those with probability at least ``min_prob``, and always the first."""
 
     k: int
     above: float = -1.0

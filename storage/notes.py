@@ -1,4 +1,4 @@
-"""What one run refers to, as it writes it down: in the store (``<store>/.runs/<id>.json``) and in its own folder.
+"""Notes on which artifacts a run refers to, in the store (``<store>/.runs/<id>.json``) and in the run's folder.
 
 Producer: ``pipeline.retention``, which decides by these notes what may be pruned and collected.
 """
@@ -28,7 +28,7 @@ Keys = set[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Note:
-    """What one run refers to."""
+    """The artifacts that one run refers to."""
 
     config: Path  # the run's resolved config
     store: Path
@@ -73,7 +73,7 @@ def note_name(config: Path) -> str:
 
 
 def write_note(store: Path, note: Note, own_copy: Path | None = None) -> None:
-    """Write a note into the store and, if ``own_copy`` names a file, beside the run. An equal note stays as it is."""
+    """Write a note into the store and, if ``own_copy`` names a file, into the run's folder. An equal note is kept."""
     refuse_links(store, paths.RUNS)
     for path in (own_copy, store / paths.RUNS / note_name(note.config)):
         if path is None:
@@ -87,7 +87,7 @@ def write_note(store: Path, note: Note, own_copy: Path | None = None) -> None:
 
 
 def notes(store: Path) -> Iterator[tuple[str, Note | DamagedPart]]:
-    """Name and content of every note in a store, sorted; for an unreadable one, what is wrong with it.
+    """Return name and content of every note in a store, sorted; for an unreadable one, the problem.
 
     Raises:
         DamagedPart: the folder of the notes is a link.

@@ -1,4 +1,4 @@
-"""Whole numbers as symbols and raw bits (``storage.symbols``), response by response: what ``symbols.join`` undoes.
+"""Packing of integers into symbols and raw bits (``storage.symbols``), by response; ``symbols.join`` is the inverse.
 
 Letters: S responses, N numbers.
 """
@@ -32,7 +32,7 @@ def symbols_of(values: Int32, extra: int) -> Symbols:
 
 @compiled
 def count(values: Int32, bounds: Int64, extra: int, bits: Int64) -> None:
-    """Add to ``bits`` [S] how many raw bits the numbers of each response have; arguments as of ``append``."""
+    """Add to ``bits`` [S] the raw bits that each response's numbers need; arguments as for ``append``."""
     for s in range(len(bits)):
         total = 0
         for i in range(bounds[s], bounds[s + 1]):

@@ -1,4 +1,4 @@
-"""Every path of the store's and the run folder's layout.
+"""All paths of the store's and the run folder's layout.
 
 A kind of artifact is a folder of the store whose name is a lower-case word (``is_kind``): storage lists none.
 
@@ -51,12 +51,12 @@ _DATA = re.compile(r"^part-(\d{5,})\.([0-9a-f]{16})$")
 
 
 def is_kind(name: str) -> bool:
-    """Whether ``name`` may be a kind of artifact: a lower-case word, or several joined by underscores."""
+    """True if ``name`` may be a kind of artifact: a lower-case word, or several joined by underscores."""
     return _KIND.fullmatch(name) is not None
 
 
 def is_key(text: str) -> bool:
-    """Whether ``text`` is the key of an artifact: of an identity, or of a coverage beside its identity."""
+    """True if ``text`` is an artifact's key: an identity, or a coverage below its identity."""
     return _KEY.fullmatch(text) is not None
 
 
@@ -89,32 +89,32 @@ def damaged_name(part: int, nonce: str) -> str:
 
 
 def tombstone_part(name: str) -> int | None:
-    """The part number if ``name`` is that of a pruned part, else None."""
+    """Return the part number if ``name`` is the tombstone of a pruned part, else None."""
     found = _TOMBSTONE.fullmatch(name)
     return int(found.group(1)) if found else None
 
 
 def is_of_a_commit(name: str) -> bool:
-    """Whether ``name`` is a commit marker's, or stands for one whose part was pruned."""
+    """True if ``name`` is a commit marker or the tombstone of a pruned part."""
     return _MARKER.fullmatch(name) is not None or _TOMBSTONE.fullmatch(name) is not None
 
 
 def parts_named(listing: str, suffix: str) -> set[int]:
-    """Part numbers of all ``part-<number><suffix>`` in a listing, a name a line: of thousands of names in one go."""
+    """Return part numbers of all ``part-<number><suffix>`` in a listing with one name per line."""
     if suffix not in listing:
         return set()
     return set(map(int, re.findall(rf"^part-(\d{{5,}}){re.escape(suffix)}$", listing, re.MULTILINE)))
 
 
 def data_part(name: str) -> tuple[int, str] | None:
-    """(part, nonce) if ``name`` is a data folder's, else None."""
+    """Return (part, nonce) if ``name`` is a data folder, else None."""
     found = _DATA.fullmatch(name)
     return (int(found.group(1)), found.group(2)) if found else None
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where one run keeps what a person looks at. Nothing here is needed to resume; the store is."""
+    """Paths of one run's files for people. Nothing here is needed to resume; the store is."""
 
     folder: Path
 

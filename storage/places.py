@@ -1,4 +1,4 @@
-"""Where a store is, as people write it: a folder, or the URL of a bucket or of a folder in one."""
+"""Store locations as people write them: a folder, or the URL of a bucket or of a folder in one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def is_bucket(place: str) -> bool:
-    """Whether ``place`` is the URL of anything but a local folder."""
+    """True if ``place`` is a URL of anything but a local folder."""
     return "://" in place and not place.startswith("file://")
 
 
 def open_place(place: str) -> Path | Bucket:
-    """A folder (its path, or file://path) or a bucket; neither is touched.
+    """Open a folder (its path, or file://path) or a bucket, without accessing it.
 
     Raises:
         StoreError: obstore is not installed, or cannot open such a URL; a file:// URL names another machine.

@@ -1,4 +1,4 @@
-"""Giving up the data of committed parts that nothing needs any more, and calling them back.
+"""Pruning: dropping the data of committed parts that nothing needs any more, and reviving such parts.
 
 A pruned part has a tombstone, ``part-00001.pruned``, in its marker's place: the marker as it was, but naming only the
 files that stay (small ones that people still read), with the size and checksum of what was there. Four steps: the
@@ -23,7 +23,7 @@ from eopd.storage.markers import marker_text
 
 
 def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
-    """Give up the files of a part whose names are ``dropped``; returns their bytes.
+    """Drop the files of a part whose names are ``dropped``; returns their bytes.
 
     A part that is pruned already may lose more. A part of which nothing is dropped stays as it is.
 
@@ -49,7 +49,7 @@ def prune(artifact: Artifact, part: int, dropped: Callable[[str], bool]) -> int:
 
 
 def left_over(artifact: Artifact, part: int) -> list[Path]:
-    """Files in a pruned part's folder that a kill kept from going."""
+    """List files in a pruned part's folder that an interrupted pruning has left."""
     marker = artifact.remains(part)
     folder = artifact.folder / paths.data_name(part, marker.nonce)
     return [folder / name for name in sorted(artifact.names_there(marker) - set(marker.files))]

@@ -43,7 +43,7 @@ _PROBABILITY[MAX_CODE] = 0.0  # at the floor there is no mass
 
 
 def encode_logprob(logprob: NDArray[Any]) -> Codes:
-    """[N] nats -> codes 0 .. MAX_CODE; below the floor is the floor."""
+    """Encode log-probs [N] in nats as codes 0 .. MAX_CODE; values below the floor become the floor."""
     codes = np.rint(np.asarray(logprob, np.float64) * -STEPS_PER_NAT)
     return np.clip(codes, 0, MAX_CODE).astype(np.int32)
 
@@ -53,7 +53,7 @@ def decode_logprob(codes: NDArray[Any]) -> Float32:
 
 
 def encode_entropy(entropy: NDArray[Any]) -> Codes:
-    """[T] nats -> codes; error at most MAX_ENTROPY_ERROR. Raises ValueError where it is no entropy."""
+    """Encode entropies [T] in nats; error at most MAX_ENTROPY_ERROR. Raises ValueError for an impossible entropy."""
     if entropy.size and not (np.isfinite(entropy).all() and entropy.min() > -1e-3 and entropy.max() < LARGEST_ENTROPY):
         raise ValueError(f"entropy must be in [0, 25) nats, got {entropy.min()} .. {entropy.max()}")
     return np.rint(np.maximum(entropy, 0.0).astype(np.float64) * ENTROPY_STEPS_PER_NAT).astype(np.int32)
@@ -68,7 +68,7 @@ def _segment_sums(values: NDArray[np.float64], offsets: Int64) -> NDArray[np.flo
 
 
 def decode_rows(codes: NDArray[Any], offsets: Int64, tail_codes: NDArray[Any]) -> tuple[Float32, Float32]:
-    """The inverse: head log-probs [K*] and tail log-masses [T], jointly normalised in every row."""
+    """Decode head log-probs [K*] and tail log-masses [T], jointly normalised in every row."""
     if len(offsets) < 2:
         return np.zeros(0, np.float32), np.zeros(0, np.float32)
     first = offsets[:-1]

@@ -14,14 +14,14 @@ from eopd.storage.teacher_record import Int64
 
 
 def offsets_of(counts: NDArray[Any]) -> Int64:
-    """[N] counts -> [N+1] offsets"""
+    """Turn counts [N] into offsets [N+1]."""
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(np.asarray(counts, np.int64), out=offsets[1:])  # cast first: a sum that casts is three times slower
     return offsets
 
 
 def sums(deltas: NDArray[Any], offsets: Int64) -> Int64:
-    """[M] within each row, the sum of the deltas so far."""
+    """Return, within each row, the running sum of the deltas: [M]."""
     total = np.cumsum(deltas, dtype=np.int64)
     starts = offsets[:-1]
     before = np.where(starts > 0, total[starts - 1], 0) if len(total) else np.zeros(len(starts), np.int64)
@@ -29,6 +29,6 @@ def sums(deltas: NDArray[Any], offsets: Int64) -> Int64:
 
 
 def take_ranges(starts: Int64, counts: NDArray[Any]) -> Int64:
-    """Indices of the ranges [start, start + count), one after the other."""
+    """Return the indices of the ranges [start, start + count), one after the other."""
     ends = offsets_of(counts)
     return np.arange(ends[-1]) + np.repeat(starts - ends[:-1], counts)

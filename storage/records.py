@@ -20,12 +20,12 @@ _RECORD, _VERSION = b"eopd.record", b"eopd.version"
 
 
 def named(record: str, version: int = 1) -> dict[bytes, bytes]:
-    """Metadata of the schema of a record."""
+    """Return the metadata of a record's schema."""
     return {_RECORD: record.encode(), _VERSION: str(version).encode()}
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows (possibly none) of the record that ``schema`` is."""
+    """Write rows (possibly none) of the record with this schema."""
     write_record(path, pa.Table.from_pylist([dict(row) for row in rows], schema=schema))
 
 
@@ -35,7 +35,7 @@ def write_record(path: Path, table: pa.Table) -> None:
 
 
 def read_record(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one file of the record that ``schema`` is, or ``columns`` of it.
+    """Read one file of the record with this schema, or only ``columns`` of it.
 
     Raises:
         WrongArtifact: the file holds another record.
@@ -55,7 +55,7 @@ def read_record(path: Path, schema: pa.Schema, columns: Sequence[str] | None = N
 
 
 def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
-    """All rows, read a few at a time, so that a small file which claims to hold much is found out on the way."""
+    """Yield all rows in small batches, so that a small file that claims to hold much is detected early."""
     found, size = [], 0
     # a part is small: dividing it over threads takes longer than reading it
     for batch in file.iter_batches(ROWS, columns=None if columns is None else list(columns), use_threads=False):
@@ -69,7 +69,7 @@ def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa
 
 
 def check_columns(path: Path, table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """``table``, if it has the columns of the record, of its types. Raises DamagedPart."""
+    """Return ``table`` if it has the record's columns and types. Raises DamagedPart."""
     asked = schema.names if columns is None else columns
     for name in asked:
         field = schema.field(name)

@@ -37,7 +37,7 @@ WRITE_BYTES = 16 << 20
 
 
 def open_bucket(url: str, **options: Any) -> Bucket:
-    """A bucket, or a folder of one, by its URL.
+    """Open a bucket, or a folder of one, by its URL.
 
     Raises:
         StoreError: obstore is not installed, or cannot open such a URL.
@@ -57,7 +57,7 @@ def open_bucket(url: str, **options: Any) -> Bucket:
 
 @contextmanager
 def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
-    """What a bucket raises, as StoreErrors that say what to do."""
+    """Turn a bucket's errors into StoreErrors with remedies."""
     from obstore import exceptions
 
     try:
@@ -91,7 +91,7 @@ def get(bucket: Bucket, path: str) -> bytes:
 
 
 def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
-    """Create an object whole or not at all, be it large and in pieces: what the pieces raise leaves none.
+    """Create an object atomically, in pieces if it is large; an error while iterating the pieces leaves no object.
 
     Raises:
         StoreUnwritable (no permission, no such bucket) or StoreUnreadable.
@@ -103,7 +103,7 @@ def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
 
 
 def put_if_absent(bucket: Bucket, path: str, content: bytes) -> bool:
-    """Create an object whole or not at all. False when it is there already."""
+    """Create an object atomically. Returns False if it exists already."""
     import obstore
     from obstore.exceptions import AlreadyExistsError
 
@@ -124,7 +124,7 @@ def _naming_missing_buckets(bucket: Bucket) -> Iterator[None]:
 
 
 def has(bucket: Bucket, path: str) -> bool:
-    """Whether there is such an object. Raises StoreUnwritable (no permission) or StoreUnreadable."""
+    """True if the object exists. Raises StoreUnwritable (no permission) or StoreUnreadable."""
     import obstore
 
     try:
@@ -136,7 +136,7 @@ def has(bucket: Bucket, path: str) -> bool:
 
 
 def rename(bucket: Bucket, path: str, to: str) -> None:
-    """Copy an object, then delete the old one: it is never gone. Nothing happens where there is none.
+    """Copy an object, then delete the old one, so that one of the two always exists. A missing object is ignored.
 
     Raises:
         StoreUnwritable (no permission) or StoreUnreadable.
@@ -148,7 +148,7 @@ def rename(bucket: Bucket, path: str, to: str) -> None:
 
 
 def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
-    """Names of the objects directly in ``folder`` ("": the root), and of what looks like a folder there; sorted.
+    """List the names of objects and apparent folders directly in ``folder`` ("": the root), sorted.
 
     Raises:
         StoreUnreadable, StoreUnwritable: it does not answer, refuses access, or there is no such bucket.
@@ -162,17 +162,17 @@ def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
 
 
 def folders(bucket: Bucket, folder: str) -> list[str]:
-    """Names of what looks like a folder directly in ``folder``."""
+    """List apparent folders directly in ``folder``."""
     return listed(bucket, folder)[1]
 
 
 def kinds(bucket: Bucket) -> list[str]:
-    """Names of the folders that may hold artifacts of one kind each."""
+    """List folders that may hold artifacts of one kind each."""
     return list(filter(paths.is_kind, folders(bucket, "")))
 
 
 def sizes(bucket: Bucket, folder: str) -> dict[str, int]:
-    """Bytes of every object below ``folder``, by its path from there, from one listing."""
+    """Return bytes of every object below ``folder``, by relative path, from one listing."""
     import obstore
 
     with naming_refusals(bucket, folder):
@@ -181,19 +181,19 @@ def sizes(bucket: Bucket, folder: str) -> dict[str, int]:
 
 
 def keys(bucket: Bucket) -> Iterator[tuple[str, str]]:
-    """(kind, key) of every artifact of a bucket, sorted, as ``listing.keys`` of a folder."""
+    """List (kind, key) of every artifact of a bucket, sorted, as ``listing.keys`` does for a folder."""
     return ((kind, key) for kind, key, names in _artifact_folders(bucket) if paths.IDENTITY in names)
 
 
 def unidentified(bucket: Bucket) -> Iterator[tuple[str, str]]:
-    """(kind, key) of every folder with markers and no identity, as ``listing.unidentified`` of a folder."""
+    """List (kind, key) of every folder with markers and no identity, as ``listing.unidentified`` does for a folder."""
     for kind, key, names in _artifact_folders(bucket):
         if paths.IDENTITY not in names and any(map(paths.is_of_a_commit, names)):
             yield kind, key
 
 
 def _artifact_folders(bucket: Bucket) -> Iterator[tuple[str, str, list[str]]]:
-    """(kind, key, names of the objects in it) of every folder that may be an artifact's."""
+    """Yield (kind, key, object names) of every folder that may be an artifact's."""
     for kind in kinds(bucket):
         for key in filter(paths.is_key, folders(bucket, kind)):
             names, inner = listed(bucket, f"{kind}/{key}")
@@ -237,7 +237,7 @@ class RemoteArtifact(StoredArtifact):
 
     @property
     def size(self) -> int:
-        """Bytes of all files of its parts, from one listing."""
+        """Bytes of all files of the artifact's parts, from one listing."""
         return sum(size for name, size in sizes(self.bucket, self.folder).items() if "/" in name)
 
     def names(self) -> list[str]:
@@ -278,7 +278,7 @@ class RemoteArtifact(StoredArtifact):
 
 
 class BucketPart(Store):
-    """The files of one committed part in a bucket, as Zarr reads them. Their sizes are the marker's."""
+    """The files of one committed part in a bucket, as Zarr reads them. Sizes come from the marker."""
 
     supports_writes = False
     supports_deletes = False

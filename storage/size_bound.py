@@ -1,4 +1,4 @@
-"""Upper bound on the bytes of a scores artifact, from its head rule and the codec: what no teacher can exceed.
+"""Upper bound on the bytes of a scores artifact for any teacher, from the head rule and the codec.
 
 Letters: T tokens, S responses, P parts.
 """
@@ -20,7 +20,7 @@ _METADATA = 24_000  # four zarr.json files, 5 kB in practice
 def most_bytes(
     head: HeadRule, *, stops: int, vocabulary: int, extra_k: int, tokens: int, responses: int, parts: int
 ) -> int:
-    """Bytes that the scores of so many tokens, responses and parts do not exceed.
+    """Return a bound on the bytes of scores with so many tokens, responses and parts.
 
     Args:
         stops: stop ids.
@@ -36,12 +36,12 @@ def most_bytes(
 
 
 def _padded(length: float, chunk: int) -> float:
-    """The last of several chunks is filled up with zeros; a single one is as long as the array, but at least 128."""
+    """Bound the padded length: the last of several chunks is filled with zeros; a single one has at least 128."""
     return length + 128 + min(length, chunk)
 
 
 def _token(head: HeadRule, stops: int, vocabulary: int, extra_k: int) -> tuple[int, float]:
-    """Bytes a token in ``tokens``, and entries a token: as many as its ids, or as its raw bits need."""
+    """Return bytes per token in ``tokens``, and entries per token: as many as its ids, or as its raw bits need."""
     k = min(head.k_max, vocabulary)
     draws = {"none": 0, "full": head.n_draws, "beyond_head": _most_draws(k, vocabulary, head.min_prob)}[head.draws]
     largest = {
@@ -62,7 +62,7 @@ def _token(head: HeadRule, stops: int, vocabulary: int, extra_k: int) -> tuple[i
 
 
 def _most_draws(k: int, vocabulary: int, weight: float) -> int:
-    """Systematic draws of ``weight`` beyond a head of at most ``k`` ids; an id drawn twice is stored twice.
+    """Return the most systematic draws of ``weight`` beyond a head of at most ``k`` ids; repeats are stored.
 
     Beyond a head of k ids lies the mass of the V - k least probable ones: at most 1 - k/V. A shorter head holds every
     id of probability ``weight``, so each of the others makes less than one draw.
@@ -74,5 +74,5 @@ def _most_draws(k: int, vocabulary: int, weight: float) -> int:
 
 
 def _raw_bits(largest: int, extra: int) -> int:
-    """Raw bits of a number up to ``largest`` (``storage.symbols``)."""
+    """Return the raw bits of a number up to ``largest`` (``storage.symbols``)."""
     return max(largest.bit_length() - 1 - extra, 0)

@@ -1,4 +1,4 @@
-"""Where scores are read from: a local artifact, or anything else that can vouch for its parts in the same way."""
+"""Sources of scores: a local artifact, or any other source that can verify its parts in the same way."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class ScoreSource(Protocol):
 
 
 def filled_parts(source: ScoreSource) -> Iterator[int]:
-    """The committed parts that hold data, in order: all but those that were set aside. A marker is read for each."""
+    """Return the committed parts that hold data, in order; parts that were set aside are left out. Reads every
+    marker."""
     return (part for part in sorted(source.committed()) if source.marker(part).set_aside is None)
 
 
 def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -> bool:
-    """Whether a part of ``source`` was set aside; then what is made from it, ``part`` of ``output``, is too."""
+    """Return True if a part of ``source`` was set aside, and then set ``part`` of ``output`` aside too."""
     reason = source.marker(source_part).set_aside
     if reason is None:
         return False
@@ -44,7 +45,8 @@ def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -
 
 
 def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
-    """The files of a committed part, their presence and sizes checked against its marker, and the marker."""
+    """Open the files of a committed part, checked against its marker by presence and size; returns them and the
+    marker."""
     marker = source.marker(part)
     if hasattr(source, "part_store"):
         found: Store = source.part_store(part, marker)

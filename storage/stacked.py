@@ -1,4 +1,4 @@
-"""Several stores as one: a private one in front of read-only ones (a team's folder, a bucket).
+"""Several stores as one: a private store in front of read-only ones (a team's folder, a bucket).
 
 An artifact is read whole from one store, and written to the private one. What is under way there is finished there
 (what was submitted, and cancelled before anybody came to a part of it, is not); else the first store that has all of it
@@ -43,7 +43,7 @@ class StackedStores:
 
     @classmethod
     def at(cls, private: str, read_only: Sequence[str]) -> StackedStores:
-        """By folder and URL.
+        """Open the stores by folder and URL.
 
         Raises:
             StoreError: one of the read-only ones is no folder, or a bucket that cannot be opened.
@@ -55,7 +55,7 @@ class StackedStores:
         return cls([Path(private), *behind])
 
     def find(self, identity: Identity) -> Artifact:
-        """The artifact of this identity to read from, or to make (in the private store)."""
+        """Return the artifact of this identity to read from, or to make (in the private store)."""
         own = Artifact(self.private, identity)
         if len(self.stores) == 1 or own.is_under_way():
             return own
@@ -65,7 +65,7 @@ class StackedStores:
         return found[1]
 
     def coverages(self, identity: str) -> list[Artifact]:
-        """Every complete coverage of the scores with this identity key, those of the first stores first."""
+        """Return every complete coverage of the scores with this identity key, in the order of the stores."""
         found: dict[str, Artifact] = {}
         for artifact in coverages(self.private, identity):
             if is_whole(artifact):
@@ -80,7 +80,7 @@ class StackedStores:
         return list(found.values())
 
     def _complete(self, kind: str, key: str) -> tuple[int, Artifact] | None:
-        """The first read-only store (its number) that has all of it."""
+        """Return the number of the first read-only store that has the complete artifact."""
         if (kind, key) not in self._elsewhere:
             self._elsewhere[kind, key] = next(self._search(kind, key), None)
         return self._elsewhere[kind, key]
@@ -119,7 +119,7 @@ class StackedStores:
 
 
 def is_whole(artifact: Artifact) -> bool:
-    """Whether every part can be read: complete, and nothing was pruned since."""
+    """True if every part can be read: the artifact is complete, and nothing was pruned since."""
     return len(artifact.committed()) == artifact.parts
 
 

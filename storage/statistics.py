@@ -1,4 +1,4 @@
-"""What a cache holds in figures, so that k and tau are chosen from evidence. For `eopd store stats`."""
+"""Statistics of a cache, as evidence for choosing k and tau. For `eopd store stats`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BLOCK = 16_384
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Figures of the parts that were looked at."""
+    """Statistics of the parts that were read."""
 
     parts: int
     responses: int
@@ -45,7 +45,7 @@ class CacheStats:
         return {**asdict(self), "entropy_edges": list(ENTROPY_EDGES)}
 
     def text(self, width: int = 50) -> str:
-        """Tables and a histogram for a terminal."""
+        """Format tables and a histogram for a terminal."""
         lines = [
             f"{self.tokens:,} tokens in {self.responses:,} responses of {self.parts} parts; "
             f"{self.bytes_per_token:.2f} bytes a token",
@@ -113,7 +113,7 @@ def _mean(values: NDArray[Any]) -> float:
 
 
 def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
-    """[len(KS), T] mass of each token's first k entries"""
+    """Return the mass of each token's first k entries: [len(KS), T]."""
     if not rows.tokens:
         return np.zeros((len(KS), 0), np.float32)
     p = np.exp(rows.head_logprobs.astype(np.float64))
@@ -124,7 +124,7 @@ def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
 
 
 def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
-    """Bytes of each field when it is compressed by itself, much as a part compresses it."""
+    """Return bytes of each field compressed separately, much as a part compresses it."""
     out = {}
     codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.NOSHUFFLE, blocksize=_BLOCK)
     for stream in Fields.of(rows, layout).streams:
@@ -135,7 +135,7 @@ def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
 
 
 def plot(found: CacheStats, path: Path) -> None:
-    """The entropy histogram as an SVG image: share of tokens between ``ENTROPY_EDGES``.
+    """Write the entropy histogram as an SVG image: share of tokens between ``ENTROPY_EDGES``.
 
     Raises:
         ValueError: ``path`` does not end in .svg.

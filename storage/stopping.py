@@ -1,4 +1,4 @@
-"""A wish to stop that is granted between two pieces of work, never in the middle of one.
+"""Graceful shutdown: a stop request takes effect between units of work.
 
 The wish belongs to the process, as the signals that bring it do. Whoever works on something that should be committed
 first says so with ``in_hand``; whoever is between two such things calls ``check``.
@@ -36,14 +36,14 @@ def stop_wished() -> bool:
 
 
 def check() -> None:
-    """Raises Stopped when the process was asked to stop."""
+    """Raise Stopped if the process was asked to stop."""
     if _wished.is_set():
         raise Stopped
 
 
 @contextmanager
 def in_hand() -> Iterator[None]:
-    """Until this ends there is something to finish before stopping."""
+    """Delay a stop request until the block ends."""
     global _in_hand
     with _lock:
         _in_hand += 1
@@ -56,7 +56,7 @@ def in_hand() -> Iterator[None]:
 
 @contextmanager
 def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT (also where it was ignored, as in the background) and SIGTERM go to ``handler`` until this ends."""
+    """Send SIGINT (even if ignored, as in the background) and SIGTERM to ``handler`` until the block ends."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -67,7 +67,7 @@ def heeding(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(tell: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM stop what runs inside: once what is in hand is done, or, the second time, at once.
+    """Stop the block on SIGINT or SIGTERM: after the unit of work in progress, or at once on the second signal.
 
     ``tell`` is called when the first one comes and there is something to finish.
     """

@@ -25,7 +25,7 @@ from eopd.storage.untrusted import naming, parse_json
 
 @dataclass(frozen=True)
 class Standing:
-    """What one listing of an artifact's folder shows: numbers of parts."""
+    """State of all parts from one listing of an artifact's folder: sets of part numbers."""
 
     committed: set[int]
     pruned: set[int]  # committed once, their data given up since
@@ -37,8 +37,8 @@ class Standing:
 
 
 class StoredArtifact(ABC):
-    """Cheap to make: nothing is read before it is asked for. Buckets add StoreUnreadable and StoreUnwritable (no
-    permission) to whatever is raised."""
+    """An artifact in a folder or a bucket; files are read on demand. Buckets also raise StoreUnreadable and
+    StoreUnwritable (no permission)."""
 
     kind: str
     key: str
@@ -53,11 +53,11 @@ class StoredArtifact(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Of the files in the artifact's folder, parts' folders perhaps among them; none where there is no folder."""
+        """List the artifact's files, and possibly parts' folders; empty if there is no folder."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Whether there is such a file in the artifact's folder."""
+        """True if the artifact's folder holds a file of this name."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -65,7 +65,7 @@ class StoredArtifact(ABC):
 
     @abstractmethod
     def create(self, name: str, text: str) -> bool:
-        """Create a file of the artifact's folder whole or not at all. False when there is one already."""
+        """Create a file in the artifact's folder atomically. Returns False if it exists already."""
 
     @abstractmethod
     def replace(self, name: str, text: str) -> None:
@@ -73,7 +73,7 @@ class StoredArtifact(ABC):
 
     @abstractmethod
     def part_names(self, marker: Marker) -> set[str]:
-        """Of all files in a part's folder, whoever put them there.
+        """List all files in a part's folder, expected or not.
 
         Raises:
             DamagedPart: one that the marker names is gone, has another size, or is no plain file.
@@ -81,7 +81,7 @@ class StoredArtifact(ABC):
 
     @abstractmethod
     def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
-        """A file of a part, however large, in its order. Raises FileNotFoundError."""
+        """Read a file of a part in pieces. Raises FileNotFoundError."""
 
     @property
     def parts(self) -> int:
@@ -96,7 +96,7 @@ class StoredArtifact(ABC):
         return self.is_committed(part) or self.has(paths.tombstone_name(part))
 
     def standing(self) -> Standing:
-        """Every part's state, from one listing of the folder. With a marker it is committed, whatever is beside it."""
+        """Return every part's state from one listing. A part with a marker is committed, whatever else is there."""
         listing = "\n".join(self.names())
         parts = self.parts
         committed, pruned, hinted = (
@@ -106,25 +106,25 @@ class StoredArtifact(ABC):
         return Standing(committed, pruned - committed, hinted)
 
     def committed(self) -> set[int]:
-        """Every part that can be read."""
+        """Return every part that can be read."""
         return self.standing().committed
 
     def pruned(self) -> set[int]:
-        """Parts that were committed and whose data were given up since."""
+        """Return parts that were committed and pruned since."""
         return self.standing().pruned
 
     def reasons_aside(self, standing: Standing | None = None) -> dict[int, str]:
-        """Parts that were set aside (``Artifact.set_aside``), and why."""
+        """Return parts that were set aside (``Artifact.set_aside``), with the reasons."""
         standing = standing or self.standing()
         reasons = {part: self.marker(part).set_aside for part in sorted(standing.hinted & standing.committed)}
         return {part: reason for part, reason in reasons.items() if reason is not None}
 
     def missing(self) -> list[int]:
-        """Parts that have never been made, or have to be made again."""
+        """Return parts that were never made or must be made again."""
         return list(self._missing())
 
     def first_missing(self, count: int = 8) -> list[int]:
-        """As ``missing``: only the first ones, for states of a training there may be any number of."""
+        """Return the first parts of ``missing``, as the number of a training's resumable states is unbounded."""
         return list(islice(self._missing(), count))
 
     def _missing(self) -> Iterator[int]:
@@ -152,14 +152,14 @@ class StoredArtifact(ABC):
             raise MissingPart(f"{self} part {part} is not committed. Run the stage that makes it.") from error
 
     def remains(self, part: int) -> Marker:
-        """The marker of a part that is committed; of a pruned one, that of what is left of it."""
+        """Return the marker of a committed part, or the tombstone of a pruned one."""
         try:
             return self.marker(part)
         except PrunedPart:
             return self.tombstone(part)
 
     def tombstone(self, part: int) -> Marker:
-        """What a pruned part left in its marker's place. Raises as ``marker``; MissingPart: there is none."""
+        """Return the tombstone of a pruned part. Raises as ``marker``; MissingPart if there is none."""
         try:
             return self._marker(part, paths.tombstone_name(part))
         except FileNotFoundError as error:
@@ -184,7 +184,7 @@ class StoredArtifact(ABC):
         return content
 
     def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
-        """``part_checksums`` are those of the parts as they were committed; ``pruned`` those to be named as pruned."""
+        """Return the manifest's content; ``part_checksums`` are those at commit time, ``pruned`` the pruned parts."""
         named = self.pruned() if pruned is None else pruned
         sums = {str(part): self.remains(part).committed_checksum for part in range(self.parts)}
         content = {**self.identity.to_json(), "key": self.key, "part_checksums": sums, "pruned": bool(named)}
@@ -198,7 +198,7 @@ class StoredArtifact(ABC):
         self.create(paths.MANIFEST, file_text(self.manifest_content()))
 
     def renew_manifest(self) -> None:
-        """Have the manifest say what stands now, once every part is committed: one was pruned, or came back whole."""
+        """Update the manifest of a complete artifact after a part was pruned or rebuilt."""
         if not self.is_complete():
             return
         text = file_text(self.manifest_content())
@@ -208,7 +208,7 @@ class StoredArtifact(ABC):
     # -- bytes -------------------------------------------------------------------------------------------------
 
     def verify_part(self, part: int) -> None:
-        """Every byte of a part (of what is left of it) against its marker; DamagedPart names the first bad file."""
+        """Compare every byte of a part, or of its remains, with its marker; DamagedPart names the first bad file."""
         marker = self.remains(part)
         there = self.part_names(marker)
         for name in marker.files:
@@ -220,7 +220,7 @@ class StoredArtifact(ABC):
             raise DamagedPart(f"{self} part {part}: {strangers[0]} was added to {added_to}")
 
     def checked(self, marker: Marker, name: str) -> Iterator[bytes]:
-        """As ``pieces``, of a file that the marker names; after the last one, DamagedPart if they are not its bytes."""
+        """Like ``pieces``, for a file that the marker names; DamagedPart follows the last piece if the hash differs."""
         digest = hashlib.sha256()
         try:
             for piece in self.pieces(marker, name):
@@ -232,7 +232,7 @@ class StoredArtifact(ABC):
             raise DamagedPart(f"{self} part {marker.part}: the bytes of {name} changed. {REPAIR}")
 
     def _check_size(self, marker: Marker, name: str, found: int | None) -> None:
-        """Raises DamagedPart where a file is gone (``found`` is None) or has not the bytes of its marker."""
+        """Raise DamagedPart if a file is missing (``found`` is None) or has another size than its marker states."""
         if found is None:
             raise DamagedPart(f"{self} part {marker.part}: {name} is gone. {REPAIR}")
         if found != (size := marker.files[name]["size"]):

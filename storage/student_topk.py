@@ -1,4 +1,4 @@
-"""The student's own most probable tokens at every response position: a side artifact of rollouts, part by part.
+"""The student top-k record: the student's most probable tokens at every response position, by rollout part.
 
 Produced by ``stages.rollout`` from the stored tokens and the policy that sampled them; read by ``stages.score``,
 which asks the teacher for the same ids. One Parquet file a part.
@@ -23,7 +23,7 @@ _METADATA = named("student_topk")
 
 @dataclass(frozen=True)
 class StudentTopk:
-    """Ids and log-probs of the responses of one rollout part, in its order."""
+    """Ids and log-probs for the responses of one rollout part, in its order."""
 
     lengths: NDArray[np.int32]  # [S] tokens of each response
     ids: NDArray[np.int32]  # [T, k] most probable first
@@ -68,5 +68,5 @@ def read_student_topk(folder: Path) -> StudentTopk:
 
 
 def _nested(offsets: NDArray[np.int32], values: pa.Array, k: int) -> pa.Array:
-    """[S] lists of tokens, each a list of ``k``."""
+    """Return [S] lists of tokens, each a list of ``k``."""
     return pa.ListArray.from_arrays(pa.array(offsets), pa.FixedSizeListArray.from_arrays(values, k))

@@ -1,4 +1,4 @@
-"""Whole numbers as a byte-sized symbol and some raw bits: what compresses, apart from what does not.
+"""Integers as a byte-sized symbol, which compresses, and raw bits, which do not.
 
 A number's leading one, and the ``extra`` bits after it, are its symbol; zstd finds their statistics. The bits below
 are as good as random: they are kept raw, packed, and never compressed. Numbers below 2^(extra + 1) are their own
@@ -40,12 +40,12 @@ def _tables(extra: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
 
 
 def largest(extra: int) -> int:
-    """Every number below this has a symbol."""
+    """Return the bound below which every number has a symbol."""
     return 1 << min(MAX_RAW, (256 >> extra) - 2 + extra)
 
 
 def check(name: str, values: NDArray[Any], extra: int) -> None:
-    """Raises ValueError where a number of the field ``name`` has no symbol."""
+    """Raise ValueError if a number of the field ``name`` has no symbol."""
     if values.size and (values.min() < 0 or values.max() >= largest(extra)):
         raise ValueError(f"{name}: numbers must be in 0 .. {largest(extra) - 1}, got {values.min()} .. {values.max()}")
 
@@ -55,7 +55,7 @@ def raw_counts(symbols: Symbols, extra: int) -> NDArray[np.uint8]:
 
 
 def join(symbols: Symbols, extra: int, bits: NDArray[np.uint8], at: Int64) -> NDArray[np.int32]:
-    """Numbers [N] from their symbols and the places ``at`` [N] (bits) of their raw bits in ``bits``.
+    """Return numbers [N] from their symbols and the positions ``at`` [N] (bits) of their raw bits in ``bits``.
 
     ``bits`` ends with four bytes that belong to nobody, so that a window of four bytes starts at every byte.
     """
@@ -74,7 +74,7 @@ _MASKS = ((1 << np.arange(MAX_RAW + 1, dtype=np.int64)) - 1).astype(np.uint32)
 
 
 def zigzag(values: NDArray[Any]) -> NDArray[Any]:
-    """0, -1, 1, -2, ... -> 0, 1, 2, 3, ..."""
+    """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ..."""
     return np.where(values < 0, -2 * values - 1, 2 * values)
 
 

@@ -53,7 +53,7 @@ class _Head(TypedDict, total=False):
 
 
 class _Header(TypedDict, total=False):
-    """The types of ``PartHeader``, as JSON has them."""
+    """The types of ``PartHeader``'s fields in JSON."""
 
     teacher: str
     tokenizer: str
@@ -77,7 +77,7 @@ _HEADER = TypeAdapter(_Header)
 
 @dataclass(frozen=True)
 class PartHeader:
-    """What a part says of itself, in the attributes of its group."""
+    """Header of a part, stored as attributes of its group."""
 
     teacher: str  # fingerprint
     tokenizer: str  # fingerprint of id -> token bytes
@@ -130,7 +130,8 @@ class PartHeader:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a reader takes for granted of scores; None: anything. Fingerprints and names are those of ``PartHeader``."""
+    """The origin that a reader requires of scores; None accepts any. Fingerprints and names are those of
+    ``PartHeader``."""
 
     teacher: str | None = None
     tokenizer: str | None = None
@@ -138,7 +139,7 @@ class Origin:
     temperature: float | None = None
 
     def require(self, header: PartHeader, where: str) -> None:
-        """Raises WrongArtifact naming everything that is another's."""
+        """Raise WrongArtifact, naming every field that differs."""
         wanted = {name: value for name, value in asdict(self).items() if value is not None}
         other = [
             f"{name.replace('_', ' ')} {getattr(header, name)} (asked for {value})"
@@ -168,7 +169,7 @@ def write_part(folder: Path, rows: TeacherRows, header: PartHeader) -> None:
 
 
 class _Part:
-    """An opened part, its header and where each response lies."""
+    """An opened part, its header and the position of each response."""
 
     def __init__(self, source: ScoreSource, number: int) -> None:
         store, marker = open_store(source, number)
@@ -188,7 +189,7 @@ class _Part:
 
 
 class TeacherCache:
-    """Random access to the scores of one artifact. Cheap to make: nothing is read before it is asked for.
+    """Random access to the scores of one artifact. Cheap to construct: parts are read on demand.
 
     Args:
         artifact: of kind ``scores``; an ``Artifact`` or anything that is a ``ScoreSource``.
@@ -210,11 +211,11 @@ class TeacherCache:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Of every part, as the first one that holds data says. Raises MissingPart where nothing is committed."""
+        """Coverage of all parts, from the first one that holds data. Raises MissingPart if nothing is committed."""
         return self.header(next(filled_parts(self.artifact), 0)).coverage
 
     def require(self, needs: Sequence[Need]) -> None:
-        """Raises NeedNotMet naming what is missing and the command that adds it."""
+        """Raise NeedNotMet, naming what is missing and the command that adds it."""
         self.coverage.require(needs, repr(self.artifact))
 
     def header(self, part: int) -> PartHeader:
@@ -224,18 +225,18 @@ class TeacherCache:
         return len(self._part(part).responses)
 
     def token_counts(self, part: int) -> Int64:
-        """[S] scored tokens of each response."""
+        """Return the number of scored tokens of each response [S]."""
         return self._part(part).responses[:, 0].astype(np.int64)
 
     def read_part(self, part: int) -> TeacherRows:
-        """All responses of a part, which may have none: a rollout skips prompts that are too long."""
+        """Read all responses of a part, possibly none: a rollout skips prompts that are too long."""
         responses = self.response_count(part)
         if not responses:
             return TeacherRows.without_responses(self.header(part).stop_ids)
         return self.read([(part, row) for row in range(responses)])
 
     def read(self, responses: Sequence[tuple[int, int]]) -> TeacherRows:
-        """The rows of ``responses`` (part, row in the part), in this order; repeats are allowed.
+        """Read the rows of ``responses`` (part, row in the part), in this order; repeats are allowed.
 
         Raises:
             MissingPart, DamagedPart, NewerSchema, WrongArtifact; ValueError: a row that a part does not have.
@@ -280,7 +281,7 @@ class TeacherCache:
 
     @staticmethod
     def _groups(tokens: Any, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
-        """Bounds of runs of responses of one layout and about GROUP_TOKENS tokens."""
+        """Yield bounds of runs of responses with one layout and about GROUP_TOKENS tokens."""
         bounds, low, held = [], 0, 0
         for i, count in enumerate(tokens):
             if i > low and (held >= GROUP_TOKENS or layouts[i] != layouts[low]):
@@ -305,7 +306,7 @@ class TeacherCache:
 
 
 def _check_range(rows: TeacherRows, vocabulary: int) -> None:
-    """Raises ValueError where a number is none that a teacher of so large a vocabulary says."""
+    """Raise ValueError if a number cannot come from a teacher with a vocabulary of this size."""
     for name in ("token_ids", "head_ids", "draw_ids", "extra_ids"):
         ids = getattr(rows, name)
         if len(ids) and ids.view(np.uint32).max() >= vocabulary:  # negative ones are large
@@ -319,7 +320,7 @@ def _check_range(rows: TeacherRows, vocabulary: int) -> None:
 
 
 def concatenate(pieces: Sequence[TeacherRows]) -> TeacherRows:
-    """The responses of several rows, one after the other.
+    """Concatenate the responses of several rows.
 
     Raises:
         ValueError: they have different stop ids.

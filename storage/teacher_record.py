@@ -1,4 +1,4 @@
-"""The score record: what the teacher says of every response token, decoded.
+"""The score record: the teacher's decoded statistics for every response token.
 
 Produced by ``stages.score``; read by ``stages.train``, ``stages.report`` and the `eopd store` commands.
 On disk it is encoded by ``storage.codec`` and found by ``storage.teacher_cache``.
@@ -28,7 +28,7 @@ DrawMode = Literal["none", "beyond_head", "full"]
 
 @dataclass(frozen=True)
 class HeadRule:
-    """Which entries of the teacher's distribution are kept of each token (teacher cache: the coverage).
+    """Rule for which entries of the teacher's distribution are stored for each token.
 
     The head of a token is its ``k_max`` most probable ids where entropy > ``full_head_above``; elsewhere those
     with p >= ``min_prob``, at least one and at most ``k_max``. ``full_head_above = -1`` is a fixed top-k.
@@ -54,7 +54,7 @@ class HeadRule:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """Teacher statistics of S responses, T tokens in all, in the order asked for.
+    """Teacher statistics of S responses, T tokens in all, in the order of the request.
 
     A response longer than the teacher could read has fewer rows here than tokens: the first ones.
     """
@@ -78,7 +78,7 @@ class TeacherRows:
 
     @classmethod
     def without_responses(cls, stop_ids: Sequence[int]) -> TeacherRows:
-        """The rows of no response."""
+        """Return rows without any response."""
         ids, logs, offsets = np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(1, np.int64)
         return cls(
             response_offsets=offsets,

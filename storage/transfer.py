@@ -1,4 +1,4 @@
-"""Copies of artifacts between stores: folders and buckets, in any direction. For `eopd store copy`.
+"""Copying of artifacts between stores, folders and buckets alike. For `eopd store copy`.
 
 A copy follows the commit rule: files first, their bytes checked against the source's marker on the way, the marker
 last and only if absent. So an interrupted copy is continued by running it again, and a copy is an artifact like any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def copy(source: StoredArtifact, target: Path | Bucket, parts: Iterable[int] | None = None) -> list[int]:
-    """Copy the parts (all, or those named) that the target lacks; returns the parts copied.
+    """Copy the parts (all, or those named) that the target lacks; returns the copied parts.
 
     What the target has pruned it lacks if the source has it whole: the copy is beside its tombstone then, and wins.
 
@@ -79,7 +79,8 @@ def _to_bucket(source: StoredArtifact, bucket: Bucket, wanted: set[int]) -> list
 
 
 def _lacking(source: StoredArtifact, target: StoredArtifact, wanted: set[int]) -> Iterator[Marker]:
-    """The source's markers of those parts that it has and the target has not, or only pruned and the source whole."""
+    """Return the source's markers of parts that the target lacks, or has only pruned while the source has them
+    complete."""
     there = target.standing()
     for part in sorted(wanted - there.committed):
         marker = source.remains(part)
@@ -90,7 +91,7 @@ def _lacking(source: StoredArtifact, target: StoredArtifact, wanted: set[int]) -
 
 
 def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callable[[str, str], StoredArtifact]) -> None:
-    """Rollouts of one key may differ in bytes between stores (a GPU's do); scores of the one do not fit the other."""
+    """Refuse scores for other rollouts: rollouts of one key may differ in bytes between stores (a GPU's do)."""
     scored, key = marker.inputs.get("rollouts"), source.identity.inputs.get("rollouts")
     if scored is None or key is None:
         return

@@ -1,4 +1,4 @@
-"""Reading files and JSON that somebody else may have written: a team's store, a copied artifact, a run's notes.
+"""Reading of files and JSON that others may have written: a shared store, a copied artifact, a run's notes.
 
 Files are opened only where they are plain files: a link is not followed, a named pipe is not waited for. JSON is read
 up to a size, a depth and a size of numbers, and its types are those of a schema. What does not fit is an error that
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """A file descriptor of a plain file, which the caller closes. A file that ``flags`` create is open to all users.
+    """Open a plain file and return its descriptor. A file that ``flags`` create is open to all users.
 
     Raises:
         DamagedPart: something else is in its place. FileNotFoundError, PermissionError and other OSErrors.
@@ -55,7 +55,7 @@ def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_plain(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
-    """The bytes of a plain file.
+    """Read the bytes of a plain file.
 
     Raises:
         DamagedPart: something else is in its place, or it has more than ``largest`` bytes. OSError as ``open_plain``.
@@ -68,7 +68,7 @@ def read_plain(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
 
 
 def kind_of(path: str | Path) -> str:
-    """What there is at ``path``, in words."""
+    """Describe the kind of entry at ``path``."""
     try:
         return _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), A_PLAIN_FILE)
     except OSError as error:
@@ -76,7 +76,7 @@ def kind_of(path: str | Path) -> str:
 
 
 def refuse_links(root: Path, *names: str) -> None:
-    """Check the folders on the way from ``root`` to ``root/names[0]/names[1]/...``, as far as they exist.
+    """Check that the folders from ``root`` to ``root/names[0]/names[1]/...``, as far as they exist, are no links.
 
     ``root`` itself may be a link: its owner chose it.
 
@@ -97,7 +97,7 @@ def refuse_links(root: Path, *names: str) -> None:
 
 
 def walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Every entry below ``folder``, folders before what is in them. No link is followed, ``folder`` apart.
+    """Yield every entry below ``folder``, folders before their content. Links are not followed, except ``folder``.
 
     What cannot be listed, or vanishes meanwhile, is passed over. Depth is bounded by the length of paths alone.
     """
@@ -115,7 +115,7 @@ def walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
 
 
 def parse_json(text: bytes | str, *, allow_nan: bool = False) -> Any:
-    """A JSON value. UTF-8, at most 200 levels deep, without lone surrogates, huge integers, NaN and infinities.
+    """Parse JSON: UTF-8, at most 200 levels deep, without lone surrogates, huge integers, NaN and infinities.
 
     Args:
         allow_nan: take NaN and infinities, which the figures of a training may hold.
@@ -140,7 +140,7 @@ def parse_json(text: bytes | str, *, allow_nan: bool = False) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON of a plain file. Raises DamagedPart; OSError as ``open_plain``."""
+    """Read the JSON of a plain file. Raises DamagedPart; OSError as ``open_plain``."""
     text = read_plain(path)
     with naming(str(path)):
         return parse_json(text)

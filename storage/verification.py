@@ -1,4 +1,4 @@
-"""Every byte of a store against what was committed. For `eopd store verify` and `verify --repair`.
+"""Verification of every byte in a store. For `eopd store verify` and `verify --repair`.
 
 Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
 Manifests, where there are any: what the markers add up to. Of a pruned part, the files that were kept. Markers,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was committed."""
+    """One file or text that differs from what was committed."""
 
     kind: str
     key: str
@@ -87,7 +87,7 @@ def _misplaced(store: Path) -> Iterator[Damage]:
 
 
 def _notes(store: Path) -> Iterator[Damage]:
-    """Notes on the runs that use the store which cannot be read (``paths.RUNS``)."""
+    """Yield unreadable notes of the runs that use the store (``paths.RUNS``)."""
     for name, note in notes(store):
         if isinstance(note, DamagedPart):
             yield Damage(paths.RUNS, "", None, name, str(note))
@@ -126,7 +126,7 @@ def _of_artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
 
 
 def _claims(artifact: Artifact) -> Iterator[Damage]:
-    """Claims that no worker can take: something else than a plain file is in their place."""
+    """Yield claims that no worker can take: the claim file is not a plain file."""
     for part in sorted(paths.parts_named("\n".join(artifact.names()), paths.CLAIM)):
         path = artifact.folder / paths.claim_name(part)
         if (kind := kind_of(path)) != A_PLAIN_FILE and os.path.lexists(path):
@@ -138,7 +138,7 @@ def _damage(kind: str, key: str, part: int | None, name: str, error: Exception) 
 
 
 def _part(artifact: StoredArtifact, part: int) -> Damage | None:
-    """What is wrong with a part. A living run may drop it, prune it or make it again: then it is looked at again."""
+    """Check a part. A living run may drop, prune or rebuild it meanwhile: then it is checked again."""
     seen, damage = None, None
     while (found := _commit_of(artifact, part)) is not None:
         if found == seen:
@@ -157,7 +157,7 @@ def _part(artifact: StoredArtifact, part: int) -> Damage | None:
 
 
 def _commit_of(artifact: StoredArtifact, part: int) -> tuple[str, bytes | str] | None:
-    """Name and text of a part's marker, or of its tombstone; what is wrong with it where it is no plain file."""
+    """Return name and text of a part's marker or tombstone, or the problem if it is not a plain file."""
     for name in (paths.marker_name(part), paths.tombstone_name(part)):
         with suppress(FileNotFoundError):
             try:
@@ -168,7 +168,7 @@ def _commit_of(artifact: StoredArtifact, part: int) -> tuple[str, bytes | str] |
 
 
 def _check_part(artifact: StoredArtifact, part: int, name: str, text: bytes) -> None:
-    """Raises one of UNSOUND, naming the first thing wrong with a part whose marker, or tombstone, is ``name``."""
+    """Check a part whose marker, or tombstone, is ``name``. Raises one of UNSOUND for the first problem."""
     artifact.verify_part(part)
     marker = artifact.remains(part)
     if text != marker_text(marker, artifact.kind, artifact.key).encode():
@@ -178,7 +178,7 @@ def _check_part(artifact: StoredArtifact, part: int, name: str, text: bytes) -> 
 
 
 def _manifest(artifact: StoredArtifact) -> Damage | None:
-    """What is wrong with the manifest, if there is one: it is for people. Looked at again where a part changed."""
+    """Check the manifest, if there is one. It is checked again if a part changed meanwhile."""
     seen, damage = None, None
     while artifact.has(paths.MANIFEST):
         if (found := artifact.standing()) == seen:
@@ -209,7 +209,7 @@ def _manifest_damage(artifact: StoredArtifact) -> Damage | None:
 
 
 def _without_identity(store: Path | Bucket, kind: str, key: str) -> Damage:
-    """Of a folder with committed parts and nothing that says what they are."""
+    """Report a folder with committed parts and no identity."""
     lost = _identity_in_manifest(store, kind, key) is None
     remedy = (
         "a commit of a missing part writes it again, or a copy from a store that has it; without either, remove the "
@@ -226,7 +226,7 @@ def _at(store: Path | Bucket, kind: str, key: str) -> str:
 
 
 def _identity_in_manifest(store: Path | Bucket, kind: str, key: str) -> Identity | None:
-    """The manifest begins with what the identity says."""
+    """Return the identity with which a manifest begins."""
     try:
         text = _read(store, f"{kind}/{key}", paths.MANIFEST)
         return parse_identity(text, kind, key, f"{_at(store, kind, key)}/{paths.MANIFEST}")
@@ -242,7 +242,7 @@ def _restore_identity(store: Path | Bucket, kind: str, key: str) -> None:
 
 
 def _repair(store: Path | Bucket, kind: str, key: str, damages: Sequence[Damage]) -> None:
-    """Mend one artifact as far as it goes: what a newer eopd wrote is left as it is."""
+    """Repair one artifact as far as possible; files of a newer eopd are left alone."""
     if any(damage.beyond_repair for damage in damages if damage.part is None):
         return
     for damage in damages:
@@ -293,7 +293,7 @@ def _read(store: Path | Bucket, folder: str, name: str) -> bytes:
 
 
 def _rename(store: Path | Bucket, folder: str, name: str, to: str) -> None:
-    """Nothing happens where there is no such file."""
+    """Rename a file; a missing file is ignored."""
     if not isinstance(store, Path):
         from eopd.storage.remote import rename
 

@@ -1,4 +1,4 @@
-"""Zarr without its overhead for small reads: a store and a codec pipeline, the two places where Zarr can be extended.
+"""Fast small reads for Zarr: a store and a codec pipeline, the two places where Zarr can be extended.
 
 Zarr starts a task for every step of every chunk, hops to a thread for every read and every decompression, and reads
 a shard's index for every access. For the chunks of this cache (30 kB) that is most of the time. ``FolderStore`` reads
@@ -35,7 +35,7 @@ MOST_TIMES = 1 << 14
 
 
 class FolderStore(Store):
-    """A folder, read-only, without threads. A key that is not there is an error: no part has missing chunks."""
+    """A read-only folder without threads. A missing key is an error, since no part has missing chunks."""
 
     supports_writes = False
     supports_deletes = False
@@ -99,7 +99,7 @@ class FolderStore(Store):
 
 @dataclass(frozen=True)
 class InlinePipeline(BatchedCodecPipeline):
-    """Reads ranges [all planes, start:stop] of sharded arrays directly; leaves everything else to Zarr."""
+    """Pipeline that reads ranges [all planes, start:stop] of sharded arrays directly and leaves the rest to Zarr."""
 
     indices: dict[str, NDArray[np.uint64]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -156,7 +156,7 @@ class InlinePipeline(BatchedCodecPipeline):
 
 
 def _check_index(index: NDArray[np.uint64], end: int, where: str) -> None:
-    """Raises ValueError where the places and sizes [N, 2] of a shard's chunks are not those of bytes before ``end``."""
+    """Raise ValueError unless positions and sizes [N, 2] of a shard's chunks lie before ``end``."""
     places, sizes = index.T
     if not len(index):
         return
@@ -166,7 +166,7 @@ def _check_index(index: NDArray[np.uint64], end: int, where: str) -> None:
 
 
 def _check_compressed(stored: Buffer, size: int) -> None:
-    """Raises ValueError where a Blosc buffer would not decode to ``size`` bytes: it allocates what its header says."""
+    """Raise ValueError unless a Blosc buffer decodes to ``size`` bytes: Blosc allocates what its header states."""
     header = stored[:_BLOSC_HEADER].to_bytes()
     decoded, compressed = (int.from_bytes(header[at : at + 4], "little") for at in (4, 12))
     if (decoded, compressed) != (size, len(stored)) or size > MOST_TIMES * compressed:
@@ -174,7 +174,7 @@ def _check_compressed(stored: Buffer, size: int) -> None:
 
 
 def _decoded(codecs: tuple[Codec, ...], stored: Buffer, spec: Any, size: int = 0) -> NDArray[Any]:
-    """One chunk of ``size`` bytes through its codecs, without a task for each."""
+    """Decode one chunk of ``size`` bytes with its codecs, without a task for each."""
     array_bytes, *bytes_bytes = codecs
     for inner in reversed(bytes_bytes):
         if isinstance(inner, BloscCodec):
@@ -189,6 +189,6 @@ _PIPELINE = f"{InlinePipeline.__module__}.{InlinePipeline.__qualname__}"
 
 
 def open_array(store: Store, name: str, metadata: dict[str, Any]) -> zarr.AsyncArray[Any]:
-    """The array ``name`` of a group whose ``zarr.json`` has been read (and checked) already."""
+    """Open the array ``name`` of a group whose ``zarr.json`` is already read and checked."""
     with zarr.config.set({"codec_pipeline.path": _PIPELINE}):
         return zarr.AsyncArray(metadata=metadata, store_path=StorePath(store, name))  # type: ignore[arg-type]

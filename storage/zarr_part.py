@@ -1,4 +1,4 @@
-"""One part of the cache as a Zarr v3 group: written whole, opened from metadata that its marker vouches for.
+"""One part of the cache as a Zarr v3 group: written completely, opened from metadata that its marker verifies.
 
 Shards keep a part to a handful of files. Every chunk ends with its CRC32C, which is checked when it is decoded. The
 metadata files have no checksum of their own: their hashes are in the marker, and they are compared before they are
@@ -69,7 +69,7 @@ class _Sharding(TypedDict):
 
 
 class _Array(TypedDict):
-    """Metadata of an array, as far as it decides what is read and allocated."""
+    """The metadata of an array that decide what is read and allocated."""
 
     zarr_format: Literal[3]
     node_type: Literal["array"]
@@ -115,7 +115,7 @@ def _write_planes(folder: Path, planes: NDArray[np.uint8], chunk: int, level: in
 
 
 class ZarrPart:
-    """An opened part: attributes, the table of responses, and its two big arrays to read ranges of.
+    """An opened part: attributes, the table of responses, and range access to its two big arrays.
 
     Raises:
         DamagedPart: a metadata file is not the one that was committed, or something cannot be decoded.
@@ -137,7 +137,7 @@ class ZarrPart:
         self.planes = {name: int(array.shape[0]) for name, array in arrays.items()}
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """[planes, stop - start] of the array ``name``."""
+        """Read a range of the array ``name``: [planes, stop - start]."""
         with naming_damage(self.where):
             found: NDArray[np.uint8] = self._run(self._arrays[name].getitem((slice(None), slice(start, stop))))
         return found
@@ -152,7 +152,7 @@ class ZarrPart:
         return found
 
     def _checked(self, metadata: dict[str, Any], name: str) -> dict[str, Any]:
-        """The metadata of an array, if they are as this format has them and chunks fit in memory.
+        """Check an array's metadata against this format and the memory that its chunks need.
 
         Raises:
             DamagedPart: they are not; nothing has been allocated by then.
@@ -187,7 +187,7 @@ class ZarrPart:
 
 @contextmanager
 def naming_damage(where: str) -> Iterator[None]:
-    """What Zarr and its codecs raise on bytes that they cannot believe, as DamagedPart."""
+    """Turn errors of Zarr and its codecs about corrupt bytes into DamagedPart."""
     try:
         yield
     except (*MISFITS, FileNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""Sharded Zarr v3 arrays, written where they are handed over: the counterpart of ``storage.zarr_inline``.
+"""Synchronous writer of sharded Zarr v3 arrays, the counterpart of ``storage.zarr_inline``.
 
 Zarr starts a task for every step of every chunk and hops to a thread for every compression. Beside a teacher's forward
 pass that costs more than compressing. A part is written whole and once, so its files are put together here: metadata
@@ -30,7 +30,7 @@ _EMPTY = np.iinfo(np.uint64).max
 
 
 def write_attributes(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Make an existing folder a group of no arrays."""
+    """Make an existing folder a group without arrays."""
     _write_metadata(folder, {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
 
 
@@ -86,7 +86,7 @@ def _array_metadata(
 
 
 def _shard(values: NDArray[Any], chunks: int, sharding: ShardingCodec) -> bytes:
-    """The chunks that ``values`` [P, N] fill, the last one up to its end with zeros; then where each of all lies."""
+    """Build a shard: the chunks that ``values`` [P, N] fill, the last one padded with zeros, then their index."""
     width = sharding.chunk_shape[1]
     index = np.full((1, chunks, 2), _EMPTY, np.uint64)
     pieces, end = [], 0
@@ -101,7 +101,7 @@ def _shard(values: NDArray[Any], chunks: int, sharding: ShardingCodec) -> bytes:
 
 
 def _encoded(codecs: tuple[Codec, ...], chunk: NDArray[Any]) -> bytes:
-    """One chunk through its codecs, without a task for each."""
+    """Encode one chunk with its codecs, without a task for each."""
     spec = _spec(chunk.shape, chunk.dtype)
     array_bytes, *bytes_bytes = codecs
     array = spec.prototype.nd_buffer.from_numpy_array(chunk)
@@ -113,6 +113,7 @@ def _encoded(codecs: tuple[Codec, ...], chunk: NDArray[Any]) -> bytes:
 
 @lru_cache(maxsize=16)
 def _spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArraySpec:
-    """What a codec is told of its chunk. Zarr's search for a data type takes as long as compressing a small chunk."""
+    """Return the chunk specification for codecs, cached: Zarr's search for a data type takes as long as compressing a
+    small chunk."""
     config = ArrayConfig(order="C", write_empty_chunks=True)
     return ArraySpec(shape, parse_dtype(dtype, zarr_format=3), 0, config, default_buffer_prototype())

@@ -64,7 +64,8 @@ class ExperimentSettings(Settings):
     @field_validator("evaluate")
     @classmethod
     def _evaluate_as_trained(cls, evaluate: EvaluateSettings | None, info: ValidationInfo) -> EvaluateSettings | None:
-        """Fill what is null from training: a base model trained on plain prompts is evaluated on plain prompts."""
+        """Fill null settings of evaluation from training: a base model trained on plain prompts is evaluated on plain
+        prompts."""
         if evaluate is None or not {"prompts", "rollout"} <= info.data.keys():  # one of them was refused
             return evaluate
         return evaluate.following(info.data["prompts"], info.data["rollout"].max_new_tokens)
@@ -116,7 +117,7 @@ class ExperimentSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """An external model: where it is, and what of it enters artifact keys."""
+    """An external model: its place and the facts about it that enter artifact keys."""
 
     folder: Path
     tokenizer_folder: Path
@@ -134,7 +135,7 @@ class BenchmarkFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything a plan must know about inputs that lie outside the store."""
+    """Facts that a plan needs about inputs outside the store."""
 
     student: ModelFacts
     teacher: ModelFacts

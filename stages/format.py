@@ -1,4 +1,4 @@
-"""Quantities and untrusted text as people read them: shared by the command line and the report."""
+"""Formatting of quantities and untrusted text for people, shared by the command line and the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 
 
 def size(count: float) -> str:
-    """Bytes, decimal: ``12.3 MB``."""
+    """Format bytes in decimal units: ``12.3 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -21,7 +21,7 @@ def size(count: float) -> str:
 
 
 def number(count: float) -> str:
-    """A count with three digits: ``950``, ``12.3k``, ``4.56M``."""
+    """Format a count with three digits: ``950``, ``12.3k``, ``4.56M``."""
     if count < 1000:
         return f"{count:.0f}"
     for unit in ("k", "M", "G"):
@@ -32,7 +32,7 @@ def number(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: ``42 s``, ``4 min 10 s``, ``3 h 20 min``, ``12 d 4 h``."""
+    """Format seconds in the two largest units: ``42 s``, ``4 min 10 s``, ``3 h 20 min``, ``12 d 4 h``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -44,13 +44,14 @@ def duration(seconds: float) -> str:
 
 
 def listed(items: Sequence[object]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Join names: ``a``, ``a and b``, ``a, b and c``."""
     texts = [str(item) for item in items]
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]])) if texts else ""
 
 
 def decimal(value: float | None, form: str = "#.3g", signed: bool = False) -> str:
-    """``value`` with a real minus sign, in a format of Python's (default: three digits); a dash if it is not finite."""
+    """Format ``value`` with a real minus sign and a format specification (default: three digits); a dash if it is not
+    finite."""
     if value is None or not math.isfinite(value):
         return "–"
     form = ",.0f" if form == "#.3g" and abs(value) >= 999.5 else form
@@ -61,7 +62,7 @@ def decimal(value: float | None, form: str = "#.3g", signed: bool = False) -> st
 
 
 def printable(text: str, limit: int | None = None) -> str:
-    """Text that can stand in HTML, XML and a terminal; it is not escaped for markup.
+    """Make text safe for HTML, XML and a terminal, without escaping markup.
 
     Control characters become visible signs, direction overrides are spelled out, a lone surrogate becomes U+FFFD, and
     an ellipsis replaces what exceeds ``limit`` characters.
@@ -80,7 +81,7 @@ def _sign(match: re.Match[str]) -> str:
 
 
 def escaped(text: str, *, colours: bool = False) -> str:
-    """``text`` for a terminal, with what would steer a terminal, or turn the direction of writing, as visible escapes.
+    """Escape ``text`` for a terminal: control characters and direction overrides become visible.
 
     Names of files, messages and prompts may be anybody's. Line breaks and tabs stay.
 
@@ -103,12 +104,12 @@ def _visible(character: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` as one printable line."""
+    """Return ``text`` as one printable line."""
     return escaped(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def excerpt(text: str, most: int = 400) -> str:
-    """One printable line of a text, without its middle where that is longer than ``most`` characters."""
+    """Return one printable line of a text, without its middle if it is longer than ``most`` characters."""
     half = most // 2
     short = text if len(text) <= most else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
     return one_line(short)

@@ -25,14 +25,14 @@ class Interval:
 
 
 def group_means(values: Floats, groups: Sequence[str] | None = None) -> Floats:
-    """Means of the columns of ``values`` [P, M]: of each group, then over the groups, whatever their size."""
+    """Return means of the columns of ``values`` [P, M] per group, averaged over the groups whatever their size."""
     return np.asarray(np.mean([rows.mean(axis=0) for rows in _grouped(values, groups)], axis=0))
 
 
 def resampled_means(
     values: Floats, *, resamples: int = 2000, seed: int = 0, groups: Sequence[str] | None = None
 ) -> Floats:
-    """Means of the columns of ``values`` [P, M] over bootstrap resamples of the problems: [B, M].
+    """Return means of the columns of ``values`` [P, M] over bootstrap resamples of the problems: [B, M].
 
     All columns share the resampled problems. Pass differences of two runs on the same problems for a paired test.
 
@@ -63,7 +63,7 @@ def bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> list[Interval | None]:
-    """Intervals of the means of the columns of ``values`` [P, M] (``group_means``), over the problems.
+    """Return bootstrap intervals, over problems, of the means of the columns of ``values`` [P, M] (``group_means``).
 
     Percentile bootstrap within the groups. Resamples of a group whose problems all have one value never differ, so the
     mean of such a group gets other ends: a value not seen among P problems may still have the share that Clopper and
@@ -107,12 +107,12 @@ def _with_unseen(
 
 
 def all_alike(values: Floats) -> bool:
-    """Are all ``values`` one value, rounding apart?"""
+    """True if all ``values`` are equal up to rounding."""
     return bool(np.ptp(values) <= _SAME * max(1.0, abs(float(values[0]))))
 
 
 def _grouped(values: Floats, groups: Sequence[str] | None) -> list[Floats]:
-    """The rows of each group, in order of the names."""
+    """Return the rows of each group, in order of the names."""
     if groups is None:
         return [values]
     names, places = np.unique(np.asarray(groups), return_inverse=True)
@@ -120,7 +120,7 @@ def _grouped(values: Floats, groups: Sequence[str] | None) -> list[Floats]:
 
 
 def intervals(means: Floats, confidence: float = 0.95) -> list[Interval]:
-    """Percentile intervals of the M columns of resampled means [B, M].
+    """Return percentile intervals of the M columns of resampled means [B, M].
 
     Raises:
         ValueError: a confidence outside (0, 1).
@@ -132,7 +132,7 @@ def intervals(means: Floats, confidence: float = 0.95) -> list[Interval]:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Of the mean of independent values, such as one figure a seed, or one paired difference a seed.
+    """Return Student's t interval of the mean of independent values, such as one figure or paired difference per seed.
 
     Exact where they are normal. None with fewer than two values: one seed says nothing of its spread.
     """
@@ -145,9 +145,8 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | 
 
 
 def welch_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Of mean(second) - mean(first), independent values of unequal spread (Welch 1947); degrees of freedom rounded
-    down. None where either has fewer than two values.
-    """
+    """Return Welch's interval (1947) of mean(second) - mean(first) for independent values of unequal variance; degrees
+    of freedom are rounded down. None if either has fewer than two values."""
     _check(confidence)
     if min(len(first), len(second)) < 2:
         return None
@@ -161,7 +160,7 @@ def welch_interval(first: Sequence[float], second: Sequence[float], confidence: 
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with a whole number of degrees of freedom, for probabilities in [0.5, 1)."""
+    """Return a quantile of Student's t with a whole number of degrees of freedom, for probabilities in [0.5, 1)."""
     assert 0.5 <= probability < 1.0, probability
     assert freedom >= 1, freedom
     low, high = 0.0, math.pi / 2.0  # of the angle whose tangent is t / sqrt(freedom)

@@ -1,4 +1,4 @@
-"""What every stage is handed: a model reference and somewhere to show progress."""
+"""Types that every stage is given: a reference to a model, and progress."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class ModelRef:
 
 
 class Progress(Protocol):
-    """What a person sees of long work."""
+    """Progress of long work, as shown to people."""
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        """Begin a bar of ``total`` units; 0: how many is not known yet."""
+        """Begin a bar of ``total`` units; 0: the total is not known yet."""
 
     def advance(self, n: int, **figures: float) -> None:
-        """Move it by ``n`` units; ``figures`` are shown beside it."""
+        """Advance the bar by ``n`` units; ``figures`` are shown beside it."""
 
     def expect(self, total: int, in_hand: int = 0) -> None:
         """Correct the total to an estimate; ``in_hand`` units of it are left until the next commit (0: not known)."""
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Print a line that stays."""
 
     def close(self) -> None:
         """End the bar."""
 
 
 class NullProgress:
-    """Shows nothing."""
+    """Progress that is not shown."""
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
         pass

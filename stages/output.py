@@ -1,4 +1,4 @@
-"""What a process prints, sent elsewhere."""
+"""Redirection of a process's output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to ``path``: native code, progress bars and child processes write there too."""
+    """Redirect file descriptors 1 and 2 to ``path``, including native code, progress bars and child processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

@@ -25,7 +25,7 @@ FACTOR = 1e9
 
 
 def setting(default: Any, description: str, *, keyed: bool = True, **constraints: Any) -> Any:
-    """A documented field. ``default=...`` makes it required; ``keyed=False`` keeps it out of artifact keys."""
+    """Declare a documented field. ``default=...`` makes it required; ``keyed=False`` keeps it out of artifact keys."""
     extra: Any = {"keyed": keyed}
     if isinstance(default, (dict, list)) or (isinstance(default, type) and issubclass(default, BaseModel)):
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
@@ -39,7 +39,7 @@ class Settings(BaseModel):
     )
 
     def semantic(self) -> dict[str, Any]:
-        """The keyed fields only, as plain JSON values: what an artifact key is made of."""
+        """Return the keyed fields only, as plain JSON values, for an artifact's key."""
         kept: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra

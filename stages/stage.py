@@ -1,4 +1,4 @@
-"""A stage: what it makes from what, what that takes, and how it is run. Imports no torch.
+"""Stages: inputs, output, resources and execution of each kind of job. Imports no torch.
 
 Every stage is one object in ``stages.table.STAGES``. The plan asks each for its job of every round; launchers ask for
 its resources; a worker calls ``run``. A stage that is added there is planned, started, resumed, shown and collected
@@ -39,7 +39,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to make in one round, and what it is made from."""
+    """One artifact to make in one round, and its inputs."""
 
     stage: Stage
     round: int
@@ -67,20 +67,20 @@ class Job:
 
 
 class PlanView(Protocol):
-    """What a stage sees of the plan while it is being made."""
+    """View of the plan for a stage while the plan is being made."""
 
     experiment: Experiment
 
     def output(self, stage: str, round_: int) -> Identity | None:
-        """The output of a job that was planned before; None if there is no such job."""
+        """Return the output of a job that was planned before; None if there is no such job."""
 
     def policy(self, round_: int) -> Identity | None:
-        """The checkpoint that is the student at the start of ``round_``; None: the external student."""
+        """Return the checkpoint that is the student at the start of ``round_``; None: the external student."""
 
 
 @dataclass(frozen=True)
 class JobContext:
-    """What a stage is handed to run a job: where to read, write and report."""
+    """Context of a job that is run: where to read, write and report."""
 
     experiment: Experiment
     job: Job
@@ -99,13 +99,13 @@ class JobContext:
 
     @property
     def student(self) -> ModelRef:
-        """The student that this job reads: its `policy` input, or the external student."""
+        """Return the student that this job reads: its `policy` input, or the external student."""
         return student_at(self.experiment, self.inputs.get("policy"))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over committed parts that were looked at."""
+    """Sums over the committed parts that were read."""
 
     parts: int = 0
     responses: int = 0
@@ -125,7 +125,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Size:
-    """What a whole job takes."""
+    """Size of a whole job."""
 
     tokens: int = 0  # sampled or read
     bytes: int = 0  # of its output, about
@@ -146,19 +146,19 @@ class Stage(ABC):
 
     @abstractmethod
     def plan(self, plan: PlanView, round_: int) -> Job | None:
-        """The job of a round (0 to ``rounds``; the last one has no training), or None if there is none."""
+        """Plan the job of a round (0 to ``rounds``; the last one has no training), or return None if there is none."""
 
     @abstractmethod
     def run(self, context: JobContext) -> None:
-        """Do what is missing of ``context.parts``. Heavy modules are imported here."""
+        """Do the missing parts of ``context.parts``. Heavy modules are imported here."""
 
     def gpus(self, settings: ExperimentSettings) -> int:
-        """GPUs that one task works on at once; 0: none, whatever the machine has."""
+        """Return the GPUs that one task uses at once; 0: none, whatever the machine has."""
         return 1
 
     @abstractmethod
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
-        """What the job takes.
+        """Forecast the size of the job.
 
         Args:
             inputs: sizes of the inputs' jobs, by role.
@@ -166,7 +166,7 @@ class Stage(ABC):
         """
 
     def processes(self, settings: ExperimentSettings) -> int:
-        """Processes that do one task together; more than 1 are started by torchrun."""
+        """Return the processes that do one task together; more than 1 are started by torchrun."""
         return 1
 
     def scratch(self, job: Job) -> Identity | None:
@@ -177,7 +177,7 @@ class Stage(ABC):
 
 
 def sampled_size(responses: int, longest: int, bytes_per_token: float, measured: Measured) -> Size:
-    """The size of sampled responses: as measured, or at most ``longest`` tokens each."""
+    """Return the size of sampled responses: as measured, or at most ``longest`` tokens each."""
     tokens = responses * longest
     if measured.responses:
         tokens = round(responses * measured.tokens / measured.responses)
@@ -186,13 +186,13 @@ def sampled_size(responses: int, longest: int, bytes_per_token: float, measured:
 
 
 def read_size(read: Size, bytes_per_token: float, measured: Measured) -> Size:
-    """The size of what is stored about every token that is read."""
+    """Return the size of data stored for every token that is read."""
     rate = measured.bytes / measured.tokens if measured.tokens else bytes_per_token
     return Size(read.tokens, round(read.tokens * rate), at_most=read.at_most)
 
 
 def student_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
-    """A trained student, or the external one if there is no checkpoint."""
+    """Return a trained student, or the external one if there is no checkpoint."""
     if checkpoint is None:
         return experiment.first_student
     return ModelRef(
@@ -205,10 +205,10 @@ def student_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
 
 
 def policy_key(experiment: Experiment, policy: Identity | None) -> str:
-    """What stands for the student in a key."""
+    """Return the value that represents the student in a key."""
     return experiment.facts.student.fingerprint if policy is None else policy.key
 
 
 def policy_input(policy: Identity | None, *parts: int) -> dict[str, Input]:
-    """The `policy` input of a job, if the student is a checkpoint; reads its weights unless told otherwise."""
+    """Return the `policy` input of a job, if the student is a checkpoint; it reads the weights by default."""
     return {} if policy is None else {"policy": Input(policy, parts=parts or (WEIGHTS,))}

@@ -1,4 +1,4 @@
-"""All stages, in the order in which a round does them. This is the one place where stages are listed.
+"""The table of stages, in the order in which a round does them. No other place lists them.
 
 Another package adds a stage as an entry point of the group ``eopd.stages``; it comes after those below:
 
@@ -70,5 +70,5 @@ def stage_named(name: str) -> Stage:
 
 
 def commands() -> list[str]:
-    """Names of the `eopd` commands that run stages, each once."""
+    """Return the names of the `eopd` commands that run stages, each once."""
     return list(dict.fromkeys(stage.command for stage in STAGES))

@@ -1,4 +1,4 @@
-"""Token figures summed by teacher entropy, and what the sums say: means a bin, with intervals over problems.
+"""Token figures summed by teacher entropy, and their means per bin with intervals over problems.
 
 Sums are kept per response and bin, so that parts add up, intervals can be taken over problems, and two students can
 be compared in pairs on the same responses. Letters: R responses, P problems, B bins, F figures, N resamples.
@@ -42,7 +42,8 @@ class EntropyBins:
 
     @classmethod
     def of(cls, inner: Sequence[float], tau: float, vocabulary: int) -> EntropyBins:
-        """From 0 to ln ``vocabulary``, the largest entropy there is; tau is an edge wherever it lies below that."""
+        """Build bins from 0 to ln ``vocabulary``, the largest possible entropy; tau is an edge if it lies below
+        that."""
         top = math.log(vocabulary)
         return cls((0.0, *sorted(edge for edge in {*inner, tau} if edge < top), top), tau)
 
@@ -52,11 +53,11 @@ class EntropyBins:
 
     @property
     def gated(self) -> slice:
-        """Bins of entropies above tau."""
+        """Select the bins of entropies above tau."""
         return slice(self.edges.index(self.tau) if self.tau in self.edges else self.count, self.count)
 
     def sums(self, figures: TokenFigures) -> Floats:
-        """[B, F] sums over the tokens of each bin."""
+        """Sum the figures over the tokens of each bin: [B, F]."""
         bins = np.searchsorted(np.asarray(self.edges[1:-1]), figures.teacher_entropy, side="left")
         above = figures.student_entropy > self.tau
         columns = [
@@ -72,7 +73,7 @@ class EntropyBins:
 
 @dataclass(frozen=True)
 class Means:
-    """Means over the tokens of a bin (or of several); None where it holds none.
+    """Means over the tokens of a bin (or of several); None if the bin is empty.
 
     ``share``: its tokens among all. ``intervals``: (low, high) of figures by name, percentile bootstrap over problems;
     none where resamples never differ, as where one problem has all tokens or all have one value.
@@ -123,7 +124,7 @@ def summarise_bins(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Alignment:
-    """What the sums [R, B, F] of responses say; ``problems`` [R] names the problem of each, for the intervals.
+    """Summarise the sums [R, B, F] of responses; ``problems`` [R] names the problem of each, for the intervals.
 
     Means are over tokens, whosever they are: a benchmark of many and long responses weighs more than a small one.
 
@@ -162,7 +163,7 @@ def summarise_bins(
 
 
 def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, seed: int) -> Floats:
-    """Sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
+    """Return sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
     rng = np.random.default_rng(seed)
     found = np.zeros((resamples, *by_problem.shape[1:]))
     for name in sorted(set(benchmarks)):
@@ -173,7 +174,7 @@ def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, se
 
 
 def _means(whole: Floats, total: float, resampled: Floats, confidence: float) -> Means:
-    """From one bin's sums [F] and their resamples [N, F]."""
+    """Return means from one bin's sums [F] and their resamples [N, F]."""
     tokens = whole[0]
     share = float(tokens / total)
     if tokens == 0:

@@ -1,4 +1,4 @@
-"""What teacher and student say of the same tokens, over the full vocabulary: divergences, entropies, agreement.
+"""Exact divergences, entropies and agreement of teacher and student on the same tokens, over the full vocabulary.
 
 Nothing of size [T, V] is ever held: both heads are applied to a few rows at a time. Logits and log-probs are float32,
 sums over the vocabulary are accumulated in float64.
@@ -52,7 +52,7 @@ def compare(
     merged: Sequence[int] = (),
     chunk_rows: int | None = None,
 ) -> TokenFigures:
-    """Figures of T tokens from both models' hidden states [T, D] and heads.
+    """Compute figures of T tokens from both models' hidden states [T, D] and heads.
 
     Ids are shared, vocabularies need not be of equal size (padding differs). Entropies and the most probable token are
     over each model's own V rows. Divergences are between the two distributions given an id that both have: finite
@@ -87,12 +87,12 @@ def compare(
 
 
 def known_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Distinct ``ids`` of the vocabulary, in order."""
+    """Return the distinct ``ids`` that lie in the vocabulary, in order."""
     return sorted({number for number in ids if number < vocab_size})
 
 
 def _merge(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """``logits`` [C, V] with all of ``ids`` as one outcome, which the first of them stands for."""
+    """Merge ``ids`` in ``logits`` [C, V] into one outcome at the first of them."""
     known = known_ids(ids, logits.shape[1])
     if len(known) < 2:
         return logits
@@ -103,7 +103,7 @@ def _merge(logits: Tensor, ids: Sequence[int]) -> Tensor:
 
 
 def _chunk(teacher: Tensor, student: Tensor) -> Tensor:
-    """[7, C] float64: the fields of ``TokenFigures`` in order, from logits [C, V] of each model."""
+    """Return the fields of ``TokenFigures`` in order, [7, C] float64, from logits [C, V] of each model."""
     log_p, log_q = teacher.log_softmax(1), student.log_softmax(1)
     if not (log_p.isfinite().all() and log_q.isfinite().all()):
         who = "student" if log_p.isfinite().all() else "teacher"
@@ -119,7 +119,7 @@ def _chunk(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def _given_shared(logprobs: Tensor, shared: int) -> tuple[Tensor, Tensor]:
-    """Log-probs of the first ``shared`` ids given that it is one of them, and the mass [C] that is not on them."""
+    """Return log-probs of the first ``shared`` ids, given that one of them occurs, and the mass [C] of all others."""
     if shared >= logprobs.shape[1]:
         return logprobs, torch.zeros(len(logprobs), dtype=torch.float64, device=logprobs.device)
     outside = logprobs[:, shared:].exp().sum(1, dtype=torch.float64)

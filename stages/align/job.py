@@ -1,4 +1,4 @@
-"""What the alignment measurement is handed."""
+"""Inputs of the alignment measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eopd.storage.artifacts import Artifact
 
 @dataclass(frozen=True)
 class AlignmentJob:
-    """Read the samples of complete evaluations with teacher and student.
+    """Measurement of complete evaluations' samples with teacher and student.
 
     ``output`` has a part for every part of every evaluation in ``sources``, in their order.
     """
@@ -36,7 +36,7 @@ class AlignmentJob:
 
 @dataclass(frozen=True)
 class SummaryJob:
-    """Sum up complete alignments, in one part."""
+    """Summary of complete alignments, in one part."""
 
     output: Artifact
     alignments: Artifact

@@ -1,4 +1,4 @@
-"""Two models over the same responses: their hidden states side by side, a few thousand tokens at a time.
+"""Joint reading of responses by two models: their hidden states in step, a few thousand tokens at a time.
 
 found = measure_alignment(teacher, student, sequences, tau=0.8)
 found.above.fkl, found.all.agreement, found.to_json()
@@ -24,7 +24,7 @@ from eopd.stages.models.packing import Sequence, pack
 
 
 class Reader(Protocol):
-    """What is needed of a model: an open hidden engine is one."""
+    """The interface that reading needs of a model; an open hidden engine has it."""
 
     @property
     def head(self) -> LMHead: ...
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 
 class LoadedModel:
-    """A causal LM in memory as a ``Reader``, as it is: on its device, in its dtype and mode."""
+    """A causal LM in memory as a ``Reader``, with its device, dtype and mode unchanged."""
 
     def __init__(self, model: nn.Module, *, batch_tokens: int = 8192, row_tokens: int = 2048) -> None:
         self._model, self._batch_tokens, self._row_tokens = model, batch_tokens, min(row_tokens, batch_tokens)
@@ -61,7 +61,7 @@ def measure_alignment(
     batch_tokens: int = 8192,
     resamples: int = 2000,
 ) -> Alignment:
-    """Exact divergences between two models in memory on given responses, by bin of teacher entropy.
+    """Measure exact divergences between two models in memory on given responses, by bin of teacher entropy.
 
     Args:
         sequences: context and response token ids as the student reads them.
@@ -99,7 +99,7 @@ def read_pairs(
     *,
     batch_tokens: int,
 ) -> Iterator[tuple[int, TokenFigures]]:
-    """(number, figures) of every sequence that has a response, in order.
+    """Yield (number, figures) of every sequence that has a response, in order.
 
     Memory: float32 copies of both heads, the hidden states of ``batch_tokens`` tokens (at least one sequence) of both
     models, and one chunk of logits.
@@ -137,7 +137,7 @@ def _groups(teacher: SequenceOf[Sequence], student: SequenceOf[Sequence], batch_
 
 
 def _in_order(reader: Reader, sequences: SequenceOf[Sequence]) -> Tensor:
-    """Hidden states [T, D] of all sequences, in their order."""
+    """Yield hidden states [T, D] of all sequences, in their order."""
     found: dict[int, Tensor] = {}
     for batch in reader.hidden(sequences):
         found.update(zip(batch.order, torch.split(batch.hidden, list(batch.lengths)), strict=True))

@@ -21,7 +21,7 @@ COLUMNS = ["benchmark", "problem_id", "problem_index", "sample", "response_token
 
 @dataclass(frozen=True)
 class Responses:
-    """What is read of one part of an evaluation; all lists in the samples' order."""
+    """The responses to read from one part of an evaluation; all lists in the samples' order."""
 
     names: list[tuple[str, str, int]]  # benchmark, problem id, sample
     student: list[Sequence]
@@ -39,7 +39,7 @@ class Responses:
 
 
 class ResponseReader:
-    """Renders prompts once and cuts what is too long."""
+    """Renders prompts once and truncates responses that are too long."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ResponseReader:
         self._contexts: dict[tuple[str, str], tuple[Context, Context]] = {}
 
     def read(self, evaluation: Artifact, part: int) -> Responses:
-        """The first samples of the first problems of a part, as the settings say.
+        """Read the first samples of the first problems of a part, as the settings say.
 
         Raises:
             ValueError: a problem, by id, that is no longer in its benchmark or cannot be rendered for the teacher.

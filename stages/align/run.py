@@ -222,7 +222,7 @@ def _write_summary(job: SummaryJob) -> None:
 def _read(
     output: Artifact, parts: Sequence[int], bins: EntropyBins
 ) -> tuple[np.ndarray[Any, Any], list[tuple[str, str]]]:
-    """Sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
+    """Return sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
     sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
     for part in parts:
         for row in alignments.read_sums(output.part_folder(part)).to_pylist():

@@ -1,4 +1,4 @@
-"""Settings of the alignment measurement. Keyed apart from the evaluation: asking for it changes no evaluation's key."""
+"""Settings of the alignment measurement, with keys of their own: alignment changes no evaluation's key."""
 
 from __future__ import annotations
 

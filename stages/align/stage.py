@@ -83,7 +83,7 @@ class AlignStage(Stage):
 
     @staticmethod
     def _problems_read(experiment: Experiment) -> float:
-        """Share of all problems that an alignment reads."""
+        """Return the share of all problems that an alignment reads."""
         evaluate = experiment.settings.evaluate
         limit = evaluate.alignment.limit if evaluate and evaluate.alignment else None
         problems = [benchmark.count for benchmark in experiment.facts.benchmarks]

@@ -1,4 +1,4 @@
-"""Checks of what an engine says: its first batch against the full model's own logits, and that some token is likelier.
+"""Checks of an engine's output: its first batch against the full model's own logits, and no uniform distribution.
 
 A wrong head, a forgotten scale or lost weights are found before anything is stored.
 """
@@ -70,8 +70,8 @@ def check_first_batch(engine: HiddenEngine, head: Head, sequences: SequenceOf[Se
 
 
 def _choose(sequences: SequenceOf[Sequence]) -> list[Sequence]:
-    """The shortest sequence with a response, and longer ones of other lengths; at least two, of which one may be the
-    beginning of the other."""
+    """Choose the shortest sequence with a response and longer ones of other lengths; at least two, of which one may be
+    a prefix of the other."""
     ordered = sorted((one for one in sequences if len(one.response_ids)), key=lambda sequence: sequence.input_length)
     shortest = ordered[0]
     first = Sequence(shortest.context_ids, shortest.response_ids[:MOST_TOKENS])
@@ -83,14 +83,14 @@ def _choose(sequences: SequenceOf[Sequence]) -> list[Sequence]:
 
 
 def _ending(sequence: Sequence) -> Sequence:
-    """The same ids, of which the last ``MOST_TOKENS`` at most are the response."""
+    """Return the sequence with at most the last ``MOST_TOKENS`` ids as its response."""
     ids = [*sequence.context_ids, *sequence.response_ids]
     count = min(MOST_TOKENS, len(sequence.response_ids))
     return Sequence(ids[:-count], ids[-count:])
 
 
 def _side_by_side(engine: HiddenEngine, head: Head, sequences: SequenceOf[Sequence]) -> list[Tensor]:
-    """Logits [T, V] of each sequence, on the CPU, by the engine in as few batches as it makes."""
+    """Return the engine's logits [T, V] of each sequence, on the CPU, read in as few batches as it makes."""
     logits: dict[int, Tensor] = {}
     for batch in engine.hidden(sequences):
         pieces = batch.hidden.tensor_split(np.cumsum(batch.lengths)[:-1].tolist())
@@ -100,7 +100,7 @@ def _side_by_side(engine: HiddenEngine, head: Head, sequences: SequenceOf[Sequen
 
 
 def refuse_uniform(entropy: NDArray[Any], vocab_size: int, path: str, setting: str, merged: int = 0) -> None:
-    """Refuse a teacher to which every token of the vocabulary is equally probable, everywhere.
+    """Refuse a teacher that gives every token of the vocabulary the same probability everywhere.
 
     Args:
         entropy: [T] nats.
@@ -120,6 +120,6 @@ def refuse_uniform(entropy: NDArray[Any], vocab_size: int, path: str, setting: s
 
 
 def _total_variation(found: Tensor, own: Tensor) -> Tensor:
-    """[T] half the sum of absolute differences of two softmaxes; NaN logits give NaN."""
+    """Return half the sum of absolute differences of two softmaxes [T]; NaN logits give NaN."""
     p, q = (torch.softmax(logits.double(), 1) for logits in (found, own))
     return (p - q).abs().sum(1) / 2

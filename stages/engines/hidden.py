@@ -34,14 +34,14 @@ class HiddenBatch:
 
 
 class OwnLogits(NamedTuple):
-    """A second opinion on an engine's distributions."""
+    """Independent logits to check an engine's distributions against."""
 
     logits: list[Tensor]  # [T, V] float32, of each sequence
     source: str  # where they come from, in words
 
 
 class HiddenEngine(Protocol):
-    """One teacher, ready to read."""
+    """A model opened for reading."""
 
     @property
     def name(self) -> str: ...
@@ -51,18 +51,18 @@ class HiddenEngine(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Of the forward pass."""
+        """Dtype of the forward pass."""
 
     @property
     def head(self) -> LMHead: ...
 
     @property
     def note(self) -> str:
-        """What the log should say of how it reads sequences; empty where nothing is out of the ordinary."""
+        """Line for the log about how sequences are read; empty if nothing is unusual."""
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used: not closed, nor ended together with another engine of its process."""
+        """True until the engine is closed, or ended by the closing of another engine of its process."""
 
     checked: bool
     """Whether its first batch was compared with ``own_logits`` since it was opened (by the score stage)."""
@@ -71,7 +71,7 @@ class HiddenEngine(Protocol):
         """Read every sequence that has a response; batches come in any order, each sequence once."""
 
     def own_logits(self, sequences: SequenceOf[Sequence]) -> OwnLogits | None:
-        """The full model's logits of each sequence, read alone; computed independently of ``hidden`` and ``head``.
+        """Return the full model's logits of each sequence, read alone, independently of ``hidden`` and ``head``.
 
         None if the machine cannot compute them.
         """

@@ -69,7 +69,7 @@ class TransformersHiddenEngine:
 
 @torch.inference_mode()
 def reloaded_logits(ref: ModelRef, sequences: SequenceOf[Sequence]) -> OwnLogits | None:
-    """By the checkpoint, loaded once more by transformers on the CPU: nothing is shared with any engine.
+    """Compute logits from the checkpoint, loaded again by transformers on the CPU; nothing is shared with any engine.
 
     None if the checkpoint is quantised, or does not fit the memory that is free.
     """
@@ -81,7 +81,7 @@ def reloaded_logits(ref: ModelRef, sequences: SequenceOf[Sequence]) -> OwnLogits
 
 
 def full_model_logits(model: Any, sequence: Sequence, device: str) -> Tensor:
-    """[T, V] float32, by the model's own forward pass over one unpacked sequence."""
+    """Return logits [T, V] float32 of one unpacked sequence, by the model's own forward pass."""
     ids, count = [*sequence.context_ids, *sequence.response_ids[:-1]], len(sequence.response_ids)
     # of the whole context they could be larger than the model
     kept = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}

@@ -138,7 +138,7 @@ class VLLMHiddenEngine:
 
 
 def is_known(folder: Path, longest: int) -> bool:
-    """Whether vLLM is known to read sequences of up to ``longest`` tokens as transformers does."""
+    """True if vLLM is known to read sequences of up to ``longest`` tokens as transformers does."""
     if _architecture(folder) not in KNOWN:
         return False
     try:
@@ -174,7 +174,8 @@ def _refuse_unknown(folder: Path, name: str) -> None:
 
 
 def _batches(sequences: SequenceOf[Sequence], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of consecutive sequences with a response, up to ``batch_tokens`` (at least one sequence) a batch."""
+    """Yield numbers of consecutive sequences with a response, up to ``batch_tokens`` (at least one sequence) per
+    batch."""
     numbers: list[int] = []
     tokens = 0
     for number, sequence in enumerate(sequences):

@@ -1,4 +1,4 @@
-"""The engines of one process: one that samples and one that reads, opened when a job wants them and kept for the next.
+"""The engine pool of a process: one sampling and one reading engine, opened on demand and kept for the next job.
 
     engines = Engines(keep=True)
     with engines.sampling("auto", student, max_model_len=512, log_dir=logs, progress=progress) as engine:
@@ -47,7 +47,7 @@ class _Reader:
 
 
 class Engines:
-    """``keep=False``: an engine a job, closed at its end. ``keep=True``: they stay until ``close``.
+    """Engine pool. ``keep=False`` closes an engine at the end of its job; ``keep=True`` keeps it until ``close``.
 
     Not for several threads at once. A job that fails takes its engine with it: who knows what it left in it.
     """
@@ -72,7 +72,7 @@ class Engines:
         progress: Progress,
         options: EngineOptions | None = None,
     ) -> Iterator[SamplingEngine]:
-        """An engine that serves ``ref``; arguments and errors as ``open_sampling_engine`` has them."""
+        """Yield an engine that samples from ``ref``; arguments and errors as for ``open_sampling_engine``."""
         options = options or EngineOptions()
         length = options.max_model_len or max_model_len
         with self._lending():
@@ -94,7 +94,7 @@ class Engines:
         batch_tokens: int,
         row_tokens: int,
     ) -> Iterator[HiddenEngine]:
-        """An engine that gives the hidden states of ``ref``; as ``open_hidden_engine`` has it."""
+        """Yield an engine that gives the hidden states of ``ref``; arguments as for ``open_hidden_engine``."""
         wanted = (resolve_engine(kind), ref, options, dtype, batch_tokens, row_tokens)
         with self._lending():
             reader = self._reader
@@ -116,7 +116,7 @@ class Engines:
             yield reader.engine
 
     def close(self) -> None:
-        """Give all memory back. What is asked for afterwards is opened anew."""
+        """Release all memory. Later requests open new engines."""
         sampler, reader = self._sampler, self._reader
         self._sampler = self._reader = None
         if reader is not None:
@@ -140,7 +140,7 @@ class Engines:
     def _kept_sampler(
         self, kind: EngineKind, ref: ModelRef, length: int, options: EngineOptions, progress: Progress
     ) -> _Sampler | None:
-        """The open engine, with the weights of ``ref``; None where there is none that can have them."""
+        """Return the open engine, with the weights of ``ref``; None if no open engine can take them."""
         sampler = self._sampler
         if sampler is None:
             return None
@@ -181,7 +181,7 @@ class Engines:
         return roomy if limit is None else max(length, min(roomy, limit))
 
     def _fits_beside(self, ref: ModelRef, options: EngineOptions) -> bool:
-        """Whether an engine for ``ref`` can be opened beside the other one."""
+        """True if an engine for ``ref`` fits into memory together with the other one."""
         if not self.any_open:
             return True
         import torch

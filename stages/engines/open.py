@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
-    """``auto`` is vLLM where it is installed.
+    """Resolve ``auto`` to vLLM if it is installed.
 
     Raises:
         ValueError: vLLM is asked for and not installed.
@@ -64,7 +64,7 @@ def open_hidden_engine(
     batch_tokens: int = 16384,
     row_tokens: int = 2048,
 ) -> HiddenEngine:
-    """Load a teacher. Its work is done on as many threads as torch has at the time.
+    """Load a model for reading. It works on as many threads as torch has at the time.
 
     Args:
         kind: auto is vLLM where it is installed and known to read this architecture right.

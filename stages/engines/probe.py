@@ -1,4 +1,4 @@
-"""Proof that an engine serves the weights it claims: log-probs of a few fixed sequences, against the checkpoint's own.
+"""Probe that an engine serves the right weights: log-probs of fixed sequences against the checkpoint's own.
 
 After weights were replaced in place an engine can serve old ones, a mixture, or none that ever were, and nothing in
 what it samples would show it. The reference is computed from the checkpoint by transformers on the CPU and shares
@@ -33,7 +33,7 @@ Logprobs = list[NDArray[np.float32]]
 
 
 def probe_sequences(vocab_size: int, longest: int) -> list[list[int]]:
-    """Fixed pseudo-random ids: the same for every engine of one vocabulary, of at most ``longest`` tokens."""
+    """Return fixed pseudo-random ids: the same for every engine of one vocabulary, at most ``longest`` tokens each."""
     length = min(TOKENS, longest)
     raw = np.random.PCG64(0).random_raw(SEQUENCES * TOKENS).reshape(SEQUENCES, TOKENS)
     return [[int(word % vocab_size) for word in row[:length]] for row in raw]
@@ -64,7 +64,7 @@ def replace_weights(engine: SamplingEngine, old: ModelRef, new: ModelRef) -> Non
 
 
 def own_logprobs(ref: ModelRef, sequences: Sequence[Sequence[int]]) -> Logprobs:
-    """By transformers on the CPU. Raises ValueError where the model does not fit the memory that is free."""
+    """Compute log-probs by transformers on the CPU. Raises ValueError if the model does not fit the free memory."""
     folder = model_folder(ref.path, ref.revision)
     if weight_bytes(folder) * MEMORY_FOR_PROBE > free_memory():
         raise ValueError("there is not enough free memory to compute the checkpoint's own log-probs")
@@ -74,7 +74,7 @@ def own_logprobs(ref: ModelRef, sequences: Sequence[Sequence[int]]) -> Logprobs:
 
 
 def difference(found: Logprobs, reference: Logprobs) -> float:
-    """Mean absolute difference, nats; NaN where either has one."""
+    """Return the mean absolute difference in nats; NaN if either side has one."""
     return float(np.abs(np.concatenate(found) - np.concatenate(reference)).mean())
 
 
@@ -88,6 +88,6 @@ def _vocab_size(ref: ModelRef) -> int:
 
 
 def served(ref: ModelRef) -> ModelRef:
-    """``ref`` with the dtype it is served in: its own, or the checkpoint's."""
+    """Return ``ref`` with its serving dtype: its own, or the checkpoint's."""
     folder = model_folder(ref.path, ref.revision)
     return replace(ref, dtype=resolve_dtype(folder, ref.dtype))

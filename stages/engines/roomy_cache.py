@@ -1,4 +1,4 @@
-"""A KV cache with room for tokens to come: appending writes one position instead of copying all of them.
+"""A preallocated KV cache: appending writes one position instead of copying all of them.
 
 Copying the whole cache at every token is two thirds of the time of a small model at 150 tokens, and more later.
 """
@@ -49,12 +49,12 @@ class RoomyLayer(DynamicLayer):
 
 
 def can_drop_rows(cache: DynamicCache) -> bool:
-    """Whether ``batch_select_indices`` reaches every state of a cache; it forgets those of linear attention."""
+    """True if ``batch_select_indices`` reaches every state of a cache; it forgets those of linear attention."""
     return all(isinstance(layer, DynamicLayer) and "Linear" not in type(layer).__name__ for layer in cache.layers)
 
 
 def _moved(old: Tensor | None, like: Tensor, length: int, size: int) -> Tensor:
-    """Room for ``size`` positions of the shape of ``like``, the first ``length`` filled from ``old``."""
+    """Allocate ``size`` positions of the shape of ``like``, the first ``length`` copied from ``old``."""
     room = like.new_empty((*like.shape[:2], size, like.shape[3]))
     if old is not None and length:
         room[:, :, :length] = old
@@ -62,7 +62,8 @@ def _moved(old: Tensor | None, like: Tensor, length: int, size: int) -> Tensor:
 
 
 def roomy_cache(config: Any) -> DynamicCache:
-    """A cache for ``config``; layers of other kinds (sliding windows, linear attention) stay transformers' own."""
+    """Build a cache for ``config``; layers of other kinds (sliding windows, linear attention) stay transformers'
+    own."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

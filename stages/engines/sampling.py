@@ -34,7 +34,7 @@ MIN_TEMPERATURE = 0.01
 
 
 class EngineOptions(Settings):
-    """How fast and where an engine runs. None of it enters an artifact's key."""
+    """Settings of an engine's speed and placement. None of them enters an artifact's key."""
 
     device: str | None = setting(
         None, "Device of the transformers engine (None: cuda if present, else cpu)", keyed=False
@@ -66,7 +66,7 @@ class EngineOptions(Settings):
     )
 
     def of_a_reader(self) -> EngineOptions:
-        """These options, where the engine does not sample.
+        """Return these options for an engine that only reads.
 
         Raises:
             ValueError: a length is stated, which would have no effect.
@@ -81,7 +81,7 @@ class EngineOptions(Settings):
     @model_validator(mode="before")
     @classmethod
     def _dtype_is_the_model_s(cls, raw: Any) -> Any:
-        """A dtype here is refused; null, as older resolved configs have it, is passed over."""
+        """Refuse a dtype; null, as older resolved configs have it, is ignored."""
         if not isinstance(raw, dict) or "dtype" not in raw:
             return raw
         if raw["dtype"] is not None:
@@ -93,7 +93,7 @@ class EngineOptions(Settings):
 
 
 def torch_device(options: EngineOptions) -> str:
-    """Where a model that transformers runs is loaded to."""
+    """Device for a model that transformers runs."""
     import torch
 
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +101,7 @@ def torch_device(options: EngineOptions) -> str:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One response to sample. The same prompt asked for n samples is n requests with n seeds."""
+    """One response to sample. n samples of a prompt are n requests with n seeds."""
 
     prompt_token_ids: Sequence[int]
     seed: int  # 0 <= seed < 2^63
@@ -109,7 +109,7 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """What is asked of every request of one call."""
+    """Sampling parameters shared by all requests of a call."""
 
     temperature: float = 1.0  # 0 is greedy; its log-probs are those of temperature 1
     top_p: float = 1.0
@@ -133,7 +133,7 @@ class SamplingParameters:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens with positive probability can never be drawn."""
+        """True if some tokens with positive probability can never be drawn."""
         return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
 
@@ -150,7 +150,7 @@ class Sample:
 
 
 class SamplingEngine(Protocol):
-    """One model, ready to sample.
+    """A model opened for sampling.
 
     ``sample`` is deterministic for equal requests in equal order on one machine with equal threads (CPU). A batch
     of other composition may differ where float rounding decides a draw.
@@ -164,7 +164,7 @@ class SamplingEngine(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Maximum tokens of prompt and response together."""
 
     def sample(
         self,
@@ -181,10 +181,10 @@ class SamplingEngine(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used: not closed, nor ended together with another engine of its process."""
+        """True until the engine is closed, or ended by the closing of another engine of its process."""
 
     def load(self, ref: ModelRef) -> None:
-        """Take the weights of ``ref``, a model of the same shape and dtype, in place of its own.
+        """Replace the weights by those of ``ref``, a model of the same shape and dtype.
 
         Whoever calls it must ``probe`` what is served then (``engines.probe``).
 
@@ -193,14 +193,15 @@ class SamplingEngine(Protocol):
         """
 
     def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        """[L - 1] each: log-prob (full softmax, temperature 1, nats) of every token of a sequence but its first."""
+        """Return log-probs (full softmax, temperature 1, nats) of every token of each sequence but its first: [L - 1]
+        each."""
 
     def close(self) -> None:
         """Free the model. The engine cannot be used again."""
 
 
 class SamplingMeter:
-    """Shows how the sampling of several parts gets on: tokens, of those that are being decoded too.
+    """Progress of sampling several parts, in tokens, including those still being decoded.
 
     How many there will be is not known until a response has ended. Then it is an estimate: tokens so far over responses
     that have ended is what a response takes (as for any lifetime with some still running), at most ``max_new_tokens``.
@@ -215,11 +216,11 @@ class SamplingMeter:
         progress.start(what, 0)
 
     def begin(self, responses: int) -> None:
-        """The next part, of so many responses."""
+        """Begin the next part, with this many responses."""
         self._part_tokens, self._part_responses = 0, responses
 
     def advance(self, tokens: int, finished: int) -> None:
-        """An engine's ``OnProgress``."""
+        """Update the progress; an engine's ``OnProgress``."""
         self.tokens += tokens
         self.finished += finished
         self._part_tokens += tokens
@@ -232,7 +233,7 @@ class SamplingMeter:
 
 
 def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingParameters, max_tokens: int) -> None:
-    """Raises ValueError for the first request that an engine opened for ``max_tokens`` cannot serve."""
+    """Raise ValueError for the first request that an engine opened for ``max_tokens`` cannot serve."""
     for number, request in enumerate(requests):
         length = len(request.prompt_token_ids)
         if length == 0:
@@ -246,7 +247,7 @@ def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingPara
 
 
 def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
-    """Raises ValueError when a model was not made for sequences of ``max_model_len`` tokens."""
+    """Raise ValueError if a model was not made for sequences of ``max_model_len`` tokens."""
     longest = longest_readable(folder)
     if longest is not None and max_model_len > longest:
         raise ValueError(
@@ -256,6 +257,6 @@ def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A seed in [0, 2^63) that depends on every argument and nothing else: not on batch, part or machine."""
+    """Derive a seed in [0, 2^63) from the arguments alone, independent of batch, part and machine."""
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

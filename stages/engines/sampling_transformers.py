@@ -1,4 +1,4 @@
-"""Sampling with transformers: for machines without vLLM, and as its second opinion.
+"""Sampling with transformers, for machines without vLLM and as an independent check of it.
 
 Requests are sorted by length, left-padded and decoded together; rows that have finished are dropped. A request's
 random numbers come from its own seed, one per position, so a sample depends on its neighbours by float rounding
@@ -100,7 +100,8 @@ class TransformersSamplingEngine:
         give_back_gpu_memory()
 
     def _rows_that_fit(self, requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
-        """Sequences whose KV cache fits: on a GPU into half of what is free, on a CPU into the same as vLLM's.
+        """Return how many sequences' KV caches fit: on a GPU into half of the free memory, on a CPU into the same as
+        vLLM's.
 
         On a CPU it depends on nothing but the call, which therefore gives the same bytes in any process.
         """
@@ -193,7 +194,7 @@ class _Batch:
 
 @dataclass
 class _Written:
-    """What was drawn so far, for every request of a batch."""
+    """Tokens and log-probs drawn so far, for every request of a batch."""
 
     token_ids: Tensor  # [B, max_new_tokens]
     logprobs: Tensor | None
@@ -216,7 +217,7 @@ class _Written:
     def write(
         self, rows: Tensor, step: int, drawn: Tensor, full: Tensor, truncated: Tensor | None, stopped: Tensor
     ) -> None:
-        """One position of the rows that are in the batch; those that had stopped before stay as they are."""
+        """Write one position of the rows in the batch; rows that have stopped stay as they are."""
         there = rows.cpu()
         going = ~self.stopped[there]
         there = there[going]
@@ -245,13 +246,13 @@ class _Written:
 
 
 def _cache_name(model: Any) -> str:
-    """What the model calls its cache: pure state-space models ignore the usual name without a word."""
+    """Return the name of the model's cache argument: pure state-space models silently ignore the usual one."""
     return "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()
 def _takes_padding(model: Any) -> bool:
-    """Whether prompts of several lengths can be continued together, padded on the left, each as it is alone.
+    """True if prompts of several lengths, padded on the left, can be continued together, each as it is alone.
 
     Raises:
         ValueError: the model cannot continue even one prompt from transformers' usual cache.
@@ -282,7 +283,7 @@ def _takes_padding(model: Any) -> bool:
 
 
 def _continued(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, V] logits after the last of ``ids``, whose last three were read one at a time from the cache."""
+    """Return logits [B, V] after the last of ``ids``, whose last three were read one at a time from the cache."""
     width = ids.shape[1]
     positions = (torch.ones_like(ids) if mask is None else mask).cumsum(1).sub(1).clamp(min=0)
     cache = roomy_cache(model.config)
@@ -332,13 +333,13 @@ def _draw(logits: Tensor, uniforms: Tensor, parameters: SamplingParameters) -> t
 
 
 def _last_possible(logprobs: Tensor) -> Tensor:
-    """[B] The highest id with a probability above 0."""
+    """Return the highest id with a probability above 0: [B]."""
     ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
     return torch.where(logprobs > -torch.inf, ids, 0).amax(-1)
 
 
 def sequence_logprobs(model: Any, sequence: Sequence[int], device: str) -> NDArray[np.float32]:
-    """[L - 1] log-prob of every token but the first under ``model``, nats."""
+    """Return log-probs [L - 1] of every token but the first under ``model``, in nats."""
     ids = torch.tensor([list(sequence)], device=device)
     logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     found: NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()

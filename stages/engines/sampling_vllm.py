@@ -1,4 +1,4 @@
-"""Sampling with vLLM, in this process on a CPU, in vLLM's own processes on GPUs."""
+"""Sampling with vLLM, in this process on a CPU and in vLLM's own processes on GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREFILL_TOKENS = 8192
 
 
 def prefill_tokens(max_model_len: int) -> int:
-    """Tokens of one step of an engine for sequences of ``max_model_len``: the next multiple of PREFILL_TOKENS."""
+    """Return tokens per step of an engine for sequences of ``max_model_len``: the next multiple of PREFILL_TOKENS."""
     return -(-max_model_len // PREFILL_TOKENS) * PREFILL_TOKENS
 
 
@@ -129,7 +129,7 @@ class VLLMSamplingEngine:
 
 
 def _being_decoded(llm: Any) -> int:
-    """Tokens so far of responses that have not ended; 0 if this vLLM does not tell."""
+    """Return the tokens so far of unfinished responses; 0 if this vLLM does not tell."""
     states = getattr(getattr(llm.llm_engine, "output_processor", None), "request_states", {})
     return sum(state.detokenizer.num_output_tokens() for state in states.values() if state.detokenizer is not None)
 

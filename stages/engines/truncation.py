@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def truncate(logprobs: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
-    """Set to -inf what is cut; at least the most probable token stays. Not renormalised.
+    """Set truncated entries to -inf; at least the most probable token stays. Not renormalised.
 
     Args:
         logprobs: [B, V] log-softmax at the sampling temperature, nats.

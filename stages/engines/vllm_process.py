@@ -1,4 +1,4 @@
-"""A vLLM engine as a guest: quiet, on local files only, and gone without a trace when it is closed.
+"""Isolation of a vLLM engine: quiet, offline, and without side effects after it is closed.
 
 vLLM writes to stdout, sets environment variables, replaces ``torch.set_num_threads``, seeds the global generators
 and keeps process groups. All of that holds only while the engine works, so that training can follow in the same
@@ -97,8 +97,8 @@ class VLLMProcess:
 
     @contextmanager
     def _eagerly(self) -> Iterator[None]:
-        """Keeps vLLM's own small ``torch.compile`` calls off where it runs eagerly: they want a C++ compiler and
-        seconds, and gain nothing there."""
+        """Disable vLLM's own small ``torch.compile`` calls in eager mode: they need a C++ compiler and seconds, and
+        gain nothing there."""
         if not self._eager:
             yield
             return
@@ -106,7 +106,7 @@ class VLLMProcess:
             yield
 
     def load(self, ref: ModelRef) -> None:
-        """Take the weights of ``ref``, a model of the same shape, in place. What is served then must be probed.
+        """Load the weights of ``ref``, a model of the same shape, in place. The caller must probe what is served then.
 
         Raises:
             ValueError: vLLM would not; the engine is of no more use.
@@ -184,8 +184,8 @@ class VLLMProcess:
 
 @contextmanager
 def children_deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started inside do not hear SIGINT, which a terminal sends to all of its foreground: vLLM's would end
-    while we still finish what is in hand. SIGTERM ends them as before."""
+    """Start child processes that ignore SIGINT, which a terminal sends to its whole foreground: vLLM's would end before
+    we have finished the current part. SIGTERM ends them as before."""
     resource_tracker.ensure_running()  # its start unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -215,7 +215,7 @@ def _repack_head(model: Any) -> None:
 
 
 def _check_head_size(config: Any) -> None:
-    """On a CPU vLLM finds this out when it first attends, in the middle of the work."""
+    """Check the head size, which vLLM on a CPU would refuse only at its first attention, in the middle of the work."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, sizes = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
@@ -224,7 +224,7 @@ def _check_head_size(config: Any) -> None:
 
 
 class _ProcessState:
-    """What vLLM changes of its host."""
+    """The state of the host process that vLLM changes."""
 
     def __init__(self) -> None:
         self._set_num_threads = torch.set_num_threads
@@ -234,7 +234,7 @@ class _ProcessState:
         self._environment = dict(os.environ)
 
     def remember_environment(self) -> None:
-        """Taken after the import: what that sets, it sets only once."""
+        """Remember the environment, after the import of vLLM: what that sets, it sets only once."""
         self._environment = dict(os.environ)
 
     def restore(self) -> None:
@@ -271,7 +271,7 @@ def _log_back(handlers: list[logging.Handler]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """pydantic puts the reason on a line of its own, after "Value error, "."""
+    """Return the first line of an error; pydantic puts the reason on a line of its own, after "Value error, "."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     for line in lines:
         if line.startswith("Value error, "):

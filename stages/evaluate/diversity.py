@@ -1,4 +1,4 @@
-"""How different the responses to one problem are: self-BLEU and distinct-n over token ids.
+"""Diversity of the responses to one problem: self-BLEU and distinct-n over token ids.
 
 Letters: S samples of one problem, U distinct n-grams among them.
 """
@@ -16,7 +16,7 @@ ORDER = 4
 
 
 def self_bleu(samples: Sequence[Ids]) -> float:
-    """Mean BLEU-4 of each sample with all others as references, in [0, 1]; 1: all equal, NaN: fewer than two.
+    """Return the mean BLEU-4 of each sample against all others, in [0, 1]; 1: all equal, NaN: fewer than two samples.
 
     Self-BLEU as in Zhu et al. 2018 (arXiv 1802.01886) on BLEU (Papineni et al. 2002) with add-one smoothed orders
     above one (Lin and Och 2004). A sample shorter than four tokens is compared on the orders that it has; an empty
@@ -43,7 +43,7 @@ def self_bleu(samples: Sequence[Ids]) -> float:
 
 
 def distinct(samples: Sequence[Ids], n: int = ORDER) -> float:
-    """Distinct n-grams over all n-grams of a problem's samples, in (0, 1]; NaN where there is none.
+    """Return distinct n-grams over all n-grams of a problem's samples, in (0, 1]; NaN if there is none.
 
     Li et al. 2016 (arXiv 1510.03055). Falls with the number of samples and their length: compare at equal both.
     """
@@ -52,7 +52,7 @@ def distinct(samples: Sequence[Ids], n: int = ORDER) -> float:
 
 
 def _counts(samples: Sequence[Ids], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Counts of every distinct n-gram in every sample [S, U], and n-grams a sample [S]."""
+    """Count every distinct n-gram in every sample [S, U], and n-grams per sample [S]."""
     totals = np.asarray([max(0, len(sample) - n + 1) for sample in samples], dtype=np.int64)
     if totals.sum() == 0:
         return np.zeros((len(samples), 0), dtype=np.int64), totals
@@ -64,7 +64,7 @@ def _counts(samples: Sequence[Ids], n: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _most_elsewhere(grams: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[S, U]: the largest count of each n-gram among the *other* samples."""
+    """Return the largest count of each n-gram among the *other* samples: [S, U]."""
     if grams.shape[1] == 0:
         return grams
     top = np.sort(grams, axis=0)
@@ -75,7 +75,7 @@ def _most_elsewhere(grams: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _brevity(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Brevity penalty [S] against the reference of closest length (the shorter one of two equally close)."""
+    """Return the brevity penalty [S] against the reference of closest length (the shorter of two equally close)."""
     gaps = np.abs(lengths[:, None] - lengths[None, :]).astype(np.float64)
     gaps += 0.25 * (lengths[None, :] > lengths[:, None])
     np.fill_diagonal(gaps, np.inf)

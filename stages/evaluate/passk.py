@@ -12,7 +12,8 @@ Floats = NDArray[np.float64]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of ``k`` of the ``n`` samples, drawn without replacement, is among the ``c`` correct.
+    """Return the chance that ``k`` of the ``n`` samples, drawn without replacement, include one of the ``c`` correct
+    ones.
 
     ``1 - C(n-c, k) / C(n, k)`` (Chen et al. 2021, arXiv 2107.03374), as a product, so that it neither overflows
     nor cancels: the ratio is the product over i in (n-c, n] of (1 - k/i).
@@ -32,6 +33,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_at_all(n: int, correct: Sequence[int]) -> Floats:
-    """Pass@k of each problem for every k: [P, n], column k-1 is Pass@k."""
+    """Return Pass@k of each problem for every k: [P, n], column k-1 is Pass@k."""
     table = {c: [pass_at_k(n, c, k) for k in range(1, n + 1)] for c in set(correct)}
     return np.asarray([table[c] for c in correct], dtype=np.float64).reshape(len(correct), n)

@@ -32,7 +32,7 @@ RESULTS_VERSION = 1
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Sample and verify the problems of some benchmarks.
+    """Evaluation job: sample and verify the problems of some benchmarks.
 
     Part i of ``output`` holds the samples of ``settings.chunks(...)[i]``.
     """
@@ -50,7 +50,7 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class SummaryJob:
-    """Sum up a complete evaluation, in one part."""
+    """Summary job of a complete evaluation, in one part."""
 
     output: Artifact
     evaluation: Artifact
@@ -90,7 +90,7 @@ def run(job: EvaluateJob) -> None:
 
 
 def _chunks(settings: EvaluateSettings, evaluation: Artifact) -> list[Chunk]:
-    """The parts of ``evaluation``. Raises ValueError if a benchmark changed in size."""
+    """Return the parts of ``evaluation``. Raises ValueError if a benchmark changed in size."""
     cut = chunks(settings)
     if evaluation.parts != len(cut):
         raise ValueError(
@@ -176,7 +176,7 @@ def _prepare(
 def _require_a_short_problem(
     benchmark: BenchmarkSettings, settings: PromptSettings, table: PromptTable, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse a benchmark of which every problem would be skipped: nothing could be said of it in the end."""
+    """Refuse a benchmark if all its problems would be skipped, as it could have no results."""
     limit = settings.max_prompt_tokens
     if not any(len(render_prompt(tokenizer, prompt, settings)) <= limit for prompt in table):
         raise ValueError(

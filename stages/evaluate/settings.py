@@ -14,7 +14,7 @@ from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings
 
 
 class ProblemColumns(Columns):
-    """Which column of a benchmark holds what; every problem needs a reference answer."""
+    """Column names of a benchmark; every problem needs a reference answer."""
 
     prompt: str = setting("problem", "The problem: text (one user message), or a list of {role, content} messages")
     id: str | None = setting("id", "A unique id (null: the row's number)")
@@ -40,7 +40,7 @@ class BenchmarkSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """Samples of every problem of every benchmark, verified.
+    """Settings of evaluation: benchmarks, samples per problem, sampling and grading.
 
     What is null here and has a value in training is as it is there: a run's settings fill it in (``following``).
     """
@@ -111,7 +111,7 @@ class EvaluateSettings(Settings):
         return self
 
     def following(self, prompts: PromptSettings, max_new_tokens: int) -> EvaluateSettings:
-        """With what is null as a run's prompts and rollouts have it."""
+        """Fill null fields from a run's prompts and rollouts."""
         filled: dict[str, Any] = {}
         if self.max_new_tokens is None:
             filled["max_new_tokens"] = max_new_tokens
@@ -129,7 +129,7 @@ class EvaluateSettings(Settings):
         return EvaluateSettings.model_validate({**self.model_dump(), **filled}) if filled else self
 
     def prompts_of(self, benchmark: BenchmarkSettings) -> PromptSettings:
-        """The benchmark as a prompt source."""
+        """Return the benchmark as a prompt source."""
         return PromptSettings(
             path=benchmark.path,
             split=benchmark.split,
@@ -161,7 +161,7 @@ class Chunk:
 
 
 def chunks(settings: EvaluateSettings) -> list[Chunk]:
-    """The parts of an evaluation, in order.
+    """List the parts of an evaluation, in order.
 
     Raises:
         ValueError: a source is missing or empty.

@@ -1,4 +1,4 @@
-"""From verified samples to the figures of a benchmark.
+"""Benchmark figures from verified samples.
 
 Rates and probabilities lie in [0, 1], entropies are in nats, lengths in tokens (stop token included). Intervals are
 bootstrap over problems, None where the problems say nothing of the spread (``stages.intervals``). Letters: P problems,
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Tally:
-    """What a benchmark's parts add up to; one ``add`` a part, so that memory stays bounded by a part."""
+    """Running totals of a benchmark's parts; memory stays bounded by one part."""
 
     problems: list[Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Tally:
     boxes: bool = False  # whether answers belong in boxes, so that right ones without are counted
 
     def add(self, samples: pa.Table, skipped: Iterable[str] = ()) -> None:
-        """One part's samples, whose rows come problem by problem."""
+        """Add one part's samples, whose rows are grouped by problem."""
         self.skipped += skipped
         rows = samples.to_pylist()
         start = 0
@@ -81,7 +81,8 @@ class Tally:
 
 
 def doubts(name: str, tally: Tally) -> list[str]:
-    """What makes the results of a benchmark doubtful as a whole: more often its settings' fault than the student's."""
+    """List reasons to doubt a benchmark's results as a whole, which are more often due to settings than to the
+    student."""
     responses = len(tally.lengths)
     if responses and tally.unanswered == responses:
         why = "no answer could be read in any"
@@ -100,7 +101,7 @@ def doubts(name: str, tally: Tally) -> list[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """A benchmark's results (JSON values), and what means over several benchmarks are made of."""
+    """A benchmark's results (JSON values), and the inputs of means over several benchmarks."""
 
     values: Row
     by_problem: dict[str, passk.Floats]  # [P, M], or fewer problems where the others have no such figure
@@ -108,7 +109,7 @@ class Figures:
 
 
 def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed: int) -> Figures:
-    """Everything that is said of the benchmark ``name``.
+    """Compute all figures of the benchmark ``name``.
 
     Raises:
         ValueError: no problem was evaluated.
@@ -152,7 +153,7 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
 
 
 def overall(benchmarks: Mapping[str, Figures], *, resamples: int, confidence: float) -> Row:
-    """The unweighted mean over benchmarks, as the paper's tables have it; ``ungraded`` is a sum."""
+    """Return the unweighted mean over benchmarks, as in the paper's tables; ``ungraded`` is a sum."""
     found = list(benchmarks.values())
     widths = {one.values["samples"] for one in found}
     assert len(widths) == 1, widths
@@ -180,7 +181,7 @@ def overall(benchmarks: Mapping[str, Figures], *, resamples: int, confidence: fl
 
 
 def _by_problem(problems: Sequence[Row], n: int) -> dict[str, tuple[passk.Floats, tuple[float, float] | None]]:
-    """Figures that are means over problems, with the least and the largest value of each."""
+    """Return figures that are means over problems, with the least and largest possible value of each."""
     correct = [row["correct"] for row in problems]
     columns: dict[str, Any] = {
         "pass_at_k": passk.pass_at_all(n, correct),
@@ -211,7 +212,7 @@ def _means(
     confidence: float,
     seed: int,
 ) -> list[tuple[float | None, list[float] | None]]:
-    """Mean over benchmarks and interval of each column; None where a benchmark has no such figure."""
+    """Return each column's mean over benchmarks and its interval; None if a benchmark lacks the figure."""
     if not all(map(len, benchmarks)):
         return [(None, None)]
     values = np.concatenate(benchmarks)
@@ -221,7 +222,7 @@ def _means(
 
 
 def _named(said: Mapping[str, list[tuple[float | None, list[float] | None]]]) -> Row:
-    """Means and intervals under the names that the results give them."""
+    """Return means and intervals under their names in the results."""
     avg, distinct, truncation = (said[name][0] for name in ("avg_at_k", "distinct_correct", "truncation_rate"))
     bleu, grams = said["self_bleu"][0], said["distinct_4"][0]
     return {
@@ -241,13 +242,13 @@ def _named(said: Mapping[str, list[tuple[float | None, list[float] | None]]]) ->
 
 
 def _drawn_ratios(sums: passk.Floats, resamples: int, seed: int) -> passk.Floats:
-    """First over second column of the sums [P, 2] of resampled problems: [B]."""
+    """Return first over second column of the sums [P, 2] of resampled problems: [B]."""
     drawn = resampled_means(sums, resamples=resamples, seed=seed)
     return np.asarray(drawn[:, 0] / drawn[:, 1])
 
 
 def _of_draws(drawn: passk.Floats, confidence: float) -> list[float] | None:
-    """None where the draws never differ."""
+    """Return the interval of ``drawn``; None if the draws never differ."""
     return _pair(*intervals(drawn[:, None], confidence)) if len(drawn) and np.ptp(drawn) > 0.0 else None
 
 

@@ -29,7 +29,7 @@ changes the short probes by 0.1 to 1; a layout refused in error costs speed and 
 
 
 def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
-    """Hidden states [T, D] that predict each response token, as the LM head reads them; differentiable.
+    """Return hidden states [T, D] that predict each response token, as the LM head reads them; differentiable.
 
     Raises:
         ValueError: an attention implementation for which packing is not known to be right.
@@ -58,7 +58,7 @@ _DYNAMIC_ROPES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def forget_lengths(inner: nn.Module) -> None:
-    """Undo what a dynamic position scaling keeps of the longest sequence that it has read.
+    """Reset what a dynamic position scaling remembers of the longest sequence read.
 
     Without this the same call would give different hidden states before and after a longer one.
     """
@@ -77,7 +77,7 @@ _LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The closest packing of sequences in which a model says of each what it says of it alone.
+    """Return the densest packing in which a model treats each sequence as if it were alone.
 
     Found once a model by reading a few short sequences alone and together. Call it before the model is wrapped or
     sharded.
@@ -120,7 +120,7 @@ def _measure(inner: Any) -> Layout:
 
 
 def _candidates(layout: Layout, boundary: int | None) -> list[Layout]:
-    """Layouts to try, the fastest first."""
+    """Yield layouts to try, the fastest first."""
     layouts = [layout]
     if boundary is not None and layout.boundary is None:
         layouts.append(replace(layout, boundary=boundary))
@@ -128,7 +128,8 @@ def _candidates(layout: Layout, boundary: int | None) -> list[Layout]:
 
 
 def _states(inner: Any, sequences: list[Sequence], layout: Layout) -> list[Tensor]:
-    """[T, D] of each sequence, read in ``layout`` with several neighbours in its row and several rows a call."""
+    """Return states [T, D] of each sequence, read in ``layout`` with several neighbours in its row and several rows per
+    call."""
     row = sum(PROBE_LENGTHS) + max(sequence.input_length for sequence in sequences)
     states: dict[int, Tensor] = {}
     for packed in pack(sequences, row, 16 * row, layout):
@@ -138,5 +139,5 @@ def _states(inner: Any, sequences: list[Sequence], layout: Layout) -> list[Tenso
 
 
 def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Relative error of the typical sequence: one may have had its experts chosen otherwise by rounding."""
+    """Return the relative error of the median sequence: rounding may choose other experts for a single one."""
     return median(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))

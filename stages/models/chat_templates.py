@@ -1,4 +1,4 @@
-"""Conversations and how a chat template writes them.
+"""Conversations, and rendering them through chat templates.
 
 A template is free to ignore what it does not know: a role, `tool_calls`, `reasoning_content`, a `name`, an argument.
 What it ignores would be missing from the prompt without a word, so each field is checked to change the text, and a
@@ -54,28 +54,29 @@ class Conversation:
 
     @classmethod
     def from_json(cls, text: str) -> Conversation:
-        """The inverse of ``to_json``."""
+        """Invert ``to_json``."""
         value = json.loads(text)
         if isinstance(value, dict):
             return cls(tuple(value["messages"]), tuple(value["tools"]))
         return cls(tuple(value))
 
     def to_json(self) -> str:
-        """A list of messages; with tools, an object of both."""
+        """Return a list of messages; with tools, an object of both."""
         messages = list(self.messages)
         return json.dumps({"messages": messages, "tools": self.tools} if self.tools else messages, ensure_ascii=False)
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether the last message is the beginning of the assistant's answer."""
+        """True if the last message is the beginning of the assistant's answer."""
         return self.messages[-1]["role"] == "assistant"
 
     def shape(self) -> tuple[object, ...]:
-        """Equal for conversations that a template treats alike: roles, fields, and whether there are tools."""
+        """Return a value that is equal for conversations that a template treats alike: same roles, fields and presence
+        of tools."""
         return (bool(self.tools), *((message["role"], *sorted(message)) for message in self.messages))
 
     def prepared(self, system: str | None, suffix: str) -> Conversation:
-        """With a system message before, and text after the last user message.
+        """Return the conversation with a system message before it and a suffix after the last user message.
 
         Raises:
             ValueError: there is a system message already; there is no user message for the suffix.
@@ -93,7 +94,7 @@ class Conversation:
         return Conversation(tuple(messages), self.tools)
 
     def plain_text(self) -> str:
-        """The text of a conversation that is one user message.
+        """Return the text of a conversation that is one user message.
 
         Raises:
             ValueError: it is more than that.
@@ -112,7 +113,7 @@ class Conversation:
 
 
 def parse_conversation(value: object, tools: object = None) -> Conversation:
-    """A conversation as data sets hold it: text, which is one user message, or a list of messages.
+    """Parse a conversation as data sets hold it: text (one user message) or a list of messages.
 
     Fields that are null are absent: a column of a Parquet file has the same fields in every row.
 
@@ -172,7 +173,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def write_conversation(conversation: Conversation, render: Render) -> str:
-    """What ``render`` writes, once it is known to leave nothing out.
+    """Render a conversation once it is certain that the template omits nothing.
 
     Raises:
         ValueError: the template refuses the conversation, or ignores a message, a field, a role or the tools; says
@@ -194,7 +195,7 @@ def write_conversation(conversation: Conversation, render: Render) -> str:
 
 
 def _or_refused(conversation: Conversation, render: Render) -> str | None:
-    """Text of a conversation, or None where the template refuses it: it reads what was changed.
+    """Return the text of a modified conversation, or None if the template refuses it.
 
     Other errors (of memory, of the code around the template) say nothing about the template, and are raised.
     """
@@ -207,7 +208,7 @@ def _or_refused(conversation: Conversation, render: Render) -> str | None:
 
 
 def _as_the_assistant_s(conversation: Conversation, number: int, render: Render) -> bool:
-    """Whether the template writes a message just as it would write it were it the assistant's."""
+    """True if the template writes a message exactly as it would if the assistant had written it."""
     messages = conversation.messages
     # an assistant's last message would be left open, which changes the text whatever the role is
     after = LATER if number + 1 == len(messages) else ()
@@ -226,7 +227,7 @@ def _rendered(conversation: Conversation, render: Render) -> str:
 
 
 def _probes(conversation: Conversation, text: str) -> Iterator[tuple[str, Conversation]]:
-    """(name of a field, the conversation without it or with another value), for every field that says something."""
+    """Yield (field, the conversation without it or with another value), for every field that carries content."""
     messages = conversation.messages
     alone = len(messages) == 1
     for number, message in enumerate(messages):
@@ -252,7 +253,7 @@ def _probes(conversation: Conversation, text: str) -> Iterator[tuple[str, Conver
 
 
 def check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument that the template never reads, or that would be given twice."""
+    """Raise ValueError for an argument that the template never reads, or that would be given twice."""
     unknown = sorted(set(arguments) - template.variables)
     if unknown:
         near = ", ".join(sorted(template.variables - RESERVED - template.special_tokens.keys())) or "none"
@@ -260,7 +261,7 @@ def check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> Non
 
 
 def refuse_reserved(setting: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for arguments of a chat template that are not a person's to set."""
+    """Raise ValueError for arguments of a chat template that users cannot set."""
     reserved = sorted(RESERVED & arguments.keys())
     if reserved:
         raise ValueError(
@@ -277,7 +278,7 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: Path, *, tools: bool = False) -> ChatTemplate:
-        """The template of a tokenizer's folder, as transformers would choose it.
+        """Load the template of a tokenizer's folder, as transformers would choose it.
 
         Raises:
             ValueError: there is none, or a file of the folder cannot be read.
@@ -303,7 +304,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, *, tools: bool = False) -> ChatTemplate:
-        """The template of a tokenizer that is loaded. Raises ValueError: there is none."""
+        """Return the template of a loaded tokenizer. Raises ValueError if there is none."""
         found = tokenizer.chat_template
         if isinstance(found, dict):
             found = (tools and found.get("tool_use")) or found.get("default")
@@ -316,7 +317,8 @@ class ChatTemplate:
         return _variables(self.source)
 
     def render(self, conversation: Conversation, arguments: Mapping[str, Any]) -> str:
-        """As ``apply_chat_template`` with a generation prompt, or the assistant's last message left open."""
+        """Render like ``apply_chat_template`` with a generation prompt, or with the assistant's last message left
+        open."""
         messages = deepcopy(list(conversation.messages))
         if conversation.is_prefilled:
             messages[-1]["content"] += PREFIX_END
@@ -351,7 +353,7 @@ def _environment() -> jinja2.Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}`, which marks what an assistant wrote and changes no text."""
+        """The tag `{% generation %}`, which marks the assistant's text and changes none."""
 
         tags = {"generation"}  # noqa: RUF012  (as the base class has it)
 

@@ -1,4 +1,4 @@
-"""The ``generation_config.json`` of a model that is written: where its responses end, and values that load again."""
+"""Stop ids and valid sampling values in the ``generation_config.json`` of a written model."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def with_stop_ids(config: GenerationConfig, stop_ids: Sequence[int]) -> tuple[Ge
 
 
 def stop_ids_in(folder: Path) -> list[int]:
-    """Ids at which transformers and vLLM end a response of the model in ``folder``; empty where it names none."""
+    """Return the ids at which transformers and vLLM end a response of the model in ``folder``; empty if it names
+    none."""
     path = folder / GENERATION_FILE
     return _ids(_read(path).get("eos_token_id")) if path.exists() else []
 
 
 def write_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
-    """Let the model in ``folder`` end at ``stop_ids``; its other generation settings stay as they are."""
+    """Set the stop ids of the model in ``folder``; its other generation settings stay as they are."""
     path = folder / GENERATION_FILE
     if path.exists():
         values = _read(path)
@@ -81,7 +82,7 @@ def _saveable(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
 
 
 def _accepts(config: GenerationConfig, name: str, value: object) -> bool:
-    """Set ``name`` where the result is valid."""
+    """Set ``name`` if the result is valid."""
     before = getattr(config, name, None)
     setattr(config, name, value)
     if _is_valid(config):

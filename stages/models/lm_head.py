@@ -1,4 +1,4 @@
-"""The LM head: what turns a final hidden state into logits, with every trait an architecture adds after it.
+"""The LM head: final hidden states to logits, with every trait that an architecture adds after the product.
 
 Read by the statistics head (``stages.score``) and by the student head (``stages.train``).
 Letters: T tokens, V vocabulary, D hidden size.
@@ -41,7 +41,7 @@ class LMHead:
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of hidden [T, D], in float32 whatever the inputs' dtype; temperature is not applied.
+        """Return logits [T, V] of hidden [T, D], in float32 whatever the inputs' dtype; temperature is not applied.
 
         Differentiable. Products of low-precision inputs are exact in float32 and are accumulated there: rounding
         logits to bfloat16 costs 0.03 nats a token.
@@ -50,7 +50,7 @@ class LMHead:
         return self.finish(F.linear(hidden.float(), self.weight.float(), bias))
 
     def logits_into(self, out: Tensor, hidden: Tensor, ids: slice, temperature: float) -> None:
-        """Logits of the head's rows ``ids`` at a temperature, written to ``out`` [T, ids]; not differentiable.
+        """Write logits of the head's rows ``ids`` at a temperature to ``out`` [T, ids]; not differentiable.
 
         From hidden [T, D] of the head's dtype, which on a CPU is float32.
         """
@@ -68,25 +68,25 @@ class LMHead:
             out.mul_(factor)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Soft-capping and scale of ``raw = hidden @ weight.T + bias`` (any shape), out of place."""
+        """Apply soft-capping and scale to ``raw = hidden @ weight.T + bias`` (any shape), out of place."""
         if self.softcap is not None:
             raw = torch.tanh(raw / self.softcap) * self.softcap
         return raw if self.scale == 1.0 else raw * self.scale
 
     def to(self, device: torch.device | str) -> LMHead:
-        """The same head on ``device``."""
+        """Return the same head on ``device``."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 
     def float(self) -> LMHead:
-        """The same head with float32 weights (one copy for many calls), without gradient."""
+        """Return the same head with float32 weights (one copy for many calls), without gradient."""
         bias = None if self.bias is None else self.bias.detach().float()
         return replace(self, weight=self.weight.detach().float(), bias=bias)
 
 
 @dataclass(frozen=True)
 class HeadTraits:
-    """What an architecture does to logits after the matrix product, read from its config."""
+    """Scales and soft-capping that an architecture applies to logits after the matrix product, read from its config."""
 
     scale: Callable[[Any], float] = lambda config: 1.0
     softcap: Callable[[Any], float | None] = lambda config: None
@@ -132,7 +132,7 @@ STORED_ARCHITECTURES: dict[str, HeadTraits] = {
 
 
 def head_traits(architecture: str, source: str) -> HeadTraits:
-    """Traits of a model class whose LM head may be read without loading the model.
+    """Return traits of a model class whose LM head may be read without loading the model.
 
     Raises:
         ValueError: the architecture is not known; naming it, ``source`` and the known ones.
@@ -147,7 +147,7 @@ def head_traits(architecture: str, source: str) -> HeadTraits:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The causal model inside wrappers: DistributedDataParallel, torch.compile and PEFT."""
+    """Return the causal model inside wrappers: DistributedDataParallel, torch.compile and PEFT."""
     inner: Any = model
     while True:
         if hasattr(inner, "get_base_model"):  # PEFT puts its adapters into the base model's own layers
@@ -161,7 +161,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def lm_head_of(model: nn.Module) -> LMHead:
-    """The LM head of a loaded model; it shares the model's weights, gradients included.
+    """Return the LM head of a loaded model; it shares the model's weights, gradients included.
 
     The first call for a model measures it (``traits_of``), so make it before the model is wrapped or sharded.
 
@@ -177,7 +177,7 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """How a loaded model gets from token ids to logits."""
+    """The path of a loaded model from token ids to logits."""
 
     decoder: Any  # the module whose last hidden state the LM head reads: of a multimodal model, its language model
     takes_positions: bool  # whether the decoder accepts position_ids
@@ -192,7 +192,7 @@ _PROBE_TOKENS = 6
 
 
 def traits_of(inner: Any) -> ModelTraits:
-    """Traits of an unwrapped model, measured once by two short forward passes.
+    """Measure the traits of an unwrapped model, once, by two short forward passes.
 
     In the model's own forward pass the output of its LM head is replaced by a ramp of known logits, so what the model
     makes of them shows its scale and soft-cap exactly, whatever its weights and dtype. The input of the LM head shows
@@ -209,7 +209,7 @@ def traits_of(inner: Any) -> ModelTraits:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the mode that each model was in."""
+    """Put models in evaluation mode for the block, then restore the mode of each."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()
@@ -221,7 +221,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def probe_ids(config: Any, count: int) -> list[int]:
-    """Fixed pseudo-random token ids without the special ones that the config names (image tokens, padding)."""
+    """Return fixed pseudo-random token ids, without the special ones that the config names (image tokens, padding)."""
     special = {
         int(value)
         for part in (config, config.get_text_config())
@@ -267,7 +267,7 @@ def _ramp_like(logits: Tensor) -> Tensor:
 
 
 def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
-    """The scale and soft-cap, among the config's numbers, that turn ``raw`` into ``logits``."""
+    """Find the scale and soft-cap, among the config's numbers, that turn ``raw`` into ``logits``."""
     caps = [None, *_numbers(config, r"^(?!attn).*(softcap|soft_cap)")]
     scales = _multiples(config)
     given, wanted = raw.double(), logits.double()
@@ -286,7 +286,7 @@ def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[floa
 
 
 def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[Any, bool, float]:
-    """The module whose last hidden state, times a number of the config, is what the LM head reads (``wanted``)."""
+    """Find the module whose last hidden state, times a number of the config, is the LM head's input (``wanted``)."""
     candidates = [inner.get_decoder(), inner.base_model, getattr(inner, "model", None)]
     candidates += [getattr(candidate, "model", None) for candidate in candidates]  # of a causal model in a larger one
     multiples = _multiples(inner.config)
@@ -313,12 +313,12 @@ def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[A
 
 
 def _multiples(config: Any) -> list[float]:
-    """Factors that the config may mean: 1, and its scales and multipliers, which some classes divide by."""
+    """List factors that the config may mean: 1, and its scales and multipliers, which some classes divide by."""
     return [1.0, *(value for number in _numbers(config, "scal|multiplier") for value in (number, 1.0 / number))]
 
 
 def _numbers(config: Any, pattern: str) -> list[float]:
-    """Positive numbers of a config, properties included, whose name matches ``pattern``."""
+    """List positive numbers of a config, properties included, whose name matches ``pattern``."""
     numbers: list[float] = []
     for part in (config.get_text_config(), config):
         names = {*part.to_dict(), *(key for key in dir(type(part)) if isinstance(getattr(type(part), key), property))}
@@ -330,5 +330,5 @@ def _numbers(config: Any, pattern: str) -> list[float]:
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """Relative error that a few operations in ``dtype`` leave."""
+    """Return the relative error that a few operations in ``dtype`` leave."""
     return max(1e-5, 4 * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers: safetensors only, remote code off unless asked for, errors that say what to do."""
+"""Loading of models and tokenizers: safetensors only, remote code off by default, errors with remedies."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def looks_like_path(path: str) -> bool:
-    """Whether ``path`` is meant as a folder: a hub id is ``name`` or ``owner/name`` without a leading dot or slash."""
+    """True if ``path`` is meant as a folder: a hub id is ``name`` or ``owner/name`` without a leading dot or slash."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
 
 
 def model_folder(path: str, revision: str | None = None) -> Path:
-    """Local folder of a model's files: the folder itself, or a hub id's snapshot (fetched where the hub is allowed).
+    """Return the local folder of a model: the folder itself, or a hub id's snapshot (downloaded if the hub is allowed).
 
     Raises:
         ValueError: no such folder, or the hub id is neither cached nor reachable; naming it and what to do.
@@ -58,7 +58,7 @@ def model_folder(path: str, revision: str | None = None) -> Path:
 
 
 def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The causal model in evaluation mode on ``device``, in ``ref.dtype``, with every weight from its folder.
+    """Load a causal model in evaluation mode on ``device``, in ``ref.dtype``, with every weight from its folder.
 
     Raises:
         ValueError: a missing folder or hub id, an unknown dtype, weights that ``check_weights`` refuses.
@@ -134,7 +134,7 @@ def _load(ref: ModelRef, folder: Path, dtype: torch.dtype | str, device_map: str
 
 
 def _auto_class(config: Any) -> Any:
-    """The class that loads all of a folder: of a multimodal model that is more than its text tower."""
+    """Return the class that loads all of a folder: for a multimodal model that is more than its text tower."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -166,7 +166,7 @@ def _refuse_incomplete(folder: Path, model: Any, info: Mapping[str, Any]) -> Non
 
 
 def _stored_names(model: Any, name: str) -> list[str]:
-    """Names in weight files of what transformers puts together, or renames, into one parameter."""
+    """Return names in weight files of tensors that transformers merges or renames into one parameter."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return list(revert_weight_conversion(model, {name: model.state_dict()[name].to("meta")}))
@@ -180,7 +180,7 @@ def _refusal(folder: Path, wrong: list[str]) -> str:
 
 
 def _uneven_experts(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Which tensors of experts are missing, or have another shape than most experts' have.
+    """Return experts' tensors that are missing, or whose shape differs from most experts'.
 
     transformers puts the experts of a layer together and can only name the result.
     """
@@ -235,7 +235,7 @@ def _check_quantised(ref: ModelRef, folder: Path) -> None:
 
 @contextmanager
 def _no_loading_report() -> Iterator[None]:
-    """Keep transformers' table of missing and unexpected tensors from the terminal: an error names them."""
+    """Suppress transformers' table of missing and unexpected tensors: an error names them."""
     report = lambda record: "LOAD REPORT" not in record.getMessage()  # noqa: E731
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(report)
@@ -247,7 +247,7 @@ def _no_loading_report() -> Iterator[None]:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Loading weights is part of longer work that has a bar of its own."""
+    """Disable transformers' progress bars, since loading is part of longer work with a bar of its own."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     shown = is_progress_bar_enabled()
@@ -260,7 +260,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of ``ref`` (``ref.tokenizer`` where it names another place).
+    """Load the fast tokenizer of ``ref`` (of ``ref.tokenizer`` if that names another place).
 
     Raises:
         ValueError: a missing folder or hub id, or a folder without ``tokenizer.json``.
@@ -271,7 +271,7 @@ def load_tokenizer(ref: ModelRef) -> PreTrainedTokenizerBase:
 def load_tokenizer_at(
     path: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """As ``load_tokenizer``, by path."""
+    """Like ``load_tokenizer``, by path."""
     from transformers import AutoTokenizer
 
     folder = model_folder(path, revision)
@@ -295,7 +295,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Role -> reason, of the models that ``check_weights`` refuses; ``models``: role -> fields of a ModelRef."""
+    """Map roles to reasons for models that ``check_weights`` refuses; ``models``: role -> fields of a ModelRef."""
     from eopd.stages.job import ModelRef
 
     refused = {}
@@ -310,7 +310,7 @@ def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _refusal_in_a_line(folder: Path, error: Exception) -> str:
-    """Our own messages as they are; those of transformers, which may name no file, with the config that they are of."""
+    """Return an error as one line; a message of transformers, which may name no file, names the config it is about."""
     text = " ".join(str(error).split())
     if text.startswith(str(folder)) or (isinstance(error, OSError) and error.filename is not None):
         return text

@@ -1,4 +1,4 @@
-"""How much memory there is, how much weights take, and giving a GPU's back. Needs no torch on import."""
+"""Free memory, size of weights, and releasing a GPU's memory. Needs no torch on import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eopd.stages.models.weight_files import weight_files
 
 
 def free_memory() -> int:
-    """Bytes; what Linux thinks can be had without swapping. 0 where it does not say."""
+    """Return the bytes that Linux estimates as available without swapping; 0 if unknown."""
     path = Path("/proc/meminfo")
     if not path.is_file():
         return 0
@@ -18,12 +18,12 @@ def free_memory() -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a model folder's weight files."""
+    """Return the bytes of a model folder's weight files."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def give_back_gpu_memory() -> None:
-    """Hand the GPU what torch keeps of it for models that are gone, and the next engine finds taken.
+    """Release the GPU memory that torch caches for deleted models, so that the next engine can use it.
 
     Does nothing without one.
     """

@@ -1,4 +1,4 @@
-"""What a model folder's config says, without loading anything. Needs no torch."""
+"""Facts from a model folder's config, without loading anything. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHO_SAVED_IT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version",
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``. Raises ValueError where there is none."""
+    """Read ``config.json``. Raises ValueError if there is none."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing, so {folder} is no Hugging Face model folder")
@@ -23,7 +23,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def resolve_dtype(folder: Path, dtype: str) -> str:
-    """``auto`` is the dtype the weights were saved in: vLLM's own ``auto`` would turn float32 into bfloat16."""
+    """Resolve ``auto`` to the dtype the weights were saved in: vLLM's own ``auto`` would turn float32 into bfloat16."""
     if dtype != "auto":
         return dtype
     config = read_config(folder)
@@ -31,13 +31,13 @@ def resolve_dtype(folder: Path, dtype: str) -> str:
 
 
 def same_shape(folder: Path) -> str:
-    """Equal for folders whose weights can take each other's place: SHA-256 (hex) of the model in config.json."""
+    """Return a hash of the model in config.json, equal for folders whose weights can replace each other."""
     config = {name: value for name, value in read_config(folder).items() if name not in WHO_SAVED_IT}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def longest_readable(folder: Path) -> int | None:
-    """Most tokens the model was made for, from its config; None where it does not say."""
+    """Return the most tokens the model was made for, from its config; None if the config does not say."""
     config = read_config(folder)
     config = config.get("text_config") or config  # of a multimodal model
     longest = config.get("max_position_embeddings") or config.get("n_positions")
@@ -58,12 +58,13 @@ class ScaledPositions:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether it is known to depend on the longest sequence of a call; otherwise it must be measured."""
+        """True if the scaling is known to depend on the longest sequence of a call; otherwise it must be measured."""
         return self.rope_type == "longrope" or not self.alike_beyond
 
 
 def scaled_positions(config: Mapping[str, Any]) -> ScaledPositions | None:
-    """The scaling of a config (``config.json``, or ``to_dict()`` of a loaded one) that is not known to be static.
+    """Return the scaling of a config (``config.json``, or ``to_dict()`` of a loaded one) unless it is known to be
+    static.
 
     longrope has one set of factors up to the original length and another beyond it. dynamic rescales with every
     length beyond ``max_position_embeddings``.
@@ -85,13 +86,14 @@ def scaled_positions(config: Mapping[str, Any]) -> ScaledPositions | None:
 
 
 def length_boundary(folder: Path) -> int | None:
-    """Tokens beyond which the positions of the model in ``folder`` are known to scale otherwise; None without one."""
+    """Return the tokens beyond which the positions of the model in ``folder`` scale otherwise; None without such a
+    limit."""
     scaled = scaled_positions(read_config(folder))
     return scaled.boundary if scaled is not None and scaled.depends_on_length else None
 
 
 def refuse_crossing(folder: Path, name: str, length: int, reason: str) -> None:
-    """Raises ValueError when sequences of up to ``length`` tokens cross the ``length_boundary`` of a model."""
+    """Raise ValueError if sequences of up to ``length`` tokens cross the ``length_boundary`` of a model."""
     boundary = length_boundary(folder)
     if boundary is not None and length > boundary:
         raise ValueError(
@@ -100,7 +102,7 @@ def refuse_crossing(folder: Path, name: str, length: int, reason: str) -> None:
 
 
 def refuse_dynamic_positions(folder: Path, name: str) -> None:
-    """Raises ValueError for a model that vLLM serves with other positions than transformers at every length."""
+    """Raise ValueError for a model that vLLM serves with other positions than transformers at every length."""
     scaled = scaled_positions(read_config(folder))
     if scaled is not None and scaled.depends_on_length and not scaled.alike_beyond:
         raise ValueError(

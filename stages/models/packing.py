@@ -31,7 +31,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which sequences may share a row, and a call, without changing what the model says of each."""
+    """Rules for which sequences may share a row or a call without affecting each other's results."""
 
     packed: bool = True  # several sequences in a row; else one, padded on the right
     batched: bool = True  # several rows in a call
@@ -40,7 +40,7 @@ class Layout:
     row_limit: int | None = None  # most tokens of a row of several sequences
 
     def describe(self) -> str:
-        """One line for the log; empty when sequences are packed without limits."""
+        """Return one line for the log; empty if sequences are packed without limits."""
         notes = []
         if not self.batched:
             notes.append("one sequence a call, because this model's state depends on its neighbours")
@@ -57,7 +57,7 @@ PACKED = Layout()
 
 @dataclass(frozen=True)
 class Packed:
-    """One batch of packed rows. Its T scored tokens stand sequence after sequence, in the order of ``order``."""
+    """One batch of packed rows. Its T scored tokens are grouped by sequence, in the order of ``order``."""
 
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64, restarting at 0 with each sequence; in padding 0, or going on in unpacked rows
@@ -82,7 +82,8 @@ class Packed:
 def pack(
     sequences: SequenceOf[Sequence], row_tokens: int, token_budget: int | None = None, layout: Layout = PACKED
 ) -> list[Packed]:
-    """First-fit decreasing into rows of ``row_tokens``, rows into batches of at most ``token_budget`` tokens.
+    """Pack sequences first-fit decreasing into rows of ``row_tokens``, rows into batches of at most ``token_budget``
+    tokens.
 
     Deterministic. A sequence longer than ``row_tokens`` has a row of its own; a batch holds at least one row. A
     sequence without response tokens has nothing to predict and is in no batch (and in no ``order``).
@@ -130,7 +131,7 @@ def _row_length(sequences: SequenceOf[Sequence], row: list[int]) -> int:
 
 
 def _fill_rows(sequences: SequenceOf[Sequence], numbers: list[int], row_tokens: int) -> list[list[int]]:
-    """Rows of ``numbers``, which are sorted longest first; fullest row first.
+    """Fill rows with ``numbers``, which are sorted longest first; fullest row first.
 
     First fit is looked up in a tree of the rows' free space: S log S, where trying each row in turn is S squared.
     """

@@ -1,4 +1,4 @@
-"""Reading prompt files: JSONL, a JSON array, Parquet, and folders saved with ``datasets``' ``save_to_disk``.
+"""Reading of prompt files: JSONL, a JSON array, Parquet, and folders saved with ``datasets``' ``save_to_disk``.
 
 The last are read as what they are, Arrow stream files listed in ``state.json``: no code of a data set is run.
 """
@@ -23,14 +23,14 @@ PARQUET = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class Row:
-    """The asked-for columns of one row, and where it stands, for messages."""
+    """The requested columns of one row, and its position for messages."""
 
     values: dict[str, Any]
     where: str
 
 
 def read(path: Path, split: str | None, columns: Sequence[str], limit: int | None) -> Iterator[Row]:
-    """Rows of a source in order, at most ``limit``.
+    """Yield rows of a source in order, at most ``limit``.
 
     Raises:
         ValueError: as ``prompts.load_prompts``.
@@ -51,7 +51,7 @@ def read(path: Path, split: str | None, columns: Sequence[str], limit: int | Non
 
 
 def count(path: Path, split: str | None) -> int:
-    """Rows of a source; of JSONL, its lines that are not blank."""
+    """Count the rows of a source; for JSONL, its non-blank lines."""
     kind = _kind(path)
     if kind == "array":
         return len(_array(path))
@@ -64,7 +64,7 @@ def count(path: Path, split: str | None) -> int:
 
 
 def files(path: Path, split: str | None) -> list[Path]:
-    """The files that hold a source."""
+    """List the files that hold a source."""
     if _kind(path) != "folder":
         return [path]
     folder = _split(path, split)
@@ -72,12 +72,12 @@ def files(path: Path, split: str | None) -> list[Path]:
 
 
 def stamp(path: Path, split: str | None) -> Stamp:
-    """What changes when a source does: time of the last change (ns) and bytes of its files."""
+    """Return a value that changes with the source: time of the last change (ns) and bytes of its files."""
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files(path, split))
 
 
 def holds_conversations(path: Path, split: str | None, column: str) -> bool:
-    """Whether the prompts of a source are lists of messages, as far as its first row says."""
+    """True if the prompts of a source are lists of messages, judging by its first row."""
     row = next(read(path, split, [column], 1), None)
     return row is not None and isinstance(row.values[column], list)
 
@@ -137,7 +137,7 @@ def _parsed_array(path: Path, _: tuple[int, int]) -> list[Any]:
 
 
 def _array(path: Path) -> list[Any]:
-    """Items of a file that is one JSON array; parsed once as long as it does not change."""
+    """Return the items of a file that is one JSON array; cached as long as the file does not change."""
     status = path.stat()
     return _parsed_array(path, (status.st_mtime_ns, status.st_size))
 
@@ -170,7 +170,7 @@ def _row(values: dict[str, Any], columns: Sequence[str], where: str) -> Row:
 
 
 def _value(values: dict[str, Any], name: str, where: str) -> Any:
-    """The column ``name``, or what its dots lead to in a column of structs and lists."""
+    """Return the column ``name``, or the value that its dots lead to in a column of structs and lists."""
     top = _column(values, name, where)
     if top == name:
         return values[name]
@@ -191,7 +191,7 @@ def _value(values: dict[str, Any], name: str, where: str) -> Any:
 
 
 def _column(there: Iterable[str], name: str, where: str) -> str:
-    """The column that ``name`` lies in: itself, or the longest beginning of it before a dot that is one.
+    """Return the column that contains ``name``: itself, or its longest prefix before a dot that is a column.
 
     Raises:
         ValueError: there is none.
@@ -232,7 +232,7 @@ def _arrow_batches(path: Path, split: str | None, columns: Sequence[str]) -> Ite
 
 
 def _split(path: Path, split: str | None) -> Path:
-    """Folder of the data set itself: ``path``, or the split of it."""
+    """Return the folder of the data set itself: ``path``, or the split of it."""
     listing = path / "dataset_dict.json"
     if not listing.exists():
         if split is not None:

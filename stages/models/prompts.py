@@ -1,4 +1,4 @@
-"""Prompts: where they come from, what a model reads of them, and which a round draws.
+"""Prompts: their sources, their rendering for the student, and the draw of each round.
 
 A source is a JSONL file, a Parquet file or a folder saved with ``datasets``' ``save_to_disk``. Settings are parsed
 before anything heavy is imported: this module needs neither torch nor transformers until it renders.
@@ -30,7 +30,7 @@ VerifierName = Literal["countdown", "exact", "math"]
 
 
 class Columns(Settings):
-    """Which column of the source holds what. Dots lead into a column of structs: ``reward_model.ground_truth``."""
+    """Column names of a source. Dots lead into a column of structs: ``reward_model.ground_truth``."""
 
     prompt: str = setting("prompt", "The prompt: text (one user message), or a list of {role, content} messages")
     id: str | None = setting(None, "A unique id (null: the row's number)")
@@ -42,7 +42,7 @@ class Columns(Settings):
     tools: str | None = setting(None, "Tools that the chat template may offer: a list of JSON schemas, or that as text")
 
     def semantic(self) -> dict[str, Any]:
-        """``tools`` came later than the first artifacts: their keys stay where it is unset."""
+        """Leave an unset ``tools`` out: it was added after the first artifacts, whose keys must stay."""
         kept = super().semantic()
         if kept["tools"] is None:
             del kept["tools"]
@@ -102,12 +102,12 @@ class Prompt:
 
     @property
     def messages_json(self) -> str:
-        """The conversation as the rollout record keeps it."""
+        """Return the conversation as the rollout record stores it."""
         return self.conversation.to_json()
 
 
 class PromptTable:
-    """Every prompt of a source, in order."""
+    """All prompts of a source, in order."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._prompts = list(prompts)
@@ -122,7 +122,7 @@ class PromptTable:
         return self._prompts[index]
 
     def rows(self, indices: Sequence[int]) -> list[Prompt]:
-        """Raises ValueError for a row that the source does not have."""
+        """Return rows by number. Raises ValueError for a row that the source does not have."""
         for index in indices:
             if not 0 <= index < len(self._prompts):
                 raise ValueError(f"prompt {index} is asked for, but the source has {len(self._prompts)}")
@@ -130,7 +130,7 @@ class PromptTable:
 
 
 def load_prompts(settings: PromptSettings) -> PromptTable:
-    """Read and check a whole source; once, where one process does several rounds.
+    """Read and check a whole source; cached for processes that do several rounds.
 
     Raises:
         ValueError: no such source, no rows, a malformed line (by number), a missing or empty column (by row, with
@@ -160,7 +160,7 @@ def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
 
 
 def count_prompts(settings: PromptSettings) -> int:
-    """How many prompts a source has, without reading them. Raises ValueError where there are none."""
+    """Count the prompts of a source without reading them. Raises ValueError if there are none."""
     count = prompt_sources.count(Path(settings.path), settings.split)
     if count == 0:
         raise ValueError(f"{settings.path}: there are no prompts in it")
@@ -168,17 +168,17 @@ def count_prompts(settings: PromptSettings) -> int:
 
 
 def source_files(settings: PromptSettings) -> list[Path]:
-    """The files whose content is the source's identity, in a fixed order. Raises ValueError where there is none."""
+    """List the files whose content is the source's identity, in a fixed order. Raises ValueError if there are none."""
     return prompt_sources.files(Path(settings.path), settings.split)
 
 
 def holds_conversations(settings: PromptSettings) -> bool:
-    """Whether the prompts are lists of messages, by the first row. Raises ValueError, as ``load_prompts``."""
+    """True if the prompts are lists of messages, judging by the first row. Raises ValueError, as ``load_prompts``."""
     return prompt_sources.holds_conversations(Path(settings.path), settings.split, settings.columns.prompt)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: PromptSettings) -> list[int]:
-    """Token ids of a prompt as the student reads it. Its length is not checked here.
+    """Render a prompt to token ids as the student reads it. Its length is not checked here.
 
     Raises:
         ValueError: what the template cannot write, or leaves out; template chat without a chat template.
@@ -195,12 +195,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
 
 
 def student_conversation(prompt: Prompt, settings: PromptSettings) -> Conversation:
-    """What the student reads, before it is rendered. Raises ValueError, as ``Conversation.prepared``."""
+    """Return the conversation that the student reads, before rendering. Raises ValueError, as
+    ``Conversation.prepared``."""
     return prompt.conversation.prepared(settings.system, settings.suffix)
 
 
 def draw_prompts(count: int, per_round: int, round_number: int, seed: int) -> list[int]:
-    """Rows of the prompts of one round: ``per_round`` consecutive entries of an endless shuffled deck.
+    """Draw the prompts of one round: ``per_round`` consecutive entries of an endless shuffled deck.
 
     The deck is one permutation of all rows after another, each with its own shuffle, so that no prompt comes twice
     before all have come once. A round across two of them, or larger than the source, can hold a prompt twice.
@@ -249,7 +250,7 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
 
 
 def _text(row: prompt_sources.Row, column: str) -> str:
-    """A value that is text, or a number that reads the same as text."""
+    """Return a value that is text, or a number that reads the same as text."""
     value = row.values[column]
     if value is None:
         raise ValueError(f"{row.where}: column {column!r} is empty")

@@ -1,4 +1,4 @@
-"""The LM head read from a model folder, without loading the model. Letters: V vocabulary, D hidden size."""
+"""Reading the LM head from a model folder, without loading the model. Letters: V vocabulary, D hidden size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EMBEDDINGS = ("model.embed_tokens", "embed_tokens", "transformer.wte", "wte", "
 
 
 def stored_lm_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> LMHead:
-    """The LM head as the model would use it in ``dtype`` (such as bfloat16).
+    """Return the LM head as the model would use it in ``dtype`` (such as bfloat16).
 
     Raises:
         ValueError: an unknown architecture, weights that are missing or quantised.

@@ -1,4 +1,4 @@
-"""The prompt as the teacher reads it: its settings, and its rendering. Read by ``score`` and by ``evaluate``."""
+"""Settings and rendering of the prompt that the teacher reads. Used by ``score`` and ``align``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TeacherPromptSettings(Settings):
-    """How the teacher reads a prompt. A bare word is short for ``kind``: ``teacher_prompt: same``."""
+    """Settings of the teacher's prompt. A bare word is short for ``kind``: ``teacher_prompt: same``."""
 
     kind: Literal["same", "template", "column"] = setting(
         "same",

@@ -1,4 +1,4 @@
-"""How many threads torch uses, and pieces of work on several cores, each on a thread of its own.
+"""Number of torch threads, and independent pieces of work on several cores, one thread each.
 
 A piece has no barrier within it, and none between it and the next.
 """
@@ -20,7 +20,7 @@ _set_num_threads = torch.set_num_threads  # as torch has it: vLLM puts one in it
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """``count`` threads inside, as many as before afterwards; None changes nothing."""
+    """Use ``count`` threads in the block and restore the number afterwards; None changes nothing."""
     before = torch.get_num_threads()
     _set_num_threads(count or before)
     try:
@@ -30,19 +30,19 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 class OneThreadEach:
-    """As many threads as torch uses now, for pieces of work; kept from call to call, with the memory they hold."""
+    """A pool of as many threads as torch uses now, for pieces of work; threads keep their memory between calls."""
 
     def __init__(self) -> None:
         self._count = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._count, initializer=_set_num_threads, initargs=(1,))
 
     def even_size(self, total: int, least: int, most: int) -> int:
-        """Size, from ``least`` to ``most``, of pieces of ``total`` with which all threads end together."""
+        """Return a piece size from ``least`` to ``most`` with which all threads finish ``total`` together."""
         rounds = -(-total // (most * self._count))
         return min(most, max(least, -(-total // max(1, rounds * self._count))))
 
     def map(self, function: Callable[[Given], Found], pieces: Iterable[Given]) -> list[Found]:
-        """``function`` of every piece, in order. Raises what the first piece raised.
+        """Apply ``function`` to every piece, in order. Raises what the first piece raised.
 
         Within ``function`` torch does not divide an operation over threads, and keeps no track of gradients.
         """

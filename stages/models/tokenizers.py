@@ -1,4 +1,4 @@
-"""What a tokenizer means: ids to bytes, which decide whether a teacher can score a student's tokens; chat template."""
+"""Loaded tokenizers: comparison of vocabularies and rendering of chat templates."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def id_to_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """The bytes each id stands for (``vocabulary.id_to_bytes``)."""
+    """Return the bytes of each id (``vocabulary.id_to_bytes``)."""
     return vocabulary.id_to_bytes(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
 
 
 def check_same_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where they differ (``vocabulary.check_same``)."""
+    """Raise ValueError if two vocabularies differ (``vocabulary.check_same``)."""
     vocabulary.check_same(id_to_bytes(teacher), id_to_bytes(student))
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of id -> bytes: of what teacher and student must share, and nothing else."""
+    """Return a SHA-256 (hex) of id -> bytes, which teacher and student must share."""
     meanings = [[number, text.hex()] for number, text in sorted(id_to_bytes(tokenizer).items())]
     return hashlib.sha256(json.dumps(meanings, separators=(",", ":")).encode()).hexdigest()
 
@@ -33,7 +33,7 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, arguments: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Ids of a conversation under the tokenizer's own chat template, ready for the assistant's next token.
+    """Render a conversation to ids with the tokenizer's chat template, ready for the assistant's next token.
 
     A last message of the assistant is continued in its turn.
 

@@ -1,4 +1,4 @@
-"""What token ids mean, in bytes, and whether two vocabularies agree. Needs the `tokenizers` library only."""
+"""Bytes of token ids, and comparison of two vocabularies. Needs the `tokenizers` library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def _byte_of_symbol() -> dict[str, int]:
-    """Byte-level BPE's printable symbol of every byte, inverted (the GPT-2 table)."""
+    """Return the byte of each printable symbol of byte-level BPE (the GPT-2 table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
@@ -23,7 +23,7 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 def id_to_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """The bytes each id stands for. Added tokens stand for their literal text."""
+    """Return the bytes of each id. Added tokens stand for their literal text."""
     described = json.loads(tokenizer.to_str())
     byte_level = '"ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
     table = {int(number): str(token).encode() for number, token in tokenizer.get_added_tokens_decoder().items()}
@@ -41,7 +41,7 @@ def id_to_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
 
 
 def check_same(teacher: Mapping[int, bytes], student: Mapping[int, bytes]) -> None:
-    """Both vocabularies give the same bytes to every id they share; ids that only one has are no difference.
+    """Check that both vocabularies give the same bytes to every id they share; ids of only one are ignored.
 
     Raises:
         ValueError: naming the first differing id and what it stands for on both sides, and how many differ.

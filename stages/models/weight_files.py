@@ -1,4 +1,4 @@
-"""The weight files of a model folder: which ones every reader opens, and what their headers declare. Needs no torch.
+"""The weight files of a model folder: which ones readers open, and the contents of their headers. Needs no torch.
 
 transformers reads ``model.safetensors`` if it is there, else the files that the index names; vLLM reads every
 ``*.safetensors`` file that the index names, or all of them if there is no index. A folder is accepted if both rules
@@ -45,7 +45,7 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model's weights.
+    """List the files that hold the model's weights.
 
     Raises:
         ValueError: none, or files of which two readers would read different ones; names the folder and the file.
@@ -81,7 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every stored tensor, from the headers of the weight files.
+    """Return every stored tensor, from the headers of the weight files.
 
     Raises:
         ValueError: as ``weight_files``; a file that is no safetensors file; a tensor in two files; an index that does
@@ -113,7 +113,7 @@ def is_quantised(folder: Path) -> bool:
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """The first items of a list, and how many more there are."""
+    """Format the first items of a list, and how many more there are."""
     more = f" and {len(items) - MOST_NAMED} more" if len(items) > MOST_NAMED else ""
     return separator.join(items[:MOST_NAMED]) + more
 

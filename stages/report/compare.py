@@ -1,4 +1,4 @@
-"""Runs against each other: gains and differences on the same problems, and seeds of one setting as one run.
+"""Comparison of runs: gains and differences on the same problems, and seeds of one setting as one run.
 
 Letters: S seeds, P problems.
 """
@@ -39,17 +39,17 @@ _NOT_OF_FIGURES = {  # settings of `evaluate` that change no figure, or that pro
 
 
 def after(scores: Sequence[ProblemScores], round_: int) -> ProblemScores | None:
-    """The evaluation after a round."""
+    """Return the evaluation after a round."""
     return next((found for found in scores if found.round == round_), None)
 
 
 def problems_of(scores: ProblemScores) -> Hashable:
-    """Equal for evaluations on the same problems: names and files."""
+    """Return a value that is equal for evaluations on the same problems: names and files."""
     return (*scores.names, *sorted(scores.sources.items()))
 
 
 def shared_rounds(runs: Sequence[Sequence[ProblemScores]]) -> list[int]:
-    """Rounds after which all runs were evaluated on the same problems, in order."""
+    """List rounds after which all runs were evaluated on the same problems, in order."""
     rounds = []
     for first in runs[0] if runs else ():
         others = [after(scores, first.round) for scores in runs]
@@ -59,19 +59,20 @@ def shared_rounds(runs: Sequence[Sequence[ProblemScores]]) -> list[int]:
 
 
 def average(scores: ProblemScores) -> Floats:
-    """Share of right samples [S, P]."""
+    """Return the share of right samples [S, P]."""
     return np.asarray(scores.correct, np.float64) / scores.samples
 
 
 def passed(scores: ProblemScores, k: int) -> Floats:
-    """Unbiased Pass@k [S, P] (Chen et al. 2021): 1 - C(n - c, k) / C(n, k)."""
+    """Return unbiased Pass@k [S, P] (Chen et al. 2021): 1 - C(n - c, k) / C(n, k)."""
     n = scores.samples
     by_count = np.asarray([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
     return np.asarray(by_count[np.asarray(scores.correct)])
 
 
 def gains(first: ProblemScores, last: ProblemScores, confidence: float = 0.95) -> dict[str, Estimate]:
-    """Last minus first Avg@k and Pass@k (k: all samples) of one run; none if the problems differ or there are none."""
+    """Return last minus first Avg@k and Pass@k (k: all samples) of one run; none if the problems differ or are
+    missing."""
     if problems_of(first) != problems_of(last) or not first.names:
         return {}
     k = min(first.samples, last.samples)
@@ -85,7 +86,7 @@ def gains(first: ProblemScores, last: ProblemScores, confidence: float = 0.95) -
 
 
 def _mean_of(values: Floats, scores: ProblemScores) -> float:
-    """Mean of values [P]; benchmarks count the same."""
+    """Return the mean of values [P]; benchmarks count the same."""
     return float(group_means(values[:, None], scores.benchmarks)[0])
 
 
@@ -128,7 +129,7 @@ class Difference:
 
     @property
     def zero(self) -> str:
-        """Whether every interval at hand excludes zero."""
+        """True if every available interval excludes zero."""
         bounds = [found for found in (self.over_problems, self.over_seeds) if found is not None]
         if self.over_problems is None:
             return "not known"
@@ -137,7 +138,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``notes``: what is not compared, or not as expected."""
+    """Differences of runs. ``notes``: runs that are not compared, and unexpected differences between runs."""
 
     differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
@@ -185,7 +186,7 @@ def compare(runs: Sequence[RunData]) -> Comparison:
 def _difference(
     first: Floats, second: Floats, scores: ProblemScores, paired: bool
 ) -> tuple[float, Interval | None, Interval | None]:
-    """``second`` minus ``first``, both [S, P], with its intervals over problems and over seeds."""
+    """Return ``second`` minus ``first``, both [S, P], with its intervals over problems and over seeds."""
     difference = second.mean(axis=0) - first.mean(axis=0)
     one, other = ([_mean_of(row, scores) for row in values] for values in (first, second))
     by_seed = [b - a for a, b in zip(one, other, strict=True)] if paired else []
@@ -201,7 +202,7 @@ def _of_seeds(scores: ProblemScores, seeds: Sequence[int]) -> ProblemScores:
 def _caveats(
     base: RunData, run: RunData, one: ProblemScores, other: ProblemScores, pairs: Sequence[int]
 ) -> Iterable[str]:
-    """Why a difference of two runs may not be due to their training."""
+    """List reasons why a difference of two runs may not be due to their training."""
     if base.graders and run.graders and base.graders != run.graders:
         names = [f"{listed(each.graders)} in {each.name}" for each in (base, run)]
         yield f"Graded by different verifiers: {listed(names)}."
@@ -220,7 +221,7 @@ def _caveats(
 
 
 def apart(found: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """What is not the same in all runs that have it, as text: ``name is 1 in a and b and 2 in c``."""
+    """Describe values that differ between the runs that have them: ``name is 1 in a and b and 2 in c``."""
     texts = []
     for key in dict.fromkeys(key for _, values in found for key in values):
         whose: dict[str, list[str]] = {}
@@ -254,7 +255,7 @@ def _obstacle(base: RunData, run: RunData) -> str:
 
 
 def grouped(runs: Sequence[RunData]) -> list[RunData]:
-    """Each set of runs of equal ``kin`` and different seeds as one run, in the order of their first members."""
+    """Merge each set of runs of equal ``kin`` and different seeds, in the order of their first members."""
     groups: list[list[RunData]] = []
     for run in runs:
         for group in groups:
@@ -267,7 +268,7 @@ def grouped(runs: Sequence[RunData]) -> list[RunData]:
 
 
 def merged(runs: Sequence[RunData]) -> RunData:
-    """At least two seeds as one run: means with Student's t intervals.
+    """Merge at least two seeds into one run: means with Student's t intervals.
 
     A figure that one seed lacks is left out; gains and scores are of the rounds that all were evaluated after.
     """
@@ -340,7 +341,7 @@ def _round_of_seeds(items: Sequence[RoundData]) -> RoundData:
 
 
 def _training_of_seeds(runs: Sequence[RunData]) -> list[StepRow]:
-    """Mean steps of the rounds that all of them trained."""
+    """Return mean steps of the rounds that all seeds trained."""
     steps: dict[tuple[int, int], list[StepRow]] = {}
     trained = set.intersection(*({row.round for row in run.training} for run in runs))
     for row in (row for run in runs for row in run.training if row.round in trained):
@@ -354,7 +355,7 @@ def _training_of_seeds(runs: Sequence[RunData]) -> list[StepRow]:
 
 
 def _histogram_of_seeds(found: Sequence[Histogram | None]) -> Histogram | None:
-    """Counts added up; a seed with rarer, larger entropies has a last bin that the others lack."""
+    """Add up counts; a seed with rarer, larger entropies has a last bin that the others lack."""
     known = [histogram for histogram in found if histogram is not None]
     edges = max((histogram.edges for histogram in known), key=len, default=[])
     if not known or any(histogram.edges != edges[: len(histogram.edges)] for histogram in known):
@@ -366,7 +367,8 @@ def _histogram_of_seeds(found: Sequence[Histogram | None]) -> Histogram | None:
 
 
 def _bins_of_seeds(found: Sequence[Mapping[str, BinnedMeans]]) -> dict[str, BinnedMeans]:
-    """Means over the seeds that have tokens in a bin; no interval if all have one value, such as an agreement of 1."""
+    """Return means over the seeds with tokens in a bin; no interval if all have one value, such as an agreement of
+    1."""
     means = {}
     for name in dict.fromkeys(name for one in found for name in one):
         known = [one[name] for one in found if name in one]
@@ -388,7 +390,7 @@ def _common(found: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def _gains_of_seeds(scores: Sequence[ProblemScores]) -> dict[str, Estimate]:
-    """Between the first and the last round that all seeds were evaluated after."""
+    """Return gains between the first and the last round after which all seeds were evaluated."""
     if len(scores) < 2 or problems_of(scores[0]) != problems_of(scores[-1]):
         return {}
     by_seed = [gains(_of_seeds(scores[0], [seed]), _of_seeds(scores[-1], [seed])) for seed in scores[0].seeds]
@@ -402,12 +404,12 @@ def _scores_of_seeds(found: Sequence[ProblemScores | None]) -> ProblemScores:
 
 
 def _cost_of_seeds(runs: Sequence[RunData]) -> list[CostRow]:
-    """What all seeds took together; what several of them read counts once."""
+    """Sum the cost of all seeds; jobs that several of them read count once."""
     return sorted(distinct_jobs(runs), key=lambda row: row.round)
 
 
 def distinct_jobs(runs: Sequence[RunData]) -> list[CostRow]:
-    """The jobs of all runs, each once."""
+    """Return the jobs of all runs, each once."""
     rows: dict[str, CostRow] = {}
     for number, run in enumerate(runs):
         for place, row in enumerate(run.cost):

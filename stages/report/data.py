@@ -1,4 +1,4 @@
-"""What a report shows: plain data, so that a page can be drawn without a run.
+"""Data of a report: plain values, so that a page can be drawn without a run.
 
 Produced by ``stages.report.gather`` and ``compare``; read by the other modules of this package. Entropies, divergences
 and log-probs are in nats, rates and fractions between 0 and 1. A figure that was not measured is absent.
@@ -39,7 +39,7 @@ class Histogram:
         _check_bins(self.edges, self.counts)
 
     def share_above(self, threshold: float | None) -> float | None:
-        """Share of tokens in bins from ``threshold`` on; None unless it is an edge."""
+        """Return the share of tokens in bins from ``threshold`` on; None unless it is an edge."""
         start = next((i for i, edge in enumerate(self.edges) if threshold and abs(edge - threshold) < 1e-9), None)
         return None if start is None or not sum(self.counts) else sum(self.counts[start:]) / sum(self.counts)
 
@@ -114,7 +114,7 @@ class RolloutView:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one stage of one round took. ``shared``: several runs read it."""
+    """Cost of one stage in one round. ``shared``: several runs read it."""
 
     stage: str
     round: int
@@ -127,7 +127,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class ProblemScores:
-    """An evaluation, problem by problem, so that runs can be compared in pairs.
+    """Results of an evaluation by problem, so that runs can be compared in pairs.
 
     ``correct[s][i]`` of the ``samples`` answers to problem ``names[i]`` are right with ``seeds[s]``. ``benchmarks[i]``
     is that problem's benchmark, ``sources`` the fingerprint of each benchmark's files.
@@ -186,7 +186,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything the page shows. ``generated``: a date and time in words."""
+    """The content of the page. ``generated``: a date and time in words."""
 
     title: str
     generated: str

@@ -162,7 +162,7 @@ SAMPLES = {OWN: "own samples", FIRST: "the first student's samples"}
 
 
 def quality(runs: Sequence[RunData]) -> list[Drawing]:
-    """Avg@k and Pass@k by round, and Pass@k over k after the first and the last evaluation."""
+    """Draw Avg@k and Pass@k by round, and Pass@k over k after the first and the last evaluation."""
     evaluated = [item for run in runs for item in run.evaluated]
     if not evaluated:
         return []
@@ -189,7 +189,7 @@ def quality(runs: Sequence[RunData]) -> list[Drawing]:
 
 
 def shared_k(runs: Sequence[RunData]) -> int | None:
-    """The largest k at which all evaluated runs have Pass@k."""
+    """Return the largest k at which all evaluated runs have Pass@k."""
     known = [set().union(*(item.pass_at for item in run.evaluated)) for run in runs if run.evaluated]
     return max(set.intersection(*known), default=None) if known else None
 
@@ -199,7 +199,7 @@ def by_round(runs: Sequence[RunData], panels: Sequence[Panel] = ROUND_PANELS) ->
 
 
 def against_teacher(runs: Sequence[RunData]) -> list[Drawing]:
-    """Teacher and student on an evaluation's samples, by round: those of each kind of samples apart."""
+    """Draw teacher and student on an evaluation's samples, by round, one figure for each kind of samples."""
     taus = sorted({tau for run in runs if (tau := run.read_with.get("evaluate.alignment.tau"))})
     above = f"entropy above {listed(taus)} nats"
     panels = []
@@ -219,7 +219,7 @@ def against_teacher(runs: Sequence[RunData]) -> list[Drawing]:
 
 
 def by_step(runs: Sequence[RunData]) -> tuple[list[Drawing], list[Drawing]]:
-    """Figures of every optimizer step: the usual ones, and whatever else the objective reported."""
+    """Draw figures of every optimizer step: the usual ones, and any others that the objective reported."""
     usual = {name for panel in STEP_PANELS for name in panel.names}
     names = sorted({name for run in runs for row in run.training for name in row.figures} - usual)[:_MOST_FURTHER]
     further = [Panel(f"step-further-{i}", printable(name, 40), (name,)) for i, name in enumerate(names)]
@@ -228,7 +228,7 @@ def by_step(runs: Sequence[RunData]) -> tuple[list[Drawing], list[Drawing]]:
 
 
 def histograms(runs: Sequence[RunData]) -> list[Drawing]:
-    """One figure a run: how uncertain the teacher (area) and the student (dashed outline) are."""
+    """Draw one histogram per run of the entropies of teacher (area) and student (dashed outline)."""
     drawn = []
     for index, run in enumerate(runs):
         found = {"teacher": run.teacher_entropy, "student": run.student_entropy}
@@ -240,7 +240,7 @@ def histograms(runs: Sequence[RunData]) -> list[Drawing]:
 
 
 def by_entropy_bin(runs: Sequence[RunData]) -> list[Drawing]:
-    """Means by bin of teacher entropy, those of each kind of samples apart."""
+    """Draw means by bin of teacher entropy, one figure for each kind of samples."""
     thresholds = {run.threshold for run in runs}
     rules = _gate(thresholds.pop()) if len(thresholds) == 1 else ()
     drawn = []
@@ -265,7 +265,7 @@ def _middles(binned: BinnedMeans) -> list[tuple[float, Estimate | None]]:
 
 def _by_round(runs: Sequence[RunData], panel: Panel) -> Drawing | None:
     def points(run: RunData, name: str) -> list[tuple[float, Estimate | None]]:
-        """A gap for a figure that is missing, but for students that were not to be measured."""
+        """Return points of a curve: a gap for a missing figure, nothing for students that were not to be measured."""
         shown: Iterable[RoundData] = [item for item in run.rounds if item.measured or name in item.figures]
         return [(item.round, item.figures.get(name)) for item in shown]
 
@@ -301,7 +301,7 @@ def _curve(
     points: Sequence[tuple[float, Estimate | None]],
     band: bool = False,
 ) -> Curve:
-    """With one run, colours tell student from teacher; with several they tell runs."""
+    """Build a curve: with one run, colours tell student from teacher; with several they tell runs."""
     second = name != panel.names[0]
     role = ("teacher" if second else "student") if len(panel.names) > 1 else ""
     label = role if len(runs) == 1 else f"{runs[index].name} ({role})" if role else runs[index].name
@@ -309,7 +309,8 @@ def _curve(
 
 
 def _thin(values: Sequence[tuple[float, float | None]], ranges: bool) -> list[tuple[float, Estimate | None]]:
-    """At most ``_MOST_POINTS``: means over stretches, with the range of each. Non-finite values take no part."""
+    """Reduce points to at most ``_MOST_POINTS``: means over stretches, with their ranges. Non-finite values are left
+    out."""
     width = math.ceil(len(values) / _MOST_POINTS)
     points: list[tuple[float, Estimate | None]] = []
     for start in range(0, len(values), width or 1):
@@ -324,7 +325,7 @@ def _thin(values: Sequence[tuple[float, float | None]], ranges: bool) -> list[tu
 def _chart(
     name: str, title: str, note: str, curves: Sequence[Curve], axis: Axis, form: Form, legend: bool
 ) -> Drawing | None:
-    """Lines with their intervals; None if there is no value."""
+    """Draw lines with their intervals; None if there is no value."""
     shown = [curve for curve in curves if curve.known]
     if not shown:
         return None
@@ -375,7 +376,7 @@ def _draw(axes: Axes, curve: Curve, form: Form) -> None:
 
 
 def _whisker(curve: Curve, estimate: Estimate, form: Form) -> tuple[float, float] | tuple[()]:
-    """The interval to draw: none if a constant sample made it, within 0 and 1 for a rate."""
+    """Return the interval to draw: none if a constant sample made it, within 0 and 1 for a rate."""
     if estimate.bounds is None or not all(map(math.isfinite, estimate.bounds)):
         return ()
     low, high = estimate.bounds
@@ -446,7 +447,8 @@ def _rules(axes: Axes, rules: Iterable[tuple[float, str]]) -> None:
 
 
 def _value_range(points: Sequence[tuple[float, ...]], form: Form) -> tuple[float, float]:
-    """Of values with their intervals: from zero unless all lie far from it, and wide enough that no interval fills it.
+    """Return the axis range of values with their intervals: from zero unless all lie far from it, and wider than any
+    interval.
 
     A rate stays within 0 and 1.
     """
@@ -468,7 +470,7 @@ def _set_form(axes: Axes, form: Form) -> None:
 
 
 def _canvas(title: str, note: str, labels: Sequence[str] = ()) -> tuple[Figure, Axes]:
-    """A figure with a heading and, for ``labels``, room for ``_legend`` below. Sizes are in inches."""
+    """Create a figure with a heading and, for ``labels``, room for ``_legend`` below. Sizes are in inches."""
     titles, notes = textwrap.wrap(printable(title, 90), 46), textwrap.wrap(printable(note, 160), 66)
     head = 0.16 * len(titles) + 0.13 * len(notes) + 0.08
     foot = 0.42 + 0.15 * math.ceil(len(labels) / _columns(labels))
@@ -495,7 +497,7 @@ def _drawing(figure: Figure, name: str, label: str) -> Drawing:
 
 
 def svg_text(figure: Figure, salt: str, **options: Any) -> str:
-    """A figure as SVG, the same for the same input. ``salt`` sets its ids apart from those of others in a page."""
+    """Render a figure as deterministic SVG. ``salt`` keeps its ids apart from those of other figures in a page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a reader's browser has more fonts
@@ -504,7 +506,7 @@ def svg_text(figure: Figure, salt: str, **options: Any) -> str:
 
 
 def _for_the_page(svg: str, label: str) -> Markup:
-    """``svg`` as an element of an HTML document: without prolog and unused ids, colours by name."""
+    """Turn ``svg`` into an element of an HTML document: without prolog and unused ids, colours by name."""
     root = ElementTree.fromstring(svg)
     for parent in root.iter():
         for child in list(parent):

@@ -1,4 +1,4 @@
-"""From artifacts to what the report shows and to ``summary.json``.
+"""Gathering of a report's data, and of ``summary.json``, from artifacts.
 
 Round r is the student at its start: the first one, or the one that round r - 1 trained. Its entropy and divergences are
 those of the round's first training step, before any update; the student of the last training has none.
@@ -59,7 +59,7 @@ _BENCHMARK = "benchmark "  # precedes a benchmark's name among an evaluation's i
 
 @dataclass(frozen=True)
 class RoundArtifacts:
-    """What a round made; None for what is not complete."""
+    """The artifacts of a round; None for those that are not complete."""
 
     round: int
     evaluation: Artifact | None  # summary of it, of the student at the start of the round
@@ -72,7 +72,7 @@ class RoundArtifacts:
 
     @property
     def round_start(self) -> Path | None:
-        """The student's own entropies at the round's start; None once they were pruned."""
+        """Return the student's own entropies at the round's start; None once they were pruned."""
         if self.checkpoint is None or not self.checkpoint.is_committed(1):
             return None
         return self.checkpoint.part_folder(1) / "round_start.safetensors"
@@ -95,7 +95,7 @@ class RunArtifacts:
 
 
 def gather(run: RunArtifacts) -> RunData:
-    """Everything that is complete; what is missing is left out."""
+    """Gather everything that is complete; missing artifacts are left out."""
     results = {item.round: _evaluation(item.evaluation) for item in run.rounds if item.evaluation}
     aligned = {item.round: _alignment(item.alignment) for item in run.rounds if item.alignment}
     last_alignment = aligned[max(aligned)] if aligned else None
@@ -134,7 +134,7 @@ def gather(run: RunArtifacts) -> RunData:
 
 
 def summary_rows(data: RunData, k: int) -> list[dict[str, Any]]:
-    """One row a round for ``summary.json``."""
+    """Return one row per round for ``summary.json``."""
     rows = []
     for item in data.rounds:
         passed = item.pass_at.get(k)
@@ -148,7 +148,7 @@ def summary_rows(data: RunData, k: int) -> list[dict[str, Any]]:
 
 
 def _evaluation(artifact: Artifact) -> dict[str, Any]:
-    """The results of an evaluation. Raises DamagedPart if the report cannot be made from them."""
+    """Read the results of an evaluation. Raises DamagedPart if the report cannot be made from them."""
     path = artifact.part_folder(artifact.parts - 1) / evaluations.RESULTS
     content: dict[str, Any] = read_json(path)
     with naming_misfits(str(path)):
@@ -159,7 +159,7 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
 
 
 def _alignment(artifact: Artifact) -> dict[str, Any]:
-    """The results of an alignment. Raises DamagedPart if the report cannot be made from them."""
+    """Read the results of an alignment. Raises DamagedPart if the report cannot be made from them."""
     path = artifact.part_folder(artifact.parts - 1) / alignments.RESULTS
     content: dict[str, Any] = read_json(path)
     with naming_misfits(str(path)):
@@ -191,7 +191,7 @@ def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Map
 
 
 def _evaluated(round_: int, values: Mapping[str, Any], problems: int, samples: int, left_out: int) -> RoundData:
-    """The figures of one benchmark, or of the mean over several."""
+    """Return the figures of one benchmark, or of the mean over several."""
     figures: dict[str, Estimate] = {}
     _add(figures, "avg", values["avg_at_k"], values["avg_interval"])
     for name in EVALUATED:
@@ -218,7 +218,7 @@ def _first_step(item: RoundArtifacts) -> dict[str, Estimate]:
 
 
 def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
-    """Raises DamagedPart if the report cannot be made from them."""
+    """Read steps. Raises DamagedPart if the report cannot be made from them."""
     path = checkpoint.remaining_folder(0) / "metrics.jsonl"
     rows = read_whole(path)
     with naming_misfits(str(path)):
@@ -230,7 +230,7 @@ def _steps(checkpoint: Artifact) -> list[dict[str, Any]]:
 
 
 def _training(run: RunArtifacts) -> list[StepRow]:
-    """Steps from the checkpoints; their speed from the run's own file, if the step is in it."""
+    """Return steps from the checkpoints; their speed from the run's own file, if the step is in it."""
     speeds = {str((row.get("round"), row.get("step"))): row.get("tokens_per_s") for row in read_lines(run.metrics)}
     rows = []
     for item in run.rounds:
@@ -246,7 +246,7 @@ def _training(run: RunArtifacts) -> list[StepRow]:
 
 
 def _heads(run: RunArtifacts) -> str:
-    """Which ids of the teacher's head the objective reads, over all rounds."""
+    """Describe which ids of the teacher's head the objective reads, over all rounds."""
     trained = [item.scores for item in run.rounds if item.checkpoint and item.scores]
     return listed(sorted({_head(scores, run.settings["train"]["objective"]) for scores in trained}))
 
@@ -293,7 +293,8 @@ def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
 
 
 def _histograms(rounds: Sequence[RoundArtifacts]) -> tuple[Histogram | None, Histogram | None]:
-    """Of the teacher and the student, on the tokens of one round: the last that has both, else that has either."""
+    """Return entropy histograms of teacher and student on the tokens of the last round that has both, else of one that
+    has either."""
     either = [item for item in rounds if item.scores or item.round_start]
     both = [item for item in either if item.scores and item.round_start]
     if not either:
@@ -322,7 +323,7 @@ def _student_histogram(path: Path | None) -> Histogram | None:
 
 
 def _histogram(parts: Sequence[np.ndarray[Any, Any]]) -> Histogram | None:
-    """None without any token."""
+    """Count entropies in a histogram; None without any token."""
     values = np.concatenate(parts) if parts else np.zeros(0)
     if not values.size:
         return None
@@ -363,7 +364,7 @@ def _read_with(aligned: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _warnings(results: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """What spoils the figures of some rounds."""
+    """List problems that spoil the figures of some rounds."""
     ungraded, missing, too_long, unread = [], [], [], []
     for number, found in sorted(results.items()):
         benchmarks = found["benchmarks"].values()
@@ -395,16 +396,15 @@ def _first_few(items: Sequence[str], most: int = 6) -> str:
 
 
 def _left_out(results: Mapping[str, Any], benchmark: str | None = None) -> tuple[int, int]:
-    """Problems of failed parts, and those with too long prompts; of one benchmark or of all (None)."""
+    """Count problems of failed parts and those with too long prompts, of one benchmark or of all (None)."""
     aside = [rows for rows in results.get("left_out", ()) if benchmark in (None, rows["benchmark"])]
     skipped = [found["skipped"] for name, found in results["benchmarks"].items() if benchmark in (None, name)]
     return sum(rows["stop"] - rows["start"] for rows in aside), sum(map(len, skipped))
 
 
 def _costs(run: RunArtifacts) -> list[CostRow]:
-    """One row a job. Its time is that of all runs on the page that did parts of it; a job that this run found
-    complete, or that others on the page read too, is shared.
-    """
+    """Return one row per job. Its time is that of all runs on the page that did parts of it; a job that this run found
+    complete, or that others on the page read too, is shared."""
     own, elsewhere = seconds_by_key(run.jobs), seconds_by_key(*run.elsewhere)
     rows = []
     for item in run.rounds:
@@ -428,7 +428,7 @@ def _costs(run: RunArtifacts) -> list[CostRow]:
 
 
 def seconds_by_key(*logs: Path) -> dict[str, float]:
-    """Seconds spent on each artifact, by key, from the ``jobs.jsonl`` of runs."""
+    """Return seconds spent on each artifact, by key, from the ``jobs.jsonl`` of runs."""
     seconds: dict[str, float] = {}
     for log in logs:
         for row in read_lines(log):

@@ -1,4 +1,4 @@
-"""The page: data to one self-contained HTML document.
+"""The page: one self-contained HTML document from a report's data.
 
 Nothing in it is loaded from anywhere: its content policy forbids every request and every script but its own, which is
 named by its hash.
@@ -51,7 +51,7 @@ _EVALUATED = (
 
 @dataclass(frozen=True)
 class Table:
-    """``left_out``: rows that only numbers.csv has."""
+    """A table; ``left_out``: rows that only numbers.csv has."""
 
     label: str
     head: tuple[str, ...]
@@ -96,7 +96,7 @@ class Section:
 
 
 def render(data: ReportData) -> tuple[str, list[Drawing]]:
-    """The document and the figures in it.
+    """Return the document and the figures in it.
 
     Raises:
         ValueError: there is no run to show.
@@ -211,7 +211,7 @@ def _heads(runs: Sequence[RunData]) -> list[tuple[str, dict[str, str]]]:
 
 
 def _cleaned(data: ReportData) -> ReportData:
-    """Printable names and notes; every run gets a name of its own."""
+    """Return the data with printable names and notes, and a unique name for every run."""
     runs: list[RunData] = []
     for index, run in enumerate(data.runs):
         name = printable(run.name, 60).strip() or f"run {index + 1}"
@@ -278,7 +278,7 @@ def _percent(value: float) -> str:
 
 
 def _facts(run: RunData) -> tuple[tuple[str, str], ...]:
-    """What stands beside the gain: on how much it rests, how many answers were cut, and what it took."""
+    """Return the facts shown beside the gain: sample size, truncated answers, and cost."""
     facts = []
     ends = run.evaluated[:1] + run.evaluated[1:][-1:]
     if ends:
@@ -302,7 +302,7 @@ def _facts(run: RunData) -> tuple[tuple[str, str], ...]:
 
 
 def _beside(summaries: Sequence[Summary]) -> Table:
-    """The gains of several runs: a row per run and rate."""
+    """Return the gains of several runs: a row per run and rate."""
     body = []
     for one in summaries:
         facts = dict(one.facts)
@@ -332,7 +332,7 @@ def _differences(compared: Comparison, base: str) -> Table:
 
 
 def _evaluations(runs: Sequence[RunData]) -> Table:
-    """Every figure of every evaluation; of each benchmark too, if there are several."""
+    """Return every figure of every evaluation, also by benchmark if there are several."""
     rows = []
     several = len({name for run in runs for item in run.evaluated for name in item.benchmarks}) > 1
     for run in runs:
@@ -357,7 +357,7 @@ def _evaluation(item: RoundData) -> list[str]:
 
 
 def _cost(run: RunData) -> Table:
-    """Time, tokens and bytes by stage."""
+    """Return time, tokens and bytes by stage."""
     whole = _total(row.seconds for row in run.cost)
     body = []
     for name in dict.fromkeys(row.stage for row in run.cost):
@@ -384,7 +384,7 @@ def _cost(run: RunData) -> Table:
 
 
 def _time(rows: Sequence[CostRow]) -> str:
-    """Of these jobs together, and of how many it is not known."""
+    """Format the time of these jobs together, and for how many it is unknown."""
     known, unknown = _total(row.seconds for row in rows), sum(row.seconds is None for row in rows)
     extra = f" (+ {unknown} job{'s' if unknown > 1 else ''} of unknown time)" if unknown and known is not None else ""
     return _or_dash(known, duration) + extra
@@ -412,7 +412,8 @@ def _differing(runs: Sequence[RunData]) -> Table:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"train": {"lr": 1e-5}}`` as ``{"train.lr": "1e-05"}``; lists and the like as JSON, long values cut."""
+    """Flatten ``{"train": {"lr": 1e-5}}`` to ``{"train.lr": "1e-05"}``; lists and the like become JSON, long values are
+    cut."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Rollouts, token by token, on a ground that says how uncertain the teacher was: reading them, and their HTML.
+"""Rollouts coloured by teacher entropy, token by token: reading them, and their HTML.
 
 There may be tens of thousands of tokens, so their HTML is written here rather than by the template; all text from a
 model or a data set goes through ``escape``. At most ``MOST_SHOWN`` rollouts and about ``BUDGET`` bytes are shown.
@@ -42,7 +42,7 @@ def no_verdicts(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | 
 def rollout_views(
     rollouts: Artifact, scores: Artifact, round_: int, tokenizer_folder: str, judge: Judge
 ) -> list[RolloutView]:
-    """The first responses of a round, from its first part that has any."""
+    """Return the first responses of a round, from its first part that has any."""
     from tokenizers import Tokenizer  # importing transformers for it would cost more than the report
 
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / TOKENIZER))
@@ -82,7 +82,7 @@ def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge) -> dict[int, bool | 
 
 
 def _user_message(messages: str | None) -> str | None:
-    """The last message of the user; None if there is none to be read."""
+    """Return the last message of the user; None if there is none."""
     try:
         conversation = json.loads(messages or "")
         contents = [message["content"] for message in conversation if message.get("role") == "user"]
@@ -123,7 +123,7 @@ class Gallery:
 
 
 def gallery(runs: Sequence[RunData]) -> Gallery:
-    """The rollouts of all runs, the same number of each, by prompt."""
+    """Return the rollouts of all runs, the same number of each, by prompt."""
     most = max((len(run.rollouts) for run in runs), default=0)
     places = [(index, place) for place in range(most) for index, run in enumerate(runs) if place < len(run.rollouts)]
     chosen = [(index, runs[index].rollouts[place]) for index, place in places[:MOST_SHOWN]]
@@ -154,7 +154,7 @@ def _card(run: int, rollout: RolloutView, threshold: float | None, allowance: in
 
 
 def token_html(rollout: RolloutView, threshold: float | None, allowance: int) -> tuple[Markup, int]:
-    """Tokens as ``<i class=h3 data-e="entropy logprob">``, and how many fit into ``allowance`` bytes.
+    """Render tokens as ``<i class=h3 data-e="entropy logprob">``; also returns how many fit into ``allowance`` bytes.
 
     The class is upper case if the entropy exceeds the gate: a second sign beside the colour.
     """

@@ -45,7 +45,7 @@ def make_report(job: ReportJob) -> Path:
 
 
 def _write_figures(folder: Path, drawings: list[Drawing]) -> None:
-    """Every figure; those of an earlier report that this one does not draw are removed."""
+    """Write every figure; those of an earlier report that this one does not draw are removed."""
     with naming_full_disks(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings:
@@ -55,7 +55,7 @@ def _write_figures(folder: Path, drawings: list[Drawing]) -> None:
 
 
 def to_csv(data: ReportData) -> str:
-    """Every number of a report, one a row.
+    """Return every number of a report, one per row.
 
     ``x`` is the optimizer step, k, or the lower edge of an entropy bin. Section ``benchmark`` holds an evaluation's
     figures on one of several benchmarks, ``round`` their means; ``difference_over_problems`` and
@@ -120,6 +120,6 @@ def _values(estimate: Estimate) -> tuple[object, object, object]:
 
 
 def _text(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
+    """Return text that a spreadsheet does not take for a formula."""
     text = printable(text)
     return "'" + text if text[:1] in ("=", "+", "-", "@") else text

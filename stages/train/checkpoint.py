@@ -39,7 +39,7 @@ EMA_FOLDER = "ema"
 
 
 def carry_over(job: TrainJob, loop: Loop) -> None:
-    """Go on from the round before: moments (none with LoRA, whose adapters are new) and averaged weights."""
+    """Continue from the round before: moments (none with LoRA, whose adapters are new) and averaged weights."""
     settings = job.settings
     if job.previous is None or not settings.optimizer.carry_over or settings.lora is not None:
         return
@@ -60,11 +60,11 @@ def set_generation_config(job: TrainJob, model: Any) -> None:
 
 
 class _Rehearsed(Exception):
-    """Ends a part that is written only to see whether it can be."""
+    """Ends a part that is written only to test that it can be."""
 
 
 def rehearse_commit(job: TrainJob, model: Any) -> None:
-    """Write and drop all of the checkpoint except its tensors, so that what would be refused at the end is refused now.
+    """Write and drop all of the checkpoint except its tensors, so that anything that would fail at the end fails now.
 
     Raises:
         StoreFull: there is less space than the checkpoint takes.
@@ -112,7 +112,7 @@ def _require_space(job: TrainJob, model: Any) -> None:
 
 
 def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart, states: States) -> None:
-    """Write the optimiser first and the weights last: whoever finds the weights finds the round finished.
+    """Write the optimiser first and the weights last, so that a round whose weights exist is complete.
 
     Every process must call it. Where it fails, the state after the last step is kept, so that no step is taken again;
     where that fails too, a line says so.
@@ -177,7 +177,7 @@ def _write_parts(
 
 
 def _named_in_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names within the student's model, from names within the student."""
+    """Map names within the student to names within the student's model."""
     return {name.removeprefix("model."): value for name, value in tensors.items()}
 
 
@@ -188,7 +188,7 @@ def _save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> No
 
 
 def _save_ends(job: TrainJob, model: Any, folder: Path) -> None:
-    """Save the generation settings beside an adapter whose base model does not end where the run's responses do."""
+    """Save the generation settings with an adapter if its base model ends at other ids than the run's responses."""
     base = stop_ids_in(model_folder(job.student.path, job.student.revision))
     if set(base) != set(job.stop_ids):
         unwrap(model).generation_config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What is read out of a chunk of logits: the wanted ids apart, the rest as a sum.
+"""Reading of a chunk of logits: the wanted ids apart, the rest as a sum.
 
 Letters: C rows of a chunk, V vocabulary, K' columns of wanted ids, N wanted ids, E merged stops.
 """
@@ -21,7 +21,7 @@ enough that threads do not wait for each other more than they work."""
 
 @dataclass(frozen=True)
 class Rest:
-    """The workspace after ``take_rest``: exp(logit - largest); sums of it, float64 [C]."""
+    """The workspace after ``take_rest``: exp(logit - largest), and sums of it, float64 [C]."""
 
     largest: Tensor
     total: Tensor  # sum of exp(logit - largest)
@@ -34,7 +34,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class Taken:
-    """What is left of a chunk's logits once the workspace holds exp(logit - largest)."""
+    """The parts of a chunk's logits that remain once the workspace holds exp(logit - largest)."""
 
     places: Tensor  # [N] of the wanted ids in the workspace, flattened
     z: Tensor  # [C, K'] logits at them, float64; LOG_ZERO where a column is unused
@@ -67,7 +67,7 @@ def group_rows(logits: Tensor) -> int:
 
 
 def take_rest(logits: Tensor) -> Rest:
-    """``logits`` [C, V], wanted ids set to LOG_ZERO, become exp(logit - largest) in place."""
+    """Turn ``logits`` [C, V], with wanted ids set to LOG_ZERO, into exp(logit - largest) in place."""
     rows, vocab = logits.shape
     group = rows if logits.is_cuda else group_rows(logits)
     largest = logits.new_empty(rows)
@@ -86,7 +86,7 @@ def take_rest(logits: Tensor) -> Rest:
 
 
 def entropy_of(logprob: Tensor, log_rest: Tensor, rest: Rest) -> Tensor:
-    """Entropy [C] from outcomes [C, K] and the rest's sums."""
+    """Return the entropy [C] of outcomes [C, K] and the rest's sums."""
     inside = -(logprob.exp() * logprob).sum(dim=1)
     mean_log = log_rest + rest.moment / rest.total - rest.total.log()  # mean of log q under q within the rest
     return inside - log_rest.exp() * mean_log

@@ -28,11 +28,11 @@ class Ema:
             self._shadow[name].mul_(self._decay).add_(parameter.detach().float(), alpha=1.0 - self._decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every average, float32, ``gathered``."""
+        """Return every average in float32, ``gathered``."""
         return gathered(self._shadow.items())
 
     def load(self, found: Mapping[str, Tensor]) -> None:
-        """Put back what ``tensors`` gave.
+        """Restore what ``tensors`` returned.
 
         Raises:
             ValueError: it is of another model; names the first parameter that differs.

@@ -1,4 +1,4 @@
-"""What stops training."""
+"""Errors that stop training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: the message says where and why. Nothing committed is lost.
+    """Training cannot continue: the message says where and why. Nothing committed is lost.
 
     ``figures``: numbers of a step that broke, for its reproduction; ``folder``: where that was saved.
     """

@@ -1,4 +1,4 @@
-"""Packages that only some settings need, asked for by name before any work is done. Imports no torch."""
+"""Check for optional packages before any work. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eopd.storage.extras import installing
 
 
 def require_extras(settings: TrainSettings) -> None:
-    """Raises: ValueError naming the first package that is not installed, the setting that asks for it and the cure."""
+    """Raise ValueError naming the first package that is not installed, the setting that needs it and the remedy."""
     if settings.lora is not None and importlib.util.find_spec("peft") is None:
         raise ValueError(
             f"train.lora needs peft, which is not installed. To add it, {installing('peft')}; or unset train.lora"

@@ -1,4 +1,4 @@
-"""What a failed step leaves for the person who looks into it: everything that the step was a function of.
+"""Reproduction of a failed step: all inputs of the step, saved for inspection.
 
 <run>/failures/round-R-step-S/failure.json     seed, settings, figures, which tensors are not finite, where to start
 <run>/failures/round-R-step-S/responses.jsonl  the step's responses: token ids, and where their teacher rows are
@@ -29,7 +29,8 @@ NAMES_KEPT = 50  # of tensors: after an overflow all of a model's are broken
 
 
 def broken_tensors(module: nn.Module) -> dict[str, list[str]]:
-    """Names of the first parameters (``weights``) and gradients that are not finite; of shards, this process's."""
+    """Return names of the first parameters (``weights``) and gradients that are not finite; for shards, this
+    process's."""
     weights, gradients = [], []
     for name, parameter in module.named_parameters():
         if not _is_finite(parameter):
@@ -45,7 +46,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def save_failure(job: TrainJob, stopped: TrainingStopped, responses: Responses, states: States) -> Path:
-    """Write the failed step's folder, whole or not at all; an earlier one of the same step is replaced."""
+    """Write the failed step's folder atomically; an earlier one of the same step is replaced."""
     assert stopped.step is not None
     folder = job.run_dir / "failures" / f"round-{job.round}-step-{stopped.step}"
     staging = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
@@ -95,7 +96,7 @@ def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Res
 
 
 def _weights(job: TrainJob, states: States) -> dict[str, Any]:
-    """Where the same command starts from: it takes the steps from there to the failed one again, bit for bit."""
+    """Return where the same command starts from: it repeats the steps up to the failed one bit for bit."""
     step = states.newest_step()
     return {
         "student": job.student.path,
@@ -106,7 +107,7 @@ def _weights(job: TrainJob, states: States) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become text."""
+    """Replace infinity and NaN, which JSON lacks, by text."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -30,7 +30,8 @@ class CheckpointBytes:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model folder, by the headers of its weights. Raises ValueError (``weight_files``)."""
+    """Return the shape of every tensor of a model folder, by the headers of its weights. Raises ValueError
+    (``weight_files``)."""
     return {name: tensor.shape for name, tensor in read_tensors(folder).items()}
 
 
@@ -39,7 +40,7 @@ def parameter_count(shapes: Shapes) -> int:
 
 
 def adapter_count(shapes: Shapes, lora: LoraSettings) -> int:
-    """Parameters of the low-rank adapters: rank * (in + out) of every matrix that gets one."""
+    """Count the parameters of the low-rank adapters: rank * (in + out) of every matrix that gets one."""
     sizes = 0
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
@@ -51,7 +52,8 @@ def adapter_count(shapes: Shapes, lora: LoraSettings) -> int:
 
 
 def checkpoint_bytes(shapes: Shapes, train: TrainSettings) -> CheckpointBytes:
-    """Bytes of a checkpoint's two parts and of a resumable state, without tokenizer files and stored log-probs."""
+    """Return the bytes of a checkpoint's two parts and of a resumable state, without tokenizer files and stored
+    log-probs."""
     size = BYTES[train.param_dtype]
     weights = parameter_count(shapes) * size
     trained = weights if train.lora is None else adapter_count(shapes, train.lora) * size

@@ -23,7 +23,8 @@ VOCAB_BLOCK = 8192
 
 
 def local_parameter(parameter: Tensor) -> Tensor:
-    """The whole parameter: of a sharded one (FSDP2) gathered once; its gradient is then averaged over the ranks."""
+    """Return the whole parameter: a sharded one (FSDP2) is gathered once, and its gradient is averaged over the
+    ranks."""
     if isinstance(parameter, DTensor):
         grads = [Partial("avg") for _ in range(parameter.device_mesh.ndim)]
         gathered = parameter.full_tensor(grad_placements=grads)
@@ -43,7 +44,7 @@ class HeadProducts:
 
     @classmethod
     def of(cls, head: LMHead, hidden: Tensor) -> HeadProducts:
-        """Products of ``head`` (its parameters already local) with ``hidden``; honours autocast on a GPU."""
+        """Prepare products of ``head`` (its parameters already local) with ``hidden``; honours autocast on a GPU."""
         weight = head.weight.detach()
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         kind = weight.device.type
@@ -62,7 +63,7 @@ class HeadProducts:
             yield where, self.weight[where].to(self.dtype)
 
     def logits_(self, hidden: Tensor, out: Tensor) -> None:
-        """``out`` [C, V] becomes hidden [C, D] @ weight.T + bias."""
+        """Write hidden [C, D] @ weight.T + bias into ``out`` [C, V]."""
         if self._native:
             torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=self.dtype, out=out)
         elif self.exact:
@@ -75,7 +76,7 @@ class HeadProducts:
             out += self.bias
 
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
-        """grad_logits [C, V] @ weight, [C, D]."""
+        """Return grad_logits [C, V] @ weight, [C, D]."""
         if self._native:
             return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
         if self.exact:
@@ -86,7 +87,7 @@ class HeadProducts:
         return total
 
     def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool) -> None:
-        """``total`` [V, D] += grad_logits.T @ hidden; ``first``: its old content does not count."""
+        """Add grad_logits.T @ hidden to ``total`` [V, D]; ``first``: overwrite it instead."""
         if self._native:
             product = torch.mm(grad_logits.to(self.weight.dtype).T, hidden.to(self.weight.dtype), out_dtype=self.dtype)
             total.copy_(product) if first else total.add_(product)

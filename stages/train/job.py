@@ -1,4 +1,4 @@
-"""What the train stage is handed."""
+"""Inputs of the train stage."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Loop:
     # -- data --------------------------------------------------------------------------------------------------
 
     def _packs(self, numbers: Sequence[int]) -> list[tuple[Packed, list[int]]]:
-        """Packed micro-batches of responses ``numbers``, each with its response numbers in packed order."""
+        """Yield packed micro-batches of responses ``numbers``, each with its response numbers in packed order."""
         sequences = [self.responses.sequences[number] for number in numbers]
         packs = pack(sequences, self.settings.row_tokens, self.settings.micro_batch_tokens, self.layout)
         return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
@@ -106,7 +106,7 @@ class Loop:
         return MicroBatch(packed.to(device), teacher, tuple(numbers), self.responses.rows_of(numbers), real)
 
     def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
-        """``numbers`` dealt to the processes, longest first in turn, so that their token counts are alike."""
+        """Deal ``numbers`` to the processes, longest first in turn, so that their token counts are similar."""
         longest_first = sorted(numbers, key=lambda n: (-self.responses.sequences[n].input_length, n))
         world = self.accelerator.num_processes
         return [longest_first[rank::world] for rank in range(world)]
@@ -129,7 +129,7 @@ class Loop:
         return Step(number, epoch, chosen, tokens, micro_batches)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[Step, float]]:
-        """Steps [first, last) and the seconds the loop waited for each; the next is loaded while one trains."""
+        """Yield steps [first, last) and the seconds the loop waited for each; the next is loaded while one trains."""
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
             ahead = loader.submit(self.load_step, first) if first < last else None
             for number in range(first, last):
@@ -143,7 +143,8 @@ class Loop:
     # -- the round-start pass ----------------------------------------------------------------------------------
 
     def round_start(self, on_progress: Callable[[int], None]) -> RoundStart:
-        """Log-prob and entropy of every sampled token under the round's first weights, by the trainer's forward."""
+        """Return log-prob and entropy of every sampled token under the round's first weights, by the trainer's
+        forward."""
         total = self.responses.tokens
         logprob = torch.zeros(total, device=self.accelerator.device)
         entropy = torch.zeros(total, device=self.accelerator.device)
@@ -183,7 +184,7 @@ class Loop:
         )
 
     def _quantile(self, start: RoundStart) -> tuple[float, NDArray[np.bool_]] | None:
-        """The quantile of the round's entropies that the objective asks for, and the tokens [T] above it."""
+        """Return the quantile of the round's entropies that the objective needs, and the tokens [T] above it."""
         if "entropy_threshold" not in self.objective.per_round:
             return None
         if self._at_quantile is None or self._at_quantile[0] is not start:
@@ -193,7 +194,7 @@ class Loop:
         return self._at_quantile[1]
 
     def take(self, step: Step, start: RoundStart) -> dict[str, float]:
-        """Forward, backward and update. Returns the step's figures, equal on every process.
+        """Take one optimiser step: forward, backward and update. Returns the step's figures, equal on every process.
 
         Raises:
             TrainingStopped: a loss or gradient is not finite (names the responses), or the policy has moved further

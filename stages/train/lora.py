@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: put on before a round, merged into plain weights after it.
+"""Low-rank adapters through peft: added before a round, merged into plain weights after it.
 
 The next round's student is the merged model, which transformers and vLLM load as any other, and it gets fresh
 adapters: A random, B zero, so that it starts as exactly that model. A round's moments are of adapters that no longer
@@ -27,7 +27,7 @@ PREFIX = "base_model.model."  # peft's, before every name of the model inside
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, seed: int, round_: int) -> Any:
-    """``model`` with everything frozen and adapters that depend on nothing but settings, seed and round.
+    """Freeze ``model`` and add adapters that depend on nothing but settings, seed and round.
 
     Raises:
         ValueError: ``target_modules`` match nothing, no linear layer, or the LM head or the embeddings.
@@ -77,7 +77,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def merged_weights(adapted: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W + alpha / rank * B A for every adapted layer, all under the names of the model without adapters.
+    """Return W + alpha / rank * B A for every adapted layer, under the names of the model without adapters.
 
     Args:
         weights: every parameter of ``adapted``, whole and on the CPU.
@@ -97,7 +97,7 @@ def merged_weights(adapted: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 
 
 def save_adapter(adapted: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapter alone, as peft reads it; it belongs to the weights that the round began with.
+    """Save the adapter alone, as peft reads it; it belongs to the weights that the round began with.
 
     Written here, not by ``save_pretrained``: that one notes the student's path and a set in its hash order, and the
     same round must leave the same bytes anywhere.

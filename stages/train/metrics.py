@@ -1,4 +1,4 @@
-"""Figures of a step: sums over tokens become means; timings are kept apart, because they never repeat.
+"""Figures of a step: token sums become means; timings are kept apart, since they never repeat exactly.
 
 What is written into artifacts must be the same after a crash and a resume, so only figures that are a function of
 the data go there; tokens/s, waiting and memory go to the run folder and TensorBoard.
@@ -33,7 +33,7 @@ def sum_metrics(into: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
 
 
 def means(totals: Mapping[str, float]) -> dict[str, float]:
-    """Sums over tokens divided by the tokens, under the names that people read."""
+    """Divide sums over tokens by the tokens, under the names that people read."""
     tokens = totals["tokens"]
     found = {name: totals[name] for name in PER_STEP}
     for name, value in totals.items():
@@ -46,7 +46,7 @@ def means(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Token-weighted means of every figure over the steps of a round."""
+    """Return token-weighted means of every figure over the steps of a round."""
     weights = [row["tokens"] for row in rows]
     names = sorted({name for row in rows for name in row} - {"tokens", "step", "round", "epoch"})
     found = {"tokens": float(sum(weights)), "steps": float(len(rows))}
@@ -57,14 +57,14 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this process: allocated on the GPU, or resident on the CPU."""
+    """Return this process's peak memory: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class RecordingFailed(Exception):
-    """Figures for people to watch could not be completed; metrics.jsonl is not concerned."""
+    """A tracker or TensorBoard could not be completed; metrics.jsonl is not affected."""
 
 
 class Recorder:
@@ -88,7 +88,7 @@ class Recorder:
         self._trackers = Trackers(trackers, run_dir, config or {})
 
     def _forget_steps_from(self, resumed_at: int) -> int:
-        """Steps that will be taken again, and later rounds, leave the file. Returns how many stay."""
+        """Drop lines of steps that will be taken again, and of later rounds. Returns how many stay."""
         if not self._path.exists():
             return 0
         kept = []

@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (norms, biases) are not decayed."""
+    """Create AdamW over the trainable parameters; vectors (norms, biases) are not decayed."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -31,7 +31,7 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """``<moment>.<parameter name>`` -> tensor, and ``step``; ``gathered``."""
+    """Return ``<moment>.<parameter name>`` -> tensor, and ``step``; ``gathered``."""
     return gathered(_state_of(module, optimizer))
 
 
@@ -46,7 +46,7 @@ def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[t
 
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:
-    """Put back what ``optimizer_tensors`` gave.
+    """Restore what ``optimizer_tensors`` returned.
 
     Raises:
         ValueError: the state is of another model; names the first parameter that differs.
@@ -71,7 +71,7 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def gradient_norm(module: nn.Module) -> Tensor:
-    """Global L2 norm of the gradients, float32 scalar; infinite or NaN when one of them is."""
+    """Return the global L2 norm of the gradients, float32 scalar; infinite or NaN if one of them is."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return whole(norm).float()

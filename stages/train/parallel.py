@@ -1,4 +1,4 @@
-"""One student on several processes: DDP copies it, FSDP2 shards it; and its tensors put together again.
+"""One student on several processes: DDP copies it, FSDP2 shards it; and gathering of its tensors.
 
 Both average gradients over the processes, and the loop's normaliser allows for that (``loop.Loop.take``).
 """
@@ -20,7 +20,7 @@ from eopd.stages.train.student import Student
 
 
 def distribute(student: Student, accelerator: Accelerator, sharding: Literal["none", "fsdp"]) -> nn.Module:
-    """The module to call in every forward. Make the optimiser after this: FSDP2 replaces the parameters."""
+    """Return the module to call in every forward. Make the optimiser after this: FSDP2 replaces the parameters."""
     if accelerator.num_processes == 1:
         return student
     if sharding == "none":
@@ -36,7 +36,7 @@ def distribute(student: Student, accelerator: Accelerator, sharding: Literal["no
 
 
 def student_of(module: nn.Module) -> Student:
-    """The Student inside whatever ``distribute`` made of it."""
+    """Return the Student inside the result of ``distribute``."""
     inner = getattr(module, "module", module)
     assert isinstance(inner, Student)
     return inner
@@ -44,14 +44,14 @@ def student_of(module: nn.Module) -> Student:
 
 @contextmanager
 def accumulating(module: nn.Module, accelerator: Accelerator, *, last: bool) -> Iterator[None]:
-    """Exchange gradients only in the ``last`` micro-batch of a step; FSDP2's in every one: what it has not exchanged it
-    keeps whole, in every process."""
+    """Exchange gradients only in the ``last`` micro-batch of a step; under FSDP2 in every one, since it keeps
+    unexchanged gradients whole in every process."""
     with nullcontext() if last or isinstance(module, FSDPModule) else accelerator.no_sync(module):
         yield
 
 
 def reshard(module: nn.Module) -> None:
-    """Give up what a forward pass without a backward one left gathered: FSDP2 keeps its outermost parameters.
+    """Free what a forward pass without a backward one left gathered: FSDP2 keeps its outermost parameters.
 
     Until then they are other objects than those that the optimiser was made for.
     """
@@ -60,13 +60,14 @@ def reshard(module: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every process must call it); a plain one as it is. Detached."""
+    """Gather a sharded tensor (every process must call it); return a plain one as it is. Detached."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor of ``value``, on the device, in the dtype (unless given) and sharded as ``parameter``."""
+    """Return a tensor of ``value`` on the device, in the dtype (unless given) and with the sharding of
+    ``parameter``."""
     value = value.detach().to(device=parameter.device, dtype=dtype or parameter.dtype).clone()
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -74,7 +75,7 @@ def like(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Every tensor whole and on the CPU in the main process, none in the others. Every process must call it."""
+    """Return every tensor whole and on the CPU in the main process, none in the others. Every process must call it."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     found: dict[str, Tensor] = {}
     for name, tensor in tensors:
@@ -85,13 +86,13 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
-    """Every parameter once (tied ones under their first name), ``gathered``."""
+    """Return every parameter once (tied ones under their first name), ``gathered``."""
     named = module.named_parameters()
     return gathered((name, parameter) for name, parameter in named if parameter.requires_grad or not trained_only)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back the trained weights that ``gather_weights`` gave; frozen ones are as they were loaded.
+    """Restore the trained weights that ``gather_weights`` returned; frozen ones stay as they were loaded.
 
     Raises:
         ValueError: they are of another model; names the first parameter that differs.

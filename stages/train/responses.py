@@ -1,4 +1,4 @@
-"""A round's responses as the trainer reads them: token ids, where their scores are, and the sampler's log-probs."""
+"""A round's responses for training: token ids, places of their scores, and the sampler's log-probs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Responses:
 
     @property
     def token_ids(self) -> NDArray[np.int64]:
-        """[T] of the whole round."""
+        """Sampled ids [T] of the whole round."""
         return np.concatenate([np.asarray(sequence.response_ids, np.int64) for sequence in self.sequences])
 
     def rows_of(self, numbers: Sequence[int]) -> NDArray[np.int64]:
-        """Indices [T] into a per-token array of the round, for responses ``numbers`` one after the other."""
+        """Return indices [T] into a per-token array of the round, for responses ``numbers`` one after the other."""
         spans = [np.arange(self.offsets[number], self.offsets[number + 1]) for number in numbers]
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
@@ -75,7 +75,7 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
 
 
 def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:
-    """Top-p, top-k and min-p draw from another distribution than the one whose log-probs stand for q_old.
+    """Refuse top-p, top-k and min-p: they draw from another distribution than the one whose log-probs stand for q_old.
 
     Raises:
         ValueError: one of them was used, and the objective reads q_old.
@@ -91,7 +91,7 @@ def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:
 
 
 def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherRows) -> None:
-    """The teacher's rows must be of exactly these tokens.
+    """Check that the teacher's rows are for exactly these tokens.
 
     Raises:
         DamagedPart: they are not; names the response.

@@ -74,7 +74,7 @@ def run(job: TrainJob) -> None:
 
 @contextmanager
 def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
-    """Hold the claim on the checkpoint (in the main process, for all of them); whether there is work to do."""
+    """Hold the claim on the checkpoint (the main process holds it for all); yields whether there is work to do."""
     needed = [False]
     patience = Patience(job.progress.line)
     while accelerator.is_main_process and not job.output.is_complete():
@@ -155,7 +155,7 @@ def _load(job: TrainJob, accelerator: Accelerator) -> PreTrainedModel:
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
-    """Keep from training what plays no part in reading text, such as the vision tower of a multimodal model."""
+    """Freeze modules that play no part in reading text, such as the vision tower of a multimodal model."""
     read = {id(parameter) for parameter in traits_of(model).decoder.parameters()}
     read |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     for parameter in model.parameters():
@@ -164,7 +164,7 @@ def freeze_unread(model: PreTrainedModel) -> None:
 
 
 def _switch_noise_off(model: PreTrainedModel) -> None:
-    """An importance ratio needs the policy itself, not a random thinning of it."""
+    """Disable dropout: an importance ratio needs the policy itself, not a random thinning of it."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -190,7 +190,7 @@ def _round_start(job: TrainJob, loop: Loop, states: States, responses: Responses
 
 
 def _alone(loop: Loop, responses: Responses) -> NDArray[np.bool_]:
-    """Which sampled tokens [T] are outcomes of their own.
+    """Return a mask [T] of sampled tokens that are outcomes of their own.
 
     A merged stop is not: the sampler's log-prob is of one id, ours of all of them, so that the two cannot be compared.
     """
@@ -199,7 +199,7 @@ def _alone(loop: Loop, responses: Responses) -> NDArray[np.bool_]:
 
 
 def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: NDArray[np.bool_]) -> RoundStart:
-    """For rollouts of an older policy: q_old is what that policy said of its tokens when it sampled them.
+    """Return q_old for rollouts of an older policy: that policy's log-probs when it sampled the tokens.
 
     At a merged stop it is what the student says at the round's start: nobody knows what that policy gave the others.
     """
@@ -223,7 +223,7 @@ def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: N
 
 
 def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses, alone: NDArray[np.bool_]) -> None:
-    """The sampler and the trainer must mean the same policy; engine noise aside, their log-probs are equal."""
+    """Check that sampler and trainer mean the same policy: their log-probs are equal up to engine noise."""
     gaps = [np.zeros(0, np.float32)]
     for number, sampled in enumerate(responses.sampler_logprobs):
         if sampled is not None:
@@ -246,7 +246,7 @@ def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses
 
 
 def _resume(job: TrainJob, loop: Loop, states: States) -> list[dict[str, Any]]:
-    """Load the newest state of this round, or what carries over from the one before. Returns the steps taken."""
+    """Load the newest state of this round, or what carries over from the previous one. Returns the steps taken."""
     inner = student_of(loop.student)
     state = states.newest()
     if state is not None:
@@ -314,13 +314,13 @@ def _take_steps(
 
 
 def _stop_wished(accelerator: Accelerator) -> bool:
-    """Whether any of the processes was asked to stop; the same answer in all of them."""
+    """True if any of the processes was asked to stop; the same answer in all of them."""
     wished = torch.tensor(float(stopping.stop_wished()), device=accelerator.device)
     return float(accelerator.reduce(wished)) > 0
 
 
 def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundStart) -> dict[str, float]:
-    """One step; one that breaks leaves its reproduction in the run folder."""
+    """Take one step; if it fails, save its reproduction in the run folder."""
     try:
         return loop.take(step, start)
     except TrainingStopped as stopped:

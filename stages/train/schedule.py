@@ -10,7 +10,8 @@ from eopd.stages.train.settings import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based optimiser ``step`` of ``total_steps`` (over all rounds where they carry over)."""
+    """Return the learning rate of 0-based optimiser ``step`` of ``total_steps`` (over all rounds if they carry
+    over)."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -26,7 +27,7 @@ def steps_per_round(responses: int, batch_responses: int, epochs: int) -> int:
 
 
 def batch_of_step(responses: int, batch_responses: int, step: int, *, seed: int, round_: int) -> tuple[int, list[int]]:
-    """(epoch, response numbers) of 0-based ``step`` within a round; the order depends on nothing but the arguments."""
+    """Return (epoch, response numbers) of 0-based ``step`` within a round, from the arguments alone."""
     per_epoch = math.ceil(responses / batch_responses)
     epoch, within = divmod(step, per_epoch)
     order = np.random.default_rng([seed, round_, epoch]).permutation(responses)

@@ -22,7 +22,7 @@ _shapes = cache(read_shapes)
 
 
 def student_bytes(experiment: Experiment) -> CheckpointBytes:
-    """Sizes of a checkpoint of this experiment's student."""
+    """Return sizes of a checkpoint of this experiment's student."""
     return checkpoint_bytes(_shapes(experiment.facts.student.folder), experiment.settings.train)
 
 
@@ -66,7 +66,8 @@ class TrainStage(Stage):
 
     @staticmethod
     def _schedule_steps(experiment: Experiment) -> int | None:
-        """Steps that the learning rate's schedule spans; None for a constant rate, which depends on no span."""
+        """Return the steps that the learning rate's schedule spans; None for a constant rate, which depends on no
+        span."""
         optimizer = experiment.settings.train.optimizer
         if optimizer.schedule == "constant":
             return None
@@ -74,7 +75,8 @@ class TrainStage(Stage):
 
     @staticmethod
     def _main_stops(experiment: Experiment) -> dict[str, list[int]]:
-        """Under `stops: remap` a checkpoint depends on each model's main stop id, not only on the union of all."""
+        """Return each model's main stop id, which enters the key under `stops: remap`; other modes depend on the
+        union."""
         if experiment.settings.train.objective.stops != "remap":
             return {}
         student, teacher = experiment.facts.student, experiment.facts.teacher
@@ -101,7 +103,7 @@ class TrainStage(Stage):
 
 
 def train_job(context: JobContext) -> TrainJob:
-    """What the train stage is handed for a planned job."""
+    """Return the train stage's inputs for a planned job."""
     from eopd.stages.train.job import TrainJob
 
     experiment, settings = context.experiment, context.settings

@@ -1,4 +1,4 @@
-"""How much a response counts that an older policy sampled. Decided once, at the round's start.
+"""Weights of responses that an older policy sampled. Fixed at the round's start.
 
 Letters: S responses, T tokens of the round.
 """
@@ -18,7 +18,7 @@ def response_weights(
     counted: NDArray[np.bool_],
     offsets: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Weights [T], equal within a response: 2^(-age / half-life) times min(1, max_kl / KL).
+    """Return weights [T], equal within a response: 2^(-age / half-life) times min(1, max_kl / KL).
 
     KL is the k1 estimate, the mean of ``moved`` over a response's counted tokens; where it is not positive, or nothing
     counts, nothing is taken off.

@@ -1,4 +1,4 @@
-"""Resumable states of a training job, under the same commit rule as everything else.
+"""Resumable states of a training job, under the commit rule of all artifacts.
 
 Part 0 of the ``progress`` artifact holds what the round-start pass found; part s the state after optimiser step s:
 trained weights, optimiser moments, averaged weights where asked for, and the metrics of every step so far. Older ones
@@ -32,7 +32,7 @@ STEPS_FILE = "steps.jsonl"
 
 @dataclass(frozen=True)
 class RoundStart:
-    """What the policy says of its own tokens before the round's first update."""
+    """The policy's own log-probs and entropies before the round's first update."""
 
     logprob: NDArray[np.float32]  # [T of the round] q_old, nats
     entropy: NDArray[np.float32]  # [T of the round] nats
@@ -76,7 +76,7 @@ class States:
         return self._artifact.part_folder(step)
 
     def newest(self) -> State | None:
-        """The state after the latest committed step, or None when there is none."""
+        """Return the state after the latest committed step, or None if there is none."""
         step = self.newest_step()
         if step is None:
             return None

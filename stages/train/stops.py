@@ -1,4 +1,4 @@
-"""Stop tokens of two models that do not end with the same one: merged into one outcome, or swapped.
+"""Stop tokens of two models with different ones: merged into one outcome, or swapped.
 
 ``class``: the union E of both models' stop ids is one outcome in head, draws, sampled token and entropy, for p, q and
 q_old alike. ``remap`` (the paper's): the teacher's first stop id and the student's first are swapped in everything
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StopHandling:
-    """``student_stop_ids`` and ``teacher_stop_ids``: each model's, its main one first."""
+    """Handling of stops. ``student_stop_ids`` and ``teacher_stop_ids``: each model's, its main one first."""
 
     mode: Literal["class", "remap"] = "class"
     student_stop_ids: tuple[int, ...] = ()
@@ -35,11 +35,11 @@ class StopHandling:
 
     @property
     def merged(self) -> tuple[int, ...]:
-        """Ids that become one outcome: none under ``remap``, none where both models agree on a single id."""
+        """Return ids that become one outcome: none under ``remap``, none if both models agree on a single id."""
         return self.union if self.mode == "class" and len(self.union) > 1 else ()
 
     def require(self, rows: TeacherRows) -> None:
-        """Raises ValueError when ``rows`` lack a stop id's log-prob."""
+        """Raise ValueError if ``rows`` lack a stop id's log-prob."""
         missing = sorted(set(self.union) - set(rows.stop_ids.tolist()))
         if missing and len(self.union) > 1:
             raise ValueError(
@@ -48,7 +48,7 @@ class StopHandling:
             )
 
     def filled(self, rows: TeacherRows) -> TeacherRows:
-        """``rows`` with the floor as log-prob of the stop ids that they lack, for a loss that reads none."""
+        """Return ``rows`` with the floor as log-prob of the stop ids that they lack, for a loss that reads none."""
         missing = sorted(set(self.union) - set(rows.stop_ids.tolist()))
         if not missing:
             return rows
@@ -58,13 +58,13 @@ class StopHandling:
         return replace(rows, stop_ids=ids[order], stop_logprobs=np.hstack([rows.stop_logprobs, floor])[:, order])
 
     def stop_logprobs(self, rows: TeacherRows) -> Array:
-        """Teacher log-probs [T, E] of ``union``, in its order."""
+        """Return the teacher's log-probs [T, E] of ``union``, in its order."""
         columns = np.searchsorted(rows.stop_ids, np.asarray(self.union, dtype=np.int64))
         return np.asarray(rows.stop_logprobs[:, columns], dtype=np.float64)
 
 
 def class_entropy(entropy: Array, stop_logprobs: Array) -> Array:
-    """Entropy [T] after merging: the stops' own terms leave the sum, their common outcome's enters it.
+    """Return the entropy [T] after merging: the stops' own terms leave the sum, their common outcome's enters it.
 
     H' = H + sum_e p_e log p_e - P log P with P = sum_e p_e; never above H.
     """
@@ -76,7 +76,7 @@ def class_entropy(entropy: Array, stop_logprobs: Array) -> Array:
 
 
 def swap_stops(rows: TeacherRows, stops: StopHandling) -> TeacherRows:
-    """``rows`` with the teacher's and the student's first stop ids swapped (``remap``)."""
+    """Return ``rows`` with the teacher's and the student's first stop ids swapped (``remap``)."""
     if not stops.student_stop_ids or not stops.teacher_stop_ids:
         return rows
     mine, theirs = stops.student_stop_ids[0], stops.teacher_stop_ids[0]

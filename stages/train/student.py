@@ -35,7 +35,8 @@ class Student(nn.Module):
     def forward(
         self, packed: Packed, batch: TeacherBatch, context: StepContext, mode: Literal["loss", "logprobs"] = "loss"
     ) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor]:
-        """``loss``: a scalar, and sums to log. ``logprobs``: log-prob and entropy [T] of the sampled tokens, nats."""
+        """Return the loss (a scalar) and sums to log, or with ``logprobs`` log-prob and entropy [T] of the sampled
+        tokens in nats."""
         with torch.autocast(packed.input_ids.device.type, torch.bfloat16, enabled=self._autocast):
             hidden = final_hidden(self.model, packed)
             head = lm_head_of(self.model)

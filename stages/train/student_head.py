@@ -31,7 +31,7 @@ WORKSPACE_BYTES = 256 * 2**20
 
 
 def default_chunk_tokens(vocab_size: int, itemsize: int = 4) -> int:
-    """Rows of a chunk: as many as fit ``WORKSPACE_BYTES``, a multiple of 32."""
+    """Return the rows of a chunk: as many as fit ``WORKSPACE_BYTES``, a multiple of 32."""
     return max(32, WORKSPACE_BYTES // (vocab_size * itemsize) // 32 * 32)
 
 
@@ -44,7 +44,7 @@ def sparse_head_loss(
     *,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of final hidden states [T, D] and figures to log.
+    """Compute the loss of final hidden states [T, D], and figures to log.
 
     Returns (sum over tokens of mask * loss / normaliser: a scalar that can be differentiated once to ``hidden``, head
     weight and bias; metrics: sums over tokens of ``mask`` times each figure, to be added over micro-batches and ranks
@@ -75,7 +75,7 @@ def sparse_head_loss(
 def student_logprobs(
     hidden: Tensor, head: LMHead, batch: TeacherBatch, context: StepContext, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of the sampled token and entropy, each [T] float64 in nats, of hidden states [T, D]; no gradient.
+    """Return log-prob of the sampled token and entropy, each [T] float64 in nats, of hidden states [T, D]; no gradient.
 
     Stops are merged as ``batch`` says; of ``context`` only the temperature is read.
     """
@@ -99,14 +99,14 @@ def _check_tokens(hidden: Tensor, batch: TeacherBatch) -> None:
 
 
 def _whole(head: LMHead) -> LMHead:
-    """``head`` with parameters gathered where they are sharded."""
+    """Return ``head`` with sharded parameters gathered."""
     bias = None if head.bias is None else local_parameter(head.bias)
     return replace(head, weight=local_parameter(head.weight), bias=bias)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Which gradients are asked for."""
+    """Flags for the gradients that are needed."""
 
     hidden: bool
     weight: bool
@@ -141,7 +141,7 @@ class _Pass:
             yield start, min(start + self.rows, len(self.hidden))
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """Final logits [C, V] over the temperature, in the workspace."""
+        """Return final logits [C, V] over the temperature, in the workspace."""
         out = self.workspace[: stop - start]
         self.products.logits_(self.hidden[start:stop], out)
         if self.head.softcap is not None:
@@ -152,7 +152,7 @@ class _Pass:
     def chunk_loss(
         self, start: int, stop: int, teacher: TeacherBatch, objective: Objective, context: StepContext
     ) -> None:
-        """Adds the loss, metrics and gradients of tokens [start, stop)."""
+        """Add the loss, metrics and gradients of tokens [start, stop)."""
         logits = self.logits(start, stop)
         taken = take(logits, teacher)
         leaves = (taken.z, taken.z_stops, taken.log_rest)
@@ -178,7 +178,7 @@ class _Pass:
     def _turn_into_gradient(
         self, logits: Tensor, teacher: TeacherBatch, taken: Taken, grads: tuple[Tensor, ...]
     ) -> None:
-        """The workspace, exp(logit - largest), becomes the gradient of the products before scale and soft-capping."""
+        """Turn the workspace, exp(logit - largest), into the gradient of the products before scale and soft-capping."""
         factor, cap = self.head.scale / self.temperature, self.head.softcap
 
         def slope(final: Tensor) -> Tensor | float:
@@ -218,7 +218,7 @@ class _Pass:
 def _figures(
     student: SparseStudent, teacher: TeacherBatch, tokens: TokenLoss, taken: Taken, context: StepContext
 ) -> dict[str, Tensor]:
-    """Figures [C] that every objective reports, and its own."""
+    """Return figures [C] that every objective reports, and its own."""
     figures = {
         "tokens": torch.ones_like(tokens.loss),
         "loss": tokens.loss,
@@ -246,7 +246,7 @@ def _figures(
 
 
 class _GradientsMadeInForward(torch.autograd.Function):
-    """Passes on gradients that exist already, times the gradient of the loss."""
+    """Autograd function that scales gradients computed in the forward pass by the gradient of the loss."""
 
     @staticmethod
     def forward(

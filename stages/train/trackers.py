@@ -1,4 +1,4 @@
-"""Figures to Weights & Biases or Trackio, where `train.trackers` asks for them. Both have the same three calls.
+"""Figures in Weights & Biases or Trackio, if `train.trackers` names them. Both have the same three calls.
 
 All rounds of a run are one run there: its id stands in `<run>/trackers.json`, made when the first step is recorded.
 Where the figures go (project server, offline folder, keys) is up to the packages' own environment variables, such as
@@ -22,7 +22,7 @@ IDS_FILE = "trackers.json"
 
 
 class Trackers:
-    """One run in each of ``names``; does nothing when there are none."""
+    """One run in each of ``names``; does nothing if there are none."""
 
     def __init__(self, names: Sequence[Tracker], run_dir: Path, config: Mapping[str, Any]) -> None:
         """``config``: settings to show beside the figures."""
@@ -38,7 +38,7 @@ class Trackers:
             module.init(project=PROJECT, config=dict(config), resume="allow", **where)
 
     def record(self, figures: Mapping[str, float], step: int) -> None:
-        """``step`` counts the optimiser steps of all rounds."""
+        """Record a step; ``step`` counts the optimiser steps of all rounds."""
         for module in self._modules:
             module.log({f"train/{name}": value for name, value in figures.items()}, step=step)
 
@@ -48,7 +48,7 @@ class Trackers:
 
 
 def _run_id(run_dir: Path) -> str:
-    """The run's id there, the same in every round and after every restart."""
+    """Return the run's id there, the same in every round and after every restart."""
     path = run_dir / IDS_FILE
     create_exclusively(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
     found: str = json.loads(path.read_text(encoding="utf-8"))["id"]

@@ -58,6 +58,7 @@ def check_runs(
             trainings = [job for job in trainings if _takes_part(jobs, job)]
         for job in trainings:
             check_needs(run, job)
+            check_selection(run, job)
         warning = other_sft_teacher(run) if trainings else None
         if warning is not None:
             run.progress.line(warning)
@@ -126,6 +127,18 @@ def check_needs(run: Run, train: Job) -> None:
     raise ConfigError(
         f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack "
         f"{'; '.join(one.what for one in missing)}. `eopd run CONFIG {command}` adds it beside what is there."
+    )
+
+
+def check_selection(run: Run, train: Job) -> None:
+    """Refuse a round of which `train.select.where` leaves no prompt. Raises ConfigError."""
+    if run.experiment.most_responses(train.round):
+        return
+    selected, experiment = len(run.facts.selected_prompts or ()), run.experiment
+    raise ConfigError(
+        f"train.select.where leaves nothing to train on in round {train.round}: of {run.facts.prompt_count:,} prompts "
+        f"it selects {selected:,}, and none is among the {experiment.prompts_per_round:,} that the round draws. Raise "
+        "rollout.prompts_per_round or select more prompts"
     )
 
 

@@ -326,9 +326,9 @@ def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
         job = run.plan.find(str(line["stage"]), int(line["round"]))
         if job is None or job.output.key != line["key"]:
             return 0.0
-        if job.is_prunable:  # training reads all rollouts in each epoch
+        if job.is_prunable:  # counted as in the forecast of training
             rollouts = run.artifact(job.inputs["rollouts"].identity)
-            return _tokens_a_part(rollouts) * rollouts.parts * run.settings.train.epochs
+            return _tokens_a_part(rollouts) * rollouts.parts * run.experiment.most_epochs(job.round)
         return _tokens_a_part(run.artifact(job.output)) * int(line["made"])
     except (StoreError, KeyError, TypeError, ValueError):
         return 0.0

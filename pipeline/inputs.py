@@ -18,7 +18,7 @@ from typing import Any
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
-from eopd.stages.models.prompts import PromptSettings, count_prompts, source_files
+from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_where, source_files
 from eopd.stages.models.weight_files import read_tensors
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
@@ -41,6 +41,7 @@ def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts
     student = inspect_model("student", settings.student, digests)
     teacher = inspect_model("teacher", settings.teacher, digests)
     count, fingerprint = _source("prompts", settings.prompts, digests)
+    selected = _selected_prompts(settings)
     benchmarks = []
     evaluate = settings.evaluate
     for number, benchmark in enumerate(evaluate.benchmarks if evaluate else ()):
@@ -48,7 +49,22 @@ def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts
         rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
     digests.save()
-    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), digests)
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, digests)
+
+
+def _selected_prompts(settings: RunSettings) -> frozenset[int] | None:
+    """Find the rows of the prompts that `train.select.where` selects; None: all.
+
+    Raises:
+        ConfigError: as ``prompts.rows_where``.
+    """
+    where = settings.train.select.where
+    if not where:
+        return None
+    try:
+        return rows_where(settings.prompts, where)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"train.select.where: {error}") from error
 
 
 def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]:

@@ -42,6 +42,9 @@ class Plan:
         if job is not None:
             return job
         rounds = sorted({job.round for job in self.jobs if job.stage.name == stage})
+        planned_by = next((one.planned_by for one in STAGES if one.name == stage), "")
+        if not rounds and planned_by:
+            raise RunError(f"the plan has no {stage} job, as nothing asks for it ({planned_by})")
         raise RunError(f"the plan has no {stage} job of round {round_}; its rounds are {rounds}")
 
     def of_command(self, command: str, round_: int) -> list[Job]:

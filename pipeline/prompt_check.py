@@ -76,6 +76,45 @@ def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
             if key not in tried:
                 render_sources([source], student, teacher, rows)
                 tried.add(key)
+        if run.settings.reads_verdicts:
+            key = repr((run.settings.prompts, run.settings.judge))
+            if key not in tried:
+                check_answers(run.settings, rows)
+                tried.add(key)
+
+
+def check_answers(settings: RunSettings, rows: int | None) -> None:
+    """Ask the verifier of the prompts whether it can read their reference answers.
+
+    Of ``math``, which starts processes and takes milliseconds an answer, it asks about the first ``FIRST_ROWS`` alone;
+    the judge stage asks about the others.
+
+    Raises:
+        ConfigError: names the prompt.
+    """
+    from eopd.stages.verifiers.registry import PLAIN, open_verifier
+
+    prompts, name = settings.prompts, settings.prompts.verifier
+    assert name is not None, "settings that read verdicts without a verifier are refused"
+    asked = rows if name in PLAIN else min(rows or FIRST_ROWS, FIRST_ROWS)
+    limited = prompts if asked is None else prompts.model_copy(update={"limit": min(prompts.limit or asked, asked)})
+    verifier = open_verifier(name, seconds=settings.judge.seconds_per_answer)
+    try:
+        readable: set[str] = set()
+        for prompt in load_prompts(limited):
+            assert prompt.answer is not None, "settings that read verdicts without answers are refused"
+            if prompt.answer in readable:
+                continue
+            try:
+                verifier.check_answer(prompt.answer)
+            except ValueError as error:
+                raise ConfigError(
+                    f"prompts: prompt {prompt.id!r} has an answer that prompts.verifier: {name} cannot judge by, and "
+                    f"train.select.verdict is {settings.train.select.verdict}: {error}"
+                ) from error
+            readable.add(prompt.answer)
+    finally:
+        verifier.close()
 
 
 def render_sources(

@@ -34,6 +34,7 @@ class Activity:
     seconds_per_part: float | None  # between the latest commits; None: there were none lately
     step: dict[str, Any] | None  # of training: its last line of metrics
     steps: int = 0
+    steps_at_most: bool = False  # training reads a selection, whose size is known once it has begun
 
     @property
     def seconds_left(self) -> float | None:
@@ -79,7 +80,15 @@ def _activity(row: Row) -> Activity:
             workers.setdefault(who, []).append(part)
     trains = row.job.scratch is not None and bool(workers)
     step = _last_step(row) if trains else None
-    return Activity(row, workers, _seconds_per_part(artifact.folder), step, row.run.experiment.steps_per_round)
+    experiment = row.run.experiment
+    return Activity(
+        row,
+        workers,
+        _seconds_per_part(artifact.folder),
+        step,
+        steps=experiment.most_steps(row.round),
+        steps_at_most=experiment.settings.reads_verdicts,
+    )
 
 
 def _seconds_per_part(folder: Path) -> float | None:

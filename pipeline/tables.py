@@ -248,7 +248,7 @@ def _activity_cells(activity: Activity, *, several: bool) -> list[str]:
     done = f"{row.done:,}/{row.parts:,}"
     each = "" if activity.seconds_per_part is None else duration(activity.seconds_per_part)
     if step is not None:
-        done = f"step {int(step['step']) + 1}/{activity.steps}"
+        done = f"step {int(step['step']) + 1}/{'≤' if activity.steps_at_most else ''}{activity.steps}"
         each = f"{step['tokens_per_s']:,.0f} tokens/s, loss {step['loss']:.3g}"
     seconds = activity.seconds_left
     left = "" if seconds is None or not activity.workers else duration(seconds)

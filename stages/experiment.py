@@ -10,15 +10,16 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
+from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.models.model_config import resolve_dtype
-from eopd.stages.models.prompts import Columns, PromptSettings
+from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, draw_prompts
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting
@@ -58,6 +59,7 @@ class ExperimentSettings(Settings):
     prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
     rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")
     score: ScoreSettings = setting(ScoreSettings, "What the teacher says about every token.")
+    judge: JudgeSettings = setting(JudgeSettings, "How rollouts are judged, if `train.select.verdict` asks for it.")
     train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
     evaluate: EvaluateSettings | None = setting(None, "How students are evaluated. None: they are not.")
 
@@ -73,6 +75,28 @@ class ExperimentSettings(Settings):
     @model_validator(mode="after")
     def _score_as_sampled(self) -> ExperimentSettings:
         self.score.resolve_temperature(self.rollout.temperature)
+        return self
+
+    @property
+    def reads_verdicts(self) -> bool:
+        """True if a stage reads verdicts on the rollouts."""
+        return self.train.select.verdict != "any"
+
+    @model_validator(mode="after")
+    def _verdicts_can_be_had(self) -> ExperimentSettings:
+        if not self.reads_verdicts:
+            return self
+        verdict = self.train.select.verdict
+        if self.prompts.verifier is None:
+            raise ValueError(
+                f"train.select.verdict is {verdict}, but no verifier judges the prompts: set prompts.verifier to "
+                f"{', '.join(get_args(VerifierName))}"
+            )
+        if self.prompts.columns.answer is None:
+            raise ValueError(
+                f"train.select.verdict is {verdict}, but the prompts have no reference answers: name their column in "
+                "prompts.columns.answer"
+            )
         return self
 
     @model_validator(mode="after")
@@ -142,6 +166,7 @@ class Facts:
     prompt_count: int
     prompts_fingerprint: str
     benchmarks: tuple[BenchmarkFacts, ...] = ()
+    selected_prompts: frozenset[int] | None = None  # rows of the prompts that `train.select.where` names; None: all
     digests: Digests | None = field(default=None, compare=False, repr=False)  # hashes of the files behind all this
 
     @cached_property
@@ -167,12 +192,27 @@ class Experiment:
         """`rollout.prompts_per_round`, or the whole prompt set if that is smaller."""
         return min(self.settings.rollout.prompts_per_round, self.facts.prompt_count)
 
-    @property
-    def steps_per_round(self) -> int:
-        """Optimiser steps of a round in which no prompt is skipped."""
+    def most_responses(self, round_: int) -> int:
+        """Return how many responses of a round are trained on, at most.
+
+        They are fewer if prompts are skipped, or if responses are selected by verdict.
+        """
+        select, prompts = self.settings.train.select, self.prompts_per_round
+        if self.facts.selected_prompts is not None:
+            drawn = draw_prompts(self.facts.prompt_count, prompts, round_, self.settings.seed)
+            prompts = sum(row in self.facts.selected_prompts for row in drawn)
+        samples = self.settings.rollout.samples_per_prompt
+        return prompts * min(samples, select.most_per_prompt or samples)
+
+    def most_steps(self, round_: int) -> int:
+        """Return how many optimiser steps a round takes, at most."""
         train = self.settings.train
+        return steps_per_round(self.most_responses(round_), train.batch_responses, train.epochs)
+
+    def most_epochs(self, round_: int) -> float:
+        """Return how often training reads a token of a round's rollouts, on average and at most."""
         responses = self.prompts_per_round * self.settings.rollout.samples_per_prompt
-        return steps_per_round(responses, train.batch_responses, train.epochs)
+        return self.settings.train.epochs * self.most_responses(round_) / responses
 
     def sampling_round(self, round_: int) -> int:
         """The round at whose start the policy stood that samples ``round_`` (settings ``refresh`` and ``lag``)."""

@@ -142,6 +142,7 @@ class Stage(ABC):
     command: ClassVar[str]  # the `eopd` command, and the launcher's resources, that it belongs to
     divisible: ClassVar[bool] = True  # parts can be done apart, and given up apart
     size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
+    planned_by: ClassVar[str] = ""  # the setting without which no plan has it; empty: every plan has it
     engine: ClassVar[str] = ""  # stages of one name share a loaded engine when one worker does both
 
     @abstractmethod

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 
 from eopd.stages.align.stage import AlignmentSummaryStage, AlignStage
 from eopd.stages.evaluate.stage import EvaluateStage, EvaluationSummaryStage
+from eopd.stages.judge.stage import JudgeStage
 from eopd.stages.rollout.stage import RolloutStage, StudentTopkStage
 from eopd.stages.score.stage import ScoreStage
 from eopd.stages.stage import Stage
@@ -28,6 +29,7 @@ STAGES: list[Stage] = [
     AlignmentSummaryStage(),
     RolloutStage(),
     StudentTopkStage(),
+    JudgeStage(),
     ScoreStage(),
     TRAIN,
 ]

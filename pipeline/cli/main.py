@@ -129,6 +129,12 @@ def score(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = No
 
 
 @app.command()
+def judge(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
+    """Judge the responses with the prompts' verifier (if train.select.verdict asks for it)."""
+    _stage("judge", config, round_, parts, set_)
+
+
+@app.command()
 def train(config: Config, round_: Round = 0, set_: Set = None) -> None:
     """Train the student on stored rollouts and scores."""
     _stage("train", config, round_, None, set_)

@@ -18,6 +18,7 @@ from eopd.stages.evaluate.settings import BenchmarkSettings, Chunk, EvaluateSett
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
+from eopd.stages.models.tokenizers import response_text
 from eopd.stages.verifiers.registry import Verifier, open_verifier
 from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage import evaluations
@@ -211,7 +212,7 @@ def _do_part(
     ]
     meter.begin(len(requests))
     samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.advance) if requests else []
-    texts = [_text(tokenizer, sample) for sample in samples]
+    texts = [response_text(tokenizer, sample.token_ids.tolist(), sample.stop_token_id) for sample in samples]
     sampled = time.monotonic()
     verdicts = verifier.verify_many(
         [(text, problem.prompt.answer or "") for text, (problem, _) in zip(texts, asked, strict=True)]
@@ -234,13 +235,6 @@ def _do_part(
     }
     with job.output.write_part(part, info=info) as folder:
         evaluations.write_samples(folder, rows)
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
-    ids = sample.token_ids.tolist()
-    text = tokenizer.decode(ids[:-1] if sample.stop_token_id is not None else ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
 
 
 def _row(

@@ -5,6 +5,7 @@ The last are read as what they are, Arrow stream files listed in ``state.json``:
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
+
+
+class NoColumn(ValueError):
+    """A source lacks a column that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +199,16 @@ def _column(there: Iterable[str], name: str, where: str) -> str:
     """Return the column that contains ``name``: itself, or its longest prefix before a dot that is a column.
 
     Raises:
-        ValueError: there is none.
+        NoColumn: there is none.
     """
     names = list(there)
     pieces = name.split(".")
     for count in range(len(pieces), 0, -1):
         if ".".join(pieces[:count]) in names:
             return ".".join(pieces[:count])
-    raise ValueError(
-        f"{where} has no column {name!r}; it has {', '.join(sorted(names)) or 'none'}. Map them with columns."
-    )
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    raise NoColumn(f"{where} has no column {name!r}; it has {', '.join(sorted(names)) or 'none'}{hint}.")
 
 
 def _parquet_file(path: Path) -> Any:

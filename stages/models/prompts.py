@@ -6,9 +6,10 @@ before anything heavy is imported: this module needs neither torch nor transform
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -26,6 +27,8 @@ from eopd.stages.settings import COUNT, LENGTH, Settings, setting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Value = bool | int | float | str
+"""What rows of a source can be selected by."""
 VerifierName = Literal["countdown", "exact", "math"]
 
 
@@ -58,7 +61,9 @@ class PromptSettings(Settings):
     split: str | None = setting(None, "Split of a folder that holds several")
     limit: int | None = setting(None, "Use the first rows only (null: all)", ge=1, le=COUNT)
     columns: Columns = setting(Columns, "Which column holds what")
-    verifier: VerifierName | None = setting(None, "Who judges answers to these prompts, in the report")
+    verifier: VerifierName | None = setting(
+        None, "Who judges answers to these prompts: in the report, and for `train.select.verdict`"
+    )
     template: Literal["chat", "plain"] = setting(
         "chat", "chat: the tokenizer's chat template; plain: the text and the suffix, as base models are prompted"
     )
@@ -145,7 +150,7 @@ def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
     names = [name for name in settings.columns.model_dump().values() if name is not None]
     prompts: list[Prompt] = []
     first_seen: dict[str, str] = {}
-    for row in prompt_sources.read(Path(settings.path), settings.split, names, settings.limit):
+    for row in _rows(settings, names):
         prompt = _prompt(row, len(prompts), settings.columns)
         if prompt.id in first_seen:
             raise ValueError(
@@ -157,6 +162,54 @@ def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
     if not prompts:
         raise ValueError(f"{settings.path}: there are no prompts in it")
     return PromptTable(prompts)
+
+
+def _rows(settings: PromptSettings, columns: Sequence[str]) -> Iterator[prompt_sources.Row]:
+    try:
+        yield from prompt_sources.read(Path(settings.path), settings.split, columns, settings.limit)
+    except prompt_sources.NoColumn as error:
+        raise ValueError(f"{error} Map them with columns.") from error
+
+
+def rows_where(settings: PromptSettings, where: Mapping[str, Sequence[Value]]) -> frozenset[int]:
+    """Find the rows of a source that hold one of the given values in each of the given columns.
+
+    Raises:
+        ValueError: a column that the source does not have, or that holds lists or structs; a value that no row has.
+    """
+    stamp = prompt_sources.stamp(Path(settings.path), settings.split)
+    selected: list[frozenset[int]] = []
+    for column, values in where.items():
+        rows = _rows_by_value(settings.model_dump_json(), column, stamp)
+        for value in values:
+            if (type(value) is bool, value) not in rows:
+                there = {json.dumps(known): json.dumps(known) for _, known in rows}
+                near = difflib.get_close_matches(json.dumps(value), there, n=1, cutoff=0.5)
+                hint = f"; the nearest value is {near[0]}" if near else ""
+                raise ValueError(f"{column}: no prompt of {settings.path} has the value {json.dumps(value)}{hint}")
+        selected.append(frozenset().union(*(rows[type(value) is bool, value] for value in values)))
+    return frozenset.intersection(*selected)
+
+
+@lru_cache(maxsize=8)
+def _rows_by_value(
+    settings_json: str, column: str, _: prompt_sources.Stamp
+) -> dict[tuple[bool, Value], frozenset[int]]:
+    """Group the rows of a source by their value in a column. Keys tell true from 1, which are equal in Python."""
+    settings = PromptSettings.model_validate_json(settings_json)
+    found: dict[tuple[bool, Value], list[int]] = {}
+    source = prompt_sources.read(Path(settings.path), settings.split, [column], settings.limit)
+    for number, row in enumerate(source):
+        value = row.values[column]
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float, str)):
+            raise ValueError(
+                f"{row.where}: column {column!r} holds {type(value).__name__}; rows are selected by text, numbers, or "
+                "true and false"
+            )
+        found.setdefault((type(value) is bool, value), []).append(number)
+    return {key: frozenset(rows) for key, rows in found.items()}
 
 
 def count_prompts(settings: PromptSettings) -> int:
@@ -239,21 +292,22 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
         raise ValueError(
             f"{row.where}: column {columns.teacher_prompt!r} must hold text, got {repr(teacher_prompt)[:80]}"
         )
+    name = str(index) if columns.id is None else _text(row, columns.id)
     return Prompt(
         index=index,
-        id=str(index) if columns.id is None else _text(row, columns.id),
+        id=name,
         conversation=conversation,
-        answer=None if columns.answer is None else _text(row, columns.answer),
+        answer=None if columns.answer is None else _text(row, columns.answer, f", and prompt {name!r} needs an answer"),
         teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
         solution=None if columns.solution is None else _text(row, columns.solution),
     )
 
 
-def _text(row: prompt_sources.Row, column: str) -> str:
-    """Return a value that is text, or a number that reads the same as text."""
+def _text(row: prompt_sources.Row, column: str, which: str = "") -> str:
+    """Return a value that is text, or a number that reads the same as text. ``which`` ends the message of an empty one."""
     value = row.values[column]
     if value is None:
-        raise ValueError(f"{row.where}: column {column!r} is empty")
+        raise ValueError(f"{row.where}: column {column!r} is empty{which}")
     if isinstance(value, dict):
         fields = ", ".join(f"{column}.{name}" for name in value)
         raise ValueError(f"{row.where}: column {column!r} holds a struct; name one of its fields: {fields}")

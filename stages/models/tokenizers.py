@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models import vocabulary
@@ -28,6 +28,13 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 (hex) of id -> bytes, which teacher and student must share."""
     meanings = [[number, text.hex()] for number, text in sorted(id_to_bytes(tokenizer).items())]
     return hashlib.sha256(json.dumps(meanings, separators=(",", ":")).encode()).hexdigest()
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_token_id: int | None) -> str:
+    """Return the text of a response as verifiers read it: without its stop token and without special tokens."""
+    text = tokenizer.decode(list(ids[:-1] if stop_token_id is not None else ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
 
 
 def render_chat(

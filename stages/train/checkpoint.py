@@ -163,6 +163,8 @@ def _write_parts(
     left_out = sorted(set(range(job.scores.parts)) - set(filled_parts(job.scores)))
     summary: dict[str, Any] = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
     info: dict[str, Any] = {"steps": len(rows)}
+    if loop.responses.selection is not None:
+        summary["selection"] = loop.responses.selection
     if left_out:  # a checkpoint that saw less than its key says must say so
         info["left_out"] = summary["left_out"] = left_out
     if not job.output.is_committed(WEIGHTS):

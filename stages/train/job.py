@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.train.selection import Selection
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
 
@@ -31,6 +32,9 @@ class TrainJob:
     progress: Progress
     run_dir: Path  # metrics with timings, TensorBoard
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
+    selection: Selection | None = None  # which responses are trained on; None: all
+    schedule_rounds: int = 1  # rounds that the schedule spans; read with a selection, see ``train.run.schedule_of``
+    steps_before: int | None = None  # of earlier rounds, on the axis of figures; None: by ``first_step`` and ``round``
     engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is trained on
 
     @property

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence as TokenSequence
 from eopd.stages.train.objectives.base import Objective
+from eopd.stages.train.selection import COLUMNS as SELECTED_BY
+from eopd.stages.train.selection import Candidate, Selection
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.rollouts import read_rollouts
@@ -22,13 +24,14 @@ COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "log
 
 @dataclass(frozen=True)
 class Responses:
-    """The responses of a round that have at least one scored token, in the order of the rollouts."""
+    """The responses of a round that are trained on, in the order of the rollouts. Each has a scored token."""
 
     names: tuple[str, ...]  # "prompt id/sample"
     sequences: tuple[TokenSequence, ...]  # response cut to its scored tokens
     locations: tuple[tuple[int, int], ...]  # (part, row) in the teacher cache
     sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
     offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
+    selection: str | None = None  # how many of the round's responses these are, in words; None: all
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,18 +51,26 @@ class Responses:
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
 
-def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
+def load_responses(rollouts: Artifact, cache: TeacherCache, selection: Selection | None = None) -> Responses:
     """Read every part of ``rollouts`` and the lengths that were scored; parts that were set aside are left out.
+
+    Args:
+        selection: which of the responses with a scored token are trained on; None: all.
 
     Raises:
         ValueError: nothing to train on.
-        DamagedPart: scores that were made from other rollouts than these.
+        DamagedPart: scores or verdicts that were made from other rollouts than these.
     """
+    columns = COLUMNS if selection is None else tuple(dict.fromkeys((*COLUMNS, *SELECTED_BY)))
+    candidates: list[Candidate] = []
     names, sequences, locations, sampler = [], [], [], []
     for part in filled_parts(cache.artifact):
         _check_same_rollouts(rollouts, cache, part)
-        table = read_rollouts(rollouts.part_folder(part), COLUMNS).to_pydict()
-        lengths = cache.token_counts(part).tolist()
+        stored = read_rollouts(rollouts.part_folder(part), columns)
+        table, lengths = stored.to_pydict(), cache.token_counts(part).tolist()
+        if selection is not None:
+            of_part = selection.candidates(rollouts, part, stored)
+            candidates += [one for one, length in zip(of_part, lengths, strict=True) if length]
         for row, length in enumerate(lengths):
             if length == 0:
                 continue
@@ -70,8 +81,16 @@ def load_responses(rollouts: Artifact, cache: TeacherCache) -> Responses:
             sampler.append(None if found is None else np.asarray(found[:length], np.float32))
     if not names:
         raise ValueError(f"{rollouts} holds no response with a scored token: there is nothing to train on")
-    offsets = np.cumsum([0, *(len(sequence.response_ids) for sequence in sequences)], dtype=np.int64)
-    return Responses(tuple(names), tuple(sequences), tuple(locations), tuple(sampler), offsets)
+    chosen, words = (range(len(names)), None) if selection is None else selection.choose(candidates)
+    offsets = np.cumsum([0, *(len(sequences[number].response_ids) for number in chosen)], dtype=np.int64)
+    return Responses(
+        names=tuple(names[number] for number in chosen),
+        sequences=tuple(sequences[number] for number in chosen),
+        locations=tuple(locations[number] for number in chosen),
+        sampler_logprobs=tuple(sampler[number] for number in chosen),
+        offsets=offsets,
+        selection=words,
+    )
 
 
 def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:

@@ -97,7 +97,10 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     refuse_truncated_sampling(objective, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
     cache.require(objective.needs_with(stops.union))
-    responses = load_responses(job.rollouts, cache)
+    responses = load_responses(job.rollouts, cache, job.selection)
+    if responses.selection is not None:
+        job.progress.line(f"train {job.round}: {responses.selection} (train.select)")
+    first_step, total_steps = schedule_of(job, len(responses))
     model, autocast = _load(job, accelerator), settings.autocast == "bf16"
     rehearse_commit(job, model)
     student = Student(model, objective, settings.head_chunk_tokens, autocast=autocast)
@@ -113,8 +116,8 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         settings,
         seed=job.seed,
         round_=job.round,
-        first_step=job.first_step,
-        total_steps=job.total_steps,
+        first_step=first_step,
+        total_steps=total_steps,
         temperature=job.temperature,
         ema=None if settings.ema is None else Ema(student_of(module), settings.ema),
     )
@@ -128,6 +131,19 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         states.clear()
     accelerator.wait_for_everyone()
+
+
+def schedule_of(job: TrainJob, responses: int) -> tuple[int, int]:
+    """Return the position of the round's first step in the learning rate's schedule, and the steps that it spans.
+
+    How many responses other rounds select is not known. So with a selection every round gets an equal share of the
+    schedule, in which this round's steps are spread.
+    """
+    if job.selection is None:
+        return job.first_step, job.total_steps
+    steps = steps_per_round(responses, job.settings.batch_responses, job.settings.epochs)
+    first = steps * job.round if job.settings.optimizer.carry_over else 0
+    return first, steps * job.schedule_rounds
 
 
 def _accelerator(settings: TrainSettings) -> Accelerator:
@@ -264,7 +280,9 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: l
     settings, main = job.settings, loop.accelerator.is_main_process
     total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
     shown = settings.model_dump(mode="json")
-    before = job.first_step or job.round * total  # without carry_over the schedule begins anew, the axis does not
+    before = job.steps_before
+    if before is None:
+        before = job.first_step or job.round * total  # without carry_over the schedule begins anew, the axis does not
     recorder = Recorder(job.run_dir, job.round, before, len(rows), settings.trackers, shown) if main else None
     with ExitStack() as at_end:  # what was recorded is flushed where a step breaks, too
         at_end.callback(job.progress.close)

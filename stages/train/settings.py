@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from eopd.stages.models.prompts import Value
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 
 Tracker = Literal["wandb", "trackio"]
+PerPrompt = Annotated[int, Field(strict=True, ge=1, le=COUNT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -64,8 +67,54 @@ class StalenessSettings(Settings):
     )
 
 
+class SelectSettings(Settings):
+    """Which responses of a round are trained on. Rollouts and scores are of all of them."""
+
+    verdict: Literal["any", "right", "wrong"] = setting(
+        "any", "Responses that `prompts.verifier` judges so. right or wrong: the round's rollouts are judged."
+    )
+    per_prompt: Literal["all", "first"] | PerPrompt = setting(
+        "all",
+        "Responses to each prompt, of those that the other settings leave: all, the first (by sample number), or a "
+        "number: the first that many.",
+    )
+    where: dict[str, tuple[Value, ...]] = setting(
+        {},
+        "Prompts with one of these values in each of these columns of the prompts' file, such as {topic: [algebra]}.",
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _names_values(cls, where: dict[str, tuple[Value, ...]]) -> dict[str, tuple[Value, ...]]:
+        for column, values in where.items():
+            if not values:
+                raise ValueError(f"{column}: the list of values is empty, so that no prompt is selected; name some")
+        return where
+
+    @property
+    def is_everything(self) -> bool:
+        return self.verdict == "any" and self.most_per_prompt is None and not self.where
+
+    @property
+    def most_per_prompt(self) -> int | None:
+        """Responses to one prompt at most; None: any number."""
+        match self.per_prompt:
+            case "all":
+                return None
+            case "first":
+                return 1
+            case number:
+                return number
+
+    def semantic(self) -> dict[str, Any]:
+        """Equal for settings that select the same."""
+        where = {column: sorted(set(map(json.dumps, values))) for column, values in self.where.items()}
+        return {"verdict": self.verdict, "per_prompt": self.most_per_prompt, "where": where}
+
+
 class TrainSettings(Settings):
     objective: ObjectiveSettings = setting(ObjectiveSettings, "The loss.")
+    select: SelectSettings = setting(SelectSettings, "Which responses are trained on.")
     epochs: int = setting(1, "Passes over a round's responses.", ge=1, le=100_000)
     batch_responses: int = setting(
         32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1, le=COUNT
@@ -157,6 +206,13 @@ class TrainSettings(Settings):
         le=COUNT,
     )
     keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1, le=COUNT)
+
+    def semantic(self) -> dict[str, Any]:
+        """``select`` enters keys only if it leaves something out."""
+        kept = super().semantic()
+        if self.select.is_everything:
+            del kept["select"]
+        return kept
 
     @model_validator(mode="after")
     def _precisions_agree(self) -> TrainSettings:

@@ -26,6 +26,11 @@ def student_bytes(experiment: Experiment) -> CheckpointBytes:
     return checkpoint_bytes(_shapes(experiment.facts.student.folder), experiment.settings.train)
 
 
+def schedule_rounds(settings: ExperimentSettings) -> int:
+    """Count the rounds that the learning rate's schedule spans."""
+    return settings.rounds if settings.train.optimizer.carry_over else 1
+
+
 class TrainStage(Stage):
     name = command = "train"
     kind = CHECKPOINTS
@@ -37,14 +42,17 @@ class TrainStage(Stage):
         rollouts, scores = plan.output("rollout", round_), plan.output("score", round_)
         if rollouts is None or scores is None:
             return None
-        policy = plan.policy(round_)
+        policy, verdicts = plan.policy(round_), plan.output("judge", round_)
+        if settings.reads_verdicts and verdicts is None:
+            return None
+        read_verdicts = {"verdicts": verdicts} if verdicts is not None and settings.reads_verdicts else {}
         output = self.identity(
             parts=2,
             settings={
                 "train": settings.train.semantic(),
                 "seed": settings.seed,
                 "round": round_,
-                "total_steps": self._schedule_steps(experiment),
+                **self._schedule(experiment),
                 "stop_ids": list(experiment.facts.ordered_stop_ids),
                 **self._main_stops(experiment),
             },
@@ -53,6 +61,7 @@ class TrainStage(Stage):
                 "tokenizer": experiment.facts.student.tokenizer_fingerprint,
                 "rollouts": rollouts.key,
                 "scores": scores.key,
+                **{role: identity.key for role, identity in read_verdicts.items()},
             },
         )
         carries_state = settings.train.optimizer.carry_over and settings.train.lora is None
@@ -61,17 +70,25 @@ class TrainStage(Stage):
             self,
             round_,
             output,
-            {"rollouts": Input(rollouts), "scores": Input(scores), **policy_input(policy, *read)},
+            {
+                "rollouts": Input(rollouts),
+                "scores": Input(scores),
+                **{role: Input(identity) for role, identity in read_verdicts.items()},
+                **policy_input(policy, *read),
+            },
         )
 
     @staticmethod
-    def _schedule_steps(experiment: Experiment) -> int | None:
-        """Return the steps that the learning rate's schedule spans; None for a constant rate, which depends on no
-        span."""
+    def _schedule(experiment: Experiment) -> dict[str, int | None]:
+        """Return the steps that the learning rate's schedule spans; None for a constant rate, which depends on no span.
+
+        With a selection the number of steps follows from the inputs, and the schedule spans a number of rounds.
+        """
         optimizer = experiment.settings.train.optimizer
-        if optimizer.schedule == "constant":
-            return None
-        return experiment.steps_per_round * (experiment.settings.rounds if optimizer.carry_over else 1)
+        rounds = schedule_rounds(experiment.settings)
+        if not experiment.settings.train.select.is_everything:
+            return {"schedule_rounds": None if optimizer.schedule == "constant" else rounds}
+        return {"total_steps": None if optimizer.schedule == "constant" else experiment.most_steps(0) * rounds}
 
     @staticmethod
     def _main_stops(experiment: Experiment) -> dict[str, list[int]]:
@@ -90,8 +107,9 @@ class TrainStage(Stage):
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         read, checkpoint = inputs["rollouts"], student_bytes(experiment)
-        tokens = read.tokens * experiment.settings.train.epochs
-        return Size(tokens, checkpoint.weights + checkpoint.optimizer, read.at_most)
+        tokens = round(read.tokens * experiment.most_epochs(job.round))
+        at_most = read.at_most or experiment.settings.reads_verdicts
+        return Size(tokens, checkpoint.weights + checkpoint.optimizer, at_most)
 
     def scratch(self, job: Job) -> Identity:
         return Identity("progress", 1, PROGRESS_PARTS, inputs={"checkpoint": job.output.key})
@@ -105,10 +123,16 @@ class TrainStage(Stage):
 def train_job(context: JobContext) -> TrainJob:
     """Return the train stage's inputs for a planned job."""
     from eopd.stages.train.job import TrainJob
+    from eopd.stages.train.selection import Selection
 
     experiment, settings = context.experiment, context.settings
-    round_, steps = context.job.round, experiment.steps_per_round
+    round_, steps = context.job.round, experiment.most_steps(context.job.round)
     carries = settings.train.optimizer.carry_over
+    selection, steps_before = None, None
+    if not settings.train.select.is_everything:
+        verdicts = context.inputs.get("verdicts")
+        selection = Selection(settings.train.select, experiment.facts.selected_prompts, verdicts)
+        steps_before = sum(map(experiment.most_steps, range(round_)))
     assert context.scratch is not None
     return TrainJob(
         output=context.output,
@@ -120,7 +144,7 @@ def train_job(context: JobContext) -> TrainJob:
         settings=settings.train,
         round=round_,
         age=round_ - experiment.sampling_round(round_),
-        total_steps=steps * (settings.rounds if carries else 1),
+        total_steps=steps * schedule_rounds(settings),
         first_step=steps * round_ if carries else 0,
         seed=settings.seed,
         temperature=settings.rollout.temperature,
@@ -129,5 +153,8 @@ def train_job(context: JobContext) -> TrainJob:
         teacher_stop_ids=experiment.facts.teacher.stop_ids,
         progress=context.progress,
         run_dir=context.run_dir,
+        selection=selection,
+        schedule_rounds=schedule_rounds(settings),
+        steps_before=steps_before,
         engines=context.engines,
     )

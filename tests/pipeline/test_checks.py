@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eopd.pipeline.checks import check_machine, check_needs, check_runs, other_sft_teacher
+from eopd.pipeline.checks import check_machine, check_needs, check_runs, check_selection, other_sft_teacher
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.forecast import forecast
 from eopd.pipeline.run import Run
-from tests.pipeline.plan_case import make_run
+from eopd.stages.rollout.stage import drawn_rows
+from tests.pipeline.plan_case import make_facts, make_run
 
 
 def run_with(folder: Path, objective: dict[str, Any], vocab: int = 1000, **changes: Any) -> Run:
@@ -49,6 +51,18 @@ def test_rollouts_that_cut_their_distribution_are_refused_before_they_are_sample
     with pytest.raises(ConfigError, match=r"Sample with rollout\.top_p=1"):
         needs_of_round(run, 0)
     needs_of_round(run_with(tmp_path, {"name": "fkl"}, rollout=sampled), 0)
+
+
+def test_a_round_whose_prompts_are_all_left_out_is_refused(tmp_path: Path) -> None:
+    """Three rounds draw all but one of the prompts' 25 rows among them, 8 each."""
+    rows = {"prompts_per_round": 8}
+    changes: dict[str, Any] = {"rollout": rows, "train": {"select": {"where": {"topic": ["sums"]}}}}
+    drawn = {row for part in drawn_rows(make_run(tmp_path, **changes).experiment, 1) for row in part}
+    run = make_run(tmp_path, replace(make_facts(folder=tmp_path), selected_prompts=frozenset(drawn)), **changes)
+    check_selection(run, run.plan.job("train", 1))
+    for round_ in (0, 2):
+        with pytest.raises(ConfigError, match=rf"train\.select\.where .*round {round_}.*rollout\.prompts_per_round"):
+            check_selection(run, run.plan.job("train", round_))
 
 
 def test_the_students_own_ids_must_be_stored(tmp_path: Path) -> None:

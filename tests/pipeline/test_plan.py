@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from eopd.pipeline.config import RunSettings
+from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.plan import Plan
 from eopd.stages.experiment import Experiment
 from eopd.stages.rollout.stage import drawn_rows
+from eopd.stages.verifiers.registry import RULES
 from tests.pipeline.plan_case import make_facts as facts
 from tests.pipeline.plan_case import make_settings as settings
 from tests.pipeline.plan_case import plan_of
@@ -49,7 +50,7 @@ def test_parts() -> None:
     assert BASE.job("score", 0).output.parts == 3
     assert BASE.job("evaluate", 0).output.parts == 3
     assert BASE.job("evaluation_summary", 0).output.parts == 1
-    assert Experiment(settings(), facts()).steps_per_round == 2 * 3
+    assert Experiment(settings(), facts()).most_steps(0) == 2 * 3
 
 
 def test_no_prompt_twice_in_an_epoch() -> None:
@@ -86,6 +87,88 @@ def test_first_round_keys_follow_meaning(
     stages = ("rollout", "score", "train", "evaluate")
     found = {stage for stage in stages if keys(BASE, stage)[0] != keys(other, stage)[0]}
     assert found == changed
+
+
+VERIFIED = {"path": "p.jsonl", "verifier": "countdown", "columns": {"answer": "answer"}}
+
+
+def test_verdicts_are_planned_only_if_they_are_read() -> None:
+    plain = plan_of(settings(prompts=VERIFIED), facts())
+    first = plan_of(settings(prompts=VERIFIED, train={"select": {"per_prompt": "first"}}), facts())
+    right = plan_of(settings(prompts=VERIFIED, train={"select": {"verdict": "right"}}), facts())
+    assert keys(plain, "judge") == keys(first, "judge") == []
+    assert len(keys(right, "judge")) == 3
+    assert keys(right, "rollout")[0] == keys(plain, "rollout")[0]
+    assert keys(right, "score")[0] == keys(plain, "score")[0]
+    assert len({keys(plan, "train")[0] for plan in (plain, first, right)}) == 3
+    judge, train = right.job("judge", 0), right.job("train", 0)
+    assert judge.inputs["rollouts"].by_part
+    assert judge.output.parts == right.job("rollout", 0).output.parts
+    assert train.inputs["verdicts"].identity == judge.output
+    assert "verdicts" not in first.job("train", 0).inputs
+    with pytest.raises(RunError, match=r"no judge job.*train\.select\.verdict"):
+        plain.of_command("judge", 0)
+
+
+def test_a_selection_of_everything_moves_no_key() -> None:
+    other = plan_of(settings(train={"select": {"verdict": "any", "per_prompt": "all", "where": {}}}), facts())
+    assert [job.key for job in other.jobs] == [job.key for job in BASE.jobs]
+
+
+def test_verdicts_are_shared_by_experiments_that_train_differently() -> None:
+    def judged(**changes: object) -> Plan:
+        train = {"select": {"verdict": "right"}, **changes.pop("train", {})}  # type: ignore[dict-item]
+        return plan_of(settings(prompts=VERIFIED, train=train, **changes), facts())
+
+    key = keys(judged(), "judge")[0]
+    assert keys(judged(train={"select": {"verdict": "wrong"}}), "judge")[0] == key
+    assert keys(judged(train={"objective": {"name": "sft"}}), "judge")[0] == key
+    assert keys(judged(judge={"verifier_workers": 7}), "judge")[0] == key
+    assert keys(judged(judge={"seconds_per_answer": 3}), "judge")[0] != key
+    assert keys(judged(rollout={"temperature": 0.7}), "judge")[0] != key
+
+
+def test_the_rules_of_the_verifier_are_in_the_key_of_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = settings(prompts=VERIFIED, train={"select": {"verdict": "right"}})
+    key = keys(plan_of(chosen, facts()), "judge")[0]
+    monkeypatch.setitem(RULES, "math", 1000)
+    assert keys(plan_of(chosen, facts()), "judge")[0] == key
+    monkeypatch.setitem(RULES, "countdown", 1000)
+    assert keys(plan_of(chosen, facts()), "judge")[0] != key
+
+
+def test_the_schedule_of_a_selection_spans_rounds() -> None:
+    """How many steps a round takes follows from what it selects, which the other inputs of the key decide."""
+    selects: dict[str, object] = {"select": {"per_prompt": 1}}
+    short, long = (plan_of(settings(train=selects, rounds=n), facts()) for n in (2, 5))
+    assert keys(short, "train")[0] != keys(long, "train")[0]
+    anew = {**selects, "optimizer": {"carry_over": False}}
+    short, long = (plan_of(settings(train=anew, rounds=n), facts()) for n in (2, 5))
+    assert keys(short, "train") == keys(long, "train")[:2]
+
+
+def test_the_most_that_a_selection_leaves() -> None:
+    """Of 25 prompts a round draws 10, with two responses each and batches of 8, twice over."""
+    half = replace(facts(), selected_prompts=frozenset(range(0, 25, 2)))
+    drawn_of_half = [sum(row % 2 == 0 for part in drawn(settings(), round_) for row in part) for round_ in range(3)]
+    everything = Experiment(settings(), facts())
+    assert [everything.most_responses(round_) for round_ in range(3)] == [20, 20, 20]
+    where = Experiment(settings(train={"select": {"where": {"a": [1]}}}), half)
+    assert [where.most_responses(round_) for round_ in range(3)] == [2 * count for count in drawn_of_half]
+    first = Experiment(settings(train={"select": {"per_prompt": "first"}}), facts())
+    assert (first.most_responses(0), first.most_steps(0), first.most_epochs(0)) == (10, 2 * 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [
+        ({"columns": {"answer": "answer"}}, r"train\.select\.verdict is right.*prompts\.verifier"),
+        ({"verifier": "exact"}, r"train\.select\.verdict is right.*prompts\.columns\.answer"),
+    ],
+)
+def test_verdicts_need_a_verifier_and_answers(prompts: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        settings(prompts=prompts, train={"select": {"verdict": "right"}})
 
 
 def test_a_later_round_depends_on_training() -> None:

@@ -1,0 +1,100 @@
+"""Training on selected responses, from config to checkpoint: rejection fine-tuning of the Countdown student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eopd.stages.verifiers.countdown import verify
+from eopd.storage.artifacts import open_artifact
+from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.verdicts import read_verdicts
+from tests.end_to_end.world import eopd
+
+COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
+
+
+def config(folder: Path, name: str, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "name": name,
+        "store": str(folder / "store"),
+        "runs": str(folder / "runs"),
+        "student": {"path": str(COUNTDOWN / "student")},
+        "teacher": {"path": str(COUNTDOWN / "teacher")},
+        "prompts": {
+            "path": str(COUNTDOWN / "train.jsonl"),
+            "columns": {"id": "id", "prompt": "problem", "answer": "answer"},
+            "verifier": "countdown",
+            "template": "plain",
+        },
+        "rollout": {"prompts_per_round": 24, "samples_per_prompt": 4, "max_new_tokens": 32, "rows_per_part": 12},
+        "train": {"objective": {"name": "sft"}, "batch_responses": 8, "device": "cpu", "cpu_threads": 1},
+        "launcher": {"kind": "inline"},
+    }
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value}
+    for stage in ("rollout", "score"):
+        settings[stage] = {"engine": "transformers", **settings.get(stage, {})}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def artifact_of(folder: Path, run: str, kind: str) -> Any:
+    artifacts = json.loads((folder / "runs" / run / "references.json").read_text())["artifacts"]
+    (key,) = (key for found, key in artifacts if found == kind)
+    return open_artifact(folder / "store", kind, key)
+
+
+def training(folder: Path, run: str) -> dict[str, Any]:
+    text = (artifact_of(folder, run, "checkpoints").part_folder(WEIGHTS) / TRAINING_FILE).read_text()
+    summary: dict[str, Any] = json.loads(text)
+    return summary
+
+
+@pytest.mark.timeout(300)
+def test_rejection_fine_tuning(tmp_path: Path) -> None:
+    eopd("run", config(tmp_path, "right", train={"select": {"verdict": "right"}}))
+    rollouts, verdicts = (artifact_of(tmp_path, "right", kind) for kind in ("rollouts", "verdicts"))
+    right = total = 0
+    for part in range(rollouts.parts):
+        rows = read_rollouts(rollouts.part_folder(part)).to_pylist()
+        correct = read_verdicts(verdicts.part_folder(part)).to_pydict()["correct"]
+        expected = [
+            row["finish_reason"] == "stop" and verify(row["response_text"], row["answer"]).correct for row in rows
+        ]
+        assert correct == expected
+        right, total = right + sum(expected), total + len(rows)
+    assert 8 < right < total == 96
+    summary = training(tmp_path, "right")
+    assert (summary["responses"], summary["steps"]) == (right, -(-right // 8))
+
+    wrong = config(tmp_path, "wrong", train={"select": {"verdict": "wrong"}})
+    planned = {job["stage"]: job["state"] for job in json.loads(eopd("plan", wrong, "--json").stdout)["jobs"]}
+    assert planned == {"rollout": "shared", "judge": "shared", "score": "shared", "train": "missing"}
+    eopd("run", wrong)
+    assert training(tmp_path, "wrong")["responses"] == total - right
+    assert eopd("store", "verify", "--store", tmp_path / "store").stdout == "0 damaged\n"
+    assert "complete already" in eopd("judge", wrong).stderr
+
+
+def test_what_cannot_be_judged_or_selected_is_refused_before_work(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "problem": "2,3,4=9:", "answer": "2,3,4=9" if i else "", "topic": "sums"} for i in range(4)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for select, named in (
+        ({"verdict": "right"}, "prompt 'p0'"),
+        ({"where": {"topik": ["sums"]}}, "the nearest is topic"),
+        ({"where": {"topic": ["sum"]}}, 'the nearest value is "sums"'),
+    ):
+        refused = config(tmp_path, "refused", prompts={"path": str(prompts)}, train={"select": select})
+        result = eopd("run", refused, check=False)
+        assert result.returncode != 0
+        assert named in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "store" / "rollouts").exists()

@@ -304,7 +304,7 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
 
 
 def _text(row: prompt_sources.Row, column: str, which: str = "") -> str:
-    """Return a value that is text, or a number that reads the same as text. ``which`` ends the message of an empty one."""
+    """Return a value that is text, or a number that reads the same. ``which`` ends the message of an empty one."""
     value = row.values[column]
     if value is None:
         raise ValueError(f"{row.where}: column {column!r} is empty{which}")

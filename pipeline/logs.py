@@ -18,9 +18,9 @@ def job_name(stage: str, round_: int) -> str:
     return f"{stage}-{round_}"
 
 
-def log_name(stage: str, round_: int, worker: int | None = None) -> str:
-    """Return the log name of a job, or of one of its workers."""
-    return job_name(stage, round_) + (".log" if worker is None else f".worker-{worker}.log")
+def log_name(stage: str, round_: int, worker: int) -> str:
+    """Return the name of a worker's log of a job."""
+    return f"{job_name(stage, round_)}.worker-{worker}.log"
 
 
 def find_logs(folder: Path, stage: str | None = None, round_: int | None = None) -> list[Path]:

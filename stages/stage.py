@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.job import ModelRef, Progress
 from eopd.storage.artifacts import Artifact
@@ -23,6 +24,8 @@ from eopd.storage.identity import Identity
 
 if TYPE_CHECKING:
     from eopd.stages.engines.kept import Engines
+
+SAMPLED_TOKEN_BYTES = 12.0  # id, log-prob and text of a sampled token in Parquet, before compression
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Stage(ABC):
     version: ClassVar[int] = 1  # enters keys; raise it when equal settings give other bytes
     command: ClassVar[str]  # the `eopd` command, and the launcher's resources, that it belongs to
     divisible: ClassVar[bool] = True  # parts can be done apart, and given up apart
+    spans_nodes: ClassVar[bool] = False  # processes on several nodes may do one task together
     size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
     planned_by: ClassVar[str] = ""  # the setting without which no plan has it; empty: every plan has it
     engine: ClassVar[str] = ""  # stages of one name share a loaded engine when one worker does both
@@ -177,12 +181,50 @@ class Stage(ABC):
         return Identity(kind=self.kind, version=self.version, parts=parts, settings=settings, inputs=inputs)
 
 
-def sampled_size(responses: int, longest: int, bytes_per_token: float, measured: Measured) -> Size:
+@dataclass(frozen=True)
+class SummaryJob:
+    """Summary of a complete artifact, in one part."""
+
+    output: Artifact
+    source: Artifact
+    settings: EvaluateSettings
+    progress: Progress
+
+
+class SummaryStage(Stage):
+    """Figures of one complete artifact of `eopd evaluate` or `eopd align`, with intervals."""
+
+    divisible = False
+    source: ClassVar[str]  # the stage that makes the artifact
+    role: ClassVar[str]  # of the artifact among the inputs
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        source, evaluate = plan.output(self.source, round_), plan.experiment.settings.evaluate
+        if source is None or evaluate is None:
+            return None
+        settings = {"resamples": evaluate.resamples, "confidence": evaluate.confidence}
+        output = self.identity(parts=1, settings=settings, inputs={self.role: source.key})
+        return Job(self, round_, output, {self.role: Input(source)})
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return 0
+
+    def run(self, context: JobContext) -> None:
+        assert context.settings.evaluate is not None
+        source = context.inputs[self.role]
+        self.summarise(SummaryJob(context.output, source, context.settings.evaluate, context.progress))
+
+    @abstractmethod
+    def summarise(self, job: SummaryJob) -> None:
+        """Read all parts of the artifact and commit its figures."""
+
+
+def sampled_size(responses: int, longest: int, measured: Measured) -> Size:
     """Return the size of sampled responses: as measured, or at most ``longest`` tokens each."""
     tokens = responses * longest
     if measured.responses:
         tokens = round(responses * measured.tokens / measured.responses)
-    rate = measured.bytes / measured.tokens if measured.tokens else bytes_per_token
+    rate = measured.bytes / measured.tokens if measured.tokens else SAMPLED_TOKEN_BYTES
     return Size(tokens, round(tokens * rate), at_most=not measured.responses)
 
 

@@ -63,14 +63,6 @@ def _add_installed() -> None:
 _add_installed()
 
 
-def stage_named(name: str) -> Stage:
-    """Raises KeyError if there is no such stage."""
-    for stage in STAGES:
-        if stage.name == name:
-            return stage
-    raise KeyError(name)
-
-
 def commands() -> list[str]:
     """Return the names of the `eopd` commands that run stages, each once."""
     return list(dict.fromkeys(stage.command for stage in STAGES))

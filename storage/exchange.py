@@ -97,11 +97,6 @@ class Capture:
     mass: float  # the largest mass of a position's top-k, before it was scaled to 1
 
 
-def import_topk(path: Path, **options: Any) -> TeacherRows:
-    """The rows of ``read_capture``."""
-    return read_capture(path, **options).rows
-
-
 def read_capture(
     path: Path,
     *,

@@ -11,7 +11,7 @@ in pieces and is never held whole. Nothing is deleted: a repair renames. obstore
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from eopd.storage.identity import Identity, parse_identity
 from eopd.storage.markers import Marker
 from eopd.storage.stored import StoredArtifact
 from eopd.storage.untrusted import LARGEST_TEXT
+from eopd.storage.zarr_inline import PartStore
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -277,19 +278,14 @@ class RemoteArtifact(StoredArtifact):
         return BucketPart(self.bucket, self._data_folder(marker), marker)
 
 
-class BucketPart(Store):
+class BucketPart(PartStore):
     """The files of one committed part in a bucket, as Zarr reads them. Sizes come from the marker."""
 
-    supports_writes = False
-    supports_deletes = False
-    supports_listing = False
-
     def __init__(self, bucket: Bucket, folder: str, marker: Marker) -> None:
-        super().__init__(read_only=True)
+        super().__init__()
         self.bucket = bucket
         self.folder = folder
         self.marker = marker
-        self._is_open = True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BucketPart) and (other.folder, other.marker) == (self.folder, self.marker)
@@ -314,28 +310,8 @@ class BucketPart(Store):
             raise DamagedPart(f"{self.folder}/{key} of {self.bucket} is shorter than the {size} bytes of its marker")
         return prototype.buffer.from_bytes(bytes(found))
 
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
     async def getsize(self, key: str) -> int:
         return int(self.marker.files[key]["size"])
 
     async def exists(self, key: str) -> bool:
         return key in self.marker.files
-
-    async def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError("read-only")
-
-    async def delete(self, key: str) -> None:
-        raise NotImplementedError("read-only")
-
-    def list(self) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")
-
-    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")
-
-    def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")

@@ -34,19 +34,46 @@ MOST_TIMES = 1 << 14
 """Decoded bytes of a chunk for each stored one. Chunks of this size that are all zero have under 1,000."""
 
 
-class FolderStore(Store):
-    """A read-only folder without threads. A missing key is an error, since no part has missing chunks."""
+class PartStore(Store):
+    """Read-only base of the stores of a part's files. Nothing is listed: the part's marker names its files."""
 
     supports_writes = False
     supports_deletes = False
     supports_listing = False
 
+    def __init__(self) -> None:
+        super().__init__(read_only=True)
+        self._is_open = True
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def set(self, key: str, value: Buffer) -> None:
+        raise NotImplementedError("read-only")
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError("read-only")
+
+    def list(self) -> AsyncIterator[str]:
+        raise NotImplementedError("a part is not listed")
+
+    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        raise NotImplementedError("a part is not listed")
+
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        raise NotImplementedError("a part is not listed")
+
+
+class FolderStore(PartStore):
+    """A read-only folder without threads. A missing key is an error, since no part has missing chunks."""
+
     def __init__(self, folder: Path, files: Collection[str] | None = None) -> None:
         """``files``: the only ones that are read, by their paths in the folder (default: all)."""
-        super().__init__(read_only=True)
+        super().__init__()
         self.folder = str(folder)
         self.files = files
-        self._is_open = True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FolderStore) and other.folder == self.folder
@@ -65,11 +92,6 @@ class FolderStore(Store):
             os.close(handle)
         return prototype.buffer.from_bytes(found)
 
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
     async def getsize(self, key: str) -> int:
         return os.stat(self._path(key)).st_size
 
@@ -80,21 +102,6 @@ class FolderStore(Store):
 
     async def exists(self, key: str) -> bool:
         return os.path.exists(f"{self.folder}/{key}")
-
-    async def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError("read-only")
-
-    async def delete(self, key: str) -> None:
-        raise NotImplementedError("read-only")
-
-    def list(self) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")
-
-    def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")
-
-    def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a part is not listed: its marker names its files")
 
 
 @dataclass(frozen=True)

@@ -206,8 +206,7 @@ class RayPool:
         return self._settings.launcher.ray.of(stage.command)
 
     def _nodes(self, stage: Stage) -> int:
-        """Machines that do one task together; only training takes several."""
-        return 1 if stage.divisible or not stage.gpus(self._settings) else self._resources(stage).nodes
+        return self._resources(stage).nodes if stage.spans_nodes and stage.gpus(self._settings) else 1
 
     def _need(self, stage: Stage) -> Need:
         resources, needed = self._resources(stage), stage.gpus(self._settings)

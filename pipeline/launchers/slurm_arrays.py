@@ -218,7 +218,7 @@ def dry_run(work: Work, settings: SlurmSettings, attempts: int, place: Place) ->
 
 def _options(array: Array, settings: SlurmSettings, resources: SlurmResources, place: Place) -> list[str]:
     at_once = f"%{settings.tasks_at_once}" if settings.tasks_at_once else ""
-    together = _trains_together(array, resources)
+    together = bool(resources.nodes) and array.job.stage.spans_nodes
     gpus = resources.gpus if array.job.stage.gpus(array.run.settings) else 0
     options = {
         "partition": resources.partition,
@@ -244,14 +244,9 @@ def _options(array: Array, settings: SlurmSettings, resources: SlurmResources, p
     ]
 
 
-def _trains_together(array: Array, resources: SlurmResources) -> bool:
-    """True if several nodes may do one task together: training, where nodes are asked for."""
-    return bool(resources.nodes) and array.job.stage.scratch(array.job) is not None
-
-
 def _command(array: Array, resources: SlurmResources, place: Place) -> str:
     processes = array.job.stage.processes(array.run.settings)
-    nodes = resources.nodes or 1 if _trains_together(array, resources) else 1
+    nodes = resources.nodes or 1 if array.job.stage.spans_nodes else 1
     index = '"$SLURM_ARRAY_TASK_ID"'
     file = str(array.tasks_file)
     if nodes == 1:

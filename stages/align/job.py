@@ -32,13 +32,3 @@ class AlignmentJob:
     stop_ids: tuple[int, ...]
     seed: int = 0  # of score.teacher_prompt.shuffled
     engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is read on
-
-
-@dataclass(frozen=True)
-class SummaryJob:
-    """Summary of complete alignments, in one part."""
-
-    output: Artifact
-    alignments: Artifact
-    settings: EvaluateSettings  # with ``alignment``
-    progress: Progress

@@ -16,7 +16,7 @@ import numpy as np
 
 from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
 from eopd.stages.align.divergence import known_ids
-from eopd.stages.align.job import AlignmentJob, SummaryJob
+from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import read_pairs
 from eopd.stages.align.responses import ResponseReader, Responses
 from eopd.stages.align.settings import AlignmentSettings
@@ -29,6 +29,7 @@ from eopd.stages.models.loading import load_tokenizer, model_folder
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary
+from eopd.stages.stage import SummaryJob
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
@@ -169,8 +170,8 @@ def summarise(job: SummaryJob) -> None:
 
 
 def _write_summary(job: SummaryJob) -> None:
-    settings, identity = _settings(job), job.alignments.identity
-    markers = [job.alignments.marker(part) for part in range(job.alignments.parts)]
+    settings, identity = _settings(job), job.source.identity
+    markers = [job.source.marker(part) for part in range(job.source.parts)]
     per_source, rest = divmod(len(markers), len(settings.responses))  # evaluations of one run have equally many parts
     assert rest == 0, (len(markers), settings.responses)
     filled = [part for part, marker in enumerate(markers) if marker.set_aside is None]
@@ -185,7 +186,7 @@ def _write_summary(job: SummaryJob) -> None:
                 "re-queues what was set aside"
             )
         bins = EntropyBins(tuple(markers[parts[0]].info["edges"]), settings.tau)
-        sums, problems = _read(job.alignments, parts, bins)
+        sums, problems = _read(job.source, parts, bins)
         figures = summarise_bins(
             sums,
             problems,
@@ -209,7 +210,7 @@ def _write_summary(job: SummaryJob) -> None:
         "student": {"fingerprint": identity.inputs.get("student")},
         "teacher": {"fingerprint": identity.inputs.get("teacher")},
         "engines": sorted({engine for part in filled for engine in markers[part].info["engines"]}),
-        "artifact": {"key": job.alignments.key, "inputs": dict(identity.inputs)},
+        "artifact": {"key": job.source.key, "inputs": dict(identity.inputs)},
     }
     if len(filled) < len(markers):
         results["left_out"] = [part for part in range(len(markers)) if part not in filled]

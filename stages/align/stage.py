@@ -13,6 +13,8 @@ from eopd.stages.stage import (
     PlanView,
     Size,
     Stage,
+    SummaryJob,
+    SummaryStage,
     policy_input,
     policy_key,
     read_size,
@@ -115,38 +117,18 @@ class AlignStage(Stage):
         )
 
 
-class AlignmentSummaryStage(Stage):
+class AlignmentSummaryStage(SummaryStage):
     """Divergences by teacher-entropy bin, with intervals."""
 
     name = "alignment_summary"
     kind = "alignment_summaries"
-    command = "align"
-    divisible = False
-
-    def plan(self, plan: PlanView, round_: int) -> Job | None:
-        alignments, evaluate = plan.output("align", round_), plan.experiment.settings.evaluate
-        if alignments is None or evaluate is None:
-            return None
-        settings = {"resamples": evaluate.resamples, "confidence": evaluate.confidence}
-        output = self.identity(parts=1, settings=settings, inputs={"alignments": alignments.key})
-        return Job(self, round_, output, {"alignments": Input(alignments)})
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
+    command = source = "align"
+    role = "alignments"
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         return Size(0, measured.bytes // measured.parts if measured.parts else SUMMARY_BYTES)
 
-    def run(self, context: JobContext) -> None:
-        from eopd.stages.align.job import SummaryJob
+    def summarise(self, job: SummaryJob) -> None:
         from eopd.stages.align.run import summarise
 
-        assert context.settings.evaluate is not None
-        summarise(
-            SummaryJob(
-                output=context.output,
-                alignments=context.inputs["alignments"],
-                settings=context.settings.evaluate,
-                progress=context.progress,
-            )
-        )
+        summarise(job)

@@ -19,6 +19,7 @@ from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.prompts import Prompt, PromptSettings, PromptTable, load_prompts, render_prompt
 from eopd.stages.models.tokenizers import response_text
+from eopd.stages.stage import SummaryJob
 from eopd.stages.verifiers.registry import Verifier, open_verifier
 from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage import evaluations
@@ -47,16 +48,6 @@ class EvaluateJob:
     stop_ids: tuple[int, ...]
     seed: int  # equal seeds give equal draws to equal problems, whatever the part
     engines: Engines = field(default_factory=Engines)
-
-
-@dataclass(frozen=True)
-class SummaryJob:
-    """Summary job of a complete evaluation, in one part."""
-
-    output: Artifact
-    evaluation: Artifact
-    settings: EvaluateSettings
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -263,20 +254,20 @@ def summarise(job: SummaryJob) -> None:
     Raises:
         ValueError: every problem of a benchmark was skipped or set aside.
     """
-    cut = _chunks(job.settings, job.evaluation)
+    cut = _chunks(job.settings, job.source)
     for _ in claimed_parts(job.output, [0], job.progress.line):
         _write_summary(job, cut)
 
 
 def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
-    settings, identity = job.settings, job.evaluation.identity
+    settings, identity = job.settings, job.source.identity
     tallies = [Tally(boxes=benchmark.verifier == "math") for benchmark in settings.benchmarks]
-    markers = [job.evaluation.marker(part) for part in range(len(cut))]
+    markers = [job.source.marker(part) for part in range(len(cut))]
     left_out = [part for part, marker in enumerate(markers) if marker.set_aside is not None]
     filled = [part for part in range(len(cut)) if part not in left_out]
     for part in filled:
         chunk, marker = cut[part], markers[part]
-        samples = evaluations.read_samples(job.evaluation.part_folder(part))
+        samples = evaluations.read_samples(job.source.part_folder(part))
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
     found = {
         benchmark.name: figures(
@@ -297,7 +288,7 @@ def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
         "engines": sorted({f"{info['engine']} {info['engine_version']}" for info in (markers[p].info for p in filled)}),
         # what graded the parts: more than one where it was upgraded between them
         "verifiers": sorted({info["verifier"] for info in (markers[p].info for p in filled) if info["responses"]}),
-        "artifact": {"key": job.evaluation.key, "inputs": dict(identity.inputs)},
+        "artifact": {"key": job.source.key, "inputs": dict(identity.inputs)},
     }
     if left_out:
         results["left_out"] = [  # problems of parts that were set aside: rows [start, stop) of a benchmark

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.stage import (
-    Input,
     Job,
     JobContext,
     Measured,
     PlanView,
     Size,
     Stage,
+    SummaryJob,
+    SummaryStage,
     policy_input,
     policy_key,
     sampled_size,
 )
 from eopd.stages.verifiers.registry import RULES
 
-SAMPLED_TOKEN_BYTES = 12.0  # id, log-prob and text of a token in Parquet, before compression
 PROBLEM_BYTES = 256  # a problem's row in a summary, before compression
 SUMMARISED = ("resamples", "confidence")
 """Settings that only the summary reads."""
@@ -67,7 +67,7 @@ class EvaluateStage(Stage):
         evaluate = experiment.settings.evaluate
         assert evaluate is not None
         responses = evaluate.samples * sum(benchmark.count for benchmark in experiment.facts.benchmarks)
-        return sampled_size(responses, evaluate.parameters(()).max_new_tokens, SAMPLED_TOKEN_BYTES, measured)
+        return sampled_size(responses, evaluate.parameters(()).max_new_tokens, measured)
 
     def run(self, context: JobContext) -> None:
         from eopd.stages.evaluate.run import EvaluateJob, run
@@ -88,39 +88,19 @@ class EvaluateStage(Stage):
         )
 
 
-class EvaluationSummaryStage(Stage):
+class EvaluationSummaryStage(SummaryStage):
     """Avg@k, Pass@k, lengths and diversity of one evaluation, with intervals."""
 
     name = "evaluation_summary"
     kind = "evaluation_summaries"
-    command = "evaluate"
-    divisible = False
-
-    def plan(self, plan: PlanView, round_: int) -> Job | None:
-        evaluation = plan.output("evaluate", round_)
-        if evaluation is None:
-            return None
-        semantic = plan.experiment.settings.evaluate.semantic() if plan.experiment.settings.evaluate else {}
-        settings = {name: semantic[name] for name in SUMMARISED}
-        output = self.identity(parts=1, settings=settings, inputs={"evaluation": evaluation.key})
-        return Job(self, round_, output, {"evaluation": Input(evaluation)})
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
+    command = source = "evaluate"
+    role = "evaluation"
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         problems = sum(benchmark.count for benchmark in experiment.facts.benchmarks)
         return Size(0, measured.bytes // measured.parts if measured.parts else PROBLEM_BYTES * problems)
 
-    def run(self, context: JobContext) -> None:
-        from eopd.stages.evaluate.run import SummaryJob, summarise
+    def summarise(self, job: SummaryJob) -> None:
+        from eopd.stages.evaluate.run import summarise
 
-        assert context.settings.evaluate is not None
-        summarise(
-            SummaryJob(
-                output=context.output,
-                evaluation=context.inputs["evaluation"],
-                settings=context.settings.evaluate,
-                progress=context.progress,
-            )
-        )
+        summarise(job)

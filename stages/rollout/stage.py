@@ -22,7 +22,6 @@ from eopd.stages.stage import (
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.identity import KEY_LENGTH
 
-SAMPLED_TOKEN_BYTES = 12.0  # id, log-prob and text of a token in Parquet, before compression
 TOPK_ENTRY_BYTES = 4.0  # id and log-prob
 
 
@@ -70,7 +69,7 @@ class RolloutStage(Stage):
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         rollout = experiment.settings.rollout
         responses = experiment.prompts_per_round * rollout.samples_per_prompt
-        return sampled_size(responses, rollout.max_new_tokens, SAMPLED_TOKEN_BYTES, measured)
+        return sampled_size(responses, rollout.max_new_tokens, measured)
 
     def run(self, context: JobContext) -> None:
         from eopd.stages.rollout.run import RolloutJob, run

@@ -36,6 +36,7 @@ class TrainStage(Stage):
     kind = CHECKPOINTS
     size_settings = "train.keep_checkpoints, train.keep_optimizer_states or rounds"
     divisible = False
+    spans_nodes = True
 
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         experiment, settings = plan.experiment, plan.experiment.settings

@@ -86,7 +86,7 @@ class States:
             weights=load_file(folder / WEIGHTS_FILE),
             optimizer=load_file(folder / OPTIMIZER_FILE),
             ema=load_file(folder / EMA_FILE) if (folder / EMA_FILE).exists() else {},
-            metrics=read_jsonl(folder / STEPS_FILE),
+            metrics=read_whole(folder / STEPS_FILE),
         )
 
     def save(
@@ -109,10 +109,6 @@ class States:
 
     def clear(self) -> None:
         shutil.rmtree(self._artifact.folder, ignore_errors=True)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return read_whole(path)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

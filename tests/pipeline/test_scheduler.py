@@ -20,7 +20,7 @@ from eopd.pipeline.progress import LineDisplay
 from eopd.pipeline.scheduler import run_jobs
 from eopd.pipeline.tasks import Task
 from eopd.stages.stage import Stage
-from eopd.stages.table import stage_named
+from eopd.stages.table import STAGES
 from tests.pipeline.plan_case import commit, make_run
 
 QUICK = FaultSettings(backoff_seconds=0.0)
@@ -167,13 +167,14 @@ def test_gpus_are_given_by_name_and_come_back(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(local, "WarmWorker", Waits)
     pool = LocalPool(settings, LineDisplay())
-    rollout, score, train = (stage_named(name) for name in ("rollout", "score", "train"))
+    stages = {stage.name: stage for stage in STAGES}
+    rollout, score, train = (stages[name] for name in ("rollout", "score", "train"))
     assert (pool.room(rollout), pool.room(score), pool.room(train)) == (3, 1, 3)
     pool.start(Task(run, run.plan.job("score", 0), (0,)))
     assert (pool.room(rollout), pool.room(score)) == (1, 0)
     pool.start(Task(run, run.plan.job("rollout", 0), (0,)))
     assert seen == ["2,5", "7"]
-    assert pool.room(stage_named("evaluation_summary")) == 2, "a stage that needs no GPU does not wait for one"
+    assert pool.room(stages["evaluation_summary"]) == 2, "a stage that needs no GPU does not wait for one"
     pool.close()
     assert pool.room(rollout) == 3
 

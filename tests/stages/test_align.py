@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from eopd.stages.align.bins import SUMMED
 from eopd.stages.align.divergence import compare, known_ids
-from eopd.stages.align.job import AlignmentJob, SummaryJob
+from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import measure_alignment
 from eopd.stages.align.responses import ResponseReader
 from eopd.stages.align.run import run, summarise
@@ -27,6 +27,7 @@ from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
+from eopd.stages.stage import SummaryJob
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity

@@ -15,11 +15,12 @@ from pydantic import ValidationError
 
 from eopd.stages.evaluate import run as stage
 from eopd.stages.evaluate.passk import pass_at_k
-from eopd.stages.evaluate.run import EvaluateJob, SummaryJob
+from eopd.stages.evaluate.run import EvaluateJob
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
 from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.prompts import VerifierName
+from eopd.stages.stage import SummaryJob
 from eopd.stages.verifiers.countdown import verify
 from eopd.stages.verifiers.math_worker import grade
 from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT

@@ -17,7 +17,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
-from eopd.storage.exchange import export_parquet, import_topk, imported_header, read_capture
+from eopd.storage.exchange import export_parquet, imported_header, read_capture
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
@@ -226,7 +226,7 @@ def test_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shifted", [True, False])
 def test_import(tmp_path: Path, shifted: bool) -> None:
     _, logprobs = capture(tmp_path / "capture.parquet", shifted)
-    rows = import_topk(tmp_path / "capture.parquet", shifted=shifted)
+    rows = read_capture(tmp_path / "capture.parquet", shifted=shifted).rows
     assert np.diff(rows.response_offsets).tolist() == [12, 7]
     described = imported_header(rows, teacher="t", tokenizer="k", vocab_size=60, source="capture.parquet")
     artifact = Artifact(tmp_path, Identity("scores", 1, 1))
@@ -245,15 +245,15 @@ def test_import(tmp_path: Path, shifted: bool) -> None:
 def test_what_cannot_be_imported(tmp_path: Path) -> None:
     table, _ = capture(tmp_path / "capture.parquet", False)
     with pytest.raises(ValueError, match="no column 'ids'"):
-        import_topk(tmp_path / "capture.parquet", ids="ids")
+        read_capture(tmp_path / "capture.parquet", ids="ids")
     heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
     pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
     with pytest.raises(ValueError, match="are these log-probs"):
-        import_topk(tmp_path / "heavy.parquet", shifted=False)
+        read_capture(tmp_path / "heavy.parquet", shifted=False)
     short = table.set_column(2, "top_values", pa.array([[[0.0]] * 3, [[0.0]] * 7]))
     pq.write_table(short, tmp_path / "short.parquet")
     with pytest.raises(ValueError, match="12 tokens and 3 lists"):
-        import_topk(tmp_path / "short.parquet", shifted=False)
+        read_capture(tmp_path / "short.parquet", shifted=False)
 
 
 SEQUENCE = {"input_ids": [[5, 1, 2]], "top_indices": [[[1, 0], [2, 0], [3, 1]]], "top_values": [[[-0.2, -2.0]] * 3]}

@@ -1,7 +1,7 @@
 """Checks of the inputs that a config names: models, prompts, benchmarks, stores and the launcher's program.
 
 Looked at with the functions that a plan is made with, each by itself, so that all that is missing is said at once.
-Nothing is hashed, and no torch is imported into this process.
+No torch is imported into this process, and nothing is hashed but GGUF files, which are prepared as for a run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from eopd.storage.stacked import StackedStores
 
 def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     """Yield a finding for each input that the config names."""
-    yield from _model("student", settings.student)
-    yield from _model("teacher", settings.teacher)
+    yield from _model("student", settings.student, settings.store)
+    yield from _model("teacher", settings.teacher, settings.store)
     yield from _architectures(settings)
     yield from _tokens(settings)
     for source in sources_of(settings):
@@ -63,12 +63,12 @@ def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
         return Finding(name, "broken", text, cure or remedy)
 
 
-def _model(role: Literal["student", "teacher"], settings: ModelSettings) -> Iterator[Finding]:
-    weights = _tried(role, lambda: str(find_weights(role, settings)), f"point {role}.path to a model folder")
+def _model(role: Literal["student", "teacher"], settings: ModelSettings, store: str) -> Iterator[Finding]:
+    weights = _tried(role, lambda: str(find_weights(role, settings, store)), f"point {role}.path to a model folder")
     yield weights
     if weights.state == "ok" or settings.tokenizer is not None:
         remedy = f"point {role}.tokenizer to its folder"
-        yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings)), remedy)
+        yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings, store)), remedy)
 
 
 def _architectures(settings: RunSettings) -> Iterator[Finding]:
@@ -76,7 +76,7 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
     models = {}
     for role, model in (("student", settings.student), ("teacher", settings.teacher)):
         with suppress(ValueError, OSError):  # reported by ``_model``
-            models[role] = model, find_weights(role, model)
+            models[role] = model, find_weights(role, model, settings.store)
     if not models:
         return
     try:
@@ -92,7 +92,8 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
 def _tokens(settings: RunSettings) -> Iterator[Finding]:
     """Check that teacher and student share their tokens, if both tokenizers are available."""
     try:
-        teacher, student = find_tokenizer("teacher", settings.teacher), find_tokenizer("student", settings.student)
+        teacher = find_tokenizer("teacher", settings.teacher, settings.store)
+        student = find_tokenizer("student", settings.student, settings.store)
     except (ValueError, OSError):
         return
 
@@ -115,8 +116,10 @@ def _source(where: str, settings: PromptSettings) -> Finding:
 def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
     """Show the first prompt of a source as each model reads it, if the tokenizers are available."""
     try:
-        student = Reader("student", find_tokenizer("student", settings.student), settings.student.trust_remote_code)
-        teacher = Reader("teacher", find_tokenizer("teacher", settings.teacher), settings.teacher.trust_remote_code)
+        folder = find_tokenizer("student", settings.student, settings.store)
+        student = Reader("student", folder, settings.student.trust_remote_code)
+        folder = find_tokenizer("teacher", settings.teacher, settings.store)
+        teacher = Reader("teacher", folder, settings.teacher.trust_remote_code)
     except (ValueError, OSError):
         return
     try:

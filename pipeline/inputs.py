@@ -18,11 +18,15 @@ from typing import Any
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
+from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
 from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_where, source_files
 from eopd.stages.models.weight_files import read_tensors
+from eopd.storage import paths
+from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
 from eopd.storage.identity import KEY_LENGTH
+from eopd.storage.untrusted import refuse_links
 
 TOKENIZER_FILE = "tokenizer.json"
 CHECK_ATTEMPTS = 10  # a process that checks weights (it reads headers only) and that a signal ends is started again
@@ -38,8 +42,8 @@ def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts
         ConfigError: an input is missing or unreadable; names the setting.
     """
     digests = Digests.of_store(settings.store) if digests is None else digests
-    student = inspect_model("student", settings.student, digests)
-    teacher = inspect_model("teacher", settings.teacher, digests)
+    student = inspect_model("student", settings.student, digests, settings.store)
+    teacher = inspect_model("teacher", settings.teacher, digests, settings.store)
     count, fingerprint = _source("prompts", settings.prompts, digests)
     selected = _selected_prompts(settings)
     benchmarks = []
@@ -86,15 +90,21 @@ def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> ModelFacts:
+def inspect_model(role: str, settings: ModelSettings, digests: Digests, store: str | Path | None = None) -> ModelFacts:
     """Collect the facts of the model that plays ``role`` ("student" or "teacher").
+
+    Args:
+        store: where GGUF files are prepared on first use; None: they are refused.
 
     Raises:
         ConfigError: its folder or hub id is not at hand, or lacks a file; says what to do.
     """
-    folder, tokenizer = find_weights(role, settings), find_tokenizer(role, settings)
+    folder, tokenizer = find_weights(role, settings, store, digests), find_tokenizer(role, settings, store, digests)
     ours, theirs = (code_files(folder), code_files(tokenizer)) if settings.trust_remote_code else ([], [])
-    weights = digests.of_files(folder, [*model_files(folder), *ours])
+    if is_gguf(settings.path):
+        weights = gguf_fingerprint(Path(settings.path).expanduser(), digests)
+    else:
+        weights = digests.of_files(folder, [*model_files(folder), *ours])
     semantic = {"weights": weights, "dtype": settings.dtype, "remote_code": settings.trust_remote_code}
     return ModelFacts(
         folder=folder,
@@ -107,9 +117,11 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests) -> Model
     )
 
 
-def find_weights(role: str, settings: ModelSettings) -> Path:
+def find_weights(
+    role: str, settings: ModelSettings, store: str | Path | None = None, digests: Digests | None = None
+) -> Path:
     """Find the model's folder and weight files, and read their headers. Raises ConfigError, as ``inspect_model``."""
-    folder = locate(role, settings.path, settings.revision)
+    folder = locate(role, settings.path, settings.revision, store, digests)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
     try:
@@ -183,20 +195,30 @@ def check_weights(
     digests.save()
 
 
-def find_tokenizer(role: str, settings: ModelSettings) -> Path:
+def find_tokenizer(
+    role: str, settings: ModelSettings, store: str | Path | None = None, digests: Digests | None = None
+) -> Path:
     """Find the folder of a tokenizer. Raises ConfigError, as ``inspect_model``."""
     if settings.tokenizer is None:
-        folder = locate(role, settings.path, settings.revision)
+        folder = locate(role, settings.path, settings.revision, store, digests)
     else:
-        folder = locate(f"{role}.tokenizer", settings.tokenizer, None)
+        folder = locate(f"{role}.tokenizer", settings.tokenizer, None, store, digests)
     if not tokenizer_files(folder):
         raise ConfigError(f"{role}.path: no tokenizer files in {folder}; name their folder in {role}.tokenizer")
     return folder
 
 
-def locate(role: str, path: str, revision: str | None) -> Path:
-    """Return the local folder of a model: the one named, or one in the local hub cache."""
+def locate(
+    role: str,
+    path: str,
+    revision: str | None,
+    store: str | Path | None = None,
+    digests: Digests | None = None,
+) -> Path:
+    """Return the local folder of a model: the one named, one in the local hub cache, or a prepared GGUF file."""
     folder = Path(path).expanduser()
+    if is_gguf(path):
+        return _prepared(role, folder, store, digests)
     if folder.is_dir():
         return folder.resolve()
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
@@ -213,6 +235,21 @@ def locate(role: str, path: str, revision: str | None) -> Path:
             f"{role}.path: {path!r} is neither a folder nor in the local hub cache. Download it once with "
             f"`hf download {path}{at}`, or point {role}.path to a folder that holds it."
         ) from error
+
+
+def _prepared(role: str, file: Path, store: str | Path | None, digests: Digests | None) -> Path:
+    if not file.is_file():
+        raise ConfigError(f"{role}.path: there is no file {file}. Point it to a GGUF file, or to a model folder.")
+    if store is None:
+        raise ConfigError(f"{role}.path: {file} is a GGUF file. Prepare it with `eopd prepare {file} FOLDER` first.")
+    digests = digests or Digests.of_store(store)
+    try:
+        refuse_links(Path(store), paths.MODELS)
+        folder = ensure_prepared(file.resolve(), Path(store) / paths.MODELS, digests)
+    except (ValueError, OSError, StoreError) as error:
+        raise ConfigError(f"{role}.path: {error}") from error
+    digests.save()
+    return folder.resolve()
 
 
 def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:

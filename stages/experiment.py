@@ -29,7 +29,7 @@ from eopd.storage.fingerprints import Digests
 
 
 class ModelSettings(Settings):
-    path: str = setting(..., "Folder of a causal LM in Hugging Face format, or a hub id.", keyed=False)
+    path: str = setting(..., "Folder of a causal LM in Hugging Face format, a GGUF file, or a hub id.", keyed=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the weights when sampling or scoring; auto is the checkpoint's own."
     )

@@ -108,7 +108,7 @@ def misplaced(store: Path) -> Iterator[tuple[str, str]]:
     A plain file that has a kind's name may be anybody's note: it is passed over.
     """
     kinds = (name for name in filter(paths.is_kind, _names(store)) if kind_of(store / name) != A_PLAIN_FILE)
-    for name in (*kinds, paths.RUNS, paths.FETCHED):
+    for name in (*kinds, paths.RUNS, paths.FETCHED, paths.MODELS):
         try:
             refuse_links(store, name)
         except DamagedPart as error:

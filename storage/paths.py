@@ -11,6 +11,7 @@ A kind of artifact is a folder of the store whose name is a lower-case word (``i
 <store>/<kind>/<key>/part-00003.claim       locked by who is at work on it; left where it is
 <store>/<kind>/<key>/*.damaged              set aside by a repair
 <store>/.runs/                              which runs use the store
+<store>/.models/<fingerprint>/              GGUF files as model folders; may be deleted, and is then made again
 <store>/.digests.json                       of files outside the store that were hashed before; may be deleted
 <store>/scores/<identity>/<coverage>/       scores: a coverage beside its identity
 <store>/.fetched/<kind>/<key>/              parts of a bucket's artifacts that are read as files: a store of its own
@@ -38,6 +39,7 @@ IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
 DIGESTS = ".digests.json"
 FETCHED = ".fetched"
+MODELS = ".models"
 RUNS = ".runs"
 REFERENCES = "references.json"
 PART = "part-"

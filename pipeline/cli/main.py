@@ -300,6 +300,29 @@ def _begin(run: Run) -> None:
         run.facts.digests.save()  # the store may only now exist: workers need not hash the models again
 
 
+@app.command()
+def prepare(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A language model in GGUF format.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where it is written; new or empty.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16 (default: the file's own; float32 if it is quantised).")
+    ] = "auto",
+) -> None:
+    """Write a GGUF file as an ordinary model folder. Runs that name a GGUF file do so themselves, in their store."""
+    from eopd.pipeline.config import ConfigError
+    from eopd.stages.models.gguf import prepare_in_process
+
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is no empty folder; name another")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype!r} is not one of float32, bfloat16, float16")
+    try:
+        prepare_in_process(model, folder, dtype)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    sys.stdout.write(f"{folder}\n")
+
+
 def main() -> None:
     """Entry point: a known error prints one line with its remedy, not a traceback (EOPD_DEBUG=1 shows it)."""
     from eopd.pipeline.outcome import EXIT_CODES

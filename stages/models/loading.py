@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from eopd.stages.models.gguf import is_gguf
 from eopd.stages.models.model_config import read_config
 from eopd.stages.models.weight_files import IGNORED_TENSORS, StoredTensor, is_quantised, listed, read_tensors
 
@@ -41,6 +42,10 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     """
     if looks_like_path(path):
         folder = Path(path).expanduser()
+        if is_gguf(path) and folder.is_file():
+            raise ValueError(
+                f"{path} is a GGUF file: prepare it with `eopd prepare {path} FOLDER`, and name the folder"
+            )
         if not folder.is_dir():
             raise ValueError(f"model folder {path!r} does not exist: check the path, or give a hub id (owner/name)")
         return folder

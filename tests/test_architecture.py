@@ -28,6 +28,7 @@ LIGHT = (
     "eopd.stages.job",
     "eopd.stages.models.chat_templates",
     "eopd.stages.models.generation",
+    "eopd.stages.models.gguf",
     "eopd.stages.models.prompts",
     "eopd.stages.models.teacher_prompts",
     "eopd.stages.models.weight_files",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from eopd.stages.models.gguf import is_gguf
 from eopd.stages.models.model_config import read_config
 from eopd.stages.models.weight_files import IGNORED_TENSORS, StoredTensor, is_quantised, listed, read_tensors
 
@@ -42,7 +41,7 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     """
     if looks_like_path(path):
         folder = Path(path).expanduser()
-        if is_gguf(path) and folder.is_file():
+        if folder.is_file() and folder.suffix.lower() == ".gguf":
             raise ValueError(
                 f"{path} is a GGUF file: prepare it with `eopd prepare {path} FOLDER`, and name the folder"
             )

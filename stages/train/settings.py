@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from eopd.stages.models.prompts import Value
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 
 Tracker = Literal["wandb", "trackio"]
-PerPrompt = Annotated[int, Field(strict=True, ge=1, le=COUNT)]
+Value = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(ge=-1e300, le=1e300)] | str
+PerPrompt = Annotated[int, Field(ge=1, le=COUNT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -83,12 +83,20 @@ class SelectSettings(Settings):
         "Prompts with one of these values in each of these columns of the prompts' file, such as {topic: [algebra]}.",
     )
 
-    @field_validator("where")
+    @field_validator("per_prompt", mode="before")
     @classmethod
-    def _names_values(cls, where: dict[str, tuple[Value, ...]]) -> dict[str, tuple[Value, ...]]:
-        for column, values in where.items():
-            if not values:
-                raise ValueError(f"{column}: the list of values is empty, so that no prompt is selected; name some")
+    def _is_a_number(cls, value: object) -> object:
+        if value not in ("all", "first") and (type(value) is not int or value < 1):
+            raise ValueError("expected all, first, or a whole number from 1")
+        return value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _names_values(cls, where: object) -> object:
+        for column, values in where.items() if isinstance(where, dict) else ():
+            is_list = isinstance(values, (list, tuple)) and len(values) > 0
+            if not is_list or not all(isinstance(value, (bool, int, float, str)) for value in values):
+                raise ValueError(f"{column}: expected a list of texts, numbers, or true and false, such as [algebra]")
         return where
 
     @property

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from eopd.pipeline.config import load_config
 from eopd.stages.verifiers.countdown import verify
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
@@ -55,6 +58,15 @@ def training(folder: Path, run: str) -> dict[str, Any]:
     text = (artifact_of(folder, run, "checkpoints").part_folder(WEIGHTS) / TRAINING_FILE).read_text()
     summary: dict[str, Any] = json.loads(text)
     return summary
+
+
+def test_the_documented_command_is_a_run() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```sh\neopd run (.*?)```", page, re.DOTALL)
+    name, *options = shlex.split(text.replace("\\\n", ""))
+    settings = load_config(name, [option for option in options if option != "--set"])
+    assert settings.train.objective.name == "sft"
+    assert settings.reads_verdicts
 
 
 @pytest.mark.timeout(300)

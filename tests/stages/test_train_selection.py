@@ -91,6 +91,12 @@ def test_per_prompt_is_all_first_or_a_number(per_prompt: object) -> None:
         select(per_prompt=per_prompt)
 
 
+@pytest.mark.parametrize("values", ["algebra", [], [None], [["algebra"]], 3])
+def test_where_has_lists_of_values(values: object) -> None:
+    with pytest.raises(ValidationError, match="topic: expected a list"):
+        select(where={"topic": values})
+
+
 def test_keys_follow_what_is_selected() -> None:
     def keyed(**settings: Any) -> dict[str, Any]:
         return TrainSettings.model_validate({"select": settings}).semantic()

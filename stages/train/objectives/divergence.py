@@ -78,6 +78,6 @@ def reverse_kl(student: SparseStudent, teacher: TeacherBatch, over: Over = "know
 def jensen_shannon(student: SparseStudent, teacher: TeacherBatch, beta: float) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q [T], over the head and one bucket."""
     log_p, log_q = bucketed(student, teacher, "head")
-    weight = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device)
+    weight = torch.tensor(beta, dtype=log_p.dtype)  # a number: on the device it would be a copy a chunk
     log_m = torch.logaddexp(log_p + weight.log(), log_q + torch.log1p(-weight))
     return (beta * kl_terms(log_p, log_m) + (1.0 - beta) * kl_terms(log_q, log_m)).sum(dim=1)

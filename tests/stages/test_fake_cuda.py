@@ -1,0 +1,314 @@
+"""What runs on a GPU, on fake tensors: devices, dtypes and shapes of the paper's models at a vocabulary of 151,936."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.generator import STOP_IDS, VOCABULARY, generate
+from eopd.stages.align.divergence import compare
+from eopd.stages.align.reading import LoadedModel, read_pairs
+from eopd.stages.engines import hidden_transformers, sampling_transformers
+from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
+from eopd.stages.job import ModelRef
+from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.packing import Sequence
+from eopd.stages.rollout.student_topk import topk_of
+from eopd.stages.score.draws import row_keys
+from eopd.stages.score.statistics import StatisticsHead
+from eopd.stages.score.token_batch import TokenBatch
+from eopd.stages.train.ema import Ema
+from eopd.stages.train.loop import Loop
+from eopd.stages.train.lora import add_adapters
+from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.registry import BUILDERS, make_objective
+from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from eopd.stages.train.responses import Responses
+from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.stops import StopHandling
+from eopd.stages.train.student import Student
+from eopd.stages.train.student_head import sparse_head_loss
+from eopd.storage.teacher_record import HeadRule, TeacherRows
+from tests.stages.fake_cuda import QWEN3, FakeCuda, fake_cuda, qwen3
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from eopd.storage.teacher_cache import TeacherCache
+
+EXTRA = 4
+STOPS = StopHandling("class", STOP_IDS[:1], STOP_IDS[::-1])
+RULES = {
+    "beyond_head": HeadRule(),
+    "full": HeadRule(draws="full", n_draws=50),
+    "none": HeadRule(draws="none"),
+}
+
+
+@pytest.fixture
+def gpu() -> Iterator[FakeCuda]:
+    with fake_cuda() as device:
+        device.count = EXTRA
+        yield device
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad)
+
+
+def head_of(size: str, dtype: torch.dtype = torch.bfloat16, *, grad: bool = False) -> LMHead:
+    return LMHead(on_gpu(VOCABULARY, QWEN3[size][0], dtype=dtype, grad=grad), None, 1.0, None, VOCABULARY)
+
+
+@lru_cache
+def rows_of(tokens: int, draws: str = "beyond_head") -> TeacherRows:
+    if draws != "full":
+        return generate(tokens, RULES[draws])
+    count = RULES["full"].n_draws
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens * count).astype(np.int32)
+    return replace(rows_of(tokens, "none"), draw_ids=ids, draw_offsets=np.arange(tokens + 1) * count)
+
+
+# -- scoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", RULES)
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_statistics_of_an_8b_teacher(gpu: FakeCuda, draws: str, extra: int) -> None:
+    tokens = 1100  # a chunk and a shorter one
+    head = StatisticsHead(head_of("8b"), RULES[draws], temperature=0.7, stop_ids=STOP_IDS)
+    keys = row_keys(0, (1,), np.arange(tokens))
+    counts = np.full(tokens, extra) if extra else None
+    asked = TokenBatch(np.zeros(tokens, np.int64), keys, counts, np.zeros(tokens * extra, np.int64) if extra else None)
+    statistics = head(on_gpu(tokens, QWEN3["8b"][0]), asked)
+    assert statistics.entropy.shape == (tokens,)
+    assert statistics.stop_logprobs.shape == (tokens, len(STOP_IDS))
+    assert len(statistics.extra_logprobs) == tokens * extra
+    assert statistics.head_ids.dtype == np.int32
+
+
+def test_hidden_states_by_the_transformers_engine(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_transformers, "load_model", lambda ref, _: gpu.model(qwen3("8b", 2), torch.bfloat16))
+    options = EngineOptions(device="cuda")
+    engine = hidden_transformers.TransformersHiddenEngine(
+        ModelRef("teacher"), options=options, batch_tokens=4096, row_tokens=2048
+    )
+    sequences = [Sequence(range(30), range(length)) for length in (2000, 900, 300, 40)]
+    batches = list(engine.hidden(sequences))
+    assert sum(len(batch.hidden) for batch in batches) == 3240
+    assert {(batch.hidden.device.type, batch.hidden.dtype) for batch in batches} == {("cuda", torch.bfloat16)}
+    assert engine.note == ""
+
+
+def test_alignment_of_a_student_with_its_teacher(gpu: FakeCuda) -> None:
+    pair = [LoadedModel(gpu.model(qwen3(size, 1), torch.bfloat16)) for size in ("8b", "0.6b")]
+    sequences = [Sequence(range(20), range(length)) for length in (150, 60)]
+    (first, figures), (second, _) = read_pairs(*pair, sequences, sequences, 0.7, STOP_IDS, batch_tokens=4096)
+    assert (first, second) == (0, 1)
+    assert figures.fkl.shape == (150,)
+
+
+def test_alignment_refuses_to_mix_devices(gpu: FakeCuda) -> None:
+    teacher, student = (on_gpu(8, 4096), head_of("8b")), (on_gpu(8, 1024), head_of("0.6b"))
+    assert compare(teacher, student).tokens == 8
+    elsewhere = LMHead(torch.empty(VOCABULARY, 1024), None, 1.0, None, VOCABULARY)
+    with pytest.raises(RuntimeError, match="cpu"):
+        elsewhere.logits(student[0])
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_sampling_by_the_transformers_engine(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, top_p: float) -> None:
+    module = sampling_transformers
+    monkeypatch.setattr(module, "load_model", lambda *_: gpu.model(qwen3("0.6b", 1), torch.bfloat16))
+    monkeypatch.setattr(module, "model_folder", lambda *_: Path("student"))
+    monkeypatch.setattr(module, "check_model_length", lambda *_: None)
+    monkeypatch.setattr(module, "refuse_crossing", lambda *_: None)
+    monkeypatch.setattr(module, "_takes_padding", lambda _: True)  # compares logits, which fake tensors do not have
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (80 << 30, 80 << 30))
+    engine = module.TransformersSamplingEngine(
+        ModelRef("student"), max_model_len=4096, options=EngineOptions(device="cuda")
+    )
+    requests = [SamplingRequest(range(5, 20), 1), SamplingRequest(range(5, 9), 2)]
+    samples = engine.sample(requests, SamplingParameters(top_p=top_p, max_new_tokens=5, stop_ids=STOP_IDS))
+    assert [sample.logprobs.dtype for sample in samples if sample.logprobs is not None] == 2 * [np.float32]
+
+
+def test_most_probable_ids_of_a_student(gpu: FakeCuda) -> None:
+    model = gpu.model(qwen3("1.7b", 1), torch.bfloat16)
+    topk = topk_of(model, [Sequence(range(9), range(700)), Sequence(range(9), range(90))], 16, 1.0, "cuda")
+    assert topk.ids.shape == (790, 16)
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def context_of(tokens: int, *, weighed: bool = False) -> StepContext:
+    per_token = {"device": "cuda", "dtype": torch.float32}
+    return StepContext(
+        mask=torch.ones(tokens, **per_token),
+        normaliser=float(tokens),
+        q_old=torch.zeros(tokens, **per_token),
+        student_entropy_round=torch.zeros(tokens, **per_token),
+        entropy_threshold=0.5,
+        unsure=torch.zeros(tokens, dtype=torch.bool, device="cuda"),
+        token_key=torch.zeros(tokens, dtype=torch.int64, device="cuda"),
+        weight=torch.ones(tokens, **per_token) if weighed else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"), [*((name, "class") for name in sorted(BUILDERS)), ("eopd", "remap"), ("jsd", "remap")]
+)
+def test_student_head(gpu: FakeCuda, name: str, stops: Literal["class", "remap"]) -> None:
+    objective = make_objective(ObjectiveSettings(name=name, **({} if stops == "class" else {"stops": stops})))
+    draws = objective.plan.draws if objective.plan.draws in RULES else "beyond_head"
+    tokens = 600  # two chunks
+    handling = StopHandling(stops, STOP_IDS[:1], STOP_IDS[::-1])
+    batch = TeacherBatch.build(rows_of(tokens, draws), RULES[draws], handling, objective.plan, VOCABULARY, "cuda")
+    hidden, head = on_gpu(tokens, 1024, dtype=torch.float32, grad=True), head_of("0.6b", torch.float32, grad=True)
+    context = context_of(tokens, weighed=True)
+    gpu.copies.clear()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, metrics = sparse_head_loss(hidden, head, batch, objective, context)
+    loss.backward()
+    for leaf in (hidden, head.weight):
+        assert leaf.grad is not None
+        assert (leaf.grad.device, leaf.grad.dtype, leaf.grad.shape) == (leaf.device, leaf.dtype, leaf.shape)
+    assert {value.device.type for value in metrics.values()} == {"cuda"}
+    assert not gpu.copies
+    assert not gpu.syncs
+
+
+class OneGpu:
+    """The ``Accelerator`` of a single process."""
+
+    device = torch.device("cuda", 0)
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def no_sync(self, _: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Scores:
+    """A ``TeacherCache`` in memory: teacher rows of each response."""
+
+    coverage = SimpleNamespace(head=RULES["beyond_head"])
+
+    def __init__(self, lengths: Seq[int]) -> None:
+        self.rows = [rows_of(length) for length in lengths]
+
+    def read(self, locations: Seq[tuple[int, int]]) -> TeacherRows:
+        return joined([self.rows[number] for _, number in locations])
+
+    def responses(self) -> Responses:
+        sequences = tuple(Sequence(range(40), rows.token_ids.tolist()) for rows in self.rows)
+        count, offsets = len(sequences), np.cumsum([0, *(rows.tokens for rows in self.rows)])
+        names = tuple(f"p{number}/0" for number in range(count))
+        return Responses(names, sequences, tuple((0, number) for number in range(count)), count * (None,), offsets)
+
+
+def joined(pieces: Seq[TeacherRows]) -> TeacherRows:
+    """Rows of several responses, one after the other."""
+    fields: dict[str, Any] = {}
+    for name in vars(pieces[0]):
+        values = [getattr(piece, name) for piece in pieces]
+        if name == "stop_ids":
+            fields[name] = values[0]
+        elif name == "response_offsets":
+            fields[name] = np.cumsum([0, *(piece.tokens for piece in pieces)])
+        elif name.endswith("_offsets"):
+            fields[name] = np.cumsum(np.concatenate([[0], *(np.diff(value) for value in values)]))
+        else:
+            fields[name] = np.concatenate(values)
+    return TeacherRows(**fields)
+
+
+def loop_of(gpu: FakeCuda, size: str, lengths: Seq[int], **settings: Any) -> Loop:
+    """A training loop over responses of these lengths, whose student has two layers."""
+    train = TrainSettings.model_validate(
+        {
+            "autocast": "bf16",
+            "batch_responses": len(lengths),
+            "row_tokens": 1024,
+            "micro_batch_tokens": 4096,
+            **settings,
+        }
+    )
+
+    def adapt(model: PreTrainedModel) -> Any:
+        if train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model if train.lora is None else add_adapters(model, train.lora, seed=0, round_=0)
+
+    model = gpu.model(qwen3(size, 2), getattr(torch, train.param_dtype), adapt).train()
+    scores, objective = Scores(lengths), make_objective(train.objective)
+    student = Student(model, objective, train.head_chunk_tokens, autocast=train.autocast == "bf16")
+    gpu.number = 2.0  # of a gradient's norm, which is then scaled down
+    return Loop(
+        student,
+        make_optimizer(student, train.optimizer),
+        objective,
+        scores.responses(),
+        cast("TeacherCache", scores),
+        STOPS,
+        cast("Accelerator", OneGpu()),
+        train,
+        seed=0,
+        round_=1,
+        first_step=0,
+        total_steps=10,
+        temperature=1.0,
+        ema=None if train.ema is None else Ema(student, train.ema),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        ("0.6b", {"gradient_checkpointing": True, "ema": 0.99}),
+        ("1.7b", {"objective": {"name": "reopold"}}),
+        ("4b", {"gradient_checkpointing": True, "lora": {"rank": 8}}),
+        ("0.6b", {"param_dtype": "bfloat16", "objective": {"name": "jsd"}}),
+    ],
+)
+def test_a_round_of_training(gpu: FakeCuda, size: str, settings: dict[str, Any]) -> None:
+    loop = loop_of(gpu, size, (700, 650, 400, 100), **settings)
+    start = loop.round_start(lambda _: None)
+    assert start.logprob.shape == (1850,)
+    start = replace(start, weight=np.ones(1850, np.float32))
+    figures = loop.take(loop.load_step(0), start)
+    assert {"loss", "grad_norm", "tokens"} <= figures.keys()
+    trained = [parameter for parameter in loop.student.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    assert {loop.optimizer.state[parameter]["exp_avg"].device.type for parameter in trained} == {"cuda"}
+
+
+def test_optimiser_states_return_to_the_device(gpu: FakeCuda) -> None:
+    loop = loop_of(gpu, "0.6b", (50,), ema=0.9)
+    loop.take(loop.load_step(0), loop.round_start(lambda _: None))
+    stored = optimizer_tensors(loop.student, loop.optimizer)
+    assert {tensor.device.type for tensor in stored.values()} == {"cpu"}
+    load_optimizer_tensors(loop.student, loop.optimizer, stored)
+    assert loop.ema is not None
+    loop.ema.load(loop.ema.tensors())
+    loop.take(loop.load_step(0), loop.round_start(lambda _: None))

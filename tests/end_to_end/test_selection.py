@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from eopd.storage.artifacts import open_artifact
 from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.verdicts import read_verdicts
-from tests.end_to_end.world import eopd
+from tests.end_to_end.world import eopd, start
 
 COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
 
@@ -35,12 +36,12 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
             "verifier": "countdown",
             "template": "plain",
         },
-        "rollout": {"prompts_per_round": 24, "samples_per_prompt": 4, "max_new_tokens": 32, "rows_per_part": 12},
+        "rollout": {"prompts_per_round": 24, "samples_per_prompt": 4, "max_new_tokens": 32, "rows_per_part": 2},
         "train": {"objective": {"name": "sft"}, "batch_responses": 8, "device": "cpu", "cpu_threads": 1},
         "launcher": {"kind": "inline"},
     }
     for key, value in changes.items():
-        settings[key] = {**settings[key], **value}
+        settings[key] = {**settings.get(key, {}), **value}
     for stage in ("rollout", "score"):
         settings[stage] = {"engine": "transformers", **settings.get(stage, {})}
     path = folder / f"{name}.yaml"
@@ -69,10 +70,16 @@ def test_the_documented_command_is_a_run() -> None:
     assert settings.reads_verdicts
 
 
-@pytest.mark.timeout(300)
-def test_rejection_fine_tuning(tmp_path: Path) -> None:
-    eopd("run", config(tmp_path, "right", train={"select": {"verdict": "right"}}))
-    rollouts, verdicts = (artifact_of(tmp_path, "right", kind) for kind in ("rollouts", "verdicts"))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run that trains on right responses."""
+    folder = tmp_path_factory.mktemp("finished")
+    eopd("run", config(folder, "right", train={"select": {"verdict": "right"}}))
+    return folder
+
+
+def test_rejection_fine_tuning(finished: Path) -> None:
+    rollouts, verdicts = (artifact_of(finished, "right", kind) for kind in ("rollouts", "verdicts"))
     right = total = 0
     for part in range(rollouts.parts):
         rows = read_rollouts(rollouts.part_folder(part)).to_pylist()
@@ -83,16 +90,39 @@ def test_rejection_fine_tuning(tmp_path: Path) -> None:
         assert correct == expected
         right, total = right + sum(expected), total + len(rows)
     assert 8 < right < total == 96
-    summary = training(tmp_path, "right")
+    summary = training(finished, "right")
     assert (summary["responses"], summary["steps"]) == (right, -(-right // 8))
 
-    wrong = config(tmp_path, "wrong", train={"select": {"verdict": "wrong"}})
+    wrong = config(finished, "wrong", train={"select": {"verdict": "wrong"}})
     planned = {job["stage"]: job["state"] for job in json.loads(eopd("plan", wrong, "--json").stdout)["jobs"]}
     assert planned == {"rollout": "shared", "judge": "shared", "score": "shared", "train": "missing"}
     eopd("run", wrong)
-    assert training(tmp_path, "wrong")["responses"] == total - right
-    assert eopd("store", "verify", "--store", tmp_path / "store").stdout == "0 damaged\n"
-    assert "complete already" in eopd("judge", wrong).stderr
+    assert training(finished, "wrong")["responses"] == total - right
+    assert eopd("store", "verify", "--store", finished / "store").stdout == "0 damaged\n"
+
+
+def test_a_killed_judge_goes_on_where_it_was(finished: Path, tmp_path: Path) -> None:
+    """The other time limit is another key, and the same verdicts of a verifier that has no limit."""
+    before = {path.parent for path in (finished / "store").glob("verdicts/*/identity.json")}
+    again = config(finished, "killed", train={"select": {"verdict": "right"}}, judge={"seconds_per_answer": 3})
+    process = start(tmp_path, "judge", again)
+    markers: list[Path] = []
+    while process.is_alive() and not markers:
+        time.sleep(0.002)
+        markers = [
+            marker for marker in (finished / "store").glob("verdicts/*/part-*.json") if marker.parent not in before
+        ]
+    process.kill()
+    process.join()
+    assert markers
+    committed = {marker: marker.stat().st_mtime_ns for marker in markers}
+    eopd("judge", again)
+    assert {marker: marker.stat().st_mtime_ns for marker in markers} == committed
+    theirs, ours = artifact_of(finished, "right", "verdicts"), artifact_of(finished, "killed", "verdicts")
+    assert ours.key != theirs.key
+    assert ours.is_complete()
+    assert [ours.marker(part).checksum for part in range(12)] == [theirs.marker(part).checksum for part in range(12)]
+    assert "complete already" in eopd("judge", again).stderr
 
 
 def test_what_cannot_be_judged_or_selected_is_refused_before_work(tmp_path: Path) -> None:

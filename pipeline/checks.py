@@ -17,6 +17,7 @@ from eopd.stages.stage import Job
 from eopd.stages.table import TRAIN
 from eopd.stages.train.stage import student_bytes
 from eopd.storage import listing
+from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.coverage import Coverage
 from eopd.storage.fingerprints import Digests
 
@@ -46,10 +47,15 @@ def check_runs(
     check_prompts(runs, None if every_row else FIRST_ROWS)
     for run in runs:
         models = {
-            "student": (run.settings.student, run.facts.student),
-            "teacher": (run.settings.teacher, run.facts.teacher),
+            role: (settings, facts)
+            for role, settings, facts in (
+                ("student", run.settings.student, run.facts.student),
+                ("teacher", run.settings.teacher, run.facts.teacher),
+            )
+            if settings.path is not None
         }
         if not all(run.is_done(job) for job in run.plan.jobs):
+            check_other_students(run, runs)
             check_weights(models, run.facts.digests or Digests(), in_process=works_here)
         check_same_tokens(run.facts)
         check_shuffled(run)
@@ -59,9 +65,9 @@ def check_runs(
         for job in trainings:
             check_needs(run, job)
             check_selection(run, job)
-        warning = other_sft_teacher(run) if trainings else None
-        if warning is not None:
-            run.progress.line(warning)
+        for warning in (other_sft_teacher(run), idle_teacher(run)) if trainings else ():
+            if warning is not None:
+                run.progress.line(warning)
     rows = forecast(runs)
     check_store_size(rows)
     check_machine(rows)
@@ -71,6 +77,40 @@ def _takes_part(jobs: Sequence[Job], train: Job) -> bool:
     """True if a training job is among ``jobs`` or reads what one of them makes."""
     read = {(input_.identity.kind, input_.identity.key) for input_ in train.inputs.values()}
     return any(job is train or job.key in read for job in jobs)
+
+
+def check_other_students(run: Run, runs: Sequence[Run]) -> None:
+    """Refuse to start before the students of other runs are trained, unless such a run is started with this one.
+
+    Raises:
+        ConfigError: names the setting, the student and its run.
+    """
+    started = {job.key for one in runs for job in one.plan.jobs}
+    for role, other in run.others().items():
+        artifact = run.artifact(other.checkpoint)
+        if artifact.is_committed(WEIGHTS) or (artifact.kind, artifact.key) in started:
+            continue
+        which = f"{role}.run: student {other.round} of the run {other.run}"
+        if WEIGHTS in artifact.pruned():
+            raise ConfigError(
+                f"{which} was pruned: run it over another store with train.keep_checkpoints: null, or name its last "
+                "student"
+            )
+        raise ConfigError(
+            f"{which} is not in {run.store} yet ({artifact.kind}/{artifact.key}): run {other.run} first, with the same "
+            "store"
+        )
+
+
+def idle_teacher(run: Run) -> str | None:
+    """Return a warning if a self teacher says at the start of training just what the student says."""
+    settings = run.settings
+    if settings.teacher.student is None or not settings.teacher_is_the_reader:
+        return None
+    return (
+        "warning: the teacher is the student itself and reads what the student reads (score.teacher_prompt): in round "
+        "0 every log-ratio is 0, so an objective that compares the two moves nothing"
+    )
 
 
 def check_shuffled(run: Run) -> None:
@@ -158,7 +198,7 @@ def other_sft_teacher(run: Run) -> str | None:
     """Return a warning if the objective assumes that the student was supervised by its teacher and the config names
     another."""
     named, teacher = run.settings.student.sft_teacher, run.settings.teacher.path
-    if run.settings.train.objective.name not in ASSUMES_SFT_TEACHER or named is None:
+    if run.settings.train.objective.name not in ASSUMES_SFT_TEACHER or named is None or teacher is None:
         return None
     if named == teacher or Path(named).expanduser().resolve() == Path(teacher).expanduser().resolve():
         return None

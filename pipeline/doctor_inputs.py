@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from eopd.pipeline.config import ConfigError, RunSettings
@@ -19,8 +20,10 @@ from eopd.pipeline.inputs import (
     check_architectures,
     compare_vocabularies,
     count_source,
+    external_model,
     find_tokenizer,
     find_weights,
+    load_other,
 )
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
 from eopd.stages.experiment import ModelSettings
@@ -33,8 +36,8 @@ from eopd.storage.stacked import StackedStores
 
 def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     """Yield a finding for each input that the config names."""
-    yield from _model("student", settings.student, settings.store)
-    yield from _model("teacher", settings.teacher, settings.store)
+    for role in ROLES:
+        yield from _named(role, settings)
     yield from _architectures(settings)
     yield from _tokens(settings)
     for source in sources_of(settings):
@@ -48,6 +51,8 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     yield _launcher(settings.launcher.kind)
 
 
+Role = Literal["student", "teacher"]
+ROLES: tuple[Role, ...] = ("student", "teacher")
 _HAVE_STORE = "mount or create it, or take it out of read_only_stores"
 _HAVE_SOURCE = "name a JSONL or Parquet file, or a folder saved with save_to_disk, and its columns"
 
@@ -63,7 +68,34 @@ def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
         return Finding(name, "broken", text, cure or remedy)
 
 
-def _model(role: Literal["student", "teacher"], settings: ModelSettings, store: str) -> Iterator[Finding]:
+def _named(role: Role, settings: RunSettings) -> Iterator[Finding]:
+    model: ModelSettings = settings.student if role == "student" else settings.teacher
+    if role == "teacher" and settings.teacher.student is not None:
+        yield Finding(role, "ok", f"the run's own student ({settings.teacher.student})")
+        return
+    if model.run is not None:
+        other = _tried(role, lambda: f"a student of the run {load_other(role, settings).name}", f"check {role}.run")
+        yield other
+        if other.state != "ok":
+            return
+    try:
+        model = external_model(role, settings)
+    except ConfigError as error:
+        yield Finding(role, "broken", str(error), f"check {role}.run")
+        return
+    yield from _model(role, model, settings.store)
+
+
+def _external_models(settings: RunSettings) -> dict[Role, ModelSettings]:
+    """Return the external model behind each role that has one of its own; without those reported by ``_named``."""
+    models: dict[Role, ModelSettings] = {}
+    for role in ROLES:
+        with suppress(ConfigError):
+            models[role] = external_model(role, settings)
+    return models
+
+
+def _model(role: Role, settings: ModelSettings, store: str) -> Iterator[Finding]:
     weights = _tried(role, lambda: str(find_weights(role, settings, store)), f"point {role}.path to a model folder")
     yield weights
     if weights.state == "ok" or settings.tokenizer is not None:
@@ -73,8 +105,10 @@ def _model(role: Literal["student", "teacher"], settings: ModelSettings, store: 
 
 def _architectures(settings: RunSettings) -> Iterator[Finding]:
     """Check that each readable model folder holds every weight of its architecture."""
-    models = {}
-    for role, model in (("student", settings.student), ("teacher", settings.teacher)):
+    models: dict[str, tuple[ModelSettings, Path]] = {}
+    for role, model in _external_models(settings).items():
+        if role == "teacher" and settings.teacher.student is not None:
+            continue
         with suppress(ValueError, OSError):  # reported by ``_model``
             models[role] = model, find_weights(role, model, settings.store)
     if not models:
@@ -84,16 +118,17 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("weights", "broken", str(error), "run `make setup` again")
         return
-    for role in models:
-        text, _, cure = refusals.get(role, "fit the architecture in config.json").partition(". ")
-        yield Finding(f"{role}.weights", "broken" if role in refusals else "ok", text, cure)
+    for name in models:
+        text, _, cure = refusals.get(name, "fit the architecture in config.json").partition(". ")
+        yield Finding(f"{name}.weights", "broken" if name in refusals else "ok", text, cure)
 
 
 def _tokens(settings: RunSettings) -> Iterator[Finding]:
     """Check that teacher and student share their tokens, if both tokenizers are available."""
     try:
-        teacher = find_tokenizer("teacher", settings.teacher, settings.store)
-        student = find_tokenizer("student", settings.student, settings.store)
+        teacher, student = (
+            find_tokenizer(role, external_model(role, settings), settings.store) for role in ("teacher", "student")
+        )
     except (ValueError, OSError):
         return
 
@@ -116,10 +151,11 @@ def _source(where: str, settings: PromptSettings) -> Finding:
 def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
     """Show the first prompt of a source as each model reads it, if the tokenizers are available."""
     try:
-        folder = find_tokenizer("student", settings.student, settings.store)
-        student = Reader("student", folder, settings.student.trust_remote_code)
-        folder = find_tokenizer("teacher", settings.teacher, settings.store)
-        teacher = Reader("teacher", folder, settings.teacher.trust_remote_code)
+        models = {role: external_model(role, settings) for role in ROLES}
+        student, teacher = (
+            Reader(role, find_tokenizer(role, model, settings.store), model.trust_remote_code)
+            for role, model in models.items()
+        )
     except (ValueError, OSError):
         return
     try:

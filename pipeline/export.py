@@ -58,14 +58,19 @@ def find_student(run: Run, round_: int) -> Student:
     if round_ > last:
         raise RunError(f"{run.settings.name} has the students 0 to {last}, and no student {round_}")
     facts, code = run.facts.student, []
-    if run.settings.student.trust_remote_code:
+    if run.experiment.student_model.trust_remote_code:
         code = [*code_files(facts.tokenizer_folder), *code_files(facts.folder)]
-    if round_ == 0:
+    if round_ == 0 and facts.other is None:
         found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder), *code]
         generation = facts.folder / GENERATION_FILE
         files = (*found, *([generation] if generation.exists() else []))
         return Student(0, last, facts.folder, files, run.facts.ordered_stop_ids)
-    artifact = run.artifact(run.plan.job("train", round_ - 1).output)
+    checkpoint = run.plan.policy(round_)
+    assert checkpoint is not None
+    artifact = run.artifact(checkpoint)
+    if round_ == 0 and not artifact.is_committed(WEIGHTS):
+        assert facts.other is not None
+        raise RunError(f"student 0 is student {facts.other.round} of the run {facts.other.run}, which is not there")
     if not artifact.is_committed(WEIGHTS):
         there = ", ".join(str(other) for other in range(1, last + 1) if _is_there(run, other)) or "none"
         if WEIGHTS in artifact.pruned():

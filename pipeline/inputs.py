@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.config import ConfigError, RunSettings, config_file, load_config
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
@@ -26,24 +26,32 @@ from eopd.storage.errors import StoreError
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
 from eopd.storage.identity import KEY_LENGTH
+from eopd.storage.paths import RunPaths
 from eopd.storage.untrusted import refuse_links
 
 TOKENIZER_FILE = "tokenizer.json"
 CHECK_ATTEMPTS = 10  # a process that checks weights (it reads headers only) and that a signal ends is started again
 
 
-def gather_facts(settings: RunSettings, digests: Digests | None = None) -> Facts:
+def gather_facts(
+    settings: RunSettings, digests: Digests | None = None, others: Mapping[str, ModelFacts] | None = None
+) -> Facts:
     """Collect fingerprints and counts of every input.
 
     Args:
         digests: of files that were hashed before; those that the store remembers unless given.
+        others: students of other runs, by the role that they play here.
 
     Raises:
         ConfigError: an input is missing or unreadable; names the setting.
     """
     digests = Digests.of_store(settings.store) if digests is None else digests
-    student = inspect_model("student", settings.student, digests, settings.store)
-    teacher = inspect_model("teacher", settings.teacher, digests, settings.store)
+    known = dict(others or {})
+    student = known.get("student") or inspect_model("student", settings.student, digests, settings.store)
+    if settings.teacher.student is not None:
+        teacher = student
+    else:
+        teacher = known.get("teacher") or inspect_model("teacher", settings.teacher, digests, settings.store)
     count, fingerprint = _source("prompts", settings.prompts, digests)
     selected = _selected_prompts(settings)
     benchmarks = []
@@ -87,6 +95,54 @@ def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int
         raise ConfigError(f"{where}: {error}") from error
 
 
+# -- students of other runs ------------------------------------------------------------------------------------------
+
+
+def load_other(role: str, settings: RunSettings) -> RunSettings:
+    """Load the settings of the run that ``role``.run names, from its folder or its config.
+
+    Raises:
+        ConfigError: there is none, or it has no such student.
+    """
+    model = settings.teacher if role == "teacher" else settings.student
+    assert model.run is not None, role
+    own = RunPaths(Path(settings.runs) / model.run).config
+    file = own if own.is_file() else config_file(model.run)
+    if file is None:
+        raise ConfigError(
+            f"{role}.run: there is no run {model.run!r} below {settings.runs}, and no config of that name. Start that "
+            "run first, or name its config"
+        )
+    other = load_config(str(file))
+    if model.round is not None and model.round > other.rounds:
+        raise ConfigError(
+            f"{role}.round is {model.round}, and the run {other.name} has the students 1 to {other.rounds}"
+        )
+    return other
+
+
+def external_model(role: str, settings: RunSettings, seen: tuple[str, ...] = ()) -> ModelSettings:
+    """Return the external model that plays ``role``, or that the student was trained from which plays it.
+
+    Raises:
+        ConfigError: a run that is named cannot be found, or is named in a circle.
+    """
+    seen = refuse_circle(role, settings, seen)
+    if role == "teacher" and settings.teacher.student is not None:
+        return external_model("student", settings, seen[:-1])
+    model = settings.teacher if role == "teacher" else settings.student
+    return model if model.run is None else external_model("student", load_other(role, settings), seen)
+
+
+def refuse_circle(role: str, settings: RunSettings, seen: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ``seen`` with this run. Raises ConfigError if it is among them: its student would be made from itself."""
+    place = str((Path(settings.runs) / settings.name).resolve())
+    if place in seen:
+        chain = " -> ".join(Path(one).name for one in (*seen, place))
+        raise ConfigError(f"{role}.run: the run {settings.name} would be made from its own student ({chain})")
+    return (*seen, place)
+
+
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +157,7 @@ def inspect_model(role: str, settings: ModelSettings, digests: Digests, store: s
     """
     folder, tokenizer = find_weights(role, settings, store, digests), find_tokenizer(role, settings, store, digests)
     ours, theirs = (code_files(folder), code_files(tokenizer)) if settings.trust_remote_code else ([], [])
-    if is_gguf(settings.path):
+    if settings.path is not None and is_gguf(settings.path):
         weights = gguf_fingerprint(Path(settings.path).expanduser(), digests)
     else:
         weights = digests.of_files(folder, [*model_files(folder), *ours])
@@ -121,7 +177,7 @@ def find_weights(
     role: str, settings: ModelSettings, store: str | Path | None = None, digests: Digests | None = None
 ) -> Path:
     """Find the model's folder and weight files, and read their headers. Raises ConfigError, as ``inspect_model``."""
-    folder = locate(role, settings.path, settings.revision, store, digests)
+    folder = _locate_model(role, settings, store, digests)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
     try:
@@ -200,12 +256,17 @@ def find_tokenizer(
 ) -> Path:
     """Find the folder of a tokenizer. Raises ConfigError, as ``inspect_model``."""
     if settings.tokenizer is None:
-        folder = locate(role, settings.path, settings.revision, store, digests)
+        folder = _locate_model(role, settings, store, digests)
     else:
         folder = locate(f"{role}.tokenizer", settings.tokenizer, None, store, digests)
     if not tokenizer_files(folder):
         raise ConfigError(f"{role}.path: no tokenizer files in {folder}; name their folder in {role}.tokenizer")
     return folder
+
+
+def _locate_model(role: str, settings: ModelSettings, store: str | Path | None, digests: Digests | None) -> Path:
+    assert settings.path is not None, f"{role} is no external model"
+    return locate(role, settings.path, settings.revision, store, digests)
 
 
 def locate(

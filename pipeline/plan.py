@@ -24,6 +24,7 @@ from eopd.storage.identity import Identity
 @dataclass(frozen=True)
 class Plan:
     jobs: tuple[Job, ...]  # each after the jobs that make its inputs
+    first_student: Identity | None = None  # a checkpoint of another run; None: an external model
 
     @cached_property
     def _by_name(self) -> dict[tuple[str, int], Job]:
@@ -52,13 +53,13 @@ class Plan:
         jobs = [job for job in self.jobs if job.stage.command == command and job.round == round_]
         return jobs or [self.job(command, round_)]
 
-    def maker(self, identity: Identity) -> Job:
-        """Return the job that makes an input of ``job``."""
-        return self._by_key[identity.kind, identity.key]
+    def maker(self, identity: Identity) -> Job | None:
+        """Return the job that makes an input of another one; None if another run makes it."""
+        return self._by_key.get((identity.kind, identity.key))
 
     def policy(self, round_: int) -> Identity | None:
         """Return the checkpoint that is the student at the start of ``round_``; None: the external student."""
-        return None if round_ == 0 else self.job(TRAIN.name, round_ - 1).output
+        return self.first_student if round_ == 0 else self.job(TRAIN.name, round_ - 1).output
 
 
 class Shelf:
@@ -84,7 +85,7 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
             draft.add(job)
             if shelf is not None and job.output.coverage is not None:
                 draft.replace(job, _serving(draft, job, place, shelf))
-    return Plan(tuple(draft.jobs.values()))
+    return Plan(tuple(draft.jobs.values()), experiment.facts.student.checkpoint)
 
 
 class _Draft:
@@ -105,7 +106,12 @@ class _Draft:
         return None if job is None else job.output
 
     def policy(self, round_: int) -> Identity | None:
-        return None if round_ == 0 else self.output(TRAIN.name, round_ - 1)
+        return self.experiment.facts.student.checkpoint if round_ == 0 else self.output(TRAIN.name, round_ - 1)
+
+    def teacher(self, round_: int) -> Identity | None:
+        if self.experiment.settings.teacher.student is None:
+            return self.experiment.facts.teacher.checkpoint
+        return self.policy(self.experiment.teacher_round(round_))
 
 
 def _serving(draft: _Draft, job: Job, place: int, shelf: Shelf) -> Identity:

@@ -69,8 +69,8 @@ def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
     for run in runs:
         if all(run.is_done(job) for job in run.plan.jobs):
             continue
-        student = Reader("student", run.facts.student.tokenizer_folder, run.settings.student.trust_remote_code)
-        teacher = Reader("teacher", run.facts.teacher.tokenizer_folder, run.settings.teacher.trust_remote_code)
+        student = Reader("student", run.facts.student.tokenizer_folder, run.experiment.student_model.trust_remote_code)
+        teacher = Reader("teacher", run.facts.teacher.tokenizer_folder, run.experiment.teacher_model.trust_remote_code)
         for source in sources_of(run.settings):
             key = repr((source, student, teacher))
             if key not in tried:

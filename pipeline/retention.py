@@ -44,12 +44,14 @@ def note_of(run: Run) -> Note:
     # after a kill between a checkpoint's commit and the end of its job, states are left that nothing will read
     scratch = [job.scratch for job in jobs if job.scratch is not None and not run.is_made(job)]
     checkpoints = {(job.output.key, part) for job in jobs if job.is_prunable for part in (WEIGHTS, OPTIMIZER)}
+    others = [other.checkpoint for other in run.others().values()]
+    read = {(identity.key, WEIGHTS) for identity in others} & run.needed()
     return Note(
         config=run.paths.config.resolve(),
         store=run.store.resolve(),
         read_only=tuple(Path(place).resolve() for place in run.settings.read_only_stores if not is_bucket(place)),
-        artifacts={job.key for job in jobs} | {(identity.kind, identity.key) for identity in scratch},
-        wanted=checkpoints - run.unwanted(),
+        artifacts={job.key for job in jobs} | {(identity.kind, identity.key) for identity in (*scratch, *others)},
+        wanted=(checkpoints - run.unwanted()) | read,
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import RunSettings
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.inputs import gather_facts
+from eopd.pipeline.inputs import gather_facts, load_other, refuse_circle
 from eopd.pipeline.plan import Plan, Shelf, make_plan
 from eopd.pipeline.store_check import check_folders
-from eopd.stages.experiment import Experiment, Facts
+from eopd.stages.experiment import Experiment, Facts, ModelFacts, OtherStudent
 from eopd.stages.job import ModelRef, NullProgress, Progress
 from eopd.stages.stage import Input, Job, JobContext, student_at
 from eopd.storage.artifacts import Artifact
@@ -78,7 +78,7 @@ class Run:
         parts = self.artifact(job.output).pruned() if job.is_prunable else set()
         return {(job.output.key, part) for part in parts}
 
-    def _needed(self) -> Parts:
+    def needed(self) -> Parts:
         """Parts, pruned ones included, that an unfinished job reads."""
         needed: Parts = set()
         for job in reversed(self.plan.jobs):
@@ -91,7 +91,7 @@ class Run:
     def rebuilds(self) -> Parts:
         """Pruned parts that must be made again, as of the opening of this run: an unfinished job reads them."""
         pruned = {part for job in self.plan.jobs for part in self._pruned(job)}
-        return pruned & self._needed() if pruned else pruned
+        return pruned & self.needed() if pruned else pruned
 
     def parts_to_rebuild(self, job: Job) -> set[int]:
         """Return the parts of the output that are among ``rebuilds`` and not yet made again."""
@@ -113,7 +113,7 @@ class Run:
         for part, keep in ((WEIGHTS, train.keep_checkpoints), (OPTIMIZER, train.keep_optimizer_states)):
             if keep is not None:
                 old |= {(key, part) for key in keys[:-keep]}
-        return old - self._needed() if old else old
+        return old - self.needed() if old else old
 
     # -- what is there and what can be done --------------------------------------------------------------------------
 
@@ -147,9 +147,19 @@ class Run:
             artifact, maker = self.artifact(input_.identity), self.plan.maker(input_.identity)
             state = "were pruned" if artifact.pruned().issuperset(missing) else "are missing"
             raise RunError(
-                f"{job.name} needs {artifact}, of which parts {sorted(missing)[:8]} {state}. Run `eopd "
-                f"{maker.stage.command} CONFIG --round {maker.round}` first, or `eopd run CONFIG` for everything."
+                f"{job.name} needs {artifact}, of which parts {sorted(missing)[:8]} {state}. "
+                + (
+                    "Another run makes it: start that one first."
+                    if maker is None
+                    else f"Run `eopd {maker.stage.command} CONFIG --round {maker.round}` first, or `eopd run CONFIG` "
+                    "for everything."
+                )
             )
+
+    def others(self) -> dict[str, OtherStudent]:
+        """Return the students of other runs that this run reads, by the role that they play."""
+        roles = {"student": self.facts.student.other, "teacher": self.facts.teacher.other}
+        return {role: other for role, other in roles.items() if other is not None}
 
     def scratch(self, job: Job) -> Artifact | None:
         identity = job.scratch
@@ -185,6 +195,7 @@ def open_run(
     facts: Facts | None = None,
     digests: Digests | None = None,
     progress: Progress | None = None,
+    seen: tuple[str, ...] = (),
 ) -> Run:
     """Gather facts (unless given) and plan; stored scores that hold enough may serve in place of the requested ones.
 
@@ -193,9 +204,37 @@ def open_run(
     """
     check_folders(settings)
     stores = StackedStores.at(settings.store, settings.read_only_stores)
-    facts = facts or gather_facts(settings, digests)
+    if facts is None:
+        others = {role: _other_student(role, settings, digests, seen) for role in _roles_of_others(settings)}
+        facts = gather_facts(settings, digests, others)
     plan = make_plan(Experiment(settings, facts), StoreShelf(stores))
     return Run(settings, facts, plan, stores, progress or NullProgress())
+
+
+def _roles_of_others(settings: RunSettings) -> list[str]:
+    models = {"student": settings.student, "teacher": settings.teacher}
+    return [role for role, model in models.items() if model.run is not None]
+
+
+def _other_student(role: str, settings: RunSettings, digests: Digests | None, seen: tuple[str, ...]) -> ModelFacts:
+    """Plan another run, and return its student as a model of this one; it need not be trained yet.
+
+    Raises:
+        ConfigError: as ``open_run`` and ``load_other``; runs that name each other.
+    """
+    seen = refuse_circle(role, settings, seen)
+    model = settings.teacher if role == "teacher" else settings.student
+    named = load_other(role, settings)
+    run = open_run(named, digests=digests, seen=seen)
+    round_ = model.round or named.rounds
+    checkpoint = run.plan.policy(round_)
+    assert checkpoint is not None
+    return replace(
+        run.facts.student,
+        fingerprint=checkpoint.key,
+        stop_ids=run.facts.ordered_stop_ids,
+        other=OtherStudent(named.name, round_, checkpoint, run.experiment.student_model),
+    )
 
 
 class StoreShelf(Shelf):

@@ -26,16 +26,48 @@ from eopd.stages.settings import ROUNDS, SEED, Settings, setting
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Identity
 
 
 class ModelSettings(Settings):
-    path: str = setting(..., "Folder of a causal LM in Hugging Face format, a GGUF file, or a hub id.", keyed=False)
+    path: str | None = setting(
+        None, "Folder of a causal LM in Hugging Face format, a GGUF file, or a hub id.", keyed=False
+    )
+    run: str | None = setting(
+        None,
+        "In place of `path`: another run, by its name below `runs` or by its config. The model is a student of that "
+        "run, in the same store; its key is known before it is trained.",
+        keyed=False,
+    )
+    round: int | None = setting(
+        None,
+        "With `run`: which of its students, as `eopd student` counts them. None: the last.",
+        keyed=False,
+        ge=1,
+        le=ROUNDS,
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Precision of the weights when sampling or scoring; auto is the checkpoint's own."
     )
     revision: str | None = setting(None, "Hub commit or tag. Only a commit pins the weights.", keyed=False)
     tokenizer: str | None = setting(None, "Folder or hub id of the tokenizer if it is not in `path`.", keyed=False)
     trust_remote_code: bool = setting(False, "Run Python code that comes with the checkpoint. Off unless you trust it.")
+
+    @model_validator(mode="after")
+    def _one_model_is_named(self) -> ModelSettings:
+        ways = [name for name in ("path", "run", "student") if name in type(self).model_fields]
+        named = [name for name in ways if getattr(self, name) is not None]
+        if len(named) != 1:
+            cure = "; set the others to null" if named else ""
+            raise ValueError(f"name the model by one of {', '.join(ways)}; got {' and '.join(named) or 'none'}{cure}")
+        others = {"path": ("round", "renewed"), "run": ("renewed",), "student": ("round",)}[named[0]]
+        if named[0] != "path":
+            others += ("dtype", "revision", "tokenizer", "trust_remote_code")
+        fields = type(self).model_fields
+        ignored = [name for name in others if name in fields and getattr(self, name) != fields[name].default]
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)} has no effect on a model that is named by {named[0]}")
+        return self
 
 
 class StudentSettings(ModelSettings):
@@ -47,6 +79,23 @@ class StudentSettings(ModelSettings):
     )
 
 
+class TeacherSettings(ModelSettings):
+    student: Literal["initial", "latest"] | None = setting(
+        None,
+        "In place of `path`: the run's own student. initial: as it was before training; latest: at the start of the "
+        "round, or of the last round that renews the teacher.",
+    )
+    renewed: int | None = setting(
+        None, "With student: latest: renew the teacher every this many rounds. None: each round.", ge=1, le=ROUNDS
+    )
+
+    @model_validator(mode="after")
+    def _the_initial_student_stays(self) -> TeacherSettings:
+        if self.student == "initial" and self.renewed is not None:
+            raise ValueError("renewed has no effect with student: initial, which stays as it is; set student: latest")
+        return self
+
+
 class ExperimentSettings(Settings):
     seed: int = setting(0, "Seed of prompt order, sampling and training order.", ge=0, le=SEED)
     rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1, le=ROUNDS)
@@ -55,7 +104,7 @@ class ExperimentSettings(Settings):
         0, "Rounds by which the sampling policy is late; with 1, a round's rollouts overlap training.", ge=0, le=ROUNDS
     )
     student: StudentSettings = setting(..., "The model that learns.")
-    teacher: ModelSettings = setting(..., "The model it learns from.")
+    teacher: TeacherSettings = setting(..., "The model it learns from.")
     prompts: PromptSettings = setting(..., "Where prompts come from and how the student reads them.")
     rollout: RolloutSettings = setting(RolloutSettings, "How the student samples.")
     score: ScoreSettings = setting(ScoreSettings, "What the teacher says about every token.")
@@ -100,6 +149,26 @@ class ExperimentSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_student_can_learn_from_itself(self) -> ExperimentSettings:
+        if self.teacher.student == "latest" and (self.teacher.renewed or 1) == 1 and self.teacher_is_the_reader:
+            raise ValueError(
+                "teacher.student is latest, renewed each round, and score.teacher_prompt shows it what the student "
+                "reads: every log-ratio is 0 at the start of each round, so there is nothing to learn. Show the "
+                "teacher more ({{answer}} or another placeholder), or set teacher.renewed or teacher.student: initial"
+            )
+        return self
+
+    @property
+    def teacher_is_the_reader(self) -> bool:
+        """True if a self teacher that has the student's weights says just what the student says."""
+        prompts, reads = self.prompts, self.score.teacher_prompt
+        if self.score.resolve_temperature(self.rollout.temperature) != self.rollout.temperature or reads.opening:
+            return False
+        own = (prompts.template, prompts.template_arguments, prompts.system, prompts.suffix)
+        rendered = (reads.template, reads.arguments, reads.system, reads.suffix)
+        return reads.kind == "same" or (reads.kind == "template" and rendered == own)
+
+    @model_validator(mode="after")
     def _the_teacher_finds_its_column(self) -> ExperimentSettings:
         if self.score.teacher_prompt.kind != "column":
             return self
@@ -140,14 +209,33 @@ class ExperimentSettings(Settings):
 
 
 @dataclass(frozen=True)
+class OtherStudent:
+    """A student of another run."""
+
+    run: str  # its name
+    round: int
+    checkpoint: Identity
+    origin: ModelSettings  # the external model that it was trained from
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """An external model: its place and the facts about it that enter artifact keys."""
+    """A model from outside the run: its place and the facts about it that enter artifact keys.
+
+    For a student of another run, which need not exist yet, the folders are those of the model it was trained from.
+    """
 
     folder: Path
     tokenizer_folder: Path
     fingerprint: str  # weights, config, dtype and trusted code
     tokenizer_fingerprint: str  # every tokenizer file, templates included
     stop_ids: tuple[int, ...]  # the main one first
+    other: OtherStudent | None = None
+
+    @property
+    def checkpoint(self) -> Identity | None:
+        """The checkpoint of another run that is the model; None: the model is the folder."""
+        return None if self.other is None else self.other.checkpoint
 
 
 @dataclass(frozen=True)
@@ -223,6 +311,25 @@ class Experiment:
         """Seed of a round's rollouts; a prompt that returns in a later round gets other samples."""
         return derive_seed(self.settings.seed, "round", round_)
 
+    def teacher_round(self, round_: int) -> int:
+        """Return the round at whose start the student stood that teaches in ``round_`` (``teacher.student``)."""
+        teacher = self.settings.teacher
+        return 0 if teacher.student == "initial" else round_ - round_ % (teacher.renewed or 1)
+
+    @property
+    def student_model(self) -> ModelSettings:
+        """The external model that the run's student began as."""
+        other = self.facts.student.other
+        return self.settings.student if other is None else other.origin
+
+    @property
+    def teacher_model(self) -> ModelSettings:
+        """The external model that the teacher is, or began as."""
+        other = self.facts.teacher.other
+        if self.settings.teacher.student is not None:
+            return self.student_model
+        return self.settings.teacher if other is None else other.origin
+
     @property
     def teacher_vocabulary(self) -> int:
         """Ids of the teacher by its config; 0 if the config does not say."""
@@ -231,15 +338,16 @@ class Experiment:
     @property
     def student_dtype(self) -> str:
         """Precision of every student of the run; `auto` is resolved to that of the first one."""
-        return resolve_dtype(self.facts.student.folder, self.settings.student.dtype)
+        return resolve_dtype(self.facts.student.folder, self.student_model.dtype)
 
     @property
     def first_student(self) -> ModelRef:
-        return _reference(self.settings.student, self.facts.student)
+        return _reference(self.student_model, self.facts.student)
 
     @property
     def teacher(self) -> ModelRef:
-        return _reference(self.settings.teacher, self.facts.teacher)
+        """The teacher, if it is no checkpoint."""
+        return _reference(self.teacher_model, self.facts.teacher)
 
 
 def _reference(settings: ModelSettings, facts: ModelFacts) -> ModelRef:

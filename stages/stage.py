@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from eopd.stages.evaluate.settings import EvaluateSettings
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment, ExperimentSettings, ModelFacts, ModelSettings
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.model_config import resolve_dtype
 from eopd.storage.artifacts import Artifact
 from eopd.storage.checkpoints import CHECKPOINTS, WEIGHTS
 from eopd.storage.identity import Identity
@@ -80,6 +81,9 @@ class PlanView(Protocol):
     def policy(self, round_: int) -> Identity | None:
         """Return the checkpoint that is the student at the start of ``round_``; None: the external student."""
 
+    def teacher(self, round_: int) -> Identity | None:
+        """The checkpoint that is the teacher of ``round_``; None: the external teacher."""
+
 
 @dataclass(frozen=True)
 class JobContext:
@@ -104,6 +108,11 @@ class JobContext:
     def student(self) -> ModelRef:
         """Return the student that this job reads: its `policy` input, or the external student."""
         return student_at(self.experiment, self.inputs.get("policy"))
+
+    @property
+    def teacher(self) -> ModelRef:
+        """The teacher that this job reads: its `teacher` input, or the external teacher."""
+        return teacher_at(self.experiment, self.inputs.get("teacher"))
 
 
 @dataclass(frozen=True)
@@ -238,18 +247,40 @@ def student_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
     """Return a trained student, or the external one if there is no checkpoint."""
     if checkpoint is None:
         return experiment.first_student
+    return _trained(checkpoint, experiment.student_model, experiment.facts.student)
+
+
+def teacher_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
+    """A teacher that was trained, or the external one if there is no checkpoint."""
+    if checkpoint is None:
+        return experiment.teacher
+    return _trained(checkpoint, experiment.teacher_model, experiment.facts.teacher)
+
+
+def _trained(checkpoint: Artifact, origin: ModelSettings, facts: ModelFacts) -> ModelRef:
+    """A checkpoint as a model; `auto` precision is that of the external model that it was trained from."""
     return ModelRef(
         path=str(checkpoint.part_folder(WEIGHTS)),
-        dtype=experiment.student_dtype,
-        trust_remote_code=experiment.settings.student.trust_remote_code,
+        dtype=resolve_dtype(facts.folder, origin.dtype),
+        trust_remote_code=origin.trust_remote_code,
         fingerprint=checkpoint.key,
-        tokenizer=str(experiment.facts.student.tokenizer_folder),
+        tokenizer=str(facts.tokenizer_folder),
     )
 
 
 def policy_key(experiment: Experiment, policy: Identity | None) -> str:
     """Return the value that represents the student in a key."""
     return experiment.facts.student.fingerprint if policy is None else policy.key
+
+
+def teacher_key(experiment: Experiment, teacher: Identity | None) -> str:
+    """What stands for the teacher in a key."""
+    return experiment.facts.teacher.fingerprint if teacher is None else teacher.key
+
+
+def teacher_input(teacher: Identity | None) -> dict[str, Input]:
+    """The `teacher` input of a job, if the teacher is a checkpoint."""
+    return {} if teacher is None else {"teacher": Input(teacher, parts=(WEIGHTS,))}
 
 
 def policy_input(policy: Identity | None, *parts: int) -> dict[str, Input]:

@@ -18,6 +18,8 @@ from eopd.stages.stage import (
     policy_input,
     policy_key,
     read_size,
+    teacher_input,
+    teacher_key,
 )
 
 ALIGNED_ROW_BYTES = 20.0  # sums of one response in one bin of entropy
@@ -36,7 +38,7 @@ class AlignStage(Stage):
             return None
         alignment = settings.evaluate.alignment
         evaluations = {whose: {"own": own, "first": first}[whose] for whose in alignment.responses}
-        policy = plan.policy(round_)
+        policy, teacher = plan.policy(round_), plan.teacher(round_)
         output = self.identity(
             parts=sum(evaluation.parts for evaluation in evaluations.values()),
             settings={
@@ -49,12 +51,12 @@ class AlignStage(Stage):
                 **{f"{whose} evaluation": evaluation.key for whose, evaluation in evaluations.items()},
                 "student": policy_key(plan.experiment, policy),
                 "student_tokenizer": facts.student.tokenizer_fingerprint,
-                "teacher": facts.teacher.fingerprint,
+                "teacher": teacher_key(plan.experiment, teacher),
                 "teacher_tokenizer": facts.teacher.tokenizer_fingerprint,
             },
         )
         inputs: dict[str, Input] = {whose: Input(evaluation) for whose, evaluation in evaluations.items()}
-        return Job(self, round_, output, {**inputs, **policy_input(policy)})
+        return Job(self, round_, output, {**inputs, **policy_input(policy), **teacher_input(teacher)})
 
     @staticmethod
     def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
@@ -76,7 +78,7 @@ class AlignStage(Stage):
         evaluate = experiment.settings.evaluate
         assert evaluate is not None
         assert evaluate.alignment is not None
-        sampled = [size for role, size in inputs.items() if role != "policy"]
+        sampled = [size for role, size in inputs.items() if role not in ("policy", "teacher")]
         share = evaluate.alignment.samples / evaluate.samples * self._problems_read(experiment)
         tokens = round(sum(size.tokens for size in sampled) * share)
         read = Size(tokens, at_most=any(size.at_most for size in sampled))
@@ -108,7 +110,7 @@ class AlignStage(Stage):
                 log_dir=context.log_dir,
                 sources=tuple((whose, context.inputs[whose]) for whose in settings.evaluate.alignment.responses),
                 student=context.student,
-                teacher=context.experiment.teacher,
+                teacher=context.teacher,
                 teacher_prompt=settings.score.teacher_prompt,
                 stop_ids=context.experiment.facts.stop_ids,
                 seed=settings.seed,

@@ -8,7 +8,18 @@ from dataclasses import replace
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.score.settings import HeadSettings
-from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, read_size
+from eopd.stages.stage import (
+    Input,
+    Job,
+    JobContext,
+    Measured,
+    PlanView,
+    Size,
+    Stage,
+    read_size,
+    teacher_input,
+    teacher_key,
+)
 from eopd.storage.size_bound import most_bytes
 
 
@@ -35,6 +46,7 @@ class ScoreStage(Stage):
         rollouts, topk = plan.output("rollout", round_), plan.output("student_topk", round_)
         if rollouts is None:
             return None
+        teacher = plan.teacher(round_)
         identity = self.identity(
             parts=rollouts.parts,
             settings={
@@ -45,12 +57,12 @@ class ScoreStage(Stage):
             },
             inputs={
                 "rollouts": rollouts.key,
-                "teacher": facts.teacher.fingerprint,
+                "teacher": teacher_key(plan.experiment, teacher),
                 "tokenizer": facts.teacher.tokenizer_fingerprint,
             },
         )
         output = replace(identity, coverage={**settings.score.coverage(), "extra": topk.key if topk else None})
-        inputs = {"rollouts": Input(rollouts, by_part=True)}
+        inputs = {"rollouts": Input(rollouts, by_part=True), **teacher_input(teacher)}
         if topk is not None:
             inputs["student_topk"] = Input(topk, by_part=True)
         return Job(self, round_, output, inputs)
@@ -99,7 +111,7 @@ class ScoreStage(Stage):
                 progress=context.progress,
                 log_dir=context.log_dir,
                 rollouts=context.inputs["rollouts"],
-                teacher=context.experiment.teacher,
+                teacher=context.teacher,
                 student_tokenizer=str(facts.student.tokenizer_folder),
                 stop_ids=facts.stop_ids,
                 rollout_temperature=context.settings.rollout.temperature,

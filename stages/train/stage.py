@@ -65,7 +65,7 @@ class TrainStage(Stage):
                 **{role: identity.key for role, identity in read_verdicts.items()},
             },
         )
-        carries_state = settings.train.optimizer.carry_over and settings.train.lora is None
+        carries_state = round_ > 0 and settings.train.optimizer.carry_over and settings.train.lora is None
         read = (WEIGHTS, OPTIMIZER) if carries_state else (WEIGHTS,)
         return Job(
             self,
@@ -139,7 +139,7 @@ def train_job(context: JobContext) -> TrainJob:
         output=context.output,
         progress_states=context.scratch,
         student=context.student,
-        previous=context.inputs.get("policy"),
+        previous=context.inputs.get("policy") if round_ > 0 else None,
         rollouts=context.inputs["rollouts"],
         scores=context.inputs["scores"],
         settings=settings.train,

@@ -58,7 +58,7 @@ def test_what_the_next_round_reads_stays(tmp_path: Path) -> None:
     """Two rounds done: student 2 is the newest, nothing was made of it yet."""
     run = finished(tmp_path, 2)
     assert named(run, run.unwanted()) == {(0, "weights"), (0, "optimizer")}
-    assert named(run, run._needed()) >= {(1, "weights"), (1, "optimizer")}
+    assert named(run, run.needed()) >= {(1, "weights"), (1, "optimizer")}
     remove(run, "evaluate", 1)
     assert named(run, run.unwanted()) == {(0, "optimizer")}
     remove(run, "train", 1)
@@ -94,8 +94,8 @@ def test_a_policy_that_samples_late_stays(tmp_path: Path) -> None:
 
 def test_moments_that_nobody_reads_go(tmp_path: Path) -> None:
     run = finished(tmp_path, 2, {"optimizer": {"carry_over": False}})
-    assert (1, "weights") in named(run, run._needed())
-    assert "optimizer" not in {part for _, part in named(run, run._needed())}
+    assert (1, "weights") in named(run, run.needed())
+    assert "optimizer" not in {part for _, part in named(run, run.needed())}
 
 
 def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:

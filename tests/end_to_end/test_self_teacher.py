@@ -1,0 +1,77 @@
+"""Whole runs whose teacher is the student itself, shown the answer; and a phase that goes on from another run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eopd.pipeline.config import load_config
+from eopd.pipeline.run import Run, open_run
+from eopd.storage.rollouts import read_rollouts
+from eopd.storage.teacher_cache import TeacherCache
+from tests.end_to_end.conftest import World, checksums, eopd
+from tests.end_to_end.world import start
+
+SHOWN: dict[str, Any] = {"score": {"teacher_prompt": {"opening": "The answer is {{answer}}. "}}}
+
+
+def self_taught(world: World, name: str, teacher: dict[str, Any], **changes: Any) -> Path:
+    return world.config(
+        name, **{"rounds": 1, "evaluate": None, "teacher": {"path": None, **teacher}, **SHOWN, **changes}
+    )
+
+
+def opened(path: Path) -> Run:
+    return open_run(load_config(str(path)))
+
+
+def test_a_run_and_the_phase_that_follows_it(world: World) -> None:
+    first = self_taught(world, "self-taught", {"student": "initial"})
+    shared = {"store": str(world.store("self-taught")), "student": {"path": None, "run": str(first)}}
+    second = self_taught(world, "next-phase", {"student": "initial"}, **shared)
+    planned = opened(second).plan.job("rollout", 0).output
+    refused = eopd("run", second, check=False)
+    assert refused.returncode != 0
+    assert "student.run: student 1 of the run self-taught" in refused.stderr
+    eopd("run", first)
+    run = opened(first)
+    rows = read_rollouts(run.artifact(run.plan.job("rollout", 0).output).part_folder(0))
+    cache = TeacherCache(run.artifact(run.plan.job("score", 0).output))
+    assert json.loads(cache.header(0).teacher_context)["placeholders"] == ["answer"]
+    sampled = np.concatenate([np.asarray(logprobs) for logprobs in rows.column("logprobs").to_pylist()])
+    scored = cache.read_part(0).sampled_logprob
+    assert np.abs(sampled - scored).max() > 0.05, "the same weights, shown the answer, say something else"
+    eopd("run", second)
+    after = opened(second)
+    assert after.plan.job("rollout", 0).output == planned
+    assert all(after.is_done(job) for job in after.plan.jobs)
+    assert planned.inputs["policy"] == run.plan.job("train", 0).output.key
+    lines = eopd("student", second, "--round", 0).stdout
+    assert run.plan.job("train", 0).output.key in lines
+
+
+@pytest.mark.slow
+def test_scoring_with_a_trained_self_teacher_is_killed_and_ends_the_same(world: World, tmp_path: Path) -> None:
+    latest = {"student": "latest", "renewed": 1}
+    whole = self_taught(world, "self-whole", latest, rounds=2)
+    killed = self_taught(world, "self-killed", latest, rounds=2)
+    eopd("run", whole)
+    for stage in ("rollout", "score", "train"):
+        eopd(stage, killed)
+    missing = eopd("score", killed, "--round", 1, check=False)
+    assert missing.returncode != 0
+    eopd("rollout", killed, "--round", 1)
+    run = opened(killed)
+    scores = run.artifact(run.plan.job("score", 1).output)
+    process = start(tmp_path, "score", killed, "--round", 1)
+    while process.is_alive() and not scores.committed():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    eopd("run", killed)
+    assert checksums(world.store("self-killed")) == checksums(world.store("self-whole"))

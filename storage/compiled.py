@@ -20,16 +20,7 @@ def compiled(loop: Loop) -> Loop:
 
     Arithmetic follows NumPy (no error on division by zero) and the order in which it is written.
     """
-    return _compiled(loop)
-
-
-def compiled_sums(loop: Loop) -> Loop:
-    """Like ``compiled``, but sums may be reordered, which allows vector operations."""
-    return _compiled(loop, fastmath={"reassoc"})
-
-
-def _compiled(loop: Loop, **options: Any) -> Loop:
-    options |= {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(loop)
     except RuntimeError:  # there is no folder to keep it in: compiled anew in every process

@@ -37,7 +37,6 @@ NUMERIC = (
     "stages/test_train_precision.py",
     "stages/test_train_processes.py",
     "stages/test_train_staleness.py",
-    "stages/test_whole_rows.py",
 )
 """Comparisons of rounded numbers: ``.ci/run`` repeats them with the arithmetic of another processor."""
 

@@ -128,9 +128,11 @@ class BlockRows:
         taken = ids[rows, places]
         mass = blocks.group_sum.double()
         blocks.blank(rows, taken)
-        groups = taken // GROUP
-        left = (blocks.in_groups(rows, groups) - blocks.maximum[rows, None]).exp_()
-        mass[rows, groups] = left.sum(1, dtype=torch.float64)  # a group named twice gets the same value twice
+        touched = torch.zeros_like(mass, dtype=torch.bool)
+        touched[rows, taken // GROUP] = True
+        rows, groups = touched.nonzero(as_tuple=True)
+        left = blocks.in_groups(rows, groups).sub_(blocks.maximum[rows, None]).exp_()
+        mass[rows, groups] = left.sum(1, dtype=torch.float64)
         return mass.sum(1), mass
 
     def _draws_beyond(self, keys: UInt64, tail: Tensor, group_mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,13 @@ entries, E stop ids, X* extra ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.threads import OneThreadEach
 from eopd.stages.score.block_rows import BlockRows
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
 from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty
-from eopd.stages.score.whole_rows import LEAST_ROWS, MOST_IDS, WholeRows
 from eopd.storage.teacher_record import HeadRule
 
 
@@ -51,13 +46,7 @@ class StatisticsHead:
         self._on_cpu = head.weight.device.type == "cpu"
         self.head = head.float() if self._on_cpu else head
         self.stop_ids = stop_ids
-        self._whole: WholeRows | None = None
-        self._blocks: BlockRows | None = None
-        self._threads = OneThreadEach()
-        if self._on_cpu and head.vocab_size <= MOST_IDS:
-            self._whole = WholeRows(self.head, rule, temperature, stop_ids, chunk_rows)
-        else:
-            self._blocks = BlockRows(self.head, rule, temperature, stop_ids, chunk_rows, block)
+        self._rows = BlockRows(self.head, rule, temperature, stop_ids, chunk_rows, block)
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
@@ -70,13 +59,8 @@ class StatisticsHead:
         """
         assert hidden.shape[0] == len(batch.sampled_ids) == len(batch.keys)
         hidden = self._taken(hidden)
-        if self._whole is not None:
-            most = self._whole.rows
-            chunks = _chunks(hidden, batch, self._threads.even_size(len(hidden), min(LEAST_ROWS, most), most))
-            pieces = self._threads.map(partial(_statistics, self._whole), chunks)
-        else:
-            assert self._blocks is not None
-            pieces = [_statistics(self._blocks, chunk) for chunk in _chunks(hidden, batch, self._blocks.rows)]
+        chunks = batch.chunks(self._rows.rows)
+        pieces = [self._statistics(start, hidden, part) for start, part in chunks]
         return concatenate(pieces) if pieces else empty(len(self.stop_ids))
 
     @torch.inference_mode()
@@ -91,18 +75,9 @@ class StatisticsHead:
         weight = self.head.weight
         return hidden.to(device=weight.device, dtype=torch.float32 if self._on_cpu else weight.dtype)
 
-
-Chunk = tuple[int, Tensor, TokenBatch]  # its first row, hidden [C, D], what is asked
-
-
-def _chunks(hidden: Tensor, batch: TokenBatch, rows: int) -> Iterator[Chunk]:
-    for start, part in batch.chunks(rows):
-        yield start, hidden[start : start + rows], part
-
-
-def _statistics(rows: WholeRows | BlockRows, chunk: Chunk) -> TokenStatistics:
-    start, hidden, batch = chunk
-    try:
-        return rows(hidden, batch)
-    except NotFinite as error:
-        raise NotFinite(start + error.row) from None
+    def _statistics(self, start: int, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
+        """Compute the statistics of the chunk of rows that begins at ``start``."""
+        try:
+            return self._rows(hidden[start : start + len(batch.sampled_ids)], batch)
+        except NotFinite as error:
+            raise NotFinite(start + error.row) from None

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.threads import torch_threads
-from eopd.stages.score import statistics
 from eopd.stages.score.draws import row_keys, uniforms
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
@@ -25,13 +24,6 @@ from tests.stages.dense_teacher import Dense, dense
 
 D = 24
 Float64 = NDArray[np.float64]
-
-
-@pytest.fixture(autouse=True, params=["whole rows", "blocks"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small vocabularies are worked on in whole rows, large ones in blocks: both are tested on small ones."""
-    if request.param == "blocks":
-        monkeypatch.setattr(statistics, "MOST_IDS", 0)
 
 
 def _head(vocabulary: int, seed: int = 0, **traits: Any) -> LMHead:
@@ -168,7 +160,7 @@ def test_every_statistic_equals_the_dense_float64_one(traits: str, temperature: 
     _check(head, hidden, batch, scorer(hidden, batch), rule, stops, temperature)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(
     vocabulary=st.integers(1, 400),
     tokens=st.integers(0, 40),
@@ -205,8 +197,7 @@ def test_chunks_and_blocks_change_nothing(draws: Any) -> None:
 
 
 @pytest.mark.parametrize("draws", ["beyond_head", "full"])
-def test_any_number_of_threads_gives_the_same_statistics(draws: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole rows are divided among threads by rows, blocks by what torch likes."""
+def test_any_number_of_threads_gives_the_same_statistics(draws: Any) -> None:
     head, hidden = _head(700), _hidden(300)
     rule = HeadRule(16, 0.01, 0.4, draws, 20 if draws == "full" else 0, seed=3)
     batch = _batch(head, hidden, extra=2)
@@ -215,6 +206,64 @@ def test_any_number_of_threads_gives_the_same_statistics(draws: Any, monkeypatch
             found = StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=64)(hidden, batch)
             assert torch.get_num_threads() == used
         _check(head, hidden, batch, found, rule, (2,), 1.0)
+
+
+def _score_exactly(logits: Float64, rule: HeadRule, sampled: NDArray[np.int64] | None = None) -> TokenStatistics:
+    """Score integer logits [T, V]: hidden states select a column of the weight, so products are exact."""
+    tokens, vocabulary = logits.shape
+    head = LMHead(torch.from_numpy(logits.astype(np.float32)).T.contiguous(), None, 1.0, None, vocabulary)
+    sampled = np.zeros(tokens, np.int64) if sampled is None else sampled
+    return StatisticsHead(head, rule)(torch.eye(tokens), TokenBatch(sampled, row_keys(0, (0,), np.arange(tokens))))
+
+
+@pytest.mark.parametrize("above", [-1.0, 0.9, 99.0])
+@pytest.mark.parametrize("k_max", [1, 16, 500])
+@pytest.mark.parametrize("vocabulary", [1, 2, 17, 64, 331])
+def test_equal_logits_fill_the_head_like_any_others(vocabulary: int, k_max: int, above: float) -> None:
+    generator = np.random.default_rng(vocabulary)
+    widths = np.asarray([0, 1, 3, 10, 40, 300])[:, None]  # from all equal to one that has everything
+    logits = generator.integers(0, widths + 1, (6, vocabulary)).astype(np.float64)
+    sampled = generator.integers(0, vocabulary, 6)
+    scored = _score_exactly(logits, HeadRule(k_max, 0.0301, above), sampled)
+    mass = np.exp(logits - logits.max(1, keepdims=True))
+    p = mass / mass.sum(1, keepdims=True)
+    sizes = np.clip((p >= 0.0301).sum(1), 1, min(k_max, vocabulary))
+    sizes[scored.entropy > above] = min(k_max, vocabulary)
+    assert scored.head_counts.tolist() == sizes.tolist()
+    assert scored.sampled_rank.tolist() == (logits > logits[np.arange(6), sampled][:, None]).sum(1).tolist()
+    rows = np.repeat(np.arange(6), sizes)
+    assert len(set(zip(rows.tolist(), scored.head_ids.tolist(), strict=True))) == len(rows), "no id twice"
+    largest = [value for row, size in enumerate(sizes) for value in -np.sort(-logits[row])[:size]]
+    assert logits[rows, scored.head_ids].tolist() == largest
+    with np.errstate(divide="ignore"):
+        expected = np.maximum(np.log(p[rows, scored.head_ids]), LOGPROB_FLOOR)
+    assert np.allclose(scored.head_logprobs, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [16, 100])
+def test_systematic_draws_lie_under_their_points(vocabulary: int) -> None:
+    logits = np.random.default_rng(0).integers(0, 5, (200, vocabulary)).astype(np.float64)
+    scored = _score_exactly(logits, HeadRule(4, 0.01, -1.0))
+    mass = np.exp(logits - logits.max(1, keepdims=True))
+    p = mass / mass.sum(1, keepdims=True)
+    rows = np.arange(200)
+    p[np.repeat(rows, 4), scored.head_ids] = 0.0
+    ends = p.cumsum(1)
+    stops = np.cumsum(scored.draw_counts)
+    for row in rows:
+        ids = scored.draw_ids[stops[row] - scored.draw_counts[row] : stops[row]]
+        assert (p[row, ids] > 0.0).all()
+        # between the points of neighbouring draws lie 0.01, so all of them fix one uniform
+        lowest = (ends[row, ids] - p[row, ids] - 0.01 * np.arange(len(ids))).max()
+        highest = (ends[row, ids] - 0.01 * np.arange(len(ids))).min()
+        assert max(lowest, 0.0) <= min(highest, 0.01) + 1e-9
+
+
+def test_a_probability_on_the_border_is_in_the_head() -> None:
+    logits = np.zeros((1, 8))
+    assert _score_exactly(logits, HeadRule(16, 0.125, 99.0)).head_counts.tolist() == [8]
+    assert _score_exactly(logits, HeadRule(16, 0.1251, 99.0)).head_counts.tolist() == [1], "the least there can be"
+    assert _score_exactly(np.zeros((1, 1)), HeadRule(16, 1.0, 99.0)).head_counts.tolist() == [1]
 
 
 def test_reordering_responses_keeps_every_row_together() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eopd.pipeline.config import load_config
+from eopd.pipeline.config import find_config, load_config
 from eopd.pipeline.run import Run, open_run
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
@@ -75,3 +75,29 @@ def test_scoring_with_a_trained_self_teacher_is_killed_and_ends_the_same(world: 
     process.join()
     eopd("run", killed)
     assert checksums(world.store("self-killed")) == checksums(world.store("self-whole"))
+
+
+def test_the_opsd_preset_runs_at_small_size(world: World, tmp_path: Path) -> None:
+    problems = [json.loads(line) for line in (world.folder / "problems.jsonl").read_text().splitlines()]
+    solved = tmp_path / "solved.jsonl"
+    solved.write_text("".join(json.dumps({**one, "solution": f"It is {one['answer']}."}) + "\n" for one in problems))
+    config = tmp_path / "opsd.yaml"
+    changes = {
+        "extends": str(find_config("paper/opsd-qwen3-4b").resolve()),
+        "rounds": 1,
+        "store": str(tmp_path / "store"),
+        "runs": str(tmp_path / "runs"),
+        "student": {"path": str(world.folder / "teacher"), "dtype": "float32"},
+        "prompts": {"path": str(solved)},
+        "rollout": {"prompts_per_round": 4, "max_new_tokens": 8, "engine": "transformers"},
+        "score": {"engine": "transformers"},
+        "train": {"batch_responses": 4, "lora": {"rank": 2}, "autocast": "no", "device": "cpu"},
+        "evaluate": None,
+        "launcher": {"kind": "inline"},
+    }
+    config.write_text(json.dumps(changes))
+    eopd("run", config)
+    run = opened(config)
+    cache = TeacherCache(run.artifact(run.plan.job("score", 0).output))
+    assert cache.header(0).teacher == run.facts.student.fingerprint
+    assert json.loads(cache.header(0).teacher_context)["placeholders"] == ["solution"]

@@ -60,6 +60,18 @@ def test_the_paper_presets_are_the_papers() -> None:
         assert (settings.evaluate.every, settings.train.keep_checkpoints) == (25, 2)
 
 
+@pytest.mark.parametrize(("size", "longest"), [("1.7b", 2048), ("4b", 1024)])
+def test_the_opsd_presets_are_the_papers(size: str, longest: int) -> None:
+    settings = load_config(f"paper/opsd-qwen3-{size}")
+    rollout, objective, lora = settings.rollout, settings.train.objective, settings.train.lora
+    assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens) == (1.1, 0.95, 20, longest)
+    assert (objective.name, objective.beta, settings.train.optimizer.lr) == ("jsd", 0.5, 2e-4)
+    assert lora is not None
+    assert (lora.rank, lora.alpha) == (64, 128)
+    assert settings.teacher.student == "initial"
+    assert settings.score.teacher_prompt.used == ("solution",)
+
+
 def test_paths_are_relative_to_the_file_that_states_them(minimal: Path, tmp_path: Path) -> None:
     settings = load_config(str(minimal))
     assert settings.student.path == str(tmp_path / "student")

@@ -151,11 +151,13 @@ def check_needs(run: Run, train: Job) -> None:
     from eopd.stages.train.responses import refuse_truncated_sampling
 
     settings = run.settings
-    objective = make_objective(settings.train.objective)
+    objective = make_objective(settings.train.objective, has_prefixes=settings.rollout.source == "prefix")
     try:
         refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if "scores" not in train.inputs:  # the stage of scores knows that nothing reads them
+        return
     coverage = _planned_coverage(run, train)
     missing = [
         found for need in objective.needs_with(run.facts.stop_ids) if (found := coverage.lacks(need)) is not None

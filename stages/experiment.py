@@ -6,7 +6,6 @@ benchmarks. Where artifacts are stored and how jobs are started belongs to ``pip
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.judge.settings import JudgeSettings
-from eopd.stages.models.model_config import resolve_dtype
+from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, draw_prompts
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
@@ -167,6 +166,61 @@ class ExperimentSettings(Settings):
         own = (prompts.template, prompts.template_arguments, prompts.system, prompts.suffix)
         rendered = (reads.template, reads.arguments, reads.system, reads.suffix)
         return reads.kind == "same" or (reads.kind == "template" and rendered == own)
+
+    @model_validator(mode="after")
+    def _responses_fit_the_objective(self) -> ExperimentSettings:
+        source, objective = self.rollout.source, self.train.objective
+        if source == "data" and self.prompts.columns.response is None:
+            raise ValueError(
+                "rollout.source is data, and prompts.columns.response names no column that holds the responses"
+            )
+        if source in ("teacher", "data") and objective.weighs_samples:
+            raise ValueError(
+                f"rollout.source is {source}, and train.objective.name={objective.name} weighs tokens as the student's "
+                "own samples, which these are not; take sft, fkl, rkl_topk, jsd or rs_kd, or opd or eopd with rkl: topk"
+            )
+        if source in ("teacher", "data") and self.rollout.student_topk:
+            raise ValueError(
+                f"rollout.student_topk is {self.rollout.student_topk}, and with rollout.source: {source} responses do "
+                "not depend on the student, whose own top tokens would make them do so; set it to 0"
+            )
+        beta, unset = objective.prefix_beta, type(objective).model_fields["prefix_beta"].default
+        if source != "prefix" and beta != unset:
+            raise ValueError(
+                f"train.objective.prefix_beta={beta:g} has no effect with rollout.source: {source}: it weighs tokens "
+                "that the teacher wrote at the beginning of a response; set rollout.source: prefix"
+            )
+        if source in ("teacher", "prefix") and self.teacher.student is not None:
+            raise ValueError(
+                f"rollout.source is {source}, and teacher.student is {self.teacher.student}: the student would be its "
+                "own guide; set rollout.source: student, or name a teacher"
+            )
+        if source == "prefix":
+            self._prefixes_have_an_end()
+        reads = self.score.teacher_prompt
+        if source in ("teacher", "prefix") and ("response" in reads.used or reads.shuffled):
+            raise ValueError(
+                f"rollout.source is {source}: the teacher writes under score.teacher_prompt, which may then hold "
+                "neither {{response}}, as there is none yet, nor shuffled values"
+            )
+        return self
+
+    def _prefixes_have_an_end(self) -> None:
+        prefix, longest = self.rollout.prefix, self.rollout.max_new_tokens
+        if self.rounds == 1 and prefix.over == "rounds" and prefix.start is None:
+            raise ValueError(
+                "rollout.prefix.over is rounds, and with rounds: 1 every response would be the teacher's; set "
+                "rollout.prefix.over: responses, rollout.prefix.start, or more rounds"
+            )
+        if max(prefix.start or 0, prefix.end) > longest:
+            raise ValueError(
+                f"rollout.prefix.start and end may be rollout.max_new_tokens = {longest} at most, got "
+                f"{prefix.start} and {prefix.end}"
+            )
+        if prefix.start is not None and prefix.start <= prefix.end:
+            raise ValueError(
+                f"rollout.prefix.start = {prefix.start} must be more than rollout.prefix.end = {prefix.end}"
+            )
 
     @model_validator(mode="after")
     def _the_teacher_finds_its_column(self) -> ExperimentSettings:
@@ -358,9 +412,3 @@ def _reference(settings: ModelSettings, facts: ModelFacts) -> ModelRef:
         fingerprint=facts.fingerprint,
         tokenizer=str(facts.tokenizer_folder),
     )
-
-
-def vocabulary_size(folder: Path) -> int:
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from eopd.stages.align.stage import AlignmentSummaryStage, AlignStage
 from eopd.stages.evaluate.stage import EvaluateStage, EvaluationSummaryStage
 from eopd.stages.judge.stage import JudgeStage
-from eopd.stages.rollout.stage import RolloutStage, StudentTopkStage
+from eopd.stages.rollout.stage import GuideStage, RolloutStage, StudentTopkStage
 from eopd.stages.score.stage import ScoreStage
 from eopd.stages.stage import Stage
 from eopd.stages.train.stage import TrainStage
@@ -27,6 +27,7 @@ STAGES: list[Stage] = [
     EvaluationSummaryStage(),
     AlignStage(),
     AlignmentSummaryStage(),
+    GuideStage(),
     RolloutStage(),
     StudentTopkStage(),
     JudgeStage(),

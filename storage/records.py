@@ -34,8 +34,13 @@ def write_record(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_record(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+def read_record(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, *, others: Sequence[pa.Schema] = ()
+) -> pa.Table:
     """Read one file of the record with this schema, or only ``columns`` of it.
+
+    Args:
+        others: schemas of other versions that are read too. Columns that the file's version lacks are left out.
 
     Raises:
         WrongArtifact: the file holds another record.
@@ -44,7 +49,9 @@ def read_record(path: Path, schema: pa.Schema, columns: Sequence[str] | None = N
     """
     try:
         with pq.ParquetFile(path) as file:
-            _check(path, file.schema_arrow.metadata or {}, schema.metadata)
+            schema = _schema_of(path, file.schema_arrow.metadata or {}, (schema, *others))
+            if columns is not None:
+                columns = [name for name in columns if name in schema.names]
             return check_columns(path, _rows(path, file, columns), schema, columns)
     except (pa.ArrowException, *MISFITS) as error:  # Arrow's are ValueErrors, OSErrors and others
         raise DamagedPart(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
@@ -89,12 +96,16 @@ def check_columns(path: Path, table: pa.Table, schema: pa.Schema, columns: Seque
     return table
 
 
-def _check(path: Path, found: Mapping[bytes, bytes], expected: Mapping[bytes, bytes]) -> None:
-    if found.get(_RECORD) != expected[_RECORD]:
-        there = found.get(_RECORD, b"no record of eopd").decode(errors="replace")
-        raise WrongArtifact(f"{path} holds {there}, not {expected[_RECORD].decode()}")
-    version, reads = int(found.get(_VERSION, b"0")), int(expected[_VERSION])
-    if version > reads:
-        raise NewerSchema(f"{path} has version {version}; this eopd reads up to {reads}. Upgrade eopd to use it.")
-    if version < reads:
-        raise WrongArtifact(f"{path} has version {version}, and this eopd reads {reads}")
+def _schema_of(path: Path, metadata: Mapping[bytes, bytes], schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The schema, among versions of one record, that a file says it has."""
+    record = schemas[0].metadata[_RECORD]
+    if metadata.get(_RECORD) != record:
+        there = metadata.get(_RECORD, b"no record of eopd").decode(errors="replace")
+        raise WrongArtifact(f"{path} holds {there}, not {record.decode()}")
+    version = int(metadata.get(_VERSION, b"0"))
+    known = {int(schema.metadata[_VERSION]): schema for schema in schemas}
+    if version > max(known):
+        raise NewerSchema(f"{path} has version {version}; this eopd reads up to {max(known)}. Upgrade eopd to use it.")
+    if version not in known:
+        raise WrongArtifact(f"{path} has version {version}, and this eopd reads {', '.join(map(str, sorted(known)))}")
+    return known[version]

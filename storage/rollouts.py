@@ -1,14 +1,19 @@
-"""The rollout record: one response of one policy to one prompt, as token ids.
+"""The rollout record: one response to one prompt, as token ids, and who wrote each of them.
 
 Produced by ``stages.rollout``; read by ``stages.score``, ``stages.train`` and ``stages.report``. One Parquet
-file a part. Token ids are what was sampled, never re-tokenised text.
+file a part. Token ids are those that were sampled, never re-tokenised text.
+
+Version 1 holds responses that the policy sampled. Version 2 adds ``written``, the writer of every response token; it is
+written by every other source of responses, so that an eopd that knows version 1 alone refuses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -42,20 +47,64 @@ SCHEMA = pa.schema(
 )
 
 
-def write_rollouts(folder: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write one part's rollouts (possibly none) to ``folder``."""
-    write_rows(folder / FILE_NAME, SCHEMA, rows)
+WRITTEN = "written"
+SCHEMA_OF_WRITERS = SCHEMA.append(pa.field(WRITTEN, pa.list_(pa.int8()), nullable=False)).with_metadata(
+    named("rollouts", 2)
+)
+"""Log-probs of tokens that the policy did not sample are NaN."""
+
+
+class Writer(IntEnum):
+    """The writer of a response token."""
+
+    POLICY = 0
+    TEACHER = 1
+    DATA = 4  # 2 and 3 are kept for literal text and for the policy under a privileged context
+
+
+def write_rollouts(folder: Path, rows: Sequence[Mapping[str, object]], *, writers: bool = False) -> None:
+    """Write one part's rollouts (possibly none) to ``folder``.
+
+    Args:
+        writers: rows have ``written`` (version 2); otherwise the policy wrote every token.
+    """
+    write_rows(folder / FILE_NAME, SCHEMA_OF_WRITERS if writers else SCHEMA, rows)
 
 
 def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one part.
+    """Read one part. ``written`` is there if asked for (or all columns are), whatever the file's version.
 
     Raises:
-        WrongArtifact, NewerSchema: the file holds another record or a newer version of it. DamagedPart: it cannot be
-            read.
+        WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
+        DamagedPart: it cannot be read; an id is negative; tokens have no writer, or one that is unknown.
     """
-    table = read_record(folder / FILE_NAME, SCHEMA, columns)
+    path = folder / FILE_NAME
+    asked = columns
+    if columns is not None and WRITTEN in columns and "response_token_ids" not in columns:
+        asked = [*columns, "response_token_ids"]
+    table = read_record(path, SCHEMA, asked, others=[SCHEMA_OF_WRITERS])
+    if columns is None or WRITTEN in columns:
+        table = _with_writers(path, table)
+        table = table if columns is None else table.select(list(columns))
     for name in ("prompt_token_ids", "response_token_ids"):
         if name in table.schema.names and (pc.min(pc.list_flatten(table.column(name))).as_py() or 0) < 0:
-            raise DamagedPart(f"{folder / FILE_NAME}: column {name!r} has an id below 0")
+            raise DamagedPart(f"{path}: column {name!r} has an id below 0")
+    return table
+
+
+def _with_writers(path: Path, table: pa.Table) -> pa.Table:
+    """The table with its writers checked, or with the policy as the writer of every token."""
+    lengths = pc.list_value_length(table.column("response_token_ids")).to_numpy()
+    if WRITTEN not in table.schema.names:
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        values = pa.array(np.full(int(offsets[-1]), Writer.POLICY, np.int8))
+        return table.append_column(
+            SCHEMA_OF_WRITERS.field(WRITTEN), pa.ListArray.from_arrays(pa.array(offsets), values)
+        )
+    written = table.column(WRITTEN)
+    if not np.array_equal(pc.list_value_length(written).to_numpy(), lengths):
+        raise DamagedPart(f"{path}: column {WRITTEN!r} has other lengths than the responses")
+    unknown = set(pc.unique(pc.list_flatten(written)).to_pylist()) - {int(writer) for writer in Writer}
+    if unknown:
+        raise DamagedPart(f"{path}: column {WRITTEN!r} has the unknown writer {min(unknown)}")
     return table

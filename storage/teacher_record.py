@@ -10,7 +10,7 @@ Logs are natural (nats).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -97,6 +97,25 @@ class TeacherRows:
             extra_offsets=offsets,
             extra_ids=ids,
             extra_logprobs=logs,
+        )
+
+    @classmethod
+    def unscored(cls, responses: Sequence[Sequence[int]]) -> TeacherRows:
+        """Rows of tokens that no teacher has scored: NaN, and heads without entries."""
+        tokens = sum(map(len, responses))
+        nothing = cls.without_responses(())
+        return replace(
+            nothing,
+            response_offsets=np.cumsum([0, *map(len, responses)]).astype(np.int64),
+            token_ids=np.fromiter((token for ids in responses for token in ids), np.int32, tokens),
+            entropy=np.full(tokens, np.nan, np.float32),
+            sampled_logprob=np.full(tokens, np.nan, np.float32),
+            sampled_rank=np.zeros(tokens, np.int32),
+            stop_logprobs=np.zeros((tokens, 0), np.float32),
+            tail_logmass=np.zeros(tokens, np.float32),
+            head_offsets=np.zeros(tokens + 1, np.int64),
+            draw_offsets=np.zeros(tokens + 1, np.int64),
+            extra_offsets=np.zeros(tokens + 1, np.int64),
         )
 
     @property

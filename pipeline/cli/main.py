@@ -117,8 +117,14 @@ def _options(
 
 
 @app.command()
+def guide(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
+    """Sample the teacher's own responses, where rollouts begin with a part of them (rollout.source: prefix)."""
+    _stage("guide", config, round_, parts, set_)
+
+
+@app.command()
 def rollout(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Sample responses from the current student."""
+    """Make the responses of a round: the student's, the teacher's, or those that come with the prompts."""
     _stage("rollout", config, round_, parts, set_)
 
 

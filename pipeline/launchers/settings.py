@@ -67,6 +67,7 @@ class RaySettings(Settings):
         "this machine alone, started for the run.",
         keyed=False,
     )
+    guide: RayResources = setting(RayResources, "Resources of guide tasks, in which the teacher samples.", keyed=False)
     rollout: RayResources = setting(RayResources, "Resources of rollout tasks.", keyed=False)
     score: RayResources = setting(RayResources, "Resources of score tasks.", keyed=False)
     train: RayResources = setting(RayResources, "Resources of training, on each of its nodes.", keyed=False)
@@ -129,6 +130,7 @@ class SlurmResources(Settings):
 
 class SlurmSettings(Settings):
     resources: SlurmResources = setting(SlurmResources, "Resources of tasks whose stage says nothing.", keyed=False)
+    guide: SlurmResources = setting(SlurmResources, "Resources of guide tasks.", keyed=False)
     rollout: SlurmResources = setting(SlurmResources, "Resources of rollout tasks.", keyed=False)
     score: SlurmResources = setting(SlurmResources, "Resources of score tasks.", keyed=False)
     train: SlurmResources = setting(SlurmResources, "Resources of training.", keyed=False)

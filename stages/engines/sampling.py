@@ -105,6 +105,11 @@ class SamplingRequest:
 
     prompt_token_ids: Sequence[int]
     seed: int  # 0 <= seed < 2^63
+    max_new_tokens: int | None = None  # at most those of the call, which None stands for
+
+    def limit(self, parameters: SamplingParameters) -> int:
+        """Most tokens of the response."""
+        return parameters.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -238,10 +243,12 @@ def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingPara
         length = len(request.prompt_token_ids)
         if length == 0:
             raise ValueError(f"request {number} has an empty prompt: nothing predicts its first token")
-        if length + parameters.max_new_tokens > max_tokens:
+        limit = request.limit(parameters)
+        assert 1 <= limit <= parameters.max_new_tokens, limit
+        if length + limit > max_tokens:
             raise ValueError(
-                f"request {number}: a prompt of {length} tokens and max_new_tokens {parameters.max_new_tokens} do not "
-                f"fit the {max_tokens} tokens the engine was opened for"
+                f"request {number}: a prompt of {length} tokens and max_new_tokens {limit} do not fit the {max_tokens} "
+                "tokens the engine was opened for"
             )
         assert 0 <= request.seed < 2**63, request.seed
 

@@ -82,7 +82,9 @@ class TransformersSamplingEngine:
     ) -> list[Sample]:
         assert self._model is not None, "the engine is closed"
         check_requests(requests, parameters, self.max_tokens)
-        longest = max((len(request.prompt_token_ids) for request in requests), default=0) + parameters.max_new_tokens
+        if not requests:
+            return []
+        longest = _longest(requests, parameters)
         refuse_crossing(self._folder, str(self._folder), longest, "a sample would depend on its neighbours' lengths")
         order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
         samples: dict[int, Sample] = {}
@@ -105,7 +107,7 @@ class TransformersSamplingEngine:
 
         On a CPU it depends on nothing but the call, which therefore gives the same bytes in any process.
         """
-        longest = max((len(request.prompt_token_ids) for request in requests), default=0) + parameters.max_new_tokens
+        longest = _longest(requests, parameters)
         config = self._model.config.get_text_config()
         all_heads = getattr(config, "num_attention_heads", None) or 1  # none in a pure state-space model
         heads = getattr(config, "num_key_value_heads", None) or all_heads
@@ -121,12 +123,12 @@ class TransformersSamplingEngine:
     ) -> list[Sample]:
         """Sample one batch, all rows at once."""
         state = _Batch.of(requests, parameters, self._device)
-        written = _Written.empty(len(requests), parameters)
+        written = _Written.empty(requests, parameters)
         stop_ids = torch.tensor(parameters.stop_ids, dtype=torch.int64, device=self._device)
         cache = roomy_cache(self._model.config)
         droppable = can_drop_rows(cache)
         inputs, positions = state.prompt_ids, state.prompt_positions
-        for step in range(parameters.max_new_tokens):
+        for step in range(int(state.limits.max())):
             out = self._model(
                 input_ids=inputs,
                 attention_mask=state.mask if self._takes_padding else None,  # one row, without padding
@@ -138,8 +140,7 @@ class TransformersSamplingEngine:
             drawn, full, truncated = _draw(out.logits[:, -1].float(), state.uniforms[:, step], parameters)
             stopped = torch.isin(drawn, stop_ids)
             written.write(state.rows, step, drawn, full, truncated, stopped)
-            if step + 1 == parameters.max_new_tokens:
-                stopped = torch.ones_like(stopped)  # cut
+            stopped = stopped | (step + 1 >= state.limits)  # cut
             newly, drawn_count = int((stopped & ~state.finished).sum()), int((~state.finished).sum())
             if on_progress is not None:
                 on_progress(drawn_count, newly)
@@ -165,6 +166,7 @@ class _Batch:
     mask: Tensor  # [B, L] int64, 0 on padding
     lengths: Tensor  # [B] tokens of prompt and response
     uniforms: Tensor  # [B, max_new_tokens] float64 in [0, 1)
+    limits: Tensor  # [B] most tokens of the response
     finished: Tensor  # [B] bool
     rows: Tensor  # [B] number of the request
 
@@ -184,6 +186,7 @@ class _Batch:
             mask=on_device,
             lengths=torch.tensor(lengths, device=device),
             uniforms=torch.from_numpy(uniforms).to(device),
+            limits=torch.tensor([request.limit(parameters) for request in requests], device=device),
             finished=torch.zeros(len(requests), dtype=torch.bool, device=device),
             rows=torch.arange(len(requests), device=device),
         )
@@ -199,17 +202,20 @@ class _Written:
     token_ids: Tensor  # [B, max_new_tokens]
     logprobs: Tensor | None
     truncated: Tensor | None
+    limits: Tensor  # [B] most tokens
     lengths: Tensor  # [B] tokens up to and with the first stop
     stopped: Tensor  # [B] bool
 
     @classmethod
-    def empty(cls, rows: int, parameters: SamplingParameters) -> _Written:
+    def empty(cls, requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> _Written:
+        rows = len(requests)
         shape = (rows, parameters.max_new_tokens)
         truncates = parameters.logprobs and parameters.truncates
         return cls(
             token_ids=torch.zeros(shape, dtype=torch.int32),
             logprobs=torch.zeros(shape) if parameters.logprobs else None,
             truncated=torch.zeros(shape) if truncates else None,
+            limits=torch.tensor([request.limit(parameters) for request in requests]),
             lengths=torch.zeros(rows, dtype=torch.int64),
             stopped=torch.zeros(rows, dtype=torch.bool),
         )
@@ -219,7 +225,7 @@ class _Written:
     ) -> None:
         """Write one position of the rows in the batch; rows that have stopped stay as they are."""
         there = rows.cpu()
-        going = ~self.stopped[there]
+        going = ~self.stopped[there] & (step < self.limits[there])
         there = there[going]
         self.token_ids[there, step] = drawn.cpu()[going].int()
         if self.logprobs is not None:
@@ -243,6 +249,11 @@ class _Written:
                 )
             )
         return found
+
+
+def _longest(requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
+    """Most tokens of prompt and response together."""
+    return max((len(request.prompt_token_ids) + request.limit(parameters) for request in requests), default=0)
 
 
 def _cache_name(model: Any) -> str:

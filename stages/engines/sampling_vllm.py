@@ -87,7 +87,7 @@ class VLLMSamplingEngine:
     ) -> list[Sample]:
         llm.enqueue(
             [{"prompt_token_ids": [int(token) for token in request.prompt_token_ids]} for request in requests],
-            [_sampling_params(parameters, request.seed) for request in requests],
+            [_sampling_params(parameters, request) for request in requests],
             use_tqdm=False,
         )
         found: list[tuple[int, Sample]] = []  # with vLLM's request number, which counts in the order given
@@ -134,7 +134,7 @@ def _being_decoded(llm: Any) -> int:
     return sum(state.detokenizer.num_output_tokens() for state in states.values() if state.detokenizer is not None)
 
 
-def _sampling_params(parameters: SamplingParameters, seed: int) -> Any:
+def _sampling_params(parameters: SamplingParameters, request: SamplingRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -143,8 +143,8 @@ def _sampling_params(parameters: SamplingParameters, seed: int) -> Any:
         top_p=parameters.top_p,
         top_k=parameters.top_k,
         min_p=parameters.min_p,
-        seed=seed,
-        max_tokens=parameters.max_new_tokens,
+        seed=request.seed,
+        max_tokens=request.limit(parameters),
         stop_token_ids=list(parameters.stop_ids),
         ignore_eos=True,  # the stop ids are the caller's, all of them
         logprobs=0 if parameters.logprobs else None,

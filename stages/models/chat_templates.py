@@ -123,7 +123,7 @@ def parse_conversation(value: object, tools: object = None) -> Conversation:
     if isinstance(value, str) and value.strip():
         messages: tuple[Message, ...] = ({"role": "user", "content": value},)
     elif isinstance(value, list) and value:
-        messages = tuple(_message(item, f"message {number}") for number, item in enumerate(value, start=1))
+        messages = tuple(parse_message(item, f"message {number}") for number, item in enumerate(value, start=1))
     else:
         raise ValueError(
             f"must hold text or a list of {{role, content}} messages, and not be empty; got {_short(value)}"
@@ -138,7 +138,8 @@ def parse_conversation(value: object, tools: object = None) -> Conversation:
     return conversation
 
 
-def _message(item: object, where: str) -> Message:
+def parse_message(item: object, where: str) -> Message:
+    """One message of a conversation, without null fields. Raises ValueError, naming ``where``."""
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise ValueError(f"{where} must hold text as `role` and `content`, got {_short(item)}")
     message = _without_nulls({"role": item["role"], "content": None, **item})

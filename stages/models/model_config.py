@@ -109,3 +109,10 @@ def refuse_dynamic_positions(folder: Path, name: str) -> None:
             f"{name}: rope_type {scaled.rope_type!r} in its config is refused with engine vllm, which scales positions "
             "once for all lengths where transformers scales them by length. Set engine: transformers"
         )
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Ids of a model by its config; 0 if the config does not say."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)

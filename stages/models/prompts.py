@@ -21,7 +21,7 @@ from pydantic import model_validator
 
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models import prompt_sources
-from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, refuse_reserved
+from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, parse_message, refuse_reserved
 from eopd.stages.settings import COUNT, LENGTH, Settings, setting
 
 if TYPE_CHECKING:
@@ -43,13 +43,16 @@ class Columns(Settings):
     )
     teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs: text")
     tools: str | None = setting(None, "Tools that the chat template may offer: a list of JSON schemas, or that as text")
+    response: str | None = setting(
+        None,
+        "A response to the prompt, for rollout.source: data: text, token ids, or the column of `prompt` itself, whose "
+        "last message it then is",
+    )
 
     def semantic(self) -> dict[str, Any]:
-        """Leave an unset ``tools`` out: it was added after the first artifacts, whose keys must stay."""
+        """Leave unset fields out that were added after the first artifacts, whose keys must stay."""
         kept = super().semantic()
-        if kept["tools"] is None:
-            del kept["tools"]
-        return kept
+        return {name: value for name, value in kept.items() if value is not None or name not in ("tools", "response")}
 
 
 class PromptSettings(Settings):
@@ -86,6 +89,10 @@ class PromptSettings(Settings):
         return self
 
 
+Response = str | tuple[int, ...] | Message
+"""A response that comes with its prompt: text, token ids, or a message of the assistant."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of a source."""
@@ -96,6 +103,7 @@ class Prompt:
     answer: str | None
     teacher_prompt: str | None
     solution: str | None
+    response: Response | None = None
 
     def value(self, name: str) -> str | None:
         """The text of a placeholder of the prompt (``placeholders.OF_PROMPT``)."""
@@ -283,10 +291,16 @@ def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
     tools = None if columns.tools is None else row.values[columns.tools]
+    value = row.values[columns.prompt]
+    response: Response | None = None
     try:
-        conversation = parse_conversation(row.values[columns.prompt], tools)
+        if columns.response == columns.prompt:
+            value, response = _last_turn(value)
+        conversation = parse_conversation(value, tools)
     except ValueError as error:
         raise ValueError(f"{row.where}: column {columns.prompt!r} {error}") from error
+    if columns.response not in (None, columns.prompt):
+        response = _response(row, str(columns.response))
     teacher_prompt = None if columns.teacher_prompt is None else row.values[columns.teacher_prompt]
     if columns.teacher_prompt is not None and not isinstance(teacher_prompt, str):
         raise ValueError(
@@ -300,6 +314,37 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
         answer=None if columns.answer is None else _text(row, columns.answer, f", and prompt {name!r} needs an answer"),
         teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
         solution=None if columns.solution is None else _text(row, columns.solution),
+        response=response,
+    )
+
+
+def _last_turn(value: object) -> tuple[list[object], Message]:
+    """The messages before the last one, and the last one, which is the assistant's."""
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError("must hold a list of messages, of which the last is the response")
+    last = parse_message(value[-1], f"message {len(value)}")
+    if last["role"] != "assistant":
+        raise ValueError(f"ends with a message of the {last['role']}, and the response must be the assistant's")
+    return value[:-1], last
+
+
+def _response(row: prompt_sources.Row, column: str) -> Response:
+    """A response as text or token ids."""
+    value = row.values[column]
+    if isinstance(value, str) and value.strip():
+        return _text(row, column)
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return tuple(value)
+    if isinstance(value, dict):
+        try:
+            message = parse_message({"role": "assistant", **value}, "the response")
+        except ValueError as error:
+            raise ValueError(f"{row.where}: column {column!r}: {error}") from error
+        if message["role"] == "assistant":
+            return message
+    raise ValueError(
+        f"{row.where}: column {column!r} must hold a response: text, a list of token ids, or a message of the "
+        f"assistant; got {repr(value)[:80]}"
     )
 
 

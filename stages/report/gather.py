@@ -75,7 +75,8 @@ class RoundArtifacts:
         """Return the student's own entropies at the round's start; None once they were pruned."""
         if self.checkpoint is None or not self.checkpoint.is_committed(1):
             return None
-        return self.checkpoint.part_folder(1) / "round_start.safetensors"
+        path = self.checkpoint.part_folder(1) / "round_start.safetensors"
+        return path if path.exists() else None  # none is made where the student did not write the responses
 
 
 @dataclass(frozen=True)

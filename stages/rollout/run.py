@@ -1,26 +1,34 @@
-"""The rollout stage: one engine call a part, nothing else in flight, committed when it returns.
+"""Rollouts: one engine call a part, nothing else in flight, committed when it returns.
 
-Producer of the records of ``storage.rollouts``.
+Producer of the records of ``storage.rollouts``. The student or the teacher samples, or the student goes on from a
+prefix that the teacher sampled, or the responses come with the prompts and no engine is opened.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.job import ModelRef, Progress
-from eopd.stages.models.model_config import refuse_crossing
+from eopd.stages.models.model_config import refuse_crossing, vocabulary_size
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
+from eopd.stages.models.responses import NoResponse, response_ids
+from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
+from eopd.stages.rollout.prefix import Prefixes
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.rollouts import Writer, read_rollouts, write_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +39,7 @@ class RolloutJob:
     """Sample the responses of one round.
 
     Part i of ``output`` holds the samples of the prompts ``prompt_indices[i]``. ``stop_ids`` are those of student
-    and teacher together: every response ends at the first of them.
+    and teacher together, the student's main one first: every response ends at the first of them that is sampled.
     """
 
     output: Artifact
@@ -39,21 +47,27 @@ class RolloutJob:
     settings: RolloutSettings
     progress: Progress
     log_dir: Path
-    policy: ModelRef
+    policy: ModelRef  # the model that samples
     prompts: PromptSettings
     prompt_indices: Sequence[Sequence[int]]  # rows of the prompt source, per part of the artifact
     stop_ids: tuple[int, ...]
     seed: int  # of this round: equal seeds give equal draws to equal prompts
+    student: ModelRef | None = None  # whose prompts are recorded; None: the policy's
+    teacher_prompt: TeacherPromptSettings | None = None  # how the teacher reads prompts, if it is the one that samples
+    guide: Artifact | None = None  # the teacher's responses, by the same parts
+    prefixes: Prefixes | None = None  # how much of them begins a response
     engines: Engines = field(default_factory=Engines)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A prompt of a part, as the student reads it."""
+    """A prompt of a part."""
 
     prompt: Prompt
-    token_ids: list[int]
+    token_ids: list[int]  # as the student reads it
+    context_ids: list[int]  # as the model reads it that samples
     first_sample: int  # number of its first sample: above 0 when the round has drawn it before
+    rank: int  # of its first sample among the responses of the round
 
 
 def run(job: RolloutJob) -> None:
@@ -66,17 +80,25 @@ def run(job: RolloutJob) -> None:
     assert len(job.prompt_indices) == job.output.parts, (len(job.prompt_indices), job.output.parts)
     done = job.output.committed()
     pending = [part for part in job.parts if part not in done]
-    if pending:
-        _sample_parts(job, pending)
+    if not pending:
+        return
+    from eopd.stages.models.loading import load_tokenizer
 
-
-def _sample_parts(job: RolloutJob, pending: Sequence[int]) -> None:
-    from eopd.stages.models.loading import load_tokenizer, model_folder
-
-    tokenizer = load_tokenizer(job.policy)
+    tokenizer = load_tokenizer(job.student or job.policy)
     draws = _prepare(job, tokenizer)
+    if job.settings.source == "data":
+        _copy_parts(job, pending, draws, tokenizer)
+    else:
+        _sample_parts(job, pending, draws, tokenizer)
+
+
+def _sample_parts(
+    job: RolloutJob, pending: Sequence[int], draws: list[list[Draw]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from eopd.stages.models.loading import model_folder
+
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
-    longest = max(len(draw.token_ids) for part in draws for draw in part)
+    longest = max(max(len(draw.context_ids), len(draw.token_ids)) for part in draws for draw in part)
     refuse_crossing(
         model_folder(job.policy.path, job.policy.revision),
         job.policy.path,
@@ -109,6 +131,8 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
     """
     table = load_prompts(job.prompts)
     limit = job.prompts.max_prompt_tokens
+    context_of = _contexts(job)
+    rank = 0
     found: list[list[Draw]] = []
     skipped: list[int] = []
     for indices, firsts in zip(job.prompt_indices, _first_samples(job), strict=True):
@@ -118,7 +142,7 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             if not ids:
                 raise ValueError(f"prompt {prompt.id!r} of {job.prompts.path} has no tokens: nothing can follow it")
             if len(ids) <= limit:
-                found[-1].append(Draw(prompt, ids, first))
+                found[-1].append(Draw(prompt, ids, context_of(prompt, ids), first, rank))
             elif job.prompts.too_long == "skip":
                 skipped.append(len(ids))
             else:
@@ -126,6 +150,7 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
                     f"prompt {prompt.id!r} of {job.prompts.path} has {len(ids)} tokens, more than "
                     f"prompts.max_prompt_tokens = {limit}; raise it, or set too_long: skip"
                 )
+            rank += job.settings.samples_per_prompt
     if skipped:
         drawn = sum(len(indices) for indices in job.prompt_indices)
         told = (
@@ -136,6 +161,27 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             raise ValueError(f"{job.prompts.path}: {told}: none is left. Raise the limit")
         job.progress.line(f"rollout: skipped {told}")
     return found
+
+
+def _contexts(job: RolloutJob) -> Callable[[Prompt, list[int]], list[int]]:
+    """The ids of a prompt as the model reads it that samples, by the prompt and its ids as the student reads it."""
+    reads = job.teacher_prompt
+    if reads is None:
+        return lambda _, ids: ids
+    from eopd.stages.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(job.policy)
+
+    def render(prompt: Prompt, own: list[int]) -> list[int]:
+        where = f"prompt {prompt.id!r} of {job.prompts.path}"
+        source = {"same": None, "template": prompt.messages_json, "column": prompt.teacher_prompt}[reads.kind]
+        values = {name: prompt.value(name) for name in reads.values_needed}
+        ids = teacher_context(source, own, reads, tokenizer, values, where).ids((), ())
+        if not ids:
+            raise ValueError(f"{where} has no tokens as the teacher reads it")
+        return list(ids)
+
+    return render
 
 
 def _first_samples(job: RolloutJob) -> list[list[int]]:
@@ -178,6 +224,17 @@ class _Meter:
         )
 
 
+@dataclass(frozen=True)
+class _Response:
+    """A response to write, of which the teacher has written the beginning, or all."""
+
+    draw: Draw
+    sample: int
+    seed: int
+    prefix: Sequence[int] = ()
+    ended: Mapping[str, Any] | None = None  # how it ended, if the prefix is all of it
+
+
 def _do_part(
     job: RolloutJob,
     part: int,
@@ -187,49 +244,198 @@ def _do_part(
     meter: _Meter,
 ) -> None:
     """One engine call and its commit."""
-    asked = [(draw, draw.first_sample + number) for draw in draws for number in range(job.settings.samples_per_prompt)]
-    requests = [
-        SamplingRequest(draw.token_ids, derive_seed(job.seed, draw.prompt.id, number)) for draw, number in asked
-    ]
+    responses = _begun(job, part, draws)
+    open_ = [response for response in responses if response.ended is None]
+    requests = [_request(job, response) for response in open_]
     meter.begin(len(requests))
     samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.bar.advance) if requests else []
     meter.end(samples)
-    rows = [
-        _row(job, draw, number, request.seed, sample, tokenizer)
-        for (draw, number), request, sample in zip(asked, requests, samples, strict=True)
-    ]
-    stopped = sum(sample.finish_reason == "stop" for sample in samples)
+    vocabulary = (
+        vocabulary_size(Path(job.student.path)) if job.student is not None and job.teacher_prompt is not None else 0
+    )
+    continued = iter(samples)
+    rows, cut = [], 0
+    for response in responses:
+        sample = next(continued) if response.ended is None else _as_sampled(response.ended)
+        if vocabulary and max(sample.token_ids, default=0) >= vocabulary:
+            sample, cut = _before(sample, vocabulary), cut + 1
+        rows.append(_row(job, response, sample, tokenizer))
+    if cut * 2 > len(rows):
+        raise ValueError(
+            f"part {part}: {cut} of {len(rows)} responses of the teacher hold ids beyond the student's vocabulary of "
+            f"{vocabulary}: the two tokenizers do not belong together"
+        )
     info = {
-        "prompts": len(draws),
-        "skipped": len(job.prompt_indices[part]) - len(draws),
-        "responses": len(samples),
-        "tokens": sum(len(sample.token_ids) for sample in samples),
-        "stop_rate": stopped / len(samples) if samples else None,
+        **_counts(job, part, draws, rows),
+        **({"cut_at_unknown_ids": cut} if cut else {}),
         "engine": engine.name,
         "engine_version": engine.version,
         "engine_options": job.settings.engine_options.model_dump(mode="json"),
     }
-    with job.output.write_part(part, inputs={"policy": job.policy.fingerprint}, info=info) as folder:
-        write_rollouts(folder, rows)
+    with job.output.write_part(part, inputs=_inputs(job, part), info=info) as folder:
+        write_rollouts(folder, rows, writers=_has_writers(job))
 
 
-def _row(
-    job: RolloutJob, draw: Draw, number: int, seed: int, sample: Sample, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    return {
+def _copy_parts(
+    job: RolloutJob, pending: Sequence[int], draws: list[list[Draw]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the responses that come with the prompts."""
+    job.progress.start("rollout", sum(len(draws[part]) for part in pending))
+    long: list[int] = []
+    try:
+        for part in claimed_parts(job.output, pending, job.progress.line):
+            rows = []
+            for draw in draws[part]:
+                ids = _given(job, draw, tokenizer)
+                if len(ids) > job.settings.max_new_tokens:
+                    long.append(len(ids))
+                    continue
+                stopped = ids[-1] in job.stop_ids
+                sample = Sample(
+                    np.asarray(ids, np.int32), "stop" if stopped else "length", ids[-1] if stopped else None
+                )
+                response = _Response(draw, draw.first_sample, derive_seed(0, draw.prompt.id, draw.first_sample))
+                rows.append(_row(job, response, sample, tokenizer))
+            info = _counts(job, part, draws[part], rows)
+            with job.output.write_part(part, inputs=_inputs(job, part), info=info) as folder:
+                write_rollouts(folder, rows, writers=True)
+            job.progress.advance(len(draws[part]))
+    finally:
+        job.progress.close()
+    if long:
+        job.progress.line(
+            f"rollout: skipped {len(long)} responses that are longer than rollout.max_new_tokens = "
+            f"{job.settings.max_new_tokens} (longest: {max(long)})"
+        )
+
+
+def _given(job: RolloutJob, draw: Draw, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the response that comes with a prompt."""
+    try:
+        ids = response_ids(tokenizer, draw.prompt, job.prompts, job.stop_ids)
+        if len(ids) > job.settings.max_new_tokens and job.prompts.too_long == "refuse":
+            raise NoResponse(
+                f"has {len(ids)} tokens, more than rollout.max_new_tokens = {job.settings.max_new_tokens}; raise it, "
+                "or set prompts.too_long: skip"
+            )
+    except NoResponse as error:
+        raise ValueError(f"the response to prompt {draw.prompt.id!r} of {job.prompts.path} {error}") from error
+    return ids
+
+
+def _begun(job: RolloutJob, part: int, draws: Sequence[Draw]) -> list[_Response]:
+    """The responses of a part, with what the teacher has written of them."""
+    numbers = range(job.settings.samples_per_prompt)
+    responses = [
+        _Response(draw, sample, derive_seed(job.seed, draw.prompt.id, sample))
+        for draw in draws
+        for sample in (draw.first_sample + number for number in numbers)
+    ]
+    if job.guide is None or job.prefixes is None:
+        return responses
+    columns = ["prompt_id", "sample", "response_token_ids", "finish_reason", "stop_token_id"]
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in read_rollouts(job.guide.part_folder(part), columns).to_pylist():
+        rows.setdefault(row["prompt_id"], {})[row["sample"]] = row
+    begun = []
+    for response in responses:
+        draw, name = response.draw, response.draw.prompt.id
+        guides = list(rows.get(name, {}).values())
+        if not guides:
+            raise ValueError(f"{job.guide} part {part} holds no response to prompt {name!r}")
+        row = guides[response.sample % len(guides)]
+        ids = row["response_token_ids"]
+        length = job.prefixes.length(draw.rank + response.sample - draw.first_sample, job.seed, name, response.sample)
+        prefix = ids[: min(length, job.settings.max_new_tokens)]
+        ended = None
+        if len(prefix) == len(ids) and row["stop_token_id"] is not None:
+            ended = row
+        elif len(prefix) == job.settings.max_new_tokens:
+            ended = {"finish_reason": "length", "stop_token_id": None}
+        begun.append(_Response(draw, response.sample, response.seed, prefix, ended))
+    return begun
+
+
+def _request(job: RolloutJob, response: _Response) -> SamplingRequest:
+    context = [*response.draw.context_ids, *response.prefix]
+    left = job.settings.max_new_tokens - len(response.prefix)
+    return SamplingRequest(context, response.seed, left if response.prefix else None)
+
+
+def _as_sampled(row: Mapping[str, Any]) -> Sample:
+    """The end of a response that the teacher has written whole."""
+    return Sample(np.zeros(0, np.int32), row["finish_reason"], row["stop_token_id"])
+
+
+def _before(sample: Sample, vocabulary: int) -> Sample:
+    """The sample up to the first id beyond a vocabulary."""
+    length = int(np.argmax(sample.token_ids >= vocabulary))
+    return Sample(
+        sample.token_ids[:length],
+        "length",
+        None,
+        None if sample.logprobs is None else sample.logprobs[:length],
+        None if sample.truncated_logprobs is None else sample.truncated_logprobs[:length],
+    )
+
+
+def _has_writers(job: RolloutJob) -> bool:
+    """True unless the policy wrote every token."""
+    return job.teacher_prompt is not None or job.guide is not None or job.settings.source == "data"
+
+
+def _inputs(job: RolloutJob, part: int) -> dict[str, str]:
+    inputs = {} if job.settings.source == "data" else {"policy": job.policy.fingerprint}
+    return inputs if job.guide is None else {**inputs, "guide": job.guide.marker(part).checksum}
+
+
+def _counts(job: RolloutJob, part: int, draws: Sequence[Draw], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    stopped = sum(row["finish_reason"] == "stop" for row in rows)
+    counts = {
+        "prompts": len(draws),
+        "skipped": len(job.prompt_indices[part]) - len(draws),
+        "responses": len(rows),
+        "tokens": sum(len(row["response_token_ids"]) for row in rows),
+        "stop_rate": stopped / len(rows) if rows else None,
+    }
+    if job.guide is not None:
+        counts["teacher_tokens"] = sum(row["written"].count(Writer.TEACHER) for row in rows)
+    return counts
+
+
+def _row(job: RolloutJob, response: _Response, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    draw, prefix = response.draw, list(response.prefix)
+    ids = [*prefix, *sample.token_ids.tolist()]
+    row = {
         "prompt_id": draw.prompt.id,
         "prompt_index": draw.prompt.index,
-        "sample": number,
+        "sample": response.sample,
         "messages": draw.prompt.messages_json,
         "answer": draw.prompt.answer,
         "verifier": job.prompts.verifier,
         "teacher_prompt": draw.prompt.teacher_prompt,
         "prompt_token_ids": draw.token_ids,
-        "response_token_ids": sample.token_ids,
-        "response_text": tokenizer.decode(sample.token_ids.tolist(), skip_special_tokens=True),
-        "logprobs": sample.logprobs,
-        "truncated_logprobs": sample.truncated_logprobs,
+        "response_token_ids": ids,
+        "response_text": tokenizer.decode(ids, skip_special_tokens=True),
+        "logprobs": _after(prefix, sample.logprobs),
+        "truncated_logprobs": _after(prefix, sample.truncated_logprobs),
         "finish_reason": sample.finish_reason,
         "stop_token_id": sample.stop_token_id,
-        "seed": seed,
+        "seed": response.seed,
     }
+    if _has_writers(job):
+        own = Writer.POLICY
+        if job.teacher_prompt is not None:
+            own = Writer.TEACHER
+            row["logprobs"] = row["truncated_logprobs"] = None  # of another model than the one that is trained
+        elif job.settings.source == "data":
+            own = Writer.DATA
+        row["written"] = [*[int(Writer.TEACHER)] * len(prefix), *[int(own)] * len(sample.token_ids)]
+    return row
+
+
+def _after(prefix: Sequence[int], logprobs: NDArray[np.float32] | None) -> NDArray[np.float32] | list[float] | None:
+    """Log-probs of a response, NaN for the tokens of its prefix."""
+    if logprobs is None:
+        return [math.nan] * len(prefix) if prefix else None
+    return np.concatenate([np.full(len(prefix), math.nan, np.float32), logprobs]) if prefix else logprobs

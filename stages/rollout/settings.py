@@ -1,14 +1,59 @@
-"""Settings of the rollout stage."""
+"""Settings of the rollout stage: who writes the responses, and how they are sampled."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from eopd.stages.engines.sampling import MIN_TEMPERATURE, EngineKind, EngineOptions, SamplingParameters
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
 
+Source = Literal["student", "teacher", "prefix", "data"]
+
+
+class GuideSettings(Settings):
+    """How the teacher's own responses are sampled; they are shared by every experiment that asks for the same."""
+
+    samples: int | None = setting(
+        None, "Responses of the teacher to each prompt (None: rollout.samples_per_prompt)", ge=1, le=1_000_000
+    )
+    temperature: float | None = setting(
+        None, "Sampling temperature (None: rollout.temperature)", ge=MIN_TEMPERATURE, le=100.0
+    )
+    max_new_tokens: int | None = setting(None, "Longest response (None: rollout.max_new_tokens)", ge=1, le=LENGTH)
+    engine: EngineKind | None = setting(None, "Engine (None: rollout.engine)", keyed=False)
+    engine_options: EngineOptions | None = setting(
+        None, "How fast and where the engine runs (None: rollout.engine_options)", keyed=False
+    )
+
+
+class PrefixSettings(Settings):
+    """How much of a response the teacher writes (`source: prefix`, arXiv 2606.01249): most tokens by a cosine."""
+
+    start: int | None = setting(
+        None, "Most tokens of the teacher at the beginning of the run (None: rollout.max_new_tokens)", ge=1, le=LENGTH
+    )
+    end: int = setting(0, "Most tokens of the teacher at its end", ge=0, le=LENGTH)
+    over: Literal["rounds", "responses"] = setting(
+        "rounds",
+        "The cosine goes by round, so that the last one is on-policy; or by response, over all rounds, so that one "
+        "round has every length",
+    )
+    length: Literal["cap", "uniform"] = setting(
+        "cap", "As many tokens as the cosine allows, or a uniform number of at most so many"
+    )
+
 
 class RolloutSettings(Settings):
-    """How the student's responses are sampled."""
+    """Who writes the responses, and how they are sampled."""
 
+    source: Source = setting(
+        "student",
+        "Who writes the responses: the student; the teacher (its own answers, sampled once for every experiment); "
+        "prefix (the teacher begins them and the student goes on); data (they come with the prompts, "
+        "prompts.columns.response)",
+    )
     prompts_per_round: int = setting(
         128, "Prompts drawn each round, without repetition within an epoch", ge=1, le=COUNT
     )
@@ -24,7 +69,11 @@ class RolloutSettings(Settings):
     top_k: int = setting(0, "Sample from this many most probable tokens (0: all)", ge=0, le=ENTRIES)
     min_p: float = setting(0.0, "Sample from tokens at least this probable, relative to the top one", ge=0.0, le=1.0)
     max_new_tokens: int = setting(
-        1024, "Longest response, tokens; a longer one is cut (finish reason: length)", ge=1, le=LENGTH
+        1024,
+        "Longest response, tokens; a longer one is cut (finish reason: length). One that comes with its prompt is "
+        "skipped or refused instead, as prompts.too_long says",
+        ge=1,
+        le=LENGTH,
     )
     rows_per_part: int = setting(
         128, "Prompts a part: the unit of resuming and of distribution, sampled in one engine call", ge=1, le=COUNT
@@ -37,8 +86,37 @@ class RolloutSettings(Settings):
         ge=0,
         le=ENTRIES,
     )
+    guide: GuideSettings = setting(GuideSettings, "The teacher's own responses (source: teacher or prefix)")
+    prefix: PrefixSettings = setting(PrefixSettings, "How long the teacher's part is (source: prefix)")
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> RolloutSettings:
+        if self.source not in ("teacher", "prefix") and self.guide != GuideSettings():
+            raise ValueError(f"rollout.guide has no effect with source: {self.source}; remove it, or name the source")
+        if self.source != "prefix" and self.prefix != PrefixSettings():
+            raise ValueError(f"rollout.prefix has no effect with source: {self.source}; set source: prefix")
+        if self.source == "teacher" and self.guide.samples is not None:
+            raise ValueError(
+                "rollout.guide.samples is for source: prefix; with source: teacher, rollout.samples_per_prompt says it"
+            )
+        if self.source == "data" and self.samples_per_prompt != 1:
+            raise ValueError(
+                f"rollout.samples_per_prompt is {self.samples_per_prompt}, and a row of source: data holds one "
+                "response; set it to 1 (several responses to a prompt are several rows)"
+            )
+        return self
+
+    def semantic(self) -> dict[str, Any]:
+        """Settings of the student's sampling. Those of other sources enter the keys of what they change."""
+        kept = super().semantic()
+        return {name: value for name, value in kept.items() if name not in ("source", "guide", "prefix")}
+
+    @property
+    def writer_is_the_student(self) -> bool:
+        """True if the student, at some round's start, wrote the responses or went on with them."""
+        return self.source in ("student", "prefix")
 
     def parameters(self, stop_ids: tuple[int, ...]) -> SamplingParameters:
         return SamplingParameters(
@@ -49,3 +127,16 @@ class RolloutSettings(Settings):
             max_new_tokens=self.max_new_tokens,
             stop_ids=stop_ids,
         )
+
+    def guided(self) -> RolloutSettings:
+        """The settings by which the teacher samples."""
+        guide = self.guide
+        own = {
+            "samples_per_prompt": guide.samples,
+            "temperature": guide.temperature,
+            "max_new_tokens": guide.max_new_tokens,
+            "engine": guide.engine,
+            "engine_options": guide.engine_options,
+        }
+        set_ = {name: value for name, value in own.items() if value is not None}
+        return self.model_copy(update={**set_, "guide": GuideSettings(), "prefix": PrefixSettings()})

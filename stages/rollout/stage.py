@@ -1,11 +1,14 @@
-"""The stages of `eopd rollout`: the student's responses and, if asked for, its own most probable tokens."""
+"""The stages of `eopd guide` and `eopd rollout`: the teacher's responses, a round's, and the student's top tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.models.prompts import draw_prompts
+from eopd.stages.rollout.prefix import Prefixes, prefixes_of
+from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.stage import (
     Input,
     Job,
@@ -20,7 +23,7 @@ from eopd.stages.stage import (
     sampled_size,
 )
 from eopd.storage.files import canonical_json, sha256_text
-from eopd.storage.identity import KEY_LENGTH
+from eopd.storage.identity import KEY_LENGTH, Identity
 
 TOPK_ENTRY_BYTES = 4.0  # id and log-prob
 
@@ -34,62 +37,144 @@ def drawn_rows(experiment: Experiment, round_: int) -> list[list[int]]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-class RolloutStage(Stage):
-    name = command = "rollout"
+def prefixes_at(experiment: Experiment, round_: int) -> Prefixes | None:
+    """The teacher's part of a round's responses; None if it has none."""
+    settings = experiment.settings
+    responses = experiment.prompts_per_round * settings.rollout.samples_per_prompt
+    return prefixes_of(settings.rollout, settings.rounds, round_, responses)
+
+
+class _Sampling(Stage):
+    """A stage that makes rollouts."""
+
     kind = "rollouts"
-    size_settings = "rollout.samples_per_prompt, rollout.prompts_per_round, rollout.max_new_tokens or rounds"
     engine = "sampling"
 
-    def plan(self, plan: PlanView, round_: int) -> Job | None:
-        experiment, settings = plan.experiment, plan.experiment.settings
-        if round_ >= settings.rounds:
-            return None
-        policy = plan.policy(experiment.sampling_round(round_))
+    def _made(self, experiment: Experiment, round_: int, settings: dict[str, Any], inputs: dict[str, str]) -> Identity:
+        """The identity of a round's responses, with what all sources share."""
         parts = drawn_rows(experiment, round_)
-        output = self.identity(
+        return self.identity(
             parts=len(parts),
             settings={
-                "rollout": settings.rollout.semantic(),
-                "prompts": settings.prompts.semantic(),
+                **settings,
+                "prompts": experiment.settings.prompts.semantic(),
                 "drawn": sha256_text(canonical_json(parts))[:KEY_LENGTH],
-                "seed": experiment.sampling_seed(round_),
                 "stop_ids": list(experiment.facts.stop_ids),
             },
             inputs={
-                "policy": policy_key(experiment, policy),
+                **inputs,
                 "tokenizer": experiment.facts.student.tokenizer_fingerprint,
                 "prompts": experiment.facts.prompts_fingerprint,
             },
         )
-        return Job(self, round_, output, policy_input(policy))
+
+    def _by_the_teacher(self, experiment: Experiment, round_: int) -> Identity:
+        """The teacher's responses: they depend on no objective, schedule or student, so that experiments share them."""
+        settings, teacher = experiment.settings, experiment.facts.teacher
+        reads = settings.score.teacher_prompt
+        return self._made(
+            experiment,
+            round_,
+            {
+                "source": "teacher",
+                "rollout": settings.rollout.guided().semantic(),
+                "teacher_prompt": reads.semantic(),
+                **({"solution": settings.prompts.columns.solution} if "solution" in reads.used else {}),
+                "seed": experiment.sampling_seed(round_),
+            },
+            {"policy": teacher.fingerprint, "teacher_tokenizer": teacher.tokenizer_fingerprint},
+        )
 
     def gpus(self, settings: ExperimentSettings) -> int:
-        return settings.rollout.engine_options.tensor_parallel
+        return self._settings(settings).engine_options.tensor_parallel
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
-        rollout = experiment.settings.rollout
+        rollout = self._settings(experiment.settings)
         responses = experiment.prompts_per_round * rollout.samples_per_prompt
         return sampled_size(responses, rollout.max_new_tokens, measured)
+
+    def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
+        """The settings by which this stage samples."""
+        return settings.rollout.guided() if settings.rollout.source == "teacher" else settings.rollout
 
     def run(self, context: JobContext) -> None:
         from eopd.stages.rollout.run import RolloutJob, run
 
         experiment, settings = context.experiment, context.settings
+        sampling = self._settings(settings)
+        by_teacher = self.name == "guide" or sampling.source == "teacher"
         run(
             RolloutJob(
                 output=context.output,
                 parts=context.parts,
-                settings=settings.rollout,
+                settings=sampling,
                 progress=context.progress,
                 log_dir=context.log_dir,
-                policy=context.student,
+                policy=experiment.teacher if by_teacher else context.student,
+                student=experiment.first_student,
                 prompts=settings.prompts,
                 prompt_indices=drawn_rows(experiment, context.job.round),
-                stop_ids=experiment.facts.stop_ids,
+                stop_ids=experiment.facts.ordered_stop_ids,
                 seed=experiment.sampling_seed(context.job.round),
+                teacher_prompt=settings.score.teacher_prompt if by_teacher else None,
+                guide=context.inputs.get("guide"),
+                prefixes=prefixes_at(experiment, context.job.round),
                 engines=context.engines,
             )
         )
+
+
+class GuideStage(_Sampling):
+    """The teacher's own responses, of which those of `rollout.source: prefix` begin with a part."""
+
+    name = command = "guide"
+    size_settings = "rollout.guide.samples, rollout.prompts_per_round, rollout.guide.max_new_tokens or rounds"
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        experiment = plan.experiment
+        if round_ >= experiment.settings.rounds or prefixes_at(experiment, round_) is None:
+            return None
+        return Job(self, round_, self._by_the_teacher(experiment, round_))
+
+    def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
+        return settings.rollout.guided()
+
+
+class RolloutStage(_Sampling):
+    """The responses of a round."""
+
+    name = command = "rollout"
+    size_settings = "rollout.samples_per_prompt, rollout.prompts_per_round, rollout.max_new_tokens or rounds"
+
+    def plan(self, plan: PlanView, round_: int) -> Job | None:
+        experiment, settings = plan.experiment, plan.experiment.settings
+        if round_ >= settings.rounds:
+            return None
+        if settings.rollout.source == "data":  # no policy: all students share it
+            kept = {
+                "source": "data",
+                "rollout": {"max_new_tokens": settings.rollout.max_new_tokens},
+                "end": list(experiment.facts.student.stop_ids[:1]),
+            }
+            return Job(self, round_, self._made(experiment, round_, kept, {}))
+        if settings.rollout.source == "teacher":
+            return Job(self, round_, self._by_the_teacher(experiment, round_))
+        policy = plan.policy(experiment.sampling_round(round_))
+        sampled: dict[str, Any] = {
+            "rollout": settings.rollout.semantic(),
+            "seed": experiment.sampling_seed(round_),
+        }
+        keys, inputs = {"policy": policy_key(experiment, policy)}, policy_input(policy)
+        prefixes, guide = prefixes_at(experiment, round_), plan.output("guide", round_)
+        if prefixes is not None:
+            assert guide is not None, round_
+            sampled["prefix"] = prefixes.identity()
+            keys["guide"] = guide.key
+            inputs["guide"] = Input(guide, by_part=True)
+        return Job(self, round_, self._made(experiment, round_, sampled, keys), inputs)
+
+    def gpus(self, settings: ExperimentSettings) -> int:
+        return 0 if settings.rollout.source == "data" else super().gpus(settings)
 
 
 class StudentTopkStage(Stage):

@@ -44,7 +44,7 @@ class ScoreStage(Stage):
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         settings, facts = plan.experiment.settings, plan.experiment.facts
         rollouts, topk = plan.output("rollout", round_), plan.output("student_topk", round_)
-        if rollouts is None:
+        if rollouts is None or not self._is_read(settings):
             return None
         teacher = plan.teacher(round_)
         identity = self.identity(
@@ -77,6 +77,14 @@ class ScoreStage(Stage):
         if reads.shuffled:
             found["shuffle_seed"] = settings.seed
         return found
+
+    @staticmethod
+    def _is_read(settings: ExperimentSettings) -> bool:
+        """False for supervised training on fixed responses, of which nothing reads the scores.
+
+        On the student's own responses they are made for the report, and stay in the checkpoints' keys.
+        """
+        return settings.train.objective.reads_teacher or settings.rollout.writer_is_the_student
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.score.engine_options.tensor_parallel

@@ -111,7 +111,7 @@ def _require_space(job: TrainJob, model: Any) -> None:
         )
 
 
-def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart, states: States) -> None:
+def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundStart | None, states: States) -> None:
     """Write the optimiser first and the weights last, so that a round whose weights exist is complete.
 
     Every process must call it. Where it fails, the state after the last step is kept, so that no step is taken again;
@@ -142,7 +142,7 @@ def _write_parts(
     job: TrainJob,
     loop: Loop,
     rows: list[dict[str, Any]],
-    start: RoundStart,
+    start: RoundStart | None,
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
     averages: dict[str, Tensor] | None,
@@ -151,7 +151,8 @@ def _write_parts(
     if not job.output.is_committed(OPTIMIZER):
         with job.output.write_part(OPTIMIZER) as folder:
             save_file(moments, folder / OPTIMIZER_FILE)
-            start.save(folder)
+            if start is not None:
+                start.save(folder)
             if job.settings.lora is not None:
                 save_adapter(inner.model, weights, folder / ADAPTER_FOLDER)
                 _save_ends(job, inner.model, folder / ADAPTER_FOLDER)
@@ -160,7 +161,8 @@ def _write_parts(
                 _save_companions(job, folder / EMA_FOLDER)
     if job.settings.lora is not None:
         weights = merged_weights(inner.model, weights)
-    left_out = sorted(set(range(job.scores.parts)) - set(filled_parts(job.scores)))
+    source = job.rollouts if job.scores is None else job.scores
+    left_out = sorted(set(range(source.parts)) - set(filled_parts(source)))
     summary: dict[str, Any] = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
     info: dict[str, Any] = {"steps": len(rows)}
     if loop.responses.selection is not None:

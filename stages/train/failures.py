@@ -72,7 +72,7 @@ def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Res
         "seed": job.seed,
         "temperature": job.temperature,
         "rollouts": str(job.rollouts.folder),
-        "scores": str(job.scores.folder),
+        "scores": None if job.scores is None else str(job.scores.folder),
         "weights": _weights(job, states),
         "figures": stopped.figures,
         "settings": job.settings.model_dump(mode="json"),

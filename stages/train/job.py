@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.rollout.settings import Source
 from eopd.stages.train.selection import Selection
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
@@ -19,7 +20,7 @@ class TrainJob:
     student: ModelRef  # the policy at the round's start; where `age` is 0, the one that sampled the rollouts
     previous: Artifact | None  # checkpoint whose optimiser state carries on
     rollouts: Artifact
-    scores: Artifact
+    scores: Artifact | None  # None: the objective needs none
     settings: TrainSettings
     round: int
     total_steps: int  # of the schedule
@@ -31,6 +32,7 @@ class TrainJob:
     teacher_stop_ids: tuple[int, ...]
     progress: Progress
     run_dir: Path  # metrics with timings, TensorBoard
+    source: Source = "student"  # who wrote the responses
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
     selection: Selection | None = None  # which responses are trained on; None: all
     schedule_rounds: int = 1  # rounds that the schedule spans; read with a selection, see ``train.run.schedule_of``

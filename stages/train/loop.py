@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,9 @@ from eopd.stages.train.schedule import batch_of_step, learning_rate
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
+from eopd.storage.rollouts import Writer
 from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_record import HeadRule, TeacherRows
 
 ROUND_STRIDE = 2**40
 """Tokens of different rounds have different keys: a round has fewer than this."""
@@ -67,7 +69,7 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         responses: Responses,
-        cache: TeacherCache,
+        cache: TeacherCache | None,
         stops: StopHandling,
         accelerator: Accelerator,
         settings: TrainSettings,
@@ -78,6 +80,7 @@ class Loop:
         total_steps: int,
         temperature: float,
         ema: Ema | None = None,
+        has_prefixes: bool = False,
     ) -> None:
         self.student, self.optimizer, self.objective = student, optimizer, objective
         self.responses, self.cache, self.stops = responses, cache, stops
@@ -85,6 +88,7 @@ class Loop:
         self.seed, self.round, self.temperature = seed, round_, temperature
         self.first_step, self.total_steps = first_step, total_steps
         self.ema = ema
+        self.has_prefixes = has_prefixes
         self._at_quantile: tuple[RoundStart, tuple[float, NDArray[np.bool_]]] | None = None
         self.vocab_size = student_of(student).vocab_size
         self.layout = student_of(student).layout
@@ -98,11 +102,18 @@ class Loop:
         return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
 
     def _micro_batch(self, packed: Packed, numbers: Sequence[int], real: bool = True) -> MicroBatch:
-        rows = self.cache.read([self.responses.locations[number] for number in numbers])
-        check_alignment(self.responses, numbers, rows)
         device = self.accelerator.device
-        rule = self.cache.coverage.head
-        teacher = TeacherBatch.build(rows, rule, self.stops, self.objective.plan, self.vocab_size, device)
+        if self.cache is None:
+            rows = TeacherRows.unscored([self.responses.sequences[number].response_ids for number in numbers])
+            rule = HeadRule()
+        else:
+            rows = self.cache.read([self.responses.locations[number] for number in numbers])
+            check_alignment(self.responses, numbers, rows)
+            rule = self.cache.coverage.head
+        scored = self.cache is not None
+        teacher = TeacherBatch.build(
+            rows, rule, self.stops, self.objective.plan, self.vocab_size, device, is_scored=scored
+        )
         return MicroBatch(packed.to(device), teacher, tuple(numbers), self.responses.rows_of(numbers), real)
 
     def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -167,20 +178,29 @@ class Loop:
 
     # -- one optimiser step ------------------------------------------------------------------------------------
 
-    def _context(self, batch: MicroBatch, start: RoundStart, normaliser: float, epoch: int) -> StepContext:
-        device, quantile = self.accelerator.device, self._quantile(start)
-        return StepContext(
+    def _context(self, batch: MicroBatch, start: RoundStart | None, normaliser: float, epoch: int) -> StepContext:
+        device = self.accelerator.device
+        context = StepContext(
             mask=torch.full((batch.packed.tokens,), float(batch.real), device=device),
             normaliser=normaliser,
             temperature=self.temperature,
+            token_key=torch.from_numpy(batch.rows + self.round * ROUND_STRIDE).to(device),
+            seed=self.seed,
+            epoch=epoch,
+        )
+        if self.has_prefixes:
+            by_teacher = self.responses.written[batch.rows] == Writer.TEACHER
+            context = replace(context, teacher_prefix=torch.from_numpy(by_teacher).to(device))
+        if start is None:
+            return context
+        quantile = self._quantile(start)
+        return replace(
+            context,
             q_old=torch.from_numpy(start.logprob[batch.rows]).to(device),
             student_entropy_round=torch.from_numpy(start.entropy[batch.rows]).to(device),
             entropy_threshold=quantile[0] if quantile else None,
             unsure=torch.from_numpy(quantile[1][batch.rows]).to(device) if quantile else None,
-            token_key=torch.from_numpy(batch.rows + self.round * ROUND_STRIDE).to(device),
             weight=None if start.weight is None else torch.from_numpy(start.weight[batch.rows]).to(device),
-            seed=self.seed,
-            epoch=epoch,
         )
 
     def _quantile(self, start: RoundStart) -> tuple[float, NDArray[np.bool_]] | None:
@@ -193,8 +213,11 @@ class Loop:
             self._at_quantile = (start, found)
         return self._at_quantile[1]
 
-    def take(self, step: Step, start: RoundStart) -> dict[str, float]:
+    def take(self, step: Step, start: RoundStart | None) -> dict[str, float]:
         """Take one optimiser step: forward, backward and update. Returns the step's figures, equal on every process.
+
+        Args:
+            start: None if the student did not write the responses.
 
         Raises:
             TrainingStopped: a loss or gradient is not finite (names the responses), or the policy has moved further
@@ -256,8 +279,10 @@ class Loop:
 
     def _stop_if_stale(self, step: Step, totals: dict[str, float]) -> None:
         limit = self.settings.max_staleness
+        if limit is None or "staleness_k3" not in totals:
+            return
         k1, k3 = (totals[f"staleness_{name}"] / step.tokens for name in ("k1", "k3"))
-        if limit is None or k3 <= limit:
+        if k3 <= limit:
             return
         raise TrainingStopped(
             f"round {self.round}, step {step.number}: the policy has moved {k3:.4g} nats a token from the one that "

@@ -19,18 +19,19 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 
-COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs")
+COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs", "written")
 
 
 @dataclass(frozen=True)
 class Responses:
-    """The responses of a round that are trained on, in the order of the rollouts. Each has a scored token."""
+    """The responses of a round that are trained on, in the order of the rollouts. Each has a token to train on."""
 
     names: tuple[str, ...]  # "prompt id/sample"
     sequences: tuple[TokenSequence, ...]  # response cut to its scored tokens
     locations: tuple[tuple[int, int], ...]  # (part, row) in the teacher cache
     sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
     offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
+    written: NDArray[np.int8]  # [T] writer of each token (``storage.rollouts.Writer``)
     selection: str | None = None  # how many of the round's responses these are, in words; None: all
 
     def __len__(self) -> int:
@@ -51,11 +52,12 @@ class Responses:
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
 
-def load_responses(rollouts: Artifact, cache: TeacherCache, selection: Selection | None = None) -> Responses:
+def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Selection | None = None) -> Responses:
     """Read every part of ``rollouts`` and the lengths that were scored; parts that were set aside are left out.
 
     Args:
-        selection: which of the responses with a scored token are trained on; None: all.
+        cache: None if no scores are read: then all tokens are trained on.
+        selection: which of the responses with such a token are trained on; None: all.
 
     Raises:
         ValueError: nothing to train on.
@@ -63,11 +65,16 @@ def load_responses(rollouts: Artifact, cache: TeacherCache, selection: Selection
     """
     columns = COLUMNS if selection is None else tuple(dict.fromkeys((*COLUMNS, *SELECTED_BY)))
     candidates: list[Candidate] = []
-    names, sequences, locations, sampler = [], [], [], []
-    for part in filled_parts(cache.artifact):
-        _check_same_rollouts(rollouts, cache, part)
+    names, sequences, locations, sampler, written = [], [], [], [], []
+    for part in filled_parts(rollouts if cache is None else cache.artifact):
+        if cache is not None:
+            _check_same_rollouts(rollouts, cache, part)
         stored = read_rollouts(rollouts.part_folder(part), columns)
-        table, lengths = stored.to_pydict(), cache.token_counts(part).tolist()
+        table = stored.to_pydict()
+        if cache is not None:
+            lengths = cache.token_counts(part).tolist()
+        else:
+            lengths = [len(ids) for ids in table["response_token_ids"]]
         if selection is not None:
             of_part = selection.candidates(rollouts, part, stored)
             candidates += [one for one, length in zip(of_part, lengths, strict=True) if length]
@@ -79,8 +86,9 @@ def load_responses(rollouts: Artifact, cache: TeacherCache, selection: Selection
             locations.append((part, row))
             found = table["logprobs"][row]
             sampler.append(None if found is None else np.asarray(found[:length], np.float32))
+            written.append(np.asarray(table["written"][row][:length], np.int8))
     if not names:
-        raise ValueError(f"{rollouts} holds no response with a scored token: there is nothing to train on")
+        raise ValueError(f"{rollouts} holds no response with a token to train on")
     chosen, words = (range(len(names)), None) if selection is None else selection.choose(candidates)
     offsets = np.cumsum([0, *(len(sequences[number].response_ids) for number in chosen)], dtype=np.int64)
     return Responses(
@@ -89,6 +97,7 @@ def load_responses(rollouts: Artifact, cache: TeacherCache, selection: Selection
         locations=tuple(locations[number] for number in chosen),
         sampler_logprobs=tuple(sampler[number] for number in chosen),
         offsets=offsets,
+        written=np.concatenate([written[number] for number in chosen]),
         selection=words,
     )
 

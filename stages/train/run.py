@@ -45,6 +45,7 @@ from eopd.stages.train.student import Student
 from eopd.storage import stopping
 from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.claims import Patience, claim
+from eopd.storage.rollouts import Writer
 from eopd.storage.teacher_cache import TeacherCache
 
 LONGEST_WAIT = timedelta(days=7)
@@ -92,11 +93,15 @@ def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
 def _train(job: TrainJob, accelerator: Accelerator) -> None:
     settings = job.settings
     require_extras(settings)
-    cache = TeacherCache(job.scores)
-    objective = make_objective(settings.objective)
+    cache = None if job.scores is None else TeacherCache(job.scores)
+    has_prefixes = job.source == "prefix"
+    objective = make_objective(settings.objective, has_prefixes=has_prefixes)
     refuse_truncated_sampling(objective, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
-    cache.require(objective.needs_with(stops.union))
+    if cache is not None:
+        cache.require(objective.needs_with(stops.union))
+    elif objective.needs:
+        raise ValueError(f"objective {objective.name!r} reads the teacher's scores, and there are none of this round")
     responses = load_responses(job.rollouts, cache, job.selection)
     if responses.selection is not None:
         job.progress.line(f"train {job.round}: {responses.selection} (train.select)")
@@ -120,11 +125,12 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         total_steps=total_steps,
         temperature=job.temperature,
         ema=None if settings.ema is None else Ema(student_of(module), settings.ema),
+        has_prefixes=has_prefixes,
     )
     if loop.layout.describe():
         job.progress.line(f"train {job.round}: the student reads {loop.layout.describe()}")
     states = States(job.progress_states, settings.keep_progress)
-    start = _round_start(job, loop, states, responses)
+    start = None if job.source in ("teacher", "data") else _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)
     _steps(job, loop, states, start, rows)
     commit(job, loop, rows, start, states)
@@ -206,12 +212,12 @@ def _round_start(job: TrainJob, loop: Loop, states: States, responses: Responses
 
 
 def _alone(loop: Loop, responses: Responses) -> NDArray[np.bool_]:
-    """Return a mask [T] of sampled tokens that are outcomes of their own.
+    """Return a mask [T] of tokens that the policy sampled as outcomes of their own.
 
     A merged stop is not: the sampler's log-prob is of one id, ours of all of them, so that the two cannot be compared.
     """
     merged = loop.stops.merged if loop.objective.plan.stops else ()
-    return ~np.isin(responses.token_ids, merged)
+    return (responses.written == Writer.POLICY) & ~np.isin(responses.token_ids, merged)
 
 
 def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: NDArray[np.bool_]) -> RoundStart:
@@ -224,7 +230,7 @@ def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: N
             f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so no "
             "importance ratio can be formed. Set lag=0 and refresh=1, or sample with an engine that gives log-probs."
         )
-    said = np.concatenate([found for found in responses.sampler_logprobs if found is not None])
+    said = np.concatenate([logprobs for logprobs in responses.sampler_logprobs if logprobs is not None])
     sampled = np.where(alone, said, start.logprob)
     moved = float((sampled - start.logprob).sum() / max(alone.sum(), 1))
     job.progress.line(
@@ -276,7 +282,7 @@ def _resume(job: TrainJob, loop: Loop, states: States) -> list[dict[str, Any]]:
     return []
 
 
-def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: list[dict[str, Any]]) -> None:
+def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart | None, rows: list[dict[str, Any]]) -> None:
     settings, main = job.settings, loop.accelerator.is_main_process
     total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
     shown = settings.model_dump(mode="json")
@@ -299,7 +305,12 @@ def _close(recorder: Recorder, job: TrainJob) -> None:
 
 
 def _take_steps(
-    job: TrainJob, loop: Loop, states: States, start: RoundStart, rows: list[dict[str, Any]], recorder: Recorder | None
+    job: TrainJob,
+    loop: Loop,
+    states: States,
+    start: RoundStart | None,
+    rows: list[dict[str, Any]],
+    recorder: Recorder | None,
 ) -> None:
     settings, accelerator = job.settings, loop.accelerator
     total = steps_per_round(len(loop.responses), settings.batch_responses, settings.epochs)
@@ -337,7 +348,7 @@ def _stop_wished(accelerator: Accelerator) -> bool:
     return float(accelerator.reduce(wished)) > 0
 
 
-def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundStart) -> dict[str, float]:
+def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundStart | None) -> dict[str, float]:
     """Take one step; if it fails, save its reproduction in the run folder."""
     try:
         return loop.take(step, start)

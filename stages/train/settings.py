@@ -232,17 +232,6 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> TrainSettings:
-        beta, unset = self.objective.prefix_beta, ObjectiveSettings.model_fields["prefix_beta"].default
-        if self.objective.name == "tropd" and beta != unset:
-            raise ValueError(
-                f"train.objective.prefix_beta={beta:g} would have no effect: it weighs tokens that the teacher wrote "
-                "at the start of a response, and no stage makes such rollouts. Leave it out; tropd's other terms are "
-                "trained as they are"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _averages_have_a_meaning(self) -> TrainSettings:
         if self.ema is not None and self.lora is not None:
             raise ValueError(

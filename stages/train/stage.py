@@ -41,16 +41,23 @@ class TrainStage(Stage):
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         experiment, settings = plan.experiment, plan.experiment.settings
         rollouts, scores = plan.output("rollout", round_), plan.output("score", round_)
-        if rollouts is None or scores is None:
+        if rollouts is None:
             return None
         policy, verdicts = plan.policy(round_), plan.output("judge", round_)
         if settings.reads_verdicts and verdicts is None:
             return None
-        read_verdicts = {"verdicts": verdicts} if verdicts is not None and settings.reads_verdicts else {}
+        read = {"rollouts": rollouts}
+        if scores is not None:
+            read["scores"] = scores
+        if settings.reads_verdicts and verdicts is not None:
+            read["verdicts"] = verdicts
+        train = settings.train.semantic()
+        if settings.rollout.source == "prefix":
+            train["prefix_beta"] = settings.train.objective.prefix_beta
         output = self.identity(
             parts=2,
             settings={
-                "train": settings.train.semantic(),
+                "train": train,
                 "seed": settings.seed,
                 "round": round_,
                 **self._schedule(experiment),
@@ -60,24 +67,13 @@ class TrainStage(Stage):
             inputs={
                 "student": policy_key(experiment, policy),
                 "tokenizer": experiment.facts.student.tokenizer_fingerprint,
-                "rollouts": rollouts.key,
-                "scores": scores.key,
-                **{role: identity.key for role, identity in read_verdicts.items()},
+                **{role: identity.key for role, identity in read.items()},
             },
         )
         carries_state = round_ > 0 and settings.train.optimizer.carry_over and settings.train.lora is None
-        read = (WEIGHTS, OPTIMIZER) if carries_state else (WEIGHTS,)
-        return Job(
-            self,
-            round_,
-            output,
-            {
-                "rollouts": Input(rollouts),
-                "scores": Input(scores),
-                **{role: Input(identity) for role, identity in read_verdicts.items()},
-                **policy_input(policy, *read),
-            },
-        )
+        of_policy = (WEIGHTS, OPTIMIZER) if carries_state else (WEIGHTS,)
+        inputs = {role: Input(identity) for role, identity in read.items()}
+        return Job(self, round_, output, {**inputs, **policy_input(policy, *of_policy)})
 
     @staticmethod
     def _schedule(experiment: Experiment) -> dict[str, int | None]:
@@ -141,10 +137,11 @@ def train_job(context: JobContext) -> TrainJob:
         student=context.student,
         previous=context.inputs.get("policy") if round_ > 0 else None,
         rollouts=context.inputs["rollouts"],
-        scores=context.inputs["scores"],
+        scores=context.inputs.get("scores"),
+        source=settings.rollout.source,
         settings=settings.train,
         round=round_,
-        age=round_ - experiment.sampling_round(round_),
+        age=round_ - experiment.sampling_round(round_) if settings.rollout.writer_is_the_student else 0,
         total_steps=steps * schedule_rounds(settings),
         first_step=steps * round_ if carries else 0,
         seed=settings.seed,

@@ -222,13 +222,14 @@ def _figures(
     figures = {
         "tokens": torch.ones_like(tokens.loss),
         "loss": tokens.loss,
-        "teacher_entropy": teacher.entropy,
         "student_entropy": student.entropy,
-        "retained_mass": torch.where(teacher.in_head, teacher.logprob.exp(), 0.0).sum(dim=1),
-        "student_mass_on_support": torch.where(teacher.in_head, student.logprob.exp(), 0.0).sum(dim=1),
         **tokens.parts,
     }
-    if teacher.logprob.shape[1]:
+    if teacher.is_scored:
+        figures["teacher_entropy"] = teacher.entropy
+        figures["retained_mass"] = torch.where(teacher.in_head, teacher.logprob.exp(), 0.0).sum(dim=1)
+        figures["student_mass_on_support"] = torch.where(teacher.in_head, student.logprob.exp(), 0.0).sum(dim=1)
+    if teacher.is_scored and teacher.logprob.shape[1]:
         best, column = torch.where(teacher.in_head, teacher.logprob, LOG_ZERO).max(dim=1)
         at_best = student.logprob.gather(1, column[:, None])[:, 0]
         # The largest single logit of the rest, as a log-prob: its share of the rest is 1 / total.
@@ -237,6 +238,8 @@ def _figures(
         with torch.no_grad():  # whatever is trained on: how far the models are apart, head and one bucket
             figures["rkl"] = reverse_kl(student, teacher, "head")
             figures["fkl"] = forward_kl(student, teacher, "bucket")
+    if context.teacher_prefix is not None:
+        figures["prefix_fraction"] = context.teacher_prefix.double()
     if context.weight is not None:
         figures["weight"] = context.weight
     if context.q_old is not None:  # KL(q_old || q), estimated on its own samples: log 1/r, and r - 1 - log r

@@ -17,7 +17,7 @@ from torch import Tensor
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import Need, StopsNeed
+from eopd.storage.needs import Need, SampledNeed, StopsNeed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StepContext:
     entropy_threshold: float | None = None  # quantile of student_entropy_round over the round (reopold)
     unsure: Tensor | None = None  # [T] bool: above that quantile, equal entropies by key (``reopold.above_quantile``)
     token_key: Tensor | None = None  # [T] int64, one number a (round, response, position) (tropd)
-    teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (tropd)
+    teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (``guided``, tropd)
     weight: Tensor | None = None  # [T] factor of the loss, whatever the objective (staleness); None: 1
     seed: int = 0
     epoch: int = 0
@@ -92,6 +92,25 @@ class Objective:
     def needs_with(self, stop_ids: Collection[int]) -> tuple[Need, ...]:
         """Needs of a run whose models end with ``stop_ids``: the log-prob of a single one is never read."""
         return tuple(need for need in self.needs if len(set(stop_ids)) > 1 or not isinstance(need, StopsNeed))
+
+
+def guided(objective: Objective) -> Objective:
+    """The objective on the student's own tokens, and beta log(p/q) on those that the teacher wrote (arXiv 2606.01249).
+
+    Its gradient on the teacher's tokens is beta times that of supervised fine-tuning. `tropd` has it as it is.
+    """
+    if objective.name == "tropd":
+        return objective
+    beta, own_loss = objective.settings.prefix_beta, objective.token_loss
+
+    def token_loss(student: SparseStudent, teacher: TeacherBatch, context: StepContext) -> TokenLoss:
+        prefix = context.require("teacher_prefix", objective.name).bool()
+        tokens = own_loss(student, teacher, context)
+        taught = torch.where(prefix, beta * (teacher.sampled - student.sampled), 0.0)
+        parts = {name: torch.where(prefix, 0.0, value) for name, value in tokens.parts.items()}
+        return TokenLoss(torch.where(prefix, taught, tokens.loss), {**parts, "loss_prefix": taught})
+
+    return replace(objective, needs=(*objective.needs, SampledNeed()), token_loss=token_loss)
 
 
 def outcomes(z: Tensor, z_stops: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eopd.stages.train.objectives import eopd, reopold, supervised, tropd, vopd
-from eopd.stages.train.objectives.base import Objective
+from eopd.stages.train.objectives.base import Objective, guided
 from eopd.stages.train.objectives.settings import ObjectiveSettings, check_name, own_file_hash
 
 Builder = Callable[[ObjectiveSettings], Objective]
@@ -33,17 +33,22 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-def make_objective(settings: ObjectiveSettings) -> Objective:
+def make_objective(settings: ObjectiveSettings, *, has_prefixes: bool = False) -> Objective:
     """The objective that ``settings`` name.
+
+    Args:
+        has_prefixes: responses may begin with tokens that the teacher wrote, which it leaves to ``base.guided``.
 
     Raises:
         ValueError: unknown name (with the nearest), a refused one (with the reason), or a file that holds no such
             callable.
     """
     if ":" in settings.name:
-        return _own(settings)
-    check_name(settings.name)
-    return BUILDERS[settings.name](settings)
+        objective = _own(settings)
+    else:
+        check_name(settings.name)
+        objective = BUILDERS[settings.name](settings)
+    return guided(objective) if has_prefixes else objective
 
 
 def _own(settings: ObjectiveSettings) -> Objective:

@@ -110,7 +110,12 @@ class ObjectiveSettings(Settings):
         "fkl", "What tropd does on tokens outside its trust region: forward KL, floored advantage, nothing, JSD 0.5."
     )
     outlier_floor: float = setting(-5.0, "Floor of log p/q for `outlier: clip`, nats.", lt=0, ge=-NATS)
-    prefix_beta: float = setting(0.001, "Weight of log(p/q) on tokens that the teacher wrote (tropd).", ge=0, le=FACTOR)
+    prefix_beta: float = setting(
+        0.001,
+        "Weight of log(p/q) on tokens that the teacher wrote (rollout.source: prefix), whatever the objective.",
+        ge=0,
+        le=FACTOR,
+    )
     floor_lambda: float = setting(
         0.2, "Mixture weight that sets reopold's floor of the advantage, in (0, 1).", gt=0, lt=1
     )
@@ -143,7 +148,7 @@ class ObjectiveSettings(Settings):
             field
             for field, value in data.items()
             if field in cls.model_fields
-            and field not in ("name", *used)
+            and field not in ("name", "prefix_beta", *used)
             and value != cls.model_fields[field].get_default(call_default_factory=True)
         ]
         if unused:
@@ -152,6 +157,17 @@ class ObjectiveSettings(Settings):
                 f"set all of the objective at once: --set 'train.objective={{name: {name}}}'"
             )
         return {**used, **data}
+
+    @property
+    def reads_teacher(self) -> bool:
+        """False if the objective needs nothing of the teacher but the tokens."""
+        return self.name != "sft"
+
+    @property
+    def weighs_samples(self) -> bool:
+        """True if the loss of a token is an estimate that holds only where the student drew the token."""
+        by_sample = self.name in ("opd", "eopd") and self.rkl == "sampled"
+        return by_sample or self.name in ("lightning_opd", "tropd", "reopold", "vopd")
 
     @property
     def used(self) -> frozenset[str]:

@@ -41,6 +41,7 @@ class TeacherBatch:
     entropy: Tensor  # [T] full vocabulary, nats
     sampled: Tensor  # [T] log-prob of the sampled token
     sampled_column: Tensor  # [T] int64 its outcome
+    is_scored: bool = True  # False: only tokens are known, and every statistic of the teacher is NaN
 
     @property
     def tokens(self) -> int:
@@ -81,6 +82,8 @@ class TeacherBatch:
         plan: SupportPlan,
         vocab_size: int,
         device: torch.device | str = "cpu",
+        *,
+        is_scored: bool = True,
     ) -> TeacherBatch:
         """Batch of ``rows``; ``rule`` is the coverage's (weight of a draw), ``vocab_size`` the student's.
 
@@ -103,4 +106,4 @@ class TeacherBatch:
         arrays = Layout(rows, rule, plan, vocab_size, merged, stop_logprobs).arrays()
         offsets, width = arrays.pop("support_offsets"), arrays.pop("width")
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-        return cls(support_offsets=offsets, width=int(width), **tensors)
+        return cls(support_offsets=offsets, width=int(width), is_scored=is_scored, **tensors)

@@ -11,14 +11,20 @@ ROOM_BYTES = 1 << 20
 """So much more than there was when the disk was full is worth another try."""
 ROOM_INODES = 32
 """The same where inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
-TRY_EVERY_SECONDS = 600.0
-"""A quota shows in no figure: now and then it is simply tried."""
+FIRST_TRY_SECONDS, LAST_TRY_SECONDS = 10.0, 600.0
+"""Waits before a try at an unchanged disk, doubled from one pause to the next: a quota shows in no figure, and space
+may have been freed between the failure and the first look at it."""
 
 
 class DiskPause:
     """A pause that begins when a worker ran out of disk space; it reports its start and its end."""
 
-    def __init__(self, run: Run, message: str, poll_seconds: float) -> None:
+    def __init__(self, run: Run, message: str, poll_seconds: float, before: int = 0) -> None:
+        """
+        Args:
+            before: pauses since a task was last done.
+        """
+        self._wait = min(FIRST_TRY_SECONDS * 2.0**before, LAST_TRY_SECONDS)
         self._line = run.progress.line
         self._folders = [folder for folder in (run.store, run.paths.folder) if folder.exists()]
         self._poll, self._looked, self._began = poll_seconds, time.monotonic(), time.monotonic()
@@ -28,8 +34,7 @@ class DiskPause:
         remedy = "Remove some files" if self._by_inodes else "Free some space"
         self._line(
             f"paused: {message}\n  {free}. {remedy} and the run goes on by itself (a quota, which these figures do not "
-            f"show, is tried again every {TRY_EVERY_SECONDS / 60:.0f} minutes); Ctrl-C ends it, and the same command "
-            "goes on later."
+            f"show, is tried again in {self._wait:.0f} s); Ctrl-C ends it, and the same command goes on later."
         )
 
     def renew(self, message: str) -> None:
@@ -49,7 +54,7 @@ class DiskPause:
             if self._is_room(before, free):
                 self._line(f"going on: {folder.resolve()} has {free}")
                 return True
-        return now - self._began >= TRY_EVERY_SECONDS
+        return now - self._began >= self._wait
 
     def _is_room(self, before: Free, now: Free) -> bool:
         if now.bytes >= before.bytes + ROOM_BYTES:

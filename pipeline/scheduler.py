@@ -50,6 +50,7 @@ class Scheduler:
     def __init__(self, work: Work, pool: Pool, policy: FaultSettings) -> None:
         self._pool, self._policy = pool, policy
         self._pause: DiskPause | None = None
+        self._pauses = 0  # since a task was last done
         self._open: dict[tuple[str, str], OpenJob] = {}
         for run, job in work:
             if run.is_done(job):
@@ -117,13 +118,16 @@ class Scheduler:
 
     def _hold_up(self, task: Task, message: str) -> None:
         if self._pause is None:
-            self._pause = DiskPause(task.run, message, self._policy.full_poll_seconds)
+            self._pause = DiskPause(task.run, message, self._policy.full_poll_seconds, before=self._pauses)
+            self._pauses += 1
         else:
             self._pause.renew(message)
 
     def _handle(self, task: Task, outcome: Outcome) -> None:
         open_job = self._open[task.job.key]
         batch, progress = open_job.end(task.parts)
+        if outcome.kind == "done" or progress:
+            self._pauses = 0
         missing = open_job.run.missing_parts(task.job)
         left = tuple(part for part in task.parts if part in missing)
         if not left:

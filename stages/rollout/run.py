@@ -260,10 +260,11 @@ def _do_part(
         if vocabulary and max(sample.token_ids, default=0) >= vocabulary:
             sample, cut = _before(sample, vocabulary), cut + 1
         rows.append(_row(job, response, sample, tokenizer))
-    if cut * 2 > len(rows):
+    emptied = sum(not row["response_token_ids"] for row in rows)
+    if emptied * 2 > len(rows):
         raise ValueError(
-            f"part {part}: {cut} of {len(rows)} responses of the teacher hold ids beyond the student's vocabulary of "
-            f"{vocabulary}: the two tokenizers do not belong together"
+            f"part {part}: {emptied} of {len(rows)} responses of the teacher begin with ids beyond the student's "
+            f"vocabulary of {vocabulary}: the two tokenizers do not belong together"
         )
     info = {
         **_counts(job, part, draws, rows),

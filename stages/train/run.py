@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -225,13 +226,17 @@ def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: N
 
     At a merged stop it is what the student says at the round's start: nobody knows what that policy gave the others.
     """
-    if any(sampled is None for sampled in responses.sampler_logprobs):
+    spans = [slice(*pair) for pair in pairwise(responses.offsets)]
+    unknown = zip(responses.sampler_logprobs, spans, strict=True)
+    if any(logprobs is None and (responses.written[span] == Writer.POLICY).any() for logprobs, span in unknown):
         raise TrainingStopped(
             f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so no "
             "importance ratio can be formed. Set lag=0 and refresh=1, or sample with an engine that gives log-probs."
         )
-    said = np.concatenate([logprobs for logprobs in responses.sampler_logprobs if logprobs is not None])
-    sampled = np.where(alone, said, start.logprob)
+    sampled = start.logprob.copy()
+    for logprobs, span in zip(responses.sampler_logprobs, spans, strict=True):
+        if logprobs is not None:
+            sampled[span] = np.where(alone[span], logprobs, sampled[span])
     moved = float((sampled - start.logprob).sum() / max(alone.sum(), 1))
     job.progress.line(
         f"train {job.round}: the policy that sampled is {job.age} rounds old; its KL to this one, by its samples: "

@@ -372,13 +372,19 @@ def token_loss(d: Dense, case: Case, s: ObjectiveSettings) -> Tensor:
     return on_policy + s.alpha * (d.entropy > s.tau) * forward(d, case, s)
 
 
-def oracle(case: Case, s: ObjectiveSettings) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+def oracle(
+    case: Case, s: ObjectiveSettings, *, has_prefixes: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
     """(loss, gradient of hidden, of weight, of bias, largest |logit|) in float64."""
     hidden = case.hidden.double().requires_grad_()
     weight = case.head.weight.detach().double().requires_grad_()
     bias = None if case.head.bias is None else case.head.bias.detach().double().requires_grad_()
     d = dense(case, "none" if s.name == "sft" else s.stops, hidden, weight, bias)
     losses = token_loss(d, case, s)
+    if has_prefixes:
+        assert case.context.teacher_prefix is not None
+        p, q = sampled_pair(d, case)
+        losses = torch.where(case.context.teacher_prefix, s.prefix_beta * (p - q), losses)
     weight_of_token = 1.0 if case.context.weight is None else case.context.weight.double()
     loss = (losses * weight_of_token * case.context.mask.double()).sum() / case.context.normaliser
     torch.autograd.backward(loss)

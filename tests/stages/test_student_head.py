@@ -54,10 +54,12 @@ OBJECTIVES: list[dict[str, Any]] = [
 ]
 
 
-def measure(case: Case, given: dict[str, Any], chunk: int | None = 9) -> dict[str, float]:
+def measure(
+    case: Case, given: dict[str, Any], chunk: int | None = 9, *, has_prefixes: bool = False
+) -> dict[str, float]:
     """Largest differences to the oracle, over max(1, largest |logit|)."""
     settings = ObjectiveSettings.model_validate(given)
-    objective = make_objective(settings)
+    objective = make_objective(settings, has_prefixes=has_prefixes)
     hidden = case.hidden.clone().requires_grad_()
     weight = case.head.weight.clone().requires_grad_()
     bias = None if case.head.bias is None else case.head.bias.clone().requires_grad_()
@@ -65,7 +67,7 @@ def measure(case: Case, given: dict[str, Any], chunk: int | None = 9) -> dict[st
     batch = TeacherBatch.build(case.rows, case.rule, case.stops, objective.plan, case.vocab)
     loss, _ = sparse_head_loss(hidden, head, batch, objective, case.context, chunk_tokens=chunk)
     loss.backward()
-    expected, grad_hidden, grad_weight, grad_bias, largest = oracle(case, settings)
+    expected, grad_hidden, grad_weight, grad_bias, largest = oracle(case, settings, has_prefixes=has_prefixes)
     assert expected.isfinite()
     assert grad_weight.abs().max() > 0
     unit = max(1.0, largest)
@@ -145,3 +147,13 @@ def test_weights_of_responses_scale_their_loss(given: dict[str, Any]) -> None:
     case = make_case(5)
     weight = torch.rand(len(case.context.mask), generator=torch.Generator().manual_seed(1))
     assert max(measure(replace(case, context=replace(case.context, weight=weight)), given).values()) <= ROUNDING
+
+
+@pytest.mark.parametrize("given", OBJECTIVES, ids=str)
+def test_tokens_of_the_teacher_have_a_loss_of_their_own(given: dict[str, Any]) -> None:
+    """beta (log p - log q) on them, whatever the objective does on the student's."""
+    case = make_case(seed=3, rule=rule_for(given), extra=4)
+    assert case.context.teacher_prefix is not None
+    assert 0 < case.context.teacher_prefix.sum() < len(case.context.mask) - 1
+    values = measure(case, {"prefix_beta": 0.5, **given}, has_prefixes=True)
+    assert max(values.values()) <= ROUNDING

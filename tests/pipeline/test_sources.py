@@ -1,0 +1,120 @@
+"""Plans of runs whose responses the student does not write alone: what is made, shared and refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.plan import Plan
+from tests.pipeline.plan_case import make_facts, make_settings, plan_of
+
+
+def planned(*, student: str = "s0", teacher: str = "t0", **changes: Any) -> Plan:
+    return plan_of(make_settings(evaluate=None, **changes), make_facts(student, teacher))
+
+
+def stages(plan: Plan) -> list[str]:
+    return [job.name for job in plan.jobs]
+
+
+def key(plan: Plan, stage: str, round_: int = 0) -> str:
+    return plan.job(stage, round_).output.key
+
+
+PREFIX: dict[str, Any] = {"rollout": {"source": "prefix"}, "train": {"objective": {"name": "opd"}}}
+TEACHER: dict[str, Any] = {"rollout": {"source": "teacher"}, "train": {"objective": {"name": "fkl"}}}
+DATA: dict[str, Any] = {
+    "rollout": {"source": "data", "samples_per_prompt": 1},
+    "train": {"objective": {"name": "sft"}},
+    "prompts": {"columns": {"response": "solution"}},
+}
+
+
+def test_prefixes_are_of_a_guide_and_the_last_round_is_on_policy() -> None:
+    plan = planned(**PREFIX)
+    assert [name for name in stages(plan) if "guide" in name or "rollout" in name] == [
+        "guide 0",
+        "rollout 0",
+        "guide 1",
+        "rollout 1",
+        "rollout 2",
+    ]
+    assert plan.job("guide", 0).inputs == {}  # all guides can be sampled at once
+    assert plan.job("rollout", 0).inputs["guide"].by_part
+    assert key(plan, "rollout", 2) == key(planned(train=PREFIX["train"]), "rollout", 2) or plan.job(
+        "rollout", 2
+    ).inputs.keys() == {"policy"}
+
+
+def test_one_guide_serves_every_schedule_objective_and_student() -> None:
+    guide = key(planned(**PREFIX), "guide")
+    shorter = {**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 100, "length": "uniform"}}}
+    assert key(planned(**shorter), "guide") == guide
+    assert key(planned(**{**PREFIX, "train": {"objective": {"name": "tropd"}}}), "guide") == guide
+    assert key(planned(student="s1", **PREFIX), "guide") == guide
+    assert key(planned(**TEACHER), "rollout") == guide  # its own responses alone are the same
+    assert key(planned(teacher="t1", **PREFIX), "guide") != guide
+    hotter = {**PREFIX, "rollout": {"source": "prefix", "guide": {"temperature": 0.5}}}
+    assert key(planned(**hotter), "guide") != guide
+    plan, other = planned(**PREFIX), planned(**shorter)
+    assert key(plan, "rollout") != key(other, "rollout")
+
+
+def test_the_teacher_s_responses_and_data_are_the_same_for_every_student() -> None:
+    for changes in (TEACHER, DATA):
+        one, two = planned(student="s0", **changes), planned(student="s1", **changes)
+        assert key(one, "rollout") == key(two, "rollout")
+        assert key(one, "train") != key(two, "train")
+        assert key(one, "rollout", 0) != key(one, "rollout", 1)
+
+
+def test_data_is_scored_only_for_who_reads_scores() -> None:
+    assert not any("score" in name for name in stages(planned(**DATA)))
+    assert "scores" not in planned(**DATA).job("train", 0).inputs
+    scored = planned(**{**DATA, "train": {"objective": {"name": "jsd"}}})
+    assert "score 0" in stages(scored)
+    assert key(scored, "rollout") == key(planned(**DATA), "rollout")
+    assert "score 0" in stages(planned(train={"objective": {"name": "sft"}}))  # the report shows the student's rollouts
+
+
+def test_the_weight_of_prefixes_is_in_the_key_where_there_are_any() -> None:
+    def trained(**objective: Any) -> str:
+        return key(planned(**{**PREFIX, "train": {"objective": objective}}), "train")
+
+    assert trained(name="opd") == trained(name="opd", prefix_beta=0.001)
+    assert trained(name="opd") != trained(name="opd", prefix_beta=0.01)
+    assert key(planned(train={"objective": {"name": "opd"}}), "rollout") != key(planned(**PREFIX), "rollout")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"source": "nobody"}}, r"rollout\.source"),
+        ({**DATA, "prompts": {}}, r"prompts\.columns\.response"),
+        ({**DATA, "rollout": {"source": "data"}}, r"rollout\.samples_per_prompt is 2"),
+        ({**DATA, "train": {"objective": {"name": "opd"}}}, r"train\.objective\.name=opd weighs tokens"),
+        ({**TEACHER, "train": {"objective": {"name": "eopd"}}}, "eopd weighs tokens"),
+        ({**TEACHER, "train": {"objective": {"name": "reopold"}}}, "reopold weighs tokens"),
+        ({**TEACHER, "rollout": {"source": "teacher", "student_topk": 4}}, r"rollout\.student_topk is 4"),
+        ({"rollout": {"guide": {"samples": 2}}}, r"rollout\.guide has no effect"),
+        ({"rollout": {"prefix": {"end": 2}}}, r"rollout\.prefix has no effect"),
+        ({"train": {"objective": {"name": "tropd", "prefix_beta": 0.5}}}, r"prefix_beta=0\.5 has no effect"),
+        ({**PREFIX, "rounds": 1}, r"rollout\.prefix\.over"),
+        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 2000}}}, r"rollout\.prefix\.start"),
+        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 5, "end": 5}}}, r"must be more than"),
+        (
+            {**TEACHER, "score": {"teacher_prompt": {"kind": "same", "opening": "{{response}}"}}},
+            r"teacher writes under score\.teacher_prompt",
+        ),
+    ],
+)
+def test_what_could_not_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_settings(**changes)
+
+
+@pytest.mark.parametrize("objective", [{"name": "opd", "rkl": "topk"}, {"name": "eopd", "rkl": "topk"}, "rs_kd"])
+def test_divergences_take_responses_of_anybody(objective: object) -> None:
+    assert make_settings(**{**TEACHER, "train": {"objective": objective}}).rollout.source == "teacher"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eopd.stages.models.weight_files import weight_files
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_memory() -> int:
@@ -20,6 +24,15 @@ def free_memory() -> int:
 def weight_bytes(folder: Path) -> int:
     """Return the bytes of a model folder's weight files."""
     return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU, in bytes; 0 for a CPU."""
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def give_back_gpu_memory() -> None:

@@ -9,11 +9,13 @@ Letters: S sequences, R rows, L row length, T scored response tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from eopd.stages.models.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,7 @@ class Packed:
         return int(self.predict_index.numel())
 
     def to(self, device: torch.device | str) -> Packed:
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("input_ids", "position_ids", "predict_index", "target_ids")
-        }
-        return replace(self, **moved)
+        return on_device(device, self)
 
 
 def pack(

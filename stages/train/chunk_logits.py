@@ -14,6 +14,7 @@ from eopd.stages.train.objectives.base import SparseStudent, outcomes
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
+GPU_GROUP_BYTES = 128 * 2**20
 GROUP_BYTES = 16 * 2**20
 """Rows handled together between reading and writing the workspace on the CPU: few enough to stay in a cache, many
 enough that threads do not wait for each other more than they work."""
@@ -63,13 +64,14 @@ def sparse_student(taken: Taken, teacher: TeacherBatch) -> SparseStudent:
 
 
 def group_rows(logits: Tensor) -> int:
-    return max(1, GROUP_BYTES // (logits.shape[1] * logits.element_size()))
+    group = GPU_GROUP_BYTES if logits.is_cuda else GROUP_BYTES
+    return max(1, group // (logits.shape[1] * logits.element_size()))
 
 
 def take_rest(logits: Tensor) -> Rest:
     """Turn ``logits`` [C, V], with wanted ids set to LOG_ZERO, into exp(logit - largest) in place."""
     rows, vocab = logits.shape
-    group = rows if logits.is_cuda else group_rows(logits)
+    group = group_rows(logits)
     largest = logits.new_empty(rows)
     total, moment = torch.empty_like(largest), torch.empty_like(largest)
     spare = logits.new_empty(min(group, rows), vocab)

@@ -75,21 +75,26 @@ class HeadProducts:
         if self.bias is not None:
             out += self.bias
 
-    def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
+    def operand(self, grad_logits: Tensor) -> Tensor:
+        """Return grad_logits [C, V] as both gradients are computed from it."""
+        return grad_logits.to(self.weight.dtype) if self._native else grad_logits
+
+    def hidden_gradient(self, operand: Tensor) -> Tensor:
         """Return grad_logits [C, V] @ weight, [C, D]."""
         if self._native:
-            return torch.mm(grad_logits.to(self.weight.dtype), self.weight, out_dtype=self.dtype)
+            return torch.mm(operand, self.weight, out_dtype=self.dtype)
         if self.exact:
-            return grad_logits @ self.weight
-        total = grad_logits.new_zeros(len(grad_logits), self.weight.shape[1])
+            return operand @ self.weight
+        total = operand.new_zeros(len(operand), self.weight.shape[1])
         for where, block in self._blocks():
-            total.addmm_(grad_logits[:, where], block)
+            total.addmm_(operand[:, where], block)
         return total
 
-    def add_weight_gradient(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, first: bool) -> None:
-        """Add grad_logits.T @ hidden to ``total`` [V, D]; ``first``: overwrite it instead."""
+    def add_weight_gradient(self, total: Tensor, operand: Tensor, hidden: Tensor, first: bool) -> None:
+        """Add grad_logits.T @ hidden to ``total`` [V, D] in place; if ``first``, overwrite it."""
+        beta = 0.0 if first else 1.0
         if self._native:
-            product = torch.mm(grad_logits.to(self.weight.dtype).T, hidden.to(self.weight.dtype), out_dtype=self.dtype)
-            total.copy_(product) if first else total.add_(product)
+            low = hidden.to(self.weight.dtype)
+            torch.addmm(total, operand.T, low, out_dtype=self.dtype, beta=beta, out=total)
         else:
-            total.addmm_(grad_logits.T, hidden.to(self.dtype), beta=0.0 if first else 1.0)
+            total.addmm_(operand.T, hidden.to(self.dtype), beta=beta)

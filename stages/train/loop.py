@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
+from eopd.stages.models.transfer import on_device
 from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.failures import broken_tensors
@@ -47,8 +46,20 @@ class MicroBatch:
     packed: Packed
     teacher: TeacherBatch
     numbers: tuple[int, ...]  # its responses
-    rows: np.ndarray[Any, np.dtype[np.int64]]  # [T] places in per-token arrays of the round
+    rows: Tensor  # [T] int64 places in per-token arrays of the round
     real: bool  # false: repeats another one, masked, so that every process takes part in every forward
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Figures of every token of the round, [T of the round], on the device; None where there are none."""
+
+    logprob: Tensor | None = None  # float32, by the round-start pass
+    entropy: Tensor | None = None  # float32, by the round-start pass
+    weight: Tensor | None = None  # float32, of the response
+    unsure: Tensor | None = None  # bool: above ``threshold`` (``reopold.above_quantile``)
+    threshold: float | None = None  # the quantile of the entropies that the objective reads
+    by_teacher: Tensor | None = None  # bool: the teacher wrote it
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class Loop:
         self.first_step, self.total_steps = first_step, total_steps
         self.ema = ema
         self.has_prefixes = has_prefixes
-        self._at_quantile: tuple[RoundStart, tuple[float, NDArray[np.bool_]]] | None = None
+        self._per_token: tuple[RoundStart | None, PerToken] | None = None
         self.vocab_size = student_of(student).vocab_size
         self.layout = student_of(student).layout
 
@@ -102,7 +113,6 @@ class Loop:
         return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
 
     def _micro_batch(self, packed: Packed, numbers: Sequence[int], real: bool = True) -> MicroBatch:
-        device = self.accelerator.device
         if self.cache is None:
             rows = TeacherRows.unscored([self.responses.sequences[number].response_ids for number in numbers])
             rule = HeadRule()
@@ -111,10 +121,9 @@ class Loop:
             check_alignment(self.responses, numbers, rows)
             rule = self.cache.coverage.head
         scored = self.cache is not None
-        teacher = TeacherBatch.build(
-            rows, rule, self.stops, self.objective.plan, self.vocab_size, device, is_scored=scored
-        )
-        return MicroBatch(packed.to(device), teacher, tuple(numbers), self.responses.rows_of(numbers), real)
+        teacher = TeacherBatch.build(rows, rule, self.stops, self.objective.plan, self.vocab_size, is_scored=scored)
+        places = torch.from_numpy(self.responses.rows_of(numbers))
+        return on_device(self.accelerator.device, MicroBatch(packed, teacher, tuple(numbers), places, real))
 
     def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
         """Deal ``numbers`` to the processes, longest first in turn, so that their token counts are similar."""
@@ -169,8 +178,7 @@ class Loop:
             with torch.no_grad():
                 found, entropies = self.student(batch.packed, batch.teacher, context, "logprobs")
             if turn < len(mine):
-                rows = torch.from_numpy(batch.rows).to(logprob.device)
-                logprob[rows], entropy[rows] = found.float(), entropies.float()
+                logprob[batch.rows], entropy[batch.rows] = found.float(), entropies.float()
                 on_progress(batch.packed.tokens)
         reshard(self.student)
         logprob, entropy = self.accelerator.reduce(logprob), self.accelerator.reduce(entropy)
@@ -179,39 +187,44 @@ class Loop:
     # -- one optimiser step ------------------------------------------------------------------------------------
 
     def _context(self, batch: MicroBatch, start: RoundStart | None, normaliser: float, epoch: int) -> StepContext:
-        device = self.accelerator.device
-        context = StepContext(
-            mask=torch.full((batch.packed.tokens,), float(batch.real), device=device),
+        of_round, rows = self._of_round(start), batch.rows
+
+        def taken(figures: Tensor | None) -> Tensor | None:
+            return None if figures is None else figures[rows]
+
+        return StepContext(
+            mask=torch.full((batch.packed.tokens,), float(batch.real), device=rows.device),
             normaliser=normaliser,
             temperature=self.temperature,
-            token_key=torch.from_numpy(batch.rows + self.round * ROUND_STRIDE).to(device),
+            q_old=taken(of_round.logprob),
+            student_entropy_round=taken(of_round.entropy),
+            entropy_threshold=of_round.threshold,
+            unsure=taken(of_round.unsure),
+            token_key=rows + self.round * ROUND_STRIDE,
+            teacher_prefix=taken(of_round.by_teacher),
+            weight=taken(of_round.weight),
             seed=self.seed,
             epoch=epoch,
         )
-        if self.has_prefixes:
-            by_teacher = self.responses.written[batch.rows] == Writer.TEACHER
-            context = replace(context, teacher_prefix=torch.from_numpy(by_teacher).to(device))
-        if start is None:
-            return context
-        quantile = self._quantile(start)
-        return replace(
-            context,
-            q_old=torch.from_numpy(start.logprob[batch.rows]).to(device),
-            student_entropy_round=torch.from_numpy(start.entropy[batch.rows]).to(device),
-            entropy_threshold=quantile[0] if quantile else None,
-            unsure=torch.from_numpy(quantile[1][batch.rows]).to(device) if quantile else None,
-            weight=None if start.weight is None else torch.from_numpy(start.weight[batch.rows]).to(device),
-        )
 
-    def _quantile(self, start: RoundStart) -> tuple[float, NDArray[np.bool_]] | None:
-        """Return the quantile of the round's entropies that the objective needs, and the tokens [T] above it."""
-        if "entropy_threshold" not in self.objective.per_round:
-            return None
-        if self._at_quantile is None or self._at_quantile[0] is not start:
-            share = self.objective.settings.entropy_quantile
-            found = (float(np.quantile(start.entropy, share)), above_quantile(start.entropy, share))
-            self._at_quantile = (start, found)
-        return self._at_quantile[1]
+    def _of_round(self, start: RoundStart | None) -> PerToken:
+        """Return the figures of every token of the round, which are copied to the device once."""
+        if self._per_token is None or self._per_token[0] is not start:
+            by_teacher = torch.from_numpy(self.responses.written == Writer.TEACHER) if self.has_prefixes else None
+            figures = PerToken(by_teacher=by_teacher)
+            if start is not None:
+                figures = replace(
+                    figures,
+                    logprob=torch.tensor(start.logprob),
+                    entropy=torch.tensor(start.entropy),
+                    weight=None if start.weight is None else torch.tensor(start.weight),
+                )
+            if start is not None and "entropy_threshold" in self.objective.per_round:
+                share = self.objective.settings.entropy_quantile
+                unsure = torch.from_numpy(above_quantile(start.entropy, share))
+                figures = replace(figures, unsure=unsure, threshold=float(np.quantile(start.entropy, share)))
+            self._per_token = (start, on_device(self.accelerator.device, figures))
+        return self._per_token[1]
 
     def take(self, step: Step, start: RoundStart | None) -> dict[str, float]:
         """Take one optimiser step: forward, backward and update. Returns the step's figures, equal on every process.
@@ -240,20 +253,26 @@ class Loop:
                 loss.backward()
             losses.append(loss.detach())
             sum_metrics(sums, figures)  # zeros of a masked one, so that every process has the same names to reduce
-        norm = gradient_norm(self.student)
-        totals = {name: float(self.accelerator.reduce(value)) for name, value in sorted(sums.items())}
+        totals, norm = self._read_back(sums, gradient_norm(self.student))
         self._stop_if_broken(step, totals, norm, losses)
         self._stop_if_stale(step, totals)
         limit = self.settings.optimizer.max_grad_norm
         if limit and norm > limit:
-            scale_gradients(self.student, limit / float(norm))
+            scale_gradients(self.student, limit / norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
-        return {**totals, "lr": rate, "grad_norm": float(norm)}
+        return {**totals, "lr": rate, "grad_norm": norm}
 
-    def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: Tensor, losses: list[Tensor]) -> None:
-        if np.isfinite(totals["loss"]) and torch.isfinite(norm):
+    def _read_back(self, sums: dict[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float]:
+        """Return the sums over all processes, by name, and the norm. Waits for the device once a step, here."""
+        names = sorted(sums)
+        totals = self.accelerator.reduce(torch.stack([sums[name] for name in names]))
+        *values, length = torch.cat([totals, norm.double().view(1)]).cpu().numpy().tolist()
+        return dict(zip(names, values, strict=True)), length
+
+    def _stop_if_broken(self, step: Step, totals: dict[str, float], norm: float, losses: list[Tensor]) -> None:
+        if np.isfinite(totals["loss"]) and np.isfinite(norm):
             return
         names = self.responses.names
         chosen = [names[number] for number in step.responses]
@@ -264,13 +283,13 @@ class Loop:
         ]
         raise TrainingStopped(
             f"round {self.round}, step {step.number}: loss {totals['loss'] / step.tokens:g}, gradient norm "
-            f"{float(norm):g}; not finite. Responses of the step: {', '.join(chosen[:40])}"
+            f"{norm:g}; not finite. Responses of the step: {', '.join(chosen[:40])}"
             + (f" and {len(chosen) - 40} more" if len(chosen) > 40 else ""),
             step=step.number,
             responses=chosen,
             figures={
                 "epoch": step.epoch,
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "sums_over_tokens": totals,
                 "micro_batches_of_the_first_process": shares,
                 "not_finite": broken_tensors(student_of(self.student)),

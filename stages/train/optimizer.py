@@ -78,6 +78,5 @@ def gradient_norm(module: nn.Module) -> Tensor:
 
 
 def scale_gradients(module: nn.Module, factor: float) -> None:
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    torch._foreach_mul_(gradients, factor)  # of a thousand tensors in a few kernels

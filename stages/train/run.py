@@ -349,6 +349,8 @@ def _take_steps(
 
 def _stop_wished(accelerator: Accelerator) -> bool:
     """True if any of the processes was asked to stop; the same answer in all of them."""
+    if accelerator.num_processes == 1:
+        return stopping.stop_wished()
     wished = torch.tensor(float(stopping.stop_wished()), device=accelerator.device)
     return float(accelerator.reduce(wished)) > 0
 

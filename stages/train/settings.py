@@ -185,7 +185,7 @@ class TrainSettings(Settings):
     )
     head_chunk_tokens: int | None = setting(
         None,
-        "Rows of logits alive at once in the sparse head; None: chosen from the vocabulary.",
+        "Rows of logits alive at once in the sparse head; None: by the vocabulary and the GPU's memory.",
         keyed=False,
         ge=1,
         le=COUNT,

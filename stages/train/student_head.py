@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.memory import gpu_bytes
 from eopd.stages.train.chunk_logits import Taken, group_rows, sparse_student, take
 from eopd.stages.train.head_products import HeadProducts, local_parameter
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
@@ -27,12 +28,16 @@ from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Logits alive at once, unless ``chunk_tokens`` says otherwise."""
+"""Logits alive at once, unless ``chunk_tokens`` says otherwise: on a CPU, and on a GPU at least."""
+LARGEST_WORKSPACE_BYTES = 2**30
+WORKSPACE_SHARE = 1 / 64
+"""Of a GPU's memory. Every chunk reads and writes the weight's whole gradient [V, D]: fewer chunks, fewer times."""
 
 
-def default_chunk_tokens(vocab_size: int, itemsize: int = 4) -> int:
-    """Return the rows of a chunk: as many as fit ``WORKSPACE_BYTES``, a multiple of 32."""
-    return max(32, WORKSPACE_BYTES // (vocab_size * itemsize) // 32 * 32)
+def default_chunk_tokens(vocab_size: int, itemsize: int = 4, gpu_bytes: int = 0) -> int:
+    """Return the rows of a chunk, a multiple of 32, by the workspace of a GPU with ``gpu_bytes`` (0: of a CPU)."""
+    workspace = min(max(WORKSPACE_BYTES, int(gpu_bytes * WORKSPACE_SHARE)), LARGEST_WORKSPACE_BYTES)
+    return max(32, workspace // (vocab_size * itemsize) // 32 * 32)
 
 
 def sparse_head_loss(
@@ -125,7 +130,7 @@ class _Pass:
         self.products = HeadProducts.of(head, hidden)
         self.hidden, self.head, self.temperature, self.needs = hidden, head, temperature, needs
         dtype, device = self.products.dtype, hidden.device
-        most = chunk_tokens or default_chunk_tokens(head.vocab_size, dtype.itemsize)
+        most = chunk_tokens or default_chunk_tokens(head.vocab_size, dtype.itemsize, gpu_bytes(device))
         chunks = max(1, -(-len(hidden) // most))
         self.rows = max(1, -(-len(hidden) // chunks))  # equal chunks: a short last one costs as many passes
         self.workspace = torch.empty(self.rows, head.vocab_size, dtype=dtype, device=device)
@@ -199,10 +204,11 @@ class _Pass:
         logits[:, teacher.stop_columns] = (grads[1] * slope(taken.z_stops)).to(logits.dtype)
 
     def _add_gradients(self, start: int, stop: int, grad_logits: Tensor) -> None:
+        operand = self.products.operand(grad_logits)
         if self.grad_hidden is not None:
-            self.grad_hidden[start:stop] = self.products.hidden_gradient(grad_logits)
+            self.grad_hidden[start:stop] = self.products.hidden_gradient(operand)
         if self.grad_weight is not None:
-            self.products.add_weight_gradient(self.grad_weight, grad_logits, self.hidden[start:stop], start == 0)
+            self.products.add_weight_gradient(self.grad_weight, operand, self.hidden[start:stop], start == 0)
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(dim=0)
 

@@ -89,6 +89,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.number, self.count = 0.0, 4  # what is read back from the device
         self.copies: Counter[str] = Counter()  # to_device, to_host
+        self.written: Counter[tuple[int, ...]] = Counter()  # by shape, what operations write
         self.syncs: Counter[str] = Counter()  # by the operation that waits for the device
         self.allocated = self.peak = 0  # bytes on the device
         self._alive: set[int] = set()
@@ -140,6 +141,8 @@ class FakeCuda(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
+        if not func.is_view and func not in (aten.empty.memory_format, aten.empty_like.default):
+            self.written.update(tuple(tensor.shape) for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
         if func in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if func is aten.copy_.default else args[0]
             if source.device != result.device:

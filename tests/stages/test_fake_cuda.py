@@ -24,10 +24,12 @@ from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, Samp
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence
+from eopd.stages.models.transfer import copied_at_once
 from eopd.stages.rollout.student_topk import topk_of
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_batch import TokenBatch
+from eopd.stages.train import student_head
 from eopd.stages.train.ema import Ema
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import add_adapters
@@ -38,6 +40,7 @@ from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.responses import Responses
 from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.stages.train.student_head import sparse_head_loss
@@ -224,7 +227,8 @@ class Scores:
         sequences = tuple(Sequence(range(40), rows.token_ids.tolist()) for rows in self.rows)
         count, offsets = len(sequences), np.cumsum([0, *(rows.tokens for rows in self.rows)])
         names = tuple(f"p{number}/0" for number in range(count))
-        return Responses(names, sequences, tuple((0, number) for number in range(count)), count * (None,), offsets)
+        places = tuple((0, number) for number in range(count))
+        return Responses(names, sequences, places, count * (None,), offsets, np.zeros(offsets[-1], np.int8))
 
 
 def joined(pieces: Seq[TeacherRows]) -> TeacherRows:
@@ -312,3 +316,48 @@ def test_optimiser_states_return_to_the_device(gpu: FakeCuda) -> None:
     assert loop.ema is not None
     loop.ema.load(loop.ema.tensors())
     loop.take(loop.load_step(0), loop.round_start(lambda _: None))
+
+
+@pytest.mark.parametrize(("budget", "micro_batches"), [(1024, 3), (4096, 1)])
+def test_a_step_copies_each_micro_batch_at_once_and_waits_once(gpu: FakeCuda, budget: int, micro_batches: int) -> None:
+    loop = loop_of(gpu, "0.6b", (900, 1000, 700), ema=0.9, micro_batch_tokens=budget)
+    start = RoundStart(*(np.ones(2600, np.float32) for _ in range(3)))
+    loop.take(loop.load_step(0), start)  # what the round needs once
+    gpu.copies.clear()
+    gpu.syncs.clear()
+    step = loop.load_step(0)
+    loop.take(step, start)
+    assert len(step.micro_batches) == micro_batches
+    assert gpu.copies == {"to_device": micro_batches, "to_host": 1}
+    assert not gpu.syncs
+
+
+@pytest.mark.parametrize("tokens", [1700, 3400])
+def test_a_chunk_writes_the_gradient_of_the_weight_once(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(student_head, "gpu_bytes", lambda _: 80 << 30)
+    hidden, head = on_gpu(tokens, 1024, grad=True), head_of("0.6b", torch.float32, grad=True)
+    objective = make_objective(ObjectiveSettings(name="eopd"))
+    rule = RULES["beyond_head"]
+    batch = TeacherBatch.build(rows_of(tokens), rule, STOPS, objective.plan, VOCABULARY, "cuda")
+    gpu.written.clear()
+    with torch.autocast("cuda", torch.bfloat16):
+        sparse_head_loss(hidden, head, batch, objective, context_of(tokens))
+    chunks = -(-tokens // 1760)
+    assert gpu.written[head.weight.shape] == chunks + 1  # and once the weight in bfloat16
+    assert gpu.peak < 2**30 + 3 * head.weight.nbytes + 2**30
+
+
+def test_what_is_copied_at_once_is_the_same() -> None:
+    tensors = [
+        torch.arange(7),
+        torch.rand(3, 5, dtype=torch.float64),
+        torch.tensor([True, False, True]),
+        torch.zeros(0, 4),
+        torch.rand(4, 6, dtype=torch.float32).T,
+        torch.rand(5).bfloat16(),
+    ]
+    for copy, tensor in zip(copied_at_once(tensors, "cpu"), tensors, strict=True):
+        assert copy.dtype == tensor.dtype
+        assert torch.equal(copy, tensor)

@@ -176,6 +176,8 @@ def test_all_masked_and_no_tokens() -> None:
 
 def test_chunks_fit_the_workspace() -> None:
     assert default_chunk_tokens(151936) == 416
+    assert default_chunk_tokens(151936, gpu_bytes=24 * 2**30) == 640
+    assert default_chunk_tokens(151936, gpu_bytes=80 * 2**30) == 1760
     assert default_chunk_tokens(32) == 2**21
     assert default_chunk_tokens(10**8) == 32
 

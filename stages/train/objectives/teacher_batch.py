@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eopd.stages.models.transfer import on_device
 from eopd.stages.train.objectives.layout import Layout, SupportPlan
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -105,5 +106,5 @@ class TeacherBatch:
         stop_logprobs = stops.stop_logprobs(rows) if merged else np.zeros((rows.tokens, 0))
         arrays = Layout(rows, rule, plan, vocab_size, merged, stop_logprobs).arrays()
         offsets, width = arrays.pop("support_offsets"), arrays.pop("width")
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-        return cls(support_offsets=offsets, width=int(width), is_scored=is_scored, **tensors)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return on_device(device, cls(support_offsets=offsets, width=int(width), is_scored=is_scored, **tensors))

@@ -28,6 +28,7 @@ from eopd.stages.train.objectives.reopold import above_quantile
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import gradient_norm, scale_gradients
 from eopd.stages.train.parallel import accumulating, reshard, student_of
+from eopd.stages.train.position_weights import position_weights
 from eopd.stages.train.responses import Responses, check_alignment
 from eopd.stages.train.schedule import batch_of_step, learning_rate
 from eopd.stages.train.settings import TrainSettings
@@ -56,7 +57,7 @@ class PerToken:
 
     logprob: Tensor | None = None  # float32, by the round-start pass
     entropy: Tensor | None = None  # float32, by the round-start pass
-    weight: Tensor | None = None  # float32, of the response
+    weight: Tensor | None = None  # float32, of its loss
     unsure: Tensor | None = None  # bool: above ``threshold`` (``reopold.above_quantile``)
     threshold: float | None = None  # the quantile of the entropies that the objective reads
     by_teacher: Tensor | None = None  # bool: the teacher wrote it
@@ -211,20 +212,22 @@ class Loop:
         """Return the figures of every token of the round, which are copied to the device once."""
         if self._per_token is None or self._per_token[0] is not start:
             by_teacher = torch.from_numpy(self.responses.written == Writer.TEACHER) if self.has_prefixes else None
-            figures = PerToken(by_teacher=by_teacher)
+            figures = PerToken(by_teacher=by_teacher, weight=self._weight(start))
             if start is not None:
-                figures = replace(
-                    figures,
-                    logprob=torch.tensor(start.logprob),
-                    entropy=torch.tensor(start.entropy),
-                    weight=None if start.weight is None else torch.tensor(start.weight),
-                )
+                figures = replace(figures, logprob=torch.tensor(start.logprob), entropy=torch.tensor(start.entropy))
             if start is not None and "entropy_threshold" in self.objective.per_round:
                 share = self.objective.settings.entropy_quantile
                 unsure = torch.from_numpy(above_quantile(start.entropy, share))
                 figures = replace(figures, unsure=unsure, threshold=float(np.quantile(start.entropy, share)))
             self._per_token = (start, on_device(self.accelerator.device, figures))
         return self._per_token[1]
+
+    def _weight(self, start: RoundStart | None) -> Tensor | None:
+        """Return the product of a token's weights by staleness and by position [T of the round]; None: all are 1."""
+        weights = [] if start is None or start.weight is None else [start.weight]
+        if self.settings.weights is not None:
+            weights.append(position_weights(self.settings.weights, self.responses.offsets))
+        return torch.from_numpy(np.prod(weights, axis=0)) if weights else None
 
     def take(self, step: Step, start: RoundStart | None) -> dict[str, float]:
         """Take one optimiser step: forward, backward and update. Returns the step's figures, equal on every process.

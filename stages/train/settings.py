@@ -67,6 +67,39 @@ class StalenessSettings(Settings):
     )
 
 
+class WeightSettings(Settings):
+    """Weights of the loss by the position in the response."""
+
+    kind: Literal["linear", "head"] = setting(
+        ..., "linear: from `start` at the first token to `end` at the last; head: the first `fraction` of the tokens."
+    )
+    start: float | None = setting(None, "With linear: weight of the first token.", ge=0, le=FACTOR)
+    end: float | None = setting(None, "With linear: weight of the last token.", ge=0, le=FACTOR)
+    fraction: float | None = setting(
+        None, "With head: this share of the response's tokens, rounded up, weighs 1, and the others 0.", gt=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _its_own_numbers_are_given(self) -> WeightSettings:
+        own = {"linear": ("start", "end"), "head": ("fraction",)}[self.kind]
+        missing = [name for name in own if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"kind {self.kind} needs {' and '.join(missing)}, which have no default")
+        others = [name for name in ("start", "end", "fraction") if name not in own and getattr(self, name) is not None]
+        if others:
+            raise ValueError(f"kind {self.kind} does not use {' or '.join(others)}: it takes {' and '.join(own)}")
+        if self.kind == "linear" and self.start == self.end:
+            raise ValueError(
+                f"start and end are both {self.start:g}: every token would weigh the same. Set weights to null, or "
+                "change one of them"
+            )
+        return self
+
+    def semantic(self) -> dict[str, Any]:
+        """Return the kind and its own numbers."""
+        return {name: value for name, value in super().semantic().items() if value is not None}
+
+
 class SelectSettings(Settings):
     """Which responses of a round are trained on. Rollouts and scores are of all of them."""
 
@@ -137,6 +170,9 @@ class TrainSettings(Settings):
     )
     staleness: StalenessSettings | None = setting(
         None, "Weigh the loss of responses down that an older policy sampled. None: all weigh 1."
+    )
+    weights: WeightSettings | None = setting(
+        None, "Weigh the loss of a token by its position in the response. None: all weigh 1."
     )
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", "Precision of the trained weights.")
     autocast: Literal["no", "bf16"] = setting("no", "Precision of the forward and backward passes.")
@@ -216,10 +252,12 @@ class TrainSettings(Settings):
     keep_progress: int = setting(1, "Resumable states kept while a round trains.", keyed=False, ge=1, le=COUNT)
 
     def semantic(self) -> dict[str, Any]:
-        """``select`` enters keys only if it leaves something out."""
+        """``select`` enters keys only if it leaves something out, and ``weights`` only if it is set."""
         kept = super().semantic()
         if self.select.is_everything:
             del kept["select"]
+        if self.weights is None:
+            del kept["weights"]
         return kept
 
     @model_validator(mode="after")

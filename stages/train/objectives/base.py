@@ -43,7 +43,7 @@ class StepContext:
     unsure: Tensor | None = None  # [T] bool: above that quantile, equal entropies by key (``reopold.above_quantile``)
     token_key: Tensor | None = None  # [T] int64, one number a (round, response, position) (tropd)
     teacher_prefix: Tensor | None = None  # [T] bool: the teacher wrote this token (``guided``, tropd)
-    weight: Tensor | None = None  # [T] factor of the loss, whatever the objective (staleness); None: 1
+    weight: Tensor | None = None  # [T] factor of the loss, whatever the objective (staleness, position); None: 1
     seed: int = 0
     epoch: int = 0
 

@@ -27,7 +27,7 @@ LIKELY_SHARE = 0.1
 SOON_FREED = 100_000_000
 """A disk that lacks less than this is soon cleared, and pauses the run until then."""
 RESPONSE_BYTES = 1024
-"""What a response takes before it has a token: the request, its sample, its row."""
+"""Memory of a response without tokens: the request, its sample, its row."""
 ASSUMES_SFT_TEACHER = ("lightning_opd",)
 
 
@@ -160,7 +160,7 @@ def check_needs(run: Run, train: Job) -> None:
         return
     coverage = _planned_coverage(run, train)
     missing = [
-        found for need in objective.needs_with(run.facts.stop_ids) if (found := coverage.lacks(need)) is not None
+        lacking for need in objective.needs_with(run.facts.stop_ids) if (lacking := coverage.lacks(need)) is not None
     ]
     if not missing:
         return

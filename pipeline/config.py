@@ -92,9 +92,9 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: neither; lists what is there.
     """
-    found = config_file(name)
-    if found is not None:
-        return found
+    path = config_file(name)
+    if path is not None:
+        return path
     known = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in CONFIG_FOLDER.rglob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -373,7 +373,7 @@ def _model_of(annotation: Any) -> Any:
     if _is_model(annotation):
         return annotation
     for inner in getattr(annotation, "__args__", ()):
-        found = _model_of(inner)
-        if found is not None:
-            return found
+        model = _model_of(inner)
+        if model is not None:
+            return model
     return None

@@ -10,7 +10,7 @@ from eopd.storage.files import NO_INODES, Free, free_of
 ROOM_BYTES = 1 << 20
 """So much more than there was when the disk was full is worth another try."""
 ROOM_INODES = 32
-"""The same where inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
+"""The same if inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
 FIRST_TRY_SECONDS, LAST_TRY_SECONDS = 10.0, 600.0
 """Waits before a try at an unchanged disk, doubled from one pause to the next: a quota shows in no figure, and space
 may have been freed between the failure and the first look at it."""

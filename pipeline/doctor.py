@@ -78,8 +78,8 @@ def probe(package: str, code: str, seconds: float = IMPORT_SECONDS) -> dict[str,
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         ended = f"killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
         return f"its import {ended}: {lines[-1].strip() if lines else 'it said nothing'}"
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
 
 
 def _python() -> Iterator[Finding]:
@@ -129,10 +129,10 @@ def _there(package: str) -> bool:
         return False
 
 
-def _imported(package: str, found: dict[str, Any] | str, otherwise: State) -> Finding:
-    if isinstance(found, str):
+def _imported(package: str, answer: dict[str, Any] | str, otherwise: State) -> Finding:
+    if isinstance(answer, str):
         remedy = "run `make setup` again; `python -c 'import " + package + "'` shows the whole error"
-        return Finding(package, otherwise, found, remedy)
+        return Finding(package, otherwise, answer, remedy)
     installed = _version(package)
     text, remedy = _known(package, installed)
     return Finding(package, "warning" if remedy else "ok", text, remedy)
@@ -159,27 +159,27 @@ def known_versions(package: str, folder: Path = CONSTRAINTS) -> set[str]:
     """Return the versions of a package in the constraint files; none if eopd was installed without them."""
     pattern = re.compile(rf"^{re.escape(package)}(?:-cpu)?==([^+\s;]+)", re.MULTILINE)
     files = sorted(folder.glob("constraints-*.txt"))
-    return {found for file in files for found in pattern.findall(file.read_text(encoding="utf-8"))}
+    return {version for file in files for version in pattern.findall(file.read_text(encoding="utf-8"))}
 
 
-def _torch(found: dict[str, Any] | str) -> Iterator[Finding]:
-    yield _imported("torch", found, "broken")
+def _torch(answer: dict[str, Any] | str) -> Iterator[Finding]:
+    yield _imported("torch", answer, "broken")
     driver = _driver()
-    if isinstance(found, str):
+    if isinstance(answer, str):
         return
-    if found["cuda"]:
-        for name, free, total in found["gpus"]:
-            little = "" if free > LITTLE_MEMORY else "end what else uses it (nvidia-smi lists it)"
+    if answer["cuda"]:
+        for name, free, total in answer["gpus"]:
+            little = "" if free > LITTLE_MEMORY else "stop other programs that use it (nvidia-smi lists them)"
             text = f"{name}, {size(free)} of {size(total)} free, driver {driver or 'of unknown version'}"
             yield Finding("GPU", "warning" if little else "ok", text, little)
         yield compiling(Path(sysconfig.get_paths()["include"]))
     elif driver is None:
         yield Finding("GPU", "absent", "none; everything works on the CPU, for small models")
-    elif found["cuda_build"] is None:
+    elif answer["cuda_build"] is None:
         remedy = "run `make setup` again: it installs the CUDA build where there is a GPU"
         yield Finding("GPU", "warning", f"driver {driver} is there, but this torch is built for the CPU", remedy)
     else:
-        text = f"driver {driver} is there, but torch (built for CUDA {found['cuda_build']}) cannot use it"
+        text = f"driver {driver} is there, but torch (built for CUDA {answer['cuda_build']}) cannot use it"
         yield Finding("GPU", "broken", text, "update the driver, or install a torch built for an older CUDA")
 
 
@@ -208,13 +208,13 @@ def _driver() -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
-def _vllm(found: dict[str, Any] | str | None, engines: bool) -> Finding:
-    if found is None:
+def _vllm(answer: dict[str, Any] | str | None, engines: bool) -> Finding:
+    if answer is None:
         text = "not looked at" if not engines else "not installed: sampling and scoring use transformers, more slowly"
         return Finding(
             "vllm", "absent", text, "" if not engines else "run `make setup`: it installs the build for this hardware"
         )
-    return _imported("vllm", found, "warning")
+    return _imported("vllm", answer, "warning")
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------
@@ -256,12 +256,12 @@ def _optional() -> Iterator[Finding]:
 
 
 def _which(*names: str) -> str | None:
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def _or_absent(name: str, found: str | None, otherwise: str) -> Finding:
+def _or_absent(name: str, answer: str | None, otherwise: str) -> Finding:
     return (
-        Finding(name, "absent", f"not there (optional): {otherwise}") if found is None else Finding(name, "ok", found)
+        Finding(name, "absent", f"not there (optional): {otherwise}") if answer is None else Finding(name, "ok", answer)
     )
 
 

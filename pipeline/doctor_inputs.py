@@ -177,7 +177,7 @@ def _packages(settings: RunSettings) -> str:
     from eopd.stages.train.extras import require_extras
 
     require_extras(settings.train)
-    return "what the settings of training ask for is installed"
+    return "the packages that training needs are installed"
 
 
 def _launcher(kind: str) -> Finding:

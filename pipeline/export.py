@@ -61,9 +61,9 @@ def find_student(run: Run, round_: int) -> Student:
     if run.experiment.student_model.trust_remote_code:
         code = [*code_files(facts.tokenizer_folder), *code_files(facts.folder)]
     if round_ == 0 and facts.other is None:
-        found = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder), *code]
+        contents = [*model_files(facts.folder), *tokenizer_files(facts.tokenizer_folder), *code]
         generation = facts.folder / GENERATION_FILE
-        files = (*found, *([generation] if generation.exists() else []))
+        files = (*contents, *([generation] if generation.exists() else []))
         return Student(0, last, facts.folder, files, run.facts.ordered_stop_ids)
     checkpoint = run.plan.policy(round_)
     assert checkpoint is not None

@@ -320,10 +320,10 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
     text = text.get("content") if isinstance(text, dict) else text
     added = _read_json(tokenizer / "tokenizer.json").get("added_tokens", []) if text is not None else []
     try:
-        found = [int(entry["id"]) for entry in added if entry["content"] == text]
+        ids = [int(entry["id"]) for entry in added if entry["content"] == text]
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{tokenizer / 'tokenizer.json'}: added_tokens must list an id and a content each") from error
-    return tuple(dict.fromkeys([*found, *eos_of(folder)]))
+    return tuple(dict.fromkeys([*ids, *eos_of(folder)]))
 
 
 def eos_of(folder: Path) -> list[int]:
@@ -376,16 +376,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply to be read: download or save the model again") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ConfigError(
-            f"{path} must hold a JSON object, found a {type(found).__name__}: download or save the model again"
+            f"{path} must hold a JSON object, found a {type(value).__name__}: download or save the model again"
         )
-    return found
+    return value
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------

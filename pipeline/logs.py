@@ -30,12 +30,12 @@ def find_logs(folder: Path, stage: str | None = None, round_: int | None = None)
         RunError: there is none such; lists what there is.
     """
     every = sorted(path for path in folder.glob("*.log") if path.is_file())
-    found = [path for path in every if _is_of(path, stage, round_)]
-    if not found:
-        asked = " ".join([*([stage] if stage else []), *([f"round {round_}"] if round_ is not None else [])])
+    logs = [path for path in every if _is_of(path, stage, round_)]
+    if not logs:
+        wanted = " ".join([*([stage] if stage else []), *([f"round {round_}"] if round_ is not None else [])])
         there = ", ".join(path.name for path in every) or "none"
-        raise RunError(f"no log{' of ' + asked if asked else ''} in {folder}; there is: {there}")
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+        raise RunError(f"no log{' of ' + wanted if wanted else ''} in {folder}; there is: {there}")
+    return sorted(logs, key=lambda path: path.stat().st_mtime)
 
 
 def _is_of(path: Path, stage: str | None, round_: int | None) -> bool:

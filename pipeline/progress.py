@@ -200,16 +200,16 @@ class LineProgress:
             return
         self._spoken = time.monotonic()
         total = f"of {'about ' if self._bar.estimated else ''}{self._bar.total:,} " if self._bar.total else ""
-        said = [
+        texts = [
             f"  {self._what}: {self._bar.done:,} {total}{self._unit}",
             f"{self._bar.rate:,.0f} {self._unit}/s",
         ]
         left, in_hand = self._bar.seconds_left(), self._bar.seconds_in_hand()
         if stop_wished() and in_hand is not None:
-            said.append(f"stopping in about {duration(in_hand)}")
+            texts.append(f"stopping in about {duration(in_hand)}")
         elif left is not None:
-            said.append(f"about {duration(left)} left")
-        self.line(", ".join([*said, *filter(None, [_figures(figures)])]))
+            texts.append(f"about {duration(left)} left")
+        self.line(", ".join([*texts, *filter(None, [_figures(figures)])]))
 
     def expect(self, total: int, in_hand: int = 0) -> None:
         self._bar.expect(total, in_hand)

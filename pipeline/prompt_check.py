@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from eopd.pipeline.run import Run
 
 FIRST_ROWS = 1000
-"""Rows of a source that are read where a person waits for the answer."""
+"""Rows of a source that interactive commands read."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def check_answers(settings: RunSettings, rows: int | None) -> None:
 
     prompts, name = settings.prompts, settings.prompts.verifier
     assert name is not None, "settings that read verdicts without a verifier are refused"
-    asked = rows if name in PLAIN else min(rows or FIRST_ROWS, FIRST_ROWS)
-    limited = prompts if asked is None else prompts.model_copy(update={"limit": min(prompts.limit or asked, asked)})
+    limit = rows if name in PLAIN else min(rows or FIRST_ROWS, FIRST_ROWS)
+    limited = prompts if limit is None else prompts.model_copy(update={"limit": min(prompts.limit or limit, limit)})
     verifier = open_verifier(name, seconds=settings.judge.seconds_per_answer)
     try:
         readable: set[str] = set()
@@ -169,10 +169,10 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
     try:
         values = {name: prompt.value(name) for name in reads.values_needed}
         if reads.kind != "same":
-            told = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
-            if told is None:
+            raw = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
+            if raw is None:
                 raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
-            text = _text(teacher_conversation(told, reads, values), reads.template, reads.arguments, teacher)
+            text = _text(teacher_conversation(raw, reads, values), reads.template, reads.arguments, teacher)
         text += opening_text(reads, values)
     except ValueError as error:
         raise ConfigError(
@@ -186,6 +186,6 @@ def _text(conversation: Conversation, template: str, arguments: dict[str, object
         return conversation.plain_text()
     if reader.trusted:
         return "(by code that comes with the model)"
-    found = ChatTemplate.of_folder(reader.tokenizer, tools=bool(conversation.tools or arguments.get("tools")))
-    check_arguments(found, arguments)
-    return write_conversation(conversation, lambda what: found.render(what, arguments))
+    chat_template = ChatTemplate.of_folder(reader.tokenizer, tools=bool(conversation.tools or arguments.get("tools")))
+    check_arguments(chat_template, arguments)
+    return write_conversation(conversation, lambda what: chat_template.render(what, arguments))

@@ -56,10 +56,10 @@ def _gather(runs_: Sequence[Run]) -> list[RunData]:
 
     logs = {run.paths.jobs for run in runs_}
     readers = Counter(key for run in runs_ for key in {job.output.key for job in run.plan.jobs})
-    found = []
+    gathered = []
     for run in runs_:
         settings, objective = run.settings, run.settings.train.objective
-        found.append(
+        gathered.append(
             gather(
                 RunArtifacts(
                     name=settings.name,
@@ -77,7 +77,7 @@ def _gather(runs_: Sequence[Run]) -> list[RunData]:
                 )
             )
         )
-    return found
+    return gathered
 
 
 def _kin(run: Run) -> str:

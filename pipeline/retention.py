@@ -133,7 +133,7 @@ def references(store: Path, runs: Path) -> dict[Path, Keys]:
         ValueError: no run below ``runs`` uses the store, or one of them only reads it.
     """
     store = store.resolve()
-    found = {one.config: one.artifacts for one in notes_of_others(store)}
+    by_config = {one.config: one.artifacts for one in notes_of_others(store)}
     below: Keys = set()
     for path in sorted(runs.glob(f"*/{paths.REFERENCES}")):
         try:
@@ -148,7 +148,7 @@ def references(store: Path, runs: Path) -> dict[Path, Keys]:
                 "remove left-overs of killed jobs only"
             )
         below |= own.artifacts
-        found.setdefault(path.parent.resolve() / "config.yaml", own.artifacts)
+        by_config.setdefault(path.parent.resolve() / "config.yaml", own.artifacts)
     if not any((store / kind / key).is_dir() for kind, key in below):
         raise ValueError(f"nothing in {store} belongs to a run below {runs}: were the models or prompts changed?")
-    return found
+    return by_config

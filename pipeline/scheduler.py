@@ -255,10 +255,10 @@ class OpenJob:
 
     def reasons(self) -> dict[str, list[int]]:
         """Map each reason for giving up to its parts."""
-        found: dict[str, list[int]] = {}
+        by_reason: dict[str, list[int]] = {}
         for part, message in sorted(self.poisoned.items()):
-            found.setdefault(message, []).append(part)
-        return found
+            by_reason.setdefault(message, []).append(part)
+        return by_reason
 
     def _any_done(self) -> bool:
         return any(True for _ in filled_parts(self.output))

@@ -29,16 +29,16 @@ def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[Ru
     """
     raw, source = load_raw(config, overrides)
     base = parse_settings(raw, source)
-    found: list[RunSettings] = []
+    sweep: list[RunSettings] = []
     for number, entry in enumerate(read_list(Path(file), "sweep")):
         where = f"{file}: entry {number + 1}"
         change = _change(entry, where)
         name = change.pop("name")
         settings = parse_settings(merge(raw, {**change, "name": f"{base.name}-{name}"}), f"{where} ({name})")
-        if settings.name in [other.name for other in found]:
+        if settings.name in [other.name for other in sweep]:
             raise ConfigError(f"{where}: the name {name!r} is taken by an earlier entry")
-        found.append(settings)
-    return found
+        sweep.append(settings)
+    return sweep
 
 
 def _change(entry: Any, where: str) -> dict[str, Any]:

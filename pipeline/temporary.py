@@ -60,8 +60,8 @@ def sweep(base: Path) -> None:
     """Remove our folders below ``base`` that no process uses. Those of other users are left alone."""
     for folder in base.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            found = folder.lstat()
-            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
                 _remove_unused(folder, os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW))
 
 

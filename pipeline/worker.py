@@ -149,10 +149,10 @@ def log_task(run: Run, job: Job, **facts: Any) -> None:
 
 
 NO_SUCH_PLACE = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
-"""Errors of a path that cannot be what it was named for. The system's message names it."""
+"""Errors for paths of the wrong kind. The system's message names the path."""
 
 CHECKED_WITH = ("eopd", "jinja2", "json", "pydantic", "pydantic_core", "pyarrow", "yaml")
-"""Packages whose errors, raised again by a check of ours, are about what they were given."""
+"""Packages whose errors, raised again by our own checks, are about the input."""
 
 
 def is_refusal(error: Exception) -> bool:

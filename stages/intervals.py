@@ -85,8 +85,8 @@ def bootstrap(
     parts = _grouped(values, groups)
     means = group_means(values, groups)
     return [
-        _with_unseen(float(mean), found, [rows[:, column] for rows in parts], bounds, (1.0 - confidence) / 2.0)
-        for column, (mean, found) in enumerate(zip(means, resampled, strict=True))
+        _with_unseen(float(mean), interval, [rows[:, column] for rows in parts], bounds, (1.0 - confidence) / 2.0)
+        for column, (mean, interval) in enumerate(zip(means, resampled, strict=True))
     ]
 
 

@@ -94,13 +94,13 @@ class Artifact(StoredArtifact):
                 raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {REPAIR}")
         for name in marker.files:
             try:
-                found = (folder / name).lstat()
+                status = (folder / name).lstat()
             except (FileNotFoundError, NotADirectoryError):
                 self._check_size(marker, name, None)
             else:
-                if not stat.S_ISREG(found.st_mode):
+                if not stat.S_ISREG(status.st_mode):
                     raise DamagedPart(f"{self} part {part}: {name} is no plain file. {REPAIR}")
-                self._check_size(marker, name, found.st_size)
+                self._check_size(marker, name, status.st_size)
         return folder
 
     def _data_folder(self, marker: Marker) -> Path:
@@ -231,8 +231,8 @@ def _open_to_readers(folder: Path) -> None:
             continue
         handle = open_plain(entry.path)
         try:
-            found = os.fstat(handle)
-            if stat.S_IMODE(found.st_mode) != wanted and found.st_nlink == 1:
+            status = os.fstat(handle)
+            if stat.S_IMODE(status.st_mode) != wanted and status.st_nlink == 1:
                 with suppress(OSError):  # where it cannot be changed, it is as it was written
                     os.fchmod(handle, wanted)
         finally:

@@ -28,10 +28,10 @@ class ChunkCache:
 
     def get(self, key: Key) -> Chunk | None:
         with self._lock:
-            found = self._chunks.get(key)
-            if found is not None:
+            chunk = self._chunks.get(key)
+            if chunk is not None:
                 self._chunks.move_to_end(key)
-            return found
+            return chunk
 
     def put(self, key: Key, chunk: Chunk) -> None:
         with self._lock:
@@ -77,9 +77,9 @@ class ChunkCache:
         chunks: dict[int, Chunk] = {}
         missing: list[list[int]] = []
         for index in wanted:
-            found = self.get((number, name, index))
-            if found is not None:
-                chunks[index] = found
+            cached = self.get((number, name, index))
+            if cached is not None:
+                chunks[index] = cached
             elif missing and missing[-1][-1] == index - 1:
                 missing[-1].append(index)
             else:

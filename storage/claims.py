@@ -63,8 +63,8 @@ def claim(artifact: Artifact, part: int) -> Iterator[bool]:
 
 def _share(handle: int) -> None:
     """Let other users of a shared store lock our claim files, whatever our umask is."""
-    found = os.fstat(handle)
-    if found.st_uid == os.geteuid() and found.st_mode & 0o666 != 0o666:
+    status = os.fstat(handle)
+    if status.st_uid == os.geteuid() and status.st_mode & 0o666 != 0o666:
         with suppress(OSError):  # where it cannot be changed, it is as the umask has it
             os.fchmod(handle, 0o666)
 
@@ -176,9 +176,9 @@ class Patience:
     def say(self, artifact: Artifact, parts: Sequence[int]) -> None:
         if self._tell is None:
             return
-        holders = sorted({found for part in parts[:16] if (found := holder(artifact, part)) is not None})
-        told, now = f"{'; '.join(holders)}", time.monotonic()
-        if holders and (told != self._told or now - self._told_at > TELL_EVERY_SECONDS):
-            self._told, self._told_at = told, now
+        holders = sorted({name for part in parts[:16] if (name := holder(artifact, part)) is not None})
+        who, now = f"{'; '.join(holders)}", time.monotonic()
+        if holders and (who != self._told or now - self._told_at > TELL_EVERY_SECONDS):
+            self._told, self._told_at = who, now
             shown = ", ".join(map(str, parts[:8])) + (" ..." if len(parts) > 8 else "")
-            self._tell(f"{artifact.kind}: waiting for part{'s' if len(parts) > 1 else ''} {shown}, held by {told}")
+            self._tell(f"{artifact.kind}: waiting for part{'s' if len(parts) > 1 else ''} {shown}, held by {who}")

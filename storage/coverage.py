@@ -39,14 +39,14 @@ class Coverage:
     sampled: bool = True  # False: imported, and known only where the head holds the sampled token
 
     @classmethod
-    def from_mapping(cls, found: Mapping[str, Any]) -> Coverage:
+    def from_mapping(cls, stored: Mapping[str, Any]) -> Coverage:
         return cls(
-            head=HeadRule(**found["head"]),
-            stop_ids=tuple(found.get("stop_ids", ())),
-            extra_k=int(found.get("extra_k", 0)),
-            vocab_size=int(found.get("vocab_size", 0)),
-            entropy=bool(found.get("entropy", True)),
-            sampled=bool(found.get("sampled", True)),
+            head=HeadRule(**stored["head"]),
+            stop_ids=tuple(stored.get("stop_ids", ())),
+            extra_k=int(stored.get("extra_k", 0)),
+            vocab_size=int(stored.get("vocab_size", 0)),
+            entropy=bool(stored.get("entropy", True)),
+            sampled=bool(stored.get("sampled", True)),
         )
 
     def lacks(self, need: Need) -> Missing | None:
@@ -122,8 +122,8 @@ class Coverage:
 
 def able(coverages: Mapping[str, Coverage], needs: Sequence[Need]) -> list[str]:
     """Return names of the coverages that meet every need, cheapest first."""
-    found = [name for name, coverage in coverages.items() if all(coverage.lacks(need) is None for need in needs)]
-    return sorted(found, key=lambda name: (coverages[name].cost(), name))
+    names = [name for name, coverage in coverages.items() if all(coverage.lacks(need) is None for need in needs)]
+    return sorted(names, key=lambda name: (coverages[name].cost(), name))
 
 
 def needs_of(rule: HeadRule) -> tuple[Need, ...]:

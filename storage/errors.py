@@ -48,4 +48,4 @@ class StoreUnreadable(StoreError):
 
 
 UNSOUND = (DamagedPart, WrongArtifact, MissingPart, MissingArtifact, NewerSchema)
-"""Errors that say something of what is stored. Others say that it could not be looked at, which is no damage."""
+"""Errors about stored data. Others mean that the data could not be read, which is no damage."""

@@ -187,11 +187,11 @@ class _Position:
 
 
 def _check_type(path: Path, field: pa.Field, depth: int, *, floats: bool) -> None:
-    kind, found = field.type, 0
+    kind, levels = field.type, 0
     while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        kind, found = kind.value_type, found + 1
+        kind, levels = kind.value_type, levels + 1
     right = pa.types.is_floating(kind) if floats else pa.types.is_integer(kind)
-    if found != depth or not (right or pa.types.is_null(kind)):
+    if levels != depth or not (right or pa.types.is_null(kind)):
         form = "a list a sequence" if depth == 1 else "a list a position, in a list a sequence"
         numbers = "floats" if floats else "integers"
         raise ValueError(f"{path}: column {field.name!r} is {field.type}; it must hold {form}, of {numbers}")

@@ -91,8 +91,8 @@ def free_of(path: Path) -> Free:
     """Measure the file system that ``path`` lies on, or would lie on."""
     for place in (path, *path.absolute().parents):
         with suppress(OSError):
-            found = os.statvfs(place)
-            return Free(found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None)
+            system = os.statvfs(place)
+            return Free(system.f_bavail * system.f_frsize, system.f_favail if system.f_files else None)
     return Free(0, None)
 
 
@@ -111,8 +111,8 @@ def _errno(error: BaseException) -> int:
         return error.errno or 0
     if type(error).__name__ != "SafetensorError":  # by name: the store does not need safetensors
         return 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found.group(1)) if found else 0
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match.group(1)) if match else 0
 
 
 def fsync_folder(folder: Path) -> None:
@@ -125,15 +125,15 @@ def fsync_folder(folder: Path) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """fsync every file and folder below ``folder``, and itself."""
-    found = list(os.walk(folder, topdown=False))
-    files = [os.path.join(here, name) for here, _, names in found for name in names]
+    entries = list(os.walk(folder, topdown=False))
+    files = [os.path.join(here, name) for here, _, names in entries for name in names]
     for file in files:
         with _reading(file) as handle:
             _begin_writing(handle)
     for file in files:
         with _reading(file) as handle:
             os.fsync(handle)
-    for here, _, _ in found:
+    for here, _, _ in entries:
         fsync_folder(Path(here))
 
 

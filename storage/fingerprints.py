@@ -39,8 +39,8 @@ class Digests:
         self._known: dict[str, list[object]] = {}
         if memory is not None:
             with suppress(OSError, ValueError, StoreError):  # a cache that is not there, or is damaged, is made anew
-                found = parse_json(read_plain(memory))
-                self._known = found if isinstance(found, dict) else {}
+                remembered = parse_json(read_plain(memory))
+                self._known = remembered if isinstance(remembered, dict) else {}
         self._grown = False
 
     @classmethod

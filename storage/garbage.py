@@ -49,7 +49,7 @@ def reachable(store: Path | Bucket, roots: Collection[tuple[str, str]]) -> set[t
         by_key.setdefault(key, []).append((kind, key))
         by_key.setdefault(key.split("/")[0], []).append((kind, key))  # any coverage of a named identity
     kept: set[tuple[str, str]] = set()
-    waiting = [found for root in roots for found in by_key.get(root[1], []) if found[0] == root[0]]
+    waiting = [artifact for root in roots for artifact in by_key.get(root[1], []) if artifact[0] == root[0]]
     while waiting:
         here = waiting.pop()
         if here in kept:
@@ -82,19 +82,19 @@ def plan(
         unwanted = everything - kept
         claimed = {(kind, key) for kind, key in unwanted if any(map(may_be_held, _claims(store / kind / key)))}
         kept = kept | reachable(store, claimed) if claimed else kept
-    found: list[Removal] = []
+    removals: list[Removal] = []
     for kind, key in sorted(everything):
         folder = store / kind / key
         if (kind, key) in kept:
-            found += _leftovers(store, kind, key, now - grace)
+            removals += _leftovers(store, kind, key, now - grace)
         elif _last_change(folder) < now - grace:
-            found.append(Removal(folder, _size(folder), "no run refers to it"))
+            removals.append(Removal(folder, _size(folder), "no run refers to it"))
     is_here = not (store / paths.FETCHED).is_symlink()  # elsewhere, it is not this store's to remove
     for kind, key in keys(store / paths.FETCHED) if is_here else ():
         folder = store / paths.FETCHED / kind / key
         if _last_change(folder) < now - grace:
-            found.append(Removal(folder, _size(folder), "fetched from a bucket; comes again when it is needed"))
-    return found
+            removals.append(Removal(folder, _size(folder), "fetched from a bucket; comes again when it is needed"))
+    return removals
 
 
 def _leftovers(store: Path, kind: str, key: str, before: float) -> Iterator[Removal]:
@@ -182,12 +182,12 @@ def _remove(path: Path) -> None:
 
 
 def _size(path: Path) -> int:
-    return sum(found.st_size for found in _files(path) if not stat.S_ISDIR(found.st_mode))
+    return sum(status.st_size for status in _files(path) if not stat.S_ISDIR(status.st_mode))
 
 
 def _last_change(path: Path) -> float:
     """Return the time of the latest change below a path; infinity if it has vanished meanwhile."""
-    return max((found.st_mtime for found in _files(path)), default=math.inf)
+    return max((status.st_mtime for status in _files(path)), default=math.inf)
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:

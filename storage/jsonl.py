@@ -40,9 +40,9 @@ def parse_lines(text: bytes) -> Iterator[dict[str, Any]]:
     """Parse bytes of a file as ``read_lines`` does."""
     for line in text.splitlines():
         with suppress(ValueError):
-            found = parse_json(line, allow_nan=True)
-            if isinstance(found, dict):
-                yield found
+            value = parse_json(line, allow_nan=True)
+            if isinstance(value, dict):
+                yield value
 
 
 def read_whole(path: Path) -> list[dict[str, Any]]:

@@ -176,8 +176,8 @@ def named(store: Path | Bucket, name: str) -> tuple[str, str]:
     able = exact or able
     if len(able) != 1:
         some = ", ".join(f"{kind}/{key}" for kind, key in able[:4])
-        found = f"{len(able)} artifacts: {some}" if able else "no artifact"
-        raise StoreError(f"{name!r} names {found} in {store}. `eopd store ls` lists them.")
+        matches = f"{len(able)} artifacts: {some}" if able else "no artifact"
+        raise StoreError(f"{name!r} names {matches} in {store}. `eopd store ls` lists them.")
     return able[0]
 
 
@@ -215,9 +215,9 @@ def show(artifact: Artifact | RemoteArtifact) -> dict[str, Any]:
 
 def coverages(store: Path, identity: str) -> list[Artifact]:
     """Return every readable coverage that a store has of the scores with this identity key."""
-    found = []
+    artifacts = []
     refuse_links(store, "scores", identity)
     for name in _names(store / "scores" / identity):
         with suppress(*UNSOUND):  # `verify` says what is wrong with it
-            found.append(open_artifact(store, "scores", f"{identity}/{name}"))
-    return found
+            artifacts.append(open_artifact(store, "scores", f"{identity}/{name}"))
+    return artifacts

@@ -141,11 +141,11 @@ def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Mar
         NewerSchema: a newer eopd wrote it.
     """
     with naming(where, REPAIR):
-        found = parse_json(text)
-        refuse_newer_schema(found, Path(where))
-        _MARKER.validate_python(found, strict=True)
-    marker = Marker(found["part"], found["nonce"], found["files"], found["inputs"], found["info"])
-    owner = (found["kind"], found["key"], marker.part)
+        fields = parse_json(text)
+        refuse_newer_schema(fields, Path(where))
+        _MARKER.validate_python(fields, strict=True)
+    marker = Marker(fields["part"], fields["nonce"], fields["files"], fields["inputs"], fields["info"])
+    owner = (fields["kind"], fields["key"], marker.part)
     if owner != (kind, key, part):
         raise WrongArtifact(
             f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
@@ -154,14 +154,14 @@ def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Mar
         raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
     if any(not _is_inside(name) for name in marker.files):
         raise DamagedPart(f"{where} names a file outside its part folder")
-    seal = found.pop("seal")
-    if found["checksum"] != marker.checksum or seal != sha256_text(canonical_json(found)):
+    seal = fields.pop("seal")
+    if fields["checksum"] != marker.checksum or seal != sha256_text(canonical_json(fields)):
         raise DamagedPart(f"{where} was altered. {REPAIR}")
     return marker
 
 
-def refuse_newer_schema(found: Any, where: Path) -> None:
-    schema = found.get("schema") if isinstance(found, dict) else None
+def refuse_newer_schema(version: Any, where: Path) -> None:
+    schema = version.get("schema") if isinstance(version, dict) else None
     if type(schema) is not int or schema < 1:
         raise DamagedPart(f"{where} names no schema version")
     if schema > SCHEMA:

@@ -23,11 +23,11 @@ def _raw_count(value: int, extra: int) -> int:
 @compiled
 def symbols_of(values: Int32, extra: int) -> Symbols:
     """[N]"""
-    found = np.empty(len(values), np.uint8)
+    symbols = np.empty(len(values), np.uint8)
     for i in range(len(values)):
         count = _raw_count(values[i], extra)
-        found[i] = (count << extra) + (values[i] >> count)
-    return found
+        symbols[i] = (count << extra) + (values[i] >> count)
+    return symbols
 
 
 @compiled

@@ -92,8 +92,8 @@ def damaged_name(part: int, nonce: str) -> str:
 
 def tombstone_part(name: str) -> int | None:
     """Return the part number if ``name`` is the tombstone of a pruned part, else None."""
-    found = _TOMBSTONE.fullmatch(name)
-    return int(found.group(1)) if found else None
+    match = _TOMBSTONE.fullmatch(name)
+    return int(match.group(1)) if match else None
 
 
 def is_of_a_commit(name: str) -> bool:
@@ -110,8 +110,8 @@ def parts_named(listing: str, suffix: str) -> set[int]:
 
 def data_part(name: str) -> tuple[int, str] | None:
     """Return (part, nonce) if ``name`` is a data folder, else None."""
-    found = _DATA.fullmatch(name)
-    return (int(found.group(1)), found.group(2)) if found else None
+    match = _DATA.fullmatch(name)
+    return (int(match.group(1)), match.group(2)) if match else None
 
 
 @dataclass(frozen=True)

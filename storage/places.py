@@ -29,7 +29,7 @@ def open_place(place: str) -> Path | Bucket:
         return open_bucket(place)
     if not place.startswith("file://"):
         return Path(place)
-    found = urlsplit(place)
-    if found.netloc not in ("", "localhost"):
-        raise StoreError(f"{place} names a machine, {found.netloc}: the folder /team/store is file:///team/store")
-    return Path(unquote(found.path))
+    url = urlsplit(place)
+    if url.netloc not in ("", "localhost"):
+        raise StoreError(f"{place} names a machine, {url.netloc}: the folder /team/store is file:///team/store")
+    return Path(unquote(url.path))

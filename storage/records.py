@@ -63,22 +63,22 @@ def read_record(
 
 def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
     """Yield all rows in small batches, so that a small file that claims to hold much is detected early."""
-    found, size = [], 0
+    batches, size = [], 0
     # a part is small: dividing it over threads takes longer than reading it
     for batch in file.iter_batches(ROWS, columns=None if columns is None else list(columns), use_threads=False):
-        found.append(batch)
+        batches.append(batch)
         size += batch.nbytes
         if size > LARGEST:
             raise DamagedPart(f"{path} holds more than {LARGEST:,} bytes, which no part does")
-    if not found:
+    if not batches:
         return file.read(columns=None if columns is None else list(columns))
-    return pa.Table.from_batches(found).replace_schema_metadata(file.schema_arrow.metadata)
+    return pa.Table.from_batches(batches).replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def check_columns(path: Path, table: pa.Table, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """Return ``table`` if it has the record's columns and types. Raises DamagedPart."""
-    asked = schema.names if columns is None else columns
-    for name in asked:
+    names = schema.names if columns is None else columns
+    for name in names:
         field = schema.field(name)
         if name not in table.schema.names:
             if columns is None and field.nullable:  # not written by an older eopd

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
 READ_BYTES = 16 << 20
-"""Of a large object in one request, which has to end before the client's timeout."""
+"""Bytes of a large object read in one request, which has to end before the client's timeout."""
 WRITE_BYTES = 16 << 20
-"""Likewise; an object of S3 has at most 10,000 such pieces."""
+"""Bytes written in one request; an object of S3 has at most 10,000 such pieces."""
 
 
 def open_bucket(url: str, **options: Any) -> Bucket:
@@ -73,9 +73,9 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
         raise
     except exceptions.BaseError as error:
         # the rest of the message is obstore's own state, for its developers
-        said = str(error).splitlines()[0]
+        message = str(error).splitlines()[0]
         raise StoreUnreadable(
-            f"{bucket} does not answer for {path}: {said}. Check the URL, the network, and the credentials and "
+            f"{bucket} does not answer for {path}: {message}. Check the URL, the network, and the credentials and "
             "endpoint in the environment (s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT)"
         ) from error
 
@@ -85,10 +85,10 @@ def get(bucket: Bucket, path: str) -> bytes:
     import obstore
 
     with naming_refusals(bucket, path):
-        found = obstore.get(bucket, path)
-        if (size := found.meta["size"]) > LARGEST_TEXT:
+        result = obstore.get(bucket, path)
+        if (size := result.meta["size"]) > LARGEST_TEXT:
             raise DamagedPart(f"{path} of {bucket} has {size:,} bytes, more than the {LARGEST_TEXT:,} of such a file")
-        return bytes(found.bytes())
+        return bytes(result.bytes())
 
 
 def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
@@ -157,9 +157,9 @@ def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
     import obstore
 
     with naming_refusals(bucket, folder):
-        found = obstore.list_with_delimiter(bucket, prefix=f"{folder}/" if folder else None)
-    objects = [entry["path"].rsplit("/", 1)[-1] for entry in found["objects"]]
-    return sorted(objects), sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found["common_prefixes"])
+        result = obstore.list_with_delimiter(bucket, prefix=f"{folder}/" if folder else None)
+    objects = [entry["path"].rsplit("/", 1)[-1] for entry in result["objects"]]
+    return sorted(objects), sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in result["common_prefixes"])
 
 
 def folders(bucket: Bucket, folder: str) -> list[str]:

@@ -49,7 +49,7 @@ def open_store(source: ScoreSource, part: int) -> tuple[Store, Marker]:
     marker."""
     marker = source.marker(part)
     if hasattr(source, "part_store"):
-        found: Store = source.part_store(part, marker)
-        return found, marker
+        store: Store = source.part_store(part, marker)
+        return store, marker
     assert isinstance(source, Artifact), source
     return FolderStore(source.part_folder(part), marker.files), marker

@@ -59,25 +59,25 @@ class StackedStores:
         own = Artifact(self.private, identity)
         if len(self.stores) == 1 or own.is_under_way():
             return own
-        found = self._complete(identity.kind, identity.key)
-        if found is None or not self._fits(*found):
+        complete = self._complete(identity.kind, identity.key)
+        if complete is None or not self._fits(*complete):
             return own
-        return found[1]
+        return complete[1]
 
     def coverages(self, identity: str) -> list[Artifact]:
         """Return every complete coverage of the scores with this identity key, in the order of the stores."""
-        found: dict[str, Artifact] = {}
+        by_key: dict[str, Artifact] = {}
         for artifact in coverages(self.private, identity):
             if is_whole(artifact):
-                found[artifact.key] = artifact
+                by_key[artifact.key] = artifact
         for store in self.stores[1:]:
             for name in _coverages(store, identity):
                 key = f"{identity}/{name}"
                 with suppress(*UNSOUND):  # of another than what is asked for: no reason to stop
                     elsewhere = self._complete("scores", key)
-                    if key not in found and elsewhere is not None and self._fits(*elsewhere):
-                        found[key] = elsewhere[1]
-        return list(found.values())
+                    if key not in by_key and elsewhere is not None and self._fits(*elsewhere):
+                        by_key[key] = elsewhere[1]
+        return list(by_key.values())
 
     def _complete(self, kind: str, key: str) -> tuple[int, Artifact] | None:
         """Return the number of the first read-only store that has the complete artifact."""
@@ -87,19 +87,19 @@ class StackedStores:
 
     def _search(self, kind: str, key: str) -> Iterator[tuple[int, Artifact]]:
         for number, store in enumerate(self.stores[1:], 1):
-            found = _open(store, kind, key, self.private / paths.FETCHED)
-            if found is not None and is_whole(found):
-                yield number, found
+            artifact = _open(store, kind, key, self.private / paths.FETCHED)
+            if artifact is not None and is_whole(artifact):
+                yield number, artifact
 
-    def _fits(self, number: int, found: Artifact) -> bool:
+    def _fits(self, number: int, artifact: Artifact) -> bool:
         """True unless its parts were made from other bytes of rollouts than those that this stack reads.
 
         Whatever is made by part of rollouts names the checksum of each of their parts in its markers.
         """
-        key = found.identity.inputs.get("rollouts")
+        key = artifact.identity.inputs.get("rollouts")
         if key is None:
             return True
-        known = self._fitting.get((number, found.kind, found.key))
+        known = self._fitting.get((number, artifact.kind, artifact.key))
         if known is not None:
             return known
         read = _open(self.private, "rollouts", key, self.private)
@@ -109,12 +109,12 @@ class StackedStores:
                 return True
             read = elsewhere[1]
         fits = True
-        if found.parts == read.parts:
-            made_from = {part: found.marker(part).inputs.get("rollouts") for part in read.committed()}
+        if artifact.parts == read.parts:
+            made_from = {part: artifact.marker(part).inputs.get("rollouts") for part in read.committed()}
             by_part = any(made_from.values())
             fits = not by_part or all(checksum == read.marker(part).checksum for part, checksum in made_from.items())
         if is_whole(read):  # else more of them may come, and others than those
-            self._fitting[number, found.kind, found.key] = fits
+            self._fitting[number, artifact.kind, artifact.key] = fits
         return fits
 
 

@@ -119,8 +119,8 @@ def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
     p = np.exp(rows.head_logprobs.astype(np.float64))
     sizes = np.diff(rows.head_offsets)
     place = np.arange(len(p)) - np.repeat(rows.head_offsets[:-1], sizes)
-    found = [np.add.reduceat(np.where(place < k, p, 0.0), rows.head_offsets[:-1]) for k in KS]
-    return np.asarray(found, np.float32)
+    masses = [np.add.reduceat(np.where(place < k, p, 0.0), rows.head_offsets[:-1]) for k in KS]
+    return np.asarray(masses, np.float32)
 
 
 def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
@@ -134,7 +134,7 @@ def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
     return out
 
 
-def plot(found: CacheStats, path: Path) -> None:
+def plot(figures: CacheStats, path: Path) -> None:
     """Write the entropy histogram as an SVG image: share of tokens between ``ENTROPY_EDGES``.
 
     Raises:
@@ -142,7 +142,7 @@ def plot(found: CacheStats, path: Path) -> None:
     """
     if path.suffix != ".svg":
         raise ValueError(f"the histogram is an SVG image; {path} must end in .svg")
-    shares = np.asarray(found.entropy_counts) / max(found.tokens, 1)
+    shares = np.asarray(figures.entropy_counts) / max(figures.tokens, 1)
     width, height, step, bottom = 40 + 40 * len(shares), 300, 40, 250
     drawn = []
     for i, share in enumerate(shares):
@@ -152,7 +152,7 @@ def plot(found: CacheStats, path: Path) -> None:
         drawn.append(f'<text x="{x + 18}" y="{bottom - tall - 4:.1f}">{100 * share:.1f}</text>')
     for i, edge in enumerate(ENTROPY_EDGES):
         drawn.append(f'<text x="{28 + step * i}" y="{bottom + 14}">{edge:g}</text>')
-    caption = f"teacher entropy (nats); % of {found.tokens:,} tokens"
+    caption = f"teacher entropy (nats); % of {figures.tokens:,} tokens"
     drawn.append(f'<text x="{width / 2:.0f}" y="{bottom + 36}" font-size="13">{caption}</text>')
     style = 'font-family="sans-serif" font-size="10" text-anchor="middle"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {style}>'

@@ -177,10 +177,10 @@ class StoredArtifact(ABC):
         except FileNotFoundError as error:
             raise MissingPart(f"{self} is not complete: parts {self.first_missing()} are missing") from error
         with naming(where):
-            found = parse_json(text)
-            refuse_newer_schema(found, Path(where))
-            TypeAdapter(list[int]).validate_python(found.get("pruned_parts", []), strict=True)
-        content: dict[str, Any] = found
+            fields = parse_json(text)
+            refuse_newer_schema(fields, Path(where))
+            TypeAdapter(list[int]).validate_python(fields.get("pruned_parts", []), strict=True)
+        content: dict[str, Any] = fields
         return content
 
     def manifest_content(self, pruned: Collection[int] | None = None) -> dict[str, Any]:
@@ -231,9 +231,9 @@ class StoredArtifact(ABC):
         if digest.hexdigest() != marker.files[name]["sha256"]:
             raise DamagedPart(f"{self} part {marker.part}: the bytes of {name} changed. {REPAIR}")
 
-    def _check_size(self, marker: Marker, name: str, found: int | None) -> None:
-        """Raise DamagedPart if a file is missing (``found`` is None) or has another size than its marker states."""
-        if found is None:
+    def _check_size(self, marker: Marker, name: str, present: int | None) -> None:
+        """Raise DamagedPart if a file is missing (``present`` is None) or has another size than its marker states."""
+        if present is None:
             raise DamagedPart(f"{self} part {marker.part}: {name} is gone. {REPAIR}")
-        if found != (size := marker.files[name]["size"]):
-            raise DamagedPart(f"{self} part {marker.part}: {name} has {found} bytes, not {size}. {REPAIR}")
+        if present != (size := marker.files[name]["size"]):
+            raise DamagedPart(f"{self} part {marker.part}: {name} has {present} bytes, not {size}. {REPAIR}")

@@ -34,13 +34,13 @@ class StudentTopk:
         assert self.ids.shape[0] == int(self.lengths.sum()), (self.ids.shape, int(self.lengths.sum()))
 
 
-def write_student_topk(folder: Path, found: StudentTopk) -> None:
+def write_student_topk(folder: Path, topk: StudentTopk) -> None:
     """Write one part's ids (possibly of no response) to ``folder``."""
-    offsets = np.concatenate([[0], np.cumsum(found.lengths)]).astype(np.int32)
-    k = found.ids.shape[1]
+    offsets = np.concatenate([[0], np.cumsum(topk.lengths)]).astype(np.int32)
+    k = topk.ids.shape[1]
     columns = {
-        "ids": _nested(offsets, pa.array(found.ids.reshape(-1)), k),
-        "logprobs": _nested(offsets, pa.array(found.logprobs.reshape(-1)), k),
+        "ids": _nested(offsets, pa.array(topk.ids.reshape(-1)), k),
+        "logprobs": _nested(offsets, pa.array(topk.logprobs.reshape(-1)), k),
     }
     table = pa.table(columns).replace_schema_metadata({**_METADATA, b"eopd.k": str(k).encode()})
     write_record(folder / FILE_NAME, table)

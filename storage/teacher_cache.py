@@ -38,7 +38,7 @@ DEFAULT_MEMORY = 256 << 20
 OPEN_PARTS = 1_024
 MOST_STOPS = 1_024
 MOST_TOKENS, MOST_ENTRIES = 1 << 24, 1 << 26
-"""Of one response: a part that asks for more is damaged, and nothing is allocated for it."""
+"""Most tokens and entries of one response: a part that states more is damaged, and nothing is allocated for it."""
 GROUP_TOKENS = 16_384
 """Responses are decoded in groups of about this many tokens: small enough for a processor's cache."""
 
@@ -107,18 +107,18 @@ class PartHeader:
         return {"record": RECORD, **asdict(self), "stop_ids": list(self.stop_ids)}
 
     @classmethod
-    def from_attributes(cls, found: dict[str, Any], where: str) -> PartHeader:
+    def from_attributes(cls, attributes: dict[str, Any], where: str) -> PartHeader:
         """Raises WrongArtifact (no score record), NewerSchema, DamagedPart (a field is missing)."""
-        if found.get("record") != RECORD:
-            raise WrongArtifact(f"{where} is no part of a teacher cache (record {found.get('record')!r})")
-        schema = found.get("schema")
+        if attributes.get("record") != RECORD:
+            raise WrongArtifact(f"{where} is no part of a teacher cache (record {attributes.get('record')!r})")
+        schema = attributes.get("schema")
         if not isinstance(schema, int) or schema < 1:
             raise DamagedPart(f"{where} names no schema version (found {schema!r})")
         if schema > FORMAT_VERSION:
             raise NewerSchema(
                 f"{where} has cache format {schema}; this eopd reads up to {FORMAT_VERSION}. Upgrade eopd."
             )
-        fields = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        fields = {name: attributes[name] for name in cls.__dataclass_fields__ if name in attributes}
         try:
             _HEADER.validate_python(fields, strict=True)
             fields["head"] = HeadRule(**fields["head"])
@@ -292,17 +292,17 @@ class TeacherCache:
 
     def _part(self, number: int) -> _Part:
         with self._lock:
-            found = self._parts.get(number)
-            if found is None:
-                found = _Part(self.artifact, number)
+            opened = self._parts.get(number)
+            if opened is None:
+                opened = _Part(self.artifact, number)
                 if self.origin is not None:
-                    self.origin.require(found.header, found.zarr.where)
-                self._parts[number] = found
+                    self.origin.require(opened.header, opened.zarr.where)
+                self._parts[number] = opened
                 if len(self._parts) > OPEN_PARTS:
                     self._parts.popitem(last=False)
             else:
                 self._parts.move_to_end(number)
-            return found
+            return opened
 
 
 def _check_range(rows: TeacherRows, vocabulary: int) -> None:
@@ -312,9 +312,9 @@ def _check_range(rows: TeacherRows, vocabulary: int) -> None:
         if len(ids) and ids.view(np.uint32).max() >= vocabulary:  # negative ones are large
             raise ValueError(f"{name}: id {ids.max()} (or one below 0) in a vocabulary of {vocabulary}")
     for name in ("sampled_logprob", "stop_logprobs", "extra_logprobs"):
-        found = getattr(rows, name)
-        if found.size and not found.min() >= LOGPROB_FLOOR - 1.0:
-            raise ValueError(f"{name}: {found.min()} nats")
+        values = getattr(rows, name)
+        if values.size and not values.min() >= LOGPROB_FLOOR - 1.0:
+            raise ValueError(f"{name}: {values.min()} nats")
     if rows.tokens and not rows.entropy.max() <= LARGEST_ENTROPY:
         raise ValueError(f"entropy: {rows.entropy.max()} nats")
 

@@ -96,10 +96,10 @@ def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callab
     if scored is None or key is None:
         return
     try:
-        found = there("rollouts", key).marker(marker.part)
+        marker_there = there("rollouts", key).marker(marker.part)
     except (MissingArtifact, MissingPart):
         return
-    if found.checksum != scored:
+    if marker_there.checksum != scored:
         raise WrongArtifact(
             f"{source} part {marker.part} was made from other rollouts than the target's: rollouts/{key} has other "
             "bytes there. Score the target's own, or copy to another store together with --inputs"

@@ -105,10 +105,10 @@ def walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     while waiting:
         try:
             with os.scandir(waiting.pop()) as entries:
-                found = list(entries)
+                listed = list(entries)
         except OSError:
             continue
-        for entry in found:
+        for entry in listed:
             yield entry
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
@@ -123,8 +123,8 @@ def parse_json(text: bytes | str, *, allow_nan: bool = False) -> Any:
     Raises:
         ValueError: it is not JSON, or not within these bounds.
     """
-    found = from_json(text, allow_inf_nan=allow_nan)
-    waiting = [found]
+    parsed = from_json(text, allow_inf_nan=allow_nan)
+    waiting = [parsed]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -136,7 +136,7 @@ def parse_json(text: bytes | str, *, allow_nan: bool = False) -> Any:
                 raise ValueError("a number is out of range")
         elif isinstance(value, float) and not (allow_nan or math.isfinite(value)):  # of 1e400
             raise ValueError("a number is out of range")
-    return found
+    return parsed
 
 
 def read_json(path: Path) -> Any:
@@ -171,7 +171,7 @@ MISFITS = (
     AssertionError,
     RuntimeError,  # RecursionError too
 )
-"""What code raises that is given values of other types or sizes than it expects."""
+"""Errors of code whose input has unexpected types or sizes."""
 
 
 @contextmanager

@@ -60,25 +60,25 @@ def verify(
     Raises:
         StoreUnreadable, StoreUnwritable: a bucket does not answer, or refuses access.
     """
-    found: list[Damage] = []
+    damaged: list[Damage] = []
     if isinstance(store, Path) and only is None:
-        found += _misplaced(store)
-        unreadable = [] if any(damage.kind == paths.RUNS for damage in found) else list(_notes(store))
+        damaged += _misplaced(store)
+        unreadable = [] if any(damage.kind == paths.RUNS for damage in damaged) else list(_notes(store))
         if repair:
             for note in unreadable:
                 _rename(store, note.kind, note.name, f".{note.name}.damaged")
-        found += unreadable
+        damaged += unreadable
     for kind, key in listing.unidentified(store) if only is None else ():
         damage = _without_identity(store, kind, key)
         if repair:
             _restore_identity(store, kind, key)
-        found.append(damage)
+        damaged.append(damage)
     for kind, key in listing.keys(store) if only is None else only:
         damages = list(_artifact(store, kind, key))
         if repair:
             _repair(store, kind, key, damages)
-        found += damages
-    return found
+        damaged += damages
+    return damaged
 
 
 def _misplaced(store: Path) -> Iterator[Damage]:
@@ -118,7 +118,7 @@ def _of_artifact(store: Path | Bucket, kind: str, key: str) -> Iterator[Damage]:
         yield from _claims(artifact)
     if artifact.read(paths.IDENTITY) != file_text(artifact.identity.to_json()).encode():
         yield Damage(kind, key, None, paths.IDENTITY, f"{artifact.folder}/{paths.IDENTITY} was edited")
-    damages = [found for part in sorted(artifact.standing().made) if (found := _part(artifact, part)) is not None]
+    damages = [problem for part in sorted(artifact.standing().made) if (problem := _part(artifact, part)) is not None]
     yield from damages
     damage = None if damages else _manifest(artifact)
     if damage is not None:
@@ -140,11 +140,11 @@ def _damage(kind: str, key: str, part: int | None, name: str, error: Exception) 
 def _part(artifact: StoredArtifact, part: int) -> Damage | None:
     """Check a part. A living run may drop, prune or rebuild it meanwhile: then it is checked again."""
     seen, damage = None, None
-    while (found := _commit_of(artifact, part)) is not None:
-        if found == seen:
+    while (name_and_text := _commit_of(artifact, part)) is not None:
+        if name_and_text == seen:
             return damage
-        seen = found
-        name, text = found
+        seen = name_and_text
+        name, text = name_and_text
         try:
             if isinstance(text, str):
                 raise DamagedPart(text)
@@ -181,9 +181,9 @@ def _manifest(artifact: StoredArtifact) -> Damage | None:
     """Check the manifest, if there is one. It is checked again if a part changed meanwhile."""
     seen, damage = None, None
     while artifact.has(paths.MANIFEST):
-        if (found := artifact.standing()) == seen:
+        if (standing := artifact.standing()) == seen:
             return damage
-        seen = found
+        seen = standing
         damage = _manifest_damage(artifact)
         if damage is None:
             return None

@@ -139,8 +139,8 @@ class ZarrPart:
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Read a range of the array ``name``: [planes, stop - start]."""
         with naming_damage(self.where):
-            found: NDArray[np.uint8] = self._run(self._arrays[name].getitem((slice(None), slice(start, stop))))
-        return found
+            values: NDArray[np.uint8] = self._run(self._arrays[name].getitem((slice(None), slice(start, stop))))
+        return values
 
     def _metadata(self, store: Store, marker: Marker, name: str) -> dict[str, Any]:
         stored = self._run(store.get(name, default_buffer_prototype()))
@@ -148,8 +148,8 @@ class ZarrPart:
         if name not in marker.files or hashlib.sha256(text).hexdigest() != marker.files[name]["sha256"]:
             raise DamagedPart(f"{self.where}: the bytes of {name} changed. {REPAIR}")
         with naming(f"{self.where}: {name}"):
-            found: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_python(parse_json(text), strict=True)
-        return found
+            metadata: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_python(parse_json(text), strict=True)
+        return metadata
 
     def _checked(self, metadata: dict[str, Any], name: str) -> dict[str, Any]:
         """Check an array's metadata against this format and the memory that its chunks need.

@@ -33,14 +33,14 @@ def plan(
     from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
 
     runs = open_runs(config, set_, sweep)
-    found = forecast(runs)
+    planned = forecast(runs)
     check_prompts(runs, FIRST_ROWS)
     if as_json:
-        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(planned.to_json(), indent=1) + "\n")
         return
     from eopd.pipeline.tables import make_console, plan_table
 
-    make_console().print(plan_table(found, every_job=all_))
+    make_console().print(plan_table(planned, every_job=all_))
 
 
 def status(
@@ -78,7 +78,7 @@ def logs(
     runs: RunsFolder = Path("runs"),
     stage: Annotated[str | None, typer.Option("--stage", help="Only this stage: rollout, score, ...")] = None,
     round_: Annotated[int | None, typer.Option("--round", "-r", min=0, help="Only this round.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow new lines until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines of each log.")] = 20,
 ) -> None:
     """Show the end of a run's logs, the latest last; -f follows them and any new ones."""

@@ -309,7 +309,7 @@ def _begin(run: Run) -> None:
 @app.command()
 def prepare(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A language model in GGUF format.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where it is written; new or empty.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the report; new or empty.")],
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16 (default: the file's own; float32 if it is quantised).")
     ] = "auto",

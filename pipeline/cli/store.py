@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from eopd.storage.teacher_cache import TeacherCache
 
 app = typer.Typer(
-    help="Look after a store: what it holds, whether it is sound, what nothing needs any more.",
+    help="Inspect and maintain a store: list its content, verify it, collect garbage.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -42,11 +42,11 @@ def ls(
     """List every artifact with its parts, size and state."""
     from eopd.storage import listing
 
-    found = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
-    for item in found:
+    artifacts = [item for item in listing.ls(_opened(store)) if f"{item.kind}/{item.key}".startswith(name)]
+    for item in artifacts:
         name = one_line(f"{item.kind}/{item.key}")
         _say(f"{name:<56} {_parts(item):>13} {size(item.bytes):>10}  {one_line(_state(item))}")
-    _say(f"{len(found)} artifacts, {size(sum(item.bytes for item in found))}")
+    _say(f"{len(artifacts)} artifacts, {size(sum(item.bytes for item in artifacts))}")
 
 
 def _parts(item: Listed) -> str:
@@ -85,10 +85,10 @@ def stats(
     from eopd.storage.sources import filled_parts
 
     cache = _scores(store, name)
-    found = statistics.stats(cache, islice(filled_parts(cache.artifact), parts))
-    _say(json.dumps(found.to_json(), indent=1) if as_json else found.text())
+    figures = statistics.stats(cache, islice(filled_parts(cache.artifact), parts))
+    _say(json.dumps(figures.to_json(), indent=1) if as_json else figures.text())
     if plot is not None:
-        statistics.plot(found, _writable(plot))
+        statistics.plot(figures, _writable(plot))
 
 
 def _scores(store: str, name: str) -> TeacherCache:
@@ -143,9 +143,9 @@ def _existing(place: str) -> Path | Bucket:
     """Return an existing store. Raises ValueError if there is none: a missing store would pass as undamaged."""
     from eopd.storage.listing import is_store
 
-    if not is_store(found := _opened(place)):
+    if not is_store(opened := _opened(place)):
         raise ValueError(f"there is no store at {place}")
-    return found
+    return opened
 
 
 @app.command()
@@ -155,7 +155,7 @@ def gc(
         Path | None,
         typer.Option(help="Keep only what the runs in this folder, and others that use the store, refer to."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show what would be removed.")] = False,
 ) -> None:
     """Remove leftovers of killed jobs and, with --runs, artifacts to which no run refers. Dry run by default."""
     from eopd.storage import garbage, listing
@@ -180,25 +180,25 @@ def gc(
 
 def _folder(place: str) -> Path:
     """Return the folder of a store. Raises ValueError if the store is a bucket or does not exist."""
-    found = _opened(place)
-    if not isinstance(found, Path):
+    opened = _opened(place)
+    if not isinstance(opened, Path):
         raise ValueError(
             f"gc works on folders, and {place} is a bucket, where eopd deletes nothing. `eopd store ls` shows what it "
             "holds; what you no longer want is deleted with the bucket's own tools (such as aws s3 rm --recursive)"
         )
-    if not found.is_dir():
+    if not opened.is_dir():
         raise ValueError(f"there is no store at {place}")
-    return found
+    return opened
 
 
 def _roots(runs: Path, store: Path) -> set[tuple[str, str]]:
     from eopd.pipeline.retention import references
 
-    found = references(store, runs)
-    for config in found:
+    by_config = references(store, runs)
+    for config in by_config:
         if not config.is_relative_to(runs.resolve()):
-            _say(f"kept as well: what {config} refers to, which uses this store")
-    return {key for keys in found.values() for key in keys}
+            _say(f"kept as well: artifacts of {config}, which uses this store")
+    return {key for keys in by_config.values() for key in keys}
 
 
 @app.command()
@@ -218,8 +218,8 @@ def copy(
     from eopd.storage.transfer import copy as copy_artifact
 
     source = _opened(store)
-    found = listing.find(source, name)
-    wanted = {(found.kind, found.key)}
+    source_artifact = listing.find(source, name)
+    wanted = {(source_artifact.kind, source_artifact.key)}
     if inputs:
         wanted = garbage.reachable(source, wanted)
     for kind, key in sorted(wanted):
@@ -278,8 +278,8 @@ def import_(
     rows = capture.rows
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
     digest = sha256_file(path)
-    said = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
-    read = {**said, "columns": [ids, top_ids, top_logprobs]}
+    options = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
+    read = {**options, "columns": [ids, top_ids, top_logprobs]}
     artifact = Artifact(place, Identity("scores", 1, 1, {"imported": read}, {"capture": digest}, {"head": "capture"}))
     if not artifact.is_committed(0):
         with artifact.write_part(0, inputs={"capture": digest}) as folder:

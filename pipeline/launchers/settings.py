@@ -129,7 +129,7 @@ class SlurmResources(Settings):
 
 
 class SlurmSettings(Settings):
-    resources: SlurmResources = setting(SlurmResources, "Resources of tasks whose stage says nothing.", keyed=False)
+    resources: SlurmResources = setting(SlurmResources, "Resources of tasks of all other stages.", keyed=False)
     guide: SlurmResources = setting(SlurmResources, "Resources of guide tasks.", keyed=False)
     rollout: SlurmResources = setting(SlurmResources, "Resources of rollout tasks.", keyed=False)
     score: SlurmResources = setting(SlurmResources, "Resources of score tasks.", keyed=False)
@@ -194,9 +194,9 @@ class LauncherSettings(Settings):
         "are taken in place and probed. False: a fresh process (inline: a fresh engine) for every task.",
         keyed=False,
     )
-    faults: FaultSettings = setting(FaultSettings, "What is done when a job fails.", keyed=False)
-    ray: RaySettings = setting(RaySettings, "What the ray launcher asks for.", keyed=False)
-    slurm: SlurmSettings = setting(SlurmSettings, "What the slurm launcher asks for.", keyed=False)
+    faults: FaultSettings = setting(FaultSettings, "How failures are handled.", keyed=False)
+    ray: RaySettings = setting(RaySettings, "Settings of the ray launcher.", keyed=False)
+    slurm: SlurmSettings = setting(SlurmSettings, "Settings of the slurm launcher.", keyed=False)
 
     @model_validator(mode="after")
     def _slurm_takes(self) -> LauncherSettings:

@@ -49,12 +49,12 @@ def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
     result = _call(["squeue", "--me", "--states=all", "--array", "--noheader", "--format=%F|%K|%T|%r"])
     if result.returncode:
         return None
-    found = {}
+    states = {}
     for line in result.stdout.splitlines():
         job, index, state, reason = line.strip().split("|", 3)
         if int(job) in wanted:
-            found[int(job), int(index)] = TaskState(state, reason)
-    return found
+            states[int(job), int(index)] = TaskState(state, reason)
+    return states
 
 
 def ended_as(job: int, index: int) -> str:
@@ -67,8 +67,8 @@ def ended_as(job: int, index: int) -> str:
 def exit_code(job: int, index: int) -> int | None:
     """Return the exit code of a task's script; None if Slurm does not know it."""
     result = _call(["scontrol", "--oneliner", "show", "job", f"{job}_{index}"])
-    found = re.search(r"\bExitCode=(\d+):(\d+)", result.stdout)
-    return None if found is None or int(found.group(2)) else int(found.group(1))
+    match = re.search(r"\bExitCode=(\d+):(\d+)", result.stdout)
+    return None if match is None or int(match.group(2)) else int(match.group(1))
 
 
 def cancel(jobs: Iterable[int]) -> None:

@@ -165,12 +165,12 @@ def summarise_bins(
 def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, seed: int) -> Floats:
     """Return sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
     rng = np.random.default_rng(seed)
-    found = np.zeros((resamples, *by_problem.shape[1:]))
+    sums = np.zeros((resamples, *by_problem.shape[1:]))
     for name in sorted(set(benchmarks)):
         rows = by_problem[[one == name for one in benchmarks]]
         weights = rng.multinomial(len(rows), np.full(len(rows), 1.0 / len(rows)), size=resamples)
-        found += (weights @ rows.reshape(len(rows), -1)).reshape(found.shape)
-    return found
+        sums += (weights @ rows.reshape(len(rows), -1)).reshape(sums.shape)
+    return sums
 
 
 def _means(whole: Floats, total: float, resampled: Floats, confidence: float) -> Means:
@@ -182,10 +182,10 @@ def _means(whole: Floats, total: float, resampled: Floats, confidence: float) ->
     drawn = resampled[resampled[:, 0] > 0]  # resamples that missed the bin say nothing of it
     values = {name: float(value / tokens) for name, value in zip(SUMMED, whole, strict=True)}
     ratios = drawn[:, [SUMMED.index(name) for name in WITH_INTERVAL]] / drawn[:, :1]
-    said = {
-        name: (found.low, found.high)
-        for name, found, column in zip(WITH_INTERVAL, intervals(ratios, confidence), ratios.T, strict=True)
+    fields = {
+        name: (interval.low, interval.high)
+        for name, interval, column in zip(WITH_INTERVAL, intervals(ratios, confidence), ratios.T, strict=True)
         if not all_alike(column)  # resamples that never differ know of no spread, not of none
     }
     kept = {name: values[name] for name in SUMMED if name in Means.__dataclass_fields__ and name != "tokens"}
-    return Means(tokens=int(tokens), share=share, intervals=said, **kept)
+    return Means(tokens=int(tokens), share=share, intervals=fields, **kept)

@@ -74,15 +74,15 @@ def compare(
         )
     heads = teacher[1].float(), student[1].float()
     rows = chunk_rows or max(1, CHUNK_VALUES // max(head.vocab_size for head in heads))
-    found: list[Tensor] = []
+    chunks: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(hidden[0]), rows):
             logits = [
                 _merge(head.logits(states[start : start + rows].to(head.weight.device)) / temperature, merged)
                 for states, head in zip(hidden, heads, strict=True)
             ]
-            found.append(_chunk(logits[0], logits[1].to(logits[0].device)).cpu())
-    values = torch.cat(found, dim=1).numpy() if found else np.zeros((len(fields(TokenFigures)), 0))
+            chunks.append(_chunk(logits[0], logits[1].to(logits[0].device)).cpu())
+    values = torch.cat(chunks, dim=1).numpy() if chunks else np.zeros((len(fields(TokenFigures)), 0))
     return TokenFigures(*values)
 
 

@@ -138,7 +138,7 @@ def _groups(teacher: SequenceOf[Sequence], student: SequenceOf[Sequence], batch_
 
 def _in_order(reader: Reader, sequences: SequenceOf[Sequence]) -> Tensor:
     """Yield hidden states [T, D] of all sequences, in their order."""
-    found: dict[int, Tensor] = {}
+    waiting: dict[int, Tensor] = {}
     for batch in reader.hidden(sequences):
-        found.update(zip(batch.order, torch.split(batch.hidden, list(batch.lengths)), strict=True))
-    return torch.cat([found[number] for number in range(len(sequences))])
+        waiting.update(zip(batch.order, torch.split(batch.hidden, list(batch.lengths)), strict=True))
+    return torch.cat([waiting[number] for number in range(len(sequences))])

@@ -61,7 +61,7 @@ class ResponseReader:
         """
         settings = self._job.settings.alignment
         assert settings is not None
-        found = Responses([], [], [], 0)
+        responses = Responses([], [], [], 0)
         cut = 0
         for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist():
             late = settings.limit is not None and row["problem_index"] >= settings.limit
@@ -76,10 +76,10 @@ class ResponseReader:
             )
             cut += room < len(response)
             response = response[:room]
-            found.names.append((row["benchmark"], row["problem_id"], row["sample"]))
-            found.student.append(Sequence(own.ids(response, stops), response))
-            found.teacher.append(Sequence(theirs.ids(response, stops), response))
-        return Responses(found.names, found.student, found.teacher, cut)
+            responses.names.append((row["benchmark"], row["problem_id"], row["sample"]))
+            responses.student.append(Sequence(own.ids(response, stops), response))
+            responses.teacher.append(Sequence(theirs.ids(response, stops), response))
+        return Responses(responses.names, responses.student, responses.teacher, cut)
 
     def _contexts_of(self, benchmark: str, problem: str, index: int) -> tuple[Context, Context]:
         key = (benchmark, problem)

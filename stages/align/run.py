@@ -56,7 +56,7 @@ def run(job: AlignmentJob) -> None:
 
 
 def _layout(job: AlignmentJob) -> list[Part]:
-    return [(whose, found, part) for whose, found in job.sources for part in range(found.parts)]
+    return [(whose, evaluation, part) for whose, evaluation in job.sources for part in range(evaluation.parts)]
 
 
 def _settings(job: AlignmentJob | SummaryJob) -> AlignmentSettings:
@@ -70,21 +70,21 @@ def _measure(job: AlignmentJob, layout: Sequence[Part], todo: Sequence[int]) -> 
         check_same_vocabulary(tokenizers[1], tokenizers[0])
     limits = tuple(longest_readable(model_folder(ref.path, ref.revision)) for ref in (job.student, job.teacher))
     reader = ResponseReader(job, *tokenizers, (limits[0], limits[1]))
-    found = {part: reader.read(*layout[part][1:]) for part in todo}
-    longest = max(responses.longest for responses in found.values())
+    by_part = {part: reader.read(*layout[part][1:]) for part in todo}
+    longest = max(responses.longest for responses in by_part.values())
     settings = _settings(job)
     if any(torch_device(options) != "cpu" for options in (settings.engine_options, settings.teacher_engine_options)):
         job.engines.close()
     with ExitStack() as stack:
-        job.progress.start("align", sum(responses.tokens for responses in found.values()))
+        job.progress.start("align", sum(responses.tokens for responses in by_part.values()))
         stack.callback(job.progress.close)
         stack.enter_context(torch_threads(settings.engine_options.cpu_threads))
         teacher = _open(job, job.teacher, settings.teacher_engine, settings.teacher_engine_options, longest, stack)
         # one process serves one model on vLLM
         student = _open(job, job.student, "transformers", settings.engine_options, longest, stack)
-        _check(job, teacher, student, found.values())
+        _check(job, teacher, student, by_part.values())
         for part in claimed_parts(job.output, list(todo), job.progress.line):
-            _do_part(job, part, layout[part], found[part], teacher, student)
+            _do_part(job, part, layout[part], by_part[part], teacher, student)
 
 
 def _check(job: AlignmentJob, teacher: HiddenEngine, student: HiddenEngine, responses: Iterable[Responses]) -> None:
@@ -175,7 +175,7 @@ def _write_summary(job: SummaryJob) -> None:
     per_source, rest = divmod(len(markers), len(settings.responses))  # evaluations of one run have equally many parts
     assert rest == 0, (len(markers), settings.responses)
     filled = [part for part, marker in enumerate(markers) if marker.set_aside is None]
-    found: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
     for number, whose in enumerate(settings.responses):
         of_source = range(number * per_source, (number + 1) * per_source)
         parts = [part for part in of_source if part in filled]
@@ -195,7 +195,7 @@ def _write_summary(job: SummaryJob) -> None:
             resamples=job.settings.resamples,
             confidence=job.settings.confidence,
         )
-        found[whose] = {**figures.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
+        by_source[whose] = {**figures.to_json(), "cut": sum(markers[part].info["cut"] for part in parts)}
         job.progress.line(
             f"align: {figures.all.tokens:,} tokens of {whose} responses: FKL {figures.all.fkl:.3f}, RKL "
             f"{figures.all.rkl:.3f} nats a token, {figures.above.share:.1%} above {figures.tau:g}"
@@ -203,7 +203,7 @@ def _write_summary(job: SummaryJob) -> None:
     results = {
         "record": "alignment_results",
         "version": RESULTS_VERSION,
-        "responses": found,
+        "responses": by_source,
         "settings": settings.model_dump(mode="json"),
         "teacher_prompt": identity.settings.get("teacher_prompt"),
         "stop_ids": list(identity.settings.get("stop_ids", ())),

@@ -41,8 +41,8 @@ class AlignmentSettings(Settings):
         "transformers, and both are in memory at once.",
         keyed=False,
     )
-    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the student runs", keyed=False)
-    teacher_engine_options: EngineOptions = setting(EngineOptions, "How fast and where the teacher runs", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the student", keyed=False)
+    teacher_engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the teacher", keyed=False)
     batch_tokens: int = setting(
         8192, "Tokens read by both models before their heads are compared", keyed=False, ge=1, le=COUNT
     )

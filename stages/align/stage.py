@@ -62,12 +62,12 @@ class AlignStage(Stage):
     def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
         """What decides the texts of placeholders, the evaluations aside, which know the content of the benchmarks."""
         reads, evaluate = settings.score.teacher_prompt, settings.evaluate
-        found: dict[str, object] = {}
+        shown: dict[str, object] = {}
         if "solution" in reads.used and evaluate is not None:
-            found["solutions"] = [benchmark.columns.solution for benchmark in evaluate.benchmarks]
+            shown["solutions"] = [benchmark.columns.solution for benchmark in evaluate.benchmarks]
         if reads.shuffled:
-            found["shuffle_seed"] = settings.seed
-        return found
+            shown["shuffle_seed"] = settings.seed
+        return shown
 
     def gpus(self, settings: ExperimentSettings) -> int:
         alignment = settings.evaluate.alignment if settings.evaluate else None

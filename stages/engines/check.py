@@ -18,7 +18,7 @@ from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.models.packing import Sequence
 
 MOST_SEQUENCES, MOST_TOKENS, MOST_INPUT = 4, 128, 512
-"""Of the check: sequences, response tokens of each, and tokens of any but the shortest (a CPU has to read them)."""
+"""Limits of the check: sequences, response tokens each, and tokens of any but the shortest (a CPU has to read them)."""
 UNIFORM = 3e-5
 """Nats from the entropy of equally probable tokens: rounding of float32."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
@@ -51,12 +51,14 @@ def check_first_batch(engine: HiddenEngine, head: Head, sequences: SequenceOf[Se
     if not finite:
         return "not checked against the full model's logits: they are NaN or infinite"
     logits = _side_by_side(engine, head, [chosen[number] for number in finite])
-    pairs = [(found, reference.logits[number].cpu()) for found, number in zip(logits, finite, strict=True)]
-    distance = torch.cat([_total_variation(found, own) for found, own in pairs])
+    pairs = [
+        (engine_logits, reference.logits[number].cpu()) for engine_logits, number in zip(logits, finite, strict=True)
+    ]
+    distance = torch.cat([_total_variation(engine_logits, own) for engine_logits, own in pairs])
     tolerance = TOLERANCE[engine.dtype]
     mean, largest = float(distance.mean()), float(distance.max())
     if not mean <= tolerance:
-        gap = max(float((found - own).abs().max()) for found, own in pairs)
+        gap = max(float((engine_logits - own).abs().max()) for engine_logits, own in pairs)
         raise ValueError(
             f"engine {engine.name} {engine.version} disagrees with the full model's own logits ({reference.source}) "
             f"on {len(distance)} tokens ({engine.dtype}): total variation distance {mean:.3g} on average and "
@@ -119,7 +121,7 @@ def refuse_uniform(entropy: NDArray[Any], vocab_size: int, path: str, setting: s
         )
 
 
-def _total_variation(found: Tensor, own: Tensor) -> Tensor:
+def _total_variation(engine_logits: Tensor, own: Tensor) -> Tensor:
     """Return half the sum of absolute differences of two softmaxes [T]; NaN logits give NaN."""
-    p, q = (torch.softmax(logits.double(), 1) for logits in (found, own))
+    p, q = (torch.softmax(logits.double(), 1) for logits in (engine_logits, own))
     return (p - q).abs().sum(1) / 2

@@ -160,8 +160,8 @@ def _refuse_other_positions(folder: Path, name: str, longest: int) -> None:
 
 
 def _architecture(folder: Path) -> str:
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
-    return str((found or ["none"])[0])
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    return str((names or ["none"])[0])
 
 
 def _refuse_unknown(folder: Path, name: str) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROOM_TOKENS = 256
 """A kept engine is opened for sequences up to the next multiple of this: the next round's may be a little longer."""
 MEMORY_PER_WEIGHTS = 2.0
-"""A second engine is opened beside the first where this many times its weights' size, and its KV cache, are free."""
+"""A second engine is opened while the first stays if this many times its weights' size, and its KV cache, are free."""
 
 
 @dataclass

@@ -20,13 +20,13 @@ def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
     Raises:
         ValueError: vLLM is asked for and not installed.
     """
-    found = importlib.util.find_spec("vllm") is not None
-    if kind == "vllm" and not found:
+    installed = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not installed:
         raise ValueError(
             "engine: vllm is asked for, but vLLM is not installed. Install it or set engine: transformers."
         )
     if kind == "auto":
-        return "vllm" if found else "transformers"
+        return "vllm" if installed else "transformers"
     return kind
 
 

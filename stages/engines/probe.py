@@ -27,7 +27,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 1e-5 on large ones; half precision by its rounding (2^-11, 2^-8) times logits of about 10. What is left of old weights
 below this would change no rollout by more than the choice of an engine does."""
 MEMORY_FOR_PROBE = 1.5
-"""The reference is loaded where this many times the weights' size is free."""
+"""The reference is loaded if this many times the weights' size is free."""
 
 Logprobs = list[NDArray[np.float32]]
 
@@ -73,9 +73,9 @@ def own_logprobs(ref: ModelRef, sequences: Sequence[Sequence[int]]) -> Logprobs:
         return [sequence_logprobs(model, sequence, "cpu") for sequence in sequences]
 
 
-def difference(found: Logprobs, reference: Logprobs) -> float:
+def difference(served: Logprobs, reference: Logprobs) -> float:
     """Return the mean absolute difference in nats; NaN if either side has one."""
-    return float(np.abs(np.concatenate(found) - np.concatenate(reference)).mean())
+    return float(np.abs(np.concatenate(served) - np.concatenate(reference)).mean())
 
 
 def _equal(first: Logprobs, second: Logprobs) -> bool:

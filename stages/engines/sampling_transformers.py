@@ -236,10 +236,10 @@ class _Written:
         self.stopped[there] = stopped.cpu()[going]
 
     def samples(self) -> list[Sample]:
-        found = []
+        samples = []
         for row, (length, stopped) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True)):
             token_ids = self.token_ids[row, :length].numpy().copy()
-            found.append(
+            samples.append(
                 Sample(
                     token_ids=token_ids,
                     finish_reason="stop" if stopped else "length",
@@ -248,7 +248,7 @@ class _Written:
                     truncated_logprobs=None if self.truncated is None else self.truncated[row, :length].numpy().copy(),
                 )
             )
-        return found
+        return samples
 
 
 def _longest(requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
@@ -353,5 +353,5 @@ def sequence_logprobs(model: Any, sequence: Sequence[int], device: str) -> NDArr
     """Return log-probs [L - 1] of every token but the first under ``model``, in nats."""
     ids = torch.tensor([list(sequence)], device=device)
     logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    found: NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
-    return found
+    taken: NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+    return taken

@@ -90,23 +90,23 @@ class VLLMSamplingEngine:
             [_sampling_params(parameters, request) for request in requests],
             use_tqdm=False,
         )
-        found: list[tuple[int, Sample]] = []  # with vLLM's request number, which counts in the order given
+        finished: list[tuple[int, Sample]] = []  # with vLLM's request number, which counts in the order given
         ended = reported = counted = 0  # tokens of responses that ended; of all, as reported; responses, as reported
         looked = time.monotonic()
         while llm.llm_engine.has_unfinished_requests():
             for output in llm.llm_engine.step():
                 completion = output.outputs[0]
-                found.append((int(output.request_id), _sample(completion, parameters)))
+                finished.append((int(output.request_id), _sample(completion, parameters)))
                 ended += len(completion.token_ids)
             if on_progress is not None and time.monotonic() - looked >= LOOK_EVERY_SECONDS:
                 looked = time.monotonic()
                 now = max(ended + _being_decoded(llm), reported)
-                on_progress(now - reported, len(found) - counted)
-                reported, counted = now, len(found)
+                on_progress(now - reported, len(finished) - counted)
+                reported, counted = now, len(finished)
         if on_progress is not None:
-            on_progress(max(ended - reported, 0), len(found) - counted)
-        assert len(found) == len(requests), f"vLLM answered {len(found)} of {len(requests)} requests"
-        return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]
+            on_progress(max(ended - reported, 0), len(finished) - counted)
+        assert len(finished) == len(requests), f"vLLM answered {len(finished)} of {len(requests)} requests"
+        return [sample for _, sample in sorted(finished, key=lambda pair: pair[0])]
 
     def load(self, ref: ModelRef) -> None:
         self._process.load(ref)

@@ -136,7 +136,7 @@ def _prepare(
     verifiers: dict[str, Verifier],
 ) -> dict[int, PartWork]:
     """Render and check every problem of the parts to do."""
-    found = {}
+    prepared = {}
     for number in sorted({cut[part].benchmark for part in todo}):
         benchmark = job.settings.benchmarks[number]
         settings = job.settings.prompts_of(benchmark)
@@ -158,11 +158,11 @@ def _prepare(
                         f"benchmark {benchmark.name}, problem {prompt.id!r}: {len(ids)} tokens, more than "
                         f"evaluate.max_prompt_tokens = {settings.max_prompt_tokens}; raise it, or set too_long: skip"
                     )
-            found[part] = content
-        mine = [content for content in found.values() if content.benchmark is benchmark]
+            prepared[part] = content
+        mine = [content for content in prepared.values() if content.benchmark is benchmark]
         if mine and not any(content.problems for content in mine):
             _require_a_short_problem(benchmark, settings, table, tokenizer)
-    return dict(sorted(found.items()))
+    return dict(sorted(prepared.items()))
 
 
 def _require_a_short_problem(
@@ -196,22 +196,22 @@ def _do_part(
 ) -> None:
     """One engine call, verification, commit."""
     started = time.monotonic()
-    asked = [(problem, sample) for problem in content.problems for sample in range(job.settings.samples)]
+    pairs = [(problem, sample) for problem in content.problems for sample in range(job.settings.samples)]
     requests = [
         SamplingRequest(problem.token_ids, derive_seed(job.seed, content.benchmark.name, problem.prompt.id, sample))
-        for problem, sample in asked
+        for problem, sample in pairs
     ]
     meter.begin(len(requests))
     samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.advance) if requests else []
     texts = [response_text(tokenizer, sample.token_ids.tolist(), sample.stop_token_id) for sample in samples]
     sampled = time.monotonic()
     verdicts = verifier.verify_many(
-        [(text, problem.prompt.answer or "") for text, (problem, _) in zip(texts, asked, strict=True)]
+        [(text, problem.prompt.answer or "") for text, (problem, _) in zip(texts, pairs, strict=True)]
     )
     rows = [
         _row(content.benchmark.name, problem, number, request.seed, sample, text, verdict)
         for (problem, number), request, sample, text, verdict in zip(
-            asked, requests, samples, texts, verdicts, strict=True
+            pairs, requests, samples, texts, verdicts, strict=True
         )
     ]
     info: dict[str, Any] = {
@@ -269,17 +269,17 @@ def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
         chunk, marker = cut[part], markers[part]
         samples = evaluations.read_samples(job.source.part_folder(part))
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
-    found = {
+    by_benchmark = {
         benchmark.name: figures(
             benchmark.name, tally, resamples=settings.resamples, confidence=settings.confidence, seed=number
         )
         for number, (benchmark, tally) in enumerate(zip(settings.benchmarks, tallies, strict=True))
     }
-    mean = overall(found, resamples=settings.resamples, confidence=settings.confidence)
+    mean = overall(by_benchmark, resamples=settings.resamples, confidence=settings.confidence)
     results: dict[str, Any] = {
         "record": "evaluation_results",
         "version": RESULTS_VERSION,
-        "benchmarks": {name: one.values for name, one in found.items()},
+        "benchmarks": {name: one.values for name, one in by_benchmark.items()},
         "mean": mean,
         "settings": settings.model_dump(mode="json"),
         "seed": identity.settings.get("seed"),

@@ -87,8 +87,8 @@ class EvaluateSettings(Settings):
     alignment: AlignmentSettings | None = setting(
         None, "Teacher against student on these samples, by teacher entropy (null: not measured)", keyed=False
     )
-    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
-    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM if it is installed", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
 
     @field_validator("temperature")
     @classmethod
@@ -166,9 +166,9 @@ def chunks(settings: EvaluateSettings) -> list[Chunk]:
     Raises:
         ValueError: a source is missing or empty.
     """
-    found = []
+    parts = []
     for number, benchmark in enumerate(settings.benchmarks):
         count = count_prompts(settings.prompts_of(benchmark))
         step = settings.rows_per_part
-        found += [Chunk(number, start, min(start + step, count)) for start in range(0, count, step)]
-    return found
+        parts += [Chunk(number, start, min(start + step, count)) for start in range(0, count, step)]
+    return parts

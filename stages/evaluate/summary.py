@@ -124,7 +124,7 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
     surprise = np.asarray([sums for sums in tally.surprise if sums[1]], dtype=np.float64)  # [P, 2], nats and tokens
     drawn = _drawn_ratios(surprise, resamples, seed) if len(surprise) else np.zeros(0)
     by_problem = _by_problem(tally.problems, n)
-    said = {
+    results = {
         name: _means([values], bounds, resamples=resamples, confidence=confidence, seed=seed)
         for name, (values, bounds) in by_problem.items()
     }
@@ -132,10 +132,10 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
         "problems": len(tally.problems),
         "skipped": sorted(tally.skipped),
         "samples": n,
-        **_named(said),
+        **_named(results),
         "response_tokens": {
             "mean": float(lengths.mean()),
-            "interval": said["response_tokens"][0][1],
+            "interval": results["response_tokens"][0][1],
             "median": float(np.median(lengths)),
             "p95": float(np.percentile(lengths, 95)),
             "max": int(lengths.max()),
@@ -154,29 +154,29 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
 
 def overall(benchmarks: Mapping[str, Figures], *, resamples: int, confidence: float) -> Row:
     """Return the unweighted mean over benchmarks, as in the paper's tables; ``ungraded`` is a sum."""
-    found = list(benchmarks.values())
-    widths = {one.values["samples"] for one in found}
+    each = list(benchmarks.values())
+    widths = {one.values["samples"] for one in each}
     assert len(widths) == 1, widths
-    said = {
+    values = {
         name: _means(
-            [one.by_problem[name] for one in found],
+            [one.by_problem[name] for one in each],
             _bounds(name, *widths),
             resamples=resamples,
             confidence=confidence,
             seed=0,
         )
-        for name in found[0].by_problem
+        for name in each[0].by_problem
     }
-    entropies = [one.values["token_entropy"] for one in found]
+    entropies = [one.values["token_entropy"] for one in each]
     measured = None not in entropies
-    drawn = np.mean([one.drawn_entropy for one in found], axis=0) if measured else np.zeros(0)
+    drawn = np.mean([one.drawn_entropy for one in each], axis=0) if measured else np.zeros(0)
     return {
-        **_named(said),
-        "response_tokens": dict(zip(("mean", "interval"), said["response_tokens"][0], strict=True)),
-        "stop_rate": float(np.mean([one.values["stop_rate"] for one in found])),
+        **_named(values),
+        "response_tokens": dict(zip(("mean", "interval"), values["response_tokens"][0], strict=True)),
+        "stop_rate": float(np.mean([one.values["stop_rate"] for one in each])),
         "token_entropy": float(np.mean(entropies)) if measured else None,
         "token_entropy_interval": _of_draws(drawn, confidence),
-        "ungraded": sum(one.values["ungraded"] for one in found),
+        "ungraded": sum(one.values["ungraded"] for one in each),
     }
 
 
@@ -217,8 +217,8 @@ def _means(
         return [(None, None)]
     values = np.concatenate(benchmarks)
     groups = [str(number) for number, rows in enumerate(benchmarks) for _ in rows]
-    found = bootstrap(values, bounds=bounds, groups=groups, resamples=resamples, seed=seed, confidence=confidence)
-    return [(float(mean), _pair(each)) for mean, each in zip(group_means(values, groups), found, strict=True)]
+    per_column = bootstrap(values, bounds=bounds, groups=groups, resamples=resamples, seed=seed, confidence=confidence)
+    return [(float(mean), _pair(each)) for mean, each in zip(group_means(values, groups), per_column, strict=True)]
 
 
 def _named(said: Mapping[str, list[tuple[float | None, list[float] | None]]]) -> Row:

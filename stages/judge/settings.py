@@ -10,6 +10,6 @@ from eopd.stages.settings import DAY, PROCESSES, Settings, setting
 class JudgeSettings(Settings):
     """How the verifier of the prompts (`prompts.verifier`) judges rollouts."""
 
-    text: Literal["response"] = setting("response", "What is judged: the text of the whole response")
+    text: Literal["response"] = setting("response", "The text to judge: the whole response")
     seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0, le=DAY)
     verifier_workers: int = setting(2, "Processes of the math verifier", keyed=False, ge=1, le=PROCESSES)

@@ -138,6 +138,6 @@ def _states(inner: Any, sequences: list[Sequence], layout: Layout) -> list[Tenso
     return [states[number] for number in range(len(sequences))]
 
 
-def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
+def _error(states: list[Tensor], wanted: list[Tensor]) -> float:
     """Return the relative error of the median sequence: rounding may choose other experts for a single one."""
-    return median(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+    return median(float((a - b).norm() / b.norm()) for a, b in zip(states, wanted, strict=True))

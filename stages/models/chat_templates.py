@@ -30,7 +30,7 @@ RESERVED = frozenset(
         *("tokenizer_kwargs", "truncation"),
     }
 )
-"""Arguments of ``apply_chat_template`` that eopd sets itself, or that would change what it returns."""
+"""Arguments of ``apply_chat_template`` that eopd sets itself, or that would change its result."""
 
 LINKS = frozenset({"id", "tool_call_id", "type"})
 """Fields that join a tool's answer to its call and say nothing else: many templates rightly leave them out."""
@@ -291,26 +291,26 @@ class ChatTemplate:
             for name, value in {**legacy, **config}.items()
             if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
         }
-        found: dict[str, str] = {}
+        templates: dict[str, str] = {}
         stated = config.get("chat_template")
         if isinstance(stated, list):
-            found = {item["name"]: item["template"] for item in stated if isinstance(item, dict)}
+            templates = {item["name"]: item["template"] for item in stated if isinstance(item, dict)}
         elif isinstance(stated, str):
-            found = {"default": stated}
+            templates = {"default": stated}
         files = [*folder.glob("additional_chat_templates/*.jinja"), *folder.glob("chat_template.jinja")]
         for file in files:
-            found["default" if file.name == "chat_template.jinja" else file.stem] = file.read_text(encoding="utf-8")
-        source = found.get("tool_use") if tools else None
-        return cls(source or found.get("default") or _no_template(str(folder)), tokens)
+            templates["default" if file.name == "chat_template.jinja" else file.stem] = file.read_text(encoding="utf-8")
+        source = templates.get("tool_use") if tools else None
+        return cls(source or templates.get("default") or _no_template(str(folder)), tokens)
 
     @classmethod
     def of(cls, tokenizer: Any, *, tools: bool = False) -> ChatTemplate:
         """Return the template of a loaded tokenizer. Raises ValueError if there is none."""
-        found = tokenizer.chat_template
-        if isinstance(found, dict):
-            found = (tools and found.get("tool_use")) or found.get("default")
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = (tools and template.get("tool_use")) or template.get("default")
         tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        return cls(found or _no_template(tokenizer.name_or_path), tokens)
+        return cls(template or _no_template(tokenizer.name_or_path), tokens)
 
     @cached_property
     def variables(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WHO_SAVED_IT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
-"""Entries of config.json that change nothing of a loaded model's shape; precision is told apart by itself."""
+"""Entries of config.json that do not affect a loaded model's shape; precision is compared separately."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing, so {folder} is no Hugging Face model folder")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
 
 
 def resolve_dtype(folder: Path, dtype: str) -> str:

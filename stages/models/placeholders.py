@@ -49,10 +49,10 @@ def fill(text: str, values: Mapping[str, str | None]) -> str:
     """
 
     def value(match: re.Match[str]) -> str:
-        found = values.get(match[1])
-        if found is None or not found.strip():
+        text = values.get(match[1])
+        if text is None or not text.strip():
             raise ValueError(f"the prompt has no {match[1]} for {{{{{match[1]}}}}}")
-        return found
+        return text
 
     return _PLACEHOLDER.sub(value, text)
 

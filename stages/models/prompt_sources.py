@@ -257,11 +257,11 @@ def _arrow_files(folder: Path) -> list[Path]:
         names = [str(entry["filename"]) for entry in _json(state)["_data_files"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{state} does not list the data files of a data set") from error
-    found = [folder / name for name in names]
-    for file in found:
+    paths = [folder / name for name in names]
+    for file in paths:
         if file.parent != folder or not file.is_file():
             raise ValueError(f"{state} names {file.name}, which is not there: the folder was not copied whole")
-    return found
+    return paths
 
 
 def _open_arrow(path: Path) -> Iterator[pa.RecordBatch]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Value = bool | int | float | str
-"""What rows of a source can be selected by."""
+"""Values by which rows of a source can be selected."""
 VerifierName = Literal["countdown", "exact", "math"]
 
 
@@ -205,7 +205,7 @@ def _rows_by_value(
 ) -> dict[tuple[bool, Value], frozenset[int]]:
     """Group the rows of a source by their value in a column. Keys tell true from 1, which are equal in Python."""
     settings = PromptSettings.model_validate_json(settings_json)
-    found: dict[tuple[bool, Value], list[int]] = {}
+    by_value: dict[tuple[bool, Value], list[int]] = {}
     source = prompt_sources.read(Path(settings.path), settings.split, [column], settings.limit)
     for number, row in enumerate(source):
         value = row.values[column]
@@ -216,8 +216,8 @@ def _rows_by_value(
                 f"{row.where}: column {column!r} holds {type(value).__name__}; rows are selected by text, numbers, or "
                 "true and false"
             )
-        found.setdefault((type(value) is bool, value), []).append(number)
-    return {key: frozenset(rows) for key, rows in found.items()}
+        by_value.setdefault((type(value) is bool, value), []).append(number)
+    return {key: frozenset(rows) for key, rows in by_value.items()}
 
 
 def count_prompts(settings: PromptSettings) -> int:

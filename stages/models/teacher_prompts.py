@@ -113,10 +113,10 @@ class Context:
     def ids(self, response: Sequence[int], stop_ids: Collection[int]) -> list[int]:
         """The context of this response, which may be the beginning of a longer one."""
         copied = response[: len(response) - _ends(response, stop_ids)]
-        found = list(self.pieces[0])
+        ids = list(self.pieces[0])
         for piece in self.pieces[1:]:
-            found += [*copied, *piece]
-        return found
+            ids += [*copied, *piece]
+        return ids
 
 
 def _ends(response: Sequence[int], stop_ids: Collection[int]) -> bool:

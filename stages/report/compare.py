@@ -40,7 +40,7 @@ _NOT_OF_FIGURES = {  # settings of `evaluate` that change no figure, or that pro
 
 def after(scores: Sequence[ProblemScores], round_: int) -> ProblemScores | None:
     """Return the evaluation after a round."""
-    return next((found for found in scores if found.round == round_), None)
+    return next((evaluation for evaluation in scores if evaluation.round == round_), None)
 
 
 def problems_of(scores: ProblemScores) -> Hashable:
@@ -77,12 +77,12 @@ def gains(first: ProblemScores, last: ProblemScores, confidence: float = 0.95) -
         return {}
     k = min(first.samples, last.samples)
     pairs = {"avg": (average(first), average(last)), "pass": (passed(first, k), passed(last, k))}
-    found = {}
+    estimates = {}
     for name, (before, later) in pairs.items():
         differences = (later - before).mean(axis=0)
         bounds = _over_problems(differences, first, confidence)
-        found[name] = _estimate(_mean_of(differences, first), bounds)
-    return found
+        estimates[name] = _estimate(_mean_of(differences, first), bounds)
+    return estimates
 
 
 def _mean_of(values: Floats, scores: ProblemScores) -> float:
@@ -91,8 +91,8 @@ def _mean_of(values: Floats, scores: ProblemScores) -> float:
 
 
 def _over_problems(differences: Floats, scores: ProblemScores, confidence: float = 0.95) -> Interval | None:
-    (found,) = bootstrap(differences[:, None], bounds=(-1.0, 1.0), groups=scores.benchmarks, confidence=confidence)
-    return found
+    (interval,) = bootstrap(differences[:, None], bounds=(-1.0, 1.0), groups=scores.benchmarks, confidence=confidence)
+    return interval
 
 
 def _estimate(value: float, bounds: Interval | None) -> Estimate:
@@ -130,10 +130,10 @@ class Difference:
     @property
     def zero(self) -> str:
         """True if every available interval excludes zero."""
-        bounds = [found for found in (self.over_problems, self.over_seeds) if found is not None]
+        bounds = [interval for interval in (self.over_problems, self.over_seeds) if interval is not None]
         if self.over_problems is None:
             return "not known"
-        return "excluded" if all(found.low > 0 or found.high < 0 for found in bounds) else "included"
+        return "excluded" if all(interval.low > 0 or interval.high < 0 for interval in bounds) else "included"
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,12 @@ def _caveats(
         yield f"{run.name} and {base.name} are not compared in pairs: they have {seeds}."
 
 
-def apart(found: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+def apart(by_name: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     """Describe values that differ between the runs that have them: ``name is 1 in a and b and 2 in c``."""
     texts = []
-    for key in dict.fromkeys(key for _, values in found for key in values):
+    for key in dict.fromkeys(key for _, values in by_name for key in values):
         whose: dict[str, list[str]] = {}
-        for name, values in found:
+        for name, values in by_name:
             if key in values:
                 whose.setdefault(values[key], []).append(name)
         if len(whose) > 1:
@@ -282,7 +282,7 @@ def merged(runs: Sequence[RunData]) -> RunData:
         name=f"{(stems.pop() if len(stems) == 1 else '') or first.name} ({len(runs)} seeds)",
         settings={**first.settings, "name": ", ".join(run.name for run in runs), "seed": seeds},
         rounds=[
-            _round_of_seeds([found.get(number, RoundData(number)) for found in rounds])
+            _round_of_seeds([by_number.get(number, RoundData(number)) for by_number in rounds])
             for number in sorted(set().union(*rounds))
         ],
         training=_training_of_seeds(runs),
@@ -310,7 +310,7 @@ def merged(runs: Sequence[RunData]) -> RunData:
 
 def _unequal_rounds(runs: Sequence[RunData]) -> list[str]:
     rounds = {run.seed: {item.round for item in run.evaluated} for run in runs}
-    everywhere = [number for number in rounds[runs[0].seed] if all(number in found for found in rounds.values())]
+    everywhere = [number for number in rounds[runs[0].seed] if all(number in numbers for numbers in rounds.values())]
     differing = set().union(*rounds.values()) - set(everywhere)
     if not differing:
         return []
@@ -354,9 +354,9 @@ def _training_of_seeds(runs: Sequence[RunData]) -> list[StepRow]:
     return means
 
 
-def _histogram_of_seeds(found: Sequence[Histogram | None]) -> Histogram | None:
+def _histogram_of_seeds(histograms: Sequence[Histogram | None]) -> Histogram | None:
     """Add up counts; a seed with rarer, larger entropies has a last bin that the others lack."""
-    known = [histogram for histogram in found if histogram is not None]
+    known = [histogram for histogram in histograms if histogram is not None]
     edges = max((histogram.edges for histogram in known), key=len, default=[])
     if not known or any(histogram.edges != edges[: len(histogram.edges)] for histogram in known):
         return None
@@ -366,12 +366,12 @@ def _histogram_of_seeds(found: Sequence[Histogram | None]) -> Histogram | None:
     return Histogram(edges, counts.tolist())
 
 
-def _bins_of_seeds(found: Sequence[Mapping[str, BinnedMeans]]) -> dict[str, BinnedMeans]:
+def _bins_of_seeds(bins: Sequence[Mapping[str, BinnedMeans]]) -> dict[str, BinnedMeans]:
     """Return means over the seeds with tokens in a bin; no interval if all have one value, such as an agreement of
     1."""
     means = {}
-    for name in dict.fromkeys(name for one in found for name in one):
-        known = [one[name] for one in found if name in one]
+    for name in dict.fromkeys(name for one in bins for name in one):
+        known = [one[name] for one in bins if name in one]
         if any(one.edges != known[0].edges for one in known):
             continue
         columns = zip(*(one.means for one in known), strict=True)
@@ -385,8 +385,10 @@ def _bins_of_seeds(found: Sequence[Mapping[str, BinnedMeans]]) -> dict[str, Binn
     return means
 
 
-def _common(found: Sequence[dict[str, str]]) -> dict[str, str]:
-    return {name: text for name, text in (found[0] if found else {}).items() if all(o.get(name) == text for o in found)}
+def _common(values: Sequence[dict[str, str]]) -> dict[str, str]:
+    return {
+        name: text for name, text in (values[0] if values else {}).items() if all(o.get(name) == text for o in values)
+    }
 
 
 def _gains_of_seeds(scores: Sequence[ProblemScores]) -> dict[str, Estimate]:
@@ -394,11 +396,11 @@ def _gains_of_seeds(scores: Sequence[ProblemScores]) -> dict[str, Estimate]:
     if len(scores) < 2 or problems_of(scores[0]) != problems_of(scores[-1]):
         return {}
     by_seed = [gains(_of_seeds(scores[0], [seed]), _of_seeds(scores[-1], [seed])) for seed in scores[0].seeds]
-    return {name: _over_seeds([found[name].value for found in by_seed]) for name in by_seed[0]}
+    return {name: _over_seeds([gained[name].value for gained in by_seed]) for name in by_seed[0]}
 
 
-def _scores_of_seeds(found: Sequence[ProblemScores | None]) -> ProblemScores:
-    known = [scores for scores in found if scores is not None]
+def _scores_of_seeds(evaluations: Sequence[ProblemScores | None]) -> ProblemScores:
+    known = [scores for scores in evaluations if scores is not None]
     rows = sorted((seed, row) for scores in known for seed, row in zip(scores.seeds, scores.correct, strict=True))
     return replace(known[0], seeds=[seed for seed, _ in rows], correct=[row for _, row in rows])
 

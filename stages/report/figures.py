@@ -231,8 +231,8 @@ def histograms(runs: Sequence[RunData]) -> list[Drawing]:
     """Draw one histogram per run of the entropies of teacher (area) and student (dashed outline)."""
     drawn = []
     for index, run in enumerate(runs):
-        found = {"teacher": run.teacher_entropy, "student": run.student_entropy}
-        known = {name: histogram for name, histogram in found.items() if histogram and sum(histogram.counts)}
+        both = {"teacher": run.teacher_entropy, "student": run.student_entropy}
+        known = {name: histogram for name, histogram in both.items() if histogram and sum(histogram.counts)}
         if known:
             title = "Token entropy" if len(runs) == 1 else f"Token entropy, {run.name}"
             drawn.append(_histogram(f"entropy-histogram-{index}", title, known, run.threshold, index))

@@ -104,7 +104,7 @@ def gather(run: RunArtifacts) -> RunData:
     scores = [_scores(item.evaluation, item.round, run.seed) for item in run.rounds if item.evaluation]
     readable = (Path(run.tokenizer) / TOKENIZER).exists()
     teacher, student = _histograms(run.rounds)
-    levels = sorted({found["settings"]["confidence"] for found in results.values()})
+    levels = sorted({result["settings"]["confidence"] for result in results.values()})
     return RunData(
         name=run.name,
         settings=run.settings,
@@ -127,7 +127,7 @@ def gather(run: RunArtifacts) -> RunData:
         scores=scores,
         seed=run.seed,
         kin=run.kin,
-        graders=sorted({name for found in results.values() for name in found.get("verifiers", ())}),
+        graders=sorted({name for result in results.values() for name in result.get("verifiers", ())}),
         head=_heads(run),
         warnings=_warnings(results),
         notes=[] if readable or not scored else [f"Rollouts are not shown: {run.tokenizer} has no {TOKENIZER}."],
@@ -179,12 +179,12 @@ def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Map
             _add(figures, prefix + name, group[figure], group["intervals"].get(figure))
     if results is None:
         return RoundData(item.round, figures, measured=item.measured)
-    found = results["benchmarks"]
+    by_benchmark = results["benchmarks"]
     benchmarks = {
         name: _evaluated(item.round, values, values["problems"], values["samples"], sum(_left_out(results, name)))
-        for name, values in found.items()
+        for name, values in by_benchmark.items()
     }
-    counts = sum(one["problems"] for one in found.values()), max(one["samples"] for one in found.values())
+    counts = sum(one["problems"] for one in by_benchmark.values()), max(one["samples"] for one in by_benchmark.values())
     mean = _evaluated(item.round, results["mean"], *counts, sum(_left_out(results)))
     return RoundData(
         item.round, figures | mean.figures, mean.pass_at, mean.problems, mean.samples, item.measured, benchmarks
@@ -337,49 +337,49 @@ def _bins(aligned: Mapping[str, Any]) -> dict[str, dict[str, BinnedMeans]]:
     return {
         whose: {
             name: BinnedMeans(
-                list(found["edges"]),
+                list(response["edges"]),
                 [
                     Estimate(row[name], *(row["intervals"].get(name) or (None, None))) if row["tokens"] else None
-                    for row in found["bins"]
+                    for row in response["bins"]
                 ],
             )
             for name in BINNED
         }
-        for whose, found in aligned["responses"].items()
+        for whose, response in aligned["responses"].items()
         if whose in (OWN, FIRST)
     }
 
 
 def _read_with(aligned: Mapping[str, Any]) -> dict[str, str]:
     settings = aligned["settings"]
-    found = {
+    options = {
         f"evaluate.alignment.{name}": json.dumps(settings[name])
         for name in ("tau", "temperature", "merge_stops", "limit")
     }
-    found["evaluate.alignment.responses"] = listed(sorted(aligned["responses"]))
-    found["score.teacher_prompt"] = json.dumps(aligned["teacher_prompt"], sort_keys=True)
-    found["the teacher"] = aligned["teacher"]["fingerprint"][:12]
+    options["evaluate.alignment.responses"] = listed(sorted(aligned["responses"]))
+    options["score.teacher_prompt"] = json.dumps(aligned["teacher_prompt"], sort_keys=True)
+    options["the teacher"] = aligned["teacher"]["fingerprint"][:12]
     if FIRST in aligned["responses"]:
-        found["the fixed set"] = aligned["artifact"]["inputs"].get("first evaluation", "")[:12]
-    return found
+        options["the fixed set"] = aligned["artifact"]["inputs"].get("first evaluation", "")[:12]
+    return options
 
 
 def _warnings(results: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """List problems that spoil the figures of some rounds."""
     ungraded, missing, too_long, unread = [], [], [], []
-    for number, found in sorted(results.items()):
-        benchmarks = found["benchmarks"].values()
+    for number, result in sorted(results.items()):
+        benchmarks = result["benchmarks"].values()
         answers = sum(one["problems"] * one["samples"] for one in benchmarks)
         gave_up = sum(one["ungraded"] for one in benchmarks)
-        set_aside, skipped = _left_out(found)
+        set_aside, skipped = _left_out(result)
         if gave_up:
             ungraded.append(f"{gave_up} of {answers} answers in round {number}")
         if set_aside:
             missing.append(f"{set_aside} in round {number}")
         if skipped:
             too_long.append(f"{skipped} in round {number}")
-        unread += [f"{name} in round {number}" for name, one in found["benchmarks"].items() if not one["problems"]]
-    graders = sorted({tuple(found.get("verifiers", ())) for found in results.values()})
+        unread += [f"{name} in round {number}" for name, one in result["benchmarks"].items() if not one["problems"]]
+    graders = sorted({tuple(result.get("verifiers", ())) for result in results.values()})
     texts = {
         "The grader gave up, which counts as wrong": ungraded,
         "Problems are missing because their parts failed; figures are of the others": missing,
@@ -399,7 +399,7 @@ def _first_few(items: Sequence[str], most: int = 6) -> str:
 def _left_out(results: Mapping[str, Any], benchmark: str | None = None) -> tuple[int, int]:
     """Count problems of failed parts and those with too long prompts, of one benchmark or of all (None)."""
     aside = [rows for rows in results.get("left_out", ()) if benchmark in (None, rows["benchmark"])]
-    skipped = [found["skipped"] for name, found in results["benchmarks"].items() if benchmark in (None, name)]
+    skipped = [result["skipped"] for name, result in results["benchmarks"].items() if benchmark in (None, name)]
     return sum(rows["stop"] - rows["start"] for rows in aside), sum(map(len, skipped))
 
 

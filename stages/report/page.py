@@ -321,8 +321,8 @@ def _differences(compared: Comparison, base: str) -> Table:
     body = []
     for one in compared.differences:
         problems, seeds = (
-            found and _bounds(Estimate(0, found.low, found.high), signed=True).strip()
-            for found in (one.over_problems, one.over_seeds)
+            interval and _bounds(Estimate(0, interval.low, interval.high), signed=True).strip()
+            for interval in (one.over_problems, one.over_seeds)
         )
         pairing = f", {len(one.pairs)} pairs" if one.pairs else ", not in pairs"
         cells = (problems or "one problem", f"{seeds}{pairing}" if seeds else "one seed", one.zero)
@@ -337,9 +337,9 @@ def _evaluations(runs: Sequence[RunData]) -> Table:
     several = len({name for run in runs for item in run.evaluated for name in item.benchmarks}) > 1
     for run in runs:
         for item in run.evaluated:
-            benchmarks = [(printable(name, 60), found) for name, found in item.benchmarks.items()]
-            for name, found in benchmarks if len(benchmarks) == 1 else [("mean", item), *benchmarks]:
-                rows.append((run.name, str(item.round), *([name] if several else []), *_evaluation(found)))
+            benchmarks = [(printable(name, 60), results) for name, results in item.benchmarks.items()]
+            for name, results in benchmarks if len(benchmarks) == 1 else [("mean", item), *benchmarks]:
+                rows.append((run.name, str(item.round), *([name] if several else []), *_evaluation(results)))
     titles = (title for title, _, _ in _EVALUATED)
     head = ("run", "round", *(["benchmark"] if several else []), "n", "Avg@k", "Pass@k", *titles)
     return Table("Every evaluation", head, tuple(rows[:_MOST_ROWS]), max(0, len(rows) - _MOST_ROWS))

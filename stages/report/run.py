@@ -67,8 +67,8 @@ def to_csv(data: ReportData) -> str:
     for run_ in data.runs:
         writer.writerows((_text(run_.name), *row, "") for row in _rows(run_))
         for item in run_.rounds:
-            for name, found in item.benchmarks.items() if len(item.benchmarks) > 1 else ():
-                writer.writerows((_text(run_.name), *row, _text(name)) for row in _round(found, "benchmark"))
+            for name, figures in item.benchmarks.items() if len(item.benchmarks) > 1 else ():
+                writer.writerows((_text(run_.name), *row, _text(name)) for row in _round(figures, "benchmark"))
     for one in compare(data.runs).differences if data.runs else ():
         for over, bounds in (("problems", one.over_problems), ("seeds", one.over_seeds)):
             if bounds is not None:

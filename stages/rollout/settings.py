@@ -24,7 +24,7 @@ class GuideSettings(Settings):
     max_new_tokens: int | None = setting(None, "Longest response (None: rollout.max_new_tokens)", ge=1, le=LENGTH)
     engine: EngineKind | None = setting(None, "Engine (None: rollout.engine)", keyed=False)
     engine_options: EngineOptions | None = setting(
-        None, "How fast and where the engine runs (None: rollout.engine_options)", keyed=False
+        None, "Speed and placement of the engine (None: rollout.engine_options)", keyed=False
     )
 
 
@@ -88,8 +88,8 @@ class RolloutSettings(Settings):
     )
     guide: GuideSettings = setting(GuideSettings, "The teacher's own responses (source: teacher or prefix)")
     prefix: PrefixSettings = setting(PrefixSettings, "How long the teacher's part is (source: prefix)")
-    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM where it is installed", keyed=False)
-    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+    engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM if it is installed", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> RolloutSettings:

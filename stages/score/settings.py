@@ -66,10 +66,10 @@ class ScoreSettings(Settings):
     )
     engine: EngineKind = setting(
         "auto",
-        "vllm, transformers, or auto: vLLM where it is installed and known to read the teacher right",
+        "vllm, transformers, or auto: vLLM if it is installed and known to read the teacher right",
         keyed=False,
     )
-    engine_options: EngineOptions = setting(EngineOptions, "How fast and where the engine runs", keyed=False)
+    engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
     batch_tokens: int = setting(
         16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1, le=COUNT
     )

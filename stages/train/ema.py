@@ -31,14 +31,14 @@ class Ema:
         """Return every average in float32, ``gathered``."""
         return gathered(self._shadow.items())
 
-    def load(self, found: Mapping[str, Tensor]) -> None:
+    def load(self, averages: Mapping[str, Tensor]) -> None:
         """Restore what ``tensors`` returned.
 
         Raises:
             ValueError: it is of another model; names the first parameter that differs.
         """
         for name, parameter in self._parameters.items():
-            value = found.get(name)
+            value = averages.get(name)
             if value is None or value.shape != parameter.shape:
                 shape = None if value is None else tuple(value.shape)
                 raise ValueError(

@@ -65,7 +65,7 @@ def save_failure(job: TrainJob, stopped: TrainingStopped, responses: Responses, 
 
 
 def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Responses, states: States) -> None:
-    found = {
+    report = {
         "message": str(stopped),
         "round": job.round,
         "step": stopped.step,
@@ -77,7 +77,7 @@ def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Res
         "figures": stopped.figures,
         "settings": job.settings.model_dump(mode="json"),
     }
-    text = json.dumps(_plain(found), indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(_plain(report), indent=1, sort_keys=True, allow_nan=False)
     (folder / FAILURE_FILE).write_text(text + "\n", encoding="utf-8")
     numbers = {name: number for number, name in enumerate(responses.names)}
     rows = []

@@ -177,9 +177,9 @@ class Loop:
             mask = torch.ones(batch.packed.tokens, device=logprob.device)
             context = StepContext(mask=mask, normaliser=1.0, temperature=self.temperature)
             with torch.no_grad():
-                found, entropies = self.student(batch.packed, batch.teacher, context, "logprobs")
+                logprobs, entropies = self.student(batch.packed, batch.teacher, context, "logprobs")
             if turn < len(mine):
-                logprob[batch.rows], entropy[batch.rows] = found.float(), entropies.float()
+                logprob[batch.rows], entropy[batch.rows] = logprobs.float(), entropies.float()
                 on_progress(batch.packed.tokens)
         reshard(self.student)
         logprob, entropy = self.accelerator.reduce(logprob), self.accelerator.reduce(entropy)

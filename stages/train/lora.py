@@ -82,18 +82,18 @@ def merged_weights(adapted: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
     Args:
         weights: every parameter of ``adapted``, whole and on the CPU.
     """
-    found = dict(weights)
+    merged = dict(weights)
     for name, module in adapted.named_modules():
         if not hasattr(module, "lora_A"):
             continue
-        a, b = (found.pop(f"{name}.lora_{letter}.{ADAPTER}.weight").float() for letter in "AB")
+        a, b = (merged.pop(f"{name}.lora_{letter}.{ADAPTER}.weight").float() for letter in "AB")
         scaling: Any = module.scaling
         change = scaling[ADAPTER] * (b @ a)
-        base = found[f"{name}.base_layer.weight"]
-        found[f"{name}.base_layer.weight"] = (base.float() + (change.T if module.fan_in_fan_out else change)).to(
+        base = merged[f"{name}.base_layer.weight"]
+        merged[f"{name}.base_layer.weight"] = (base.float() + (change.T if module.fan_in_fan_out else change)).to(
             base.dtype
         )
-    return {name.removeprefix(PREFIX).replace(".base_layer.", "."): value for name, value in found.items()}
+    return {name.removeprefix(PREFIX).replace(".base_layer.", "."): value for name, value in merged.items()}
 
 
 def save_adapter(adapted: Any, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -35,25 +35,25 @@ def sum_metrics(into: dict[str, Tensor], figures: Mapping[str, Tensor]) -> None:
 def means(totals: Mapping[str, float]) -> dict[str, float]:
     """Divide sums over tokens by the tokens, under the names that people read."""
     tokens = totals["tokens"]
-    found = {name: totals[name] for name in PER_STEP}
+    figures = {name: totals[name] for name in PER_STEP}
     for name, value in totals.items():
         if name not in PER_STEP:
-            found[RENAMED.get(name, name)] = value / tokens
-    if "ratio_squared" in found:
-        variance = found.pop("ratio_squared") - found["ratio"] ** 2
-        found["ratio_std"] = max(variance, 0.0) ** 0.5
-    return found
+            figures[RENAMED.get(name, name)] = value / tokens
+    if "ratio_squared" in figures:
+        variance = figures.pop("ratio_squared") - figures["ratio"] ** 2
+        figures["ratio_std"] = max(variance, 0.0) ** 0.5
+    return figures
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return token-weighted means of every figure over the steps of a round."""
     weights = [row["tokens"] for row in rows]
     names = sorted({name for row in rows for name in row} - {"tokens", "step", "round", "epoch"})
-    found = {"tokens": float(sum(weights)), "steps": float(len(rows))}
+    figures = {"tokens": float(sum(weights)), "steps": float(len(rows))}
     for name in names:
         pairs = [(row[name], weight) for row, weight in zip(rows, weights, strict=True) if name in row]
-        found[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
-    return found
+        figures[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    return figures
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -45,7 +45,7 @@ def _state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[t
         yield "step", state["step"].float().reshape(1)
 
 
-def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Restore what ``optimizer_tensors`` returned.
 
     Raises:
@@ -58,7 +58,7 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
         assert id(parameter) in stepped, name  # a state of any other object would never be read
         state: dict[str, Any] = {}
         for moment in MOMENTS:
-            value = found.get(f"{moment}.{name}")
+            value = tensors.get(f"{moment}.{name}")
             if value is None or value.shape != parameter.shape:
                 shape = None if value is None else tuple(value.shape)
                 raise ValueError(
@@ -66,7 +66,7 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
                     "or another kind of training made it; set train.optimizer.carry_over=false to start anew."
                 )
             state[moment] = like(value, parameter)
-        state["step"] = found["step"].clone().reshape(()).to(parameter.device)
+        state["step"] = tensors["step"].clone().reshape(()).to(parameter.device)
         optimizer.state[parameter] = state
 
 

@@ -77,12 +77,12 @@ def like(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> 
 def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return every tensor whole and on the CPU in the main process, none in the others. Every process must call it."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    found: dict[str, Tensor] = {}
+    whole_tensors: dict[str, Tensor] = {}
     for name, tensor in tensors:
         value = whole(tensor)
         if main:
-            found[name] = value.cpu().contiguous()
-    return found
+            whole_tensors[name] = value.cpu().contiguous()
+    return whole_tensors
 
 
 def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:

@@ -84,8 +84,8 @@ def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Se
             names.append(f"{table['prompt_id'][row]}/{table['sample'][row]}")
             sequences.append(TokenSequence(table["prompt_token_ids"][row], table["response_token_ids"][row][:length]))
             locations.append((part, row))
-            found = table["logprobs"][row]
-            sampler.append(None if found is None else np.asarray(found[:length], np.float32))
+            logprobs = table["logprobs"][row]
+            sampler.append(None if logprobs is None else np.asarray(logprobs[:length], np.float32))
             written.append(np.asarray(table["written"][row][:length], np.int8))
     if not names:
         raise ValueError(f"{rollouts} holds no response with a token to train on")
@@ -135,9 +135,9 @@ def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherR
 
 def _check_same_rollouts(rollouts: Artifact, cache: TeacherCache, part: int) -> None:
     scored = cache.artifact.marker(part).inputs.get("rollouts")
-    found = rollouts.marker(part).checksum
-    if scored is not None and scored != found:
+    checksum = rollouts.marker(part).checksum
+    if scored is not None and scored != checksum:
         raise DamagedPart(
             f"{cache.artifact} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part "
-            f"{part} has {found[:12]}. `eopd store verify --repair` re-queues the scores."
+            f"{part} has {checksum[:12]}. `eopd store verify --repair` re-queues the scores."
         )

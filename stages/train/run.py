@@ -50,7 +50,7 @@ from eopd.storage.rollouts import Writer
 from eopd.storage.teacher_cache import TeacherCache
 
 LONGEST_WAIT = timedelta(days=7)
-"""Of processes that train together, for the first of them: it waits for another job's claim, or writes large states.
+"""Timeout of processes that train together: the first may wait for another job's claim or write large states.
 The launcher ends all when one dies."""
 
 

@@ -231,7 +231,7 @@ class TrainSettings(Settings):
         50, "Optimiser steps between resumable states; a killed job loses at most these.", keyed=False, ge=1, le=COUNT
     )
     trackers: tuple[Tracker, ...] = setting(
-        (), "Where figures go beside TensorBoard and metrics.jsonl: wandb, trackio (installed by you).", keyed=False
+        (), "Trackers besides TensorBoard and metrics.jsonl: wandb, trackio (installed by you).", keyed=False
     )
     keep_checkpoints: int | None = setting(
         None,

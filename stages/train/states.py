@@ -62,8 +62,8 @@ class States:
     def round_start(self) -> RoundStart | None:
         if not self._artifact.is_committed(0):
             return None
-        found = load_arrays(self._artifact.part_folder(0) / ROUND_START_FILE)
-        return RoundStart(found["logprob"], found["entropy"], found.get("weight"))
+        arrays = load_arrays(self._artifact.part_folder(0) / ROUND_START_FILE)
+        return RoundStart(arrays["logprob"], arrays["entropy"], arrays.get("weight"))
 
     def save_round_start(self, start: RoundStart) -> None:
         with self._artifact.write_part(0) as folder:

@@ -51,5 +51,5 @@ def _run_id(run_dir: Path) -> str:
     """Return the run's id there, the same in every round and after every restart."""
     path = run_dir / IDS_FILE
     create_exclusively(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
-    found: str = json.loads(path.read_text(encoding="utf-8"))["id"]
-    return found
+    run_id: str = json.loads(path.read_text(encoding="utf-8"))["id"]
+    return run_id

@@ -254,7 +254,7 @@ def test_from_another_folder_the_same_is_kept(home: Path, tmp_path: Path, monkey
 def test_runs_that_left_a_note_are_honoured_wherever_they_are(home: Path) -> None:
     ours, theirs = start("one"), start("two", runs=str(home / "elsewhere"), seed=1)
     text = gc(home, "--runs", "runs", "--yes")
-    assert f"kept as well: what {theirs.paths.config} refers to" in text
+    assert f"kept as well: artifacts of {theirs.paths.config}" in text
     assert first_part(ours) == first_part(theirs) == {0}
 
 

@@ -22,7 +22,7 @@ Index = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 LOG_ZERO = -1e30
-"""Log of nothing: exp gives 0, and unlike -inf it makes no NaN in products and gradients."""
+"""Stand-in for log 0: exp gives 0, and unlike -inf it makes no NaN in products and gradients."""
 TAIL_RESOLUTION = 1.0 / 256.0
 """A difference of a tail's mass smaller than this fraction of it is the cache's rounding, not a mass."""
 

@@ -167,7 +167,7 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
     if reads is None:
         return views
     try:
-        values = {name: prompt.value(name) for name in reads.values_needed}
+        values = reads.example({name: prompt.value(name) for name in reads.values_needed})
         if reads.kind != "same":
             raw = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
             if raw is None:

@@ -87,7 +87,7 @@ def _activity(row: Row) -> Activity:
         _seconds_per_part(artifact.folder),
         step,
         steps=experiment.most_steps(row.round),
-        steps_at_most=experiment.settings.reads_verdicts,
+        steps_at_most=experiment.settings.selects_by_verdict,
     )
 
 

@@ -18,6 +18,7 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
+from eopd.stages.models.placeholders import SIBLING
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, draw_prompts
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
@@ -128,22 +129,39 @@ class ExperimentSettings(Settings):
     @property
     def reads_verdicts(self) -> bool:
         """True if a stage reads verdicts on the rollouts."""
+        return self.selects_by_verdict or bool(self.score.teacher_prompt.judged)
+
+    @property
+    def selects_by_verdict(self) -> bool:
+        """True if training reads verdicts on the rollouts."""
         return self.train.select.verdict != "any"
 
     @model_validator(mode="after")
     def _verdicts_can_be_had(self) -> ExperimentSettings:
         if not self.reads_verdicts:
             return self
-        verdict = self.train.select.verdict
+        judged = self.score.teacher_prompt.judged
+        reason = f"train.select.verdict is {self.train.select.verdict}"
+        if not self.selects_by_verdict:
+            reason = f"score.teacher_prompt shows {{{{{judged[0]}}}}}"
         if self.prompts.verifier is None:
             raise ValueError(
-                f"train.select.verdict is {verdict}, but no verifier judges the prompts: set prompts.verifier to "
+                f"{reason}, but no verifier judges the prompts: set prompts.verifier to "
                 f"{', '.join(get_args(VerifierName))}"
             )
         if self.prompts.columns.answer is None:
             raise ValueError(
-                f"train.select.verdict is {verdict}, but the prompts have no reference answers: name their column in "
-                "prompts.columns.answer"
+                f"{reason}, but the prompts have no reference answers: name their column in prompts.columns.answer"
+            )
+        if SIBLING in judged and self.rollout.samples_per_prompt == 1:
+            raise ValueError(
+                "score.teacher_prompt shows {{right_sibling}}, and rollout.samples_per_prompt is 1: no response has a "
+                "sibling"
+            )
+        if judged and self.evaluate is not None and self.evaluate.alignment is not None:
+            raise ValueError(
+                f"score.teacher_prompt shows {{{{{judged[0]}}}}}, which depends on verdicts on rollouts; "
+                "evaluate.alignment reads other responses: leave it out"
             )
         return self
 
@@ -198,10 +216,10 @@ class ExperimentSettings(Settings):
         if source == "prefix":
             self._prefixes_have_an_end()
         reads = self.score.teacher_prompt
-        if source in ("teacher", "prefix") and ("response" in reads.used or reads.shuffled):
+        if source in ("teacher", "prefix") and ("response" in reads.used or reads.judged or reads.shuffled):
             raise ValueError(
                 f"rollout.source is {source}: the teacher writes under score.teacher_prompt, which may then hold "
-                "neither {{response}}, as there is none yet, nor shuffled values"
+                "neither {{response}}, {{verdict}} nor {{right_sibling}}, as there are none yet, nor shuffled values"
             )
         return self
 
@@ -401,6 +419,7 @@ class Experiment:
     @property
     def teacher(self) -> ModelRef:
         """The teacher, if it is no checkpoint."""
+        assert self.facts.teacher.checkpoint is None, "the teacher is a checkpoint"
         return _reference(self.teacher_model, self.facts.teacher)
 
 

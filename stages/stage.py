@@ -246,6 +246,7 @@ def read_size(read: Size, bytes_per_token: float, measured: Measured) -> Size:
 def student_at(experiment: Experiment, checkpoint: Artifact | None) -> ModelRef:
     """Return a trained student, or the external one if there is no checkpoint."""
     if checkpoint is None:
+        assert experiment.facts.student.checkpoint is None, "the first student is a checkpoint"
         return experiment.first_student
     return _trained(checkpoint, experiment.student_model, experiment.facts.student)
 

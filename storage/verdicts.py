@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import DamagedPart
 from eopd.storage.records import named, read_record, write_rows
 
 FILE_NAME = "verdicts.parquet"
@@ -41,3 +43,21 @@ def read_verdicts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
             read.
     """
     return read_record(folder / FILE_NAME, SCHEMA, columns)
+
+
+def read_correct(verdicts: Artifact, rollouts: Artifact, part: int, table: pa.Table) -> list[bool]:
+    """Read whether each response of a part of ``rollouts``, whose rows are in ``table``, is right.
+
+    Raises:
+        DamagedPart: the verdicts are of other responses.
+    """
+    judged = read_verdicts(verdicts.part_folder(part), ("prompt_id", "sample", "correct")).to_pydict()
+    expected = list(zip(*(table.column(name).to_pylist() for name in ("prompt_id", "sample")), strict=True))
+    same_source = verdicts.marker(part).inputs.get("rollouts") == rollouts.marker(part).checksum
+    if not same_source or list(zip(judged["prompt_id"], judged["sample"], strict=True)) != expected:
+        raise DamagedPart(
+            f"{verdicts} part {part} holds verdicts on other responses than those of {rollouts}. "
+            "`eopd store verify --repair` re-queues them."
+        )
+    correct: list[bool] = judged["correct"]
+    return correct

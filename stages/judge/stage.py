@@ -17,7 +17,7 @@ class JudgeStage(Stage):
     name = command = "judge"
     kind = "verdicts"
     size_settings = "rollout.samples_per_prompt, rollout.prompts_per_round or rounds"
-    planned_by = "train.select.verdict: right or wrong"
+    planned_by = "train.select.verdict: right or wrong; {{verdict}} or {{right_sibling}} in score.teacher_prompt"
 
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         settings = plan.experiment.settings

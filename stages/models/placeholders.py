@@ -13,10 +13,20 @@ from eopd.stages.engines.sampling import derive_seed
 OF_PROMPT = ("answer", "solution")
 """Placeholders whose text comes from a column of the prompt source."""
 
+VERDICT = "verdict"
+"""A text of the settings that says whether the response is right."""
+
+SIBLING = "right_sibling"
+"""A right response of the same round to the same prompt, never the one that is scored."""
+
 RESPONSE = "response"
 """The response that is scored: its token ids, without the stop token at its end."""
 
-KNOWN = (*OF_PROMPT, RESPONSE)
+JUDGED = (VERDICT, SIBLING)
+TEXTS = (*OF_PROMPT, *JUDGED)
+"""Placeholders that may stand in any text."""
+
+KNOWN = (*TEXTS, RESPONSE)
 
 _PLACEHOLDER = re.compile(r"\{\{\s*([^{}]*[^{}\s])\s*\}\}")
 

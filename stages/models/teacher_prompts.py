@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class VerdictTexts(Settings):
+    """What ``{{verdict}}`` stands for."""
+
+    right: str = setting(..., "Text for a right response", min_length=1)
+    wrong: str = setting(
+        ..., "Text for a wrong response, which includes one that was cut at the length limit", min_length=1
+    )
+
+
 class TeacherPromptSettings(Settings):
     """Settings of the teacher's prompt. A bare word is short for ``kind``: ``teacher_prompt: same``."""
 
@@ -29,16 +38,27 @@ class TeacherPromptSettings(Settings):
     )
     arguments: dict[str, Any] = setting({}, "Arguments of the chat template, such as enable_thinking: false")
     system: str | None = setting(
-        None, "System message put before the prompt (chat only); may hold {{answer}} and {{solution}}"
+        None, "System message put before the prompt (chat only); may hold placeholders, as `suffix`"
     )
-    suffix: str = setting("", "Text put after the prompt (the last user message); may hold {{answer}} and {{solution}}")
+    suffix: str = setting(
+        "",
+        "Text put after the prompt (the last user message); may hold {{answer}}, {{solution}}, {{verdict}} and "
+        "{{right_sibling}}",
+    )
     opening: str = setting(
         "",
-        "Text at the beginning of the assistant's turn, before the response that is scored; may hold {{answer}}, "
-        "{{solution}} and {{response}}, also with kind: same",
+        "Text at the beginning of the assistant's turn, before the response that is scored, also with kind: same; may "
+        "hold the same placeholders and {{response}}",
+    )
+    verdicts: VerdictTexts | None = setting(None, "Texts of {{verdict}}, which needs them")
+    otherwise: Literal["same", "skip"] = setting(
+        "same",
+        "A response without a {{right_sibling}}: scored after the prompt as the student reads it (same), or not at all",
     )
     shuffled: bool = setting(
-        False, "Control: each prompt gets answer and solution of another prompt of its part, drawn by `seed`"
+        False,
+        "Control: each prompt gets answer, solution, verdicts and right response of another prompt of its part, drawn "
+        "by `seed`",
     )
 
     @model_validator(mode="before")
@@ -61,14 +81,28 @@ class TeacherPromptSettings(Settings):
 
     @model_validator(mode="after")
     def _placeholders_are_known(self) -> TeacherPromptSettings:
-        placeholders.check("score.teacher_prompt.suffix", self.suffix, placeholders.OF_PROMPT)
-        placeholders.check("score.teacher_prompt.system", self.system or "", placeholders.OF_PROMPT)
+        placeholders.check("score.teacher_prompt.suffix", self.suffix, placeholders.TEXTS)
+        placeholders.check("score.teacher_prompt.system", self.system or "", placeholders.TEXTS)
         placeholders.check("score.teacher_prompt.opening", self.opening, placeholders.KNOWN)
-        if self.shuffled and not self.values_needed:
+        if self.shuffled and not set(placeholders.TEXTS) & set(self.used):
             raise ValueError(
                 "score.teacher_prompt.shuffled has no effect: neither suffix, system nor opening holds "
-                f"{' or '.join(f'{{{{{name}}}}}' for name in placeholders.OF_PROMPT)}"
+                f"{' or '.join(f'{{{{{name}}}}}' for name in placeholders.TEXTS)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _verdicts_are_shown(self) -> TeacherPromptSettings:
+        shown = placeholders.VERDICT in self.used
+        if shown and self.verdicts is None:
+            raise ValueError("score.teacher_prompt shows {{verdict}}: set score.teacher_prompt.verdicts {right, wrong}")
+        if self.verdicts is not None and not shown:
+            raise ValueError("score.teacher_prompt.verdicts has no effect: nothing holds {{verdict}}")
+        for name, text in (self.verdicts.model_dump() if self.verdicts is not None else {}).items():
+            if not text.strip() or placeholders.names_in(text):
+                raise ValueError(f"score.teacher_prompt.verdicts.{name} must be text without placeholders")
+        if self.otherwise != "same" and placeholders.SIBLING not in self.used:
+            raise ValueError("score.teacher_prompt.otherwise has no effect: nothing holds {{right_sibling}}")
         return self
 
     @property
@@ -83,14 +117,26 @@ class TeacherPromptSettings(Settings):
         return tuple(name for name in placeholders.OF_PROMPT if name in self.used)
 
     @property
+    def judged(self) -> tuple[str, ...]:
+        """Names of the placeholders that verdicts decide."""
+        return tuple(name for name in placeholders.JUDGED if name in self.used)
+
+    @property
     def copies(self) -> int:
-        """How often the teacher reads the response before it scores it."""
-        return placeholders.names_in(self.opening).count(placeholders.RESPONSE)
+        """How many responses the teacher reads before it scores one."""
+        names = placeholders.names_in(f"{self.suffix} {self.system or ''} {self.opening}")
+        return names.count(placeholders.RESPONSE) + names.count(placeholders.SIBLING)
+
+    def example(self, of_prompt: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Values for people before anything was sampled: a right verdict, and placeholders in place of responses."""
+        verdict = {placeholders.VERDICT: self.verdicts.right} if self.verdicts is not None else {}
+        return {**of_prompt, **verdict, placeholders.SIBLING: f"{{{{{placeholders.SIBLING}}}}}"}
 
     def semantic(self) -> dict[str, Any]:
         """Without what is unset and came later than the first artifacts: their keys stay."""
         kept = super().semantic()
-        return {name: value for name, value in kept.items() if value or name not in ("opening", "shuffled")}
+        unset = {"opening": "", "verdicts": None, "otherwise": "same", "shuffled": False}
+        return {name: value for name, value in kept.items() if name not in unset or value != unset[name]}
 
 
 @dataclass(frozen=True)
@@ -98,12 +144,16 @@ class Context:
     """What the teacher reads before a response: token ids, with a copy of the response between each two pieces."""
 
     pieces: tuple[tuple[int, ...], ...]
+    without_sibling: bool = False  # there was no right sibling to show, and the response is read without one
+    scored: bool = True
 
     def length_that_fits(self, response: Sequence[int], stop_ids: Collection[int], limit: int | None) -> int:
         """How many of the response's first tokens the teacher can read within ``limit``, copies cut alike.
 
         The last token of the response is predicted and never read, so it does not count.
         """
+        if not self.scored:
+            return 0
         copies, text = len(self.pieces) - 1, sum(map(len, self.pieces))
         copied = len(response) - _ends(response, stop_ids)
         if limit is None or not response or text + copies * copied + len(response) - 1 <= limit:
@@ -130,13 +180,15 @@ def teacher_context(
     tokenizer: PreTrainedTokenizerBase,
     values: Mapping[str, str | None],
     where: str,
+    sibling: Sequence[int] = (),
 ) -> Context:
-    """The context of a prompt's responses.
+    """The context of a response.
 
     Args:
         source: as for ``render_teacher_prompt``; None with kind same.
         own: the prompt as the student reads it.
-        values: texts of ``settings.values_needed``.
+        values: texts of placeholders.
+        sibling: ids of the right sibling, for the opening.
     Raises:
         ValueError: as ``render_teacher_prompt``; a value that is missing or blank.
     """
@@ -147,11 +199,18 @@ def teacher_context(
         before = render_teacher_prompt(source, settings, tokenizer, where, values)
     if not settings.opening:
         return Context((tuple(before),))
+
+    def ids(text: str) -> list[int]:
+        filled = placeholders.fill(text, values)
+        return [int(number) for number in tokenizer(filled, add_special_tokens=False)["input_ids"]]
+
+    pieces = []
     try:
-        texts = [placeholders.fill(text, values) for text in _opening_texts(settings)]
+        for text in _opening_texts(settings):
+            first, *others = placeholders.split_at(text, placeholders.SIBLING)
+            pieces.append([*ids(first), *(number for other in others for number in (*sibling, *ids(other)))])
     except ValueError as error:
         raise ValueError(f"{where}, score.teacher_prompt.opening: {error}") from error
-    pieces = [[int(number) for number in tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     pieces[0] = [*before, *pieces[0]]
     return Context(tuple(map(tuple, pieces)))
 

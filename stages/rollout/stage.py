@@ -21,6 +21,7 @@ from eopd.stages.stage import (
     policy_key,
     read_size,
     sampled_size,
+    teacher_input,
 )
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.identity import KEY_LENGTH, Identity
@@ -110,7 +111,7 @@ class _Sampling(Stage):
                 settings=sampling,
                 progress=context.progress,
                 log_dir=context.log_dir,
-                policy=experiment.teacher if by_teacher else context.student,
+                policy=context.teacher if by_teacher else context.student,
                 student=experiment.first_student,
                 prompts=settings.prompts,
                 prompt_indices=drawn_rows(experiment, context.job.round),
@@ -134,7 +135,7 @@ class GuideStage(_Sampling):
         experiment = plan.experiment
         if round_ >= experiment.settings.rounds or prefixes_at(experiment, round_) is None:
             return None
-        return Job(self, round_, self._by_the_teacher(experiment, round_))
+        return Job(self, round_, self._by_the_teacher(experiment, round_), teacher_input(plan.teacher(round_)))
 
     def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
         return settings.rollout.guided()
@@ -158,7 +159,7 @@ class RolloutStage(_Sampling):
             }
             return Job(self, round_, self._made(experiment, round_, kept, {}))
         if settings.rollout.source == "teacher":
-            return Job(self, round_, self._by_the_teacher(experiment, round_))
+            return Job(self, round_, self._by_the_teacher(experiment, round_), teacher_input(plan.teacher(round_)))
         policy = plan.policy(experiment.sampling_round(round_))
         sampled: dict[str, Any] = {
             "rollout": settings.rollout.semantic(),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from eopd.stages.models.placeholders import donors
+from eopd.stages.models.placeholders import SIBLING, VERDICT, donors
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings, teacher_context
 from eopd.storage.files import canonical_json
@@ -14,7 +17,10 @@ from eopd.storage.files import canonical_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLUMNS = ("prompt_id", "prompt_index", "messages", "answer", "teacher_prompt", "prompt_token_ids")
+COLUMNS = (
+    *("prompt_id", "prompt_index", "sample", "messages", "answer", "teacher_prompt"),
+    *("prompt_token_ids", "response_token_ids"),
+)
 """Columns of the rollout record that a context may be made of."""
 
 
@@ -24,41 +30,58 @@ def context_name(settings: TeacherPromptSettings) -> str:
     return canonical_json({**settings.semantic(), **used})
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where the values of placeholders come from, the rollouts aside."""
+
+    prompts: PromptSettings | None = None  # the prompt source, which holds the solutions
+    correct: Sequence[bool] = ()  # verdicts on the rollouts
+    stop_ids: Collection[int] = ()
+    shuffle: tuple[int, ...] = ()  # a seed and a path below it, for ``shuffled``
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What the teacher is shown of one rollout, its prompt aside."""
+
+    values: dict[str, str | None] = field(default_factory=dict)
+    sibling: tuple[int, ...] = ()
+    lacks_sibling: bool = False
+
+
 def render_contexts(
     rollouts: pa.Table,
     settings: TeacherPromptSettings,
     tokenizer: PreTrainedTokenizerBase,
     where: str,
-    prompts: PromptSettings | None = None,
-    shuffle: tuple[int, ...] = (),
+    sources: Sources | None = None,
 ) -> list[Context]:
     """The context of each rollout.
 
     Args:
         rollouts: with the columns ``COLUMNS``.
         where: what to call the table in errors.
-        prompts: the prompt source, which holds the solutions.
-        shuffle: a seed and a path below it, for ``shuffled``.
     Raises:
         ValueError: a prompt, by its id, that has no messages, no column, no answer or solution that the context shows,
             several messages for template: plain, or no tokens at all; a teacher without a chat template.
     """
-    values = _values(rollouts, settings, where, prompts, shuffle)
+    shown = _shown(rollouts, settings, tokenizer, where, sources or Sources())
     name = {"same": None, "template": "messages", "column": "teacher_prompt"}[settings.kind]
-    sources = [None] * len(rollouts) if name is None else rollouts.column(name).to_pylist()
+    texts = [None] * len(rollouts) if name is None else rollouts.column(name).to_pylist()
     ids = rollouts.column("prompt_token_ids").to_pylist()
-    rendered: dict[object, Context] = {}  # the samples of one prompt share it
+    rendered: dict[object, Context] = {}  # the samples of one prompt often share it
     contexts = []
-    for row, (prompt_id, source, own) in enumerate(
-        zip(rollouts.column("prompt_id").to_pylist(), sources, ids, strict=True)
-    ):
+    for prompt_id, source, own, seen in zip(rollouts.column("prompt_id").to_pylist(), texts, ids, shown, strict=True):
+        if seen.lacks_sibling:
+            contexts.append(Context((tuple(own),), without_sibling=True, scored=settings.otherwise == "same"))
+            continue
         if source is None and name is not None:
             missing = "messages" if name == "messages" else "text in the teacher_prompt column"
             raise ValueError(f"{where}: prompt {prompt_id!r} has no {missing}, of which its teacher context is made")
-        shown = values[row]
-        key = (source, tuple(own) if name is None else None, *shown.values())
+        key = (source, tuple(own) if name is None else None, seen.sibling, *seen.values.values())
         if key not in rendered:
-            context = teacher_context(source, own, settings, tokenizer, shown, f"{where}: prompt {prompt_id!r}")
+            place = f"{where}: prompt {prompt_id!r}"
+            context = teacher_context(source, own, settings, tokenizer, seen.values, place, seen.sibling)
             if not context.ids((), ()):
                 raise ValueError(
                     f"{where}: prompt {prompt_id!r} has an empty teacher context, so nothing predicts the first "
@@ -69,30 +92,59 @@ def render_contexts(
     return contexts
 
 
-def _values(
+def _shown(
     rollouts: pa.Table,
     settings: TeacherPromptSettings,
+    tokenizer: PreTrainedTokenizerBase,
     where: str,
-    prompts: PromptSettings | None,
-    shuffle: tuple[int, ...],
-) -> list[dict[str, str | None]]:
-    """Texts of the placeholders, of each rollout."""
-    needed = settings.values_needed
-    if not needed or not len(rollouts):
-        return [{}] * len(rollouts)
-    rows = rollouts.column("prompt_index").to_pylist()
-    of_prompt: dict[int, dict[str, str | None]] = {}
-    if "solution" in needed:
-        assert prompts is not None, where
-        found = load_prompts(prompts).rows(list(dict.fromkeys(rows)))
-        of_prompt = {prompt.index: {"solution": prompt.solution} for prompt in found}
-    if "answer" in needed:
-        for row, answer in zip(rows, rollouts.column("answer").to_pylist(), strict=True):
-            of_prompt.setdefault(row, {})["answer"] = answer
-    if settings.shuffled:
-        try:
-            whose = donors(rows, *shuffle)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; raise rollout.rows_per_part") from error
-        return [of_prompt[whose[row]] for row in rows]
-    return [of_prompt[row] for row in rows]
+    sources: Sources,
+) -> list[_Shown]:
+    """What is shown of each rollout; with ``shuffled``, of the rollouts to another prompt."""
+    if not {*settings.values_needed, *settings.judged} or not len(rollouts):
+        return [_Shown()] * len(rollouts)
+    prompts: list[int] = rollouts.column("prompt_index").to_pylist()
+    try:
+        whose = donors(prompts, *sources.shuffle) if settings.shuffled else {prompt: prompt for prompt in prompts}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; raise rollout.rows_per_part") from error
+    of_prompt = _of_prompts(rollouts, settings, prompts, where, sources)
+    found = [_Shown(dict(of_prompt.get(whose[prompt], {}))) for prompt in prompts]
+    if not settings.judged:
+        return found
+    samples, responses = (rollouts.column(name).to_pylist() for name in ("sample", "response_token_ids"))
+    rows_of: dict[int, list[int]] = defaultdict(list)  # rows of a prompt's responses, by sample
+    for row in sorted(range(len(prompts)), key=lambda row: (samples[row], row)):
+        rows_of[prompts[row]].append(row)
+    for row, prompt in enumerate(prompts):
+        others = rows_of[whose[prompt]]
+        values, sibling = found[row].values, ()
+        if settings.verdicts is not None:
+            judged = others[rows_of[prompt].index(row) % len(others)]
+            values[VERDICT] = settings.verdicts.right if sources.correct[judged] else settings.verdicts.wrong
+        if SIBLING in settings.judged:
+            right = next(
+                (other for other in others if sources.correct[other] and other != row and responses[other]), None
+            )
+            if right is None:
+                found[row] = _Shown(lacks_sibling=True)
+                continue
+            ids = responses[right]
+            sibling = tuple(ids[:-1] if ids[-1] in sources.stop_ids else ids)
+            values[SIBLING] = str(tokenizer.decode(list(sibling), skip_special_tokens=True))
+        found[row] = _Shown(values, sibling)
+    return found
+
+
+def _of_prompts(
+    rollouts: pa.Table, settings: TeacherPromptSettings, prompts: list[int], where: str, sources: Sources
+) -> dict[int, dict[str, str | None]]:
+    """Answer and solution of every prompt, as far as they are shown."""
+    found: dict[int, dict[str, str | None]] = defaultdict(dict)
+    if "solution" in settings.values_needed:
+        assert sources.prompts is not None, where
+        for prompt in load_prompts(sources.prompts).rows(list(dict.fromkeys(prompts))):
+            found[prompt.index]["solution"] = prompt.solution
+    if "answer" in settings.values_needed:
+        for row, answer in zip(prompts, rollouts.column("answer").to_pylist(), strict=True):
+            found[row]["answer"] = answer
+    return found

@@ -29,5 +29,6 @@ class ScoreJob:
     rollout_temperature: float
     student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too
     prompts: PromptSettings | None = None  # the prompt source, where contexts hold solutions
+    verdicts: Artifact | None = None  # on the rollouts, where contexts depend on them
     seed: int = 0  # of score.teacher_prompt.shuffled
     engines: Engines = field(default_factory=Engines)

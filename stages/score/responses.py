@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence
-from eopd.stages.score.context import COLUMNS, render_contexts
+from eopd.stages.score.context import COLUMNS, Sources, render_contexts
 from eopd.stages.score.job import ScoreJob
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk
+from eopd.storage.verdicts import read_correct
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ class PartResponses:
     identities: NDArray[np.int64]  # [S, 3] prompt index, sample, seed: what the draws are seeded by
     names: list[str]  # for errors
     truncated: int  # responses that were cut
-    copies: int  # of each response in its context
+    copies: int  # how many responses a context holds
+    without_sibling: int  # responses that lack the right sibling that their context would show
     topk: StudentTopk | None
 
     @property
@@ -61,9 +63,10 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
         ValueError: a context that cannot be rendered; a sequence too long; a student top-k of other lengths.
     """
     where = f"{job.rollouts} part {part}"
-    columns = [*COLUMNS, "sample", "seed", "response_token_ids"]
-    table = read_rollouts(job.rollouts.part_folder(part), columns)
-    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where, job.prompts, (job.seed, part))
+    table = read_rollouts(job.rollouts.part_folder(part), [*COLUMNS, "seed"])
+    correct = () if job.verdicts is None else read_correct(job.verdicts, job.rollouts, part, table)
+    sources = Sources(job.prompts, correct, job.stop_ids, (job.seed, part))
+    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where, sources)
     responses: list[list[int]] = table.column("response_token_ids").to_pylist()
     numbers = np.stack([table.column(name).to_numpy() for name in ("prompt_index", "sample", "seed")], axis=1)
     prompt_ids = table.column("prompt_id").to_pylist()
@@ -72,18 +75,19 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     sequences, truncated = [], 0
     for context, response, name in zip(contexts, responses, names, strict=True):
         length = context.length_that_fits(response, job.stop_ids, limit)
-        if length < len(response) and job.settings.too_long == "refuse":
+        if length < len(response) and context.scored and job.settings.too_long == "refuse":
             whole = Sequence(context.ids(response, job.stop_ids), response)
             raise ValueError(
                 f"{where}: {name} has {whole.input_length} tokens to read ({len(whole.context_ids)} of context), more "
                 f"than the teacher's {limit}; set score.too_long: truncate to score what fits, or shorten "
                 "rollout.max_new_tokens"
             )
-        truncated += length < len(response)
+        truncated += length < len(response) and context.scored
         response = response[:length]
         sequences.append(Sequence(context.ids(response, job.stop_ids), response))
     copies = job.settings.teacher_prompt.copies
-    return PartResponses(sequences, numbers.astype(np.int64), names, truncated, copies, topk)
+    alone = sum(context.without_sibling for context in contexts)
+    return PartResponses(sequences, numbers.astype(np.int64), names, truncated, copies, alone, topk)
 
 
 def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:

@@ -18,6 +18,7 @@ from eopd.stages.engines.check import check_first_batch, refuse_uniform
 from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.placeholders import SIBLING
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
 from eopd.stages.score.check import first_not_finite
@@ -49,7 +50,12 @@ def run(job: ScoreJob) -> None:
             disagrees with the full model; parts with logits that are not finite.
     """
     done = job.output.committed()
-    pending = [part for part in job.parts if part not in done and not passes_on(job.rollouts, part, job.output, part)]
+    read = [job.rollouts, *([job.verdicts] if job.verdicts is not None else [])]
+    pending = [
+        part
+        for part in job.parts
+        if part not in done and not any(passes_on(source, part, job.output, part) for source in read)
+    ]
     if not pending:
         return
     temperature = job.settings.resolve_temperature(job.rollout_temperature)
@@ -99,7 +105,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self.limit = self._limit()
-        self.total = self.truncated = self.done = 0
+        self.total = self.truncated = self.without_sibling = self.done = 0
         self.failures: list[str] = []
 
     def _limit(self) -> int | None:
@@ -118,6 +124,7 @@ class Scorer:
             longest = max(longest, responses.longest)
             self.total += responses.tokens
             self.truncated += responses.truncated
+            self.without_sibling += responses.without_sibling
         return longest
 
     def score(self, parts: list[int], engine: HiddenEngine) -> None:
@@ -214,6 +221,10 @@ class Scorer:
         info = {"responses": rows.responses, "tokens": rows.tokens, "truncated": responses.truncated}
         if responses.copies:
             info["tokens_read"] = responses.tokens_read
+        if SIBLING in job.settings.teacher_prompt.used:
+            info["without_sibling"] = responses.without_sibling
+        if job.verdicts is not None:
+            inputs["verdicts"] = job.verdicts.marker(part).checksum
         with job.output.write_part(part, inputs=inputs, info=info) as folder:
             write_part(folder, rows, header)
 
@@ -226,6 +237,10 @@ class Scorer:
                 f"score: {self.truncated} responses are longer than the {self.limit} tokens the teacher reads; their "
                 "first tokens were scored"
             )
+        if self.without_sibling:
+            same = self.job.settings.teacher_prompt.otherwise == "same"
+            how = "were scored as the student reads their prompt" if same else "were not scored"
+            self.job.progress.line(f"score: {self.without_sibling} responses have no right sibling and {how}")
         if self.failures:
             raise ValueError(
                 f"the teacher's logits are NaN or infinite; not scored: {'; '.join(self.failures[:8])}"

@@ -44,7 +44,10 @@ class ScoreStage(Stage):
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         settings, facts = plan.experiment.settings, plan.experiment.facts
         rollouts, topk = plan.output("rollout", round_), plan.output("student_topk", round_)
+        verdicts = plan.output("judge", round_) if settings.score.teacher_prompt.judged else None
         if rollouts is None or not self._is_read(settings):
+            return None
+        if settings.score.teacher_prompt.judged and verdicts is None:
             return None
         teacher = plan.teacher(round_)
         identity = self.identity(
@@ -59,10 +62,13 @@ class ScoreStage(Stage):
                 "rollouts": rollouts.key,
                 "teacher": teacher_key(plan.experiment, teacher),
                 "tokenizer": facts.teacher.tokenizer_fingerprint,
+                **({"verdicts": verdicts.key} if verdicts is not None else {}),
             },
         )
         output = replace(identity, coverage={**settings.score.coverage(), "extra": topk.key if topk else None})
         inputs = {"rollouts": Input(rollouts, by_part=True), **teacher_input(teacher)}
+        if verdicts is not None:
+            inputs["verdicts"] = Input(verdicts, by_part=True)
         if topk is not None:
             inputs["student_topk"] = Input(topk, by_part=True)
         return Job(self, round_, output, inputs)
@@ -125,6 +131,7 @@ class ScoreStage(Stage):
                 rollout_temperature=context.settings.rollout.temperature,
                 student_topk=context.inputs.get("student_topk"),
                 prompts=context.settings.prompts,
+                verdicts=context.inputs.get("verdicts"),
                 seed=context.settings.seed,
                 engines=context.engines,
             )

@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from eopd.stages.train.settings import SelectSettings
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
-from eopd.storage.verdicts import read_verdicts
+from eopd.storage.verdicts import read_correct
 
 COLUMNS = ("prompt_id", "sample", "prompt_index")
 
@@ -43,15 +42,7 @@ class Selection:
         rows = table.select(COLUMNS).to_pylist()
         correct: Sequence[bool | None] = [None] * len(rows)
         if self.verdicts is not None and self.verdicts.marker(part).set_aside is None:
-            judged = read_verdicts(self.verdicts.part_folder(part), ("prompt_id", "sample", "correct")).to_pydict()
-            expected = [(row["prompt_id"], row["sample"]) for row in rows]
-            same_source = self.verdicts.marker(part).inputs.get("rollouts") == rollouts.marker(part).checksum
-            if not same_source or list(zip(judged["prompt_id"], judged["sample"], strict=True)) != expected:
-                raise DamagedPart(
-                    f"{self.verdicts} part {part} holds verdicts on other responses than those of {rollouts}. "
-                    "`eopd store verify --repair` re-queues them."
-                )
-            correct = judged["correct"]
+            correct = read_correct(self.verdicts, rollouts, part, table)
         return [Candidate(**row, correct=verdict) for row, verdict in zip(rows, correct, strict=True)]
 
     def choose(self, candidates: Sequence[Candidate]) -> tuple[list[int], str]:

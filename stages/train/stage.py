@@ -44,12 +44,12 @@ class TrainStage(Stage):
         if rollouts is None:
             return None
         policy, verdicts = plan.policy(round_), plan.output("judge", round_)
-        if settings.reads_verdicts and verdicts is None:
+        if settings.selects_by_verdict and verdicts is None:
             return None
         read = {"rollouts": rollouts}
         if scores is not None:
             read["scores"] = scores
-        if settings.reads_verdicts and verdicts is not None:
+        if settings.selects_by_verdict and verdicts is not None:
             read["verdicts"] = verdicts
         train = settings.train.semantic()
         if settings.rollout.source == "prefix":
@@ -105,7 +105,7 @@ class TrainStage(Stage):
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         read, checkpoint = inputs["rollouts"], student_bytes(experiment)
         tokens = round(read.tokens * experiment.most_epochs(job.round))
-        at_most = read.at_most or experiment.settings.reads_verdicts
+        at_most = read.at_most or experiment.settings.selects_by_verdict
         return Size(tokens, checkpoint.weights + checkpoint.optimizer, at_most)
 
     def scratch(self, job: Job) -> Identity:

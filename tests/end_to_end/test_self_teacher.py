@@ -58,14 +58,20 @@ def test_a_run_and_the_phase_that_follows_it(world: World) -> None:
 @pytest.mark.slow
 def test_scoring_with_a_trained_self_teacher_is_killed_and_ends_the_same(world: World, tmp_path: Path) -> None:
     latest = {"student": "latest", "renewed": 1}
-    whole = self_taught(world, "self-whole", latest, rounds=2)
-    killed = self_taught(world, "self-killed", latest, rounds=2)
+    verdicts = {"right": "Right. Again: ", "wrong": "Wrong. Better: "}
+    changes: dict[str, Any] = {
+        "rounds": 2,
+        "prompts": {"verifier": "exact"},
+        "score": {"teacher_prompt": {"opening": "{{response}}\n{{verdict}}", "verdicts": verdicts}},
+    }
+    whole, killed = (self_taught(world, name, latest, **changes) for name in ("self-whole", "self-killed"))
     eopd("run", whole)
-    for stage in ("rollout", "score", "train"):
+    for stage in ("rollout", "judge", "score", "train"):
         eopd(stage, killed)
     missing = eopd("score", killed, "--round", 1, check=False)
     assert missing.returncode != 0
-    eopd("rollout", killed, "--round", 1)
+    for stage in ("rollout", "judge"):
+        eopd(stage, killed, "--round", 1)
     run = opened(killed)
     scores = run.artifact(run.plan.job("score", 1).output)
     process = start(tmp_path, "score", killed, "--round", 1)

@@ -224,6 +224,17 @@ def test_a_student_that_another_run_reads_is_kept(models: Path, tmp_path: Path) 
     teacher = first.plan.job("train", 0).output
     assert second.plan.job("score", 1).output.inputs["teacher"] == teacher.key
     assert second.plan.job("rollout", 0).inputs == {}
+    guided = opened(
+        phase(
+            models,
+            tmp_path,
+            "guided",
+            teacher={"run": "one"},
+            rollout={"source": "teacher"},
+            train={"objective": "sft"},
+        )
+    )
+    assert guided.plan.job("rollout", 0).inputs["teacher"].identity == first.plan.job("train", 2).output
     noted = note_of(second)
     assert (teacher.kind, teacher.key) in noted.artifacts
     assert (teacher.key, WEIGHTS) in noted.wanted

@@ -19,7 +19,12 @@ from eopd.stages.score.job import ScoreJob
 from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.run import run
 from eopd.stages.stage import Measured, Size
+from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import DamagedPart
+from eopd.storage.identity import Identity
+from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.verdicts import write_verdicts
 from tests.golden.keys import keys_of
 from tests.pipeline.plan_case import make_facts, make_run, make_settings, plan_of
 from tests.stages.score_case import STOPS, response_row, rollouts, score_job
@@ -119,6 +124,121 @@ def test_shuffled_gives_each_prompt_another_one_s_answer_and_solution(teacher: P
         read(ScoreJob(**{**vars(alone), "prompts": solved(tmp_path)}))
 
 
+def judged(store: Path, source: Artifact, parts: list[list[bool]], name: str = "v") -> Artifact:
+    """Verdicts on every response of ``source``."""
+    artifact = Artifact(store, Identity("verdicts", 1, source.parts, {"name": name}))
+    for number, correct in enumerate(parts):
+        rows = read_rollouts(source.part_folder(number), ["prompt_id", "sample"]).to_pylist()
+        inputs = {"rollouts": source.marker(number).checksum}
+        with artifact.write_part(number, inputs=inputs) as folder:
+            verdicts = [{**row, "correct": right} for row, right in zip(rows, correct, strict=True)]
+            write_verdicts(folder, verdicts)
+    return artifact
+
+
+SAMPLES = [response_row(n, [40 + 10 * n + s, 41, 9], sample=s) for n in range(2) for s in range(3)]
+CORRECT = [False, True, True, False, False, True]
+VERDICTS = {"right": "Right. Again: ", "wrong": "Wrong. Better: "}
+
+
+def test_the_verdict_stands_between_a_response_and_its_copy(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    source = rollouts(tmp_path, [SAMPLES])
+    prompt = {"opening": "{{response}}\n{{verdict}}", "verdicts": VERDICTS}
+    job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=judged(tmp_path, source, [CORRECT]))
+    for sequence, right in zip(read(job).sequences, CORRECT, strict=True):
+        text = "\n" + VERDICTS["right" if right else "wrong"]
+        copy = list(sequence.response_ids[:-1])
+        assert sequence.context_ids == [5, 6, 7, *copy, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    run(job)
+    assert job.output.marker(0).inputs.keys() == {"rollouts", "verdicts"}
+    shuffled = score_job(
+        tmp_path, teacher, source, teacher_prompt=prompt | {"shuffled": True}, verdicts=job.verdicts, seed=1
+    )
+    shown = [tokenizer.decode(one.context_ids[-15:]) for one in read(shuffled).sequences]
+    assert ["Right" in text for text in shown] == [*CORRECT[3:], *CORRECT[:3]]
+
+
+@pytest.mark.parametrize("otherwise", ["same", "skip"])
+def test_a_right_sibling_is_the_first_other_right_response(teacher: Path, tmp_path: Path, otherwise: str) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    source = rollouts(tmp_path, [list(reversed(SAMPLES))])
+    prompt = {"opening": "See {{right_sibling}}! ", "otherwise": otherwise}
+    verdicts = judged(tmp_path, source, [CORRECT[::-1]])
+    job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=verdicts, name=otherwise)
+    see, now = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("See ", "! "))
+    siblings = [[41, 41], [42, 41], [41, 41], [52, 41], [52, 41], None]  # of SAMPLES; the last is the only right one
+    found = read(job)
+    for sequence, row, sibling in zip(reversed(found.sequences), SAMPLES, siblings, strict=True):
+        alone = sibling is None
+        assert sequence.context_ids == [5, 6, 7, *([] if alone else [*see, *sibling, *now])]  # type: ignore[misc]
+        assert sequence.response_ids == ([] if alone and otherwise == "skip" else row["response_token_ids"])
+    assert (found.without_sibling, found.truncated) == (1, 0)
+    run(job)
+    assert job.output.marker(0).info["without_sibling"] == 1
+    said = "were not scored" if otherwise == "skip" else "were scored as the student reads"
+    assert any(f"1 responses have no right sibling and {said}" in line for line in job.progress.lines)  # type: ignore[attr-defined]
+
+
+def test_a_sibling_is_text_in_a_suffix(teacher: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer_at(str(teacher))
+    text = tokenizer("so 7", add_special_tokens=False)["input_ids"]
+    rows = [response_row(0, [*text, 2], sample=0), response_row(0, [40, 2], sample=1)]
+    source = rollouts(tmp_path, [rows])
+    prompt = {"kind": "template", "template": "plain", "suffix": " Peer: {{right_sibling}}."}
+    verdicts = judged(tmp_path, source, [[True, False]])
+    found = read(score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=verdicts))
+    assert tokenizer.decode(found.sequences[1].context_ids) == "question 0 Peer: so 7."
+    assert found.sequences[0].context_ids == [5, 6, 7]
+
+
+def test_verdicts_on_other_rollouts_are_refused(teacher: Path, tmp_path: Path) -> None:
+    source = rollouts(tmp_path, [SAMPLES])
+    other = rollouts(tmp_path, [SAMPLES[::-1]], "other")
+    prompt = {"opening": "{{verdict}}", "verdicts": VERDICTS}
+    job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=judged(tmp_path, other, [CORRECT]))
+    with pytest.raises(DamagedPart, match="verdicts on other responses"):
+        run(job)
+
+
+def test_verdicts_are_planned_and_keyed_for_the_contexts_that_show_them() -> None:
+    answers = {"path": "p", "verifier": "exact", "columns": {"answer": "answer"}}
+    plans = [
+        plan_of(make_settings(prompts=answers, evaluate=None, score={"teacher_prompt": prompt}))
+        for prompt in ({"opening": "{{verdict}}", "verdicts": VERDICTS}, {"opening": "{{right_sibling}}"})
+    ]
+    for plan in plans:
+        judge, score, train = (plan.job(name, 1) for name in ("judge", "score", "train"))
+        assert score.output.inputs["verdicts"] == judge.output.key
+        assert score.inputs["verdicts"].by_part
+        assert "verdicts" not in train.inputs
+    assert plans[0].job("score", 0).output.key != plans[1].job("score", 0).output.key
+    assert plans[0].job("judge", 0).output.key == plans[1].job("judge", 0).output.key
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "words"),
+    [
+        ({"columns": {"answer": "a"}}, {}, r"\{\{verdict\}\}, but no verifier"),
+        ({"verifier": "exact"}, {}, r"\{\{verdict\}\}, but the prompts have no reference answers"),
+        (
+            {"verifier": "exact", "columns": {"answer": "a"}},
+            {"evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "alignment": {}}},
+            r"evaluate\.alignment reads other responses",
+        ),
+        (
+            {"verifier": "exact", "columns": {"answer": "a"}},
+            {"rollout": {"samples_per_prompt": 1}, "score": {"teacher_prompt": {"opening": "{{right_sibling}}"}}},
+            r"rollout\.samples_per_prompt is 1",
+        ),
+    ],
+)
+def test_verdicts_that_cannot_be_had_are_refused(prompts: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    shows = {"teacher_prompt": {"opening": "{{verdict}}", "verdicts": VERDICTS}}
+    with pytest.raises(ConfigError, match=words):
+        make_settings(**{"prompts": {"path": "p", **prompts}, "score": shows, **changes})
+
+
 def test_donors_depend_on_the_seed_and_on_nothing_else() -> None:
     found = [donors(range(50), seed, part) for seed in (1, 2) for part in (0, 1)]
     assert len({tuple(sorted(one.items())) for one in found}) == 4
@@ -136,6 +256,11 @@ def test_donors_depend_on_the_seed_and_on_nothing_else() -> None:
         ({"kind": "same", "suffix": "{{answer}}"}, "no effect with kind: same"),
         ({"kind": "template", "suffix": " Go.", "shuffled": True}, "shuffled has no effect"),
         ({"opening": "{{response}}", "shuffled": True}, "shuffled has no effect"),
+        ({"opening": "{{verdict}}"}, r"set score\.teacher_prompt\.verdicts"),
+        ({"opening": "{{verdict}}", "verdicts": {"right": "a", "wrong": " "}}, r"verdicts\.wrong must be text"),
+        ({"opening": "{{verdict}}", "verdicts": {"right": "{{answer}}", "wrong": "b"}}, r"verdicts\.right must"),
+        ({"opening": "{{answer}}", "verdicts": {"right": "a", "wrong": "b"}}, "verdicts has no effect"),
+        ({"opening": "{{answer}}", "otherwise": "skip"}, "otherwise has no effect"),
     ],
 )
 def test_placeholders_that_cannot_stand_there_are_refused(prompt: dict[str, Any], words: str) -> None:

@@ -68,7 +68,7 @@ class Scheduler:
                 self._handle(task, outcome)
                 alive = True
             for key, open_job in list(self._open.items()):
-                if not open_job.running and open_job.run.is_done(open_job.job):
+                if not (open_job.running or open_job.is_untouched) and open_job.run.is_done(open_job.job):
                     del self._open[key]
                     alive = True
             if not alive:
@@ -77,7 +77,11 @@ class Scheduler:
     def _start_ready(self) -> bool:
         """Start as many tasks as there is room for; True if anything runs or may still run."""
         alive = self._pause is not None
-        for open_job in self._open.values():
+        untouched: set[tuple[str, str]] = set()
+        for key, open_job in self._open.items():
+            if open_job.is_untouched and not untouched.isdisjoint(open_job.read):
+                untouched.add(key)  # nobody can have made a part of it, so its folder need not be listed
+                continue
             if open_job.poisoned and self._policy.poisoned == "set_aside":
                 alive = open_job.set_poisoned_aside() or alive
             batches = [] if open_job.is_broken() else open_job.batches()
@@ -85,6 +89,8 @@ class Scheduler:
             room = self._pool.room(open_job.job.stage) if batches and self._pause is None else 0
             for batch in self._fitting(open_job, batches, room):
                 self._start(open_job, batch)
+            if open_job.is_untouched:
+                untouched.add(key)
         return alive
 
     def _fitting(self, open_job: OpenJob, batches: Sequence[Batch], room: int) -> list[Batch]:
@@ -181,11 +187,13 @@ class OpenJob:
     poisoned: dict[int, str] = field(default_factory=dict)  # part -> why it was given up
     refusals: dict[str, frozenset[int]] = field(default_factory=dict)  # message -> parts that ended with it
     given_up: bool = False  # the job as a whole, and not single parts of it
+    is_untouched: bool = False  # no part of it was made, tried or given up when it was last looked at
     _running: dict[tuple[int, ...], tuple[Batch, object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.output: Artifact = self.run.artifact(self.job.output)
         self._patience = Patience(self.run.progress.line)
+        self.read = {(input_.identity.kind, input_.identity.key) for input_ in self.job.inputs.values()}
 
     @property
     def running(self) -> bool:
@@ -194,6 +202,7 @@ class OpenJob:
     def batches(self) -> list[Batch]:
         """Return the batches that may be tried: each earlier failure apart, then all other ready parts."""
         in_work = {part for parts in self._running for part in parts}
+        self.is_untouched = not (in_work or self.poisoned or self.retries or self.output.standing().made)
         ready = self.run.ready_parts(self.job) - self.poisoned.keys() - in_work
         if not self.job.stage.divisible:
             if not ready or self.running or self.poisoned:
@@ -205,6 +214,7 @@ class OpenJob:
 
     def begin(self, batch: Batch) -> None:
         """Note that ``batch``, or its unclaimed parts, was started."""
+        self.is_untouched = False
         self._running[batch.parts] = (batch, self._mark(batch.parts))
         rest = set(range(self.output.parts)) - set(batch.parts)
         self.retries = [kept for old in self.retries if (kept := _only(old, rest)).parts]

@@ -52,25 +52,26 @@ def status(
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Show a run's progress: parts, rates, workers and failures. Ctrl-C closes the view; the run continues."""
+    from eopd.pipeline.run import open_run
     from eopd.pipeline.status import take_status
     from eopd.pipeline.tables import make_console, status_view
 
-    config = config_of(run, runs)
+    opened = open_runs(config_of(run, runs), set_, sweep)
     console = make_console()
     if once or not console.is_terminal:
-        console.print(status_view(take_status(open_runs(config, set_, sweep))))
+        console.print(status_view(take_status(opened)))
         return
     from rich.live import Live
 
     try:
         with Live(console=console, auto_refresh=False, screen=True) as live:
             while True:
-                # opened again each time: a coverage that was completed meanwhile may serve
-                view = take_status(open_runs(config, set_, sweep))
-                live.update(status_view(view), refresh=True)
+                live.update(status_view(take_status(opened)), refresh=True)
                 time.sleep(every)
+                # planned again: a coverage that was completed meanwhile may serve
+                opened = [open_run(one.settings, one.facts) for one in opened]
     except (KeyboardInterrupt, Stopped):
-        console.print(status_view(take_status(open_runs(config, set_, sweep))))
+        console.print(status_view(take_status(opened)))
 
 
 def logs(

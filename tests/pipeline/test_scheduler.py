@@ -21,6 +21,8 @@ from eopd.pipeline.scheduler import run_jobs
 from eopd.pipeline.tasks import Task
 from eopd.stages.stage import Stage
 from eopd.stages.table import STAGES
+from eopd.storage.artifacts import Artifact
+from eopd.storage.stored import Standing
 from tests.pipeline.plan_case import commit, make_run
 
 QUICK = FaultSettings(backoff_seconds=0.0)
@@ -103,6 +105,28 @@ def test_runs_that_want_the_students_top_k_share_the_rollouts(tmp_path: Path, ro
     assert len({run.plan.job("rollout", 0).output.key for run in runs}) == 1
     sampling = [task.parts for task in hands.told if task.job.stage.name == "rollout"]
     assert sorted(part for parts in sampling for part in parts) == [0, 1, 2]
+
+
+def test_folders_of_jobs_that_cannot_have_begun_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, listed, standing = make_run(tmp_path, rounds=3), Counter[str](), Artifact.standing
+    before: list[tuple[int, int]] = []  # tasks started, and listings of the last checkpoint, before its round begins
+
+    def counted(artifact: Artifact) -> Standing:
+        listed[artifact.key] += 1
+        return standing(artifact)
+
+    class Watched(Hands):
+        def start(self, task: Task) -> None:
+            if (task.job.stage.name, task.job.round) == ("rollout", 2) and not before:
+                before.append((len(self.told), listed[run.plan.job("train", 2).output.key]))
+            super().start(task)
+
+    monkeypatch.setattr(Artifact, "standing", counted)
+    run_jobs([(run, job) for job in run.plan.jobs], Watched(), QUICK)
+    assert all(run.is_done(job) for job in run.plan.jobs)
+    [(tasks, listings)] = before
+    assert tasks >= 8
+    assert listings < tasks
 
 
 def test_a_poisoned_part_stops_only_what_needs_it(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_an_assistant_s_last_message_is_continued_in_its_turn(template: str) -> 
     teacher = tiny_tokenizer()
     teacher.chat_template = template
     source = Conversation(tuple(PREFILL)).to_json()
-    ids = render_teacher_prompt(source, TeacherPromptSettings(kind="template", suffix="!"), teacher, "part 0")
+    ids = render_teacher_prompt(source, TeacherPromptSettings(kind="template", suffix="!"), teacher, "part 0", {})
     assert teacher.decode(ids) == text
 
 
@@ -168,6 +168,7 @@ def test_a_second_system_message_is_refused() -> None:
             TeacherPromptSettings(kind="template", system="Think."),
             tiny_tokenizer(),
             "part 0",
+            {},
         )
 
 

@@ -275,7 +275,7 @@ def policy_key(experiment: Experiment, policy: Identity | None) -> str:
 
 
 def teacher_key(experiment: Experiment, teacher: Identity | None) -> str:
-    """What stands for the teacher in a key."""
+    """Return the value that represents the teacher in a key."""
     return experiment.facts.teacher.fingerprint if teacher is None else teacher.key
 
 

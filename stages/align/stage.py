@@ -60,7 +60,8 @@ class AlignStage(Stage):
 
     @staticmethod
     def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
-        """What decides the texts of placeholders, the evaluations aside, which know the content of the benchmarks."""
+        """Return the settings that decide the texts of placeholders, besides the evaluations, which know the
+        benchmarks."""
         reads, evaluate = settings.score.teacher_prompt, settings.evaluate
         shown: dict[str, object] = {}
         if "solution" in reads.used and evaluate is not None:

@@ -29,7 +29,7 @@ TRUNCATED = "the response was cut at the length limit"
 
 @dataclass(frozen=True)
 class JudgeJob:
-    """Part i of ``output`` from part i of ``rollouts``."""
+    """Inputs of the judge stage: part i of ``output`` comes from part i of ``rollouts``."""
 
     output: Artifact
     parts: Sequence[int]

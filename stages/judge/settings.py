@@ -8,7 +8,7 @@ from eopd.stages.settings import DAY, PROCESSES, Settings, setting
 
 
 class JudgeSettings(Settings):
-    """How the verifier of the prompts (`prompts.verifier`) judges rollouts."""
+    """Settings of judging rollouts with the verifier of the prompts (`prompts.verifier`)."""
 
     text: Literal["response"] = setting("response", "The text to judge: the whole response")
     seconds_per_answer: float = setting(10.0, "Time limit of the math verifier for one answer", gt=0.0, le=DAY)

@@ -78,7 +78,7 @@ def split_at(text: str, name: str) -> list[str]:
 
 
 def donors(prompts: Sequence[int], seed: int, *path: str | int) -> dict[int, int]:
-    """For every prompt another one, drawn by seed; every prompt is drawn once.
+    """Return another prompt for every prompt, drawn by seed; every prompt is drawn once.
 
     Raises:
         ValueError: there is no other prompt.

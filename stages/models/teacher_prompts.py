@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class VerdictTexts(Settings):
-    """What ``{{verdict}}`` stands for."""
+    """Texts for ``{{verdict}}``."""
 
     right: str = setting(..., "Text for a right response", min_length=1)
     wrong: str = setting(
@@ -123,7 +123,7 @@ class TeacherPromptSettings(Settings):
 
     @property
     def copies(self) -> int:
-        """How many responses the teacher reads before it scores one."""
+        """Return how many responses the teacher reads before it scores one."""
         names = placeholders.names_in(f"{self.suffix} {self.system or ''} {self.opening}")
         return names.count(placeholders.RESPONSE) + names.count(placeholders.SIBLING)
 
@@ -133,7 +133,8 @@ class TeacherPromptSettings(Settings):
         return {**of_prompt, **verdict, placeholders.SIBLING: f"{{{{{placeholders.SIBLING}}}}}"}
 
     def semantic(self) -> dict[str, Any]:
-        """Without what is unset and came later than the first artifacts: their keys stay."""
+        """Return the keyed settings without unset ones that are newer than the first artifacts, whose keys must
+        stay."""
         kept = super().semantic()
         unset = {"opening": "", "verdicts": None, "otherwise": "same", "shuffled": False}
         return {name: value for name, value in kept.items() if name not in unset or value != unset[name]}
@@ -141,14 +142,14 @@ class TeacherPromptSettings(Settings):
 
 @dataclass(frozen=True)
 class Context:
-    """What the teacher reads before a response: token ids, with a copy of the response between each two pieces."""
+    """The teacher's text before a response: token ids, with a copy of the response between each two pieces."""
 
     pieces: tuple[tuple[int, ...], ...]
     without_sibling: bool = False  # there was no right sibling to show, and the response is read without one
     scored: bool = True
 
     def length_that_fits(self, response: Sequence[int], stop_ids: Collection[int], limit: int | None) -> int:
-        """How many of the response's first tokens the teacher can read within ``limit``, copies cut alike.
+        """Return how many of the response's first tokens the teacher can read within ``limit``, with copies cut alike.
 
         The last token of the response is predicted and never read, so it does not count.
         """
@@ -252,7 +253,8 @@ def render_teacher_prompt(
 def teacher_conversation(
     source: str, settings: TeacherPromptSettings, values: Mapping[str, str | None]
 ) -> Conversation:
-    """What the teacher reads, before it is rendered. Raises ValueError, as ``Conversation.prepared`` and ``fill``."""
+    """Return the conversation that the teacher reads, before rendering. Raises ValueError, as ``Conversation.prepared``
+    and ``fill``."""
     text = Conversation(({"role": "user", "content": source},))
     conversation = Conversation.from_json(source) if settings.kind == "template" else text
     system = None if settings.system is None else placeholders.fill(settings.system, values)

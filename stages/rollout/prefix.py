@@ -1,4 +1,4 @@
-"""How many tokens of the teacher's response a response begins with (arXiv 2606.01249)."""
+"""Length of the teacher's part of a response (arXiv 2606.01249)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Prefixes:
     uniform: bool
 
     def limit(self, rank: int) -> int:
-        """Most tokens of the teacher in the response of that rank in its round."""
+        """Return the most tokens of the teacher in the response of that rank in its round."""
         progress = (self.first + self.step * rank) / max(self.total - 1, 1)
         return math.floor(self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * progress)) + 1e-9)
 
     def length(self, rank: int, seed: int, prompt_id: str, sample: int) -> int:
-        """Tokens of the teacher in a response, if the teacher's has as many."""
+        """Return the tokens of the teacher in a response, if the teacher's response is long enough."""
         limit = self.limit(rank)
         return derive_seed(seed, "prefix", prompt_id, sample) % (limit + 1) if self.uniform else limit
 
     def identity(self) -> dict[str, Any]:
-        """What enters the key of the round's rollouts: its limit, or where in the cosine it lies."""
+        """Return the values that enter the key of the round's rollouts: its limit, or where in the cosine it lies."""
         how = "uniform" if self.uniform else "cap"
         if not self.step:
             return {"limit": self.limit(0), "length": how}
@@ -45,7 +45,7 @@ class Prefixes:
 
 
 def prefixes_of(settings: RolloutSettings, rounds: int, round_: int, responses: int) -> Prefixes | None:
-    """The prefixes of a round of so many responses; None if the teacher writes nothing in it."""
+    """Return the prefixes of a round of so many responses; None if the teacher writes nothing in it."""
     if settings.source != "prefix":
         return None
     prefix = settings.prefix

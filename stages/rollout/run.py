@@ -1,4 +1,4 @@
-"""Rollouts: one engine call a part, nothing else in flight, committed when it returns.
+"""Sampling of rollouts: one engine call per part, committed when it returns, with nothing else in flight.
 
 Producer of the records of ``storage.rollouts``. The student or the teacher samples, or the student goes on from a
 prefix that the teacher sampled, or the responses come with the prompts and no engine is opened.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Sample the responses of one round.
+    """Inputs of sampling the responses of one round.
 
     Part i of ``output`` holds the samples of the prompts ``prompt_indices[i]``. ``stop_ids`` are those of student
     and teacher together, the student's main one first: every response ends at the first of them that is sampled.
@@ -164,7 +164,7 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
 
 
 def _contexts(job: RolloutJob) -> Callable[[Prompt, list[int]], list[int]]:
-    """The ids of a prompt as the model reads it that samples, by the prompt and its ids as the student reads it."""
+    """Render prompts as the sampling model reads them, by the prompt and its ids as the student reads it."""
     reads = job.teacher_prompt
     if reads is None:
         return lambda _, ids: ids
@@ -185,7 +185,8 @@ def _contexts(job: RolloutJob) -> Callable[[Prompt, list[int]], list[int]]:
 
 
 def _first_samples(job: RolloutJob) -> list[list[int]]:
-    """Per part and prompt, the number of its first sample, so that (prompt, sample) never repeats in a round."""
+    """Return, per part and prompt, the number of its first sample, so that (prompt, sample) never repeats in a
+    round."""
     seen: Counter[int] = Counter()
     found: list[list[int]] = []
     for indices in job.prompt_indices:
@@ -197,7 +198,7 @@ def _first_samples(job: RolloutJob) -> list[list[int]]:
 
 
 class _Meter:
-    """Counts what was sampled, for the bar and the closing line."""
+    """Counts of sampled tokens, for the bar and the closing line."""
 
     def __init__(self, job: RolloutJob, responses: int) -> None:
         self.bar = SamplingMeter(job.progress, "rollout", responses, job.settings.max_new_tokens)
@@ -226,7 +227,7 @@ class _Meter:
 
 @dataclass(frozen=True)
 class _Response:
-    """A response to write, of which the teacher has written the beginning, or all."""
+    """A response to write, whose beginning, or all of it, comes from the teacher."""
 
     draw: Draw
     sample: int
@@ -243,7 +244,7 @@ def _do_part(
     tokenizer: PreTrainedTokenizerBase,
     meter: _Meter,
 ) -> None:
-    """One engine call and its commit."""
+    """Sample one part with one engine call and commit it."""
     responses = _begun(job, part, draws)
     open_ = [response for response in responses if response.ended is None]
     requests = [_request(job, response) for response in open_]
@@ -311,7 +312,7 @@ def _copy_parts(
 
 
 def _given(job: RolloutJob, draw: Draw, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the response that comes with a prompt."""
+    """Return the token ids of the response that comes with a prompt."""
     try:
         ids = response_ids(tokenizer, draw.prompt, job.prompts, job.stop_ids)
         if len(ids) > job.settings.max_new_tokens and job.prompts.too_long == "refuse":
@@ -325,7 +326,7 @@ def _given(job: RolloutJob, draw: Draw, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def _begun(job: RolloutJob, part: int, draws: Sequence[Draw]) -> list[_Response]:
-    """The responses of a part, with what the teacher has written of them."""
+    """Return the responses of a part with the tokens that the teacher has written."""
     numbers = range(job.settings.samples_per_prompt)
     responses = [
         _Response(draw, sample, derive_seed(job.seed, draw.prompt.id, sample))
@@ -364,12 +365,12 @@ def _request(job: RolloutJob, response: _Response) -> SamplingRequest:
 
 
 def _as_sampled(row: Mapping[str, Any]) -> Sample:
-    """The end of a response that the teacher has written whole."""
+    """Return the end of a response that the teacher has written completely."""
     return Sample(np.zeros(0, np.int32), row["finish_reason"], row["stop_token_id"])
 
 
 def _before(sample: Sample, vocabulary: int) -> Sample:
-    """The sample up to the first id beyond a vocabulary."""
+    """Return the sample up to the first id beyond a vocabulary."""
     length = int(np.argmax(sample.token_ids >= vocabulary))
     return Sample(
         sample.token_ids[:length],
@@ -436,7 +437,7 @@ def _row(job: RolloutJob, response: _Response, sample: Sample, tokenizer: PreTra
 
 
 def _after(prefix: Sequence[int], logprobs: NDArray[np.float32] | None) -> NDArray[np.float32] | list[float] | None:
-    """Log-probs of a response, NaN for the tokens of its prefix."""
+    """Return the log-probs of a response, NaN for the tokens of its prefix."""
     if logprobs is None:
         return [math.nan] * len(prefix) if prefix else None
     return np.concatenate([np.full(len(prefix), math.nan, np.float32), logprobs]) if prefix else logprobs

@@ -1,4 +1,4 @@
-"""Settings of the rollout stage: who writes the responses, and how they are sampled."""
+"""Settings of the rollout stage: writers and sampling of the responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Source = Literal["student", "teacher", "prefix", "data"]
 
 
 class GuideSettings(Settings):
-    """How the teacher's own responses are sampled; they are shared by every experiment that asks for the same."""
+    """Sampling of the teacher's own responses, which experiments with equal settings share."""
 
     samples: int | None = setting(
         None, "Responses of the teacher to each prompt (None: rollout.samples_per_prompt)", ge=1, le=1_000_000
@@ -29,7 +29,7 @@ class GuideSettings(Settings):
 
 
 class PrefixSettings(Settings):
-    """How much of a response the teacher writes (`source: prefix`, arXiv 2606.01249): most tokens by a cosine."""
+    """Length of the teacher's part of a response (`source: prefix`, arXiv 2606.01249): most tokens by a cosine."""
 
     start: int | None = setting(
         None, "Most tokens of the teacher at the beginning of the run (None: rollout.max_new_tokens)", ge=1, le=LENGTH
@@ -46,7 +46,7 @@ class PrefixSettings(Settings):
 
 
 class RolloutSettings(Settings):
-    """Who writes the responses, and how they are sampled."""
+    """Writers and sampling of the responses."""
 
     source: Source = setting(
         "student",
@@ -109,13 +109,13 @@ class RolloutSettings(Settings):
         return self
 
     def semantic(self) -> dict[str, Any]:
-        """Settings of the student's sampling. Those of other sources enter the keys of what they change."""
+        """Return the settings of the student's sampling. Those of other sources enter the keys of what they change."""
         kept = super().semantic()
         return {name: value for name, value in kept.items() if name not in ("source", "guide", "prefix")}
 
     @property
     def writer_is_the_student(self) -> bool:
-        """True if the student, at some round's start, wrote the responses or went on with them."""
+        """True if the student, at some round's start, wrote the responses or continued them."""
         return self.source in ("student", "prefix")
 
     def parameters(self, stop_ids: tuple[int, ...]) -> SamplingParameters:
@@ -129,7 +129,7 @@ class RolloutSettings(Settings):
         )
 
     def guided(self) -> RolloutSettings:
-        """The settings by which the teacher samples."""
+        """Return the settings by which the teacher samples."""
         guide = self.guide
         own = {
             "samples_per_prompt": guide.samples,

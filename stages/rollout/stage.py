@@ -30,7 +30,7 @@ TOPK_ENTRY_BYTES = 4.0  # id and log-prob
 
 
 def drawn_rows(experiment: Experiment, round_: int) -> list[list[int]]:
-    """Rows of the prompt source that a round samples, per part."""
+    """Return the rows of the prompt source that a round samples, per part."""
     settings = experiment.settings
     per_round = experiment.prompts_per_round
     rows = draw_prompts(experiment.facts.prompt_count, per_round, round_, settings.seed)
@@ -39,7 +39,7 @@ def drawn_rows(experiment: Experiment, round_: int) -> list[list[int]]:
 
 
 def prefixes_at(experiment: Experiment, round_: int) -> Prefixes | None:
-    """The teacher's part of a round's responses; None if it has none."""
+    """Return the teacher's part of a round's responses; None if it has none."""
     settings = experiment.settings
     responses = experiment.prompts_per_round * settings.rollout.samples_per_prompt
     return prefixes_of(settings.rollout, settings.rounds, round_, responses)
@@ -52,7 +52,7 @@ class _Sampling(Stage):
     engine = "sampling"
 
     def _made(self, experiment: Experiment, round_: int, settings: dict[str, Any], inputs: dict[str, str]) -> Identity:
-        """The identity of a round's responses, with what all sources share."""
+        """Return the identity of a round's responses, with the fields that all sources share."""
         parts = drawn_rows(experiment, round_)
         return self.identity(
             parts=len(parts),
@@ -70,7 +70,8 @@ class _Sampling(Stage):
         )
 
     def _by_the_teacher(self, experiment: Experiment, round_: int) -> Identity:
-        """The teacher's responses: they depend on no objective, schedule or student, so that experiments share them."""
+        """Plan the teacher's responses, which depend on no objective, schedule or student, so that experiments share
+        them."""
         settings, teacher = experiment.settings, experiment.facts.teacher
         reads = settings.score.teacher_prompt
         return self._made(
@@ -95,7 +96,7 @@ class _Sampling(Stage):
         return sampled_size(responses, rollout.max_new_tokens, measured)
 
     def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
-        """The settings by which this stage samples."""
+        """Return the settings by which this stage samples."""
         return settings.rollout.guided() if settings.rollout.source == "teacher" else settings.rollout
 
     def run(self, context: JobContext) -> None:
@@ -126,7 +127,7 @@ class _Sampling(Stage):
 
 
 class GuideStage(_Sampling):
-    """The teacher's own responses, of which those of `rollout.source: prefix` begin with a part."""
+    """The teacher's own responses; those of `rollout.source: prefix` begin with a part of them."""
 
     name = command = "guide"
     size_settings = "rollout.guide.samples, rollout.prompts_per_round, rollout.guide.max_new_tokens or rounds"

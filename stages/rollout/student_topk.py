@@ -38,7 +38,7 @@ LOGIT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class StudentTopkJob:
-    """Part i of ``output`` from part i of ``rollouts``."""
+    """Inputs of the student's top-k: part i of ``output`` comes from part i of ``rollouts``."""
 
     output: Artifact
     parts: Collection[int]
@@ -93,7 +93,8 @@ def _read_parts(job: StudentTopkJob, todo: list[int], device: str) -> None:
 
 @torch.inference_mode()
 def topk_of(model: Any, sequences: list[PackSequence], k: int, temperature: float, device: str = "cpu") -> StudentTopk:
-    """The ``k`` most probable ids and their log-probs (full softmax at ``temperature``) of every response token."""
+    """Return the ``k`` most probable ids and their log-probs (full softmax at ``temperature``) of every response
+    token."""
     lengths = np.array([len(sequence.response_ids) for sequence in sequences], dtype=np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.zeros((int(starts[-1]), k), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Statistics of rows block of columns by block, for any vocabulary and any device.
+"""Row statistics computed block by block of the vocabulary, for any vocabulary and device.
 
 Letters: T tokens, C rows of a chunk, V vocabulary, D hidden size, K head entries, E stop ids, X* extra ids.
 """
@@ -48,7 +48,7 @@ class BlockRows:
         self._stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
 
     def __call__(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
-        """Of hidden [C, D]. Raises NotFinite."""
+        """Compute the statistics of hidden [C, D]. Raises NotFinite."""
         blocks, device = self._blocks, hidden.device
         blocks.compute(hidden)
         bad = (~torch.isfinite(blocks.entropy)).nonzero()
@@ -86,7 +86,7 @@ class BlockRows:
         )
 
     def _logits_at(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Logits at (row, id), broadcast; -inf for ids that the vocabulary lacks."""
+        """Return logits at (row, id), broadcast; -inf for ids beyond the vocabulary."""
         known = ids < self.head.vocab_size
         logits = self._blocks.at(rows, ids.clamp(max=self.head.vocab_size - 1))
         return torch.where(known, logits, -math.inf)
@@ -95,13 +95,13 @@ class BlockRows:
         return (logits.double() - lse).clamp_(min=LOGPROB_FLOOR, max=0.0).float()
 
     def _kept(self, logprobs: Tensor) -> Tensor:
-        """[C, K] which of the top entries are in the head: a prefix of each row."""
+        """Return which of the top entries are in the head, a prefix of each row: [C, K]."""
         kept = logprobs >= math.log(self.rule.min_prob)
         kept[:, 0] = True
         return kept | (self._blocks.entropy > self.rule.full_head_above)[:, None]
 
     def _rank(self, logit: Tensor, ids: Tensor, top_values: Tensor, top_ids: Tensor) -> Tensor:
-        """[C] how many ids are more probable than the sampled one."""
+        """Return how many ids are more probable than the sampled one: [C]."""
         blocks, vocabulary = self._blocks, self.head.vocab_size
         among = top_ids == ids[:, None]
         rank = (top_values > logit[:, None]).sum(1)
@@ -119,7 +119,7 @@ class BlockRows:
         return batch.extra_counts, batch.extra_ids, self._logprobs(logits, self._blocks.lse[rows])
 
     def _tail(self, ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the head out of the blocks: (its rest's mass [C], by group [C, G]), float64, units of exp(z - m).
+        """Blank the head and return the mass of the rest [C], and by group [C, G], float64, in units of exp(z - m).
 
         Summed from the rest's own logits: 1 minus the head's mass would be rounding noise where the teacher is sure.
         """
@@ -143,7 +143,7 @@ class BlockRows:
         return counts, ids_at(self._blocks, group_mass, points, counts)
 
     def _full_draws(self, keys: UInt64) -> tuple[Tensor, Tensor]:
-        """``n_draws`` independent draws with replacement from the whole distribution."""
+        """Make ``n_draws`` independent draws with replacement from the whole distribution."""
         mass = self._blocks.group_sum.double()
         points = torch.as_tensor(uniforms(keys, self.rule.n_draws), device=mass.device) * mass.sum(1)[:, None]
         counts = torch.full((len(mass),), self.rule.n_draws, device=mass.device)
@@ -151,7 +151,7 @@ class BlockRows:
 
 
 def _layout(vocabulary: int, on_cpu: bool, chunk_rows: int | None, block: int | None) -> tuple[int, int]:
-    """Rows of a chunk and columns of a block. On a CPU a block of a chunk fits its cache; a GPU takes whole rows."""
+    """Return rows per chunk and columns per block. On a CPU a chunk's block fits the cache; a GPU takes whole rows."""
     padded = -(-vocabulary // GROUP) * GROUP
     if chunk_rows is None:
         budget = CPU_CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES

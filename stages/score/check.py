@@ -1,4 +1,4 @@
-"""Which token of which response gives logits that are not finite."""
+"""Search for the token whose logits are not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from eopd.stages.score.token_batch import NotFinite, TokenBatch
 def first_not_finite(
     engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence], suspects: SequenceOf[int]
 ) -> tuple[int, int]:
-    """Which of ``suspects``, read together with NaN or infinite logits, is the cause: (its number, response token).
+    """Find which of ``suspects``, read together with NaN or infinite logits, is the cause: (its number, response
+    token).
 
     Attention multiplies what it masks by 0, and 0 * NaN is NaN: one bad token spoils its whole row, neighbours and
     earlier tokens too. So each is read alone, and the first bad position found by reading ever closer prefixes.

@@ -1,4 +1,4 @@
-"""The teacher's context: a rollout's prompt as the teacher reads it. The response ids that follow are the student's."""
+"""The teacher's context: a rollout's prompt as the teacher reads it. The student's response ids follow it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COLUMNS = (
 
 
 def context_name(settings: TeacherPromptSettings) -> str:
-    """How contexts were rendered, for the cache's header: canonical JSON."""
+    """Return how contexts were rendered, for the cache's header: canonical JSON."""
     used = {"placeholders": list(settings.used)} if settings.used else {}
     return canonical_json({**settings.semantic(), **used})
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the values of placeholders come from, the rollouts aside."""
+    """Sources of the placeholders' values, besides the rollouts."""
 
     prompts: PromptSettings | None = None  # the prompt source, which holds the solutions
     correct: Sequence[bool] = ()  # verdicts on the rollouts
@@ -42,7 +42,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class _Shown:
-    """What the teacher is shown of one rollout, its prompt aside."""
+    """The values that the teacher is shown of one rollout, besides its prompt."""
 
     values: dict[str, str | None] = field(default_factory=dict)
     sibling: tuple[int, ...] = ()
@@ -56,7 +56,7 @@ def render_contexts(
     where: str,
     sources: Sources | None = None,
 ) -> list[Context]:
-    """The context of each rollout.
+    """Render the context of each rollout.
 
     Args:
         rollouts: with the columns ``COLUMNS``.
@@ -99,7 +99,7 @@ def _shown(
     where: str,
     sources: Sources,
 ) -> list[_Shown]:
-    """What is shown of each rollout; with ``shuffled``, of the rollouts to another prompt."""
+    """Return the values shown with each rollout; with ``shuffled``, those of rollouts to another prompt."""
     if not {*settings.values_needed, *settings.judged} or not len(rollouts):
         return [_Shown()] * len(rollouts)
     prompts: list[int] = rollouts.column("prompt_index").to_pylist()
@@ -138,7 +138,7 @@ def _shown(
 def _of_prompts(
     rollouts: pa.Table, settings: TeacherPromptSettings, prompts: list[int], where: str, sources: Sources
 ) -> dict[int, dict[str, str | None]]:
-    """Answer and solution of every prompt, as far as they are shown."""
+    """Return answer and solution of every prompt, as far as they are shown."""
     found: dict[int, dict[str, str | None]] = defaultdict(dict)
     if "solution" in settings.values_needed:
         assert sources.prompts is not None, where

@@ -1,4 +1,4 @@
-"""Unbiased draws from a row's remaining distribution, by one fixed random number a row.
+"""Unbiased draws from a row's remaining distribution, by one fixed random number per row.
 
 Systematic sampling lays the probabilities of a row end to end and takes what lies under the points
 ``c * (u + j)``, j = 0, 1, ...: id v is drawn ``p(v) / c`` times in expectation, and every draw weighs c. The
@@ -23,7 +23,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(values: UInt64) -> UInt64:
-    """SplitMix64's output function (Steele, Lea and Flood 2014), elementwise: neighbouring inputs, unrelated bits."""
+    """Apply SplitMix64's output function (Steele, Lea and Flood 2014) elementwise: neighbouring inputs, unrelated
+    bits."""
     with np.errstate(over="ignore"):
         values = values + _GOLDEN
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -32,7 +33,7 @@ def mix(values: UInt64) -> UInt64:
 
 
 def row_keys(seed: int, response: tuple[int, ...] | NDArray[np.int64], positions: NDArray[np.int64]) -> UInt64:
-    """[T] one key for each position of a response that is named by integers which no other response has.
+    """Return one key [T] for each position of a response that is named by integers which no other response has.
 
     Args:
         response: the N integers of all, or those of each position [T, N].
@@ -44,14 +45,14 @@ def row_keys(seed: int, response: tuple[int, ...] | NDArray[np.int64], positions
 
 
 def uniforms(keys: UInt64, count: int) -> NDArray[np.float64]:
-    """[T, count] independent uniforms in [0, 1), a function of the keys."""
+    """Return independent uniforms in [0, 1) as a function of the keys: [T, count]."""
     with np.errstate(over="ignore"):
         streams = keys[:, None] + np.arange(count, dtype=np.uint64)[None, :] * np.uint64(0xD1342543DE82EF95)
     return (mix(streams) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def systematic_points(uniform: Tensor, total: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [C, N] ``weight * (uniform + j)`` and how many of each row lie below its total, [C].
+    """Return points [C, N] ``weight * (uniform + j)`` and how many of each row lie below its total, [C].
 
     All in one unit: ``total`` is the remaining mass [C], ``weight`` the draw constant in that unit [C].
     """
@@ -62,7 +63,7 @@ def systematic_points(uniform: Tensor, total: Tensor, weight: Tensor) -> tuple[T
 
 
 def ids_at(blocks: LogitBlocks, group_mass: Tensor, points: Tensor, counts: Tensor) -> Tensor:
-    """Ids [sum(counts)] under the points of each row, row after row.
+    """Return ids [sum(counts)] under the points of each row, row after row.
 
     Args:
         group_mass: [C, G] float64, sum of exp(z - m) of each group, ids that were taken out left out.

@@ -1,4 +1,4 @@
-"""What the score stage is handed."""
+"""Inputs of the score stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eopd.storage.artifacts import Artifact
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Score rollouts with the teacher: part i of ``output`` from part i of ``rollouts``."""
+    """Scoring of rollouts with the teacher: part i of ``output`` comes from part i of ``rollouts``."""
 
     output: Artifact
     parts: Sequence[int]

@@ -77,32 +77,32 @@ class LogitBlocks:
 
     @property
     def group_max(self) -> Tensor:
-        """[C, G] largest logit of each group."""
+        """Largest logit of each group: [C, G]."""
         return self._group_max[: self.count]
 
     @property
     def group_sum(self) -> Tensor:
-        """[C, G] sum of exp(z - m) of each group."""
+        """Sum of exp(z - m) of each group: [C, G]."""
         return self._group_sum[: self.count]
 
     def at(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Logits at (row, id) pairs of any equal shape; ids must be below V."""
+        """Return logits at (row, id) pairs of any equal shape; ids must be below V."""
         where = (ids // self.block * self.rows + rows) * self.block + ids % self.block
         return self.z.view(-1)[where]
 
     def in_groups(self, rows: Tensor, groups: Tensor) -> Tensor:
-        """Logits [..., ids of a group] of the groups at (row, group) pairs."""
+        """Return logits [..., ids of a group] of the groups at (row, group) pairs."""
         per_block = self.block // GROUP
         where = (groups // per_block * self.rows + rows) * per_block + groups % per_block
         return self.z.view(-1, GROUP)[where]
 
     def blank(self, rows: Tensor, ids: Tensor) -> None:
-        """Take ids out of this chunk's distribution."""
+        """Remove ids from this chunk's distribution."""
         where = (ids // self.block * self.rows + rows) * self.block + ids % self.block
         self.z.view(-1)[where] = BLANK
 
     def count_above(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """[N] how many logits of each of ``rows`` [N] exceed ``logits`` [N].
+        """Count how many logits of each of ``rows`` [N] exceed ``logits`` [N].
 
         Comparisons are written and summed as float32: sums of booleans are not vectorised.
         """
@@ -114,7 +114,7 @@ class LogitBlocks:
         return counts
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits of each row, largest first: (logits [C, k], ids [C, k]).
+        """Return the k largest logits of each row, largest first: (logits [C, k], ids [C, k]).
 
         They all lie in the k groups with the largest maxima, so only those are searched.
         """

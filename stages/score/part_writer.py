@@ -1,4 +1,4 @@
-"""Writing a part in the background, its claim held until it is committed."""
+"""Background writing of a part; its claim is held until it is committed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class PartWriter:
         self._last: Future[None] | None = None
 
     def write(self, task: Callable[[], None], claimed: ExitStack) -> None:
-        """Hand over ``task``, when the one before is done; raises what that one raised."""
+        """Hand over ``task`` once the previous one is done; raises what that one raised."""
         with claimed:
             self.finish()
             self._next = task, claimed.pop_all()
 
     def begin(self) -> None:
-        """Let the thread begin with what was handed over."""
+        """Let the thread begin the task that was handed over."""
         if self._next is not None:
             self._last, self._next = self._pool.submit(_run, *self._next), None
 
     def finish(self) -> None:
-        """Wait for everything that was handed over; raises what it raised."""
+        """Wait for every task that was handed over; raises what they raised."""
         self.begin()
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
     def close(self) -> None:
-        """Wait for what was handed over, and end the thread."""
+        """Wait for the task that was handed over, and end the thread."""
         self.begin()
         self._pool.shutdown(wait=True)
 

@@ -1,4 +1,4 @@
-"""A part's rollouts as the teacher will read them: contexts, responses cut to what fits, identities for the draws."""
+"""A part's rollouts as the teacher reads them: contexts, truncated responses, identities for the draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartResponses:
-    """What is to be scored of one part, in the rollouts' order."""
+    """The responses of one part to score, in the rollouts' order."""
 
     sequences: list[Sequence]  # responses cut to what the teacher can read
     identities: NDArray[np.int64]  # [S, 3] prompt index, sample, seed: what the draws are seeded by
@@ -38,16 +38,16 @@ class PartResponses:
 
     @property
     def tokens_read(self) -> int:
-        """The same and, where contexts hold copies of the responses, those too."""
+        """Response tokens to score, plus their copies in the contexts."""
         return self.tokens * (1 + self.copies)
 
     @property
     def longest(self) -> int:
-        """Tokens the teacher reads of the longest sequence; 0 where there is nothing to score."""
+        """Tokens of the longest sequence that the teacher reads; 0 if there is nothing to score."""
         return max((sequence.input_length for sequence in self.sequences if len(sequence.response_ids)), default=0)
 
     def extra_ids(self, response: int) -> NDArray[np.int64]:
-        """[T, k] the student's own top ids at the scored positions of a response."""
+        """Return the student's own top ids at the scored positions of a response: [T, k]."""
         assert self.topk is not None
         start = int(self.topk.lengths[:response].sum())
         return self.topk.ids[start : start + len(self.sequences[response].response_ids)].astype(np.int64)

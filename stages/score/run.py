@@ -1,4 +1,4 @@
-"""The score stage: rollouts in, the teacher's statistics of every response token out, part by part.
+"""The score stage: computes the teacher's statistics of every response token, part by part.
 
 Producer of the record of ``storage.teacher_record``. Several processes may do parts of one artifact, the same ones
 too: a part belongs to whoever claims it, and the first commit wins.
@@ -83,21 +83,21 @@ def run(job: ScoreJob) -> None:
 
 @dataclass
 class InReadingOrder:
-    """A part's statistics as the engine's batches came."""
+    """A part's statistics, collected in the order of the engine's batches."""
 
     pieces: list[TokenStatistics] = field(default_factory=list)
     order: list[int] = field(default_factory=list)  # number of the response of each run of tokens
     lengths: list[int] = field(default_factory=list)  # tokens of each run
 
     def rows(self, stop_ids: tuple[int, ...], responses: int) -> TeacherRows:
-        """The record of ``responses`` responses."""
+        """Return the record of ``responses`` responses."""
         statistics = concatenate(self.pieces) if self.pieces else empty(len(stop_ids))
         return in_response_order(statistics, self.order, self.lengths, np.asarray(stop_ids, np.int32), responses)
 
 
 @dataclass
 class Scorer:
-    """One run's state. ``survey`` first, then ``score`` with an engine that is open."""
+    """State of one run: ``survey`` first, then ``score`` with an open engine."""
 
     job: ScoreJob
     tokenizer: PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ class Scorer:
         self.failures: list[str] = []
 
     def _limit(self) -> int | None:
-        """Tokens the teacher can read."""
+        """Return the most tokens that the teacher can read."""
         stated = self.job.settings.max_tokens
         readable = longest_readable(model_folder(self.job.teacher.path, self.job.teacher.revision))
         if stated is not None and readable is not None and stated > readable:
@@ -128,7 +128,7 @@ class Scorer:
         return longest
 
     def score(self, parts: list[int], engine: HiddenEngine) -> None:
-        """Do the parts. While one is encoded and written, the next is read by the teacher."""
+        """Score the parts. While one is encoded and written, the teacher reads the next."""
         job = self.job
         head = StatisticsHead(
             engine.head, job.settings.head.rule(), temperature=self.temperature, stop_ids=job.stop_ids
@@ -161,7 +161,7 @@ class Scorer:
         began: float,
         writer: PartWriter,
     ) -> InReadingOrder | None:
-        """None where logits are not finite, which is noted."""
+        """Return the statistics of a part; None if logits are not finite, which is noted."""
         found = InReadingOrder()
         for batch in engine.hidden(responses.sequences):
             # not before: on a CPU the teacher's threads wait for each other, so one core taken from them costs all

@@ -16,7 +16,7 @@ LEAST_WEIGHT = 1e-6
 
 
 class HeadSettings(Settings):
-    """Which entries of the teacher's distribution are kept (``storage.teacher_record.HeadRule``)."""
+    """Rule for which entries of the teacher's distribution are kept (``storage.teacher_record.HeadRule``)."""
 
     k_max: int = setting(16, "Most entries kept of a token", ge=1, le=ENTRIES)
     min_prob: float = setting(
@@ -42,7 +42,7 @@ class HeadSettings(Settings):
 
 
 class ScoreSettings(Settings):
-    """What the teacher says of every response token, and how fast that is found out."""
+    """The teacher's statistics of response tokens, and the speed of computing them."""
 
     teacher_prompt: TeacherPromptSettings = setting(TeacherPromptSettings, "The prompt as the teacher reads it")
     temperature: float | None = setting(
@@ -92,17 +92,18 @@ class ScoreSettings(Settings):
         return value.of_a_reader()
 
     def identity(self) -> dict[str, Any]:
-        """What makes scores other scores, the models and the rollouts aside: part of the artifact's key."""
+        """Return the settings that define the scores, besides the models and the rollouts: part of the artifact's
+        key."""
         kept = self.semantic()
         del kept["head"]
         return kept
 
     def coverage(self) -> dict[str, Any]:
-        """How much of the distributions is kept; stands beside the identity."""
+        """Return how much of the distributions is kept; it is keyed apart from the identity."""
         return {"head": self.head.semantic()}
 
     def resolve_temperature(self, rollout_temperature: float) -> float:
-        """The scoring temperature.
+        """Return the scoring temperature.
 
         Raises:
             ValueError: it is not the rollouts', and ``allow_other_temperature`` is off.

@@ -1,4 +1,4 @@
-"""The stage of `eopd score`: what the teacher says about every response token."""
+"""The stage of `eopd score`: the teacher's statistics of every response token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from eopd.storage.size_bound import most_bytes
 
 
 def token_bytes(head: HeadSettings, vocabulary: int) -> float:
-    """Bytes of one scored token, about; ``storage.size_bound`` has what no teacher can exceed.
+    """Estimate the bytes of one scored token; ``storage.size_bound`` has a bound for any teacher.
 
     Heads that follow the entropy: a model that is hardly ever sure (`python -m benchmarks.cache --only real`) takes
     48.0, 74.9 and 130.6 at k_max 16, 32 and 64 with 11 bits an id, and 65.7 at k_max 16 with 17. Fixed heads: uniform
@@ -75,7 +75,8 @@ class ScoreStage(Stage):
 
     @staticmethod
     def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
-        """What decides the texts of placeholders, the rollouts aside, which know the content of the prompt source."""
+        """Return the settings that decide the texts of placeholders, besides the rollouts, which know the prompt
+        source."""
         reads = settings.score.teacher_prompt
         found: dict[str, object] = {}
         if "solution" in reads.used:
@@ -86,7 +87,7 @@ class ScoreStage(Stage):
 
     @staticmethod
     def _is_read(settings: ExperimentSettings) -> bool:
-        """False for supervised training on fixed responses, of which nothing reads the scores.
+        """False for supervised training on fixed responses, for which nothing reads the scores.
 
         On the student's own responses they are made for the report, and stay in the checkpoints' keys.
         """

@@ -50,7 +50,7 @@ class StatisticsHead:
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor, batch: TokenBatch) -> TokenStatistics:
-        """Statistics of T tokens from hidden [T, D], on the head's device.
+        """Compute statistics of T tokens from hidden [T, D], on the head's device.
 
         Ids that the teacher's vocabulary lacks have probability 0: log-prob LOGPROB_FLOOR and rank V.
 
@@ -65,7 +65,8 @@ class StatisticsHead:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, V] float32 at temperature 1, of a few tokens: the product that their statistics are made from."""
+        """Return logits [T, V] float32 at temperature 1 of a few tokens: the product that their statistics are made
+        from."""
         hidden = self._taken(hidden)
         found = torch.empty(len(hidden), self.head.vocab_size, device=hidden.device)
         self.head.logits_into(found, hidden, slice(0, self.head.vocab_size), 1.0)

@@ -1,4 +1,5 @@
-"""What is asked about hidden states, and how the answer fails. Letters: T tokens, X* extra ids."""
+"""Requests for statistics of hidden states, and the error for logits that are not finite. Letters: T tokens, X* extra
+ids."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What is asked about T hidden states."""
+    """A request for statistics of T hidden states."""
 
     sampled_ids: NDArray[np.int64]  # [T] token whose log-prob and rank are wanted
     keys: UInt64  # [T] identity of each row, for its draws (draws.row_keys)
@@ -29,7 +30,7 @@ class TokenBatch:
     extra_ids: NDArray[np.int64] | None = None  # [X*]
 
     def chunks(self, rows: int) -> Iterator[tuple[int, TokenBatch]]:
-        """(first row, what is asked about it and the ``rows`` - 1 after it), and so on to the end."""
+        """Yield (first row, request for it and the ``rows`` - 1 rows after it), and so on to the end."""
         ends = None if self.extra_counts is None else np.cumsum(self.extra_counts)
         for start in range(0, len(self.keys), rows):
             stop = min(start + rows, len(self.keys))

@@ -1,4 +1,4 @@
-"""The statistics head's result: flat arrays of T tokens, and their way into the score record.
+"""The result of the statistics head: flat arrays of T tokens, and their conversion to the score record.
 
 Letters: T tokens, E stop ids, K* head entries, N* draws, X* extra ids.
 """
@@ -16,7 +16,7 @@ from eopd.storage.teacher_record import Float32, Int32, Int64, TeacherRows
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """As ``TeacherRows`` describes them, with counts a token in place of offsets."""
+    """Statistics as ``TeacherRows`` describes them, with counts per token in place of offsets."""
 
     token_ids: Int32  # [T]
     entropy: Float32  # [T]
@@ -48,7 +48,7 @@ _RAGGED = {
 
 
 def empty(stops: int) -> TokenStatistics:
-    """Of no token."""
+    """Return the statistics of no token."""
     ints, wide, floats = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
     return TokenStatistics(
         token_ids=ints,
@@ -69,7 +69,7 @@ def empty(stops: int) -> TokenStatistics:
 
 
 def concatenate(pieces: Sequence[TokenStatistics]) -> TokenStatistics:
-    """One after the other; at least one."""
+    """Concatenate statistics, at least one."""
     if len(pieces) == 1:
         return pieces[0]
     names = [field.name for field in fields(TokenStatistics)]
@@ -77,14 +77,14 @@ def concatenate(pieces: Sequence[TokenStatistics]) -> TokenStatistics:
 
 
 def offsets_of(counts: Int64) -> Int64:
-    """[N] counts -> [N+1] offsets"""
+    """Turn counts [N] into offsets [N+1]."""
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
 
 
 def ranges(starts: Int64, counts: Int64) -> Int64:
-    """The integers of [start, start + count) of each pair, one range after the other."""
+    """Return the integers of [start, start + count) of each pair, one range after the other."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     found: Int64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
@@ -92,7 +92,7 @@ def ranges(starts: Int64, counts: Int64) -> Int64:
 
 
 def take(statistics: TokenStatistics, tokens: Int64) -> TokenStatistics:
-    """The given tokens (numbers into T), in that order."""
+    """Select the given tokens (numbers into T), in that order."""
     taken: dict[str, Any] = {}
     places: dict[str, Int64] = {}
     for name in {*_RAGGED.values()}:
@@ -112,7 +112,7 @@ def in_response_order(
     stop_ids: Int32,
     responses: int,
 ) -> TeacherRows:
-    """The record of responses 0 .. ``responses`` - 1, from statistics that hold them in packed order.
+    """Build the record of responses 0 .. ``responses`` - 1 from statistics in packed order.
 
     Args:
         order: number of the response of each consecutive run of tokens; responses that it lacks get no rows.

@@ -1,4 +1,4 @@
-"""Which responses of a round are trained on: the settings of `train.select`, applied to rollouts and their verdicts."""
+"""Selection of a round's responses for training: `train.select`, applied to rollouts and their verdicts."""
 
 from __future__ import annotations
 

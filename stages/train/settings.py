@@ -101,7 +101,7 @@ class WeightSettings(Settings):
 
 
 class SelectSettings(Settings):
-    """Which responses of a round are trained on. Rollouts and scores are of all of them."""
+    """Selection of a round's responses for training. Rollouts and scores cover all of them."""
 
     verdict: Literal["any", "right", "wrong"] = setting(
         "any", "Responses that `prompts.verifier` judges so. right or wrong: the round's rollouts are judged."

@@ -1,4 +1,4 @@
-"""Where a text states its final answer. Text only, no algebra, and time linear in the length of the text."""
+"""Extraction of final answers. Text only, no algebra, and time linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _STRUCT_KEYS = ("ground_truth", "final_answer", "answer", "target")
 
 
 def final_answer(response: str) -> str | None:
-    """The final answer of a response; None for a response that states none.
+    """Return the final answer of a response; None if it states none.
 
     What was thought aloud is no answer. The last of these counts: a box, an ``<answer>`` tag, a line after ``####``;
     without one, what follows the last "answer is" or "Answer:"; without that, the last mathematics of the last line
@@ -87,13 +87,14 @@ def final_answer(response: str) -> str | None:
 
 
 def last_box(response: str) -> str | None:
-    """Content of the last complete box of a response, thoughts apart; None without one."""
+    """Return the content of the last complete box of a response, thoughts excluded; None without one."""
     boxes = _boxes(without_thoughts(response))
     return boxes[1] if boxes else None
 
 
 def reference_answer(answer: str) -> str:
-    """The final answer of a reference: alone, in a solution (a box, or ``####``), in a list, or in a JSON record.
+    """Return the final answer of a reference: alone, in a solution (a box, or ``####``), in a list, or in a JSON
+    record.
 
     Returns:
         An empty string for a reference that holds none, such as "nan".
@@ -118,7 +119,7 @@ def reference_answer(answer: str) -> str:
 
 
 def without_thoughts(response: str) -> str:
-    """A response without what stands between tags of thinking; a tag that is never closed takes all that follows."""
+    """Remove text between tags of thinking; a tag that is never closed extends to the end."""
     kept: list[str] = []
     start, depth = 0, 0
     for tag in _THINK_TAG.finditer(response):
@@ -140,7 +141,8 @@ def without_thoughts(response: str) -> str:
 
 
 def as_written(text: str) -> str:
-    """What a program prints, as people write it: ``1e-5`` is ``0.00001``, ``-1./3`` is ``-1/3``, ``np.sin(x)`` a sine.
+    """Rewrite a program's output as people write it: ``1e-5`` as ``0.00001``, ``-1./3`` as ``-1/3``, ``np.sin(x)`` as a
+    sine.
 
     Minerva's reference answers are such; read as LaTeX, ``1e-5`` would be Euler's number less five.
     """
@@ -151,7 +153,7 @@ def as_written(text: str) -> str:
 
 
 def _boxes(text: str) -> tuple[int, str] | None:
-    """End and content of the last complete box; boxes with only a comma or "and" between them are one answer."""
+    """Return end and content of the last complete box; boxes with only a comma or "and" between them are one answer."""
     found: list[tuple[int, int, str]] = []
     for opening in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         box = _box_at(text, opening)
@@ -182,7 +184,7 @@ def _box_at(text: str, opening: re.Match[str]) -> tuple[int, str] | None:
 
 
 def _stated(text: str) -> str | None:
-    """What a text without a complete box says last."""
+    """Return the last statement of a text without a complete box."""
     text = _BOX.split(text, maxsplit=1)[0]
     anchor = _last(_ANCHOR, text)
     if anchor and (rest := _after(text, anchor)):
@@ -192,7 +194,7 @@ def _stated(text: str) -> str | None:
 
 
 def _after(text: str, anchor: re.Match[str]) -> str | None:
-    """The statement that begins at an anchor; None where it asks, denies, supposes, or is taken back at once."""
+    """Return the statement that begins at an anchor; None if it asks, denies, supposes, or is taken back at once."""
     rest = text[anchor.end() : anchor.end() + MAX_ANSWER].lstrip()
     rest = _FILLER.sub("", rest, count=1) if _FILLER.match(rest) else rest
     end = _SENTENCE_END.search(rest)
@@ -207,7 +209,7 @@ def _after(text: str, anchor: re.Match[str]) -> str | None:
 
 
 def _said(content: str) -> str:
-    """The answer in a tag or a line of its own, which may be a sentence."""
+    """Return the answer in a tag or a line of its own, which may be a sentence."""
     if _ANCHOR.search(content):
         return _stated(content) or content
     subject = _SUBJECT.match(content)
@@ -215,7 +217,7 @@ def _said(content: str) -> str:
 
 
 def _last_statement(line: str) -> str | None:
-    """What a line says is equal to something, or its only number."""
+    """Return the right-hand side of a line's last equality, or its only number."""
     *_, rest = _SAYS.split(line)
     if rest != line:
         end = _SENTENCE_END.search(rest)
@@ -225,7 +227,7 @@ def _last_statement(line: str) -> str | None:
 
 
 def _record(text: str) -> object:
-    """What a text of JSON holds, or one that Python printed (single quotes)."""
+    """Parse a JSON text, or one that Python printed (single quotes)."""
     try:
         return json.loads(text)
     except ValueError:
@@ -233,7 +235,8 @@ def _record(text: str) -> object:
 
 
 def _from_json(value: object, text: str) -> str:
-    """The answer in a record (by its usual names) or a list of texts; other JSON, such as ``[1, 2]``, is ``text``."""
+    """Return the answer in a record (by its usual names) or a list of texts; other JSON, such as ``[1, 2]``, is
+    ``text``."""
     if isinstance(value, dict):
         return next((_from_json(value[key], str(value[key])) for key in _STRUCT_KEYS if key in value), "")
     if isinstance(value, list) and all(isinstance(item, str) for item in value):

@@ -1,4 +1,4 @@
-"""Letters of multiple choice: which one a text chooses, and the text of the option after it."""
+"""Multiple-choice letters: which one a text chooses, and the text of the option after it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OTHER = re.compile(  # a second letter, or words that take the first one back
 
 
 def letter(text: str) -> str | None:
-    """The letter of a tidy text that is nothing else."""
+    """Return the letter if a tidy text is nothing else."""
     match = _LETTER.fullmatch(_plain(text))
     return match[1] if match else None
 
@@ -42,7 +42,7 @@ def labelled(text: str) -> tuple[str, str] | None:
 
 
 def chosen(text: str) -> tuple[str, str] | None:
-    """The one letter that a tidy text chooses and what it says of the option, which may be nothing.
+    """Return the one letter that a tidy text chooses and its text for the option, which may be empty.
 
     None for a text that chooses none, or names a second letter, or takes the first back.
     """

@@ -20,7 +20,7 @@ _ANSWER = re.compile(rf"\s*({_NUMBER}(?:\s*,\s*{_NUMBER})+)\s*=\s*({_NUMBER})\s*
 
 
 def parse_answer(answer: str) -> tuple[list[int], int]:
-    """Numbers and target of a reference answer.
+    """Parse numbers and target of a reference answer.
 
     Raises:
         ValueError: ``answer`` is not of the form ``4,7,9=24``.
@@ -32,7 +32,7 @@ def parse_answer(answer: str) -> tuple[list[int], int]:
 
 
 def verify(response: str, answer: str) -> Verdict:
-    """Whether the steps of ``response`` are right, use every number once and end at the target.
+    """Check that the steps of ``response`` are right, use every number once and end at the target.
 
     Steps are separated by commas or line breaks. ``form`` is the expression the steps build, with operands of
     + and * in a fixed order: 3+4=7,7*2=14 and 4+3=7,2*7=14 are one solution.

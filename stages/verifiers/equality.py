@@ -1,4 +1,4 @@
-"""Whether two answers are the same. math-verify reads the expressions; what counts as equal is decided here.
+"""Equality of two answers. math-verify reads the expressions; this module decides which are equal.
 
 ``math_verify.verify`` rounds numbers to six places and drops differences below 1e-15, compares products of letters as
 words and words as products, drops bases, takes any equation for its right-hand side, and holds equations without a
@@ -50,7 +50,7 @@ _PAIRS = {"(": ")", "[": "]"}
 
 
 def same_answer(reference: str, answer: str) -> bool:
-    """Whether ``answer`` is the answer that ``reference`` is. Takes any time: call it where it can be killed."""
+    """True if ``answer`` equals ``reference``. May take unbounded time: call it where it can be killed."""
     expected, given = tidy(reference), tidy(answer)
     if not expected or not given:
         return False
@@ -77,7 +77,7 @@ def _same(expected: str, given: str) -> bool:
 
 
 def _choices(expected: str, given: str) -> bool | None:
-    """A reference that is a letter of a choice, alone or before the text of it."""
+    """Compare with a reference that is a letter of a choice, alone or before its text."""
     letter, labelled = choices.letter(expected), choices.labelled(expected)
     chosen = choices.chosen(given)
     if letter:
@@ -90,7 +90,7 @@ def _choices(expected: str, given: str) -> bool | None:
 
 
 def _times(expected: str, given: str) -> bool | None:
-    """Times of day and ratios."""
+    """Compare times of day and ratios."""
     one, other = (notation.TEXT.sub(r"\1", text).strip() for text in (expected, given))
     clock = _TIME.fullmatch(one), _TIME.fullmatch(other)
     if clock[0] and clock[1]:
@@ -114,7 +114,7 @@ def _times(expected: str, given: str) -> bool | None:
 
 
 def _numerals(expected: str, given: str) -> bool | None:
-    """Numerals of which one names its base: a reference with a base is also given by its digits alone."""
+    """Compare numerals if one names its base: a reference with a base is also given by its digits alone."""
     one, other = base_numeral(expected), base_numeral(given)
     if one and other:
         return one == other
@@ -129,7 +129,7 @@ def _numerals(expected: str, given: str) -> bool | None:
 
 
 def _texts(expected: str, given: str) -> bool | None:
-    """Answers in words, and the sets that words name."""
+    """Compare answers in words, and the sets that words name."""
     one, other = (_THERE_IS.sub("", text) if text else text for text in map(notation.words, (expected, given)))
     for names, signs in ((_NO_SOLUTION, _EMPTY), (_ALL_REALS, (r"\mathbb{R}", r"(-\infty,\infty)"))):
         named = [word in names or bare(text) in signs for word, text in ((one, expected), (other, given))]
@@ -161,12 +161,12 @@ def _texts(expected: str, given: str) -> bool | None:
 
 
 def _nested(expected: str, given: str) -> bool:
-    """Whether one text is the set that holds the empty set, which is not empty."""
+    """True if one text is the set that holds the empty set, which is not empty."""
     return any(bare(text) in (r"\{\emptyset\}", r"\{\{\}\}") for text in (expected, given))
 
 
 def _residues(expected: str, given: str) -> bool | None:
-    """Residues with their modulus: the same class of the same modulus."""
+    """Compare residues with their modulus: the same class of the same modulus."""
     pieces = [_MODULUS.split(text) for text in (expected, given)]
     if len(pieces[0]) == len(pieces[1]) == 1:
         return None
@@ -182,7 +182,7 @@ def _residues(expected: str, given: str) -> bool | None:
 
 
 def _listed_alike(expected: str, given: str) -> bool:
-    """Lists that go on: the items that are written are the same, in order."""
+    """Compare lists that continue: the written items are the same, in order."""
     ours, theirs = split(expected), split(given)
     return len(ours) == len(theirs) > 1 and all(
         bare(a) == bare(b) or (r"\ldots" not in a + b and _leaf(a, b)) for a, b in zip(ours, theirs, strict=True)
@@ -190,7 +190,7 @@ def _listed_alike(expected: str, given: str) -> bool:
 
 
 def _structures(expected: str, given: str) -> bool:
-    """Lists, tuples, sets and intervals item by item; anything else as one expression."""
+    """Compare lists, tuples, sets and intervals item by item; anything else as one expression."""
     expected, given = (_by_coordinate(_SET_BUILDER.sub(r"\1", text)) for text in (expected, given))
     kind, items = _items(expected)
     other_kind, others = _items(given)
@@ -222,7 +222,7 @@ def _structures(expected: str, given: str) -> bool:
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    """Kind of a structure (one, list, tuple, interval, set) and its items."""
+    """Return the kind of a structure (one, list, tuple, interval, set) and its items."""
     body = re.sub(r"^(?:\(?[A-Za-z]\)?\s*(?:\\in|=)\s*)(?=\\\{)", "", text)
     if body.startswith(r"\{") and closing(body, 1) == len(body) - 1 and body.endswith(r"\}"):
         inner = body[2:-2]
@@ -277,18 +277,18 @@ def _in_order(items: list[str], others: list[str]) -> bool:
 
 
 def _as_sets(items: list[str], others: list[str]) -> bool:
-    """Every item is in the other set."""
+    """True if every item is in the other set."""
     pairs = [[_is_set(a) == _is_set(b) and _same(a, b) for b in others] for a in items]
     return all(map(any, pairs)) and all(map(any, zip(*pairs, strict=True))) and bool(items) == bool(others)
 
 
 def _is_set(text: str) -> bool:
-    """Whether a text is a set by its signs: what is in a set is not the set."""
+    """True if a text is written as a set: elements of a set are not the set."""
     return bare(text) in _EMPTY or _items(text)[0] == "set"
 
 
 def _as_bags(items: list[str], others: list[str]) -> bool:
-    """The same items, each as often, in any order."""
+    """True if both hold the same items, each as often, in any order."""
     if len(items) != len(others):
         return False
     left = list(others)
@@ -301,13 +301,13 @@ def _as_bags(items: list[str], others: list[str]) -> bool:
 
 
 def _assignment(text: str) -> tuple[str, str] | None:
-    """Name and value of ``x = 5``."""
+    """Return name and value of ``x = 5``."""
     name, sign, value = (part.strip() for part in text.partition("="))
     return (bare(name), value) if sign and NAME.fullmatch(name) and not RELATION.search(value) else None
 
 
 def _by_name(items: list[str], count: int) -> list[str]:
-    """Values of ``y=3, x=5`` in the order of the names; other items as they are."""
+    """Return values of ``y=3, x=5`` in the order of the names; other items as they are."""
     pairs = [_assignment(item) for item in items]
     named = [pair for pair in pairs if pair]
     if len(named) != len(items) or len({name for name, _ in named}) != count:
@@ -316,7 +316,7 @@ def _by_name(items: list[str], count: int) -> list[str]:
 
 
 def _unnamed(items: list[str], others: list[str]) -> list[str]:
-    """Values of ``x=1, 2, 3`` or ``x=1, x=2`` where the other list names nothing, or names the first only."""
+    """Return values of ``x=1, 2, 3`` or ``x=1, x=2`` if the other list names nothing, or names the first only."""
     pairs = [_assignment(item) for item in items]
     names = {pair[0] for pair in pairs if pair}
     if len(names) != 1 or pairs[0] is None:
@@ -328,7 +328,7 @@ def _unnamed(items: list[str], others: list[str]) -> list[str]:
 
 
 def _by_coordinate(text: str) -> str:
-    """``(x,y)=(5,3)`` as ``x=5, y=3``."""
+    """Rewrite ``(x,y)=(5,3)`` as ``x=5, y=3``."""
     left, sign, right = (part.strip() for part in text.partition("="))
     (kind, names), (other_kind, values) = (_items(side) if sign else ("", []) for side in (left, right))
     if kind != "tuple" or other_kind != "tuple" or len(names) != len(values) or not all(map(NAME.fullmatch, names)):
@@ -340,7 +340,7 @@ def _by_coordinate(text: str) -> str:
 
 
 def _leaf(expected: str, given: str) -> bool:
-    """Two answers that are one number, expression, equation, inequality, set or matrix each."""
+    """Compare two answers that are one number, expression, equation, inequality, set or matrix each."""
     if bare(expected) == bare(given):
         return True
     chains = [_APPROXIMATION.split(text) for text in (expected, given)]
@@ -377,7 +377,7 @@ def _leaf(expected: str, given: str) -> bool:
 
 
 def _coherent(chain: list[str]) -> bool:
-    """Whether the sides of an approximate equality are numbers near each other; the first may be a name of them."""
+    """True if the sides of an approximate equality are numbers near each other; the first may be a name of them."""
     sides = [tidy(side) for part in chain for side in re.split(r"(?<!\\)=", part)]
     sides = [side for place, side in enumerate(sides) if side and not (place == 0 and is_name(side))]
     if len(chain) < 2 or len(sides) < 2:
@@ -392,7 +392,8 @@ def _coherent(chain: list[str]) -> bool:
 
 
 def _same_plain(one: Plain, two: Plain) -> bool:
-    """Numbers as they are written. A whole percentage is also its number without the sign, as in math-verify."""
+    """Compare numbers as they are written. A whole percentage is also its number without the sign, as in
+    math-verify."""
     a, b = one.value, two.value
     if one.percent != two.percent:
         percentage = one if one.percent else two
@@ -412,7 +413,7 @@ def _variables(text: str) -> bool:
 
 
 def _equations(expected: str, given: str) -> bool | None:
-    """Answers of which at least one is an equation, an inequality or a membership."""
+    """Compare answers of which at least one is an equation, an inequality or a membership."""
     ours, theirs = Statement(expected), Statement(given)
     if ours.sign == "=" and theirs.sign == "=":
         return _both_equations(ours, theirs)

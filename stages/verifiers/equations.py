@@ -22,7 +22,7 @@ _AROUND = re.compile(r" ?([=+\-*/^<>]) ?")
 
 
 def equations(text: str) -> list[str]:
-    """Distinct equations of a text, sorted: words, order, repetition and the spelling of signs do not count.
+    """Return the distinct equations of a text, sorted: words, order, repetition and the spelling of signs do not count.
 
     ``Half of 48 is 48 / 2 = 24, so 48 + 24 = 72`` holds ``48+24=72`` and ``48/2=24``.
     """

@@ -10,7 +10,7 @@ VERSION = 1  # one more with every change of what ``verify`` says: stored beside
 
 
 def verify(response: str, answer: str) -> Verdict:
-    """Correct when both texts are equal after NFC normalisation with runs of white space made one space."""
+    """Compare both texts after NFC normalisation with runs of white space made one space."""
     found = _normal(response)
     if found == _normal(answer):
         return Verdict(True, form=found)

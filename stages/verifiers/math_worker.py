@@ -1,4 +1,4 @@
-"""The process in which math-verify runs: one JSON line in, one JSON line out, until its input ends.
+"""The grading process of math-verify: one JSON line in, one JSON line out, until its input ends.
 
 Answers come from a model and may be anything. This process may hang, grow or die: its parent
 (``verifiers.mathematics``) kills it when an answer takes too long. It limits its own memory, and its own processor
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def grade(response: str, answer: str) -> dict[str, Any]:
-    """Verdict of one response. Takes any time and any memory: never call it in a process that matters."""
+    """Grade one response. May take any time and any memory: never call it in a process that matters."""
     from eopd.stages.verifiers.equality import same_answer
 
     expected = reference_answer(answer)
@@ -60,7 +60,8 @@ def grade(response: str, answer: str) -> dict[str, Any]:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """From now on; past it the kernel ends this process (SIGXCPU). The parent's limit, in wall time, comes first."""
+    """Limit processor time from now on; past it the kernel ends this process (SIGXCPU). The parent's limit, in wall
+    time, comes first."""
     spent = time.process_time()
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     limit = math.ceil(spent + seconds + 1.0)

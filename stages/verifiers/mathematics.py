@@ -123,9 +123,8 @@ class MathVerifier:
             self._free.put(worker)
 
     def _start(self) -> _Worker:
-        """Of the first process a failure is everybody's (no math-verify); of a later one, after a kill, it is the
-        machine's (no memory, no time): it is tried again, then costs one answer.
-        """
+        """Start a process. If the first one fails, all do (no math-verify); a later failure, after a kill, is the
+        machine's (no memory, no time): it is tried again, then costs one answer."""
         try:
             worker = _Worker(self._command)
         except (OSError, NotStarted):
@@ -167,7 +166,7 @@ class _Worker:
             ) from error
 
     def ask(self, what: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises TimeoutError or WorkerDied; either way the worker is of no further use."""
+        """Grade one answer. Raises TimeoutError or WorkerDied; either way the worker is of no further use."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(what).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""How mathematics is spelled: one spelling for texts that differ in LaTeX alone, and what plain numbers say."""
+"""Spelling of mathematics: one spelling for texts that differ in LaTeX alone, and the values of plain numbers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Plain:
 
 
 def tidy(text: str) -> str:
-    """One spelling: without delimiters of mathematics, spacing, sizes, fonts and closing punctuation."""
+    """Normalise spelling: no delimiters of mathematics, spacing, sizes, fonts and closing punctuation."""
     text = text.translate(_UNICODE)
     for pattern, spelling in _SPELLING:
         text = pattern.sub(spelling, text)
@@ -136,7 +136,8 @@ def tidy(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """A tidy text for a comparison character by character: fonts, braces of one token and white space do not count."""
+    """Reduce a tidy text for a comparison character by character: without fonts, braces of one token and white
+    space."""
     text = re.sub(r"\{([A-Za-z0-9])\}", r"\1", TEXT.sub(r"\1", text))
     if re.search(r"\d,\s+\d{3}(?!\d)", text):  # 1, 234 are two numbers, but (1,234) are so too
         text = _apart(text)
@@ -144,7 +145,7 @@ def bare(text: str) -> str:
 
 
 def _apart(text: str) -> str:
-    """A text in which commas before a space that stand in no bracket are semicolons."""
+    """Replace commas before a space outside brackets by semicolons."""
     places, depth = [], 0
     for place, sign in enumerate(text):
         depth += (sign in "([{") - (sign in ")]}")
@@ -153,7 +154,8 @@ def _apart(text: str) -> str:
 
 
 def closing(text: str, opening: int) -> int:
-    """Place of the bracket that closes the one at ``opening``, or -1. Brackets of any kind close each other."""
+    """Return the position of the bracket that closes the one at ``opening``, or -1. Brackets of any kind close each
+    other."""
     depth = 0
     for place in range(opening, len(text)):
         if text[place] in "([{":
@@ -166,7 +168,7 @@ def closing(text: str, opening: int) -> int:
 
 
 def split(text: str, separators: str = ",;") -> list[str]:
-    """Parts of a text between separators, and the words "and" and "or", that stand in no bracket."""
+    """Split a text at separators, and at the words "and" and "or", outside brackets."""
     parts, depth, start = [], 0, 0
     place = 0
     while place < len(text):
@@ -186,7 +188,7 @@ def split(text: str, separators: str = ",;") -> list[str]:
 
 
 def plain_number(text: str) -> Plain | None:
-    """The number that a tidy text is: integer, decimal, fraction, mixed number, power of ten, or percentage."""
+    """Return the number that a tidy text is: integer, decimal, fraction, mixed number, power of ten, or percentage."""
     text = _FRAC.sub(lambda frac: f" {frac[1] or frac[2]}/{frac[3] or frac[4]} ", text).strip()
     text = re.sub(r"^([-+])\s+", r"\1", text)
     repeating = _REPEATING.fullmatch(text)
@@ -220,7 +222,7 @@ def plain_number(text: str) -> Plain | None:
 
 
 def _decimal_fraction(text: str) -> Plain | None:
-    """Such as ``1.5/2`` or ``-0.25/100``."""
+    """Parse fractions of decimals such as ``1.5/2`` or ``-0.25/100``."""
     over, slash, under = text.partition("/")
     try:
         return Plain(Fraction(over.strip()) / Fraction(under.strip())) if slash else None
@@ -242,7 +244,7 @@ def base_numeral(text: str) -> tuple[str, int] | None:
 
 
 def words(text: str) -> str | None:
-    """Lower-case words of a tidy text that is nothing else, without an article; None for a text with mathematics.
+    """Return the lower-case words of a tidy text of words alone, without an article; None for a text with mathematics.
 
     A single letter is no word unless a font of text says so; two and more always are: a product is not read from them.
     """

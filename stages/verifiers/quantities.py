@@ -1,4 +1,4 @@
-"""Numbers with units, scales and remarks: what of a text is the number, and what stands beside it."""
+"""Numbers with units, scales and remarks: separating the number from the rest of a text."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def uncommented(text: str) -> str:
 
 
 def same_remarks(one: str, other: str) -> bool:
-    """Whether two remarks may stand after the same answer: numbers and domains in both are the same."""
+    """True if two remarks may follow the same answer: numbers and domains in both are the same."""
     marks = [{re.sub(r"[\s{]", "", mark) for mark in _MARK.findall(remark)} for remark in (one, other)]
     return not all(marks) or marks[0] == marks[1]
 
@@ -181,13 +181,13 @@ def _remark_start(text: str) -> int | None:
 
 
 def unit_words(text: str) -> frozenset[str]:
-    """Words of a text, and the units that they name."""
+    """Return the words of a text, and the units that they name."""
     names = _UNIT_WORD.findall(text)
     return frozenset([*names, *(UNITS[name] for name in names if name in UNITS)])
 
 
 def quantity(text: str, words: frozenset[str] | None = frozenset()) -> tuple[str, str | None]:
-    """Number and unit of a tidy text. The unit is None for a text without one, "?" for one in other words.
+    """Return number and unit of a tidy text. The unit is None for a text without one, "?" for one in other words.
 
     Args:
         words: beside known units and plurals, what a unit is called; None for anything that does not change a number.
@@ -219,7 +219,7 @@ def quantity(text: str, words: frozenset[str] | None = frozenset()) -> tuple[str
 
 
 def _unit_start(text: str, words: frozenset[str] | None) -> int | None:
-    """Where the unit of a quantity begins: text in a font of its own, or known or plain words after a number."""
+    """Return where the unit of a quantity begins: text in a font of its own, or known or plain words after a number."""
     font = re.search(
         r"\s*\\text\{[^{}]*\}(?:\s*/\s*\\text\{[^{}]*\}|\s*\\cdot\s*\\text\{[^{}]*\}|\s*\^\s*\{?-?\d\}?)*$", text
     )
@@ -246,7 +246,7 @@ def _unit_start(text: str, words: frozenset[str] | None) -> int | None:
 
 
 def _is_unit(name: str, number: str, words: frozenset[str] | None) -> bool:
-    """Whether a text after a number says what is counted, and neither how much more of it nor that it is not so."""
+    """True if a text after a number says what is counted, and neither how much more of it nor that it is not so."""
     name = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", _POWER.sub("", name), flags=re.IGNORECASE)
     names = _UNIT_WORD.findall(name)
     if not _UNIT_TEXT.fullmatch(name) or _CHANGES.search(name) or not names:
@@ -268,7 +268,8 @@ def _is_unit(name: str, number: str, words: frozenset[str] | None) -> bool:
 
 
 def unit_name(text: str) -> str | None:
-    """One name of a unit however it is spelled: ``square inches`` and ``inches^2`` are ``in^2``; "?" if unknown."""
+    """Return one name of a unit however it is spelled: ``square inches`` and ``inches^2`` are ``in^2``; "?" if
+    unknown."""
     text = TEXT.sub(r" \1 ", text).replace("{", "").replace("}", "").strip(" .")
     if not text:
         return None

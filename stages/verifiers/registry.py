@@ -1,4 +1,4 @@
-"""Verifiers by name: what ``verifier:`` of a benchmark may say.
+"""Verifiers by name: the values of ``verifier:``.
 
 A verifier judges many (response, reference answer) pairs at once, so that one that needs processes can use several.
 """
@@ -18,18 +18,17 @@ Judge = Callable[[str, str], Verdict]
 
 class Verifier(Protocol):
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response, reference answer) pairs, in order; ``UNREADABLE`` where this verifier cannot read the
-        reference answer, whatever the others are.
-        """
+        """Judge (response, reference answer) pairs, in order; ``UNREADABLE`` if this verifier cannot read the reference
+        answer, whatever the others are."""
 
     def check_answer(self, answer: str) -> None:
-        """Raises ValueError where this verifier cannot read the reference answer: asked before anything is sampled."""
+        """Raise ValueError if this verifier cannot read the reference answer; called before anything is sampled."""
 
     def named(self) -> str:
-        """Name and version of what judged, for the results; to be asked after ``verify_many``."""
+        """Return name and version of the judge, for the results; call it after ``verify_many``."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free all resources."""
 
 
 class PlainVerifier:
@@ -79,7 +78,7 @@ NAMES: tuple[str, ...] = get_args(VerifierName)
 
 
 def open_verifier(name: str, *, seconds: float = 5.0, workers: int = 1) -> Verifier:
-    """The verifier called ``name``.
+    """Open the verifier called ``name``.
 
     Args:
         seconds: limit for one answer (``math``).

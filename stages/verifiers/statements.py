@@ -1,4 +1,4 @@
-"""Equations, inequalities and memberships: their sides, and the numbers that they allow."""
+"""Equations, inequalities and memberships: their sides, and the numbers that they admit."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class Statement:
         self.variable = self._variable() if self.sign and self.sign != "=" else ""
 
     def _variable(self) -> str:
-        """The one letter that an inequality bounds."""
+        """Return the one letter that an inequality bounds."""
         sides = [tidy(side) for part in split(self.text) for side in RELATION.split(part)]
         names = {bare(side) for side in sides if NAME.fullmatch(side) and side not in (r"\infty", r"\pi", "e")}
         return names.pop() if len(names) == 1 else ""
 
     def as_set(self) -> Any:
-        """The set of numbers that it allows: "or" joins inequalities, "and" limits each by the others."""
+        """Return the set of numbers that the statement admits: "or" joins inequalities, "and" limits each by the
+        others."""
         parts = split(self.text)
         if len(parts) > 1 and all(RELATION.search(part) for part in parts):
             sets = [Statement(tidy(part)).as_set() for part in parts]
@@ -57,7 +58,7 @@ class Statement:
 
 
 def names_value(statement: Statement) -> bool:
-    """Whether ``left = right`` gives the value of something: a name, an expression of several, or a sum that is right.
+    """True if ``left = right`` gives the value of something: a name, an expression of several, or a sum that is right.
 
     ``2x + 3 = 5`` has still to be solved, and gives none.
     """
@@ -78,7 +79,7 @@ def free(text: str) -> Any:
 
 
 def is_name(text: str) -> bool:
-    """Whether a tidy text names something: ``x``, ``a_1``, ``f(x)``; the names of numbers do not."""
+    """True if a tidy text names something: ``x``, ``a_1``, ``f(x)``; the names of numbers do not."""
     return bool(NAME.fullmatch(text) or CALL.fullmatch(text)) and text not in (
         "e",
         "i",
@@ -89,14 +90,14 @@ def is_name(text: str) -> bool:
 
 
 def agree(statement: Statement) -> bool:
-    """Whether the sides in a chain of equal signs are the same: ``x = 5+2 = 7``, and not ``x = 8 = 7``."""
+    """True if the sides in a chain of equal signs are the same: ``x = 5+2 = 7``, and not ``x = 8 = 7``."""
     *between, last = statement.chain[1:]
     values = [read(quantity(side, None)[0]) for side in between if not is_name(side)]
     return not values or all(value is None or same_value(value, read(quantity(last, None)[0])) for value in values)
 
 
 def proportional(ours: Statement, theirs: Statement) -> bool:
-    """Equations (or inequalities) that differ by a factor that is constant (and of the right sign)."""
+    """True for equations (or inequalities) that differ by a factor that is constant (and of the right sign)."""
     if len(ours.chain) != 2 or len(theirs.chain) != 2:
         return False
     sides = [read(side) for side in (*ours.chain, *theirs.chain)]

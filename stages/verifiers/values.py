@@ -1,4 +1,4 @@
-"""Expressions as the parser of math-verify reads them, and whether two have the same value."""
+"""Expressions as the parser of math-verify reads them, and equality of their values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CONVERSION = ConversionConfig(lowercase_symbols=False)
 
 
 def near(a: Any, b: Any, step: Any = None) -> bool:
-    """Whether a decimal stands for the other number: nearer than its last place, and than both tolerances."""
+    """True if a decimal stands for the other number: nearer than its last place, and than both tolerances."""
     difference = abs(a - b)
     return bool(
         difference <= ABSOLUTE and difference <= RELATIVE * max(abs(a), abs(b)) and (step is None or difference < step)
@@ -41,7 +41,7 @@ def near(a: Any, b: Any, step: Any = None) -> bool:
 
 
 def read(text: str) -> Any:
-    """What the parser of math-verify reads: a sympy object with exact numbers; None for a text that it cannot read.
+    """Parse a text with math-verify's parser into a sympy object with exact numbers; None if it cannot be read.
 
     A factor ``INEXACT`` marks decimals. Unlike ``math_verify.parse`` this keeps capitals (``R`` is not ``r``) and
     takes no last letter for a unit.
@@ -65,7 +65,7 @@ INEXACT = sympy.Symbol("inexact")
 
 
 def _readable(text: str) -> str:
-    """Notation that the parser of math-verify does not know, in one that it does."""
+    """Rewrite notation that the parser of math-verify does not know."""
     text = re.sub(r"(\d+)\s+(?=\\frac)", r"\1", text)
     text = re.sub(r"\)\s*(?=\()", r")\\cdot ", text)
     text = re.sub(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}", text)
@@ -100,14 +100,14 @@ def _exact(value: Any) -> Any:
 
 
 def number_of(text: str) -> Any:
-    """The number to 20 digits that a text is; None for a text that is none."""
+    """Return the number that a text is, to 20 digits; None for other texts."""
     value = read(text)
     value = value.xreplace({INEXACT: S.One}) if isinstance(value, sympy.Expr) else None
     return None if value is None or value.free_symbols else _evaluated(_done(value), 20)
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Two sympy objects."""
+    """True if two sympy objects have the same value."""
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         return (
             isinstance(a, sympy.MatrixBase)
@@ -182,7 +182,8 @@ _POINTS = [
 
 
 def _same_function(a: sympy.Expr, b: sympy.Expr, symbols: list[Any], inexact: bool) -> bool:
-    """Equal by value wherever both are real, at whole, fractional, positive and negative points; or by algebra."""
+    """True if both are equal wherever both are real, at whole, fractional, positive and negative points; or by
+    algebra."""
     if len(symbols) > 8 or a.has(AppliedUndef) or b.has(AppliedUndef):
         return zero(a - b)
     agreed = 0
@@ -209,7 +210,7 @@ def zero(value: Any) -> bool:
 
 
 def as_set(value: Any) -> Any:
-    """The set of real numbers that an interval, an inequality or a union of such is; None for anything else."""
+    """Return the set of real numbers that an interval, an inequality or a union of such is; None for anything else."""
     from sympy.core.relational import Relational
     from sympy.logic.boolalg import And, Or
 
@@ -229,7 +230,8 @@ def as_set(value: Any) -> Any:
 
 
 def same_set(a: Any, b: Any) -> bool:
-    """Sets by their pieces, whose ends are compared as numbers; tuples and open intervals of two by their ends."""
+    """Compare sets by their pieces, whose ends are compared as numbers; tuples and open intervals of two by their
+    ends."""
     if isinstance(a, sympy.Tuple) or isinstance(b, sympy.Tuple):
         if not all(isinstance(value, sympy.Tuple) or _is_open(value) for value in (a, b)):
             return False
@@ -252,7 +254,7 @@ def _is_open(value: Any) -> bool:
 
 
 def _pieces(value: Any) -> list[Any] | None:
-    """Intervals and points of a set."""
+    """Return the intervals and points of a set."""
     if isinstance(value, sympy.Expr):
         return [value]
     try:

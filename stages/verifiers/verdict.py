@@ -1,4 +1,4 @@
-"""What a verifier says of one response."""
+"""Verdicts of verifiers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ NO_ANSWER = "no answer found"
 
 @dataclass(frozen=True)
 class Verdict:
-    """``form`` is equal for two correct responses that are the same solution; ``reason`` says why one is wrong."""
+    """Verdict on one response. ``form`` is equal for two correct responses with the same solution; ``reason`` says why
+    one is wrong."""
 
     correct: bool
     form: str | None = None
@@ -19,5 +20,5 @@ class Verdict:
 
     @property
     def readable(self) -> bool:
-        """Whether the verifier could read the reference answer: if not, nothing was judged."""
+        """True if the verifier could read the reference answer: if not, nothing was judged."""
         return self.reason != UNREADABLE

@@ -1,4 +1,4 @@
-"""What an objective is: a pure function of (sparse student, teacher, context) that gives a loss a token.
+"""Objectives: pure functions of (sparse student, teacher, context) that return a loss per token.
 
 The vocabulary of a token is split into **outcomes**: K columns that the batch names (head, draws, sampled token, ids of
 the student's own; the stop tokens as one column where they are merged), and the rest as one mass.
@@ -32,7 +32,7 @@ class SparseStudent:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What an objective may know beside the two models. ``mask`` is 0 or a weight."""
+    """Context of a step besides the two models. ``mask`` is 0 or a weight."""
 
     mask: Tensor  # [T]
     normaliser: float  # valid tokens of the optimiser step over all micro-batches and ranks, divided by the ranks
@@ -53,7 +53,7 @@ class StepContext:
         return replace(self, **{name: value[start:stop] for name, value in given.items() if value is not None})
 
     def require(self, name: str, objective: str) -> Tensor:
-        """A tensor field that ``objective`` cannot do without; ValueError when the loop did not give it."""
+        """Return a tensor field that ``objective`` needs; raises ValueError if the loop did not give it."""
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"objective {objective!r} needs context.{name}, which was not given")
@@ -74,7 +74,7 @@ LossFunction = Callable[[SparseStudent, TeacherBatch, StepContext], TokenLoss]
 
 @dataclass(frozen=True)
 class Objective:
-    """One loss: what it needs of the cache, what a batch must hold, and the function itself.
+    """One objective: its needs of the cache, the content of its batches, and the function itself.
 
     ``per_round``: fields of StepContext that come from the round-start pass.
     """
@@ -90,12 +90,13 @@ class Objective:
         return self.settings.name
 
     def needs_with(self, stop_ids: Collection[int]) -> tuple[Need, ...]:
-        """Needs of a run whose models end with ``stop_ids``: the log-prob of a single one is never read."""
+        """Return the needs of a run whose models end with ``stop_ids``: the log-prob of a single one is never read."""
         return tuple(need for need in self.needs if len(set(stop_ids)) > 1 or not isinstance(need, StopsNeed))
 
 
 def guided(objective: Objective) -> Objective:
-    """The objective on the student's own tokens, and beta log(p/q) on those that the teacher wrote (arXiv 2606.01249).
+    """Combine the objective on the student's own tokens with beta log(p/q) on those that the teacher wrote (arXiv
+    2606.01249).
 
     Its gradient on the teacher's tokens is beta times that of supervised fine-tuning. `tropd` has it as it is.
     """
@@ -114,7 +115,7 @@ def guided(objective: Objective) -> Objective:
 
 
 def outcomes(z: Tensor, z_stops: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs [T, K] and log of the rest [T] from logits at outcomes.
+    """Return log-probs [T, K] and log of the rest [T] from logits at outcomes.
 
     ``z`` [T, K'], ``z_stops`` [T, E] (merged into column 0; E may be 0), ``log_rest`` [T] log-sum-exp of all others.
     """

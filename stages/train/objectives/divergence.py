@@ -25,19 +25,20 @@ Over = Literal["head", "known", "extra"]
 
 
 def members(teacher: TeacherBatch, over: Over) -> Tensor:
-    """The outcomes [T, K] (bool) of a support."""
+    """Return the outcomes of a support: [T, K] (bool)."""
     return {"head": teacher.in_head, "extra": teacher.in_extra, "known": teacher.in_head | teacher.in_extra}[over]
 
 
 def kl_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a log(a/b) - a + b elementwise: each >= 0 in floating point too, their sum is KL(a || b) of distributions."""
+    """Return a log(a/b) - a + b elementwise: each >= 0 in floating point too, their sum is KL(a || b) of
+    distributions."""
     a, d = log_a.exp(), log_b - log_a
     near = d.clamp(-1.0, 1.0)
     return torch.where(near == d, a * (torch.expm1(near) - near), log_b.exp() - a - a * d)
 
 
 def bucketed(student: SparseStudent, teacher: TeacherBatch, over: Over) -> tuple[Tensor, Tensor]:
-    """(log p, log q) [T, K+1] on the support, the last column being everything else; each sums to 1.
+    """Return (log p, log q) [T, K+1] on the support, the last column being everything else; each sums to 1.
 
     The student's tail is summed from its parts, never taken as 1 - sum, so that it is exact when it is small.
     """
@@ -53,7 +54,7 @@ def bucketed(student: SparseStudent, teacher: TeacherBatch, over: Over) -> tuple
 
 
 def forward_kl(student: SparseStudent, teacher: TeacherBatch, mode: SupportMode) -> Tensor:
-    """KL(p || q) [T] by support mode; `true` may be negative, `sampled` is unbiased over the draws.
+    """Return KL(p || q) [T] by support mode; `true` may be negative, `sampled` is unbiased over the draws.
 
     renormalised: sum p~ log(p~/q), p~ = p / sum_head p, q over the full vocabulary (EOPD). true: sum_head p log(p/q).
     sampled: -H - sum_head p log q - c sum_draws log q (or -H - 1/N sum_draws log q where draws are full).
@@ -70,13 +71,13 @@ def forward_kl(student: SparseStudent, teacher: TeacherBatch, mode: SupportMode)
 
 
 def reverse_kl(student: SparseStudent, teacher: TeacherBatch, over: Over = "known") -> Tensor:
-    """KL(q || p) [T] over the support and one bucket."""
+    """Return KL(q || p) [T] over the support and one bucket."""
     log_p, log_q = bucketed(student, teacher, over)
     return kl_terms(log_q, log_p).sum(dim=1)
 
 
 def jensen_shannon(student: SparseStudent, teacher: TeacherBatch, beta: float) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q [T], over the head and one bucket."""
+    """Return beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q [T], over the head and one bucket."""
     log_p, log_q = bucketed(student, teacher, "head")
     weight = torch.tensor(beta, dtype=log_p.dtype)  # a number: on the device it would be a copy a chunk
     log_m = torch.logaddexp(log_p + weight.log(), log_q + torch.log1p(-weight))

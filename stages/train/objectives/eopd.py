@@ -1,4 +1,4 @@
-"""Reverse KL on every token, forward KL added where the teacher is unsure: `opd`, `lightning_opd` and `eopd`.
+"""Reverse KL on every token, plus forward KL where the teacher is uncertain: `opd`, `lightning_opd` and `eopd`.
 
 Sources: docs/objectives.md. EOPD is arXiv 2603.07079, Lightning OPD 2604.13010.
 """
@@ -18,7 +18,7 @@ from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, N
 
 
 def forward_needs(settings: ObjectiveSettings, above_entropy: float = -1.0) -> tuple[Need, ...]:
-    """What `forward_kl` reads on tokens whose entropy exceeds ``above_entropy``."""
+    """Return the needs of `forward_kl` on tokens whose entropy exceeds ``above_entropy``."""
     if settings.support == "sampled":
         if settings.draws == "full":
             return (EntropyNeed(), DrawsNeed("full", n=settings.n_draws))
@@ -28,7 +28,8 @@ def forward_needs(settings: ObjectiveSettings, above_entropy: float = -1.0) -> t
 
 
 def forward_plan(settings: ObjectiveSettings) -> SupportPlan:
-    """Draws stand for what the *stored* head leaves out, so beside draws the head is not cut to k."""
+    """Return the outcomes of `forward_kl`: draws stand for what the *stored* head omits, so with draws the head is not
+    cut to k."""
     if settings.support == "sampled":
         return SupportPlan(head_k=None, draws=settings.draws, extra=settings.student_topk)
     return SupportPlan(head_k=settings.k, extra=settings.student_topk)
@@ -41,7 +42,7 @@ def reverse_needs(settings: ObjectiveSettings) -> tuple[Need, ...]:
 
 
 def round_start_fields(settings: ObjectiveSettings) -> frozenset[str]:
-    """Whether log q at the round's start is needed."""
+    """Return the fields that come from the round's start: log q, if the objective reads it."""
     sampled = settings.rkl == "sampled"
     return frozenset({"q_old"} if sampled and (settings.advantage == "old" or settings.ratio != "none") else ())
 
@@ -49,7 +50,7 @@ def round_start_fields(settings: ObjectiveSettings) -> frozenset[str]:
 def on_policy_term(
     settings: ObjectiveSettings, student: SparseStudent, teacher: TeacherBatch, context: StepContext
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_OPD [T]: the sampled token's surrogate, or the reverse KL over the support and its bucket."""
+    """Return L_OPD [T]: the sampled token's surrogate, or the reverse KL over the support and its bucket."""
     if settings.rkl == "topk":
         loss = reverse_kl(student, teacher, "known")
         return loss, {"loss_rkl": loss}

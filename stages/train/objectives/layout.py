@@ -1,4 +1,4 @@
-"""From ragged teacher rows to padded outcomes: which ids a token's loss looks at, and what the teacher says of them.
+"""Padded outcomes from ragged teacher rows: the ids that a token's loss reads, and the teacher's log-probs at them.
 
 Numpy only, run in the loader. Sums of probabilities are in float64.
 
@@ -29,7 +29,7 @@ TAIL_RESOLUTION = 1.0 / 256.0
 
 @dataclass(frozen=True)
 class SupportPlan:
-    """What a batch must hold beside the sampled token and the stops."""
+    """Outcomes that a batch must hold besides the sampled token and the stops."""
 
     head_k: int | None = 16  # head entries; None: all stored
     draws: str = "none"  # none | beyond_head | full
@@ -57,7 +57,7 @@ def entries_of(offsets: Index, ids: NDArray[np.int32], value: NDArray[np.float32
 
 
 class Layout:
-    """One use: turns rows into outcomes. Sums of probabilities are in float64."""
+    """Conversion of one batch of rows to outcomes. Sums of probabilities are in float64."""
 
     def __init__(
         self,
@@ -82,8 +82,9 @@ class Layout:
         np.add.at(self.tail_mass, entries.token, np.exp(entries.value))
 
     def _head(self) -> Entries:
-        """Head without stops and strangers, at most ``head_k`` outcomes a token; the merged stop goes to
-        ``stop_logprob`` where it belongs to the head: a member is there, or its sum exceeds the smallest entry."""
+        """Return the head without stops and ids beyond the student's vocabulary, at most ``head_k`` outcomes per token;
+        the merged stop goes to ``stop_logprob`` if it belongs to the head: a member is there, or its sum exceeds the
+        smallest entry."""
         rows, k = self.rows, self.plan.head_k
         head = entries_of(rows.head_offsets, rows.head_ids, rows.head_logprobs)
         smallest = np.full(rows.tokens, np.inf)
@@ -115,7 +116,7 @@ class Layout:
         return head
 
     def _stop_masses(self, members: Entries) -> tuple[Array, Array]:
-        """Mass [T] of merged stops inside the stored head, and of those in its tail."""
+        """Return the mass [T] of merged stops inside the stored head, and of those in its tail."""
         inside = np.zeros(self.rows.tokens)
         np.add.at(inside, members.token, np.exp(members.value))
         column = np.searchsorted(np.asarray(self.merged, dtype=np.int64), members.ids)
@@ -124,7 +125,7 @@ class Layout:
         return inside, beyond.sum(axis=1)
 
     def _draws(self) -> Entries:
-        """Draws with their weights; what is in the head or out of the student's vocabulary is dropped."""
+        """Return draws with their weights; ids in the head or outside the student's vocabulary are dropped."""
         if self.plan.draws == "none":
             return entries_of(np.zeros(self.rows.tokens + 1, np.int64), np.zeros(0, np.int32), 0.0)
         if self.rule.draws != self.plan.draws:
@@ -133,7 +134,7 @@ class Layout:
         return entries_of(self.rows.draw_offsets, self.rows.draw_ids, weight)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The fields of a ``TeacherBatch``, by name."""
+        """Return the fields of a ``TeacherBatch``, by name."""
         rows, tokens, merged = self.rows, self.rows.tokens, bool(self.merged)
         head, draws = self.head, self._draws()
         extra = entries_of(rows.extra_offsets, rows.extra_ids, rows.extra_logprobs)
@@ -195,8 +196,8 @@ class Layout:
         }
 
     def _normalise(self, logprob: Array, in_head: Bools, in_extra: Bools) -> tuple[Array, Array, Array]:
-        """Head and tail made to sum to 1, so that no rounding makes a divergence negative; then the same for
-        head and extra: (logprob, tail, known tail)."""
+        """Normalise head and tail to sum to 1, so that no rounding makes a divergence negative; then head and extra
+        alike. Returns (logprob, tail, known tail)."""
         mass = np.where(in_head, np.exp(logprob), 0.0).sum(axis=1)
         floor = np.exp(LOGPROB_FLOOR)
         tail = np.maximum(self.tail_mass, floor)

@@ -21,7 +21,7 @@ class PolicyTerm:
 
 
 def log_ratio_advantage(kind: Advantage, teacher: Tensor, student: Tensor, q_old: Tensor | None) -> Tensor:
-    """A = sg(log p(y) - log q(y)), q at the round's start (``old``) or at present (``current``)."""
+    """Return A = sg(log p(y) - log q(y)), with q at the round's start (``old``) or at present (``current``)."""
     if kind == "current":
         return teacher - student.detach()
     assert q_old is not None
@@ -36,7 +36,7 @@ def policy_gradient(
     clip_eps: float = 0.2,
     truncate_at: float = 2.0,
 ) -> PolicyTerm:
-    """Loss of ``student`` = log q(y) [T] under ``advantage``.
+    """Return the loss of ``student`` = log q(y) [T] under ``advantage``.
 
     ppo: max(-A r, -A clip(r, 1-eps, 1+eps)); is: -A r; truncated: -A min(r, c) with the weight held constant;
     none: -A with gradient -A grad log q(y) (r = 1).

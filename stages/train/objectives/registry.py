@@ -1,4 +1,4 @@
-"""The objectives by name.
+"""Objectives by name.
 
 ``make_objective(settings)`` gives an ``Objective``: its ``needs`` go to the cache before training, its ``plan`` to
 ``TeacherBatch.build``, the object itself to ``sparse_head_loss``. A user's own is a file with a callable that takes
@@ -34,7 +34,7 @@ BUILDERS: dict[str, Builder] = {
 
 
 def make_objective(settings: ObjectiveSettings, *, has_prefixes: bool = False) -> Objective:
-    """The objective that ``settings`` name.
+    """Create the objective that ``settings`` name.
 
     Args:
         has_prefixes: responses may begin with tokens that the teacher wrote, which it leaves to ``base.guided``.

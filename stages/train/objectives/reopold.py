@@ -23,7 +23,8 @@ EQUAL_ENTROPY = 1e-4
 
 
 def advantage_floor(settings: ObjectiveSettings) -> float:
-    """Smallest advantage, nats: log(lambda) / (1 - lambda), or log(lambda / (1 - lambda)) of a second source."""
+    """Return the smallest advantage in nats: log(lambda) / (1 - lambda), or log(lambda / (1 - lambda)) of a second
+    source."""
     weight = settings.floor_lambda
     if settings.floor_form == "mixture":
         return math.log(weight) / (1.0 - weight)
@@ -31,8 +32,8 @@ def advantage_floor(settings: ObjectiveSettings) -> float:
 
 
 def above_quantile(entropy: NDArray[np.float32], quantile: float) -> NDArray[np.bool_]:
-    """Which tokens [T] of a round are above a quantile of their entropies: as many as ``entropy > np.quantile(...)``
-    takes of distinct ones.
+    """Return the tokens [T] of a round above a quantile of their entropies: as many as ``entropy > np.quantile(...)``
+    selects from distinct ones.
 
     Entropies next to the quantile that are equal but for rounding are ordered by a hash of their place in the round,
     so that neither packing nor the number of processes decides which of them are taken. They end, on either side, at

@@ -1,4 +1,4 @@
-"""Settings of the objective: which loss, and its constants. Imports no torch, so that a plan can be made without it.
+"""Settings of objectives: the loss and its constants. Imports no torch, so that a plan can be made without it.
 
 Every objective of the family has its own defaults and uses only some of the fields (``FAMILY``). A field that the
 chosen objective does not use is refused rather than ignored, and never enters an artifact key.
@@ -175,7 +175,7 @@ class ObjectiveSettings(Settings):
         return frozenset(FAMILY.get(self.name, type(self).model_fields)) - {"name"}
 
     def semantic(self) -> dict[str, Any]:
-        """The name and the used fields; for an objective of the user's own also its file's content hash."""
+        """Return the name and the used fields; for a user's own objective also its file's content hash."""
         kept = {"name": self.name, **{k: v for k, v in super().semantic().items() if k in self.used}}
         if ":" in self.name:
             kept["source"] = own_file_hash(self.name)
@@ -183,7 +183,7 @@ class ObjectiveSettings(Settings):
 
 
 def check_name(name: str) -> None:
-    """Raises: ValueError naming the nearest objective, or the reason why one is refused."""
+    """Raise ValueError for an unknown name, with the nearest objective or the reason why it is refused."""
     if name in REFUSED:
         raise ValueError(f"objective.name={name!r} is refused: {REFUSED[name]}")
     if name not in FAMILY:
@@ -194,7 +194,7 @@ def check_name(name: str) -> None:
 
 
 def own_file_hash(name: str) -> str:
-    """SHA-256 of the file in ``path/to/file.py:name``; raises ValueError when it does not exist."""
+    """Return the SHA-256 of the file in ``path/to/file.py:name``; raises ValueError if it does not exist."""
     path = Path(name.rsplit(":", 1)[0])
     if not path.is_file():
         raise ValueError(f"objective.name={name!r}: no such file: {path}")

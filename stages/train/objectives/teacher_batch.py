@@ -49,7 +49,7 @@ class TeacherBatch:
         return len(self.support_offsets) - 1
 
     def slice(self, start: int, stop: int) -> TeacherBatch:
-        """Tokens [start, stop); needs no synchronisation with the device."""
+        """Return tokens [start, stop) without synchronising with the device."""
         low, high = int(self.support_offsets[start]), int(self.support_offsets[stop])
         names = (
             "logprob",
@@ -71,7 +71,7 @@ class TeacherBatch:
         )
 
     def row_of_support(self) -> Tensor:
-        """Row number [N] of each evaluated id."""
+        """Return the row number [N] of each evaluated id."""
         return torch.div(self.support_slots, max(self.width, 1), rounding_mode="floor")
 
     @classmethod
@@ -86,7 +86,7 @@ class TeacherBatch:
         *,
         is_scored: bool = True,
     ) -> TeacherBatch:
-        """Batch of ``rows``; ``rule`` is the coverage's (weight of a draw), ``vocab_size`` the student's.
+        """Build the batch of ``rows``; ``rule`` is the coverage's (weight of a draw), ``vocab_size`` the student's.
 
         Ids outside the student's vocabulary fall to the tail. Raises ValueError when the rows lack what stop
         handling needs, or when a sampled token is outside the student's vocabulary.

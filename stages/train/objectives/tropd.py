@@ -1,4 +1,4 @@
-"""`tropd` (arXiv 2606.01249): a policy gradient where the teacher would have accepted a token, forward KL elsewhere."""
+"""`tropd` (arXiv 2606.01249): policy gradient on tokens that the teacher would have accepted, forward KL elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eopd.storage.needs import HeadNeed, Need, SampledNeed, StopsNeed
 
 
 def hashed_uniform(key: Tensor, seed: int, epoch: int) -> Tensor:
-    """Uniform numbers [T] in [0, 1) as a function of ``key`` [T] int64, seed and epoch (SplitMix64's finaliser).
+    """Return uniform numbers [T] in [0, 1) as a function of ``key`` [T] int64, seed and epoch (SplitMix64's finaliser).
 
     So that a token's fate depends neither on the batch it is in nor on where a run was resumed.
     """

@@ -15,7 +15,7 @@ from eopd.storage.needs import ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsN
 
 
 def baseline(settings: ObjectiveSettings, student: SparseStudent, teacher: TeacherBatch) -> Tensor:
-    """b [T]: reverse KL on a support that is chosen without the sampled token, which would bias the gradient.
+    """Return b [T]: reverse KL on a support that is chosen without the sampled token, which would bias the gradient.
 
     `bucket`: head (and the student's own top ids) and everything else as one outcome; `renormalised` (the published
     code): both models renormalised on the student's top ids, or on the head where none are stored.

@@ -1,27 +1,31 @@
 """Scores as Parquet tables that other trainers read, and top-k captures of others as scores.
 
-Exported: one row a response, lists a token. Imported: one row a sequence, with its ids and an uncompressed list of
-top-k ids and log-probs a position, as DistillKit-style captures have them once unpacked.
+Exported: one row a response, lists a token; or whole sequences with top-k lists, in the columns of axolotl's KD plugin.
+Imported: one row a sequence, with its ids and an uncompressed list of top-k ids and log-probs a position, as axolotl's
+plugin reads them, and as DistillKit-style captures have them once unpacked.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eopd.storage.artifacts import Artifact
 from eopd.storage.files import naming_full_disks
 from eopd.storage.ragged import offsets_of
 from eopd.storage.records import named
+from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import PartHeader, TeacherCache
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
@@ -51,17 +55,24 @@ def export_parquet(cache: TeacherCache, path: Path, parts: Iterable[int] | None 
         StoreFull, StoreUnwritable: it cannot be written; MissingPart, DamagedPart: or not be read.
     """
     tokens = 0
+    with _whole_file(path, EXPORT_SCHEMA) as writer:
+        for part in filled_parts(cache.artifact) if parts is None else parts:
+            rows = cache.read_part(part)
+            writer.write_table(_table(rows, part))
+            tokens += rows.tokens
+    return tokens
+
+
+@contextmanager
+def _whole_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Open a Parquet file for writing that takes its name once it is complete."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with naming_full_disks(path), pq.ParquetWriter(beside, EXPORT_SCHEMA, compression="zstd") as writer:
-            for part in filled_parts(cache.artifact) if parts is None else parts:
-                rows = cache.read_part(part)
-                writer.write_table(_table(rows, part))
-                tokens += rows.tokens
+        with naming_full_disks(path), pq.ParquetWriter(beside, schema, compression="zstd") as writer:
+            yield writer
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    return tokens
 
 
 def _table(rows: TeacherRows, part: int) -> pa.Table:
@@ -88,6 +99,117 @@ def _table(rows: TeacherRows, part: int) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=EXPORT_SCHEMA)
 
 
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        pa.field("input_ids", pa.list_(pa.int32())),  # prompt and response
+        pa.field("attention_mask", pa.list_(pa.int8())),  # 1
+        pa.field("labels", pa.list_(pa.int32())),  # the response's ids, IGNORED before them
+        pa.field("completion_mask", pa.list_(pa.int8())),  # 1 for the response's tokens
+        pa.field("target_token_ids", pa.list_(pa.list_(pa.int32()))),  # at position j: of token j + 1
+        pa.field("target_logprobs", pa.list_(pa.list_(pa.float32()))),
+        pa.field("target_mask", pa.list_(pa.list_(pa.int8()))),  # 1 for entries that are there
+    ]
+)
+"""Columns of axolotl's KD plugin. TRL's trainers read the first four."""
+IGNORED = -100
+NO_MASS = -1e9  # log-prob of an entry that is not there; -inf would make NaN in a loss
+
+
+def export_sequences(cache: TeacherCache, rollouts: Artifact, path: Path) -> tuple[int, int]:
+    """Write every scored response with its prompt to one Parquet file (``SEQUENCE_SCHEMA``).
+
+    Lists of a sequence are all as long as its largest head. The file appears whole or not at all.
+
+    Returns:
+        Sequences, and tokens with log-probs.
+
+    Raises:
+        StoreFull, StoreUnwritable: it cannot be written; MissingPart, DamagedPart: or not be read.
+    """
+    sequences = tokens = 0
+    with _whole_file(path, SEQUENCE_SCHEMA) as writer:
+        for part in filled_parts(cache.artifact):
+            prompts = read_rollouts(rollouts.part_folder(part), ["prompt_token_ids"])["prompt_token_ids"].to_pylist()
+            rows = cache.read_part(part)
+            table = [
+                _sequence(rows, response, prompt)
+                for response, prompt in enumerate(prompts)
+                if rows.response_offsets[response] < rows.response_offsets[response + 1]
+            ]
+            writer.write_table(pa.Table.from_pylist(table, schema=SEQUENCE_SCHEMA))
+            sequences, tokens = sequences + len(table), tokens + rows.tokens
+    return sequences, tokens
+
+
+def _sequence(rows: TeacherRows, response: int, prompt: list[int]) -> dict[str, list[Any]]:
+    """Return one response after its prompt, as a row of ``SEQUENCE_SCHEMA``."""
+    first, last = rows.response_offsets[response : response + 2]
+    ids = rows.token_ids[first:last].tolist()
+    sizes = np.diff(rows.head_offsets[first : last + 1])
+    widest = int(sizes.max())
+    entries = slice(rows.head_offsets[first], rows.head_offsets[last])
+    there = np.arange(widest) < sizes[:, None]
+    lists = {}
+    for name, values, absent in (
+        ("target_token_ids", rows.head_ids[entries], 0),
+        ("target_logprobs", rows.head_logprobs[entries], NO_MASS),
+        ("target_mask", np.ones(int(sizes.sum()), np.int8), 0),
+    ):
+        # The token after the prompt is described at the prompt's last position, and nothing at the last of all.
+        filled = np.full((len(prompt) + len(ids), widest), absent, values.dtype)
+        filled[len(prompt) - 1 : -1][there] = values
+        lists[name] = list(filled)
+    return {
+        "input_ids": prompt + ids,
+        "attention_mask": [1] * (len(prompt) + len(ids)),
+        "labels": [IGNORED] * len(prompt) + ids,
+        "completion_mask": [0] * len(prompt) + [1] * len(ids),
+        **lists,
+    }
+
+
+@dataclass(frozen=True)
+class CaptureColumns:
+    """Columns of a capture. At position t, lists of ``top_ids`` and ``top_logprobs``; entries whose ``mask`` is 0 are
+    not there."""
+
+    ids: str = "input_ids"
+    top_ids: str = "top_indices"
+    top_logprobs: str = "top_values"
+    mask: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [self.ids, self.top_ids, self.top_logprobs, *([self.mask] if self.mask is not None else [])]
+
+
+DISTILLKIT = CaptureColumns()
+AXOLOTL = CaptureColumns(top_ids="target_token_ids", top_logprobs="target_logprobs", mask="target_mask")
+
+
+def columns_of(path: Path) -> CaptureColumns:
+    """Return axolotl's columns where the file has them, and DistillKit's otherwise.
+
+    Raises:
+        ValueError: the file is no Parquet.
+    """
+    with _naming_what_is_no_parquet(path):
+        there = pq.read_schema(path).names
+    if AXOLOTL.top_ids not in there or AXOLOTL.top_logprobs not in there:
+        return DISTILLKIT
+    return AXOLOTL if AXOLOTL.mask in there else replace(AXOLOTL, mask=None)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A response that is read from a capture."""
+
+    row: int
+    name: str  # for messages
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Capture:
     """A capture of top-k lists as rows, one response per sequence, and the rounding that reading needed."""
@@ -99,19 +221,18 @@ class Capture:
 
 def read_capture(
     path: Path,
+    columns: CaptureColumns = DISTILLKIT,
     *,
-    ids: str = "input_ids",
-    top_ids: str = "top_indices",
-    top_logprobs: str = "top_values",
     shifted: bool = True,
     vocab_size: int | None = None,
+    wanted: Sequence[Wanted] | None = None,
 ) -> Capture:
     """Read a capture of uncompressed top-k lists.
 
     Args:
-        ids, top_ids, top_logprobs: the capture's columns.
         shifted: position t of the capture predicts token t + 1 (so the first token has no scores).
         vocab_size: the teacher's; None checks ids against none.
+        wanted: the responses to read, in this order; None: of every sequence the tokens that have lists.
 
     What a capture does not hold is bounded and marked in the header (``imported_header``): the entropy is that of the
     top-k with the rest as one outcome, and a sampled token outside the top-k gets the mass of the rest. Entries without
@@ -120,50 +241,135 @@ def read_capture(
 
     Raises:
         ValueError: the file is no Parquet; a column is missing or of another type; or a row or position (both are
-            named) has ids outside the vocabulary, an id twice, values that are no log-probs, more mass than 1, or lists
-            of other lengths.
+            named) has ids outside the vocabulary, an id twice, values that are no log-probs, more mass than 1, lists of
+            other lengths, a masked position between others, or other tokens than the response that is wanted.
     """
     with _naming_what_is_no_parquet(path):
         schema = pq.read_schema(path)
-    for name, depth in ((ids, 1), (top_ids, 2), (top_logprobs, 2)):
+    for name in columns.names:
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
-        _check_type(path, schema.field(name), depth, floats=name == top_logprobs)
-    with _naming_what_is_no_parquet(path):
-        table = pq.read_table(path, columns=[ids, top_ids, top_logprobs]).combine_chunks()
+        _check_type(path, schema.field(name), 1 if name == columns.ids else 2, floats=name == columns.top_logprobs)
+    table = _rows(path, columns.names, None if wanted is None else [one.row for one in wanted])
     tokens: list[NDArray[np.int64]] = []
     entries: list[_Position] = []
-    lengths: list[int] = []
-    columns = (table.column(name) for name in (ids, top_ids, top_logprobs))
-    for row, values in enumerate(zip(*columns, strict=True)):
-        sequence, some_ids, some = (value.as_py() for value in values)
-        where = f"{path} row {row}"
-        for name, value in ((ids, sequence), (top_ids, some_ids), (top_logprobs, some)):
+    for number in range(table.num_rows):
+        row = number if wanted is None else wanted[number].row
+        sequence = _CapturedSequence.of(
+            f"{path} row {row}", columns, [table.column(name)[number].as_py() for name in columns.names], shifted
+        )
+        start, stop = sequence.span() if wanted is None else sequence.place_of(wanted[number])
+        entries += [sequence.position(token, vocab_size) for token in range(start, stop)]
+        tokens.append(_ids(sequence.ids, vocab_size, f"{sequence.where}: token id")[start:stop])
+    every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
+    lengths = np.asarray([len(some) for some in tokens], np.int64)
+    return _imported(every.astype(np.int32), entries, lengths, vocab_size)
+
+
+def _rows(path: Path, columns: list[str], rows: Sequence[int] | None) -> pa.Table:
+    with _naming_what_is_no_parquet(path):
+        if rows is None:
+            return pq.read_table(path, columns=columns).combine_chunks()
+        held = pq.ParquetFile(path).metadata.num_rows
+        beyond = next((row for row in rows if row >= held), None)
+        if beyond is not None:
+            raise ValueError(f"{path} has {held} rows, and row {beyond} is asked for")
+        return ds.dataset(path, format="parquet").take(pa.array(rows, pa.int64()), columns=columns).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _CapturedSequence:
+    """A row of a capture. The lists at place t - ``shift`` describe token t."""
+
+    where: str
+    ids: list[int]
+    top_ids: list[list[int] | None]
+    top_logprobs: list[list[float] | None]
+    masks: list[list[int]] | None
+    shift: int
+    first: int  # the first token that may have lists
+
+    @classmethod
+    def of(cls, where: str, columns: CaptureColumns, values: list[Any], shifted: bool) -> _CapturedSequence:
+        """Raises ValueError for null values, and lists of other lengths than the tokens."""
+        for name, value in zip(columns.names, values, strict=True):
             if value is None:
                 raise ValueError(f"{where}: {name} is null")
-        if None in sequence:
-            raise ValueError(f"{where}: token {sequence.index(None)} of {ids} is null")
-        count = len(sequence) - shifted
-        if len(some_ids) != len(some) or len(some) not in {max(count, 0), len(sequence)}:
+        ids, top_ids, top_logprobs, *more = values
+        masks = more[0] if more else None
+        if None in ids:
+            raise ValueError(f"{where}: token {ids.index(None)} of {columns.ids} is null")
+        if len(top_ids) != len(top_logprobs) or len(top_logprobs) not in {max(len(ids) - shifted, 0), len(ids)}:
             raise ValueError(
-                f"{where}: {len(sequence)} tokens and {len(some)} lists of log-probs ({len(some_ids)} of ids)"
+                f"{where}: {len(ids)} tokens and {len(top_logprobs)} lists of log-probs ({len(top_ids)} of ids)"
             )
+        if masks is not None and [*map(_length, masks)] != [*map(_length, top_ids)]:
+            raise ValueError(f"{where}: {columns.mask} has other lengths than {columns.top_ids}")
         first = int(shifted)
-        if len(some) and some[0] is None and some_ids[0] is None:
+        if len(top_ids) and top_logprobs[0] is None and top_ids[0] is None:
             if shifted:
                 raise ValueError(
                     f"{where}, position 0: null, as in vLLM's prompt log-probs, where position t scores token t: "
                     "read it with shifted=False (`--no-shifted`)"
                 )
-            first, some_ids, some = 1, some_ids[1:], some[1:]
-        predicted = _ids(sequence, vocab_size, f"{where}: token id")[first:]
-        start = first - shifted
-        for place, (one, other) in enumerate(zip(some_ids[: len(predicted)], some[: len(predicted)], strict=True)):
-            entries.append(_position(one, other, vocab_size, f"{where}, position {place + start}"))
-        tokens.append(predicted)
-        lengths.append(len(predicted))
-    every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
-    return _imported(every.astype(np.int32), entries, np.asarray(lengths, np.int64), vocab_size)
+            first = 1
+        return cls(where, ids, top_ids, top_logprobs, masks, int(shifted), first)
+
+    @property
+    def stop(self) -> int:
+        """The end of the tokens that may have lists."""
+        return min(len(self.ids), len(self.top_ids) + self.shift)
+
+    def is_masked(self, token: int) -> bool:
+        return self.masks is not None and not any(self.masks[token - self.shift] or ())
+
+    def span(self) -> tuple[int, int]:
+        """Return first and end of the tokens that have lists."""
+        there = [token for token in range(self.first, self.stop) if not self.is_masked(token)]
+        if not there:
+            return self.first, self.first
+        start, stop = there[0], there[-1] + 1
+        if len(there) < stop - start:
+            hole = next(token for token in range(start, stop) if self.is_masked(token))
+            raise ValueError(
+                f"{self.where}, position {hole - self.shift}: masked between positions that are not; one response a "
+                "sequence is read, so split the sequence at it"
+            )
+        return start, stop
+
+    def place_of(self, wanted: Wanted) -> tuple[int, int]:
+        """Return first and end of a response's tokens."""
+        start, stop = len(wanted.prompt), len(wanted.prompt) + len(wanted.response)
+        tokens = [*wanted.prompt, *wanted.response]
+        if self.ids[:stop] != tokens:
+            other = next(
+                (place for place, pair in enumerate(zip(self.ids, tokens, strict=False)) if len({*pair}) > 1), 0
+            )
+            raise ValueError(
+                f"{self.where} holds other tokens than {wanted.name} and its response: {len(self.ids)} and "
+                f"{len(tokens)}, of which number {other} is the first that differs"
+            )
+        unread = next(
+            (token for token in range(start, stop) if not self.first <= token < self.stop or self.is_masked(token)),
+            None,
+        )
+        if unread is not None:
+            raise ValueError(f"{self.where} has no log-probs of token {unread}, which {wanted.name} is to be scored on")
+        return start, stop
+
+    def position(self, token: int, vocab_size: int | None) -> _Position:
+        place = token - self.shift
+        ids, logprobs = self.top_ids[place], self.top_logprobs[place]
+        where = f"{self.where}, position {place}"
+        if self.masks is not None and ids is not None and logprobs is not None and len(ids) == len(logprobs):
+            kept = self.masks[place]
+            ids = [one for one, keep in zip(ids, kept, strict=True) if keep]
+            logprobs = [one for one, keep in zip(logprobs, kept, strict=True) if keep]
+        return _position(ids, logprobs, vocab_size, where)
+
+
+def _length(values: list[Any] | None) -> int:
+    return 0 if values is None else len(values)
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +16,9 @@ from eopd.stages.format import escaped, one_line, size
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
+    from eopd.storage.artifacts import Artifact
     from eopd.storage.listing import Listed
+    from eopd.storage.remote import RemoteArtifact
     from eopd.storage.teacher_cache import TeacherCache
 
 app = typer.Typer(
@@ -93,13 +96,18 @@ def stats(
 
 def _scores(store: str, name: str) -> TeacherCache:
     """Find scores by ``name``: a key, or scores/key."""
-    from eopd.storage import listing
     from eopd.storage.teacher_cache import TeacherCache
+
+    return TeacherCache(_score_artifact(store, name))
+
+
+def _score_artifact(store: str, name: str) -> Artifact | RemoteArtifact:
+    from eopd.storage import listing
 
     artifact = listing.find(_opened(store), name if "/" in name else f"scores/{name}")
     if artifact.kind != "scores":
         raise ValueError(f"{artifact} are no scores: name one of `eopd store ls scores`")
-    return TeacherCache(artifact)
+    return artifact
 
 
 def _writable(path: Path) -> Path:
@@ -240,11 +248,44 @@ def export(
     name: Name,
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet file to write.")],
     store: Place = "store",
+    format_: Annotated[
+        Literal["eopd", "axolotl"],
+        typer.Option(
+            "--format",
+            help="eopd: a row a response, with entropies, heads, tails and draws. axolotl: whole sequences with labels "
+            "and top-k lists, in the columns of its KD plugin, of which TRL's trainers read the ids and masks.",
+        ),
+    ] = "eopd",
 ) -> None:
-    """Write scores as one Parquet table (ids, log-probs, entropy per token) that other trainers and `datasets` read."""
-    from eopd.storage.exchange import export_parquet
+    """Write scores as one Parquet table that other trainers and `datasets` read."""
+    from eopd.storage.exchange import export_parquet, export_sequences
+    from eopd.storage.sources import filled_parts
+    from eopd.storage.teacher_cache import TeacherCache
 
-    _say(f"{path}: {export_parquet(_scores(store, name), _writable(path)):,} tokens")
+    scores = _score_artifact(store, name)
+    cache = TeacherCache(scores)
+    if format_ == "eopd":
+        _say(f"{path}: {export_parquet(cache, _writable(path)):,} tokens")
+        return
+    sequences, tokens = export_sequences(cache, _rollouts_of(store, scores), _writable(path))
+    temperature = cache.header(next(filled_parts(scores), 0)).temperature
+    _say(f"{path}: {sequences:,} sequences, {tokens:,} tokens with log-probs at temperature {temperature:g}")
+
+
+def _rollouts_of(store: str, scores: Artifact | RemoteArtifact) -> Artifact:
+    """Find the rollouts that scores were made from, which hold the prompts."""
+    from eopd.storage import listing
+    from eopd.storage.artifacts import Artifact
+
+    key = scores.identity.inputs.get("rollouts")
+    if key is None:
+        raise ValueError(f"{scores} were imported, and no rollouts hold their prompts: the capture does")
+    rollouts = listing.find(_opened(store), f"rollouts/{key}")
+    if not isinstance(rollouts, Artifact):
+        raise ValueError(
+            f"--store {store} is a bucket: `eopd store copy --inputs` the scores to a folder, and export them there"
+        )
+    return rollouts
 
 
 @app.command("import")
@@ -254,14 +295,22 @@ def import_(
     teacher: Annotated[str, typer.Option(help="Name of the teacher that made it.")] = ...,  # type: ignore[assignment]
     tokenizer: Annotated[str, typer.Option(help="Name of its tokenizer.")] = ...,  # type: ignore[assignment]
     vocab_size: Annotated[int, typer.Option(help="Rows of the teacher's vocabulary.")] = ...,  # type: ignore[assignment]
-    ids: Annotated[str, typer.Option(help="Column of the token ids.")] = "input_ids",
-    top_ids: Annotated[str, typer.Option(help="Column of the top-k ids of each position.")] = "top_indices",
-    top_logprobs: Annotated[str, typer.Option(help="Column of their log-probs.")] = "top_values",
+    ids: Annotated[str | None, typer.Option(help="Column of the token ids (input_ids).")] = None,
+    top_ids: Annotated[
+        str | None,
+        typer.Option(help="Column of the top-k ids of each position (target_token_ids or top_indices, as there is)."),
+    ] = None,
+    top_logprobs: Annotated[
+        str | None, typer.Option(help="Column of their log-probs (target_logprobs or top_values).")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Column that is 0 for entries that are not there (target_mask, if there is one).")
+    ] = None,
     shifted: Annotated[bool, typer.Option(help="Position t of the capture predicts token t + 1.")] = True,
 ) -> None:
-    """Take a DistillKit-style capture into a store as scores of one part."""
+    """Take a capture with axolotl's columns, or DistillKit's, into a store as scores of one part."""
     from eopd.storage.artifacts import Artifact
-    from eopd.storage.exchange import imported_header, read_capture
+    from eopd.storage.exchange import columns_of, imported_header, read_capture
     from eopd.storage.files import sha256_file
     from eopd.storage.identity import Identity
     from eopd.storage.teacher_cache import write_part
@@ -272,14 +321,19 @@ def import_(
         raise ValueError(
             f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
         )
-    capture = read_capture(
-        path, ids=ids, top_ids=top_ids, top_logprobs=top_logprobs, shifted=shifted, vocab_size=vocab_size
-    )
+    named = {"ids": ids, "top_ids": top_ids, "top_logprobs": top_logprobs, "mask": mask}
+    columns = replace(columns_of(path), **{name: column for name, column in named.items() if column is not None})
+    capture = read_capture(path, columns, shifted=shifted, vocab_size=vocab_size)
     rows = capture.rows
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)
     digest = sha256_file(path)
-    options = {"teacher": teacher, "tokenizer": tokenizer, "vocab_size": vocab_size, "shifted": shifted}
-    read = {**options, "columns": [ids, top_ids, top_logprobs]}
+    read = {
+        "teacher": teacher,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "shifted": shifted,
+        "columns": columns.names,
+    }
     artifact = Artifact(place, Identity("scores", 1, 1, {"imported": read}, {"capture": digest}, {"head": "capture"}))
     if not artifact.is_committed(0):
         with artifact.write_part(0, inputs={"capture": digest}) as folder:

@@ -17,7 +17,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
-from eopd.storage.exchange import export_parquet, imported_header, read_capture
+from eopd.storage.exchange import CaptureColumns, export_parquet, imported_header, read_capture
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
@@ -245,7 +245,7 @@ def test_import(tmp_path: Path, shifted: bool) -> None:
 def test_what_cannot_be_imported(tmp_path: Path) -> None:
     table, _ = capture(tmp_path / "capture.parquet", False)
     with pytest.raises(ValueError, match="no column 'ids'"):
-        read_capture(tmp_path / "capture.parquet", ids="ids")
+        read_capture(tmp_path / "capture.parquet", CaptureColumns(ids="ids"))
     heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
     pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
     with pytest.raises(ValueError, match="are these log-probs"):

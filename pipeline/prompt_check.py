@@ -76,7 +76,7 @@ def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
             if key not in tried:
                 render_sources([source], student, teacher, rows)
                 tried.add(key)
-        if run.settings.reads_verdicts:
+        if run.settings.judged_for:
             key = repr((run.settings.prompts, run.settings.judge))
             if key not in tried:
                 check_answers(run.settings, rows)
@@ -110,7 +110,7 @@ def check_answers(settings: RunSettings, rows: int | None) -> None:
             except ValueError as error:
                 raise ConfigError(
                     f"prompts: prompt {prompt.id!r} has an answer that prompts.verifier: {name} cannot judge by, and "
-                    f"train.select.verdict is {settings.train.select.verdict}: {error}"
+                    f"{settings.judged_for}: {error}"
                 ) from error
             readable.add(prompt.answer)
     finally:

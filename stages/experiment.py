@@ -136,23 +136,36 @@ class ExperimentSettings(Settings):
         """True if training reads verdicts on the rollouts."""
         return self.train.select.verdict != "any"
 
+    @property
+    def rollouts_carry_verdicts(self) -> bool:
+        """True if responses are judged while they are sampled."""
+        return self.rollout.attempts is not None
+
+    @property
+    def judged_for(self) -> str:
+        """The setting that asks for verdicts on rollouts, with its value; empty if there is none."""
+        if self.rollout.attempts is not None:
+            return f"rollout.attempts.until is {self.rollout.attempts.until}"
+        if self.selects_by_verdict:
+            return f"train.select.verdict is {self.train.select.verdict}"
+        judged = self.score.teacher_prompt.judged
+        return f"score.teacher_prompt shows {{{{{judged[0]}}}}}" if judged else ""
+
     @model_validator(mode="after")
     def _verdicts_can_be_had(self) -> ExperimentSettings:
-        if not self.reads_verdicts:
+        if not self.judged_for:
             return self
-        judged = self.score.teacher_prompt.judged
-        reason = f"train.select.verdict is {self.train.select.verdict}"
-        if not self.selects_by_verdict:
-            reason = f"score.teacher_prompt shows {{{{{judged[0]}}}}}"
         if self.prompts.verifier is None:
             raise ValueError(
-                f"{reason}, but no verifier judges the prompts: set prompts.verifier to "
+                f"{self.judged_for}, but no verifier judges the prompts: set prompts.verifier to "
                 f"{', '.join(get_args(VerifierName))}"
             )
         if self.prompts.columns.answer is None:
             raise ValueError(
-                f"{reason}, but the prompts have no reference answers: name their column in prompts.columns.answer"
+                f"{self.judged_for}, but the prompts have no reference answers: name their column in "
+                "prompts.columns.answer"
             )
+        judged = self.score.teacher_prompt.judged
         if SIBLING in judged and self.rollout.samples_per_prompt == 1:
             raise ValueError(
                 "score.teacher_prompt shows {{right_sibling}}, and rollout.samples_per_prompt is 1: no response has a "

@@ -40,7 +40,8 @@ def read_record(
     """Read one file of the record with this schema, or only ``columns`` of it.
 
     Args:
-        others: schemas of other versions that are read too. Columns that the file's version lacks are left out.
+        others: schemas of other versions that are read too. Columns that the file's version lacks are left out, and so
+            are nullable ones that only these schemas have, if the file lacks them.
 
     Raises:
         WrongArtifact: the file holds another record.
@@ -49,9 +50,10 @@ def read_record(
     """
     try:
         with pq.ParquetFile(path) as file:
-            schema = _schema_of(path, file.schema_arrow.metadata or {}, (schema, *others))
+            first, schema = schema, _schema_of(path, file.schema_arrow.metadata or {}, (schema, *others))
             if columns is not None:
-                columns = [name for name in columns if name in schema.names]
+                there = {*file.schema_arrow.names, *first.names, *(one.name for one in schema if not one.nullable)}
+                columns = [name for name in columns if name in schema.names and name in there]
             return check_columns(path, _rows(path, file, columns), schema, columns)
     except (pa.ArrowException, *MISFITS) as error:  # Arrow's are ValueErrors, OSErrors and others
         raise DamagedPart(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error

@@ -3,8 +3,9 @@
 Produced by ``stages.rollout``; read by ``stages.score``, ``stages.train`` and ``stages.report``. One Parquet
 file a part. Token ids are those that were sampled, never re-tokenised text.
 
-Version 1 holds responses that the policy sampled. Version 2 adds ``written``, the writer of every response token; it is
-written by every other source of responses, so that an eopd that knows version 1 alone refuses them.
+Version 1 holds responses that the policy sampled, each at once. Version 2 adds ``written``, the writer of every
+response token, and, if a verifier judged responses while they were sampled, ``correct`` and ``attempts``. An eopd that
+knows version 1 alone refuses it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ SCHEMA_OF_WRITERS = SCHEMA.append(pa.field(WRITTEN, pa.list_(pa.int8()), nullabl
     named("rollouts", 2)
 )
 """Log-probs of tokens that the policy did not sample are NaN."""
+SCHEMA_JUDGED = SCHEMA_OF_WRITERS.append(pa.field("correct", pa.bool_())).append(pa.field("attempts", pa.int32()))
+"""Version 2 with the verdict on each response, and how often one was sampled until it was right."""
 
 
 class Writer(IntEnum):
@@ -59,20 +62,28 @@ class Writer(IntEnum):
 
     POLICY = 0
     TEACHER = 1
-    DATA = 4  # 2 and 3 are kept for literal text and for the policy under a privileged context
+    TEXT = 2  # literal text
+    EXPERT = 3  # the policy, reading a context that shows it more
+    DATA = 4
 
 
-def write_rollouts(folder: Path, rows: Sequence[Mapping[str, object]], *, writers: bool = False) -> None:
+def write_rollouts(
+    folder: Path, rows: Sequence[Mapping[str, object]], *, writers: bool = False, judged: bool = False
+) -> None:
     """Write one part's rollouts (possibly none) to ``folder``.
 
     Args:
         writers: rows have ``written`` (version 2); otherwise the policy wrote every token.
+        judged: rows have ``written``, ``correct`` and ``attempts``.
     """
-    write_rows(folder / FILE_NAME, SCHEMA_OF_WRITERS if writers else SCHEMA, rows)
+    schema = SCHEMA_JUDGED if judged else SCHEMA_OF_WRITERS if writers else SCHEMA
+    write_rows(folder / FILE_NAME, schema, rows)
 
 
 def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one part. ``written`` is there if asked for (or all columns are), whatever the file's version.
+
+    ``correct`` and ``attempts`` are left out if the file does not hold them.
 
     Raises:
         WrongArtifact, NewerSchema: the file holds another record or a newer version of it.
@@ -82,10 +93,10 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
     asked = columns
     if columns is not None and WRITTEN in columns and "response_token_ids" not in columns:
         asked = [*columns, "response_token_ids"]
-    table = read_record(path, SCHEMA, asked, others=[SCHEMA_OF_WRITERS])
+    table = read_record(path, SCHEMA, asked, others=[SCHEMA_JUDGED])
     if columns is None or WRITTEN in columns:
         table = _with_writers(path, table)
-        table = table if columns is None else table.select(list(columns))
+        table = table if columns is None else table.select([name for name in columns if name in table.schema.names])
     for name in ("prompt_token_ids", "response_token_ids"):
         if name in table.schema.names and (pc.min(pc.list_flatten(table.column(name))).as_py() or 0) < 0:
             raise DamagedPart(f"{path}: column {name!r} has an id below 0")

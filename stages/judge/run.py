@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.judge.settings import JudgeSettings
-from eopd.stages.models.tokenizers import response_text
 from eopd.stages.verifiers.registry import Verifier, open_verifier
+from eopd.stages.verifiers.responses import Answered, check_answers, judge_responses
 from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("prompt_id", "sample", "answer", "response_token_ids", "finish_reason", "stop_token_id")
-TRUNCATED = "the response was cut at the length limit"
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,9 @@ def run(job: JudgeJob) -> None:
 def _do_part(job: JudgeJob, part: int, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[Verdict]:
     """Judge one part and commit its verdicts."""
     rows = read_rollouts(job.rollouts.part_folder(part), COLUMNS).to_pylist()
-    _check_answers(job, part, rows, verifier)
-    finished = [row for row in rows if row["finish_reason"] != "length"]
-    pairs = [
-        (response_text(tokenizer, row["response_token_ids"], row["stop_token_id"]), row["answer"]) for row in finished
-    ]
-    judged = iter(verifier.verify_many(pairs))
-    verdicts = [Verdict(False, reason=TRUNCATED) if row["finish_reason"] == "length" else next(judged) for row in rows]
+    check_answers(verifier, ((row["prompt_id"], row["answer"]) for row in rows), f"{job.rollouts} part {part}")
+    judged = ("response_token_ids", "finish_reason", "stop_token_id", "answer")
+    verdicts = judge_responses(verifier, tokenizer, [Answered(*(row[name] for name in judged)) for row in rows])
     info = {
         "responses": len(rows),
         "tokens": sum(len(row["response_token_ids"]) for row in rows),
@@ -97,14 +92,3 @@ def _do_part(job: JudgeJob, part: int, tokenizer: PreTrainedTokenizerBase, verif
             ],
         )
     return verdicts
-
-
-def _check_answers(job: JudgeJob, part: int, rows: Sequence[dict[str, Any]], verifier: Verifier) -> None:
-    """Raise ValueError for the first prompt whose reference answer is missing or cannot be read."""
-    for prompt, answer in dict.fromkeys((row["prompt_id"], row["answer"]) for row in rows):
-        try:
-            if answer is None:
-                raise ValueError("there is no reference answer; name its column in prompts.columns.answer")
-            verifier.check_answer(answer)
-        except ValueError as error:
-            raise ValueError(f"{job.rollouts} part {part}, prompt {prompt!r}: {error}") from error

@@ -22,7 +22,7 @@ class JudgeStage(Stage):
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         settings = plan.experiment.settings
         rollouts = plan.output("rollout", round_)
-        if rollouts is None or not settings.reads_verdicts:
+        if rollouts is None or not settings.reads_verdicts or settings.rollouts_carry_verdicts:
             return None
         verifier = settings.prompts.verifier
         assert verifier is not None, "settings that read verdicts without a verifier are refused"

@@ -73,9 +73,11 @@ def rollout_views(
 
 
 def _verdicts(rows: Sequence[dict[str, Any]], judge: Judge) -> dict[int, bool | None]:
-    verdicts: dict[int, bool | None] = {}
-    for verifier in {row["verifier"] for row in rows if row["verifier"]}:
-        judged = [n for n, row in enumerate(rows) if row["verifier"] == verifier and row["answer"] is not None]
+    """Return the verdicts that rollouts carry, and those of ``judge`` on the others."""
+    verdicts: dict[int, bool | None] = {n: row["correct"] for n, row in enumerate(rows) if "correct" in row}
+    unjudged = {n: row for n, row in enumerate(rows) if n not in verdicts}
+    for verifier in {row["verifier"] for row in unjudged.values() if row["verifier"]}:
+        judged = [n for n, row in unjudged.items() if row["verifier"] == verifier and row["answer"] is not None]
         pairs = [(rows[number]["response_text"] or "", rows[number]["answer"]) for number in judged]
         verdicts.update(zip(judged, judge(verifier, pairs), strict=True))
     return verdicts

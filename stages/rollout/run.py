@@ -6,26 +6,30 @@ prefix that the teacher sampled, or the responses come with the prompts and no e
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import Sample, SamplingEngine, SamplingMeter, SamplingRequest, derive_seed
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.models.model_config import refuse_crossing, vocabulary_size
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
 from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
+from eopd.stages.rollout.attempts import until_right
 from eopd.stages.rollout.prefix import Prefixes
+from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written
 from eopd.stages.rollout.settings import RolloutSettings
+from eopd.stages.verifiers.registry import Verifier, open_verifier
+from eopd.stages.verifiers.responses import Answered, check_answers, judge_responses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import Writer, read_rollouts, write_rollouts
@@ -56,18 +60,8 @@ class RolloutJob:
     teacher_prompt: TeacherPromptSettings | None = None  # how the teacher reads prompts, if it is the one that samples
     guide: Artifact | None = None  # the teacher's responses, by the same parts
     prefixes: Prefixes | None = None  # how much of them begins a response
+    judge: JudgeSettings | None = None  # how responses are judged while they are sampled; None: they are not
     engines: Engines = field(default_factory=Engines)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A prompt of a part."""
-
-    prompt: Prompt
-    token_ids: list[int]  # as the student reads it
-    context_ids: list[int]  # as the model reads it that samples
-    first_sample: int  # number of its first sample: above 0 when the round has drawn it before
-    rank: int  # of its first sample among the responses of the round
 
 
 def run(job: RolloutJob) -> None:
@@ -114,14 +108,47 @@ def _sample_parts(
         progress=job.progress,
         options=job.settings.engine_options,
     )
-    with sampling as engine:
+    with _judging(job, draws, tokenizer) as judge, sampling as engine:
         meter = _Meter(job, responses)
         try:
             for part in claimed_parts(job.output, pending, job.progress.line):
-                _do_part(job, part, draws[part], engine, tokenizer, meter)
+                _do_part(job, part, draws[part], engine, tokenizer, meter, judge)
         finally:
             job.progress.close()
     job.progress.line(meter.summary())
+
+
+@contextmanager
+def _judging(
+    job: RolloutJob, draws: Sequence[Sequence[Draw]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Judging | None]:
+    """Yield a judge of responses; None if they are not judged while they are sampled.
+
+    Raises:
+        ValueError: a prompt without a reference answer, or with one that the verifier cannot read; names its id.
+    """
+    if job.judge is None:
+        yield None
+        return
+    assert job.prompts.verifier is not None, "settings that judge without a verifier are refused"
+    verifier: Verifier = open_verifier(
+        job.prompts.verifier, seconds=job.judge.seconds_per_answer, workers=job.judge.verifier_workers
+    )
+
+    def judge(drafts: Sequence[Draft], written: Sequence[Written]) -> list[bool]:
+        responses = [
+            Answered(one.token_ids.tolist(), one.finish_reason, one.stop_token_id, draft.draw.prompt.answer or "")
+            for draft, one in zip(drafts, written, strict=True)
+        ]
+        return [verdict.correct for verdict in judge_responses(verifier, tokenizer, responses)]
+
+    try:
+        check_answers(
+            verifier, ((draw.prompt.id, draw.prompt.answer) for part in draws for draw in part), job.prompts.path
+        )
+        yield judge
+    finally:
+        verifier.close()
 
 
 def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[Draw]]:
@@ -225,17 +252,6 @@ class _Meter:
         )
 
 
-@dataclass(frozen=True)
-class _Response:
-    """A response to write, whose beginning, or all of it, comes from the teacher."""
-
-    draw: Draw
-    sample: int
-    seed: int
-    prefix: Sequence[int] = ()
-    ended: Mapping[str, Any] | None = None  # how it ended, if the prefix is all of it
-
-
 def _do_part(
     job: RolloutJob,
     part: int,
@@ -243,30 +259,40 @@ def _do_part(
     engine: SamplingEngine,
     tokenizer: PreTrainedTokenizerBase,
     meter: _Meter,
+    judge: Judging | None,
 ) -> None:
-    """Sample one part with one engine call and commit it."""
-    responses = _begun(job, part, draws)
-    open_ = [response for response in responses if response.ended is None]
-    requests = [_request(job, response) for response in open_]
-    meter.begin(len(requests))
-    samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.bar.advance) if requests else []
-    meter.end(samples)
-    vocabulary = (
-        vocabulary_size(Path(job.student.path)) if job.student is not None and job.teacher_prompt is not None else 0
-    )
-    continued = iter(samples)
-    rows, cut = [], 0
-    for response in responses:
-        sample = next(continued) if response.ended is None else _as_sampled(response.ended)
-        if vocabulary and max(sample.token_ids, default=0) >= vocabulary:
-            sample, cut = _before(sample, vocabulary), cut + 1
-        rows.append(_row(job, response, sample, tokenizer))
+    """Sample one part and commit it. An engine call samples all of its responses, or what is left of them."""
+
+    def sample(requests: Sequence[SamplingRequest]) -> list[Sample]:
+        if not requests:
+            return []
+        meter.begin(len(requests))
+        samples = engine.sample(requests, job.settings.parameters(job.stop_ids), meter.bar.advance)
+        meter.end(samples)
+        return samples
+
+    vocabulary = 0
+    if job.student is not None and job.teacher_prompt is not None:
+        vocabulary = vocabulary_size(Path(job.student.path))
+
+    def write(drafts: Sequence[Draft]) -> list[Written]:
+        written = _write(job, drafts, sample)
+        if vocabulary:
+            written = [one.before_unknown(vocabulary) for one in written]
+        if judge is None:
+            return written
+        return [replace(one, correct=correct) for one, correct in zip(written, judge(drafts, written), strict=True)]
+
+    before, attempts = meter.tokens, job.settings.attempts
+    results = until_right(_begun(job, part, draws), write, 1 if attempts is None else attempts.most, job.seed)
+    rows = [_row(job, draft, written, tokenizer) for draft, written in results]
     emptied = sum(not row["response_token_ids"] for row in rows)
     if emptied * 2 > len(rows):
         raise ValueError(
             f"part {part}: {emptied} of {len(rows)} responses of the teacher begin with ids beyond the student's "
             f"vocabulary of {vocabulary}: the two tokenizers do not belong together"
         )
+    cut = sum(written.is_cut for _, written in results)
     info = {
         **_counts(job, part, draws, rows),
         **({"cut_at_unknown_ids": cut} if cut else {}),
@@ -274,8 +300,26 @@ def _do_part(
         "engine_version": engine.version,
         "engine_options": job.settings.engine_options.model_dump(mode="json"),
     }
+    if meter.tokens - before > info["tokens"]:
+        info["tokens_sampled"] = meter.tokens - before
     with job.output.write_part(part, inputs=_inputs(job, part), info=info) as folder:
-        write_rollouts(folder, rows, writers=_has_writers(job))
+        write_rollouts(folder, rows, writers=_has_writers(job), judged=job.judge is not None)
+
+
+def _write(job: RolloutJob, drafts: Sequence[Draft], sample: Sampling) -> list[Written]:
+    """Write responses as `rollout.source` says."""
+    writer = Writer.POLICY if job.teacher_prompt is None else Writer.TEACHER
+    samples = iter(sample([_request(job, draft) for draft in drafts if draft.ended is None]))
+    results = []
+    for draft in drafts:
+        prefix = Written.fixed(draft.prefix, Writer.TEACHER)
+        if draft.ended is not None:
+            end = {name: draft.ended[name] for name in ("finish_reason", "stop_token_id")}
+            results.append(replace(prefix, **end))
+            continue
+        rest = Written.sampled(next(samples), writer)
+        results.append(prefix.followed_by(rest) if draft.prefix else rest)
+    return results
 
 
 def _copy_parts(
@@ -296,8 +340,8 @@ def _copy_parts(
                 sample = Sample(
                     np.asarray(ids, np.int32), "stop" if stopped else "length", ids[-1] if stopped else None
                 )
-                response = _Response(draw, draw.first_sample, derive_seed(0, draw.prompt.id, draw.first_sample))
-                rows.append(_row(job, response, sample, tokenizer))
+                draft = Draft(draw, draw.first_sample, derive_seed(0, draw.prompt.id, draw.first_sample))
+                rows.append(_row(job, draft, Written.sampled(sample, Writer.DATA), tokenizer))
             info = _counts(job, part, draws[part], rows)
             with job.output.write_part(part, inputs=_inputs(job, part), info=info) as folder:
                 write_rollouts(folder, rows, writers=True)
@@ -325,65 +369,53 @@ def _given(job: RolloutJob, draw: Draw, tokenizer: PreTrainedTokenizerBase) -> l
     return ids
 
 
-def _begun(job: RolloutJob, part: int, draws: Sequence[Draw]) -> list[_Response]:
+def _begun(job: RolloutJob, part: int, draws: Sequence[Draw]) -> list[Draft]:
     """Return the responses of a part with the tokens that the teacher has written."""
     numbers = range(job.settings.samples_per_prompt)
-    responses = [
-        _Response(draw, sample, derive_seed(job.seed, draw.prompt.id, sample))
+    drafts = [
+        Draft(draw, sample, derive_seed(job.seed, draw.prompt.id, sample))
         for draw in draws
         for sample in (draw.first_sample + number for number in numbers)
     ]
     if job.guide is None or job.prefixes is None:
-        return responses
+        return drafts
     columns = ["prompt_id", "sample", "response_token_ids", "finish_reason", "stop_token_id"]
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for row in read_rollouts(job.guide.part_folder(part), columns).to_pylist():
         rows.setdefault(row["prompt_id"], {})[row["sample"]] = row
     begun = []
-    for response in responses:
-        draw, name = response.draw, response.draw.prompt.id
+    for draft in drafts:
+        draw, name = draft.draw, draft.draw.prompt.id
         guides = list(rows.get(name, {}).values())
         if not guides:
             raise ValueError(f"{job.guide} part {part} holds no response to prompt {name!r}")
-        row = guides[response.sample % len(guides)]
+        row = guides[draft.sample % len(guides)]
         ids = row["response_token_ids"]
-        length = job.prefixes.length(draw.rank + response.sample - draw.first_sample, job.seed, name, response.sample)
+        length = job.prefixes.length(draw.rank + draft.sample - draw.first_sample, job.seed, name, draft.sample)
         prefix = ids[: min(length, job.settings.max_new_tokens)]
         ended = None
         if len(prefix) == len(ids) and row["stop_token_id"] is not None:
             ended = row
         elif len(prefix) == job.settings.max_new_tokens:
             ended = {"finish_reason": "length", "stop_token_id": None}
-        begun.append(_Response(draw, response.sample, response.seed, prefix, ended))
+        begun.append(replace(draft, prefix=prefix, ended=ended))
     return begun
 
 
-def _request(job: RolloutJob, response: _Response) -> SamplingRequest:
-    context = [*response.draw.context_ids, *response.prefix]
-    left = job.settings.max_new_tokens - len(response.prefix)
-    return SamplingRequest(context, response.seed, left if response.prefix else None)
-
-
-def _as_sampled(row: Mapping[str, Any]) -> Sample:
-    """Return the end of a response that the teacher has written completely."""
-    return Sample(np.zeros(0, np.int32), row["finish_reason"], row["stop_token_id"])
-
-
-def _before(sample: Sample, vocabulary: int) -> Sample:
-    """Return the sample up to the first id beyond a vocabulary."""
-    length = int(np.argmax(sample.token_ids >= vocabulary))
-    return Sample(
-        sample.token_ids[:length],
-        "length",
-        None,
-        None if sample.logprobs is None else sample.logprobs[:length],
-        None if sample.truncated_logprobs is None else sample.truncated_logprobs[:length],
-    )
+def _request(job: RolloutJob, draft: Draft) -> SamplingRequest:
+    context = [*draft.draw.context_ids, *draft.prefix]
+    left = job.settings.max_new_tokens - len(draft.prefix)
+    return SamplingRequest(context, draft.seed, left if draft.prefix else None)
 
 
 def _has_writers(job: RolloutJob) -> bool:
-    """True unless the policy wrote every token."""
-    return job.teacher_prompt is not None or job.guide is not None or job.settings.source == "data"
+    """True if rows say who wrote each token: version 2 of the record."""
+    return (
+        job.teacher_prompt is not None
+        or job.guide is not None
+        or job.judge is not None
+        or job.settings.source == "data"
+    )
 
 
 def _inputs(job: RolloutJob, part: int) -> dict[str, str]:
@@ -402,16 +434,19 @@ def _counts(job: RolloutJob, part: int, draws: Sequence[Draw], rows: Sequence[Ma
     }
     if job.guide is not None:
         counts["teacher_tokens"] = sum(row["written"].count(Writer.TEACHER) for row in rows)
+    if job.judge is not None:
+        counts["right"] = sum(row["correct"] for row in rows)
+        counts["attempts"] = sum(row["attempts"] for row in rows)
     return counts
 
 
-def _row(job: RolloutJob, response: _Response, sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    draw, prefix = response.draw, list(response.prefix)
-    ids = [*prefix, *sample.token_ids.tolist()]
+def _row(job: RolloutJob, draft: Draft, written: Written, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    draw, ids = draft.draw, written.token_ids.tolist()
+    by_teacher = job.teacher_prompt is not None  # log-probs of another model than the one that is trained
     row = {
         "prompt_id": draw.prompt.id,
         "prompt_index": draw.prompt.index,
-        "sample": response.sample,
+        "sample": draft.sample,
         "messages": draw.prompt.messages_json,
         "answer": draw.prompt.answer,
         "verifier": job.prompts.verifier,
@@ -419,25 +454,14 @@ def _row(job: RolloutJob, response: _Response, sample: Sample, tokenizer: PreTra
         "prompt_token_ids": draw.token_ids,
         "response_token_ids": ids,
         "response_text": tokenizer.decode(ids, skip_special_tokens=True),
-        "logprobs": _after(prefix, sample.logprobs),
-        "truncated_logprobs": _after(prefix, sample.truncated_logprobs),
-        "finish_reason": sample.finish_reason,
-        "stop_token_id": sample.stop_token_id,
-        "seed": response.seed,
+        "logprobs": None if by_teacher else written.logprobs,
+        "truncated_logprobs": None if by_teacher else written.truncated_logprobs,
+        "finish_reason": written.finish_reason,
+        "stop_token_id": written.stop_token_id,
+        "seed": draft.seed,
     }
     if _has_writers(job):
-        own = Writer.POLICY
-        if job.teacher_prompt is not None:
-            own = Writer.TEACHER
-            row["logprobs"] = row["truncated_logprobs"] = None  # of another model than the one that is trained
-        elif job.settings.source == "data":
-            own = Writer.DATA
-        row["written"] = [*[int(Writer.TEACHER)] * len(prefix), *[int(own)] * len(sample.token_ids)]
+        row["written"] = written.written.tolist()
+    if job.judge is not None:
+        row |= {"correct": written.correct, "attempts": written.attempts}
     return row
-
-
-def _after(prefix: Sequence[int], logprobs: NDArray[np.float32] | None) -> NDArray[np.float32] | list[float] | None:
-    """Return the log-probs of a response, NaN for the tokens of its prefix."""
-    if logprobs is None:
-        return [math.nan] * len(prefix) if prefix else None
-    return np.concatenate([np.full(len(prefix), math.nan, np.float32), logprobs]) if prefix else logprobs

@@ -45,6 +45,13 @@ class PrefixSettings(Settings):
     )
 
 
+class AttemptsSettings(Settings):
+    """Sample again what `prompts.verifier` does not find right. Rollouts then carry the verdicts."""
+
+    until: Literal["right"] = setting("right", "What ends the attempts at a response")
+    most: int = setting(..., "Most attempts at a response; the last one is stored, right or wrong", ge=1, le=100_000)
+
+
 class RolloutSettings(Settings):
     """Writers and sampling of the responses."""
 
@@ -88,6 +95,9 @@ class RolloutSettings(Settings):
     )
     guide: GuideSettings = setting(GuideSettings, "The teacher's own responses (source: teacher or prefix)")
     prefix: PrefixSettings = setting(PrefixSettings, "How long the teacher's part is (source: prefix)")
+    attempts: AttemptsSettings | None = setting(
+        None, "Sample again, under other seeds, what the verifier does not find right. None: each response once"
+    )
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM if it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
 
@@ -106,12 +116,36 @@ class RolloutSettings(Settings):
                 f"rollout.samples_per_prompt is {self.samples_per_prompt}, and a row of source: data holds one "
                 "response; set it to 1 (several responses to a prompt are several rows)"
             )
+        self._attempts_differ()
         return self
+
+    def _attempts_differ(self) -> None:
+        if self.attempts is None:
+            return
+        if self.source == "data":
+            raise ValueError(
+                "rollout.attempts has no effect with source: data, whose responses come with the prompts; remove it"
+            )
+        fixed = self._what_is_fixed()
+        if self.attempts.most > 1 and fixed:
+            raise ValueError(
+                f"rollout.attempts.most is {self.attempts.most}, and with {fixed} nothing is random: every attempt "
+                "would be the same. Remove rollout.attempts, or sample from more than one token"
+            )
+
+    def _what_is_fixed(self) -> str:
+        """The setting by which every token follows from those before it; empty if there is none."""
+        if self.top_k == 1:
+            return "rollout.top_k: 1"
+        return "rollout.min_p: 1" if self.min_p == 1.0 else ""
 
     def semantic(self) -> dict[str, Any]:
         """Return the settings of the student's sampling. Those of other sources enter the keys of what they change."""
         kept = super().semantic()
-        return {name: value for name, value in kept.items() if name not in ("source", "guide", "prefix")}
+        others = {"source", "guide", "prefix"}
+        if self.attempts is None:
+            others.add("attempts")
+        return {name: value for name, value in kept.items() if name not in others}
 
     @property
     def writer_is_the_student(self) -> bool:
@@ -139,4 +173,5 @@ class RolloutSettings(Settings):
             "engine_options": guide.engine_options,
         }
         set_ = {name: value for name, value in own.items() if value is not None}
-        return self.model_copy(update={**set_, "guide": GuideSettings(), "prefix": PrefixSettings()})
+        kept = self.attempts if self.source == "teacher" else None
+        return self.model_copy(update={**set_, "guide": GuideSettings(), "prefix": PrefixSettings(), "attempts": kept})

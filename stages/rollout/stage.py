@@ -23,6 +23,7 @@ from eopd.stages.stage import (
     sampled_size,
     teacher_input,
 )
+from eopd.stages.verifiers.registry import RULES
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.identity import KEY_LENGTH, Identity
 
@@ -43,6 +44,15 @@ def prefixes_at(experiment: Experiment, round_: int) -> Prefixes | None:
     settings = experiment.settings
     responses = experiment.prompts_per_round * settings.rollout.samples_per_prompt
     return prefixes_of(settings.rollout, settings.rounds, round_, responses)
+
+
+def judged_by(settings: ExperimentSettings) -> dict[str, Any]:
+    """What decides the verdicts in rollouts that carry them, as part of a key."""
+    if not settings.rollouts_carry_verdicts:
+        return {}
+    verifier = settings.prompts.verifier
+    assert verifier is not None, "settings that judge without a verifier are refused"
+    return {"judge": {**settings.judge.semantic(), "verifier": verifier, "rules": RULES[verifier]}}
 
 
 class _Sampling(Stage):
@@ -74,6 +84,7 @@ class _Sampling(Stage):
         them."""
         settings, teacher = experiment.settings, experiment.facts.teacher
         reads = settings.score.teacher_prompt
+        judged = judged_by(settings) if self.name != "guide" else {}
         return self._made(
             experiment,
             round_,
@@ -83,6 +94,7 @@ class _Sampling(Stage):
                 "teacher_prompt": reads.semantic(),
                 **({"solution": settings.prompts.columns.solution} if "solution" in reads.used else {}),
                 "seed": experiment.sampling_seed(round_),
+                **judged,
             },
             {"policy": teacher.fingerprint, "teacher_tokenizer": teacher.tokenizer_fingerprint},
         )
@@ -121,6 +133,7 @@ class _Sampling(Stage):
                 teacher_prompt=settings.score.teacher_prompt if by_teacher else None,
                 guide=context.inputs.get("guide"),
                 prefixes=prefixes_at(experiment, context.job.round),
+                judge=settings.judge if self.name != "guide" and settings.rollouts_carry_verdicts else None,
                 engines=context.engines,
             )
         )
@@ -165,6 +178,7 @@ class RolloutStage(_Sampling):
         sampled: dict[str, Any] = {
             "rollout": settings.rollout.semantic(),
             "seed": experiment.sampling_seed(round_),
+            **judged_by(settings),
         }
         keys, inputs = {"policy": policy_key(experiment, policy)}, policy_input(policy)
         prefixes, guide = prefixes_at(experiment, round_), plan.output("guide", round_)

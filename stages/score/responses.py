@@ -63,8 +63,10 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
         ValueError: a context that cannot be rendered; a sequence too long; a student top-k of other lengths.
     """
     where = f"{job.rollouts} part {part}"
-    table = read_rollouts(job.rollouts.part_folder(part), [*COLUMNS, "seed"])
-    correct = () if job.verdicts is None else read_correct(job.verdicts, job.rollouts, part, table)
+    table = read_rollouts(job.rollouts.part_folder(part), [*COLUMNS, "seed", "correct"])
+    correct: list[bool] = table.column("correct").to_pylist() if "correct" in table.schema.names else []
+    if job.verdicts is not None:
+        correct = read_correct(job.verdicts, job.rollouts, part, table)
     sources = Sources(job.prompts, correct, job.stop_ids, (job.seed, part))
     contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where, sources)
     responses: list[list[int]] = table.column("response_token_ids").to_pylist()

@@ -47,7 +47,7 @@ class ScoreStage(Stage):
         verdicts = plan.output("judge", round_) if settings.score.teacher_prompt.judged else None
         if rollouts is None or not self._is_read(settings):
             return None
-        if settings.score.teacher_prompt.judged and verdicts is None:
+        if settings.score.teacher_prompt.judged and verdicts is None and not settings.rollouts_carry_verdicts:
             return None
         teacher = plan.teacher(round_)
         identity = self.identity(

@@ -12,7 +12,7 @@ from eopd.stages.train.settings import SelectSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.verdicts import read_correct
 
-COLUMNS = ("prompt_id", "sample", "prompt_index")
+COLUMNS = ("prompt_id", "sample", "prompt_index", "correct")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Selection:
 
     settings: SelectSettings = field(default_factory=SelectSettings)
     prompts: frozenset[int] | None = None  # rows of the prompt source that `where` selects; None: all
-    verdicts: Artifact | None = None  # None: none are read
+    verdicts: Artifact | None = None  # None: those that rollouts carry, if they do
 
     def candidates(self, rollouts: Artifact, part: int, table: pa.Table) -> list[Candidate]:
         """Return the responses of one part of ``rollouts``, whose rows are in ``table``, with their verdicts.
@@ -39,10 +39,12 @@ class Selection:
         Raises:
             DamagedPart: the verdicts are of other responses.
         """
-        rows = table.select(COLUMNS).to_pylist()
+        rows = table.select(["prompt_id", "sample", "prompt_index"]).to_pylist()
         correct: Sequence[bool | None] = [None] * len(rows)
         if self.verdicts is not None and self.verdicts.marker(part).set_aside is None:
             correct = read_correct(self.verdicts, rollouts, part, table)
+        elif "correct" in table.schema.names:  # judged while they were sampled
+            correct = table.column("correct").to_pylist()
         return [Candidate(**row, correct=verdict) for row, verdict in zip(rows, correct, strict=True)]
 
     def choose(self, candidates: Sequence[Candidate]) -> tuple[list[int], str]:

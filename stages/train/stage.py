@@ -44,7 +44,7 @@ class TrainStage(Stage):
         if rollouts is None:
             return None
         policy, verdicts = plan.policy(round_), plan.output("judge", round_)
-        if settings.selects_by_verdict and verdicts is None:
+        if settings.selects_by_verdict and verdicts is None and not settings.rollouts_carry_verdicts:
             return None
         read = {"rollouts": rollouts}
         if scores is not None:

@@ -88,6 +88,58 @@ def test_the_weight_of_prefixes_is_in_the_key_where_there_are_any() -> None:
     assert key(planned(train={"objective": {"name": "opd"}}), "rollout") != key(planned(**PREFIX), "rollout")
 
 
+JUDGED: dict[str, Any] = {"prompts": {"verifier": "exact", "columns": {"answer": "answer"}}}
+
+
+def until_right(most: int = 3, **rollout: Any) -> dict[str, Any]:
+    select = {"objective": {"name": "sft"}, "select": {"verdict": "right"}}
+    return {**JUDGED, "rollout": {**rollout, "attempts": {"until": "right", "most": most}}, "train": select}
+
+
+def test_rollouts_that_carry_verdicts_need_no_judge() -> None:
+    plan = planned(**until_right())
+    assert not any("judge" in name for name in stages(plan))
+    assert "verdicts" not in plan.job("train", 0).inputs
+    judged = planned(**{**until_right(), "rollout": {}})
+    assert "judge 0" in stages(judged)
+    keys = {
+        key(one, "rollout")
+        for one in (
+            judged,
+            plan,
+            planned(**until_right(4)),
+            planned(**until_right(), judge={"seconds_per_answer": 3.0}),
+            planned(**{**until_right(), "prompts": {**JUDGED["prompts"], "verifier": "math"}}),
+        )
+    }
+    assert len(keys) == 5
+    assert key(planned(**{**until_right(), "rollout": {"attempts": None}}), "rollout") == key(judged, "rollout")
+
+
+def test_a_guide_does_not_depend_on_attempts_and_the_teacher_s_responses_do() -> None:
+    prefix, teacher = ({**until_right(source=source)} for source in ("prefix", "teacher"))
+    once = {**prefix, "rollout": {"source": "prefix"}}
+    assert key(planned(**prefix), "guide") == key(planned(**once), "guide")
+    assert key(planned(**prefix), "rollout") != key(planned(**once), "rollout")
+    assert key(planned(**teacher), "rollout") != key(planned(**prefix), "guide")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**until_right(), "prompts": {"verifier": "exact"}}, r"rollout\.attempts\.until is right.*columns\.answer"),
+        ({**until_right(), "prompts": {"columns": {"answer": "a"}}}, r"rollout\.attempts.*set prompts\.verifier"),
+        (until_right(top_k=1), r"rollout\.attempts\.most is 3, and with rollout\.top_k: 1 nothing is random"),
+        (until_right(min_p=1.0), r"rollout\.min_p: 1 nothing is random"),
+        (until_right(0), r"rollout\.attempts\.most"),
+        ({**DATA, "rollout": {**DATA["rollout"], "attempts": {"most": 2}}}, r"rollout\.attempts has no effect"),
+    ],
+)
+def test_attempts_that_could_not_differ_or_be_judged_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_settings(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from eopd.stages.job import ModelRef
 from eopd.stages.judge import run as stage
-from eopd.stages.judge.run import TRUNCATED, JudgeJob, run
+from eopd.stages.judge.run import JudgeJob, run
 from eopd.stages.judge.settings import JudgeSettings
+from eopd.stages.verifiers.responses import TRUNCATED
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.verdicts import read_verdicts

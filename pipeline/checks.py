@@ -240,8 +240,8 @@ def check_store_size(rows: Forecast) -> None:
 def check_machine(rows: Forecast) -> None:
     """Compare what `eopd plan` forecasts with the free disk, and one engine call with the free memory.
 
-    Tokens that nothing like was sampled of yet are forecast as bounds, of which often a tenth is used: so much is
-    asked for. A disk that fills up all the same pauses the run.
+    Tokens are forecast as upper bounds until something alike was sampled, and runs often use a tenth of that; so a
+    tenth is required. A disk that fills up all the same pauses the run.
 
     Raises:
         ConfigError: there is far too little; names the settings that ask for so much.

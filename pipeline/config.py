@@ -106,7 +106,7 @@ def config_file(name: str) -> Path | None:
     path = Path(name)
     packaged = CONFIG_FOLDER / f"{name}.yaml"
     try:
-        # the second is what a run was resolved to
+        # the second is the resolved config of a run
         return next((file for file in (path, path / "config.yaml", packaged) if file.is_file()), None)
     except OSError as error:  # such as a name that is too long
         raise ConfigError(f"no config file {name[:80]!r}: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """`eopd doctor`: find what would stop a run on this machine before one is started, each with a remedy.
 
-Heavy packages are imported in processes of their own, all at once and with a time limit: a broken one then says why it
-is broken, and cannot take the doctor with it. What needs other packages is imported where it is looked at.
+Heavy packages are imported in separate processes, all at once and with a time limit: a broken package then reports why,
+and cannot take the doctor with it. Checks that need other packages import them locally.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks of the inputs that a config names: models, prompts, benchmarks, stores and the launcher's program.
 
-Looked at with the functions that a plan is made with, each by itself, so that all that is missing is said at once.
+Each input is checked on its own, with the functions that make a plan, so that all missing inputs are reported at once.
 No torch is imported into this process, and nothing is hashed but GGUF files, which are prepared as for a run.
 """
 
@@ -169,7 +169,7 @@ def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
 
 
 def _read_only(private: str, place: str) -> str:
-    StackedStores.at(private, [place])  # a bucket is not asked for anything yet
+    StackedStores.at(private, [place])  # a bucket is not accessed yet
     return place
 
 

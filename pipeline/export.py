@@ -84,7 +84,7 @@ def find_student(run: Run, round_: int) -> Student:
             f"`eopd train CONFIG --round {round_ - 1}` this one"
         )
     folder = artifact.part_folder(WEIGHTS)
-    files = (*code, *_model_files(folder))  # what it was saved with wins
+    files = (*code, *_model_files(folder))  # the generation config that was saved wins
     return Student(round_, last, folder, files, run.facts.ordered_stop_ids)
 
 

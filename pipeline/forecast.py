@@ -47,7 +47,7 @@ class Row:
     set_aside: Mapping[int, str]  # parts that were committed empty after failing too often: why
     elsewhere: bool  # in a store that is only read
     size: Size = field(default_factory=Size)
-    seconds: float | None = None  # to do what is missing; None: not known yet
+    seconds: float | None = None  # for the missing parts; None: not known yet
 
     @property
     def stage(self) -> str:
@@ -99,7 +99,7 @@ class Total:
     tokens: int
     bytes: int
     at_most: bool
-    seconds: float  # of what is missing and has a rate
+    seconds: float  # for missing parts of stages with a rate
     unknown: int  # jobs that are missing and have none
 
 
@@ -119,7 +119,7 @@ class Forecast:
     rows: tuple[Row, ...]
     rates: Mapping[str, Rate]  # by stage
     free_bytes: int  # at the store that is written to
-    planned: int  # jobs, each run counted by itself
+    planned: int  # jobs, counted for each run separately
 
     @property
     def store(self) -> Path:

@@ -215,7 +215,7 @@ def check_architectures(
     command = [sys.executable, "-m", "eopd.stages.models.loading", json.dumps(arguments)]
     for _ in range(CHECK_ATTEMPTS):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode >= 0:  # below zero, a signal ended it, which says nothing about the weights
+        if done.returncode >= 0:  # below zero: a signal ended it, which tells nothing about the weights
             break
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -410,7 +410,7 @@ def compare_vocabularies(teacher: Path, student: Path) -> None:
 
     try:
         ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
-    except Exception:  # what the library raises; the stage that loads the tokenizer says what is wrong with it
+    except Exception:  # the library's errors; the stage that loads the tokenizer reports them
         return
     try:
         check_same(id_to_bytes(ours), id_to_bytes(theirs))

@@ -70,7 +70,7 @@ def follow(
         for path in sorted(path for path in folder.glob("*.log") if _is_of(path, stage, round_)):
             start = read.get(path, 0)
             if path.stat().st_size < start:
-                start = 0  # it was begun anew
+                start = 0  # the log was started again
             with path.open("rb") as file:
                 file.seek(start)
                 whole, newline, _ = file.read().rpartition(b"\n")

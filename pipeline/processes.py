@@ -109,7 +109,7 @@ def _any_runs(group: int) -> bool:
 def ask_to_stop_when_orphaned(parent: int | None = None) -> None:
     """Ask the kernel, in a child of ``parent``, to send SIGTERM when the parent ends for any reason."""
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if parent is not None and os.getppid() != parent:  # it ended before it could be asked
+    if parent is not None and os.getppid() != parent:  # the parent ended before this call
         os.kill(os.getpid(), signal.SIGTERM)
 
 

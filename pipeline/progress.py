@@ -225,7 +225,7 @@ class LineProgress:
 class EventProgress:
     """Progress of a worker, as events in a file that its parent reads. Failed writes to the file are ignored.
 
-    What it begins and says goes to stderr too, which is its log.
+    Started bars and lines are also printed to stderr, which is the worker's log.
     """
 
     def __init__(self, path: Path) -> None:

@@ -38,7 +38,7 @@ class Reader:
 
     role: str
     tokenizer: Path
-    trusted: bool  # its tokenizer may be code of its own, of which nothing is known here
+    trusted: bool  # its tokenizer may be custom code, which is not loaded here
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Retry policy for parts of failed tasks. Pure: no clock, no store.
 
-A task of several parts that fails is tried again whole, then in halves, so that the part to blame ends up alone; a
-part that has failed ``attempts`` times is poisoned. A task that refuses what it was given would do so again: it is
-halved at once, and a part that is refused alone is poisoned. A lost worker says nothing of its parts: they are tried
-again without blame, until so many were lost without any progress that the parts must be suspected after all.
+A failed task of several parts is tried again whole, then in halves, so that the part at fault ends up alone; a part
+that has failed ``attempts`` times is poisoned. A task that refuses its input would do so again: it is halved at once,
+and a part that is refused alone is poisoned. A lost worker tells nothing about its parts: they are tried again without
+blame, until so many workers were lost without any progress that the parts must be suspected after all.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def judge(
     if alone or (kind != "refused" and failures == 1 < policy.attempts):
         return Verdict((Batch(left, failures, losses, later),))
     middle = len(left) // 2
-    known = min(failures, policy.attempts - 1)  # a part is only condemned for what it does alone
+    known = min(failures, policy.attempts - 1)  # a part is given up only for failures that it has alone
     return Verdict(tuple(Batch(half, known, losses, later) for half in (left[:middle], left[middle:])))
 
 

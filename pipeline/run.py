@@ -115,7 +115,7 @@ class Run:
                 old |= {(key, part) for key in keys[:-keep]}
         return old - self.needed() if old else old
 
-    # -- what is there and what can be done --------------------------------------------------------------------------
+    # -- missing and ready parts -------------------------------------------------------------------------------------
 
     def missing_parts(self, job: Job) -> set[int]:
         """Return output parts that were never made or must be rebuilt; all parts if the job is indivisible."""

@@ -1,8 +1,8 @@
 """The scheduler: does planned jobs with a pool of workers, starting ready parts and retrying failed ones.
 
-A job's part is ready when its inputs are committed. Jobs of several runs that make the same artifact are one job. All
-state is read from the store's commit markers and claims, so that other processes may work on the same jobs at the same
-time, and a scheduler that was killed goes on where the store is.
+A part is ready when its inputs are committed. Jobs of several runs that make the same artifact are one job. All state
+is read from the store's commit markers and claims, so that other processes may work on the same jobs at the same time,
+and a restarted scheduler continues from the store.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Scheduler:
             return
         task = Task(open_job.run, open_job.job, batch.parts)
         try:
-            # a worker plans by itself: once this is begun, it cannot settle on other scores that would serve
+            # a worker makes its own plan: once the artifact is begun, it cannot choose other scores that would serve
             open_job.output.begin()
             self._pool.start(task)
         except StoreFull as full:

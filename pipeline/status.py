@@ -1,7 +1,7 @@
 """`eopd status`: the work in progress, its rates, and failures.
 
-Nothing is asked of the processes that do the work: parts under way are those whose claims are held, rates are those of
-the latest commits, steps of training are in the run's metrics, and failures are lines of its jobs.jsonl.
+No worker is queried: parts in progress are those with held claims, rates come from the latest commits, steps of
+training from the run's metrics, and failures from its jobs.jsonl.
 """
 
 from __future__ import annotations

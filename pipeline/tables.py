@@ -236,7 +236,7 @@ def _under_way(status: Status) -> Iterator[RenderableType]:
     if status.activities:
         yield table
     if total.seconds:
-        # what is running is done by as many as hold claims; later jobs are taken to be, too
+        # later jobs are assumed to get as many workers as hold claims now
         seconds = total.seconds / max(len(workers), 1)
         unknown = f", and {total.unknown} jobs of which no rate is known yet" if total.unknown else ""
         yield Text(f"About {duration(seconds)} left with {max(len(workers), 1)} at work{unknown}.")

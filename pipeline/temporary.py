@@ -1,8 +1,8 @@
 """One folder for all temporary files of a run; if the run is killed, the next run removes it.
 
-Libraries leave files where a process is killed (vLLM's `vllm_dist_*`, sockets, folders of multiprocessing). TMPDIR
-leads them, and those of child processes, into one folder ``eopd-*``. Everyone who works in it holds a kernel lock on a
-file in it, so that a folder whose lock is free belongs to nobody any more.
+Killed processes leave files of libraries behind (vLLM's `vllm_dist_*`, sockets, folders of multiprocessing). TMPDIR
+directs them, and those of child processes, into one folder ``eopd-*``. Every process that uses the folder holds a
+kernel lock on a file in it, so a folder whose lock is free is unused.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TR
 def do(task: Task, engines: Engines | None = None) -> Outcome:
     """Do a task in this process, or start the processes that train together and wait for them.
 
-    Whatever a stage raises becomes an outcome: whoever gave the task decides what becomes of the run.
+    Every error of a stage becomes an outcome; the caller decides how the run continues.
     """
     from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.processes import trains_together
@@ -240,7 +240,7 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
         except Exception as error:
             print_error(error)
             outcome = outcome_of(error)
-            if outcome.kind == "refused":  # whoever gave the task could open the run: this machine lacks something
+            if outcome.kind == "refused":  # the caller could open the run: this machine lacks something
                 outcome = Outcome("failed", outcome.message)
         else:
             outcome = do(task, engines)

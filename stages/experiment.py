@@ -1,7 +1,7 @@
 """An experiment: the settings and inputs that decide what its stages make. Imports no torch.
 
-``Experiment`` is what a stage may know when it plans its job: keyed settings, and facts about models, prompts and
-benchmarks. Where artifacts are stored and how jobs are started belongs to ``pipeline``.
+``Experiment`` holds the facts that a stage may use to plan its job: keyed settings, and facts about models, prompts and
+benchmarks. Places of artifacts and launchers belong to ``pipeline``.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def intervals(means: Floats, confidence: float = 0.95) -> list[Interval]:
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
     """Return Student's t interval of the mean of independent values, such as one figure or paired difference per seed.
 
-    Exact where they are normal. None with fewer than two values: one seed says nothing of its spread.
+    Exact for normal values. None with fewer than two values, as one value shows no spread.
     """
     _check(confidence)
     if len(values) < 2:

@@ -152,7 +152,7 @@ class Stage(ABC):
     kind: ClassVar[str]  # of its artifacts
     version: ClassVar[int] = 1  # enters keys; raise it when equal settings give other bytes
     command: ClassVar[str]  # the `eopd` command, and the launcher's resources, that it belongs to
-    divisible: ClassVar[bool] = True  # parts can be done apart, and given up apart
+    divisible: ClassVar[bool] = True  # parts can be done, and given up, separately
     spans_nodes: ClassVar[bool] = False  # processes on several nodes may do one task together
     size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
     planned_by: ClassVar[str] = ""  # the setting without which no plan has it; empty: every plan has it

@@ -1,10 +1,10 @@
 """Artifacts: what every stage reads and writes, under one commit rule.
 
-An artifact is a folder ``<store>/<kind>/<key>/`` of parts. Its key is the hash of its identity: what it is made
-from and with, never how fast or where. A part's data are written to ``part-00003.<nonce>/`` and synced; the commit
-is the exclusive creation of ``part-00003.json``, which names the nonce, every file's size and SHA-256 and the
-input parts' checksums. First commit wins; the loser drops its folder. A part without its marker does not exist,
-and nothing committed is ever changed in place; its data may be given up as a whole (``storage.pruning``).
+An artifact is a folder ``<store>/<kind>/<key>/`` of parts. Its key is the hash of its identity: inputs and settings,
+never speed or place. A part's data are written to ``part-00003.<nonce>/`` and synced; the commit is the exclusive
+creation of ``part-00003.json``, which names the nonce, every file's size and SHA-256 and the input parts' checksums.
+The first commit wins; the loser drops its folder. A part without its marker does not exist, and nothing committed is
+ever changed in place; its data may be pruned as a whole (``storage.pruning``).
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ class Artifact(StoredArtifact):
     ) -> Iterator[Path]:
         """Yield an empty folder; commit what was written to it on a clean exit, drop it on an exception.
 
-        ``info`` may be a dict that the caller fills before the block ends; a ``set_aside`` in it is the reason why the
-        part is committed empty, and leaves a hint in the folder for listings. A ``pruned`` in it (``storage.pruning``)
-        says that this is what is left of a part: the commit is its tombstone. When another process committed the part
-        first, the folder is dropped without harm.
+        ``info`` may be a dict that the caller fills before the block ends. ``set_aside`` in it is the reason why the
+        part is committed empty, and leaves a hint in the folder for listings. ``pruned`` in it (``storage.pruning``)
+        makes the commit the tombstone of a pruned part. If another process committed the part first, the folder is
+        dropped without harm.
         """
         assert 0 <= part < self.parts, (part, self.parts)
         self.refuse_links()
@@ -221,9 +221,9 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
 def _open_to_readers(folder: Path) -> None:
     """Give every file below a part's folder the mode that the umask gives a new file.
 
-    What is written through a temporary file (safetensors' files are) is its owner's alone, whatever the umask says. The
-    mode is that of the folder, which was made under the same umask, or under the access list of the folder above it.
-    A file that has another name elsewhere is left alone: somebody may have put it there to open it to all.
+    Files written through a temporary file (as safetensors does) are readable by their owner alone, whatever the umask.
+    The mode is that of the folder, which was made under the same umask, or under the access list of the folder above
+    it. A file with another hard link is left alone: somebody may have linked it there to share it.
     """
     wanted = stat.S_IMODE(folder.lstat().st_mode) & 0o666
     for entry in walk(folder):

@@ -81,7 +81,7 @@ def may_be_held(path: Path) -> bool:
     """True if a living process holds this claim file, or an invisible one may."""
     try:
         return _locked_by(path) is not None
-    except DamagedPart:  # nobody claims what is no plain file
+    except DamagedPart:  # only plain files are claims
         return False
     except OSError:
         return True

@@ -23,5 +23,5 @@ def compiled(loop: Loop) -> Loop:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(loop)
-    except RuntimeError:  # there is no folder to keep it in: compiled anew in every process
+    except RuntimeError:  # no folder to cache it in: compiled again in every process
         return numba.njit(**options)(loop)

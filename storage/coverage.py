@@ -1,7 +1,7 @@
 """Coverage of a cache, and whether it meets a consumer's needs.
 
-A coverage is the head rule, the draws and the extra ids that were stored. Each need is a predicate on it; what is
-not covered is refused with what is missing and how to add it, and never approximated.
+A coverage is the head rule, the draws and the extra ids that were stored. Each need is a predicate on it. An unmet need
+is refused with the missing fields and how to add them; nothing is approximated.
 """
 
 from __future__ import annotations

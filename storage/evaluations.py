@@ -27,7 +27,7 @@ SAMPLES_SCHEMA = pa.schema(
         pa.field("answer", pa.string(), nullable=False),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
         pa.field("response_token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_text", pa.string(), nullable=False),  # without stop and special tokens: what was graded
+        pa.field("response_text", pa.string(), nullable=False),  # without stop and special tokens: the graded text
         # log-prob of each sampled token under the full softmax at the sampling temperature, nats; null where the
         # engine gives only the truncated distribution
         pa.field("logprobs", pa.list_(pa.float32())),

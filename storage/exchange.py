@@ -234,10 +234,10 @@ def read_capture(
         vocab_size: the teacher's; None checks ids against none.
         wanted: the responses to read, in this order; None: of every sequence the tokens that have lists.
 
-    What a capture does not hold is bounded and marked in the header (``imported_header``): the entropy is that of the
+    Fields that a capture lacks are bounded and marked in the header (``imported_header``): the entropy is that of the
     top-k with the rest as one outcome, and a sampled token outside the top-k gets the mass of the rest. Entries without
-    mass (log-probs below the floor, such as -inf) are left out, whatever their ids. A first position that is null, as
-    vLLM writes it, has no scores. Masses above 1 that the log-probs' precision explains are scaled to 1.
+    mass (log-probs below the floor, such as -inf) are left out, whatever their ids. A null first position, as vLLM
+    writes it, has no scores. Masses above 1 that the log-probs' precision explains are scaled to 1.
 
     Raises:
         ValueError: the file is no Parquet; a column is missing or of another type; or a row or position (both are
@@ -453,14 +453,14 @@ def _imported(
     precision, error = _precision(flat)
     order = np.lexsort((-flat, row))
     flat, flat_ids = flat[order], flat_ids[order]
-    probability = np.exp(np.minimum(flat, 99.0))  # finite: an infinite mass would equal what is allowed
+    probability = np.exp(np.minimum(flat, 99.0))  # finite: an infinite mass would equal the allowed one
     mass = np.bincount(row, probability, minlength=len(sizes))
     # An error of e in a log-prob l changes its probability p by p |l| e; rounding makes none of them positive.
     allowed = 1.0 + 1e-3 + error * np.bincount(row, probability * np.maximum(-flat, 0.0), minlength=len(sizes))
     heavy = np.flatnonzero(~(mass <= allowed))
     if len(heavy):
         raise ValueError(f"{entries[heavy[0]].where}: mass {mass[heavy[0]]:.4f}; are these log-probs?")
-    whole = (sizes == vocab_size) & (mass >= 2.0 - allowed)  # nothing is outside: what is short of 1 is rounding
+    whole = (sizes == vocab_size) & (mass >= 2.0 - allowed)  # no mass is outside: the difference from 1 is rounding
     flat = np.maximum(flat - np.log(np.where(whole, mass, np.maximum(mass, 1.0)))[row], LOGPROB_FLOOR)
     tail = np.log(np.maximum(1.0 - np.where(whole, 1.0, np.minimum(mass, 1.0)), np.exp(LOGPROB_FLOOR)))
     entropy = -np.bincount(row, np.exp(flat) * flat, minlength=len(sizes)) - np.exp(tail) * tail

@@ -73,7 +73,7 @@ class FetchedArtifact(Artifact):
         if marker.part not in here.standing().made:
             copy(self.remote, self.store, [marker.part])
         with suppress(OSError):  # another user's, or on a mount that is only read
-            os.utime(here.folder)  # `eopd store gc` takes what was not asked for lately
+            os.utime(here.folder)  # `eopd store gc` removes parts that were not used lately
         return here.remaining_folder(marker.part)
 
     # -- nothing of it is written ------------------------------------------------------------------------------

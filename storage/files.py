@@ -81,7 +81,7 @@ class Free:
     """Free space and inodes for unprivileged writers."""
 
     bytes: int
-    inodes: int | None  # None: it does not count them, or cannot be asked
+    inodes: int | None  # None: the file system does not count them
 
     def __str__(self) -> str:
         return f"{self.bytes:,} bytes free" + ("" if self.inodes is None else f", {self.inodes:,} inodes free")
@@ -149,8 +149,8 @@ def _reading(path: str) -> Iterator[int]:
 def _begin_writing(handle: int) -> None:
     """Ask the kernel to start writing a file out, where it can be asked (Linux).
 
-    Only a matter of speed, so what it answers does not matter: with all files on their way before the first fsync
-    waits, a journalling file system commits them together, and not one by one.
+    This affects speed only, so errors are ignored: with all files on their way before the first fsync waits, a
+    journalling file system commits them together, and not one by one.
     """
     if _sync_file_range is not None:
         _sync_file_range(handle, 0, 0, SYNC_FILE_RANGE_WRITE)
@@ -185,7 +185,7 @@ def _written_beside(path: Path, text: str, meanwhile: Callable[[], None] = _noth
 def create_exclusively(path: Path, text: str, meanwhile: Callable[[], None] = _nothing) -> bool:
     """Create ``path`` atomically. Returns False if it exists already.
 
-    ``meanwhile`` is called before ``path`` is created: what has to be on the disk first is synced there.
+    ``meanwhile`` is called before ``path`` is created, to sync whatever must be on the disk first.
     """
     with naming_full_disks(path):
         with _written_beside(path, text, meanwhile) as temporary:

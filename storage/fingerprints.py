@@ -38,7 +38,7 @@ class Digests:
         self._memory = memory
         self._known: dict[str, list[object]] = {}
         if memory is not None:
-            with suppress(OSError, ValueError, StoreError):  # a cache that is not there, or is damaged, is made anew
+            with suppress(OSError, ValueError, StoreError):  # a missing or damaged cache is made again
                 remembered = parse_json(read_plain(memory))
                 self._known = remembered if isinstance(remembered, dict) else {}
         self._grown = False
@@ -88,7 +88,7 @@ def model_files(folder: Path) -> list[Path]:
     At least every file that a reader opens (``stages.models.weight_files``).
     """
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.safetensors.index.json"))
-    quantisation = folder / "hf_quant_config.json"  # vLLM reads it if config.json says nothing
+    quantisation = folder / "hf_quant_config.json"  # vLLM reads it if config.json does not say
     return [folder / "config.json", *(file for file in (*weights, quantisation) if file.is_file())]
 
 

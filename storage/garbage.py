@@ -1,10 +1,9 @@
 """Garbage collection for `eopd store gc`: first a plan, then removal of exactly that plan.
 
-Roots are the artifacts that runs refer to; whatever they were made from is kept with them. Besides artifacts that no
-root reaches, a store gathers folders that no marker names (a killed worker's, a repaired part's), set-aside markers,
-half-written temporary files and what was fetched from buckets. What a living worker has claimed is kept with all that
-it is made from, and so is what was changed lately. Only the store that is named is looked at: those that runs read
-behind it are other people's.
+Roots are the artifacts that runs refer to; the artifacts they were made from are kept too. Besides unreachable
+artifacts, garbage is: folders that no marker names (of a killed worker or a repaired part), set-aside markers,
+half-written temporary files and downloads from buckets. Artifacts claimed by living workers are kept with all their
+inputs, and so are recent changes. Only the named store is examined, not the read-only stores behind it.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _after_pruning(artifact: Artifact, part: int, before: float) -> Iterator[Rem
     try:
         paths_left = left_over(artifact, part)
     except StoreError:
-        return  # what is to stay cannot be told; verify reports it
+        return  # it is unknown what must stay; verify reports it
     for path in paths_left:
         if _last_change(path) < before:
             yield Removal(path, _size(path), "left by an interrupted pruning")

@@ -30,7 +30,7 @@ class Listed:
     committed: int
     bytes: int
     problem: str = ""
-    pruned: int = 0  # parts whose data were given up
+    pruned: int = 0  # parts whose data were pruned
 
     @property
     def complete(self) -> bool:
@@ -218,6 +218,6 @@ def coverages(store: Path, identity: str) -> list[Artifact]:
     artifacts = []
     refuse_links(store, "scores", identity)
     for name in _names(store / "scores" / identity):
-        with suppress(*UNSOUND):  # `verify` says what is wrong with it
+        with suppress(*UNSOUND):  # `verify` reports the problem
             artifacts.append(open_artifact(store, "scores", f"{identity}/{name}"))
     return artifacts

@@ -1,6 +1,6 @@
 """Needs that a consumer may have of a teacher cache, as predicates.
 
-An objective declares its needs; a coverage answers each, or says what is missing and what would add it.
+An objective declares its needs; a coverage meets each, or reports what is missing and what would add it.
 """
 
 from __future__ import annotations

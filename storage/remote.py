@@ -1,8 +1,8 @@
 """Stores in object storage (s3://, gs://, az://, http:// and what else obstore opens): read lazily, filled by copying.
 
 The layout and the commit rule are those of a local store: the marker is put if absent, after the part's files. Scores
-are read by the byte ranges of the chunks that are needed; what has to be a whole file, or is checked or copied, travels
-in pieces and is never held whole. Nothing is deleted: a repair renames. obstore is an optional dependency.
+are read by byte ranges of chunks; whole files are copied and checked in pieces and never held in memory. Nothing is
+deleted: a repair renames. obstore is an optional dependency.
 
     bucket = open_bucket("s3://team/scores")         # credentials: from the environment, as obstore documents
     cache = TeacherCache(RemoteArtifact(bucket, "scores", key))

@@ -1,13 +1,13 @@
 """Several stores as one: a private store in front of read-only ones (a team's folder, a bucket).
 
-An artifact is read whole from one store, and written to the private one. What is under way there is finished there
-(what was submitted, and cancelled before anybody came to a part of it, is not); else the first store that has all of it
-serves it, where it lies. Nothing is copied but what has to be files and is in a bucket (``storage.fetched``). Scores of
-another store count only when they are of the rollouts that are read: two stores may hold rollouts of one key whose
-bytes differ (a GPU's do).
+An artifact is read from one store as a whole, and written to the private one. Work in progress in the private store is
+finished there (a cancelled submission of which no part was begun does not count); else the first store with the
+complete artifact serves it in place. Nothing is copied except files from a bucket (``storage.fetched``). Scores of
+another store count only if they were made from the rollouts that are read: two stores may hold rollouts of one key
+whose bytes differ (a GPU's do).
 
-A process asks the read-only stores once for each artifact; what is committed to them later is seen by the next.
-Zarr and obstore are imported when a bucket is opened: planning over folders needs neither.
+A process looks up each artifact in the read-only stores once; later commits there are seen by the next process. Zarr
+and obstore are imported when a bucket is opened: planning over folders needs neither.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class StackedStores:
         for store in self.stores[1:]:
             for name in _coverages(store, identity):
                 key = f"{identity}/{name}"
-                with suppress(*UNSOUND):  # of another than what is asked for: no reason to stop
+                with suppress(*UNSOUND):  # of another artifact than the requested one: no reason to stop
                     elsewhere = self._complete("scores", key)
                     if key not in by_key and elsewhere is not None and self._fits(*elsewhere):
                         by_key[key] = elsewhere[1]
@@ -94,7 +94,7 @@ class StackedStores:
     def _fits(self, number: int, artifact: Artifact) -> bool:
         """True unless its parts were made from other bytes of rollouts than those that this stack reads.
 
-        Whatever is made by part of rollouts names the checksum of each of their parts in its markers.
+        Artifacts made by part from rollouts record the checksum of each rollout part in their markers.
         """
         key = artifact.identity.inputs.get("rollouts")
         if key is None:

@@ -1,7 +1,7 @@
 """Graceful shutdown: a stop request takes effect between units of work.
 
-The wish belongs to the process, as the signals that bring it do. Whoever works on something that should be committed
-first says so with ``in_hand``; whoever is between two such things calls ``check``.
+The request belongs to the process, as signals do. Code whose work should be committed before a stop marks it with
+``in_hand``; code between two units of work calls ``check``.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Standing:
     """State of all parts from one listing of an artifact's folder: sets of part numbers."""
 
     committed: set[int]
-    pruned: set[int]  # committed once, their data given up since
+    pruned: set[int]  # committed once, and pruned since
     hinted: set[int]  # committed empty, perhaps: the marker knows (``StoredArtifact.reasons_aside``)
 
     @property
@@ -44,7 +44,7 @@ class StoredArtifact(ABC):
     key: str
     folder: Path | str  # in a bucket: from its root
 
-    # -- what a store has to answer ----------------------------------------------------------------------------
+    # -- primitives of a store ---------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -134,9 +134,8 @@ class StoredArtifact(ABC):
     def is_complete(self) -> bool:
         """The one definition: every part was committed, and nothing is left to do.
 
-        A part that was pruned since counts. Its data are gone: who reads it finds ``PrunedPart``, and a plan in which
-        something still has to read it calls it back first (``storage.pruning.revive``), which makes it missing. The
-        manifest is a convenience for people.
+        A part that was pruned since counts. Reading it raises ``PrunedPart``, and a plan that still has to read it
+        revives it first (``storage.pruning.revive``), which makes it missing. The manifest is a convenience for people.
         """
         return len(self.standing().made) == self.parts
 
@@ -215,7 +214,7 @@ class StoredArtifact(ABC):
             for _ in self.checked(marker, name):
                 pass
         strangers = sorted(there - set(marker.files))
-        if strangers and not marker.is_pruned:  # what a kill kept from going is no damage: `gc` names it
+        if strangers and not marker.is_pruned:  # files that an interrupted pruning left are no damage: `gc` lists them
             added_to = f"{self.folder}/{paths.data_name(part, marker.nonce)}"
             raise DamagedPart(f"{self} part {part}: {strangers[0]} was added to {added_to}")
 

@@ -57,7 +57,7 @@ def raw_counts(symbols: Symbols, extra: int) -> NDArray[np.uint8]:
 def join(symbols: Symbols, extra: int, bits: NDArray[np.uint8], at: Int64) -> NDArray[np.int32]:
     """Return numbers [N] from their symbols and the positions ``at`` [N] (bits) of their raw bits in ``bits``.
 
-    ``bits`` ends with four bytes that belong to nobody, so that a window of four bytes starts at every byte.
+    ``bits`` ends with four bytes of padding, so that a window of four bytes starts at every byte.
     """
     raw, base = _tables(extra)
     values = base[symbols]

@@ -1,8 +1,8 @@
 """Copying of artifacts between stores, folders and buckets alike. For `eopd store copy`.
 
-A copy follows the commit rule: files first, their bytes checked against the source's marker on the way, the marker
-last and only if absent. So an interrupted copy is continued by running it again, and a copy is an artifact like any
-other. A part that was pruned is copied as it stands: what is left of it, then its tombstone.
+A copy follows the commit rule: files first, their bytes checked against the source's marker on the way, the marker last
+and only if absent. So running an interrupted copy again continues it, and a copy is an artifact like any other. A
+pruned part is copied as it stands: its remains, then its tombstone.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Damage:
     part: int | None  # None: the identity or the manifest
     name: str  # of the file in the artifact's folder
     problem: str
-    beyond_repair: bool = False  # a newer eopd wrote it, and may find it sound; or nothing here tells what it was
+    beyond_repair: bool = False  # a newer eopd wrote it, and may find it sound; or nothing identifies it
 
     @property
     def folder(self) -> str:
@@ -252,7 +252,7 @@ def _repair(store: Path | Bucket, kind: str, key: str, damages: Sequence[Damage]
             _set_aside(store, damage)
     if any(damage.beyond_repair for damage in damages):
         return
-    with suppress(MissingArtifact):  # its identity was set aside, and nothing says what it was
+    with suppress(MissingArtifact):  # its identity was set aside, and nothing else identifies it
         listing.open_in(store, kind, key).finish()
 
 
@@ -263,7 +263,7 @@ def _mend_identity(store: Path | Bucket, kind: str, key: str) -> None:
     except UNSOUND:
         _rename(store, f"{kind}/{key}", paths.IDENTITY, aside)
         _restore_identity(store, kind, key)
-    else:  # it says what it said, in other blanks
+    else:  # only white space differs
         artifact.create(aside, artifact.read(paths.IDENTITY).decode(errors="replace"))
         artifact.replace(paths.IDENTITY, file_text(artifact.identity.to_json()))
 
@@ -272,7 +272,7 @@ def _set_aside(store: Path | Bucket, damage: Damage) -> None:
     nonce = secrets.token_hex(8)
     if damage.part is not None:
         _rename(store, damage.folder, damage.name, paths.damaged_name(damage.part, nonce))
-    # with a part: the manifest lists what has to be done again
+    # with a part: the manifest lists the parts to be done again
     _rename(store, damage.folder, paths.MANIFEST, f"{paths.MANIFEST}.{nonce}.damaged")
 
 

@@ -87,7 +87,7 @@ def logs(
     from eopd.pipeline.logs import follow as follow_logs
 
     folder = paths_of(run, runs).logs
-    # lengths are read once: what is added while they are shown is what `follow` begins with
+    # lengths are read once: `follow` begins with lines that are added meanwhile
     ends = {path: path.stat().st_size for path in find_logs(folder, stage, round_)}
     for path, end in ends.items():
         sys.stdout.write(f"==> {escaped(path.name)} <==\n")

@@ -236,8 +236,7 @@ def _words(amounts: Need) -> str:
 def run_on_node(arguments: Sequence[str], folder: str, log: str, meeting: tuple[str, int] | None) -> int:
     """Run ``python ARGUMENTS`` in ``folder``, its output appended to ``log``; returns its exit code.
 
-    A process of its own gives memory and GPUs back whatever happens, and loses no more than the part in hand if it is
-    killed.
+    A separate process frees memory and GPUs whatever happens, and loses no more than its current part if it is killed.
 
     Args:
         meeting: host and port at which processes of several nodes meet, for {host} and {port} in options.
@@ -256,7 +255,7 @@ def run_on_node(arguments: Sequence[str], folder: str, log: str, meeting: tuple[
             while process.poll() is None:
                 time.sleep(NODE_POLL_SECONDS)  # not wait(): Ray's cancellation comes between two instructions
             return process.returncode
-        except KeyboardInterrupt:  # cancelled: what is in hand is committed, then the process ends by itself
+        except KeyboardInterrupt:  # cancelled: the current part is committed, then the process exits
             if not stopped:  # Ray may say it again, and a second signal would stop the worker at once
                 process.send_signal(signal.SIGTERM)  # Ray's processes ignore SIGINT, and so do their children
             stopped = True

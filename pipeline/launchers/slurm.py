@@ -1,7 +1,7 @@
 """The Slurm launcher: submits the whole plan at once, as job arrays that depend on each other.
 
-Nothing has to stay up for the work to go on: tasks put themselves back into the queue, and the store says what is done.
-Whoever follows only shows the progress, and resubmits what was lost when the queue has run dry.
+No process has to stay up: tasks requeue themselves, and the store records what is done. The process that follows the
+jobs only shows their progress, and resubmits lost tasks once the queue is empty.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
         for index, parts in array.chunks.items():
             undone = tuple(part for part in parts if part in missing)
             log = array.log(str(job), str(index))
-            if undone and log.exists():  # without a log it never began: what it waited for has failed
+            if undone and log.exists():  # without a log it never began: a dependency has failed
                 known = states.get((job, index))
                 state = known.state if known else queue.ended_as(job, index)
                 outcome = read_outcome(array.events(index))

@@ -1,12 +1,12 @@
 """Slurm job arrays for the missing parts of a plan: tasks, dependencies and scripts.
 
-Pure but for listings of the store. An array task does a fixed chunk of its job's parts: chunk c holds parts c * n to
-(c + 1) * n - 1, of which those that are committed are left out. So equal indices of a round's rollout and score arrays
-mean equal parts, and a score task waits for its own rollout task only.
+This module only reads listings of the store. An array task does a fixed chunk of its job's parts: chunk c holds the
+missing ones of parts c * n to (c + 1) * n - 1. So equal indices of a round's rollout and score arrays mean equal parts,
+and a score task waits for its own rollout task only.
 
-A task that runs twice does only what is missing, so everything that can go wrong with one has the same answer: run it
-again. Near its time limit, or when it fails, a task puts itself back into the queue; when its node dies or it is
-pre-empted, Slurm does (``--requeue``).
+A task that runs again does only what is missing, so every failure has the same answer: run the task again. A task
+requeues itself near its time limit or when it fails; Slurm does when the node dies or the task is pre-empted
+(``--requeue``).
 """
 
 from __future__ import annotations

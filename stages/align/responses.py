@@ -26,7 +26,7 @@ class Responses:
     names: list[tuple[str, str, int]]  # benchmark, problem id, sample
     student: list[Sequence]
     teacher: list[Sequence]
-    cut: int  # responses of which only the first tokens fit into both models
+    cut: int  # responses whose first tokens alone fit into both models
 
     @property
     def tokens(self) -> int:

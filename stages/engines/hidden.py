@@ -29,7 +29,7 @@ class HiddenBatch:
     """Hidden states of some of the sequences, sequence after sequence."""
 
     hidden: Tensor  # [T, D] final norm applied; the state before each response token
-    order: tuple[int, ...]  # number of each sequence in the list asked for
+    order: tuple[int, ...]  # number of each sequence in the request
     lengths: tuple[int, ...]  # response tokens of each
 
 

@@ -4,9 +4,9 @@
     with engines.sampling("auto", student, max_model_len=512, log_dir=logs, progress=progress) as engine:
         ...
 
-A kept sampling engine takes the weights of the next student in place; a probe then has to agree with the checkpoint's
-own log-probs, else the engine is closed and opened anew. Where memory does not allow both engines, and before training
-on a GPU, what is open is closed first. Results do not depend on what was kept. Needs no torch until an engine opens.
+A kept sampling engine loads the weights of the next student in place; a probe must then agree with the checkpoint's own
+log-probs, else the engine is closed and a new one opened. If memory does not allow both engines, and before training on
+a GPU, open engines are closed first. Results do not depend on kept engines. No torch is needed until an engine opens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MEMORY_PER_WEIGHTS = 2.0
 @dataclass
 class _Sampler:
     engine: SamplingEngine
-    wanted: tuple[object, ...]  # what it was opened for, beside weights and length
+    wanted: tuple[object, ...]  # arguments of opening, besides weights and length
     ref: ModelRef  # whose weights it serves
 
 
@@ -49,7 +49,7 @@ class _Reader:
 class Engines:
     """Engine pool. ``keep=False`` closes an engine at the end of its job; ``keep=True`` keeps it until ``close``.
 
-    Not for several threads at once. A job that fails takes its engine with it: who knows what it left in it.
+    The pool is not thread-safe. A job that fails closes its engine, whose state is unknown.
     """
 
     def __init__(self, *, keep: bool = False) -> None:

@@ -1,8 +1,7 @@
 """Probe that an engine serves the right weights: log-probs of fixed sequences against the checkpoint's own.
 
-After weights were replaced in place an engine can serve old ones, a mixture, or none that ever were, and nothing in
-what it samples would show it. The reference is computed from the checkpoint by transformers on the CPU and shares
-nothing with the engine.
+After weights are replaced in place an engine may serve the old ones or a mixture, and its samples would not show it.
+The reference is computed from the checkpoint by transformers on the CPU and shares nothing with the engine.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Sample:
     token_ids: NDArray[np.int32]  # [T] with the stop token, when one was sampled, as the last
     finish_reason: FinishReason
     stop_token_id: int | None  # the last token when finish_reason is "stop"
-    # [T] full softmax at the sampling temperature, nats; None when not asked for, and from vLLM when it truncates
+    # [T] full softmax at the sampling temperature, nats; None if not requested, and from vLLM if it truncates
     logprobs: NDArray[np.float32] | None = None
     truncated_logprobs: NDArray[np.float32] | None = None  # [T] nats; None where nothing is truncated
 
@@ -191,7 +191,7 @@ class SamplingEngine(Protocol):
     def load(self, ref: ModelRef) -> None:
         """Replace the weights by those of ``ref``, a model of the same shape and dtype.
 
-        Whoever calls it must ``probe`` what is served then (``engines.probe``).
+        The caller must ``probe`` the engine afterwards (``engines.probe``).
 
         Raises:
             ValueError: it would not; the engine is of no more use and is to be closed.
@@ -208,8 +208,8 @@ class SamplingEngine(Protocol):
 class SamplingMeter:
     """Progress of sampling several parts, in tokens, including those still being decoded.
 
-    How many there will be is not known until a response has ended. Then it is an estimate: tokens so far over responses
-    that have ended is what a response takes (as for any lifetime with some still running), at most ``max_new_tokens``.
+    The total is unknown until a response has ended. Then it is estimated from the tokens so far per response that has
+    ended (the usual estimate of a lifetime while some are still running), at most ``max_new_tokens`` each.
     """
 
     def __init__(self, progress: Progress, what: str, responses: int, max_new_tokens: int) -> None:

@@ -118,7 +118,7 @@ class VLLMProcess:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 if self.on_cpu:
                     self.llm.apply_model(_repack_head)
-            except Exception as error:  # of another process a plain Exception comes back, whatever went wrong there
+            except Exception as error:  # another process returns a plain Exception for any failure
                 raise ValueError(f"vLLM {self.version} could not take the weights of {ref.path}: {error}") from error
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ class EvaluateJob:
     log_dir: Path
     policy: ModelRef
     stop_ids: tuple[int, ...]
-    seed: int  # equal seeds give equal draws to equal problems, whatever the part
+    seed: int  # equal seeds give equal draws to equal problems, independent of parts
     engines: Engines = field(default_factory=Engines)
 
 

@@ -42,7 +42,7 @@ class BenchmarkSettings(Settings):
 class EvaluateSettings(Settings):
     """Settings of evaluation: benchmarks, samples per problem, sampling and grading.
 
-    What is null here and has a value in training is as it is there: a run's settings fill it in (``following``).
+    Null settings that training has too are filled in from there (``following``).
     """
 
     benchmarks: tuple[BenchmarkSettings, ...] = setting(..., "The benchmarks, by unique names", min_length=1)

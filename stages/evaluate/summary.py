@@ -57,7 +57,7 @@ class Tally:
         truncated = sum(row["finish_reason"] == "length" for row in rows)
         self.lengths += lengths
         self.stopped += len(rows) - truncated
-        # what was sampled from is the truncated distribution, where one is
+        # samples come from the truncated distribution, if there is one
         logprobs = [row["truncated_logprobs"] or row["logprobs"] or [] for row in rows]
         self.surprise.append((-math.fsum(map(math.fsum, logprobs)), sum(map(len, logprobs))))
         for row in rows:

@@ -1,6 +1,6 @@
 """The judge stage: the prompts' verifier judges every response of stored rollouts.
 
-A response that was cut at the length limit counts as wrong, whatever its text holds: it was not finished.
+A response that was cut at the length limit counts as wrong whatever its text, since it is unfinished.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ _LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 def layout_of(model: nn.Module) -> Layout:
     """Return the densest packing in which a model treats each sequence as if it were alone.
 
-    Found once a model by reading a few short sequences alone and together. Call it before the model is wrapped or
-    sharded.
+    The layout is measured once per model by reading a few short sequences alone and together. Call this before the
+    model is wrapped or sharded.
 
     Raises:
         ValueError: the model is not causal: it says something else of a prefix when more tokens follow.

@@ -1,9 +1,9 @@
 """Conversations, and rendering them through chat templates.
 
-A template is free to ignore what it does not know: a role, `tool_calls`, `reasoning_content`, a `name`, an argument.
-What it ignores would be missing from the prompt without a word, so each field is checked to change the text, and a
-field that does not is refused; so is a role that is written as the assistant's. ``ChatTemplate`` renders with Jinja
-alone, so that a plan can check templates without importing transformers.
+A template may ignore what it does not know: a role, `tool_calls`, `reasoning_content`, a `name`, an argument. Ignored
+fields would silently be missing from the prompt, so each field is checked to change the text, and one that does not is
+refused; so is a role that is written as the assistant's. ``ChatTemplate`` renders with Jinja alone, so that a plan can
+check templates without importing transformers.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _as_the_assistant_s(conversation: Conversation, number: int, render: Render)
 def _rendered(conversation: Conversation, render: Render) -> str:
     try:
         return render(conversation)
-    except Exception as error:  # of Jinja, or whatever an expression of a template raises
+    except Exception as error:  # errors of Jinja, or of any expression in a template
         roles = ", ".join(message["role"] for message in conversation.messages)
         raise ValueError(f"the chat template refuses it ({roles}): {_one_line(error)}") from error
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CONVERTER = 1
 """Version of the conversion; it enters fingerprints. Raise it when the same file gives other weights."""
-ORIGIN = "gguf.json"  # what a prepared folder was made from
+ORIGIN = "gguf.json"  # origin of a prepared folder
 SUFFIX = ".gguf"
 FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # tensor types of the format that are not quantised
 MOST_DIMENSIONS = 4
@@ -258,7 +258,7 @@ def _damaged(path: Path, reason: str) -> str:
 def prepare(path: Path, folder: Path, dtype: str = "auto") -> None:
     """Write the model in ``path`` as a model folder; ``folder`` appears whole or not at all.
 
-    Processes that prepare the same folder wait for one another. What a killed one left is removed by the next.
+    Processes that prepare the same folder wait for each other. The next process removes what a killed one left.
 
     Args:
         dtype: precision of the stored weights; auto is that of the file, float32 if it is quantised.
@@ -329,7 +329,7 @@ def _load(file: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (MemoryError, ImportError):
         raise
-    except Exception as error:  # whatever a library raises for a file that it does not understand
+    except Exception as error:  # libraries raise anything for files that they do not understand
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file.path}: transformers cannot read it ({type(error).__name__}: {reason})") from error
     model.hf_quantizer = None

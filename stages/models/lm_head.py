@@ -1,7 +1,7 @@
 """The LM head: final hidden states to logits, with every trait that an architecture adds after the product.
 
-Read by the statistics head (``stages.score``) and by the student head (``stages.train``).
-Letters: T tokens, V vocabulary, D hidden size.
+Used by the statistics head (``stages.score``) and by the student head (``stages.train``). Letters: T tokens, V
+vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[A
             continue
         given = wanted.double()
         error, multiple = min((float((hidden * value - given).norm() / given.norm()), value) for value in multiples)
-        # what is not finite is the weights' fault, and is reported by the response that shows it
+        # values that are not finite come from the weights, and are reported with the response that shows them
         if error <= _rounding(wanted.dtype) or not torch.isfinite(given).all():
             return candidate, takes_positions, multiple
     raise ValueError(

@@ -307,7 +307,7 @@ def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         try:
             check_weights(ModelRef(**fields))
         except (ImportError, MemoryError):
-            raise  # says nothing about the model
+            raise  # tells nothing about the model
         except Exception as error:  # what transformers raises where config.json describes no model
             refused[role] = _refusal_in_a_line(Path(fields["path"]), error)
     return refused

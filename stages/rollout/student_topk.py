@@ -1,8 +1,8 @@
 """The student's own most probable tokens at every stored response position.
 
-Found by reading the stored tokens once more, after their part is committed: so they always belong to the tokens
-that were kept, whatever engine sampled them and however often the stage was killed.
-Letters: T tokens of a block, V vocabulary, D hidden size, k ids a token.
+The stored tokens are read once more after their part is committed, so the ids always belong to the committed tokens,
+whichever engine sampled them and however often the stage was killed. Letters: T tokens of a block, V vocabulary, D
+hidden size, k ids per token.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def first_not_finite(
     """Find which of ``suspects``, read together with NaN or infinite logits, is the cause: (its number, response
     token).
 
-    Attention multiplies what it masks by 0, and 0 * NaN is NaN: one bad token spoils its whole row, neighbours and
-    earlier tokens too. So each is read alone, and the first bad position found by reading ever closer prefixes.
+    Attention multiplies masked values by 0, and 0 * NaN is NaN: one bad token spoils its whole row, neighbours and
+    earlier tokens too. So each sequence is read alone, and its first bad position is found by bisection over prefixes.
     """
     for number in suspects:
         length = len(sequences[number].response_ids)

@@ -1,9 +1,9 @@
 """One chunk's logits in cache-sized blocks, with running maxima and sums: the whole vocabulary is read once.
 
-Memory traffic, not arithmetic, is what a large vocabulary costs after its matrix product. So the product is made
-block by block of ``W`` ids, and each block is reduced while it still lies in the processor's cache. Kept of it are
-the logits, and per group of neighbouring ids the largest logit and the sum of exponentials; from these the top
-entries and the draws find the few groups they must look into.
+Memory traffic, not arithmetic, is the cost of a large vocabulary after its matrix product. So the product is made block
+by block of ``W`` ids, and each block is reduced while it is in the processor's cache. The logits are kept, and the
+largest logit and the sum of exponentials of each group of neighbouring ids; with these the top entries and the draws
+find the few groups they must read.
 
 Letters: C rows of a chunk, V vocabulary, D hidden size, W ids of a block, N blocks, G groups.
 """

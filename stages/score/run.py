@@ -1,7 +1,7 @@
 """The score stage: computes the teacher's statistics of every response token, part by part.
 
-Producer of the record of ``storage.teacher_record``. Several processes may do parts of one artifact, the same ones
-too: a part belongs to whoever claims it, and the first commit wins.
+Producer of the record of ``storage.teacher_record``. Several processes may do parts of one artifact, even the same
+ones: the process that claims a part does it, and the first commit wins.
 """
 
 from __future__ import annotations

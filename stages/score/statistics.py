@@ -3,9 +3,9 @@
     head = StatisticsHead(lm_head, HeadRule(), temperature=1.0, stop_ids=(2,))
     statistics = head(hidden, TokenBatch(sampled_ids, keys))
 
-No tensor of [T, V] exists: a chunk of rows at a time, so memory does not grow with T. Everything is float32 or
-better whatever the model's dtype. Letters: T tokens, C rows of a chunk, V vocabulary, D hidden size, K head
-entries, E stop ids, X* extra ids.
+No [T, V] tensor exists: rows are processed in chunks, so memory does not grow with T. Everything is float32 or better
+whatever the model's dtype. Letters: T tokens, C rows of a chunk, V vocabulary, D hidden size, K head entries, E stop
+ids, X* extra ids.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def rehearse_commit(job: TrainJob, model: Any) -> None:
     weights = {name: torch.empty_like(value, device="meta") for name, value in model.named_parameters()}
     states = job.progress_states
     try:
-        # the last of the states, which is never reached: to whoever watches, no part of the checkpoint is begun
+        # the number of the last state, which is never reached, so that no part of the checkpoint appears to be begun
         with suppress(_Rehearsed), states.write_part(states.parts - 1) as folder:
             if job.settings.lora is not None:
                 # only the adapter is small enough to be written in full
@@ -124,13 +124,13 @@ def commit(job: TrainJob, loop: Loop, rows: list[dict[str, Any]], start: RoundSt
         return
     try:
         _write_parts(job, loop, rows, start, weights, moments, averages)
-    except Exception:  # whatever it is, it is raised again
+    except Exception:  # any error is raised again
         if states.newest_step() != len(rows):
             trained = {name for name, value in inner.model.named_parameters() if value.requires_grad}
             kept = {f"model.{name}": value for name, value in weights.items() if name in trained}
             try:
                 states.save(len(rows), kept, moments, averages or {}, rows)
-            except Exception as error:  # the first one says more, and is what is raised
+            except Exception as error:  # the first error says more, and is raised
                 job.progress.line(
                     f"train {job.round}: the state after step {len(rows)} could not be kept either, so steps since the "
                     f"last one that was will be taken again: {type(error).__name__}: {error}"
@@ -188,7 +188,7 @@ def _named_in_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Save weights, config and generation settings as transformers does."""
     with no_progress_bars():
-        unwrap(model).save_pretrained(folder, state_dict=dict(weights))  # it takes tensors out of what it is given
+        unwrap(model).save_pretrained(folder, state_dict=dict(weights))  # it removes tensors from its argument
 
 
 def _save_ends(job: TrainJob, model: Any, folder: Path) -> None:

@@ -99,8 +99,8 @@ def merged_weights(adapted: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 def save_adapter(adapted: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Save the adapter alone, as peft reads it; it belongs to the weights that the round began with.
 
-    Written here, not by ``save_pretrained``: that one notes the student's path and a set in its hash order, and the
-    same round must leave the same bytes anywhere.
+    ``save_pretrained`` is not used because it records the student's path and a set in hash order, and the same round
+    must leave the same bytes anywhere.
     """
     from peft import get_peft_model_state_dict
 

@@ -1,7 +1,7 @@
 """Figures of a step: token sums become means; timings are kept apart, since they never repeat exactly.
 
-What is written into artifacts must be the same after a crash and a resume, so only figures that are a function of
-the data go there; tokens/s, waiting and memory go to the run folder and TensorBoard.
+Artifacts must be the same after a crash and a resume, so only figures that are a function of the data go there;
+tokens/s, waiting and memory go to the run folder and TensorBoard.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Recorder:
         figures = {name: value for name, value in row.items() if isinstance(value, float)}
         for name, value in figures.items():
             self._board.add_scalar(f"train/{name}", value, self._first + row["step"])
-        # the trackers drop a step below the last: count on over the rounds, whatever the schedule does
+        # trackers drop a step below the last one, so steps are counted over all rounds, whatever the schedule does
         self._trackers.record({**figures, "round": row["round"]}, self._recorded)
         self._recorded += 1
 

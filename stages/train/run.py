@@ -159,7 +159,7 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
         raise ValueError("train.device is cuda, but torch sees no GPU: `eopd doctor` says why")
     use_cpu = settings.device == "cpu" or not there
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    # precision is the Student's: accelerate would only see to what it wraps itself
+    # the Student sets the precision: accelerate would cover only modules that it wraps itself
     return Accelerator(cpu=use_cpu, kwargs_handlers=[waiting])
 
 
@@ -293,9 +293,9 @@ def _steps(job: TrainJob, loop: Loop, states: States, start: RoundStart | None, 
     shown = settings.model_dump(mode="json")
     before = job.steps_before
     if before is None:
-        before = job.first_step or job.round * total  # without carry_over the schedule begins anew, the axis does not
+        before = job.first_step or job.round * total  # without carry_over the schedule restarts, but the axis does not
     recorder = Recorder(job.run_dir, job.round, before, len(rows), settings.trackers, shown) if main else None
-    with ExitStack() as at_end:  # what was recorded is flushed where a step breaks, too
+    with ExitStack() as at_end:  # records are flushed even if a step fails
         at_end.callback(job.progress.close)
         if recorder is not None:
             at_end.callback(_close, recorder, job)

@@ -15,7 +15,7 @@ from eopd.storage.identity import Identity
 if TYPE_CHECKING:
     from eopd.stages.train.job import TrainJob
 
-PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step, of which there may be any number
+PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step, whose number is unbounded
 
 
 _shapes = cache(read_shapes)

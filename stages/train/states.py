@@ -1,8 +1,8 @@
 """Resumable states of a training job, under the commit rule of all artifacts.
 
-Part 0 of the ``progress`` artifact holds what the round-start pass found; part s the state after optimiser step s:
-trained weights, optimiser moments, averaged weights where asked for, and the metrics of every step so far. Older ones
-are pruned once a newer is committed, never the only one; all go when the checkpoint is committed.
+Part 0 of the ``progress`` artifact holds the result of the round-start pass; part s holds the state after optimiser
+step s: trained weights, optimiser moments, averaged weights if any, and the metrics of every step so far. An older
+state is pruned once a newer one is committed; all are removed when the checkpoint is committed.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def _figures(
         # The largest single logit of the rest, as a log-prob: its share of the rest is 1 / total.
         rival = torch.maximum(student.logprob.amax(dim=1), student.rest - taken.rest.total.log())
         figures["top1_agreement"] = (at_best >= rival) & (best > LOG_ZERO)
-        with torch.no_grad():  # whatever is trained on: how far the models are apart, head and one bucket
+        with torch.no_grad():  # for every objective: the distance of the models on the head and one bucket
             figures["rkl"] = reverse_kl(student, teacher, "head")
             figures["fkl"] = forward_kl(student, teacher, "bucket")
     if context.teacher_prefix is not None:

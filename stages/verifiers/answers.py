@@ -67,9 +67,8 @@ _STRUCT_KEYS = ("ground_truth", "final_answer", "answer", "target")
 def final_answer(response: str) -> str | None:
     """Return the final answer of a response; None if it states none.
 
-    What was thought aloud is no answer. The last of these counts: a box, an ``<answer>`` tag, a line after ``####``;
-    without one, what follows the last "answer is" or "Answer:"; without that, the last mathematics of the last line
-    that has any.
+    Thoughts are not answers. The last of these counts: a box, an ``<answer>`` tag, a line after ``####``; without one,
+    the text after the last "answer is" or "Answer:"; without that, the last mathematics of the last line that has any.
     """
     text = without_thoughts(response)
     places = [boxes] if (boxes := _boxes(text)) else []

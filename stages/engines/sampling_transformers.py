@@ -7,6 +7,7 @@ only. Letters: B rows, L tokens so far, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,7 +30,6 @@ from eopd.stages.engines.sampling import (
     check_requests,
     torch_device,
 )
-from eopd.stages.engines.truncation import truncate
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import TOLERANCE
 from eopd.stages.models.lm_head import probe_ids
@@ -355,3 +355,30 @@ def sequence_logprobs(model: Any, sequence: Sequence[int], device: str) -> NDArr
     logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     taken: NDArray[np.float32] = logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
     return taken
+
+
+def truncate(logprobs: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
+    """Truncate by min-p, then top-k, then top-p, each on what the one before left (vLLM's order).
+
+    Truncated entries become -inf; at least the most probable token stays. Not renormalised.
+
+    Args:
+        logprobs: [B, V] log-softmax at the sampling temperature, nats.
+        top_p: keep the most probable tokens until their mass reaches this (1: all).
+        top_k: keep this many most probable tokens, and those as probable as the last (0: all).
+        min_p: keep tokens at least this probable, relative to the most probable one (0: all).
+    """
+    kept = logprobs
+    if min_p > 0.0:
+        floor = logprobs.amax(-1, keepdim=True) + math.log(min_p)
+        kept = kept.masked_fill(logprobs < floor, -torch.inf)
+    if 0 < top_k < logprobs.shape[-1]:
+        smallest = kept.topk(top_k, dim=-1).values[:, -1:]
+        kept = kept.masked_fill(kept < smallest, -torch.inf)
+    if top_p < 1.0:
+        ordered, ids = kept.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.double().softmax(-1)
+        cut = probs.cumsum(-1) - probs >= top_p  # the mass before a token is enough already
+        cut[:, 0] = False
+        kept = kept.masked_fill(torch.zeros_like(cut).scatter(1, ids, cut), -torch.inf)
+    return kept

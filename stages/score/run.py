@@ -7,6 +7,7 @@ ones: the process that claims a part does it, and the first commit wins.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,10 +19,10 @@ from eopd.stages.engines.check import check_first_batch, refuse_uniform
 from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.packing import Sequence
 from eopd.stages.models.placeholders import SIBLING
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
-from eopd.stages.score.check import first_not_finite
 from eopd.stages.score.context import context_name
 from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
@@ -247,3 +248,34 @@ class Scorer:
                 f"{' ...' if len(self.failures) > 8 else ''}. The other parts are stored. Check the teacher's weights, "
                 "or score in a wider score.dtype."
             )
+
+
+def first_not_finite(
+    engine: HiddenEngine, head: StatisticsHead, sequences: SequenceOf[Sequence], suspects: SequenceOf[int]
+) -> tuple[int, int]:
+    """Find which of ``suspects``, read together with NaN or infinite logits, is the cause: (its number, response
+    token).
+
+    Attention multiplies masked values by 0, and 0 * NaN is NaN: one bad token spoils its whole row, neighbours and
+    earlier tokens too. So each sequence is read alone, and its first bad position is found by bisection over prefixes.
+    """
+    for number in suspects:
+        length = len(sequences[number].response_ids)
+        if not _is_finite(engine, head, sequences[number], length):
+            good, bad = 0, length
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                good, bad = (middle, bad) if _is_finite(engine, head, sequences[number], middle) else (good, middle)
+            return number, bad - 1
+    return suspects[0], 0  # gone when read alone: named by the first of them
+
+
+def _is_finite(engine: HiddenEngine, head: StatisticsHead, sequence: Sequence, length: int) -> bool:
+    prefix = Sequence(sequence.context_ids, sequence.response_ids[:length])
+    [batch] = list(engine.hidden([prefix]))
+    ids = np.asarray(prefix.response_ids, np.int64)
+    try:
+        head(batch.hidden, TokenBatch(ids, ids.astype(np.uint64)))
+    except NotFinite:
+        return False
+    return True

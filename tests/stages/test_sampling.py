@@ -23,7 +23,7 @@ from eopd.stages.engines.sampling import (
     SamplingRequest,
     derive_seed,
 )
-from eopd.stages.engines.truncation import truncate
+from eopd.stages.engines.sampling_transformers import truncate
 from eopd.stages.job import ModelRef, NullProgress
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny

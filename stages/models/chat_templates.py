@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ LINKS = frozenset({"id", "tool_call_id", "type"})
 NOTHING: tuple[object, ...] = (None, "", [], {})
 """Values that say nothing, so that leaving them out is no loss. Zero and false say something."""
 
+CLOCK = "strftime_now"
+"""The function with which templates write today's date; as an argument, a date in ISO format that stands for it."""
 SYSTEM = ("system", "developer")
 PROBE = "eopd-probe"
 PREFIX_END = "eopd-end-of-prefix"
@@ -259,6 +262,37 @@ def check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> Non
     if unknown:
         near = ", ".join(sorted(template.variables - RESERVED - template.special_tokens.keys())) or "none"
         raise ValueError(f"the chat template reads no argument {', '.join(unknown)}; it reads: {near}")
+    if CLOCK in template.variables and CLOCK not in arguments and _reads_the_clock(template, arguments):
+        raise ValueError(
+            "the chat template writes today's date, so prompts under one artifact key would differ from day to day; "
+            f'set the date as an argument of the template: {CLOCK}: "2025-07-26"'
+        )
+    dated(arguments)
+
+
+def dated(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the date of ``strftime_now`` as the function that templates call.
+
+    Raises:
+        ValueError: it is no date in ISO format.
+    """
+    if CLOCK not in arguments:
+        return dict(arguments)
+    try:
+        date = datetime.fromisoformat(str(arguments[CLOCK]))
+    except ValueError as error:
+        raise ValueError(f'{CLOCK} is {arguments[CLOCK]!r}, and must be a date such as "2025-07-26"') from error
+    return {**arguments, CLOCK: date.strftime}
+
+
+def _reads_the_clock(template: ChatTemplate, arguments: Mapping[str, Any]) -> bool:
+    """True if a message is written differently at two dates."""
+    conversation = Conversation(({"role": "user", "content": PROBE},))
+
+    def at(date: str) -> str | None:
+        return _or_refused(conversation, lambda what: template.render(what, {**arguments, CLOCK: date}))
+
+    return at("1999-03-04") != at("2031-11-25")
 
 
 def refuse_reserved(setting: str, arguments: Mapping[str, Any]) -> None:
@@ -329,7 +363,7 @@ class ChatTemplate:
             documents=None,
             add_generation_prompt=not conversation.is_prefilled,
             **self.special_tokens,
-            **arguments,
+            **dated(arguments),
         )
         if not conversation.is_prefilled:
             return text
@@ -347,8 +381,6 @@ def _no_template(whose: str) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    from datetime import datetime
-
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -386,7 +418,8 @@ def _variables(source: str) -> frozenset[str]:
     from jinja2 import TemplateSyntaxError, meta
 
     try:
-        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+        names = meta.find_undeclared_variables(_environment().parse(source))
+        return frozenset(names) | ({CLOCK} if CLOCK in source else set())  # a global is not among them
     except TemplateSyntaxError as error:
         raise ValueError(f"the chat template is no Jinja template (line {error.lineno}): {error.message}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eopd.stages.models.chat_templates import Message
+from eopd.stages.models.chat_templates import Message, dated
 from eopd.stages.models.prompts import Prompt, PromptSettings, student_conversation
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _of_message(
         raise NoResponse("is a message, which template: plain cannot write; use template: chat, or a column of text")
     conversation = student_conversation(prompt, settings)
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
-    arguments = {**settings.template_arguments, **tools, "tokenize": False}
+    arguments = {**dated(settings.template_arguments), **tools, "tokenize": False}
     before = str(tokenizer.apply_chat_template(list(conversation.messages), add_generation_prompt=True, **arguments))
     whole = str(tokenizer.apply_chat_template([*conversation.messages, message], **arguments))
     if not whole.startswith(before):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models import vocabulary
-from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
+from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, dated, write_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,7 @@ def render_chat(
     given = dict(arguments or {})
     template = ChatTemplate.of(tokenizer, tools=bool(conversation.tools or given.get("tools")))
     check_arguments(template, given)
+    given = dated(given)
 
     def render(what: Conversation) -> str:
         text = tokenizer.apply_chat_template(

@@ -205,3 +205,30 @@ def test_plain_text_is_one_user_s_message() -> None:
     for messages in (SYSTEM, [{**USER, "name": "Ann"}], [{"role": "system", "content": "x"}]):
         with pytest.raises(ValueError, match="template: plain cannot write"):
             Conversation(tuple(messages)).plain_text()
+
+
+LLAMA = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}[{{ date_string }}]"
+    + PLAIN
+)
+TODAY = "{{ strftime_now('%Y') }}" + PLAIN
+
+
+@pytest.mark.parametrize("template", [LLAMA, TODAY])
+def test_a_template_that_writes_the_date_needs_one(tmp_path: Path, template: str) -> None:
+    """Equal keys must mean equal prompts, whatever the day is."""
+    with pytest.raises(ValueError, match=r"writes today's date.*strftime_now"):
+        text_of(template, [USER])
+    text = text_of(template, [USER], template_arguments={"strftime_now": "2025-07-26"})
+    assert ("26 Jul 2025" if template == LLAMA else "2025") in text
+    with pytest.raises(ValueError, match=r"strftime_now is 'soon'"):
+        text_of(template, [USER], template_arguments={"strftime_now": "soon"})
+    (tmp_path / "chat_template.jinja").write_text(template)
+    found = ChatTemplate.of_folder(tmp_path)
+    assert found.render(Conversation((USER,)), {"strftime_now": "2025-07-26"}) == text
+
+
+def test_a_template_whose_date_is_an_argument_or_never_written_is_left_alone() -> None:
+    assert "[26 Jul 2024]" in text_of(LLAMA, [USER], template_arguments={"date_string": "26 Jul 2024"})
+    unread = "{% if strftime_now is defined and tools %}{{ strftime_now('%Y') }}{% endif %}" + PLAIN
+    assert text_of(unread, [USER]) == text_of(PLAIN, [USER])

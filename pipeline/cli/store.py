@@ -310,7 +310,7 @@ def import_(
 ) -> None:
     """Take a capture with axolotl's columns, or DistillKit's, into a store as scores of one part."""
     from eopd.storage.artifacts import Artifact
-    from eopd.storage.exchange import CaptureColumns, columns_of, imported_header, read_capture
+    from eopd.storage.captures import CaptureColumns, columns_of, imported_header, read_capture
     from eopd.storage.files import sha256_file
     from eopd.storage.identity import Identity
     from eopd.storage.teacher_cache import write_part

@@ -14,15 +14,8 @@ from typer.testing import CliRunner
 
 from eopd.pipeline.cli.store import app
 from eopd.storage.artifacts import Artifact
-from eopd.storage.exchange import (
-    AXOLOTL,
-    DISTILLKIT,
-    CaptureColumns,
-    Wanted,
-    columns_of,
-    export_sequences,
-    read_capture,
-)
+from eopd.storage.captures import AXOLOTL, DISTILLKIT, CaptureColumns, Wanted, columns_of, read_capture
+from eopd.storage.exchange import export_sequences
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache, write_part

@@ -14,10 +14,11 @@ import pytest
 
 from eopd.storage import listing, paths, statistics
 from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.captures import CaptureColumns, imported_header, read_capture
 from eopd.storage.claims import claim
 from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
-from eopd.storage.exchange import CaptureColumns, export_parquet, imported_header, read_capture
+from eopd.storage.exchange import export_parquet
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
 from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eopd.storage.listing import Listed
     from eopd.storage.remote import RemoteArtifact
     from eopd.storage.teacher_cache import TeacherCache
+    from eopd.storage.verdict_signal import VerdictSignal
 
 app = typer.Typer(
     help="Inspect and maintain a store: list its content, verify it, collect garbage.",
@@ -83,15 +84,33 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="Also write the entropy histogram as an image (.svg).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Summarise scores: bytes by field, entropy, mass kept by k, tokens gated by tau. Helps to choose k and tau."""
+    """Summarise scores: bytes by field, entropy, mass kept by k, tokens gated by tau. Helps to choose k and tau.
+
+    If the store holds verdicts on the same rollouts: whether the teacher tells right from wrong responses.
+    """
     from eopd.storage import statistics
     from eopd.storage.sources import filled_parts
 
     cache = _scores(store, name)
     figures = statistics.stats(cache, islice(filled_parts(cache.artifact), parts))
-    _say(json.dumps(figures.to_json(), indent=1) if as_json else figures.text())
+    signal = _signal(cache, store, parts)
+    if as_json:
+        _say(json.dumps({**figures.to_json(), "signal": None if signal is None else signal.to_json()}, indent=1))
+    else:
+        _say(figures.text() if signal is None else f"{figures.text()}\n\n{signal.text()}")
     if plot is not None:
         statistics.plot(figures, _writable(plot))
+
+
+def _signal(cache: TeacherCache, store: str, parts: int | None) -> VerdictSignal | None:
+    """Compare the scores with verdicts on their rollouts, if a folder holds them all."""
+    from eopd.storage.artifacts import Artifact
+    from eopd.storage.sources import filled_parts
+    from eopd.storage.verdict_signal import sources_of, verdict_signal
+
+    folder, artifact = _opened(store), cache.artifact
+    sources = sources_of(folder, artifact) if isinstance(folder, Path) and isinstance(artifact, Artifact) else None
+    return None if sources is None else verdict_signal(cache, *sources, islice(filled_parts(artifact), parts))
 
 
 def _scores(store: str, name: str) -> TeacherCache:

@@ -133,6 +133,7 @@ ROUND_PANELS = (
     Panel("gate-fraction", "Gate fraction", ("gate_fraction",), "percent", "tokens whose teacher entropy exceeds tau"),
     Panel("rkl", "Reverse KL", ("rkl",), note="student to teacher, nats a token"),
     Panel("fkl", "Forward KL", ("fkl",), note="teacher to student, nats a token"),
+    Panel("signal", "Right from wrong", ("signal",), "rate", "AUC of the teacher's summed log-ratio; 0.5: no signal"),
     Panel("distinct-correct", "Distinct correct solutions", ("distinct_correct",), note="a problem"),
     Panel("self-bleu", "Self-BLEU", ("self_bleu",), "rate", "likeness of a problem's samples; 1: all equal"),
     Panel("distinct-4", "Distinct 4-grams", ("distinct_4",), "rate", "share among all of a problem's samples"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.untrusted import naming_misfits, read_json
+from eopd.storage.verdict_signal import verdict_signal
 
 ENTROPY_EDGES = [round(0.1 * i, 1) for i in range(41)]
 ENTROPY_END = 20.0
+SIGNAL_PARTS = 4
+"""Parts of a round whose scores are read to compare them with verdicts."""
 FIRST_STEP = ("student_entropy", "teacher_entropy", "gate_fraction", "rkl", "fkl")
 EVALUATED = ("distinct_correct", "self_bleu", "distinct_4", "token_entropy", "truncation_rate", "stop_rate", "ungraded")
 HELD_OUT = {  # name -> (tokens, figure) of an alignment
@@ -144,6 +148,8 @@ def summary_rows(data: RunData, k: int) -> list[dict[str, Any]]:
         row[f"pass_at_{k}"] = passed.value if passed else None
         row["problems"] = item.problems or None
         row |= {name: item.value(name) for name in (*FIRST_STEP, "distinct_correct", "truncation_rate")}
+        if "signal" in item.figures:
+            row["signal_auc"] = item.value("signal")
         rows.append(row)
     return rows
 
@@ -171,7 +177,7 @@ def _alignment(artifact: Artifact) -> dict[str, Any]:
 
 
 def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Mapping[str, Any] | None) -> RoundData:
-    figures = _first_step(item)
+    figures = _first_step(item) | _signal(item)
     for whose, figures_of in aligned["responses"].items() if aligned else ():
         prefix = "" if whose == OWN else "first_"
         for name, (tokens, figure) in HELD_OUT.items():
@@ -208,6 +214,16 @@ def _evaluated(round_: int, values: Mapping[str, Any], problems: int, samples: i
 def _add(figures: dict[Any, Estimate], name: Any, value: float | None, bounds: Sequence[float] | None = None) -> None:
     if value is not None:
         figures[name] = Estimate(value, *(bounds or (None, None)))
+
+
+def _signal(item: RoundArtifacts) -> dict[str, Estimate]:
+    """Return whether the teacher tells right from wrong responses, from the first parts that have verdicts."""
+    verdicts = item.made.get("judge")
+    if item.rollouts is None or item.scores is None or verdicts is None:
+        return {}
+    cache = TeacherCache(item.scores)
+    found = verdict_signal(cache, item.rollouts, verdicts, islice(filled_parts(item.scores), SIGNAL_PARTS))
+    return {} if found.auc is None else {"signal": Estimate(found.auc)}
 
 
 def _first_step(item: RoundArtifacts) -> dict[str, Estimate]:

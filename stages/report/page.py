@@ -36,6 +36,7 @@ _FACTS = (
     ("Reverse KL", "rkl", _NUMBER),
     ("Forward KL", "fkl", _NUMBER),
     ("Gate fraction", "gate_fraction", _PERCENT),
+    ("Right from wrong (AUC)", "signal", _RATE),
 )
 _EVALUATED = (
     ("distinct correct", "distinct_correct", _NUMBER),

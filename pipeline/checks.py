@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from eopd.pipeline.inputs import check_same_tokens, check_weights
 from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
 from eopd.pipeline.run import Run
 from eopd.stages.format import size
+from eopd.stages.models.memory import free_memory
 from eopd.stages.rollout.stage import drawn_rows
 from eopd.stages.stage import Job
 from eopd.stages.table import TRAIN
@@ -255,8 +255,8 @@ def check_machine(rows: Forecast) -> None:
             f"most of it for `{missing.stage}`: lower {missing.job.stage.size_settings}, free space, or choose another "
             "store. `eopd plan` shows what takes how much. Nothing was started."
         )
-    available = _available_memory()
-    if available is None:
+    available = free_memory()
+    if not available:  # unknown
         return
     for run in rows.runs:
         if run.settings.launcher.kind not in ("inline", "local"):  # other machines have other memory
@@ -278,16 +278,6 @@ def _responses_of_a_part(run: Run) -> Iterator[tuple[str, int]]:
     if evaluate is not None:
         most = max((benchmark.count for benchmark in run.facts.benchmarks), default=0)
         yield "evaluate.samples and evaluate.rows_per_part", min(evaluate.rows_per_part, most) * evaluate.samples
-
-
-def _available_memory() -> int | None:
-    """Return the bytes that programs may still allocate on this machine; None if the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    line = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(line[1]) * 1024 if line else None
 
 
 def _bytes_of_others(runs: Sequence[Run]) -> int:

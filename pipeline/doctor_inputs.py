@@ -25,9 +25,11 @@ from eopd.pipeline.inputs import (
     find_weights,
     load_other,
 )
+from eopd.pipeline.memory import ELSEWHERE_BYTES, SMALLER, gpu_bytes, models_of, needs
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
 from eopd.stages.experiment import ModelSettings
-from eopd.stages.format import escaped, excerpt
+from eopd.stages.format import escaped, excerpt, size
+from eopd.stages.models.memory import free_memory
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.storage.errors import StoreError
 from eopd.storage.extras import installing
@@ -39,6 +41,7 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     for role in ROLES:
         yield from _named(role, settings)
     yield from _architectures(settings)
+    yield from _memory(settings)
     yield from _tokens(settings)
     for source in sources_of(settings):
         count = _source(source.name, source.prompts)
@@ -101,6 +104,29 @@ def _model(role: Role, settings: ModelSettings, store: str) -> Iterator[Finding]
     if weights.state == "ok" or settings.tokenizer is not None:
         remedy = f"point {role}.tokenizer to its folder"
         yield _tried(f"{role}.tokenizer", lambda: str(find_tokenizer(role, settings, store)), remedy)
+
+
+def _memory(settings: RunSettings) -> Iterator[Finding]:
+    """Compare what each stage needs with the GPU, or with this machine's memory if it has none."""
+    folders = []
+    for role, model in _external_models(settings).items():
+        with suppress(ValueError, OSError):  # reported by ``_model``
+            folders.append(find_weights(role, model, settings.store))
+    models = models_of(folders[0], folders[-1]) if folders else None
+    if models is None:
+        return
+    gpu = gpu_bytes()
+    elsewhere = {} if gpu else {need.stage: need for need in needs(settings, models, ELSEWHERE_BYTES)}
+    for need in needs(settings, models, gpu, None if gpu else free_memory()):
+        on_gpu = elsewhere.get(need.stage)
+        also = f"; on a GPU about {size(on_gpu.memory.bytes)}" if on_gpu is not None else ""
+        works_here = settings.launcher.kind in ("inline", "local")
+        yield Finding(
+            f"memory of {need.stage}",
+            "ok" if need.fits or not works_here else "warning",
+            f"{need}{also}",
+            "" if need.fits or not works_here else SMALLER,
+        )
 
 
 def _architectures(settings: RunSettings) -> Iterator[Finding]:

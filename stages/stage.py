@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.experiment import Experiment, ExperimentSettings, ModelFacts, ModelSettings
 from eopd.stages.job import ModelRef, Progress
+from eopd.stages.memory import Memory, ModelSize
 from eopd.stages.models.model_config import resolve_dtype
 from eopd.storage.artifacts import Artifact
 from eopd.storage.checkpoints import CHECKPOINTS, WEIGHTS
@@ -145,6 +146,14 @@ class Size:
     most_bytes: int | None = None  # what its output cannot exceed, if that is known
 
 
+@dataclass(frozen=True)
+class Models:
+    """Shapes of the two models."""
+
+    student: ModelSize
+    teacher: ModelSize
+
+
 class Stage(ABC):
     """One kind of job."""
 
@@ -178,6 +187,17 @@ class Stage(ABC):
             inputs: sizes of the inputs' jobs, by role.
             measured: sums over parts of this job, or else of other jobs of this stage; empty if there are none.
         """
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        """Predict the peak memory of one process.
+
+        Args:
+            gpu_bytes: of its GPU; 0: a CPU.
+
+        Returns:
+            None if the stage holds no model, or no plan of these settings has it.
+        """
+        return None
 
     def processes(self, settings: ExperimentSettings) -> int:
         """Return the processes that do one task together; more than 1 are started by torchrun."""

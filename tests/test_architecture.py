@@ -17,7 +17,7 @@ SHARED = {
     f"eopd.stages.{name}"
     for name in (
         *("engines", "experiment", "format", "intervals", "job"),
-        *("models", "output", "settings", "stage", "verifiers"),
+        *("memory", "models", "output", "settings", "stage", "verifiers"),
     )
 }
 # what `pipeline` may import at module level, beside every `settings` and `stage`: it needs no torch
@@ -26,9 +26,11 @@ LIGHT = (
     "eopd.stages.experiment",
     "eopd.stages.format",
     "eopd.stages.job",
+    "eopd.stages.memory",
     "eopd.stages.models.chat_templates",
     "eopd.stages.models.generation",
     "eopd.stages.models.gguf",
+    "eopd.stages.models.memory",
     "eopd.stages.models.prompts",
     "eopd.stages.models.teacher_prompts",
     "eopd.stages.models.weight_files",

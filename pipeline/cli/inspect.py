@@ -40,7 +40,13 @@ def plan(
         return
     from eopd.pipeline.tables import make_console, plan_table
 
-    make_console().print(plan_table(planned, every_job=all_))
+    console = make_console()
+    console.print(plan_table(planned, every_job=all_))
+    from eopd.pipeline.memory import gpu_bytes, lines, needs_of
+
+    gpu = gpu_bytes()
+    for line in lines(needs_of(runs, gpu)) if gpu else ():
+        console.print(line)
 
 
 def status(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from typing import cast
 
+from eopd.stages.engines.sampling import EngineKind
 from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.memory import Memory, reading
 from eopd.stages.stage import (
     Input,
     Job,
     JobContext,
     Measured,
+    Models,
     PlanView,
     Size,
     Stage,
@@ -24,6 +29,7 @@ from eopd.stages.stage import (
 
 ALIGNED_ROW_BYTES = 20.0  # sums of one response in one bin of entropy
 SUMMARY_BYTES = 65536
+COMPARED_BYTES = 64 * 2**20  # of one model's logits in a chunk (``divergence.CHUNK_VALUES``)
 
 
 class AlignStage(Stage):
@@ -69,6 +75,35 @@ class AlignStage(Stage):
         if reads.shuffled:
             shown["shuffle_seed"] = settings.seed
         return shown
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        evaluate = settings.evaluate
+        if evaluate is None or evaluate.alignment is None:
+            return None
+        alignment = evaluate.alignment
+        longest = evaluate.max_prompt_tokens + (evaluate.max_new_tokens or settings.rollout.max_new_tokens)
+        both = (
+            (models.teacher, settings.teacher.dtype, alignment.teacher_engine, alignment.teacher_engine_options),
+            (models.student, settings.student.dtype, "transformers", alignment.engine_options),
+        )
+        parts: Counter[str] = Counter()
+        for size, dtype, kind, options in both:
+            memory = reading(
+                size,
+                dtype,
+                cast("EngineKind", kind),
+                options,
+                tokens=alignment.batch_tokens,
+                row_tokens=2048,
+                longest=longest,
+                gpu_bytes=gpu_bytes,
+                statistics=False,
+            )
+            parts |= Counter({name: memory.parts.get(name, 0) for name in ("activations", "context")})  # in turn
+            parts += Counter({name: memory.parts[name] for name in ("weights", "hidden states")})
+            parts["heads in float32"] += 4 * size.embedding
+        parts["logits"] = 6 * COMPARED_BYTES
+        return Memory(parts)
 
     def gpus(self, settings: ExperimentSettings) -> int:
         alignment = settings.evaluate.alignment if settings.evaluate else None

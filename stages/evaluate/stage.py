@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.memory import Memory, sampling
 from eopd.stages.stage import (
     Job,
     JobContext,
     Measured,
+    Models,
     PlanView,
     Size,
     Stage,
@@ -62,6 +64,14 @@ class EvaluateStage(Stage):
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        evaluate = settings.evaluate
+        if evaluate is None:
+            return None
+        longest = evaluate.max_prompt_tokens + (evaluate.max_new_tokens or settings.rollout.max_new_tokens)
+        student, options = settings.student.dtype, evaluate.engine_options
+        return sampling(models.student, student, evaluate.engine, options, longest=longest, gpu_bytes=gpu_bytes)
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         evaluate = experiment.settings.evaluate

@@ -58,7 +58,7 @@ class LMHead:
         if hidden.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=out)
         else:  # CUDA: low-precision operands, products exact and summed in float32
-            out.copy_(torch.mm(hidden, weight.T, out_dtype=torch.float32))
+            torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
         if self.bias is not None:
             out.add_(self.bias[ids].float())
         if self.softcap is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.memory import Memory, sampling
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.rollout.prefix import Prefixes, prefixes_of
 from eopd.stages.rollout.settings import RolloutSettings
@@ -14,6 +15,7 @@ from eopd.stages.stage import (
     Job,
     JobContext,
     Measured,
+    Models,
     PlanView,
     Size,
     Stage,
@@ -191,6 +193,13 @@ class RolloutStage(_Sampling):
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return 0 if settings.rollout.source == "data" else super().gpus(settings)
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        rollout, student = settings.rollout, settings.student.dtype
+        if rollout.source == "data":
+            return None
+        longest, options = settings.prompts.max_prompt_tokens + rollout.max_new_tokens, rollout.engine_options
+        return sampling(models.student, student, rollout.engine, options, longest=longest, gpu_bytes=gpu_bytes)
 
 
 class StudentTopkStage(Stage):

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eopd.stages.memory import score_rows
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.score.draws import UInt64, ids_at, systematic_points, uniforms
 from eopd.stages.score.logit_blocks import GROUP, LogitBlocks
@@ -21,9 +22,6 @@ from eopd.stages.score.token_statistics import TokenStatistics
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule
 
 CPU_BLOCK_BYTES = 4 << 20
-CPU_CHUNK_BYTES = 320 << 20
-CUDA_CHUNK_BYTES = 512 << 20
-MOST_ROWS = 1024
 
 
 class BlockRows:
@@ -154,8 +152,7 @@ def _layout(vocabulary: int, on_cpu: bool, chunk_rows: int | None, block: int | 
     """Return rows per chunk and columns per block. On a CPU a chunk's block fits the cache; a GPU takes whole rows."""
     padded = -(-vocabulary // GROUP) * GROUP
     if chunk_rows is None:
-        budget = CPU_CHUNK_BYTES if on_cpu else CUDA_CHUNK_BYTES
-        chunk_rows = max(16, min(MOST_ROWS, budget // (4 * padded) // 64 * 64))
+        chunk_rows = score_rows(vocabulary, on_gpu=not on_cpu)
     if block is None:
         block = max(512, CPU_BLOCK_BYTES // (4 * chunk_rows)) if on_cpu else padded
     assert chunk_rows > 0

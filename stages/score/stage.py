@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.memory import Memory, reading
 from eopd.stages.score.settings import HeadSettings
 from eopd.stages.stage import (
     Input,
     Job,
     JobContext,
     Measured,
+    Models,
     PlanView,
     Size,
     Stage,
@@ -92,6 +94,23 @@ class ScoreStage(Stage):
         On the student's own responses they are made for the report, and stay in the checkpoints' keys.
         """
         return settings.train.objective.reads_teacher or settings.rollout.writer_is_the_student
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory:
+        longest = settings.prompts.max_prompt_tokens + settings.rollout.max_new_tokens
+        score, dtype = (
+            settings.score,
+            settings.teacher.dtype if settings.score.dtype == "auto" else settings.score.dtype,
+        )
+        return reading(
+            models.teacher,
+            dtype,
+            score.engine,
+            score.engine_options,
+            tokens=score.batch_tokens,
+            row_tokens=score.row_tokens,
+            longest=longest,
+            gpu_bytes=gpu_bytes,
+        )
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.score.engine_options.tensor_parallel

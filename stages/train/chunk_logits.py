@@ -10,14 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eopd.stages.memory import GPU_GROUP_BYTES, GROUP_BYTES
 from eopd.stages.train.objectives.base import SparseStudent, outcomes
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-
-GPU_GROUP_BYTES = 128 * 2**20
-GROUP_BYTES = 16 * 2**20
-"""Rows handled together between reading and writing the workspace on the CPU: few enough to stay in a cache, many
-enough that threads do not wait for each other more than they work."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
-from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, policy_input, policy_key
+from eopd.stages.memory import Memory, training
+from eopd.stages.stage import Input, Job, JobContext, Measured, Models, PlanView, Size, Stage, policy_input, policy_key
 from eopd.stages.train.footprint import CheckpointBytes, checkpoint_bytes, read_shapes
 from eopd.storage.checkpoints import CHECKPOINTS, OPTIMIZER, WEIGHTS
 from eopd.storage.identity import Identity
@@ -98,6 +99,10 @@ class TrainStage(Stage):
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.train.processes
+
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory:
+        longest = settings.prompts.max_prompt_tokens + settings.rollout.max_new_tokens
+        return training(models.student, settings.train, longest=longest, gpu_bytes=gpu_bytes)
 
     def processes(self, settings: ExperimentSettings) -> int:
         return settings.train.processes

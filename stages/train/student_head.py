@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eopd.stages.memory import head_rows
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.memory import gpu_bytes
 from eopd.stages.train.chunk_logits import Taken, group_rows, sparse_student, take
@@ -26,18 +27,6 @@ from eopd.stages.train.objectives.base import Objective, SparseStudent, StepCont
 from eopd.stages.train.objectives.divergence import forward_kl, reverse_kl
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-
-WORKSPACE_BYTES = 256 * 2**20
-"""Logits alive at once, unless ``chunk_tokens`` says otherwise: on a CPU, and on a GPU at least."""
-LARGEST_WORKSPACE_BYTES = 2**30
-WORKSPACE_SHARE = 1 / 64
-"""Of a GPU's memory. Every chunk reads and writes the weight's whole gradient [V, D]: fewer chunks, fewer times."""
-
-
-def default_chunk_tokens(vocab_size: int, itemsize: int = 4, gpu_bytes: int = 0) -> int:
-    """Return the rows of a chunk, a multiple of 32, by the workspace of a GPU with ``gpu_bytes`` (0: of a CPU)."""
-    workspace = min(max(WORKSPACE_BYTES, int(gpu_bytes * WORKSPACE_SHARE)), LARGEST_WORKSPACE_BYTES)
-    return max(32, workspace // (vocab_size * itemsize) // 32 * 32)
 
 
 def sparse_head_loss(
@@ -130,7 +119,7 @@ class _Pass:
         self.products = HeadProducts.of(head, hidden)
         self.hidden, self.head, self.temperature, self.needs = hidden, head, temperature, needs
         dtype, device = self.products.dtype, hidden.device
-        most = chunk_tokens or default_chunk_tokens(head.vocab_size, dtype.itemsize, gpu_bytes(device))
+        most = chunk_tokens or head_rows(head.vocab_size, dtype.itemsize, gpu_bytes(device))
         chunks = max(1, -(-len(hidden) // most))
         self.rows = max(1, -(-len(hidden) // chunks))  # equal chunks: a short last one costs as many passes
         self.workspace = torch.empty(self.rows, head.vocab_size, dtype=dtype, device=device)

@@ -96,7 +96,7 @@ def test_far_too_little_disk_is_refused_by_the_settings_that_ask_for_it(
 ) -> None:
     """`samples_per_prompt: 100000` is a typo that would fill the disk in a few hours."""
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: None)
+    monkeypatch.setattr("eopd.pipeline.checks.free_memory", lambda: 0)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     check_machine(forecast([make_run(tmp_path)]))
     with pytest.raises(ConfigError, match=r"1\.0 GB are free .*rollout\.samples_per_prompt.*Nothing was started"):
@@ -119,7 +119,7 @@ def test_a_part_that_memory_cannot_hold_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], setting: str
 ) -> None:
     save_file({"weight": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("eopd.pipeline.checks._available_memory", lambda: 2 * 10**8)
+    monkeypatch.setattr("eopd.pipeline.checks.free_memory", lambda: 2 * 10**8)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**18))
     check_machine(forecast([make_run(tmp_path)]))
     with pytest.raises(ConfigError, match=setting):

@@ -194,6 +194,7 @@ def test_what_a_config_names_is_there() -> None:
         (
             *("student", "student.tokenizer", "teacher", "teacher.tokenizer"),
             *("student.weights", "teacher.weights", "tokens", "prompts"),
+            *(f"memory of {stage}" for stage in ("evaluate", "rollout", "score", "train")),
             *("prompts (student)", "prompts (teacher)", "evaluate.benchmarks.0", "evaluate.benchmarks.0 (student)"),
             *("train", "launcher.kind: local"),
         ),

@@ -70,6 +70,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         (torch.cuda, "is_bf16_supported", lambda *_: True),
         (torch.Tensor, "backward", _backward),
         (torch.autograd, "grad", _grad),
+        (nn.functional, "scaled_dot_product_attention", _attention),
     )
     with ExitStack() as stack:
         stack.enter_context(_device_guard())
@@ -214,6 +215,32 @@ def _numpy(tensor: Tensor, number: float) -> NDArray[Any]:
         return REAL_NUMPY(tensor)
     value = number if tensor.dtype.is_floating_point else 0
     return np.full(tuple(tensor.shape), value, str(tensor.dtype).removeprefix("torch."))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention by the kernel that a GPU takes: a build for the CPU would choose plain products."""
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    if enable_gqa:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    bias = None
+    if attn_mask is not None:
+        bias = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 # -- autograd ------------------------------------------------------------------------------------------------------

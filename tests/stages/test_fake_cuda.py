@@ -22,8 +22,10 @@ from eopd.stages.align.reading import LoadedModel, read_pairs
 from eopd.stages.engines import hidden_transformers, sampling_transformers
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
-from eopd.stages.models.lm_head import LMHead
-from eopd.stages.models.packing import Sequence
+from eopd.stages.memory import ModelSize, reading, training
+from eopd.stages.models import backbone
+from eopd.stages.models.lm_head import LMHead, traits_of, unwrap
+from eopd.stages.models.packing import PACKED, Sequence
 from eopd.stages.models.transfer import copied_at_once
 from eopd.stages.rollout.student_topk import topk_of
 from eopd.stages.score.draws import row_keys
@@ -247,8 +249,8 @@ def joined(pieces: Seq[TeacherRows]) -> TeacherRows:
     return TeacherRows(**fields)
 
 
-def loop_of(gpu: FakeCuda, size: str, lengths: Seq[int], **settings: Any) -> Loop:
-    """A training loop over responses of these lengths, whose student has two layers."""
+def loop_of(gpu: FakeCuda, size: str, lengths: Seq[int], *, layers: int = 2, **settings: Any) -> Loop:
+    """A training loop over responses of these lengths, whose student has a few layers."""
     train = TrainSettings.model_validate(
         {
             "autocast": "bf16",
@@ -264,7 +266,9 @@ def loop_of(gpu: FakeCuda, size: str, lengths: Seq[int], **settings: Any) -> Loo
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model if train.lora is None else add_adapters(model, train.lora, seed=0, round_=0)
 
-    model = gpu.model(qwen3(size, 2), getattr(torch, train.param_dtype), adapt).train()
+    model = gpu.model(qwen3(size, layers), getattr(torch, train.param_dtype), adapt).train()
+    traits_of(unwrap(model))
+    backbone._LAYOUTS[unwrap(model)] = PACKED  # measured in the test of the engine
     scores, objective = Scores(lengths), make_objective(train.objective)
     student = Student(model, objective, train.head_chunk_tokens, autocast=train.autocast == "bf16")
     gpu.number = 2.0  # of a gradient's norm, which is then scaled down
@@ -361,3 +365,59 @@ def test_what_is_copied_at_once_is_the_same() -> None:
     for copy, tensor in zip(copied_at_once(tensors, "cpu"), tensors, strict=True):
         assert copy.dtype == tensor.dtype
         assert torch.equal(copy, tensor)
+
+
+# -- predicted memory ----------------------------------------------------------------------------------------------
+
+MEMORY = [
+    ("0.6b", 4, {"gradient_checkpointing": True}),
+    ("0.6b", 4, {}),
+    ("0.6b", 3, {"param_dtype": "bfloat16"}),
+    ("0.6b", 4, {"lora": {"rank": 8}}),
+    ("4b", 3, {"gradient_checkpointing": True, "micro_batch_tokens": 1024}),
+]
+
+
+@pytest.mark.parametrize(("size", "layers", "settings"), MEMORY)
+def test_predicted_memory_of_training(
+    gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, size: str, layers: int, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(student_head, "gpu_bytes", lambda _: 80 << 30)
+    lengths = (980, 980, 980, 980)
+    loop = loop_of(gpu, size, lengths, layers=layers, **settings)
+    start = RoundStart(*(np.ones(sum(lengths), np.float32) for _ in range(2)))
+    for _ in range(2):  # the first makes the moments
+        gpu.peak = gpu.allocated
+        loop.take(loop.load_step(0), start)
+    shapes = ModelSize.of(qwen3(size, layers).to_dict())
+    assert shapes is not None
+    memory = training(shapes, loop.settings, longest=1020, gpu_bytes=80 << 30, step_tokens=4 * 1020)
+    assert memory.bytes - memory.parts["context"] == pytest.approx(gpu.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("size", ["8b", "0.6b"])
+def test_predicted_memory_of_scoring(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setattr(hidden_transformers, "load_model", lambda *_: gpu.model(qwen3(size, 2), torch.bfloat16))
+    options = EngineOptions(device="cuda")
+    engine = hidden_transformers.TransformersHiddenEngine(
+        ModelRef("teacher"), options=options, batch_tokens=8192, row_tokens=1024
+    )
+    gpu.peak = gpu.allocated
+    head = StatisticsHead(engine.head, HeadRule(), stop_ids=STOP_IDS)
+    for batch in engine.hidden([Sequence(range(40), range(985)) for _ in range(8)]):
+        count = len(batch.hidden)
+        head(batch.hidden, TokenBatch(np.zeros(count, np.int64), row_keys(0, (1,), np.arange(count))))
+    shapes = ModelSize.of({**qwen3(size, 2).to_dict(), "dtype": "bfloat16"})
+    assert shapes is not None
+    memory = reading(
+        shapes, "auto", "transformers", options, tokens=8192, row_tokens=1024, longest=1024, gpu_bytes=80 << 30
+    )
+    assert memory.bytes - memory.parts["context"] == pytest.approx(gpu.peak, rel=0.1)
+
+
+def test_parameters_are_counted_from_the_config(gpu: FakeCuda) -> None:
+    for size in QWEN3:
+        model = gpu.model(qwen3(size, 2), torch.bfloat16)
+        shapes = ModelSize.of(qwen3(size, 2).to_dict())
+        assert shapes is not None
+        assert shapes.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-4)

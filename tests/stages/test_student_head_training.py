@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from eopd.stages.memory import head_rows
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.stages.train.student_head import default_chunk_tokens, sparse_head_loss, student_logprobs
+from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
 from tests.stages.dense_oracle import Case, make_case, oracle
 
 EOPD = ObjectiveSettings(name="eopd", rkl="topk")
@@ -175,11 +176,11 @@ def test_all_masked_and_no_tokens() -> None:
 
 
 def test_chunks_fit_the_workspace() -> None:
-    assert default_chunk_tokens(151936) == 416
-    assert default_chunk_tokens(151936, gpu_bytes=24 * 2**30) == 640
-    assert default_chunk_tokens(151936, gpu_bytes=80 * 2**30) == 1760
-    assert default_chunk_tokens(32) == 2**21
-    assert default_chunk_tokens(10**8) == 32
+    assert head_rows(151936) == 416
+    assert head_rows(151936, gpu_bytes=24 * 2**30) == 640
+    assert head_rows(151936, gpu_bytes=80 * 2**30) == 1760
+    assert head_rows(32) == 2**21
+    assert head_rows(10**8) == 32
 
 
 def _check_two_processes(kind: str, rank: int) -> None:

@@ -1,0 +1,93 @@
+"""Predicted peak memory of each stage, against the GPU or the memory at hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eopd.stages.experiment import ExperimentSettings
+from eopd.stages.format import size
+from eopd.stages.memory import Memory, ModelSize
+from eopd.stages.stage import Models
+from eopd.stages.table import STAGES
+
+if TYPE_CHECKING:
+    from eopd.pipeline.run import Run
+
+ELSEWHERE_BYTES = 80 * 2**30
+"""Of the GPU that is assumed where there is none."""
+SMALLER = "gradient checkpointing, smaller micro-batches, lora, sharding or a smaller dtype need less"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage needs, and what there is."""
+
+    stage: str
+    memory: Memory
+    available: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.bytes <= self.available
+
+    def __str__(self) -> str:
+        text = f"needs about {size(self.memory.bytes)} of {size(self.available)}"
+        if self.memory.taken is not None:
+            text += f", vLLM takes {size(round(self.memory.taken * self.available))}"
+        largest = sorted(self.memory.parts.items(), key=lambda part: -part[1])[:3]
+        return f"{text} ({', '.join(f'{name} {size(taken)}' for name, taken in largest)})"
+
+
+def gpu_bytes() -> int:
+    """Return the memory of this machine's smallest GPU, by nvidia-smi, without importing torch; 0 if there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    sizes = [int(line) for line in done.stdout.split() if line.isdigit()] if done.returncode == 0 else []
+    return min(sizes, default=0) * 2**20
+
+
+def models_of(student: Path, teacher: Path) -> Models | None:
+    """Return the shapes of two model folders; None if one is of a kind whose memory is not predicted."""
+    one, other = ModelSize.read(student), ModelSize.read(teacher)
+    return None if one is None or other is None else Models(one, other)
+
+
+def needs(settings: ExperimentSettings, models: Models, gpu: int, available: int | None = None) -> Iterator[Need]:
+    """Yield what each stage of a plan needs.
+
+    Args:
+        gpu: bytes of the GPU; 0: a CPU.
+        available: bytes that may be taken; None: all of the GPU.
+    """
+    for stage in STAGES:
+        memory = stage.memory(settings, models, gpu)
+        if memory is not None:
+            yield Need(stage.name, memory, gpu if available is None else available)
+
+
+def needs_of(runs: Sequence[Run], gpu: int) -> list[Need]:
+    """Return the most that each stage of some runs needs on a GPU."""
+    largest: dict[str, Need] = {}
+    for run in runs:
+        models = models_of(run.facts.student.folder, run.facts.teacher.folder)
+        for need in needs(run.settings, models, gpu) if models is not None else ():
+            before = largest.get(need.stage)
+            if before is None or before.memory.bytes < need.memory.bytes:
+                largest[need.stage] = need
+    return list(largest.values())
+
+
+def lines(needed: Sequence[Need]) -> Iterator[str]:
+    """Yield a line for each need, the largest first."""
+    for need in sorted(needed, key=lambda need: -need.memory.bytes):
+        yield f"Memory of `{need.stage}`: {need}{'' if need.fits else ': NOT ENOUGH'}."

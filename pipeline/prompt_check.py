@@ -15,6 +15,7 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, student_conversation
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, opening_text, teacher_conversation
+from eopd.stages.rollout.settings import ExpertSettings
 
 if TYPE_CHECKING:
     from eopd.pipeline.run import Run
@@ -30,6 +31,7 @@ class Source:
     name: str  # of its setting
     prompts: PromptSettings
     teacher: TeacherPromptSettings | None  # None: the teacher does not read it
+    expert: ExpertSettings | None = None  # None: no rollouts are mixed
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Rendered:
 
 def sources_of(settings: RunSettings) -> Iterator[Source]:
     """Return the sources of a run: the prompts, and every benchmark."""
-    yield Source("prompts", settings.prompts, settings.score.teacher_prompt)
+    expert = settings.rollout.mixed.expert if settings.rollout.source == "mixed" else None
+    yield Source("prompts", settings.prompts, settings.score.teacher_prompt, expert)
     if settings.evaluate is not None:
         teacher = settings.score.teacher_prompt if settings.evaluate.alignment is not None else None
         for number, benchmark in enumerate(settings.evaluate.benchmarks):
@@ -138,7 +141,8 @@ def render_sources(
             shapes: dict[object, Prompt] = {}
             for prompt in load_prompts(settings):
                 shapes.setdefault(prompt.conversation.shape(), prompt)
-                _check_values(prompt, source.teacher)
+                for names, reader in _values_shown(source):
+                    _check_values(prompt, names, reader)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{source.name}: {error}") from error
         views: list[list[Rendered]] = [_views(source, prompt, student, teacher) for prompt in shapes.values()]
@@ -146,13 +150,20 @@ def render_sources(
     return rendered
 
 
-def _check_values(prompt: Prompt, teacher: TeacherPromptSettings | None) -> None:
-    """Raises ValueError if a prompt lacks what the teacher is to see of it."""
-    for name in teacher.values_needed if teacher is not None else ():
+def _values_shown(source: Source) -> Iterator[tuple[Sequence[str], str]]:
+    """Return the names of a prompt's values that settings show, and what shows them."""
+    if source.teacher is not None:
+        yield source.teacher.values_needed, "score.teacher_prompt shows to the teacher"
+    if source.expert is not None:
+        yield source.expert.values_needed, "rollout.mixed.expert shows"
+
+
+def _check_values(prompt: Prompt, names: Sequence[str], shown: str) -> None:
+    """Raises ValueError if a prompt lacks what a model is to see of it."""
+    for name in names:
         if not (prompt.value(name) or "").strip():
             raise ValueError(
-                f"prompt {prompt.id!r} has no {name}, which score.teacher_prompt shows to the teacher as "
-                f"{{{{{name}}}}}: add it, or leave the prompt out"
+                f"prompt {prompt.id!r} has no {name}, which {shown} as {{{{{name}}}}}: add it, or leave the prompt out"
             )
 
 
@@ -163,6 +174,8 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
     except ValueError as error:
         raise ConfigError(f"{source.name}: prompt {prompt.id!r} as the student reads it: {error}") from error
     views = [Rendered(source.name, student.role, text)]
+    if source.expert is not None:
+        views.append(Rendered(source.name, "expert", _as_the_expert_reads(source, source.expert, prompt, student)))
     reads = source.teacher
     if reads is None:
         return views
@@ -179,6 +192,16 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
             f"{source.name}: prompt {prompt.id!r} as the teacher reads it (score.teacher_prompt): {error}"
         ) from error
     return [*views, Rendered(source.name, teacher.role, text)]
+
+
+def _as_the_expert_reads(source: Source, expert: ExpertSettings, prompt: Prompt, student: Reader) -> str:
+    from eopd.stages.rollout.mixed import expert_settings
+
+    try:
+        settings = expert_settings(expert, source.prompts, prompt)
+        return _text(student_conversation(prompt, settings), settings.template, settings.template_arguments, student)
+    except ValueError as error:
+        raise ConfigError(f"{source.name}: prompt {prompt.id!r} under rollout.mixed.expert: {error}") from error
 
 
 def _text(conversation: Conversation, template: str, arguments: dict[str, object], reader: Reader) -> str:

@@ -99,7 +99,12 @@ class TeacherSettings(ModelSettings):
 class ExperimentSettings(Settings):
     seed: int = setting(0, "Seed of prompt order, sampling and training order.", ge=0, le=SEED)
     rounds: int = setting(1, "Rounds of rollout, score, train.", ge=1, le=ROUNDS)
-    refresh: int = setting(1, "Renew the sampling policy every this many rounds (1: each round).", ge=1, le=ROUNDS)
+    refresh: int = setting(
+        1,
+        "Renew the sampling policy every this many rounds (1: each round; 0: never, the first student samples).",
+        ge=0,
+        le=ROUNDS,
+    )
     lag: int = setting(
         0, "Rounds by which the sampling policy is late; with 1, a round's rollouts overlap training.", ge=0, le=ROUNDS
     )
@@ -205,7 +210,7 @@ class ExperimentSettings(Settings):
             raise ValueError(
                 "rollout.source is data, and prompts.columns.response names no column that holds the responses"
             )
-        if source in ("teacher", "data") and objective.weighs_samples:
+        if source in ("teacher", "mixed", "data") and objective.weighs_samples:
             raise ValueError(
                 f"rollout.source is {source}, and train.objective.name={objective.name} weighs tokens as the student's "
                 "own samples, which these are not; take sft, fkl, rkl_topk, jsd or rs_kd, or opd or eopd with rkl: topk"
@@ -276,6 +281,8 @@ class ExperimentSettings(Settings):
         if self.evaluate is not None and self.evaluate.alignment is not None:
             for number, benchmark in enumerate(self.evaluate.benchmarks):
                 sources[f"evaluate.benchmarks.{number}"] = benchmark.columns
+        if self.rollout.source == "mixed":
+            self._the_expert_can_read()
         for name in reads.values_needed:
             missing = [
                 f"{where}.columns.{name}" for where, columns in sources.items() if getattr(columns, name) is None
@@ -291,6 +298,18 @@ class ExperimentSettings(Settings):
                 "rollout.rows_per_part is 1: raise it"
             )
         return self
+
+    def _the_expert_can_read(self) -> None:
+        expert = self.rollout.mixed.expert
+        for name in expert.values_needed:
+            if getattr(self.prompts.columns, name) is None:
+                raise ValueError(
+                    f"rollout.mixed.expert shows {{{{{name}}}}}, and no column is named in prompts.columns.{name}"
+                )
+        if expert.system is not None and self.prompts.template == "plain":
+            raise ValueError(
+                "rollout.mixed.expert.system belongs to prompts.template: chat; with plain, use expert.suffix"
+            )
 
 
 @dataclass(frozen=True)
@@ -390,7 +409,7 @@ class Experiment:
     def sampling_round(self, round_: int) -> int:
         """The round at whose start the policy stood that samples ``round_`` (settings ``refresh`` and ``lag``)."""
         refresh = self.settings.refresh
-        return max(0, round_ // refresh * refresh - self.settings.lag)
+        return max(0, round_ // refresh * refresh - self.settings.lag) if refresh else 0
 
     def sampling_seed(self, round_: int) -> int:
         """Seed of a round's rollouts; a prompt that returns in a later round gets other samples."""

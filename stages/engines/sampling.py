@@ -100,12 +100,24 @@ def torch_device(options: EngineOptions) -> str:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """A second context of the response: another prompt, and the tokens that are drawn under it and not under the first.
+
+    Every token of the response follows both contexts.
+    """
+
+    prompt_token_ids: Sequence[int]
+    writes: NDArray[np.bool_]  # [max_new_tokens]
+
+
+@dataclass(frozen=True)
 class SamplingRequest:
     """One response to sample. n samples of a prompt are n requests with n seeds."""
 
     prompt_token_ids: Sequence[int]
     seed: int  # 0 <= seed < 2^63
     max_new_tokens: int | None = None  # at most those of the call, which None stands for
+    expert: Expert | None = None  # engine transformers only; in all requests of a call or in none
 
     def limit(self, parameters: SamplingParameters) -> int:
         """Most tokens of the response."""
@@ -240,8 +252,9 @@ class SamplingMeter:
 def check_requests(requests: Sequence[SamplingRequest], parameters: SamplingParameters, max_tokens: int) -> None:
     """Raise ValueError for the first request that an engine opened for ``max_tokens`` cannot serve."""
     for number, request in enumerate(requests):
-        length = len(request.prompt_token_ids)
-        if length == 0:
+        prompts = [request.prompt_token_ids, *([request.expert.prompt_token_ids] if request.expert else [])]
+        length = max(map(len, prompts))
+        if not all(map(len, prompts)):
             raise ValueError(f"request {number} has an empty prompt: nothing predicts its first token")
         limit = request.limit(parameters)
         assert 1 <= limit <= parameters.max_new_tokens, limit

@@ -107,7 +107,7 @@ class TransformersSamplingEngine:
 
         On a CPU it depends on nothing but the call, which therefore gives the same bytes in any process.
         """
-        longest = _longest(requests, parameters)
+        longest = _longest(requests, parameters) * (2 if any(request.expert for request in requests) else 1)
         config = self._model.config.get_text_config()
         all_heads = getattr(config, "num_attention_heads", None) or 1  # none in a pure state-space model
         heads = getattr(config, "num_key_value_heads", None) or all_heads
@@ -123,21 +123,15 @@ class TransformersSamplingEngine:
     ) -> list[Sample]:
         """Sample one batch, all rows at once."""
         state = _Batch.of(requests, parameters, self._device)
+        contexts = self._contexts(requests)
         written = _Written.empty(requests, parameters)
         stop_ids = torch.tensor(parameters.stop_ids, dtype=torch.int64, device=self._device)
-        cache = roomy_cache(self._model.config)
-        droppable = can_drop_rows(cache)
-        inputs, positions = state.prompt_ids, state.prompt_positions
+        droppable = all(can_drop_rows(context.cache) for context in contexts)
         for step in range(int(state.limits.max())):
-            out = self._model(
-                input_ids=inputs,
-                attention_mask=state.mask if self._takes_padding else None,  # one row, without padding
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache_name: cache},
-            )
-            drawn, full, truncated = _draw(out.logits[:, -1].float(), state.uniforms[:, step], parameters)
+            logits = contexts[0].read(self._model)
+            if state.by_expert is not None:  # both contexts read every token, whoever writes the next one
+                logits = torch.where(state.by_expert[:, step, None], contexts[1].read(self._model), logits)
+            drawn, full, truncated = _draw(logits, state.uniforms[:, step], parameters)
             stopped = torch.isin(drawn, stop_ids)
             written.write(state.rows, step, drawn, full, truncated, stopped)
             stopped = stopped | (step + 1 >= state.limits)  # cut
@@ -147,52 +141,96 @@ class TransformersSamplingEngine:
             state.finished |= stopped
             if bool(state.finished.all()):
                 break
-            state.lengths += 1
             keep = (~state.finished).nonzero().squeeze(1)
             if droppable and len(keep) <= KEEP_FRACTION * len(state.finished):
-                cache.batch_select_indices(keep)
                 state, drawn = state.select(keep), drawn[keep]
-            state.mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
-            inputs, positions = drawn[:, None], (state.lengths - 1)[:, None]
+                for context in contexts:
+                    context.select(keep)
+            for context in contexts:
+                context.append(drawn)
         return written.samples()
+
+    def _contexts(self, requests: Sequence[SamplingRequest]) -> list[_Context]:
+        """Return what predicts the responses' tokens: their prompts, and those of their experts if they have any."""
+        prompts = [[request.prompt_token_ids for request in requests]]
+        experts = [request.expert.prompt_token_ids for request in requests if request.expert is not None]
+        assert len(experts) in (0, len(requests)), "some requests of a call have an expert, and others have none"
+        return [
+            _Context(of_context, self._model, self._cache_name, self._device, is_masked=self._takes_padding)
+            for of_context in (*prompts, *([experts] if experts else []))
+        ]
+
+
+class _Context:
+    """The prompts of the rows, what was appended to them, and the KV cache of both."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], model: Any, cache_name: str, device: str, *, is_masked: bool
+    ) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            ids[row, -length:] = prompt
+            mask[row, -length:] = 1
+        self.cache = roomy_cache(model.config)
+        self._cache_name = cache_name
+        self._is_masked = is_masked  # False: one row, without padding
+        self._mask = torch.from_numpy(mask).to(device)  # [B, L] int64, 0 on padding
+        self._lengths = torch.tensor(lengths, device=device)  # [B] tokens of prompt and response
+        self._ids = torch.from_numpy(ids).to(device)  # [B, L] int64, to be read next; prompts are left-padded
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)  # [B, L] int64
+
+    def read(self, model: Any) -> Tensor:
+        """Read the ids that are next and return the logits [B, V] after them."""
+        out = model(
+            input_ids=self._ids,
+            attention_mask=self._mask if self._is_masked else None,
+            position_ids=self._positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: self.cache},
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def select(self, keep: Tensor) -> None:
+        """Drop all rows but these."""
+        self.cache.batch_select_indices(keep)
+        self._mask, self._lengths = self._mask[keep], self._lengths[keep]
+
+    def append(self, ids: Tensor) -> None:
+        """Append one token [B] to every row."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        self._ids, self._positions = ids[:, None], self._lengths[:, None]
+        self._lengths = self._lengths + 1
 
 
 @dataclass
 class _Batch:
     """The rows still being decoded."""
 
-    prompt_ids: Tensor  # [B, L] int64, left-padded
-    prompt_positions: Tensor  # [B, L] int64
-    mask: Tensor  # [B, L] int64, 0 on padding
-    lengths: Tensor  # [B] tokens of prompt and response
     uniforms: Tensor  # [B, max_new_tokens] float64 in [0, 1)
     limits: Tensor  # [B] most tokens of the response
     finished: Tensor  # [B] bool
     rows: Tensor  # [B] number of the request
+    by_expert: Tensor | None  # [B, max_new_tokens] bool: the token is drawn under the expert's context
 
     @classmethod
     def of(cls, requests: Sequence[SamplingRequest], parameters: SamplingParameters, device: str) -> _Batch:
-        lengths = [len(request.prompt_token_ids) for request in requests]
-        ids = np.zeros((len(requests), max(lengths)), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-            ids[row, -length:] = request.prompt_token_ids
-            mask[row, -length:] = 1
         uniforms = np.stack([_uniforms(request.seed, parameters.max_new_tokens) for request in requests])
-        on_device = torch.from_numpy(mask).to(device)
+        by_expert = [request.expert.writes for request in requests if request.expert is not None]
         return cls(
-            prompt_ids=torch.from_numpy(ids).to(device),
-            prompt_positions=(on_device.cumsum(1) - 1).clamp(min=0),
-            mask=on_device,
-            lengths=torch.tensor(lengths, device=device),
             uniforms=torch.from_numpy(uniforms).to(device),
             limits=torch.tensor([request.limit(parameters) for request in requests], device=device),
             finished=torch.zeros(len(requests), dtype=torch.bool, device=device),
             rows=torch.arange(len(requests), device=device),
+            by_expert=torch.from_numpy(np.stack(by_expert)).to(device) if by_expert else None,
         )
 
     def select(self, keep: Tensor) -> _Batch:
-        return _Batch(**{name: value[keep] for name, value in vars(self).items()})
+        by_expert = None if self.by_expert is None else self.by_expert[keep]
+        return _Batch(self.uniforms[keep], self.limits[keep], self.finished[keep], self.rows[keep], by_expert)
 
 
 @dataclass
@@ -253,7 +291,11 @@ class _Written:
 
 def _longest(requests: Sequence[SamplingRequest], parameters: SamplingParameters) -> int:
     """Most tokens of prompt and response together."""
-    return max((len(request.prompt_token_ids) + request.limit(parameters) for request in requests), default=0)
+
+    def prompt(request: SamplingRequest) -> int:
+        return max(len(request.prompt_token_ids), len(request.expert.prompt_token_ids) if request.expert else 0)
+
+    return max((prompt(request) + request.limit(parameters) for request in requests), default=0)
 
 
 def _cache_name(model: Any) -> str:

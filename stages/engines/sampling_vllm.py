@@ -73,6 +73,8 @@ class VLLMSamplingEngine:
         llm = self._process.llm
         assert llm is not None, "the engine is closed"
         check_requests(requests, parameters, self.max_tokens)
+        if any(request.expert is not None for request in requests):
+            raise ValueError("vLLM samples a response under one context; set the engine to transformers")
         if not requests:
             return []
         with self._process.working():

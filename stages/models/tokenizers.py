@@ -70,3 +70,16 @@ def render_chat(
     text = write_conversation(conversation, render)
     # the template writes the special tokens itself: adding them again would double the first
     return [int(number) for number in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def generation_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, arguments: Mapping[str, Any]
+) -> str:
+    """Return the text with which the chat template begins the assistant's turn; nothing if a message begins it."""
+    if conversation.is_prefilled:
+        return ""
+    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
+    given = {**arguments, **tools, "tokenize": False}
+    messages = list(conversation.messages)
+    before = str(tokenizer.apply_chat_template(messages, add_generation_prompt=False, **given))
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given)).removeprefix(before)

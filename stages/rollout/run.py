@@ -24,6 +24,7 @@ from eopd.stages.models.model_config import refuse_crossing, vocabulary_size
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
 from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
+from eopd.stages.rollout import mixed
 from eopd.stages.rollout.attempts import until_right
 from eopd.stages.rollout.prefix import Prefixes
 from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written
@@ -92,7 +93,9 @@ def _sample_parts(
     from eopd.stages.models.loading import model_folder
 
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
-    longest = max(max(len(draw.context_ids), len(draw.token_ids)) for part in draws for draw in part)
+    longest = max(
+        max(len(draw.context_ids), len(draw.token_ids), len(draw.expert_ids)) for part in draws for draw in part
+    )
     refuse_crossing(
         model_folder(job.policy.path, job.policy.revision),
         job.policy.path,
@@ -101,7 +104,7 @@ def _sample_parts(
         "prompts.max_prompt_tokens",
     )
     sampling = job.engines.sampling(
-        job.settings.engine,
+        job.settings.engine_kind,
         job.policy,
         max_model_len=longest + job.settings.max_new_tokens,
         log_dir=job.log_dir,
@@ -159,6 +162,9 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
     table = load_prompts(job.prompts)
     limit = job.prompts.max_prompt_tokens
     context_of = _contexts(job)
+    expert_of = None
+    if job.settings.source == "mixed":
+        expert_of = mixed.expert_reader(tokenizer, job.prompts, job.settings.mixed.expert)
     rank = 0
     found: list[list[Draw]] = []
     skipped: list[int] = []
@@ -168,13 +174,16 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             ids = render_prompt(tokenizer, prompt, job.prompts)
             if not ids:
                 raise ValueError(f"prompt {prompt.id!r} of {job.prompts.path} has no tokens: nothing can follow it")
-            if len(ids) <= limit:
-                found[-1].append(Draw(prompt, ids, context_of(prompt, ids), first, rank))
+            expert_ids = [] if expert_of is None else expert_of(prompt, ids)
+            length = max(len(ids), len(expert_ids))
+            if length <= limit:
+                found[-1].append(Draw(prompt, ids, context_of(prompt, ids), first, rank, expert_ids))
             elif job.prompts.too_long == "skip":
-                skipped.append(len(ids))
+                skipped.append(length)
             else:
+                reader = " as rollout.mixed.expert shows it" if length > len(ids) else ""
                 raise ValueError(
-                    f"prompt {prompt.id!r} of {job.prompts.path} has {len(ids)} tokens, more than "
+                    f"prompt {prompt.id!r} of {job.prompts.path} has {length} tokens{reader}, more than "
                     f"prompts.max_prompt_tokens = {limit}; raise it, or set too_long: skip"
                 )
             rank += job.settings.samples_per_prompt
@@ -308,6 +317,8 @@ def _do_part(
 
 def _write(job: RolloutJob, drafts: Sequence[Draft], sample: Sampling) -> list[Written]:
     """Write responses as `rollout.source` says."""
+    if job.settings.source == "mixed":
+        return mixed.write(drafts, sample, job.settings, job.seed)
     writer = Writer.POLICY if job.teacher_prompt is None else Writer.TEACHER
     samples = iter(sample([_request(job, draft) for draft in drafts if draft.ended is None]))
     results = []
@@ -414,7 +425,7 @@ def _has_writers(job: RolloutJob) -> bool:
         job.teacher_prompt is not None
         or job.guide is not None
         or job.judge is not None
-        or job.settings.source == "data"
+        or job.settings.source in ("data", "mixed")
     )
 
 
@@ -434,6 +445,8 @@ def _counts(job: RolloutJob, part: int, draws: Sequence[Draw], rows: Sequence[Ma
     }
     if job.guide is not None:
         counts["teacher_tokens"] = sum(row["written"].count(Writer.TEACHER) for row in rows)
+    if job.settings.source == "mixed":
+        counts["expert_tokens"] = sum(row["written"].count(Writer.EXPERT) for row in rows)
     if job.judge is not None:
         counts["right"] = sum(row["correct"] for row in rows)
         counts["attempts"] = sum(row["attempts"] for row in rows)

@@ -24,6 +24,7 @@ class Draw:
     context_ids: list[int]  # as the model reads it that samples
     first_sample: int  # number of its first sample: above 0 when the round has drawn it before
     rank: int  # of its first sample among the responses of the round
+    expert_ids: Sequence[int] = ()  # as the same model reads it under the expert prompt (source: mixed)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Written:
     is_cut: bool = False  # before an id that the student does not know
 
     @classmethod
-    def sampled(cls, sample: Sample, writer: Writer) -> Written:
+    def sampled(cls, sample: Sample, writer: Writer | NDArray[np.int8]) -> Written:
+        """A sample, of one writer or of one a token."""
         return cls(
             sample.token_ids,
-            np.full(len(sample.token_ids), writer, np.int8),
+            np.broadcast_to(writer, len(sample.token_ids)).astype(np.int8),
             sample.finish_reason,
             sample.stop_token_id,
             sample.logprobs,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import MIN_TEMPERATURE, EngineKind, EngineOptions, SamplingParameters
+from eopd.stages.models import placeholders
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
 
-Source = Literal["student", "teacher", "prefix", "data"]
+Source = Literal["student", "teacher", "prefix", "mixed", "data"]
 
 
 class GuideSettings(Settings):
@@ -45,6 +46,56 @@ class PrefixSettings(Settings):
     )
 
 
+class ExpertSettings(Settings):
+    """How the expert reads a prompt: as the student does, with another suffix or system message."""
+
+    system: str | None = setting(
+        None,
+        "System message in place of prompts.system (chat only); may hold {{answer}} and {{solution}}. None: that one",
+    )
+    suffix: str | None = setting(
+        None,
+        "Text after the prompt in place of prompts.suffix; may hold {{answer}} and {{solution}}. None: that one",
+    )
+
+    @model_validator(mode="after")
+    def _placeholders_are_of_the_prompt(self) -> ExpertSettings:
+        for name, text in (("suffix", self.suffix), ("system", self.system)):
+            later = [one for one in placeholders.names_in(text or "") if one in (*placeholders.JUDGED, "response")]
+            if later:
+                raise ValueError(
+                    f"rollout.mixed.expert.{name} holds {{{{{later[0]}}}}}, and there is no response yet; it may hold "
+                    "{{answer}} and {{solution}}"
+                )
+            placeholders.check(f"rollout.mixed.expert.{name}", text or "", placeholders.OF_PROMPT)
+        return self
+
+    @property
+    def values_needed(self) -> tuple[str, ...]:
+        """Names of the placeholders in these settings."""
+        names = placeholders.names_in(f"{self.system or ''} {self.suffix or ''}")
+        return tuple(name for name in placeholders.OF_PROMPT if name in names)
+
+
+class MixedSettings(Settings):
+    """Tokens that the student writes under the plain prompt and under an expert prompt (`source: mixed`, MixSD)."""
+
+    student_share: float = setting(
+        0.5, "Probability of a token to be written under the plain prompt (1: all of them; 0: none)", ge=0.0, le=1.0
+    )
+    temperature: float | None = setting(
+        None, "Sampling temperature; 0: the most probable token (None: rollout.temperature)", ge=0.0, le=100.0
+    )
+    expert: ExpertSettings = setting(ExpertSettings, "The expert prompt")
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_is_not_tiny(cls, value: float | None) -> float | None:
+        if value is not None and 0.0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"must be 0 (the most probable token) or at least {MIN_TEMPERATURE}")
+        return value
+
+
 class AttemptsSettings(Settings):
     """Sample again what `prompts.verifier` does not find right. Rollouts then carry the verdicts."""
 
@@ -58,7 +109,8 @@ class RolloutSettings(Settings):
     source: Source = setting(
         "student",
         "Who writes the responses: the student; the teacher (its own answers, sampled once for every experiment); "
-        "prefix (the teacher begins them and the student goes on); data (they come with the prompts, "
+        "prefix (the teacher begins them and the student goes on); mixed (the student, some tokens under a prompt that "
+        "shows it more); data (they come with the prompts, "
         "prompts.columns.response)",
     )
     prompts_per_round: int = setting(
@@ -95,6 +147,7 @@ class RolloutSettings(Settings):
     )
     guide: GuideSettings = setting(GuideSettings, "The teacher's own responses (source: teacher or prefix)")
     prefix: PrefixSettings = setting(PrefixSettings, "How long the teacher's part is (source: prefix)")
+    mixed: MixedSettings = setting(MixedSettings, "Whose tokens a response holds (source: mixed)")
     attempts: AttemptsSettings | None = setting(
         None, "Sample again, under other seeds, what the verifier does not find right. None: each response once"
     )
@@ -107,6 +160,10 @@ class RolloutSettings(Settings):
             raise ValueError(f"rollout.guide has no effect with source: {self.source}; remove it, or name the source")
         if self.source != "prefix" and self.prefix != PrefixSettings():
             raise ValueError(f"rollout.prefix has no effect with source: {self.source}; set source: prefix")
+        if self.source == "mixed":
+            self._expert_sees_more()
+        elif self.mixed != MixedSettings():
+            raise ValueError(f"rollout.mixed has no effect with source: {self.source}; set source: mixed")
         if self.source == "teacher" and self.guide.samples is not None:
             raise ValueError(
                 "rollout.guide.samples is for source: prefix; with source: teacher, rollout.samples_per_prompt says it"
@@ -118,6 +175,22 @@ class RolloutSettings(Settings):
             )
         self._attempts_differ()
         return self
+
+    def _expert_sees_more(self) -> None:
+        if self.engine == "vllm":
+            raise ValueError(
+                "rollout.engine is vllm, which samples a response under one context, and with source: mixed every "
+                "token follows two; set rollout.engine: transformers"
+            )
+        if self.mixed.expert == ExpertSettings():
+            raise ValueError(
+                "rollout.source is mixed, and rollout.mixed.expert shows the student nothing more than the plain "
+                "prompt does: set its suffix or system, with {{solution}} or {{answer}}"
+            )
+        if self.mixed.temperature == 0.0 and (self.top_p < 1.0 or self.top_k or self.min_p):
+            raise ValueError(
+                "rollout.mixed.temperature is 0, so that rollout.top_p, top_k and min_p have no effect; remove them"
+            )
 
     def _attempts_differ(self) -> None:
         if self.attempts is None:
@@ -134,15 +207,18 @@ class RolloutSettings(Settings):
             )
 
     def _what_is_fixed(self) -> str:
-        """The setting by which every token follows from those before it; empty if there is none."""
-        if self.top_k == 1:
-            return "rollout.top_k: 1"
-        return "rollout.min_p: 1" if self.min_p == 1.0 else ""
+        """Return the settings by which every token follows from those before it; empty if there are none."""
+        fixed = "rollout.top_k: 1" if self.top_k == 1 else "rollout.min_p: 1" if self.min_p == 1.0 else ""
+        if self.source != "mixed":
+            return fixed
+        fixed = fixed or ("rollout.mixed.temperature: 0" if self.mixed.temperature == 0.0 else "")
+        coins = self.mixed.student_share
+        return f"{fixed} and rollout.mixed.student_share: {coins:g}" if fixed and coins in (0.0, 1.0) else ""
 
     def semantic(self) -> dict[str, Any]:
         """Return the settings of the student's sampling. Those of other sources enter the keys of what they change."""
         kept = super().semantic()
-        others = {"source", "guide", "prefix"}
+        others = {"source", "guide", "prefix", "mixed"}
         if self.attempts is None:
             others.add("attempts")
         return {name: value for name, value in kept.items() if name not in others}
@@ -152,9 +228,15 @@ class RolloutSettings(Settings):
         """True if the student, at some round's start, wrote the responses or continued them."""
         return self.source in ("student", "prefix")
 
+    @property
+    def engine_kind(self) -> EngineKind:
+        """Return the engine that samples: transformers if every token follows two contexts."""
+        return "transformers" if self.source == "mixed" else self.engine
+
     def parameters(self, stop_ids: tuple[int, ...]) -> SamplingParameters:
+        own = self.mixed.temperature
         return SamplingParameters(
-            temperature=self.temperature,
+            temperature=own if self.source == "mixed" and own is not None else self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,

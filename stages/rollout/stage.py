@@ -30,6 +30,7 @@ from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.identity import KEY_LENGTH, Identity
 
 TOPK_ENTRY_BYTES = 4.0  # id and log-prob
+COINS = 1  # version of how the coins of mixed responses are drawn
 
 
 def drawn_rows(experiment: Experiment, round_: int) -> list[list[int]]:
@@ -55,6 +56,18 @@ def judged_by(settings: ExperimentSettings) -> dict[str, Any]:
     verifier = settings.prompts.verifier
     assert verifier is not None, "settings that judge without a verifier are refused"
     return {"judge": {**settings.judge.semantic(), "verifier": verifier, "rules": RULES[verifier]}}
+
+
+def mixed_by(settings: ExperimentSettings) -> dict[str, Any]:
+    """What decides whose tokens mixed responses hold, as part of a key."""
+    if settings.rollout.source != "mixed":
+        return {}
+    needs_solution = "solution" in settings.rollout.mixed.expert.values_needed
+    return {
+        "mixed": settings.rollout.mixed.semantic(),
+        "coins": COINS,
+        **({"solution": settings.prompts.columns.solution} if needs_solution else {}),
+    }
 
 
 class _Sampling(Stage):
@@ -181,6 +194,7 @@ class RolloutStage(_Sampling):
             "rollout": settings.rollout.semantic(),
             "seed": experiment.sampling_seed(round_),
             **judged_by(settings),
+            **mixed_by(settings),
         }
         keys, inputs = {"policy": policy_key(experiment, policy)}, policy_input(policy)
         prefixes, guide = prefixes_at(experiment, round_), plan.output("guide", round_)

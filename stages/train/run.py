@@ -131,7 +131,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     if loop.layout.describe():
         job.progress.line(f"train {job.round}: the student reads {loop.layout.describe()}")
     states = States(job.progress_states, settings.keep_progress)
-    start = None if job.source in ("teacher", "data") else _round_start(job, loop, states, responses)
+    start = None if job.source in ("teacher", "mixed", "data") else _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)
     _steps(job, loop, states, start, rows)
     commit(job, loop, rows, start, states)

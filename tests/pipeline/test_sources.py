@@ -140,6 +140,77 @@ def test_attempts_that_could_not_differ_or_be_judged_are_refused(changes: dict[s
         make_settings(**changes)
 
 
+def mixed(share: float = 0.5, **rollout: Any) -> dict[str, Any]:
+    settings = {"student_share": share, "expert": {"suffix": "{{solution}}"}, **rollout.pop("mixed", {})}
+    return {
+        "prompts": {"columns": {"solution": "worked"}},
+        "rollout": {"source": "mixed", "mixed": settings, **rollout},
+        "train": {"objective": {"name": "sft"}},
+    }
+
+
+def test_mixed_responses_are_of_the_policy_its_coins_and_the_expert_prompt() -> None:
+    plan = planned(**mixed())
+    assert not any("score" in name for name in stages(plan))
+    assert plan.job("rollout", 1).inputs.keys() == {"policy"}
+    keys = [
+        key(planned(**changes), "rollout")
+        for changes in (
+            mixed(),
+            mixed(0.25),
+            mixed(mixed={"temperature": 0.0}),
+            mixed(mixed={"expert": {"suffix": "{{ solution }}"}}),
+            {**mixed(), "prompts": {"columns": {"solution": "other"}}},
+            {"train": mixed()["train"]},
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(planned(student="s1", **mixed()), "rollout") != keys[0]
+    fkl = {**mixed(), "train": {"objective": {"name": "fkl"}}}
+    assert "score 0" in stages(planned(**fkl))
+    assert key(planned(**fkl), "rollout") == keys[0]
+
+
+def test_the_first_student_samples_throughout() -> None:
+    plan = planned(**mixed(), refresh=0)
+    assert all(plan.job("rollout", round_).inputs == {} for round_ in range(3))
+    assert plan.job("train", 1).inputs.keys() == {"rollouts", "policy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (mixed(1.5), r"rollout\.mixed\.student_share"),
+        (mixed(engine="vllm"), r"rollout\.engine is vllm.*one context.*engine: transformers"),
+        (mixed(mixed={"temperature": 0.001}), r"rollout\.mixed\.temperature"),
+        (mixed(mixed={"temperature": 0.0}, top_p=0.9), r"rollout\.mixed\.temperature is 0.*top_p"),
+        (mixed(mixed={"expert": {}}), r"rollout\.mixed\.expert shows"),
+        (mixed(mixed={"expert": {"suffix": "{{response}}"}}), r"expert\.suffix holds \{\{response\}\}"),
+        (mixed(mixed={"expert": {"system": "{{solutoin}}"}}), r"expert\.system.*Did you mean \{\{solution\}\}"),
+        ({**mixed(), "prompts": {}}, r"rollout\.mixed\.expert shows \{\{solution\}\}.*prompts\.columns\.solution"),
+        (
+            {**mixed(mixed={"expert": {"system": "x"}}), "prompts": {"template": "plain"}},
+            r"rollout\.mixed\.expert\.system belongs to prompts\.template: chat",
+        ),
+        ({**mixed(), "rollout": {"mixed": {"student_share": 0.1}}}, r"rollout\.mixed has no effect"),
+        ({**mixed(), "train": {"objective": {"name": "opd"}}}, r"rollout\.source is mixed.*opd weighs tokens"),
+        *(
+            (
+                {
+                    **mixed(share, mixed={"temperature": 0.0}, attempts={"most": 10}),
+                    "prompts": {"verifier": "exact", "columns": {"solution": "worked", "answer": "a"}},
+                },
+                rf"attempts\.most is 10.*mixed\.temperature: 0 and rollout\.mixed\.student_share: {share:g} nothing",
+            )
+            for share in (0.0, 1.0)
+        ),
+    ],
+)
+def test_mixtures_that_could_not_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_settings(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

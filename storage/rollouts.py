@@ -90,10 +90,10 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
         DamagedPart: it cannot be read; an id is negative; tokens have no writer, or one that is unknown.
     """
     path = folder / FILE_NAME
-    asked = columns
+    wanted = columns
     if columns is not None and WRITTEN in columns and "response_token_ids" not in columns:
-        asked = [*columns, "response_token_ids"]
-    table = read_record(path, SCHEMA, asked, others=[SCHEMA_JUDGED])
+        wanted = [*columns, "response_token_ids"]
+    table = read_record(path, SCHEMA, wanted, others=[SCHEMA_JUDGED])
     if columns is None or WRITTEN in columns:
         table = _with_writers(path, table)
         table = table if columns is None else table.select([name for name in columns if name in table.schema.names])

@@ -221,15 +221,15 @@ def _means(
     return [(float(mean), _pair(each)) for mean, each in zip(group_means(values, groups), per_column, strict=True)]
 
 
-def _named(said: Mapping[str, list[tuple[float | None, list[float] | None]]]) -> Row:
+def _named(columns: Mapping[str, list[tuple[float | None, list[float] | None]]]) -> Row:
     """Return means and intervals under their names in the results."""
-    avg, distinct, truncation = (said[name][0] for name in ("avg_at_k", "distinct_correct", "truncation_rate"))
-    bleu, grams = said["self_bleu"][0], said["distinct_4"][0]
+    avg, distinct, truncation = (columns[name][0] for name in ("avg_at_k", "distinct_correct", "truncation_rate"))
+    bleu, grams = columns["self_bleu"][0], columns["distinct_4"][0]
     return {
         "avg_at_k": avg[0],
         "avg_interval": avg[1],
-        "pass_at_k": {str(k): value for k, (value, _) in enumerate(said["pass_at_k"], 1)},
-        "pass_interval": {str(k): bounds for k, (_, bounds) in enumerate(said["pass_at_k"], 1)},
+        "pass_at_k": {str(k): value for k, (value, _) in enumerate(columns["pass_at_k"], 1)},
+        "pass_interval": {str(k): bounds for k, (_, bounds) in enumerate(columns["pass_at_k"], 1)},
         "distinct_correct": distinct[0],
         "distinct_correct_interval": distinct[1],
         "self_bleu": bleu[0],

@@ -50,7 +50,7 @@ def prefixes_of(settings: RolloutSettings, rounds: int, round_: int, responses: 
         return None
     prefix = settings.prefix
     by_response = prefix.over == "responses"
-    found = Prefixes(
+    prefixes = Prefixes(
         start=settings.max_new_tokens if prefix.start is None else prefix.start,
         end=prefix.end,
         first=round_ * responses if by_response else round_,
@@ -58,4 +58,4 @@ def prefixes_of(settings: RolloutSettings, rounds: int, round_: int, responses: 
         total=rounds * responses if by_response else rounds,
         uniform=prefix.length == "uniform",
     )
-    return found if max(found.limit(0), found.limit(responses - 1)) > 0 else None
+    return prefixes if max(prefixes.limit(0), prefixes.limit(responses - 1)) > 0 else None

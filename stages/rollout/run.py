@@ -166,10 +166,10 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
     if job.settings.source == "mixed":
         expert_of = mixed.expert_reader(tokenizer, job.prompts, job.settings.mixed.expert)
     rank = 0
-    found: list[list[Draw]] = []
+    per_part: list[list[Draw]] = []
     skipped: list[int] = []
     for indices, firsts in zip(job.prompt_indices, _first_samples(job), strict=True):
-        found.append([])
+        per_part.append([])
         for prompt, first in zip(table.rows(indices), firsts, strict=True):
             ids = render_prompt(tokenizer, prompt, job.prompts)
             if not ids:
@@ -177,7 +177,7 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             expert_ids = [] if expert_of is None else expert_of(prompt, ids)
             length = max(len(ids), len(expert_ids))
             if length <= limit:
-                found[-1].append(Draw(prompt, ids, context_of(prompt, ids), first, rank, expert_ids))
+                per_part[-1].append(Draw(prompt, ids, context_of(prompt, ids), first, rank, expert_ids))
             elif job.prompts.too_long == "skip":
                 skipped.append(length)
             else:
@@ -189,14 +189,14 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             rank += job.settings.samples_per_prompt
     if skipped:
         drawn = sum(len(indices) for indices in job.prompt_indices)
-        told = (
+        notes = (
             f"{len(skipped)} of {drawn} prompts are longer than prompts.max_prompt_tokens = {limit} "
             f"(longest: {max(skipped)})"
         )
         if len(skipped) == drawn:
-            raise ValueError(f"{job.prompts.path}: {told}: none is left. Raise the limit")
-        job.progress.line(f"rollout: skipped {told}")
-    return found
+            raise ValueError(f"{job.prompts.path}: {notes}: none is left. Raise the limit")
+        job.progress.line(f"rollout: skipped {notes}")
+    return per_part
 
 
 def _contexts(job: RolloutJob) -> Callable[[Prompt, list[int]], list[int]]:
@@ -224,13 +224,13 @@ def _first_samples(job: RolloutJob) -> list[list[int]]:
     """Return, per part and prompt, the number of its first sample, so that (prompt, sample) never repeats in a
     round."""
     seen: Counter[int] = Counter()
-    found: list[list[int]] = []
+    first: list[list[int]] = []
     for indices in job.prompt_indices:
-        found.append([])
+        first.append([])
         for index in indices:
-            found[-1].append(seen[index] * job.settings.samples_per_prompt)
+            first[-1].append(seen[index] * job.settings.samples_per_prompt)
             seen[index] += 1
-    return found
+    return first
 
 
 class _Meter:

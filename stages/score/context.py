@@ -108,16 +108,16 @@ def _shown(
     except ValueError as error:
         raise ValueError(f"{where}: {error}; raise rollout.rows_per_part") from error
     of_prompt = _of_prompts(rollouts, settings, prompts, where, sources)
-    found = [_Shown(dict(of_prompt.get(whose[prompt], {}))) for prompt in prompts]
+    shown = [_Shown(dict(of_prompt.get(whose[prompt], {}))) for prompt in prompts]
     if not settings.judged:
-        return found
+        return shown
     samples, responses = (rollouts.column(name).to_pylist() for name in ("sample", "response_token_ids"))
     rows_of: dict[int, list[int]] = defaultdict(list)  # rows of a prompt's responses, by sample
     for row in sorted(range(len(prompts)), key=lambda row: (samples[row], row)):
         rows_of[prompts[row]].append(row)
     for row, prompt in enumerate(prompts):
         others = rows_of[whose[prompt]]
-        values, sibling = found[row].values, ()
+        values, sibling = shown[row].values, ()
         if settings.verdicts is not None:
             judged = others[rows_of[prompt].index(row) % len(others)]
             values[VERDICT] = settings.verdicts.right if sources.correct[judged] else settings.verdicts.wrong
@@ -126,25 +126,25 @@ def _shown(
                 (other for other in others if sources.correct[other] and other != row and responses[other]), None
             )
             if right is None:
-                found[row] = _Shown(lacks_sibling=True)
+                shown[row] = _Shown(lacks_sibling=True)
                 continue
             ids = responses[right]
             sibling = tuple(ids[:-1] if ids[-1] in sources.stop_ids else ids)
             values[SIBLING] = str(tokenizer.decode(list(sibling), skip_special_tokens=True))
-        found[row] = _Shown(values, sibling)
-    return found
+        shown[row] = _Shown(values, sibling)
+    return shown
 
 
 def _of_prompts(
     rollouts: pa.Table, settings: TeacherPromptSettings, prompts: list[int], where: str, sources: Sources
 ) -> dict[int, dict[str, str | None]]:
     """Return answer and solution of every prompt, as far as they are shown."""
-    found: dict[int, dict[str, str | None]] = defaultdict(dict)
+    by_prompt: dict[int, dict[str, str | None]] = defaultdict(dict)
     if "solution" in settings.values_needed:
         assert sources.prompts is not None, where
         for prompt in load_prompts(sources.prompts).rows(list(dict.fromkeys(prompts))):
-            found[prompt.index]["solution"] = prompt.solution
+            by_prompt[prompt.index]["solution"] = prompt.solution
     if "answer" in settings.values_needed:
         for row, answer in zip(prompts, rollouts.column("answer").to_pylist(), strict=True):
-            found[row]["answer"] = answer
-    return found
+            by_prompt[row]["answer"] = answer
+    return by_prompt

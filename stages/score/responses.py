@@ -95,7 +95,7 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
 def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:
     if job.student_topk is None:
         return None
-    found = read_student_topk(job.student_topk.part_folder(part))
-    if found.lengths.tolist() != lengths:
+    topk = read_student_topk(job.student_topk.part_folder(part))
+    if topk.lengths.tolist() != lengths:
         raise ValueError(f"{job.student_topk} part {part} is not of these rollouts: its responses have other lengths")
-    return found
+    return topk

@@ -145,9 +145,9 @@ class Scorer:
                         if job.settings.first_batch_check and responses.tokens and not engine.checked:
                             job.progress.line(f"score: {check_first_batch(engine, head, responses.sequences)}")
                             engine.checked = True
-                        found = self._statistics(part, responses, engine, head, began, writer)
-                        if found is not None:
-                            writer.write(partial(self._write, part, found, responses, engine), claimed.pop_all())
+                        statistics = self._statistics(part, responses, engine, head, began, writer)
+                        if statistics is not None:
+                            writer.write(partial(self._write, part, statistics, responses, engine), claimed.pop_all())
                 writer.finish()
             finally:
                 job.progress.close()
@@ -163,25 +163,25 @@ class Scorer:
         writer: PartWriter,
     ) -> InReadingOrder | None:
         """Return the statistics of a part; None if logits are not finite, which is noted."""
-        found = InReadingOrder()
+        collected = InReadingOrder()
         for batch in engine.hidden(responses.sequences):
             # not before: on a CPU the teacher's threads wait for each other, so one core taken from them costs all
             writer.begin()
             try:
-                found.pieces.append(head(batch.hidden, self._question(responses, batch)))
+                collected.pieces.append(head(batch.hidden, self._question(responses, batch)))
             except NotFinite:
                 response, position = first_not_finite(engine, head, responses.sequences, batch.order)
                 self.failures.append(f"part {part}: {responses.names[response]}, response token {position}")
                 return None
-            found.order += batch.order
-            found.lengths += batch.lengths
+            collected.order += batch.order
+            collected.lengths += batch.lengths
             self.done += sum(batch.lengths)
             rate = self.done / max(time.monotonic() - began, 1e-9)
             self.job.progress.advance(sum(batch.lengths), tokens_per_s=rate)
-        if found.pieces:
-            entropy = np.concatenate([piece.entropy for piece in found.pieces])
+        if collected.pieces:
+            entropy = np.concatenate([piece.entropy for piece in collected.pieces])
             refuse_uniform(entropy, engine.head.vocab_size, self.job.teacher.path, "score.engine")
-        return found
+        return collected
 
     def _question(self, responses: PartResponses, batch: HiddenBatch) -> TokenBatch:
         seed = self.job.settings.head.seed
@@ -199,9 +199,9 @@ class Scorer:
     def _vocabulary(self) -> str:
         return vocabulary_fingerprint(self.tokenizer)
 
-    def _write(self, part: int, found: InReadingOrder, responses: PartResponses, engine: HiddenEngine) -> None:
+    def _write(self, part: int, statistics: InReadingOrder, responses: PartResponses, engine: HiddenEngine) -> None:
         job = self.job
-        rows = found.rows(job.stop_ids, len(responses.sequences))
+        rows = statistics.rows(job.stop_ids, len(responses.sequences))
         header = PartHeader(
             teacher=job.teacher.fingerprint,
             tokenizer=self._vocabulary,

@@ -80,12 +80,12 @@ class ScoreStage(Stage):
         """Return the settings that decide the texts of placeholders, besides the rollouts, which know the prompt
         source."""
         reads = settings.score.teacher_prompt
-        found: dict[str, object] = {}
+        shown: dict[str, object] = {}
         if "solution" in reads.used:
-            found["solution"] = settings.prompts.columns.solution
+            shown["solution"] = settings.prompts.columns.solution
         if reads.shuffled:
-            found["shuffle_seed"] = settings.seed
-        return found
+            shown["shuffle_seed"] = settings.seed
+        return shown
 
     @staticmethod
     def _is_read(settings: ExperimentSettings) -> bool:

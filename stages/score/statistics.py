@@ -68,9 +68,9 @@ class StatisticsHead:
         """Return logits [T, V] float32 at temperature 1 of a few tokens: the product that their statistics are made
         from."""
         hidden = self._taken(hidden)
-        found = torch.empty(len(hidden), self.head.vocab_size, device=hidden.device)
-        self.head.logits_into(found, hidden, slice(0, self.head.vocab_size), 1.0)
-        return found
+        logits = torch.empty(len(hidden), self.head.vocab_size, device=hidden.device)
+        self.head.logits_into(logits, hidden, slice(0, self.head.vocab_size), 1.0)
+        return logits
 
     def _taken(self, hidden: Tensor) -> Tensor:
         weight = self.head.weight

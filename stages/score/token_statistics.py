@@ -87,8 +87,8 @@ def ranges(starts: Int64, counts: Int64) -> Int64:
     """Return the integers of [start, start + count) of each pair, one range after the other."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    found: Int64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
-    return found
+    values: Int64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+    return values
 
 
 def take(statistics: TokenStatistics, tokens: Int64) -> TokenStatistics:

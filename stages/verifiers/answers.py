@@ -153,16 +153,16 @@ def as_written(text: str) -> str:
 
 def _boxes(text: str) -> tuple[int, str] | None:
     """Return end and content of the last complete box; boxes with only a comma or "and" between them are one answer."""
-    found: list[tuple[int, int, str]] = []
+    boxes: list[tuple[int, int, str]] = []
     for opening in reversed(list(_BOX.finditer(text))[-MAX_BOXES:]):
         box = _box_at(text, opening)
         if box is not None:
-            found.insert(0, (opening.start(), *box))
-    if not found:
+            boxes.insert(0, (opening.start(), *box))
+    if not boxes:
         return None
-    group = [found.pop()]
-    while found and _BETWEEN_BOXES.fullmatch(text, found[-1][1], group[0][0]):
-        group.insert(0, found.pop())
+    group = [boxes.pop()]
+    while boxes and _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], group[0][0]):
+        group.insert(0, boxes.pop())
     contents = list(dict.fromkeys(content for _, _, content in group))
     return group[-1][1], ", ".join(contents)
 

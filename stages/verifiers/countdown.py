@@ -25,10 +25,10 @@ def parse_answer(answer: str) -> tuple[list[int], int]:
     Raises:
         ValueError: ``answer`` is not of the form ``4,7,9=24``.
     """
-    found = _ANSWER.fullmatch(answer) if len(answer) <= MAX_CHARACTERS else None
-    if found is None:
+    match = _ANSWER.fullmatch(answer) if len(answer) <= MAX_CHARACTERS else None
+    if match is None:
         raise ValueError(f"a countdown answer reads numbers=target, for example 4,7,9=24; got {answer[:80]!r}")
-    return [int(number) for number in found[1].split(",")], int(found[2])
+    return [int(number) for number in match[1].split(",")], int(match[2])
 
 
 def verify(response: str, answer: str) -> Verdict:

@@ -11,9 +11,9 @@ VERSION = 1  # one more with every change of what ``verify`` says: stored beside
 
 def verify(response: str, answer: str) -> Verdict:
     """Compare both texts after NFC normalisation with runs of white space made one space."""
-    found = _normal(response)
-    if found == _normal(answer):
-        return Verdict(True, form=found)
+    given = _normal(response)
+    if given == _normal(answer):
+        return Verdict(True, form=given)
     return Verdict(False, reason="another text")
 
 

@@ -37,9 +37,9 @@ def main() -> None:
 
     _say(out, {"ready": True, "version": version("math-verify")})
     for line in sys.stdin:
-        asked = json.loads(line)
-        _limit_processor_time(asked["seconds"])
-        _say(out, grade(asked["response"], asked["answer"]))
+        request = json.loads(line)
+        _limit_processor_time(request["seconds"])
+        _say(out, grade(request["response"], request["answer"]))
 
 
 def grade(response: str, answer: str) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class MathVerifier:
         try:
             if worker is None:
                 worker = self._start()
-            found = worker.ask({"response": response, "answer": answer, "seconds": self._seconds}, self._seconds)
-            return Verdict(bool(found["correct"]), form=found.get("form"), reason=found.get("reason"))
+            reply = worker.ask({"response": response, "answer": answer, "seconds": self._seconds}, self._seconds)
+            return Verdict(bool(reply["correct"]), form=reply.get("form"), reason=reply.get("reason"))
         except TimeoutError:
             _kill(worker)
             worker = None
@@ -197,5 +197,5 @@ class _Worker:
                 raise WorkerDied("it ended")
             self._buffer += got
         line, self._buffer = self._buffer.split(b"\n", 1)
-        found: dict[str, Any] = json.loads(line)
-        return found
+        reply: dict[str, Any] = json.loads(line)
+        return reply

@@ -228,5 +228,5 @@ class Placement:
         self.slots: Index = token * self.width + self._column
 
     def column(self, entries: Entries) -> Index:
-        found: Index = self._column[np.searchsorted(self._keys, entries.token * self._vocab + entries.ids)]
-        return found
+        columns: Index = self._column[np.searchsorted(self._keys, entries.token * self._vocab + entries.ids)]
+        return columns

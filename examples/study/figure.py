@@ -25,7 +25,7 @@ def write(experiment: Experiment, found: Sequence[Rows], path: Path) -> bool:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eopd.stages.report.figures import svg_text
+    from eopd.stages.report.charts import svg_text
 
     with rc_context({"font.size": 9}):
         figure = Figure(figsize=(7.5, 0.7 + 0.26 * len(pairs)), layout="constrained")

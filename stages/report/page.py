@@ -19,9 +19,9 @@ from markupsafe import Markup
 
 from eopd.stages.format import decimal, duration, listed, number, printable, size
 from eopd.stages.report import figures
+from eopd.stages.report.charts import DARK, LIGHT, Drawing
 from eopd.stages.report.compare import Comparison, apart, compare, distinct_jobs, problems_of
 from eopd.stages.report.data import CostRow, Estimate, ReportData, RoundData, RunData
-from eopd.stages.report.figures import DARK, LIGHT, Drawing
 from eopd.stages.report.rollouts import HEAT_EDGES, gallery
 
 _HERE = Path(__file__).parent

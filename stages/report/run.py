@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.stages.format import printable
+from eopd.stages.report.charts import Drawing
 from eopd.stages.report.compare import compare
 from eopd.stages.report.data import FIRST, Estimate, ReportData, RoundData, RunData
-from eopd.stages.report.figures import Drawing
 from eopd.stages.report.page import render
 from eopd.storage.files import naming_full_disks, replace_atomically
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.stages.report import figures, rollouts
+from eopd.stages.report import charts, rollouts
 from eopd.stages.report.data import (
     FIRST,
     OWN,
@@ -76,7 +76,7 @@ def page_of(*runs: RunData) -> str:
     return render(ReportData("Made up", "never", list(runs)))[0]
 
 
-def drawn(*runs: RunData) -> dict[str, figures.Drawing]:
+def drawn(*runs: RunData) -> dict[str, charts.Drawing]:
     return {drawing.name: drawing for drawing in render(ReportData("Made up", "never", list(runs)))[1]}
 
 
@@ -194,10 +194,10 @@ def test_degenerate_data_draw_no_nan(run: RunData) -> None:
     assert not any(re.search(r"[ \"](nan|inf)\b", drawing.svg) for drawing in drawings)
 
 
-def whiskers(drawing: figures.Drawing) -> list[tuple[float, float]]:
+def whiskers(drawing: charts.Drawing) -> list[tuple[float, float]]:
     """Vertical extents of the bars, as shares of the axis' height."""
     found = re.findall(r"M [\d.]+ ([\d.]+) L [\d.]+ ([\d.]+) ?\"[^>]*opacity: 0.5", drawing.inline.replace("\n", " "))
-    height = 72 * figures._HEIGHT
+    height = 72 * charts._HEIGHT
     return [(float(low) / height, float(high) / height) for low, high in found]
 
 
@@ -223,7 +223,7 @@ def test_no_interval_fills_the_axis() -> None:
     assert all(0.2 < abs(high - low) < 0.6 for low, high in bars)
 
 
-def lines(drawing: figures.Drawing) -> list[int]:
+def lines(drawing: charts.Drawing) -> list[int]:
     """Vertices of each line that is drawn in a series' colour."""
     paths = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--c\d\); stroke-width: 1.4', drawing.inline)
     return [len(re.findall("[ML]", path)) for path in paths]
@@ -250,7 +250,7 @@ def test_runs_are_told_apart_without_colour_and_have_names_of_their_own() -> Non
     text = Document(page_of(*[RunData("twin") for _ in range(3)])).text
     assert "twin (2)" in text
     assert "twin (3)" in text
-    looks = {tuple(sorted(figures._look(figures.Curve("", [], tone), True).items())) for tone in range(40)}
+    looks = {tuple(sorted(charts._look(charts.Curve("", [], tone), True).items())) for tone in range(40)}
     assert len(looks) == 40
 
 

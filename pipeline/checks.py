@@ -151,7 +151,7 @@ def check_needs(run: Run, train: Job) -> None:
     from eopd.stages.train.responses import refuse_truncated_sampling
 
     settings = run.settings
-    objective = make_objective(settings.train.objective, has_prefixes=settings.rollout.source == "prefix")
+    objective = make_objective(settings.train.objective, has_prefixes=settings.has_prefixes)
     try:
         refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
     except ValueError as error:

@@ -24,7 +24,7 @@ from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting
 from eopd.stages.train.schedule import steps_per_round
-from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.settings import TrainedTokens, TrainSettings
 from eopd.storage.fingerprints import Digests
 from eopd.storage.identity import Identity
 
@@ -144,13 +144,15 @@ class ExperimentSettings(Settings):
     @property
     def rollouts_carry_verdicts(self) -> bool:
         """True if responses are judged while they are sampled."""
-        return self.rollout.attempts is not None
+        return self.rollout.attempts is not None or self.rollout.source == "revise"
 
     @property
     def judged_for(self) -> str:
         """The setting that asks for verdicts on rollouts, with its value; empty if there is none."""
         if self.rollout.attempts is not None:
             return f"rollout.attempts.until is {self.rollout.attempts.until}"
+        if self.rollout.source == "revise":
+            return "rollout.source is revise"
         if self.selects_by_verdict:
             return f"train.select.verdict is {self.train.select.verdict}"
         judged = self.score.teacher_prompt.judged
@@ -203,6 +205,41 @@ class ExperimentSettings(Settings):
         rendered = (reads.template, reads.arguments, reads.system, reads.suffix)
         return reads.kind == "same" or (reads.kind == "template" and rendered == own)
 
+    @property
+    def default_tokens(self) -> TrainedTokens:
+        """What `train.tokens` is if it is unset."""
+        return "all" if self.rollout.source in ("teacher", "mixed", "data") else "own"
+
+    @property
+    def trained_tokens(self) -> TrainedTokens:
+        """The tokens that are trained on; all of the student's own responses are `own`."""
+        return self.default_tokens if self.rollout.source == "student" else self.train.tokens or self.default_tokens
+
+    @property
+    def has_prefixes(self) -> bool:
+        """True if the loss on tokens that the teacher wrote is `prefix_beta` log(p/q), and not the objective's."""
+        return self.rollout.source == "prefix" and self.trained_tokens == "own"
+
+    @model_validator(mode="after")
+    def _tokens_are_there(self) -> ExperimentSettings:
+        source, tokens, objective = self.rollout.source, self.train.tokens, self.train.objective
+        if tokens == "after_text" and source != "revise":
+            raise ValueError(
+                f"train.tokens is after_text, and with rollout.source: {source} a response holds no text of "
+                "rollout.revise.phrases; set it to null, or set rollout.source: revise"
+            )
+        if tokens == "own" and source in ("teacher", "data"):
+            raise ValueError(
+                f"train.tokens is own, and with rollout.source: {source} the student writes none; set it to null"
+            )
+        if tokens == "all" and source != "student" and objective.weighs_samples:
+            raise ValueError(
+                f"train.tokens is all, and train.objective.name={objective.name} weighs tokens as the student's own "
+                f"samples, which with rollout.source: {source} not all are; set it to own, or take sft, fkl, rkl_topk, "
+                "jsd or rs_kd"
+            )
+        return self
+
     @model_validator(mode="after")
     def _responses_fit_the_objective(self) -> ExperimentSettings:
         source, objective = self.rollout.source, self.train.objective
@@ -221,10 +258,10 @@ class ExperimentSettings(Settings):
                 "not depend on the student, whose own top tokens would make them do so; set it to 0"
             )
         beta, unset = objective.prefix_beta, type(objective).model_fields["prefix_beta"].default
-        if source != "prefix" and beta != unset:
+        if not self.has_prefixes and beta != unset:
             raise ValueError(
                 f"train.objective.prefix_beta={beta:g} has no effect with rollout.source: {source}: it weighs tokens "
-                "that the teacher wrote at the beginning of a response; set rollout.source: prefix"
+                "that the teacher wrote at the beginning of a response; set rollout.source: prefix, train.tokens: null"
             )
         if source in ("teacher", "prefix") and self.teacher.student is not None:
             raise ValueError(

@@ -79,7 +79,7 @@ def generation_prompt(
     if conversation.is_prefilled:
         return ""
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
-    given = {**arguments, **tools, "tokenize": False}
+    given = {**dated(arguments), **tools, "tokenize": False}
     messages = list(conversation.messages)
     before = str(tokenizer.apply_chat_template(messages, add_generation_prompt=False, **given))
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given)).removeprefix(before)

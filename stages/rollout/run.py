@@ -24,7 +24,7 @@ from eopd.stages.models.model_config import refuse_crossing, vocabulary_size
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
 from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
-from eopd.stages.rollout import mixed
+from eopd.stages.rollout import mixed, revise
 from eopd.stages.rollout.attempts import until_right
 from eopd.stages.rollout.prefix import Prefixes
 from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written
@@ -92,6 +92,9 @@ def _sample_parts(
 ) -> None:
     from eopd.stages.models.loading import model_folder
 
+    phrases = None
+    if job.settings.source == "revise":
+        phrases = revise.Phrases.of(job.settings, tokenizer, job.stop_ids)
     responses = sum(len(draws[part]) for part in pending) * job.settings.samples_per_prompt
     longest = max(
         max(len(draw.context_ids), len(draw.token_ids), len(draw.expert_ids)) for part in draws for draw in part
@@ -115,7 +118,7 @@ def _sample_parts(
         meter = _Meter(job, responses)
         try:
             for part in claimed_parts(job.output, pending, job.progress.line):
-                _do_part(job, part, draws[part], engine, tokenizer, meter, judge)
+                _do_part(job, part, draws[part], engine, tokenizer, meter, judge, phrases)
         finally:
             job.progress.close()
     job.progress.line(meter.summary())
@@ -269,6 +272,7 @@ def _do_part(
     tokenizer: PreTrainedTokenizerBase,
     meter: _Meter,
     judge: Judging | None,
+    phrases: revise.Phrases | None,
 ) -> None:
     """Sample one part and commit it. An engine call samples all of its responses, or what is left of them."""
 
@@ -285,6 +289,9 @@ def _do_part(
         vocabulary = vocabulary_size(Path(job.student.path))
 
     def write(drafts: Sequence[Draft]) -> list[Written]:
+        if phrases is not None:
+            assert judge is not None, "answers are revised by their verdicts"
+            return revise.write(drafts, sample, judge, job.settings, phrases, job.seed)
         written = _write(job, drafts, sample)
         if vocabulary:
             written = [one.before_unknown(vocabulary) for one in written]
@@ -447,6 +454,8 @@ def _counts(job: RolloutJob, part: int, draws: Sequence[Draw], rows: Sequence[Ma
         counts["teacher_tokens"] = sum(row["written"].count(Writer.TEACHER) for row in rows)
     if job.settings.source == "mixed":
         counts["expert_tokens"] = sum(row["written"].count(Writer.EXPERT) for row in rows)
+    if job.settings.source == "revise":
+        counts["revised"] = sum(int(Writer.TEXT) in row["written"] for row in rows)
     if job.judge is not None:
         counts["right"] = sum(row["correct"] for row in rows)
         counts["attempts"] = sum(row["attempts"] for row in rows)

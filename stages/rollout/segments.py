@@ -90,12 +90,18 @@ class Written:
             truncated_logprobs=truncated,
         )
 
+    def without_stop(self) -> Written:
+        """The tokens before the stop token, or all of them if there is none."""
+        return self if self.stop_token_id is None else self._first(len(self.token_ids) - 1)
+
     def before_unknown(self, vocabulary: int) -> Written:
         """The response up to the first id beyond a vocabulary."""
         unknown = self.token_ids >= vocabulary
         if not unknown.any():
             return self
-        length = int(np.argmax(unknown))
+        return replace(self._first(int(np.argmax(unknown))), is_cut=True)
+
+    def _first(self, length: int) -> Written:
         return replace(
             self,
             token_ids=self.token_ids[:length],
@@ -104,7 +110,6 @@ class Written:
             stop_token_id=None,
             logprobs=None if self.logprobs is None else self.logprobs[:length],
             truncated_logprobs=None if self.truncated_logprobs is None else self.truncated_logprobs[:length],
-            is_cut=True,
         )
 
 

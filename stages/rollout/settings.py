@@ -10,7 +10,7 @@ from eopd.stages.engines.sampling import MIN_TEMPERATURE, EngineKind, EngineOpti
 from eopd.stages.models import placeholders
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
 
-Source = Literal["student", "teacher", "prefix", "mixed", "data"]
+Source = Literal["student", "teacher", "prefix", "mixed", "revise", "data"]
 
 
 class GuideSettings(Settings):
@@ -96,6 +96,26 @@ class MixedSettings(Settings):
         return value
 
 
+class PhrasesSettings(Settings):
+    """Texts between a first answer and its revision, by the verdict on it."""
+
+    wrong: str = setting("", "Text after a wrong answer")
+    right: str | None = setting(None, "Text after a right answer; needed with `when: always`")
+
+
+class ReviseSettings(Settings):
+    """A first answer, a phrase by the verdict on it, and a second answer (`source: revise`, SD-Zero)."""
+
+    when: Literal["wrong", "always"] = setting("wrong", "Which first answers are revised")
+    phrases: PhrasesSettings = setting(PhrasesSettings, "The phrases; without special tokens")
+    first_tokens: int | None = setting(
+        None,
+        "Longest first answer, tokens; a longer one is cut and wrong (None: half of max_new_tokens)",
+        ge=1,
+        le=LENGTH,
+    )
+
+
 class AttemptsSettings(Settings):
     """Sample again what `prompts.verifier` does not find right. Rollouts then carry the verdicts."""
 
@@ -110,8 +130,8 @@ class RolloutSettings(Settings):
         "student",
         "Who writes the responses: the student; the teacher (its own answers, sampled once for every experiment); "
         "prefix (the teacher begins them and the student goes on); mixed (the student, some tokens under a prompt that "
-        "shows it more); data (they come with the prompts, "
-        "prompts.columns.response)",
+        "shows it more); revise (the student, and once more after the verdict on its answer); data (they come with the "
+        "prompts, prompts.columns.response)",
     )
     prompts_per_round: int = setting(
         128, "Prompts drawn each round, without repetition within an epoch", ge=1, le=COUNT
@@ -148,6 +168,7 @@ class RolloutSettings(Settings):
     guide: GuideSettings = setting(GuideSettings, "The teacher's own responses (source: teacher or prefix)")
     prefix: PrefixSettings = setting(PrefixSettings, "How long the teacher's part is (source: prefix)")
     mixed: MixedSettings = setting(MixedSettings, "Whose tokens a response holds (source: mixed)")
+    revise: ReviseSettings = setting(ReviseSettings, "How answers are revised (source: revise)")
     attempts: AttemptsSettings | None = setting(
         None, "Sample again, under other seeds, what the verifier does not find right. None: each response once"
     )
@@ -164,6 +185,10 @@ class RolloutSettings(Settings):
             self._expert_sees_more()
         elif self.mixed != MixedSettings():
             raise ValueError(f"rollout.mixed has no effect with source: {self.source}; set source: mixed")
+        if self.source == "revise":
+            self._phrases_are_given()
+        elif self.revise != ReviseSettings():
+            raise ValueError(f"rollout.revise has no effect with source: {self.source}; set source: revise")
         if self.source == "teacher" and self.guide.samples is not None:
             raise ValueError(
                 "rollout.guide.samples is for source: prefix; with source: teacher, rollout.samples_per_prompt says it"
@@ -192,6 +217,30 @@ class RolloutSettings(Settings):
                 "rollout.mixed.temperature is 0, so that rollout.top_p, top_k and min_p have no effect; remove them"
             )
 
+    def _phrases_are_given(self) -> None:
+        phrases, always = self.revise.phrases, self.revise.when == "always"
+        for name, text in (("wrong", phrases.wrong), *([("right", phrases.right)] if always else [])):
+            if not (text or "").strip():
+                raise ValueError(
+                    f"rollout.source is revise, and rollout.revise.phrases.{name} is empty: write the text after a "
+                    f"{name} answer"
+                )
+        if phrases.right is not None and not always:
+            raise ValueError(
+                "rollout.revise.phrases.right has no effect with when: wrong, which leaves right answers as they are; "
+                "remove it, or set when: always"
+            )
+        if not self.revised_from < self.max_new_tokens:
+            raise ValueError(
+                f"rollout.revise.first_tokens = {self.revised_from} leaves no room for a phrase and a second answer "
+                f"within rollout.max_new_tokens = {self.max_new_tokens}; lower it"
+            )
+
+    @property
+    def revised_from(self) -> int:
+        """Most tokens of a first answer that may be revised."""
+        return self.revise.first_tokens or max(1, self.max_new_tokens // 2)
+
     def _attempts_differ(self) -> None:
         if self.attempts is None:
             return
@@ -218,7 +267,7 @@ class RolloutSettings(Settings):
     def semantic(self) -> dict[str, Any]:
         """Return the settings of the student's sampling. Those of other sources enter the keys of what they change."""
         kept = super().semantic()
-        others = {"source", "guide", "prefix", "mixed"}
+        others = {"source", "guide", "prefix", "mixed", "revise"}
         if self.attempts is None:
             others.add("attempts")
         return {name: value for name, value in kept.items() if name not in others}
@@ -226,7 +275,7 @@ class RolloutSettings(Settings):
     @property
     def writer_is_the_student(self) -> bool:
         """True if the student, at some round's start, wrote the responses or continued them."""
-        return self.source in ("student", "prefix")
+        return self.source in ("student", "prefix", "revise")
 
     @property
     def engine_kind(self) -> EngineKind:

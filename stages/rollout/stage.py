@@ -58,9 +58,12 @@ def judged_by(settings: ExperimentSettings) -> dict[str, Any]:
     return {"judge": {**settings.judge.semantic(), "verifier": verifier, "rules": RULES[verifier]}}
 
 
-def mixed_by(settings: ExperimentSettings) -> dict[str, Any]:
-    """What decides whose tokens mixed responses hold, as part of a key."""
-    if settings.rollout.source != "mixed":
+def pieces_of(settings: ExperimentSettings) -> dict[str, Any]:
+    """What decides who writes which token of mixed or revised responses, as part of a key."""
+    rollout = settings.rollout
+    if rollout.source == "revise":
+        return {"revise": {**rollout.revise.semantic(), "first_tokens": rollout.revised_from}}
+    if rollout.source != "mixed":
         return {}
     needs_solution = "solution" in settings.rollout.mixed.expert.values_needed
     return {
@@ -194,7 +197,7 @@ class RolloutStage(_Sampling):
             "rollout": settings.rollout.semantic(),
             "seed": experiment.sampling_seed(round_),
             **judged_by(settings),
-            **mixed_by(settings),
+            **pieces_of(settings),
         }
         keys, inputs = {"policy": policy_key(experiment, policy)}, policy_input(policy)
         prefixes, guide = prefixes_at(experiment, round_), plan.output("guide", round_)

@@ -93,7 +93,7 @@ class ScoreStage(Stage):
 
         On the student's own responses they are made for the report, and stay in the checkpoints' keys.
         """
-        return settings.train.objective.reads_teacher or settings.rollout.writer_is_the_student
+        return settings.train.objective.reads_teacher or settings.rollout.source in ("student", "prefix")
 
     def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory:
         longest = settings.prompts.max_prompt_tokens + settings.rollout.max_new_tokens

@@ -9,7 +9,7 @@ from eopd.stages.engines.kept import Engines
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.rollout.settings import Source
 from eopd.stages.train.selection import Selection
-from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.settings import TrainedTokens, TrainSettings
 from eopd.storage.artifacts import Artifact
 
 
@@ -33,6 +33,7 @@ class TrainJob:
     progress: Progress
     run_dir: Path  # metrics with timings, TensorBoard
     source: Source = "student"  # who wrote the responses
+    tokens: TrainedTokens = "own"  # those of a response that are trained on
     age: int = 0  # rounds by which the policy that sampled is older than the one at the round's start
     selection: Selection | None = None  # which responses are trained on; None: all
     schedule_rounds: int = 1  # rounds that the schedule spans; read with a selection, see ``train.run.schedule_of``

@@ -61,6 +61,7 @@ class PerToken:
     unsure: Tensor | None = None  # bool: above ``threshold`` (``reopold.above_quantile``)
     threshold: float | None = None  # the quantile of the entropies that the objective reads
     by_teacher: Tensor | None = None  # bool: the teacher wrote it
+    trained: Tensor | None = None  # bool: it is trained on; None: all are
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Loop:
             packed, numbers = next(share for share in shares if share)[0]
             spare = self._micro_batch(packed, numbers, real=False)
             micro_batches += [spare] * (count - len(mine))
-        tokens = sum(len(self.responses.sequences[n].response_ids) for n in chosen)
+        tokens = sum(map(self.responses.tokens_of, chosen))
         return Step(number, epoch, chosen, tokens, micro_batches)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[Step, float]]:
@@ -193,8 +194,10 @@ class Loop:
         def taken(figures: Tensor | None) -> Tensor | None:
             return None if figures is None else figures[rows]
 
+        trained = taken(of_round.trained)
+        mask = torch.ones(batch.packed.tokens, device=rows.device) if trained is None else trained
         return StepContext(
-            mask=torch.full((batch.packed.tokens,), float(batch.real), device=rows.device),
+            mask=float(batch.real) * mask.float(),
             normaliser=normaliser,
             temperature=self.temperature,
             q_old=taken(of_round.logprob),
@@ -212,13 +215,18 @@ class Loop:
         """Return the figures of every token of the round, which are copied to the device once."""
         if self._per_token is None or self._per_token[0] is not start:
             by_teacher = torch.from_numpy(self.responses.written == Writer.TEACHER) if self.has_prefixes else None
-            figures = PerToken(by_teacher=by_teacher, weight=self._weight(start))
+            trained = None if self.responses.trained is None else torch.from_numpy(self.responses.trained)
+            figures = PerToken(by_teacher=by_teacher, trained=trained, weight=self._weight(start))
             if start is not None:
                 figures = replace(figures, logprob=torch.tensor(start.logprob), entropy=torch.tensor(start.entropy))
             if start is not None and "entropy_threshold" in self.objective.per_round:
                 share = self.objective.settings.entropy_quantile
-                unsure = torch.from_numpy(above_quantile(start.entropy, share))
-                figures = replace(figures, unsure=unsure, threshold=float(np.quantile(start.entropy, share)))
+                read = self.responses.trained
+                read = np.ones(len(start.entropy), bool) if read is None else read
+                unsure = np.zeros(len(read), bool)
+                unsure[read] = above_quantile(start.entropy[read], share)
+                threshold = float(np.quantile(start.entropy[read], share))
+                figures = replace(figures, unsure=torch.from_numpy(unsure), threshold=threshold)
             self._per_token = (start, on_device(self.accelerator.device, figures))
         return self._per_token[1]
 

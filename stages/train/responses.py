@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence as TokenSequence
+from eopd.stages.rollout.settings import Source
 from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.selection import COLUMNS as SELECTED_BY
 from eopd.stages.train.selection import Candidate, Selection
+from eopd.stages.train.settings import TrainedTokens
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.rollouts import Writer, read_rollouts
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
@@ -32,6 +34,8 @@ class Responses:
     sampler_logprobs: tuple[NDArray[np.float32] | None, ...]
     offsets: NDArray[np.int64]  # [S+1] rows of response s in arrays over the whole round
     written: NDArray[np.int8]  # [T] writer of each token (``storage.rollouts.Writer``)
+    trained: NDArray[np.bool_] | None = None  # [T] tokens that are trained on; None: all
+    left_out: int = 0  # responses without such a token
     selection: str | None = None  # how many of the round's responses these are, in words; None: all
 
     def __len__(self) -> int:
@@ -46,18 +50,54 @@ class Responses:
         """Sampled ids [T] of the whole round."""
         return np.concatenate([np.asarray(sequence.response_ids, np.int64) for sequence in self.sequences])
 
+    def tokens_of(self, number: int) -> int:
+        """Return how many tokens of a response are trained on."""
+        span = slice(self.offsets[number], self.offsets[number + 1])
+        return int(span.stop - span.start if self.trained is None else self.trained[span].sum())
+
     def rows_of(self, numbers: Sequence[int]) -> NDArray[np.int64]:
         """Return indices [T] into a per-token array of the round, for responses ``numbers`` one after the other."""
         spans = [np.arange(self.offsets[number], self.offsets[number + 1]) for number in numbers]
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
 
-def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Selection | None = None) -> Responses:
+Region = Callable[[NDArray[np.int8]], NDArray[np.bool_]]
+"""Tokens of a response that are trained on, by their writers."""
+
+
+def region_of(tokens: TrainedTokens, source: Source) -> Region | None:
+    """Return the tokens that `train.tokens` names; None: all.
+
+    Of responses that the student revises, `all` and `after_text` take those with a revision.
+    """
+    match tokens:
+        case "own" if source in ("mixed", "revise"):
+            return lambda written: (written != Writer.TEXT) & (written != Writer.EXPERT)
+        case "all" if source == "revise":
+            return lambda written: np.full(len(written), (written == Writer.TEXT).any())
+        case "after_text":
+            return _after_text
+        case _:
+            return None
+
+
+def _after_text(written: NDArray[np.int8]) -> NDArray[np.bool_]:
+    texts = np.flatnonzero(written == Writer.TEXT)
+    return np.arange(len(written)) > (texts[-1] if len(texts) else len(written))
+
+
+def load_responses(
+    rollouts: Artifact,
+    cache: TeacherCache | None,
+    selection: Selection | None = None,
+    region: Region | None = None,
+) -> Responses:
     """Read every part of ``rollouts`` and the lengths that were scored; parts that were set aside are left out.
 
     Args:
         cache: None if no scores are read: then all tokens are trained on.
         selection: which of the responses with such a token are trained on; None: all.
+        region: which of the tokens are trained on; None: all.
 
     Raises:
         ValueError: nothing to train on.
@@ -65,7 +105,8 @@ def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Se
     """
     columns = COLUMNS if selection is None else tuple(dict.fromkeys((*COLUMNS, *SELECTED_BY)))
     candidates: list[Candidate] = []
-    names, sequences, locations, sampler, written = [], [], [], [], []
+    names, sequences, locations, sampler, written, trained = [], [], [], [], [], []
+    left_out = 0
     for part in filled_parts(rollouts if cache is None else cache.artifact):
         if cache is not None:
             _check_same_rollouts(rollouts, cache, part)
@@ -75,18 +116,21 @@ def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Se
             lengths = cache.token_counts(part).tolist()
         else:
             lengths = [len(ids) for ids in table["response_token_ids"]]
-        if selection is not None:
-            of_part = selection.candidates(rollouts, part, stored)
-            candidates += [one for one, length in zip(of_part, lengths, strict=True) if length]
+        of_part = [] if selection is None else selection.candidates(rollouts, part, stored)
         for row, length in enumerate(lengths):
-            if length == 0:
+            writers = np.asarray(table["written"][row], np.int8)
+            mask = np.ones(length, bool) if region is None else region(writers)[:length]
+            if not mask.any():
+                left_out += bool(length)
                 continue
+            candidates += of_part[row : row + 1]
             names.append(f"{table['prompt_id'][row]}/{table['sample'][row]}")
             sequences.append(TokenSequence(table["prompt_token_ids"][row], table["response_token_ids"][row][:length]))
             locations.append((part, row))
             logprobs = table["logprobs"][row]
             sampler.append(None if logprobs is None else np.asarray(logprobs[:length], np.float32))
-            written.append(np.asarray(table["written"][row][:length], np.int8))
+            written.append(writers[:length])
+            trained.append(mask)
     if not names:
         raise ValueError(f"{rollouts} holds no response with a token to train on")
     chosen, words = (range(len(names)), None) if selection is None else selection.choose(candidates)
@@ -98,6 +142,8 @@ def load_responses(rollouts: Artifact, cache: TeacherCache | None, selection: Se
         sampler_logprobs=tuple(sampler[number] for number in chosen),
         offsets=offsets,
         written=np.concatenate([written[number] for number in chosen]),
+        trained=None if region is None else np.concatenate([trained[number] for number in chosen]),
+        left_out=left_out,
         selection=words,
     )
 

@@ -36,7 +36,7 @@ from eopd.stages.train.metrics import Recorder, RecordingFailed, means, peak_mem
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
-from eopd.stages.train.responses import Responses, load_responses, refuse_truncated_sampling
+from eopd.stages.train.responses import Responses, load_responses, refuse_truncated_sampling, region_of
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.staleness import response_weights
@@ -95,7 +95,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     settings = job.settings
     require_extras(settings)
     cache = None if job.scores is None else TeacherCache(job.scores)
-    has_prefixes = job.source == "prefix"
+    has_prefixes = job.source == "prefix" and job.tokens == "own"
     objective = make_objective(settings.objective, has_prefixes=has_prefixes)
     refuse_truncated_sampling(objective, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
@@ -103,7 +103,12 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         cache.require(objective.needs_with(stops.union))
     elif objective.needs:
         raise ValueError(f"objective {objective.name!r} reads the teacher's scores, and there are none of this round")
-    responses = load_responses(job.rollouts, cache, job.selection)
+    responses = load_responses(job.rollouts, cache, job.selection, region_of(job.tokens, job.source))
+    if responses.left_out:
+        job.progress.line(
+            f"train {job.round}: {responses.left_out:,} responses have no token to train on (train.tokens: "
+            f"{job.tokens})"
+        )
     if responses.selection is not None:
         job.progress.line(f"train {job.round}: {responses.selection} (train.select)")
     first_step, total_steps = schedule_of(job, len(responses))

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 
+TrainedTokens = Literal["all", "own", "after_text"]
 Tracker = Literal["wandb", "trackio"]
 Value = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(ge=-1e300, le=1e300)] | str
 PerPrompt = Annotated[int, Field(ge=1, le=COUNT)]
@@ -156,6 +157,12 @@ class SelectSettings(Settings):
 class TrainSettings(Settings):
     objective: ObjectiveSettings = setting(ObjectiveSettings, "The loss.")
     select: SelectSettings = setting(SelectSettings, "Which responses are trained on.")
+    tokens: TrainedTokens | None = setting(
+        None,
+        "Which tokens of a response are trained on. all; own: those that the student sampled as itself, and with "
+        "rollout.source: prefix the teacher's by prefix_beta; after_text: those after the phrase of "
+        "rollout.source: revise. None: own if the source is student, prefix or revise, else all.",
+    )
     epochs: int = setting(1, "Passes over a round's responses.", ge=1, le=100_000)
     batch_responses: int = setting(
         32, "Responses of one optimiser step, over all processes (paper: 32).", ge=1, le=COUNT
@@ -258,6 +265,7 @@ class TrainSettings(Settings):
             del kept["select"]
         if self.weights is None:
             del kept["weights"]
+        del kept["tokens"]  # the stage adds what they are by source, if that differs from the default
         return kept
 
     @model_validator(mode="after")

@@ -53,8 +53,10 @@ class TrainStage(Stage):
         if settings.selects_by_verdict and verdicts is not None:
             read["verdicts"] = verdicts
         train = settings.train.semantic()
-        if settings.rollout.source == "prefix":
+        if settings.has_prefixes:
             train["prefix_beta"] = settings.train.objective.prefix_beta
+        if settings.trained_tokens != settings.default_tokens:
+            train["tokens"] = settings.trained_tokens
         output = self.identity(
             parts=2,
             settings={
@@ -144,6 +146,7 @@ def train_job(context: JobContext) -> TrainJob:
         rollouts=context.inputs["rollouts"],
         scores=context.inputs.get("scores"),
         source=settings.rollout.source,
+        tokens=settings.trained_tokens,
         settings=settings.train,
         round=round_,
         age=round_ - experiment.sampling_round(round_) if settings.rollout.writer_is_the_student else 0,

@@ -211,6 +211,70 @@ def test_mixtures_that_could_not_work_are_refused(changes: dict[str, Any], messa
         make_settings(**changes)
 
 
+def revise(**changes: Any) -> dict[str, Any]:
+    rollout = {"source": "revise", "revise": {"phrases": {"wrong": "No."}, **changes.pop("revise", {})}}
+    train = {"objective": {"name": "sft"}, "select": {"verdict": "right"}, **changes.pop("train", {})}
+    return {**JUDGED, "rollout": {**rollout, **changes.pop("rollout", {})}, "train": train, **changes}
+
+
+def test_both_phases_of_revision_share_their_rollouts() -> None:
+    one, two = (planned(**revise(train={"tokens": tokens})) for tokens in ("all", "after_text"))
+    assert not any("judge" in name or "score" in name for name in stages(one))
+    assert key(one, "rollout") == key(two, "rollout")
+    keys = {key(one, "train"), key(two, "train"), key(planned(**revise()), "train")}
+    assert len(keys) == 3
+    assert key(planned(**revise(train={"tokens": "own"})), "train") == key(planned(**revise()), "train")
+    others = (
+        revise(revise={"phrases": {"wrong": "Wrong."}}),
+        revise(revise={"first_tokens": 100}),
+        revise(revise={"when": "always", "phrases": {"wrong": "No.", "right": "Yes."}}),
+        {**revise(), "rollout": {}},
+    )
+    assert len({key(planned(**changes), "rollout") for changes in (revise(), *others)}) == 5
+    on_policy = planned(**revise(train={"objective": {"name": "opd"}}))
+    assert "score 0" in stages(on_policy)
+
+
+@pytest.mark.parametrize("tokens", ["all", "own"])
+def test_tokens_enter_keys_where_they_differ_from_those_of_the_source(tokens: str) -> None:
+    def trained(**changes: Any) -> str:
+        return key(planned(**changes), "train")
+
+    def with_tokens(changes: dict[str, Any], objective: str) -> dict[str, Any]:
+        return {**changes, "train": {"objective": {"name": objective}, "tokens": tokens}}
+
+    student = {"train": {"objective": {"name": "opd"}}}
+    assert trained(**with_tokens(student, "opd")) == trained(**student)
+    prefix = {**PREFIX, "train": {"objective": {"name": "fkl"}}}
+    assert (trained(**with_tokens(prefix, "fkl")) == trained(**prefix)) == (tokens == "own")
+    assert (trained(**with_tokens(mixed(), "sft")) == trained(**mixed())) == (tokens == "all")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (revise(revise={"phrases": {}}), r"rollout\.revise\.phrases\.wrong is empty"),
+        (revise(revise={"when": "always"}), r"rollout\.revise\.phrases\.right is empty"),
+        (revise(revise={"phrases": {"wrong": "No.", "right": "Yes."}}), r"phrases\.right has no effect"),
+        (revise(revise={"first_tokens": 2000}), r"rollout\.revise\.first_tokens = 2000 leaves no room"),
+        ({**revise(), "rollout": {"revise": {"first_tokens": 3}}}, r"rollout\.revise has no effect"),
+        (revise(prompts={"columns": {"answer": "a"}}), r"rollout\.source is revise.*set prompts\.verifier"),
+        (revise(prompts={"verifier": "exact"}), r"rollout\.source is revise.*prompts\.columns\.answer"),
+        (revise(train={"tokens": "all", "objective": {"name": "opd"}}), r"train\.tokens is all.*opd weighs tokens"),
+        ({**PREFIX, "train": {"tokens": "all", "objective": {"name": "tropd"}}}, r"train\.tokens is all.*tropd weighs"),
+        ({"train": {"tokens": "after_text"}}, r"train\.tokens is after_text.*rollout\.source: student"),
+        ({**DATA, "train": {"objective": {"name": "sft"}, "tokens": "own"}}, r"train\.tokens is own.*source: data"),
+        (
+            {**PREFIX, "train": {"tokens": "all", "objective": {"name": "fkl", "prefix_beta": 0.5}}},
+            r"prefix_beta=0\.5 has no effect",
+        ),
+    ],
+)
+def test_revisions_and_tokens_that_could_not_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_settings(**changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

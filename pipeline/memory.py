@@ -25,7 +25,7 @@ SMALLER = "gradient checkpointing, smaller micro-batches, lora, sharding or a sm
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs, and what there is."""
+    """Memory that a stage needs, and memory that is available."""
 
     stage: str
     memory: Memory

@@ -1,4 +1,4 @@
-"""Whether the teacher tells right responses from wrong ones: log-ratios summed over a response, against verdicts."""
+"""Separation of right and wrong responses by the teacher: log-ratios summed over a response, against verdicts."""
 
 from __future__ import annotations
 

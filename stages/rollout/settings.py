@@ -47,7 +47,7 @@ class PrefixSettings(Settings):
 
 
 class ExpertSettings(Settings):
-    """How the expert reads a prompt: as the student does, with another suffix or system message."""
+    """The expert's reading of a prompt: the student's, with another suffix or system message."""
 
     system: str | None = setting(
         None,

@@ -50,7 +50,7 @@ def prefixes_at(experiment: Experiment, round_: int) -> Prefixes | None:
 
 
 def judged_by(settings: ExperimentSettings) -> dict[str, Any]:
-    """What decides the verdicts in rollouts that carry them, as part of a key."""
+    """Return the settings that decide the verdicts in rollouts, as part of a key."""
     if not settings.rollouts_carry_verdicts:
         return {}
     verifier = settings.prompts.verifier

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Measures on one GPU what can only be measured there, in under 8 minutes; without a network and without vLLM.
+#
+#   scripts/gpu.sh                  # writes benchmarks/results/gpu.json, after every part
+#   scripts/gpu.sh --rehearse       # the same code on the CPU with tiny shapes
+#   scripts/gpu.sh --parts head     # some parts only; --seconds 300 leaves out what would not fit
+#
+# Parts, in order, with the seconds that each is expected to take on one H100 (PARTS in benchmarks/gpu.py):
+#   parity     40   scoring and every objective on the GPU against the CPU; float32 to 1e-5, bfloat16 as printed
+#   tests      45   tests that are skipped without a GPU
+#   head       60   head and loss at [8192, 4096, 151936] against dense torch, and Liger if it is installed
+#   scoring   100   8B-shaped random weights: forward pass, with logits, whole score stage to Zarr; peak memory
+#   training  120   a step of the 1.7B and 0.6B students, cached and with a live 8B teacher
+#   sampling   50   the transformers engine on a 1.7B student
+#
+# PYTHON chooses the interpreter (default: .venv/bin/python); it needs torch for CUDA, transformers, and eopd's pure-Python
+# dependencies, which PYTHONPATH may add from a folder.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+HF_HUB_OFFLINE=1
+export PYTHONPATH HF_HUB_OFFLINE
+exec "$python" -m benchmarks.gpu "$@"

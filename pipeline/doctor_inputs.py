@@ -17,6 +17,7 @@ from typing import Literal
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
 from eopd.pipeline.inputs import (
+    capture_columns,
     check_architectures,
     compare_vocabularies,
     count_source,
@@ -76,6 +77,10 @@ def _named(role: Role, settings: RunSettings) -> Iterator[Finding]:
     if role == "teacher" and settings.teacher.student is not None:
         yield Finding(role, "ok", f"the run's own student ({settings.teacher.student})")
         return
+    if role == "teacher" and settings.teacher.capture is not None:
+        path = settings.teacher.capture.path
+        yield _tried(role, lambda: f"captured in {path}: {', '.join(capture_columns(settings))}", "name another file")
+        return
     if model.run is not None:
         other = _tried(role, lambda: f"a student of the run {load_other(role, settings).name}", f"check {role}.run")
         yield other
@@ -133,7 +138,7 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
     """Check that each readable model folder holds every weight of its architecture."""
     models: dict[str, tuple[ModelSettings, Path]] = {}
     for role, model in _external_models(settings).items():
-        if role == "teacher" and settings.teacher.student is not None:
+        if role == "teacher" and not settings.teacher.has_own_model:
             continue
         with suppress(ValueError, OSError):  # reported by ``_model``
             models[role] = model, find_weights(role, model, settings.store)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,8 @@ def gather_facts(
     student = known.get("student") or inspect_model("student", settings.student, digests, settings.store)
     if settings.teacher.student is not None:
         teacher = student
+    elif settings.teacher.capture is not None:
+        teacher = captured_teacher(settings, student, digests)
     else:
         teacher = known.get("teacher") or inspect_model("teacher", settings.teacher, digests, settings.store)
     count, fingerprint = _source("prompts", settings.prompts, digests)
@@ -62,6 +65,47 @@ def gather_facts(
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
     digests.save()
     return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, digests)
+
+
+def captured_teacher(settings: RunSettings, student: ModelFacts, digests: Digests) -> ModelFacts:
+    """Return the facts of a capture in place of a teacher's. Its ids, and what ends a response, are the student's.
+
+    Raises:
+        ConfigError: there is no such file, or it is no capture of the prompts' rows.
+    """
+    columns = capture_columns(settings)
+    capture = settings.teacher.capture
+    assert capture is not None
+    path = Path(capture.path)
+    content = {
+        "file": digests.of_files(path.parent, [path]),
+        "columns": columns,
+        "shifted": capture.shifted,
+        "vocabulary": student.tokenizer_fingerprint,
+    }
+    return replace(student, fingerprint=sha256_text(canonical_json(content))[:KEY_LENGTH], other=None)
+
+
+def capture_columns(settings: RunSettings) -> list[str]:
+    """Return the columns that are read of `teacher.capture`. Raises ConfigError, as ``captured_teacher``."""
+    from eopd.storage.captures import check_capture, columns_of
+
+    capture = settings.teacher.capture
+    assert capture is not None
+    path = Path(capture.path)
+    if not path.is_file():
+        raise ConfigError(f"teacher.capture.path: there is no file {path}")
+    try:
+        columns = columns_of(path, capture.named)
+        rows, prompts = check_capture(path, columns), count_prompts(settings.prompts)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"teacher.capture: {error}") from error
+    if rows < prompts or (rows > prompts and settings.prompts.limit is None):
+        raise ConfigError(
+            f"teacher.capture: {path} has {rows} rows, and {settings.prompts.path} {prompts}: row i of one must be the "
+            "sequence of row i of the other"
+        )
+    return columns.names
 
 
 def _selected_prompts(settings: RunSettings) -> frozenset[int] | None:
@@ -128,7 +172,7 @@ def external_model(role: str, settings: RunSettings, seen: tuple[str, ...] = ())
         ConfigError: a run that is named cannot be found, or is named in a circle.
     """
     seen = refuse_circle(role, settings, seen)
-    if role == "teacher" and settings.teacher.student is not None:
+    if role == "teacher" and not settings.teacher.has_own_model:
         return external_model("student", settings, seen[:-1])
     model = settings.teacher if role == "teacher" else settings.student
     return model if model.run is None else external_model("student", load_other(role, settings), seen)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, write_conversation
-from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, student_conversation
+from eopd.stages.models.prompts import Prompt, PromptSettings, given_ids, load_prompts, student_conversation
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, opening_text, teacher_conversation
 from eopd.stages.rollout.settings import ExpertSettings
 
@@ -169,8 +169,12 @@ def _check_values(prompt: Prompt, names: Sequence[str], shown: str) -> None:
 
 def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> list[Rendered]:
     try:
-        conversation = student_conversation(prompt, source.prompts)
-        text = _text(conversation, source.prompts.template, source.prompts.template_arguments, student)
+        ids = given_ids(prompt, source.prompts)
+        if ids is None:
+            conversation = student_conversation(prompt, source.prompts)
+            text = _text(conversation, source.prompts.template, source.prompts.template_arguments, student)
+        else:
+            text = f"{len(ids):,} token ids: {', '.join(map(str, ids[:20]))}{', ...' if len(ids) > 20 else ''}"
     except ValueError as error:
         raise ConfigError(f"{source.name}: prompt {prompt.id!r} as the student reads it: {error}") from error
     views = [Rendered(source.name, student.role, text)]
@@ -183,6 +187,8 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
         values = reads.example({name: prompt.value(name) for name in reads.values_needed})
         if reads.kind != "same":
             raw = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
+            if raw is None and reads.kind == "template":
+                raise ValueError("it is token ids, which kind: template cannot render; set kind: same")
             if raw is None:
                 raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
             text = _text(teacher_conversation(raw, reads, values), reads.template, reads.arguments, teacher)

@@ -21,7 +21,7 @@ from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
 from eopd.stages.models.placeholders import SIBLING
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, draw_prompts
 from eopd.stages.rollout.settings import RolloutSettings
-from eopd.stages.score.settings import ScoreSettings
+from eopd.stages.score.settings import CaptureSettings, ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting
 from eopd.stages.train.schedule import steps_per_round
 from eopd.stages.train.settings import TrainedTokens, TrainSettings
@@ -55,12 +55,17 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _one_model_is_named(self) -> ModelSettings:
-        ways = [name for name in ("path", "run", "student") if name in type(self).model_fields]
+        ways = [name for name in ("path", "run", "student", "capture") if name in type(self).model_fields]
         named = [name for name in ways if getattr(self, name) is not None]
         if len(named) != 1:
             cure = "; set the others to null" if named else ""
             raise ValueError(f"name the model by one of {', '.join(ways)}; got {' and '.join(named) or 'none'}{cure}")
-        others = {"path": ("round", "renewed"), "run": ("renewed",), "student": ("round",)}[named[0]]
+        others = {
+            "path": ("round", "renewed"),
+            "run": ("renewed",),
+            "student": ("round",),
+            "capture": ("round", "renewed"),
+        }[named[0]]
         if named[0] != "path":
             others += ("dtype", "revision", "tokenizer", "trust_remote_code")
         fields = type(self).model_fields
@@ -88,6 +93,17 @@ class TeacherSettings(ModelSettings):
     renewed: int | None = setting(
         None, "With student: latest: renew the teacher every this many rounds. None: each round.", ge=1, le=ROUNDS
     )
+
+    capture: CaptureSettings | None = setting(
+        None,
+        "In place of `path`: the top-k log-probs of a teacher, captured by another tool, for responses that come with "
+        "the prompts (`rollout.source: data`). The name of the file is short for `capture.path`.",
+    )
+
+    @property
+    def has_own_model(self) -> bool:
+        """False if the teacher is the run's student, or a capture."""
+        return self.student is None and self.capture is None
 
     @model_validator(mode="after")
     def _the_initial_student_stays(self) -> TeacherSettings:
@@ -278,6 +294,29 @@ class ExperimentSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_capture_has_what_is_read(self) -> ExperimentSettings:
+        if self.teacher.capture is None:
+            return self
+        if self.rollout.source != "data":
+            raise ValueError(
+                f"teacher.capture holds log-probs of its own sequences alone, and rollout.source is "
+                f"{self.rollout.source}; set rollout.source: data"
+            )
+        if self.evaluate is not None and self.evaluate.alignment is not None:
+            raise ValueError("evaluate.alignment reads a teacher, and teacher.capture is none; set it to null")
+        ignored = [name for name in ("teacher_prompt", "head") if not self._is_default("score", name)]
+        if ignored:
+            raise ValueError(
+                f"{' and '.join(f'score.{name}' for name in ignored)} has no effect with teacher.capture, whose "
+                "contexts and lists are as they were captured; remove it"
+            )
+        return self
+
+    def _is_default(self, group: str, name: str) -> bool:
+        settings = getattr(self, group)
+        return bool(getattr(settings, name) == type(settings).model_fields[name].get_default(call_default_factory=True))
+
     def _prefixes_have_an_end(self) -> None:
         prefix, longest = self.rollout.prefix, self.rollout.max_new_tokens
         if self.rounds == 1 and prefix.over == "rounds" and prefix.start is None:
@@ -467,7 +506,7 @@ class Experiment:
     def teacher_model(self) -> ModelSettings:
         """The external model that the teacher is, or began as."""
         other = self.facts.teacher.other
-        if self.settings.teacher.student is not None:
+        if not self.settings.teacher.has_own_model:
             return self.student_model
         return self.settings.teacher if other is None else other.origin
 

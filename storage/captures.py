@@ -6,7 +6,7 @@ axolotl's plugin reads them, and as DistillKit-style captures have them once unp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,14 +42,23 @@ DISTILLKIT = CaptureColumns()
 AXOLOTL = CaptureColumns(top_ids="target_token_ids", top_logprobs="target_logprobs", mask="target_mask")
 
 
-def columns_of(path: Path) -> CaptureColumns:
-    """Return axolotl's columns where the file has them, and DistillKit's otherwise.
+def columns_of(path: Path, named: Mapping[str, str] | None = None) -> CaptureColumns:
+    """Return the columns of a capture: axolotl's where the file has them, and DistillKit's otherwise.
+
+    Args:
+        named: columns in place of these, by the fields of ``CaptureColumns``.
 
     Raises:
         ValueError: the file is no Parquet.
     """
     with _naming_what_is_no_parquet(path):
         there = pq.read_schema(path).names
+    named = named or {}
+    known = DISTILLKIT if {"top_ids", "top_logprobs"} & named.keys() else _known(there)
+    return replace(known, **named)
+
+
+def _known(there: Sequence[str]) -> CaptureColumns:
     if AXOLOTL.top_ids not in there or AXOLOTL.top_logprobs not in there:
         return DISTILLKIT
     return AXOLOTL if AXOLOTL.mask in there else replace(AXOLOTL, mask=None)
@@ -99,12 +108,7 @@ def read_capture(
             named) has ids outside the vocabulary, an id twice, values that are no log-probs, more mass than 1, lists of
             other lengths, a masked position between others, or other tokens than the response that is wanted.
     """
-    with _naming_what_is_no_parquet(path):
-        schema = pq.read_schema(path)
-    for name in columns.names:
-        if name not in schema.names:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
-        _check_type(path, schema.field(name), 1 if name == columns.ids else 2, floats=name == columns.top_logprobs)
+    check_capture(path, columns)
     table = _rows(path, columns.names, None if wanted is None else [one.row for one in wanted])
     tokens: list[NDArray[np.int64]] = []
     entries: list[_Position] = []
@@ -119,6 +123,22 @@ def read_capture(
     every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
     lengths = np.asarray([len(some) for some in tokens], np.int64)
     return _imported(every.astype(np.int32), entries, lengths, vocab_size)
+
+
+def check_capture(path: Path, columns: CaptureColumns) -> int:
+    """Check the columns of a capture and their types, and return how many sequences it holds.
+
+    Raises:
+        ValueError: as ``read_capture``, for what the file's footer shows.
+    """
+    with _naming_what_is_no_parquet(path):
+        schema = pq.read_schema(path)
+        rows = int(pq.ParquetFile(path).metadata.num_rows)
+    for name in columns.names:
+        if name not in schema.names:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
+        _check_type(path, schema.field(name), 1 if name == columns.ids else 2, floats=name == columns.top_logprobs)
+    return rows
 
 
 def _rows(path: Path, columns: list[str], rows: Sequence[int] | None) -> pa.Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -329,7 +328,7 @@ def import_(
 ) -> None:
     """Take a capture with axolotl's columns, or DistillKit's, into a store as scores of one part."""
     from eopd.storage.artifacts import Artifact
-    from eopd.storage.captures import CaptureColumns, columns_of, imported_header, read_capture
+    from eopd.storage.captures import columns_of, imported_header, read_capture
     from eopd.storage.files import sha256_file
     from eopd.storage.identity import Identity
     from eopd.storage.teacher_cache import write_part
@@ -341,8 +340,7 @@ def import_(
             f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
         )
     named = {"ids": ids, "top_ids": top_ids, "top_logprobs": top_logprobs, "mask": mask}
-    known = columns_of(path) if top_ids is None and top_logprobs is None else CaptureColumns()
-    columns = replace(known, **{name: column for name, column in named.items() if column is not None})
+    columns = columns_of(path, {name: column for name, column in named.items() if column is not None})
     capture = read_capture(path, columns, shifted=shifted, vocab_size=vocab_size)
     rows = capture.rows
     header = imported_header(rows, teacher=teacher, tokenizer=tokenizer, vocab_size=vocab_size, source=path.name)

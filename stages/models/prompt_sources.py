@@ -84,7 +84,8 @@ def stamp(path: Path, split: str | None) -> Stamp:
 def holds_conversations(path: Path, split: str | None, column: str) -> bool:
     """True if the prompts of a source are lists of messages, judging by its first row."""
     row = next(read(path, split, [column], 1), None)
-    return row is not None and isinstance(row.values[column], list)
+    value = None if row is None else row.values[column]
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
 
 
 def _kind(path: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 from pydantic import model_validator
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str
 """Values by which rows of a source can be selected."""
+NOT_TRAINED = -100
+"""The label of a token that is not trained on."""
 VerifierName = Literal["countdown", "exact", "math"]
 
 
 class Columns(Settings):
     """Column names of a source. Dots lead into a column of structs: ``reward_model.ground_truth``."""
 
-    prompt: str = setting("prompt", "The prompt: text (one user message), or a list of {role, content} messages")
+    prompt: str = setting(
+        "prompt", "The prompt: text (one user message), a list of {role, content} messages, or token ids"
+    )
     id: str | None = setting(None, "A unique id (null: the row's number)")
     answer: str | None = setting(None, "Reference answer, for verifiers: text, or a number, which is read as it stands")
     solution: str | None = setting(
@@ -46,13 +50,31 @@ class Columns(Settings):
     response: str | None = setting(
         None,
         "A response to the prompt, for rollout.source: data: text, token ids, or the column of `prompt` itself, whose "
-        "last message it then is",
+        "last message it then is, or the token ids that `labels` names",
     )
+    labels: str | None = setting(
+        None,
+        "If one column holds the token ids of `prompt` and `response`: -100 for tokens of the prompt, and the ids of "
+        "the response. None: all tokens but the first are the response",
+    )
+
+    @model_validator(mode="after")
+    def _labels_divide_a_sequence(self) -> Columns:
+        if self.labels is not None and self.response != self.prompt:
+            raise ValueError(
+                f"labels divides token ids into prompt and response, which are in the columns {self.prompt} and "
+                f"{self.response}: name one column for both, or remove labels"
+            )
+        return self
 
     def semantic(self) -> dict[str, Any]:
         """Leave unset fields out that were added after the first artifacts, whose keys must stay."""
         kept = super().semantic()
-        return {name: value for name, value in kept.items() if value is not None or name not in ("tools", "response")}
+        return {
+            name: value
+            for name, value in kept.items()
+            if value is not None or name not in ("tools", "response", "labels")
+        }
 
 
 class PromptSettings(Settings):
@@ -104,6 +126,7 @@ class Prompt:
     teacher_prompt: str | None
     solution: str | None
     response: Response | None = None
+    token_ids: tuple[int, ...] | None = None  # the prompt itself, if it came as token ids: there are no messages then
 
     def value(self, name: str) -> str | None:
         """The text of a placeholder of the prompt (``placeholders.OF_PROMPT``)."""
@@ -114,9 +137,9 @@ class Prompt:
         return self.conversation.messages
 
     @property
-    def messages_json(self) -> str:
-        """Return the conversation as the rollout record stores it."""
-        return self.conversation.to_json()
+    def messages_json(self) -> str | None:
+        """Return the conversation as the rollout record stores it; None if the prompt came as token ids."""
+        return None if self.token_ids is not None else self.conversation.to_json()
 
 
 class PromptTable:
@@ -242,17 +265,36 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
     """Render a prompt to token ids as the student reads it. Its length is not checked here.
 
     Raises:
-        ValueError: what the template cannot write, or leaves out; template chat without a chat template.
+        ValueError: what the template cannot write, or leaves out; template chat without a chat template; token ids that
+            the tokenizer does not know, or to which text is to be added.
     """
     from eopd.stages.models.tokenizers import render_chat
 
     try:
+        ids = given_ids(prompt, settings)
+        if ids is not None:
+            unknown = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
+            if unknown is not None:
+                raise ValueError(f"it holds the id {unknown}, and the student's tokenizer has {len(tokenizer)}")
+            return list(ids)
         conversation = student_conversation(prompt, settings)
         if settings.template == "plain":
             return [int(token) for token in tokenizer(conversation.plain_text())["input_ids"]]
         return render_chat(tokenizer, conversation, settings.template_arguments)
     except ValueError as error:
         raise ValueError(f"prompt {prompt.id!r} of {settings.path}: {error}") from error
+
+
+def given_ids(prompt: Prompt, settings: PromptSettings) -> tuple[int, ...] | None:
+    """Return the token ids that a prompt came as; None if it is text or messages.
+
+    Raises:
+        ValueError: text is to be added to token ids.
+    """
+    added = [name for name in ("system", "suffix", "template_arguments") if getattr(settings, name)]
+    if prompt.token_ids is not None and added:
+        raise ValueError(f"it is token ids, to which {' and '.join(added)} cannot be added: remove the setting")
+    return prompt.token_ids
 
 
 def student_conversation(prompt: Prompt, settings: PromptSettings) -> Conversation:
@@ -293,10 +335,19 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
     tools = None if columns.tools is None else row.values[columns.tools]
     value = row.values[columns.prompt]
     response: Response | None = None
+    token_ids: tuple[int, ...] | None = None
+    conversation = Conversation(())
     try:
-        if columns.response == columns.prompt:
-            value, response = _last_turn(value)
-        conversation = parse_conversation(value, tools)
+        if _are_ids(value):
+            token_ids = tuple(value)
+            if columns.response == columns.prompt:
+                token_ids, response = _split(token_ids, None if columns.labels is None else row.values[columns.labels])
+        else:
+            if columns.labels is not None:
+                raise ValueError(f"must hold token ids, which the column {columns.labels!r} divides")
+            if columns.response == columns.prompt:
+                value, response = _last_turn(value)
+            conversation = parse_conversation(value, tools)
     except ValueError as error:
         raise ValueError(f"{row.where}: column {columns.prompt!r} {error}") from error
     if columns.response not in (None, columns.prompt):
@@ -315,7 +366,39 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
         teacher_prompt=None if columns.teacher_prompt is None else _text(row, columns.teacher_prompt),
         solution=None if columns.solution is None else _text(row, columns.solution),
         response=response,
+        token_ids=token_ids,
     )
+
+
+def _are_ids(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
+
+
+def _split(ids: tuple[int, ...], labels: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Divide a sequence into prompt and response.
+
+    Raises:
+        ValueError: the labels are no labels of these ids, or not those of one response after a prompt.
+    """
+    if labels is None:
+        labels = [NOT_TRAINED, *ids[1:]]
+    if not _are_ids(labels) or len(labels) != len(ids):
+        raise ValueError(f"holds {len(ids)} token ids, and labels must hold as many ids or {NOT_TRAINED}")
+    trained = [place for place, label in enumerate(labels) if label != NOT_TRAINED]
+    if not trained:
+        raise ValueError(f"has no response: its labels are all {NOT_TRAINED}, or it is one token")
+    start, stop = trained[0], trained[-1] + 1
+    other = next((place for place in trained if labels[place] != ids[place]), None)
+    if other is not None:
+        raise ValueError(f"has the id {ids[other]} as token {other}, and labels has {labels[other]}")
+    if start == 0:
+        raise ValueError("has no prompt: its labels begin with the first token, which nothing predicts")
+    if len(trained) < stop - start:
+        hole = next(place for place in range(start, stop) if labels[place] == NOT_TRAINED)
+        raise ValueError(
+            f"has several responses: labels leaves out token {hole}, between tokens to train on; split the row there"
+        )
+    return ids[:start], ids[start:stop]
 
 
 def _last_turn(value: object) -> tuple[list[object], Message]:
@@ -333,7 +416,7 @@ def _response(row: prompt_sources.Row, column: str) -> Response:
     value = row.values[column]
     if isinstance(value, str) and value.strip():
         return _text(row, column)
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
+    if _are_ids(value):
         return tuple(value)
     if isinstance(value, dict):
         try:

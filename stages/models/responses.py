@@ -62,6 +62,8 @@ def _of_message(
     message: Message,
     stop_ids: Sequence[int],
 ) -> list[int]:
+    if prompt.token_ids is not None:
+        raise NoResponse("is a message, which cannot be written after a prompt of token ids; give it as token ids")
     if settings.template != "chat":
         raise NoResponse("is a message, which template: plain cannot write; use template: chat, or a column of text")
     conversation = student_conversation(prompt, settings)

@@ -196,7 +196,8 @@ def teacher_context(
     if settings.kind == "same":
         before = list(own)
     else:
-        assert source is not None, where
+        if source is None:
+            raise ValueError(f"{where} has no messages, which score.teacher_prompt.kind: {settings.kind} renders")
         before = render_teacher_prompt(source, settings, tokenizer, where, values)
     if not settings.opening:
         return Context((tuple(before),))

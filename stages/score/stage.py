@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from eopd.stages.experiment import Experiment, ExperimentSettings
 from eopd.stages.memory import Memory, reading
-from eopd.stages.score.settings import HeadSettings
+from eopd.stages.score.settings import CaptureSettings, HeadSettings
 from eopd.stages.stage import (
     Input,
     Job,
@@ -22,7 +22,11 @@ from eopd.stages.stage import (
     teacher_input,
     teacher_key,
 )
+from eopd.storage.identity import Identity
 from eopd.storage.size_bound import most_bytes
+
+CAPTURED_ENTRIES = 32
+"""Entries of a token in captures, about: a forecast reads none."""
 
 
 def token_bytes(head: HeadSettings, vocabulary: int) -> float:
@@ -51,6 +55,8 @@ class ScoreStage(Stage):
             return None
         if settings.score.teacher_prompt.judged and verdicts is None and not settings.rollouts_carry_verdicts:
             return None
+        if settings.teacher.capture is not None:
+            return self._of_capture(plan.experiment, settings.teacher.capture, rollouts, round_)
         teacher = plan.teacher(round_)
         identity = self.identity(
             parts=rollouts.parts,
@@ -75,6 +81,22 @@ class ScoreStage(Stage):
             inputs["student_topk"] = Input(topk, by_part=True)
         return Job(self, round_, output, inputs)
 
+    def _of_capture(self, experiment: Experiment, capture: CaptureSettings, rollouts: Identity, round_: int) -> Job:
+        """Return the job that takes the scores of responses from a capture."""
+        identity = self.identity(
+            parts=rollouts.parts,
+            settings={"temperature": experiment.settings.rollout.temperature},
+            inputs={"rollouts": rollouts.key, "capture": experiment.facts.teacher.fingerprint},
+        )
+        coverage = {
+            "head": asdict(capture.rule()),
+            "extra": None,
+            "entropy": False,
+            "sampled": False,
+            "vocab_size": capture.vocab_size or 0,
+        }
+        return Job(self, round_, replace(identity, coverage=coverage), {"rollouts": Input(rollouts, by_part=True)})
+
     @staticmethod
     def _values_shown(settings: ExperimentSettings) -> dict[str, object]:
         """Return the settings that decide the texts of placeholders, besides the rollouts, which know the prompt
@@ -95,7 +117,9 @@ class ScoreStage(Stage):
         """
         return settings.train.objective.reads_teacher or settings.rollout.source in ("student", "prefix")
 
-    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory:
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        if settings.teacher.capture is not None:
+            return None
         longest = settings.prompts.max_prompt_tokens + settings.rollout.max_new_tokens
         score, dtype = (
             settings.score,
@@ -113,10 +137,13 @@ class ScoreStage(Stage):
         )
 
     def gpus(self, settings: ExperimentSettings) -> int:
-        return settings.score.engine_options.tensor_parallel
+        return 0 if settings.teacher.capture is not None else settings.score.engine_options.tensor_parallel
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         settings, vocabulary = experiment.settings, experiment.teacher_vocabulary
+        if settings.teacher.capture is not None:
+            head = HeadSettings(k_max=max(settings.teacher.capture.top_k, CAPTURED_ENTRIES), full_head_above=-1)
+            return read_size(inputs["rollouts"], token_bytes(head, vocabulary), measured)
         scored = read_size(inputs["rollouts"], token_bytes(settings.score.head, vocabulary), measured)
         size = replace(scored, tokens=scored.tokens * (1 + settings.score.teacher_prompt.copies))
         if measured.tokens:
@@ -133,6 +160,9 @@ class ScoreStage(Stage):
         return replace(size, most_bytes=bound)
 
     def run(self, context: JobContext) -> None:
+        if context.settings.teacher.capture is not None:
+            self._run_capture(context, context.settings.teacher.capture)
+            return
         from eopd.stages.score.job import ScoreJob
         from eopd.stages.score.run import run
 
@@ -154,5 +184,23 @@ class ScoreStage(Stage):
                 verdicts=context.inputs.get("verdicts"),
                 seed=context.settings.seed,
                 engines=context.engines,
+            )
+        )
+
+    @staticmethod
+    def _run_capture(context: JobContext, capture: CaptureSettings) -> None:
+        from eopd.stages.score.captured import CapturedJob, run
+
+        facts = context.experiment.facts
+        run(
+            CapturedJob(
+                output=context.output,
+                parts=context.parts,
+                progress=context.progress,
+                rollouts=context.inputs["rollouts"],
+                capture=capture,
+                fingerprint=facts.teacher.fingerprint,
+                tokenizer=str(facts.student.tokenizer_folder),
+                temperature=context.settings.rollout.temperature,
             )
         )

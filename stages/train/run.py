@@ -99,6 +99,8 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     objective = make_objective(settings.objective, has_prefixes=has_prefixes)
     refuse_truncated_sampling(objective, job.truncated_rollouts)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
+    if cache is not None and not cache.coverage.sampled:  # a capture has no log-probs of stops: each is a token
+        stops = StopHandling(settings.objective.stops, job.student_stop_ids[:1], job.student_stop_ids[:1])
     if cache is not None:
         cache.require(objective.needs_with(stops.union))
     elif objective.needs:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from eopd.storage import listing
 from eopd.storage.rollouts import Writer, read_rollouts
+from eopd.storage.teacher_cache import TeacherCache
 from tests.end_to_end.conftest import World, checksums, eopd
 from tests.end_to_end.test_kills import start
 
@@ -52,6 +56,68 @@ def test_responses_that_come_with_their_prompts(world: World, objective: str) ->
     assert writers(world, name) == {Writer.DATA}
     kinds = {kind for kind, _ in listing.keys(world.store(name))}
     assert ("scores" in kinds) == (objective != "sft")
+    assert (world.runs(name) / "report" / "index.html").exists()
+
+
+@pytest.fixture(scope="module")
+def exported(world: World) -> Path:
+    """Sequences with the teacher's top-k lists, as the run `captured` stored and exported them."""
+    config = world.config(
+        "captured",
+        rounds=1,
+        evaluate=None,
+        rollout={"samples_per_prompt": 1, "prompts_per_round": 24},
+        score={"head": {"k_max": 6, "full_head_above": -1, "draws": "none"}},
+        train={"objective": {"name": "fkl"}},
+    )
+    eopd("run", config)
+    path, store = world.folder / "captured.parquet", world.store("captured")
+    eopd("store", "export", "scores/", path, "--format", "axolotl", "--store", store)
+    return path
+
+
+def heads(world: World, name: str) -> dict[tuple[int, ...], tuple[list[int], list[float]]]:
+    """Head ids and log-probs that a run stored, by the ids of prompt and response."""
+    store = world.store(name)
+    scores, rollouts = (listing.find(store, f"{kind}/") for kind in ("scores", "rollouts"))
+    cache, found = TeacherCache(scores), {}
+    for part in sorted(scores.committed()):
+        columns = ["prompt_token_ids", "response_token_ids"]
+        for row, ids in enumerate(read_rollouts(rollouts.part_folder(part), columns).to_pylist()):
+            rows = cache.read([(part, row)])
+            found[(*ids["prompt_token_ids"], *ids["response_token_ids"])] = (
+                rows.head_ids.tolist(),
+                rows.head_logprobs.tolist(),
+            )
+    return found
+
+
+@pytest.mark.parametrize("form", ["axolotl", "distillkit"])
+def test_a_run_trains_on_what_another_tool_captured(world: World, exported: Path, form: str) -> None:
+    path = exported
+    if form == "distillkit":
+        table, path = pq.read_table(exported), world.folder / "distillkit.parquet"
+        lists = {"top_indices": table["target_token_ids"], "top_values": table["target_logprobs"]}
+        pq.write_table(pa.table({"input_ids": table["input_ids"], "labels": table["labels"], **lists}), path)
+    name = f"on-{form}"
+    columns = {"prompt": "input_ids", "response": "input_ids", "labels": "labels"}
+    config = world.config(
+        name,
+        rounds=1,
+        teacher={"path": None, "capture": str(path)},
+        prompts={"path": str(path), "columns": columns, "suffix": ""},
+        rollout={"source": "data", "samples_per_prompt": 1, "prompts_per_round": 24},
+        score={"teacher_prompt": {}},
+        train={"objective": {"name": "fkl"}},
+        evaluate=None,
+    )
+    eopd("run", config)
+    assert writers(world, name) == {Writer.DATA}
+    ours, theirs = heads(world, name), heads(world, "captured")
+    assert ours.keys() == theirs.keys()
+    for sequence, (ids, logprobs) in theirs.items():
+        assert ours[sequence][0] == ids
+        assert ours[sequence][1] == pytest.approx(logprobs, abs=1e-6)
     assert (world.runs(name) / "report" / "index.html").exists()
 
 

@@ -73,6 +73,38 @@ def test_the_students_own_ids_must_be_stored(tmp_path: Path) -> None:
     needs_of_round(run_with(tmp_path, objective, rollout=sampled), 0)
 
 
+@pytest.mark.parametrize(
+    ("objective", "top_k", "message"),
+    [
+        ({"name": "eopd", "rkl": "topk"}, 64, "teacher.capture does not hold.*entropy"),
+        ({"name": "rs_kd"}, 64, "teacher.capture does not hold.*draws"),
+        ({"name": "fkl", "support": "renormalised"}, 1, r"heads of 16 entries.*teacher\.capture\.top_k"),
+        ({"name": "fkl", "support": "renormalised"}, 16, None),
+        ({"name": "jsd"}, 1, None),
+        ({"name": "opd", "rkl": "topk"}, 1, None),
+    ],
+)
+def test_a_capture_serves_objectives_that_read_its_lists(
+    tmp_path: Path, objective: dict[str, Any], top_k: int, message: str | None
+) -> None:
+    facts = make_facts(folder=tmp_path)
+    student = replace(facts.student, stop_ids=(2, 7))  # two of them, of which a capture knows no log-probs
+    run = make_run(
+        tmp_path,
+        replace(facts, student=student, teacher=replace(student, fingerprint="capture")),
+        teacher={"path": None, "capture": {"path": "kd.parquet", "top_k": top_k}},
+        prompts={"columns": {"response": "response"}},
+        rollout={"source": "data", "samples_per_prompt": 1},
+        train={"objective": objective},
+        evaluate=None,
+    )
+    if message is None:
+        needs_of_round(run, 0)
+        return
+    with pytest.raises(ConfigError, match=message):
+        needs_of_round(run, 0)
+
+
 LIGHTNING = {"objective": {"name": "lightning_opd"}}
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from eopd.pipeline.config import ConfigError
-from eopd.pipeline.inputs import check_architectures, find_weights, inspect_model, locate, stop_ids_of
+from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.inputs import captured_teacher, check_architectures, find_weights, inspect_model, locate, stop_ids_of
 from eopd.stages.experiment import ModelSettings
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule
+from tests.pipeline.plan_case import make_facts, make_settings
 from tests.stages.tiny_models import save_tiny
 from tests.storage.making import dense, rows_of
 
@@ -180,3 +184,53 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     assert locate("student", name, None) == snapshot
+
+
+def captured_settings(folder: Path, rows: int, **columns: str) -> RunSettings:
+    """A run over a file of two prompts, with a capture of ``rows`` sequences."""
+    (folder / "prompts.jsonl").write_text('{"prompt": [5], "response": [6]}\n' * 2)
+    lists = {"target_token_ids": [[[6], [0]]] * rows, "target_logprobs": [[[-0.1], [0.0]]] * rows}
+    pq.write_table(pa.table({"input_ids": [[5, 6]] * rows, **lists}), folder / "kd.parquet")
+    return make_settings(
+        teacher={"path": None, "capture": {"path": str(folder / "kd.parquet"), **columns}},
+        prompts={"path": str(folder / "prompts.jsonl"), "columns": {"response": "response"}},
+        rollout={"source": "data", "samples_per_prompt": 1},
+        train={"objective": {"name": "fkl"}},
+        evaluate=None,
+    )
+
+
+def test_a_capture_is_known_by_its_content_and_columns(tmp_path: Path) -> None:
+    student = make_facts().student
+    settings = captured_settings(tmp_path, rows=2)
+    teacher = captured_teacher(settings, student, Digests())
+    assert teacher.stop_ids == student.stop_ids
+    assert teacher.fingerprint != student.fingerprint
+    named = captured_settings(tmp_path, rows=2, ids="input_ids")
+    assert captured_teacher(named, student, Digests()).fingerprint == teacher.fingerprint
+    moved = replace(student, tokenizer_fingerprint="another")
+    assert captured_teacher(settings, moved, Digests()).fingerprint != teacher.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        (1, {}, r"teacher\.capture: .*kd\.parquet has 1 rows, and .* 2"),
+        (3, {}, "has 3 rows"),
+        (2, {"ids": "tokens"}, r"teacher\.capture: .*no column 'tokens'"),
+        (2, {"top_logprobs": "target_token_ids"}, r"teacher\.capture: .*floats"),
+    ],
+)
+def test_a_capture_of_other_rows_or_columns_is_refused(
+    tmp_path: Path, rows: int, columns: dict[str, str], message: str
+) -> None:
+    top = {"top_ids": "target_token_ids", **columns} if "top_logprobs" in columns else columns
+    with pytest.raises(ConfigError, match=message):
+        captured_teacher(captured_settings(tmp_path, rows, **top), make_facts().student, Digests())
+
+
+def test_a_capture_that_is_not_there_is_named(tmp_path: Path) -> None:
+    settings = captured_settings(tmp_path, rows=2)
+    (tmp_path / "kd.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"teacher\.capture\.path: .*kd\.parquet"):
+        captured_teacher(settings, make_facts().student, Digests())

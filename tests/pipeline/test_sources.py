@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -305,3 +306,40 @@ def test_what_could_not_work_is_refused(changes: dict[str, Any], message: str) -
 @pytest.mark.parametrize("objective", [{"name": "opd", "rkl": "topk"}, {"name": "eopd", "rkl": "topk"}, "rs_kd"])
 def test_divergences_take_responses_of_anybody(objective: object) -> None:
     assert make_settings(**{**TEACHER, "train": {"objective": objective}}).rollout.source == "teacher"
+
+
+CAPTURE: dict[str, Any] = {**DATA, "teacher": {"path": None, "capture": "kd.parquet"}, "evaluate": None}
+
+
+def test_a_capture_is_scored_without_a_teacher() -> None:
+    settings = make_settings(**{**CAPTURE, "train": {"objective": {"name": "fkl"}}})
+    facts = make_facts()
+    plan = plan_of(settings, replace(facts, teacher=replace(facts.student, fingerprint="capture")))
+    job = plan.job("score", 0)
+    assert job.inputs.keys() == {"rollouts"}
+    assert job.stage.gpus(settings) == 0
+    assert "teacher" not in job.output.inputs
+    assert "scores" in plan.job("train", 0).inputs
+    other = plan_of(settings, replace(facts, teacher=replace(facts.student, fingerprint="another")))
+    assert other.job("score", 0).output.key != job.output.key
+    assert other.job("rollout", 0).output.key == plan.job("rollout", 0).output.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"source": "student"}}, r"rollout\.source: data"),
+        ({"teacher": {"path": "t", "capture": "kd.parquet"}}, "path and capture"),
+        ({"teacher": {"path": None, "capture": {}}}, r"teacher\.capture\.path"),
+        ({"teacher": {"path": None, "capture": "kd.parquet", "dtype": "float32"}}, "dtype has no effect"),
+        ({"score": {"head": {"k_max": 8}}}, r"score\.head has no effect"),
+        ({"score": {"teacher_prompt": {"kind": "template"}}}, r"score\.teacher_prompt has no effect"),
+        (
+            {"evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "alignment": {}}},
+            r"evaluate\.alignment reads a teacher",
+        ),
+    ],
+)
+def test_what_a_capture_does_not_hold_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_settings(**{**CAPTURE, **changes})

@@ -286,3 +286,66 @@ def test_a_source_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
     with pytest.raises(ValueError, match="no file that can be read twice"):
         count_prompts(prompts(tmp_path / "fifo.jsonl"))
+
+
+IDS = {"prompt": "input_ids", "response": "input_ids", "labels": "labels"}
+
+
+def id_source(folder: Path, rows: list[dict[str, Any]], columns: dict[str, Any], **settings: Any) -> PromptSettings:
+    path = folder / "ids.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PromptSettings.model_validate({"path": str(path), "columns": columns, **settings})
+
+
+def test_token_ids_are_prompts_as_they_are(tmp_path: Path) -> None:
+    source = id_source(tmp_path, [{"prompt": [5, 6]}, {"prompt": "And?"}], {})
+    first, second = load_prompts(source)
+    assert render_prompt(tiny_tokenizer(), first, source) == [5, 6]
+    assert (first.token_ids, first.messages_json) == ((5, 6), None)
+    assert second.token_ids is None
+    source = id_source(tmp_path, [{"prompt": [5, 600_000]}], {})
+    with pytest.raises(ValueError, match=r"prompt '0'.*id 600000"):
+        render_prompt(tiny_tokenizer(), load_prompts(source)[0], source)
+
+
+@pytest.mark.parametrize("added", [{"suffix": "!"}, {"system": "Be brief."}, {"template_arguments": {"x": 1}}])
+def test_nothing_is_added_to_token_ids(tmp_path: Path, added: dict[str, Any]) -> None:
+    source = id_source(tmp_path, [{"prompt": [5, 6]}], {}, **added)
+    with pytest.raises(ValueError, match=f"prompt '0'.*{next(iter(added))}"):
+        render_prompt(tiny_tokenizer(), load_prompts(source)[0], source)
+
+
+def test_labels_divide_a_sequence_into_prompt_and_response(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]},  # nothing is trained on after the response
+    ]
+    prompts = load_prompts(id_source(tmp_path, rows, IDS))
+    assert [(prompt.token_ids, prompt.response) for prompt in prompts] == [((5, 6), (7, 8)), ((5,), (6, 7))]
+    whole = load_prompts(id_source(tmp_path, rows, {**IDS, "labels": None}))
+    assert [(prompt.token_ids, prompt.response) for prompt in whole] == [((5,), (6, 7, 8))] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"input_ids": [5, 6], "labels": [-100]}, "2 token ids"),
+        ({"input_ids": [5, 6], "labels": [-100, -100]}, "no response"),
+        ({"input_ids": [5, 6], "labels": [5, 6]}, "no prompt"),
+        ({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}, "several responses.*token 2"),
+        ({"input_ids": [5, 6], "labels": [-100, 7]}, "id 6 as token 1.*7"),
+        ({"input_ids": "text", "labels": [-100, 7]}, "must hold token ids"),
+    ],
+)
+def test_labels_that_name_no_single_response_are_refused_by_row(
+    tmp_path: Path, row: dict[str, Any], problem: str
+) -> None:
+    good = {"input_ids": [5, 6], "labels": [-100, 6]}
+    with pytest.raises(ValueError, match=rf"line 2: column 'input_ids'.*{problem}"):
+        load_prompts(id_source(tmp_path, [good, row], IDS))
+
+
+def test_labels_belong_to_one_column_of_ids() -> None:
+    with pytest.raises(ValidationError, match="labels divides"):
+        PromptSettings.model_validate({"path": "p.jsonl", "columns": {"labels": "labels", "response": "response"}})
+    assert "labels" not in PromptSettings(path="p.jsonl").semantic()["columns"]

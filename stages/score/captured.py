@@ -13,9 +13,9 @@ from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.stages.score.settings import CaptureSettings
 from eopd.storage.artifacts import Artifact
+from eopd.storage.captures import Capture, Wanted, columns_of, imported_header, read_capture
 from eopd.storage.claims import claimed_parts
 from eopd.storage.codec import MAX_ID
-from eopd.storage.captures import Capture, Wanted, columns_of, imported_header, read_capture
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import write_part

@@ -220,7 +220,7 @@ class RolloutSettings(Settings):
     def _phrases_are_given(self) -> None:
         phrases, always = self.revise.phrases, self.revise.when == "always"
         for name, text in (("wrong", phrases.wrong), *([("right", phrases.right)] if always else [])):
-            if not (text or "").strip():
+            if not text:
                 raise ValueError(
                     f"rollout.source is revise, and rollout.revise.phrases.{name} is empty: write the text after a "
                     f"{name} answer"

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eopd.pipeline.config import find_config, load_config
+from eopd.pipeline.run import Run, open_run
 from eopd.storage import listing
 from eopd.storage.rollouts import Writer, read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
@@ -137,3 +139,58 @@ def test_a_guide_and_its_rollouts_survive_kills(world: World, tmp_path: Any) -> 
         eopd(stage, config)
     eopd("run", config)
     assert checksums(store) == checksums(world.store("prefix-whole"))
+
+
+def preset(world: World, tmp_path: Path, name: str, **changes: Any) -> Run:
+    """Run a preset at small size, whose random student answers nothing right: wrong responses are trained on too."""
+    problems = [json.loads(line) for line in (world.folder / "problems.jsonl").read_text().splitlines()]
+    path = tmp_path / "solved.jsonl"
+    path.write_text("".join(json.dumps({**one, "solution": f"It is {one['answer']}."}) + "\n" for one in problems))
+    rollout = {"prompts_per_round": 4, "max_new_tokens": 96, "engine": "transformers", **changes.pop("rollout", {})}
+    small = {
+        "extends": str(find_config(f"paper/{name}").resolve()),
+        "store": str(tmp_path / "store"),
+        "runs": str(tmp_path / "runs"),
+        "prompts": {"path": str(path), "verifier": "exact"},
+        "rollout": rollout,
+        "score": {"engine": "transformers"},
+        "train": {"select": {"verdict": "any"}, "batch_responses": 4, "epochs": 1, "autocast": "no", "device": "cpu"},
+        "evaluate": None,
+        "launcher": {"kind": "inline"},
+    }
+    config = tmp_path / f"{name}.yaml"
+    config.write_text(json.dumps({**small, **changes}))
+    eopd("run", config)
+    run = open_run(load_config(str(config)))
+    assert all(run.is_done(job) for job in run.plan.jobs)
+    return run
+
+
+def rollouts_of(run: Run) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_rollouts(
+        run.artifact(run.plan.job("rollout", 0).output).part_folder(0)
+    ).to_pylist()
+    return rows
+
+
+def test_the_mixsd_preset_runs_at_small_size(world: World, tmp_path: Path) -> None:
+    student = {"path": str(world.folder / "teacher"), "dtype": "float32"}
+    attempts = {"attempts": {"most": 2}}
+    run = preset(world, tmp_path, "mixsd-qwen3-1.7b", student=student, rollout={**attempts, "max_new_tokens": 12})
+    assert {token for row in rollouts_of(run) for token in row["written"]} == {Writer.POLICY, Writer.EXPERT}
+    assert {(row["correct"], row["attempts"]) for row in rollouts_of(run)} == {(False, 2)}
+    assert {job.stage.name for job in run.plan.jobs} == {"rollout", "train"}
+
+
+@pytest.mark.slow
+def test_the_sd_zero_presets_run_at_small_size_one_after_another(world: World, tmp_path: Path) -> None:
+    student = {"path": str(world.folder / "teacher"), "dtype": "float32"}
+    revise = {"revise": {"first_tokens": 8}}
+    first = preset(world, tmp_path, "sd-zero-1-qwen3-4b", student=student, rollout=revise)
+    assert {token for row in rollouts_of(first) for token in row["written"]} == {Writer.POLICY, Writer.TEXT}
+    second = preset(world, tmp_path, "sd-zero-2-qwen3-4b", rollout=revise)
+    assert second.plan.job("train", 0).output.inputs["student"] == first.plan.job("train", 0).output.key
+    third = preset(world, tmp_path, "sd-zero-3-qwen3-4b")
+    cache = TeacherCache(third.artifact(third.plan.job("score", 0).output))
+    assert sorted(json.loads(cache.header(0).teacher_context)["placeholders"]) == ["response", "verdict"]
+    assert cache.header(0).teacher == second.plan.job("train", 0).output.key

@@ -72,6 +72,26 @@ def test_the_opsd_presets_are_the_papers(size: str, longest: int) -> None:
     assert settings.score.teacher_prompt.used == ("solution",)
 
 
+def test_the_sd_zero_presets_are_three_phases_of_one_student() -> None:
+    first, second, third = (load_config(f"paper/sd-zero-{phase}-qwen3-4b") for phase in (1, 2, 3))
+    assert [one.student.run for one in (first, second, third)] == [None, first.name, second.name]
+    assert [one.trained_tokens for one in (first, second, third)] == ["all", "after_text", "own"]
+    assert (first.rollout.source, second.rollout.source, third.rollout.source) == ("revise", "revise", "student")
+    shown = third.score.teacher_prompt
+    assert shown.verdicts is not None
+    assert shown.verdicts.wrong == first.rollout.revise.phrases.wrong
+    assert (third.train.optimizer.lr, third.train.epochs, third.train.objective.k) == (5e-6, 5, 64)
+
+
+def test_the_mixsd_preset_has_the_values_of_the_paper_s_code() -> None:
+    settings = load_config("paper/mixsd-qwen3-1.7b")
+    rollout, optimizer = settings.rollout, settings.train.optimizer
+    assert rollout.attempts is not None
+    assert (rollout.mixed.student_share, rollout.mixed.temperature, rollout.attempts.most) == (0.5, 0, 10)
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-5, (0.9, 0.95), 0.01)
+    assert (settings.train.epochs, settings.train.batch_responses) == (30, 16)
+
+
 def test_paths_are_relative_to_the_file_that_states_them(minimal: Path, tmp_path: Path) -> None:
     settings = load_config(str(minimal))
     assert settings.student.path == str(tmp_path / "student")

@@ -35,6 +35,8 @@ GPU_GROUP_BYTES = 128 * 2**20
 GROUP_BYTES = 16 * 2**20
 """Rows handled together between reading and writing the workspace: on a CPU few enough to stay in its cache, many
 enough that threads do not wait for each other more than they work."""
+DRAW_BYTES = 34 * 64 * 20
+"""Of a row whose tail is drawn from: a draw for each 0.03 of its mass, and the 64 ids near each in float64."""
 SCORE_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 320 * 2**20}
 
 
@@ -274,7 +276,7 @@ def reading(
         rows = score_rows(size.vocabulary, on_gpu=on_gpu)
         logits = 4 * rows * size.vocabulary
         own = 0 if on_gpu or width == 4 else 4 * size.embedding
-        parts["logits"] = (2 * logits if on_gpu else round(1.1 * logits)) + own
+        parts["logits"] = (2 * logits if on_gpu else round(1.1 * logits)) + own + rows * DRAW_BYTES
     if on_gpu:
         parts["context"] = CONTEXT_BYTES
     return Memory(parts, options.gpu_memory_utilization if by_vllm and on_gpu else None)

@@ -289,19 +289,27 @@ def score_rows(vocabulary: int, *, on_gpu: bool) -> int:
 
 
 def sampling(
-    size: ModelSize, dtype: str, kind: EngineKind, options: EngineOptions, *, longest: int, gpu_bytes: int
+    size: ModelSize,
+    dtype: str,
+    kind: EngineKind,
+    options: EngineOptions,
+    *,
+    longest: int,
+    gpu_bytes: int,
+    contexts: int = 1,
 ) -> Memory:
     """Return the least memory that an engine which samples can work in, on one GPU: with one sequence at a time.
 
     Args:
         dtype: of the weights; auto: as they are stored.
         longest: tokens of the longest prompt and response.
+        contexts: how many a response follows, each with keys and values of its own.
     """
     width, shards = BYTES[size.dtype if dtype == "auto" else dtype], options.tensor_parallel
     by_vllm = resolve_engine(kind) == "vllm"
     parts = {
         "weights": size.parameters * width // (shards if by_vllm else 1),
-        "keys and values": size.cache(longest, width) // (shards if by_vllm else 1),
+        "keys and values": contexts * size.cache(longest, width) // (shards if by_vllm else 1),
         "logits": 4 * 4 * size.vocabulary,
     }
     if gpu_bytes:

@@ -31,6 +31,9 @@ class Variant:
     changes: dict[str, Any]
 
 
+WITH_SOLUTIONS = ("offline_data", "mixsd")
+"""Examples whose prompts come with a solution."""
+
 EXAMPLES: dict[str, tuple[Variant, ...]] = {  # the first of each is the example, the others are its controls
     "offline_data": (
         Variant("data, forward KL", {}),
@@ -46,6 +49,13 @@ EXAMPLES: dict[str, tuple[Variant, ...]] = {  # the first of each is the example
         Variant("tropd", {"rollout": {"source": "student"}}),
         Variant("opd, guided", {"train": {"objective": {"name": "opd"}}}),
         Variant("opd", {"rollout": {"source": "student"}, "train": {"objective": {"name": "opd"}}}),
+    ),
+    "mixsd": (
+        Variant("mixed, half and half", {}),
+        Variant(
+            "plain prompt alone (rejection fine-tuning)",
+            {"rollout": {"mixed": {"student_share": 1.0, "temperature": 1.0}}},
+        ),
     ),
 }
 FIGURES = ("avg_at_8", "pass_at_8")
@@ -63,7 +73,7 @@ def train(example: str, seeds: int, out: Path, changes: list[str]) -> None:
     sweep = out / f"{example}.yaml"
     sweep.write_text(yaml.safe_dump({"sweep": list(runs(example, seeds))}), encoding="utf-8")
     places = [f"store={out / 'store'}", f"runs={out / 'runs'}", *changes]
-    if example == "offline_data":
+    if example in WITH_SOLUTIONS:
         from examples.sources.data import PROBLEMS, solved
 
         data = out / "solved.jsonl"

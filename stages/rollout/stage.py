@@ -216,7 +216,16 @@ class RolloutStage(_Sampling):
         if rollout.source == "data":
             return None
         longest, options = settings.prompts.max_prompt_tokens + rollout.max_new_tokens, rollout.engine_options
-        return sampling(models.student, student, rollout.engine, options, longest=longest, gpu_bytes=gpu_bytes)
+        contexts = 2 if rollout.source == "mixed" else 1
+        return sampling(
+            models.student,
+            student,
+            rollout.engine_kind,
+            options,
+            longest=longest,
+            gpu_bytes=gpu_bytes,
+            contexts=contexts,
+        )
 
 
 class StudentTopkStage(Stage):

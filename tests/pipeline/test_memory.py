@@ -53,6 +53,20 @@ def test_what_saves_memory_is_predicted_to() -> None:
     assert whole > 80 * GIB > checkpointing > sharded > adapters > 4 * size_of("4b").parameters
 
 
+def test_two_contexts_take_the_keys_and_values_of_both() -> None:
+    models = Models(size_of("1.7b"), size_of("1.7b"))
+    one, two = (
+        next(need.memory for need in needs(settings, models, 80 * GIB) if need.stage == "rollout")
+        for settings in (
+            load_config(
+                "paper/mixsd-qwen3-1.7b", ["rollout.source=student", "rollout.mixed={}", "rollout.engine=transformers"]
+            ),
+            load_config("paper/mixsd-qwen3-1.7b"),
+        )
+    )
+    assert two.parts["keys and values"] == 2 * one.parts["keys and values"]
+
+
 def test_a_stage_that_does_not_fit_is_named() -> None:
     small, large = by_stage("4b", 24 * GIB)["train"], by_stage("0.6b", 80 * GIB)["train"]
     assert (small.fits, large.fits) == (False, True)

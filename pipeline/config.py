@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from eopd.pipeline.launchers.settings import LauncherSettings
-from eopd.stages.experiment import ExperimentSettings
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.settings import SEED, setting
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"

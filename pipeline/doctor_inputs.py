@@ -28,7 +28,7 @@ from eopd.pipeline.inputs import (
 )
 from eopd.pipeline.memory import ELSEWHERE_BYTES, SMALLER, gpu_bytes, models_of, needs
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
-from eopd.stages.experiment import ModelSettings
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.format import escaped, excerpt, size
 from eopd.stages.models.memory import free_memory
 from eopd.stages.models.prompts import PromptSettings, load_prompts

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings, config_file, load_config
-from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, ModelSettings
+from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
 from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_where, source_files

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eopd.stages.experiment import ExperimentSettings
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.format import size
 from eopd.stages.memory import Memory, ModelSize
 from eopd.stages.stage import Models

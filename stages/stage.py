@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from eopd.stages.evaluate.settings import EvaluateSettings
-from eopd.stages.experiment import Experiment, ExperimentSettings, ModelFacts, ModelSettings
+from eopd.stages.experiment import Experiment, ModelFacts
+from eopd.stages.experiment_settings import ExperimentSettings, ModelSettings
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.memory import Memory, ModelSize
 from eopd.stages.models.model_config import resolve_dtype

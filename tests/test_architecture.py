@@ -16,7 +16,7 @@ HEAVY = {"torch", "numba", "vllm", "transformers", "accelerate", "datasets", "ma
 SHARED = {
     f"eopd.stages.{name}"
     for name in (
-        *("engines", "experiment", "format", "intervals", "job"),
+        *("engines", "experiment", "experiment_settings", "format", "intervals", "job"),
         *("memory", "models", "output", "settings", "stage", "verifiers"),
     )
 }
@@ -24,6 +24,7 @@ SHARED = {
 LIGHT = (
     "eopd.stages.engines.sampling",
     "eopd.stages.experiment",
+    "eopd.stages.experiment_settings",
     "eopd.stages.format",
     "eopd.stages.job",
     "eopd.stages.memory",
@@ -85,7 +86,7 @@ def test_stages_do_not_know_the_pipeline() -> None:
 
 
 def test_a_stage_knows_of_others_only_their_settings() -> None:
-    """Two modules put the stages together: an experiment has the settings of all, and the table lists them."""
+    """An experiment and the table put the stages together: it has the settings of all, and the table lists them."""
     for name, tree in modules("stages"):
         own = ".".join(name.split(".")[:3])
         for imported in imports(tree, top_level=False):
@@ -96,7 +97,7 @@ def test_a_stage_knows_of_others_only_their_settings() -> None:
             match name:
                 case "eopd.stages.table":
                     assert allowed == ["stage"], f"{name} imports {imported}"
-                case "eopd.stages.experiment":
+                case "eopd.stages.experiment" | "eopd.stages.experiment_settings":
                     assert allowed in (["settings"], ["schedule"]), f"{name} imports {imported}"
                 case _:
                     assert allowed == ["settings"], f"{name} imports {imported}"

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import cast
 
 from eopd.stages.engines.sampling import EngineKind
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, reading
 from eopd.stages.stage import (
     Input,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, sampling
 from eopd.stages.stage import (
     Job,

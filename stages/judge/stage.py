@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage
 from eopd.stages.verifiers.registry import RULES
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, sampling
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.rollout.prefix import Prefixes, prefixes_of

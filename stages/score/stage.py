@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, reading
 from eopd.stages.score.settings import CaptureSettings, HeadSettings
 from eopd.stages.stage import (

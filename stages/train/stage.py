@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, training
 from eopd.stages.stage import Input, Job, JobContext, Measured, Models, PlanView, Size, Stage, policy_input, policy_key
 from eopd.stages.train.footprint import CheckpointBytes, checkpoint_bytes, read_shapes

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from eopd.stages.experiment import Experiment, ExperimentSettings
+from eopd.stages.experiment import Experiment
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, read_size
 from eopd.storage import stopping
 from eopd.storage.claims import claimed_parts

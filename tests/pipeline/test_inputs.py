@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.inputs import captured_teacher, check_architectures, find_weights, inspect_model, locate, stop_ids_of
-from eopd.stages.experiment import ModelSettings
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.train.stops import StopHandling, swap_stops
 from eopd.storage.fingerprints import Digests
 from eopd.storage.teacher_record import HeadRule

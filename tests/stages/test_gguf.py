@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.inputs import find_weights, inspect_model
-from eopd.stages.experiment import ModelSettings
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models import gguf
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at

@@ -19,7 +19,7 @@ from eopd.pipeline import inputs
 from eopd.pipeline.config import ConfigError
 from eopd.stages.engines.open import open_sampling_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine
-from eopd.stages.experiment import ModelSettings
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import check_weights, load_model
 from eopd.stages.models.stored_head import stored_lm_head

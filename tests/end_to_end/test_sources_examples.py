@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_variants_share_the_teacher_s_answers_and_scores(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.skipif("EOPD_EXAMPLES" not in os.environ, reason="runs 12 small experiments; .ci/run sets EOPD_EXAMPLES")
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_and_its_controls_run_at_small_size(tmp_path: Path, example: str) -> None:
     changes = {**SMALL, **({"rounds": 2, "evaluate.every": 2} if example == "guidance" else {})}

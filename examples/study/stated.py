@@ -36,7 +36,8 @@ RUN: Mapping[str, Any] = {
     "refresh": 1,
     "lag": 0,
     "student": _MODEL,
-    "teacher": _MODEL,
+    "teacher": {**_MODEL, "student": None, "renewed": None, "capture": None},
+    "judge": {"text": "response", "seconds_per_answer": 10.0},
     "prompts": {**_SOURCE, **_PROMPT, "columns": _COLUMNS, "max_prompt_tokens": 1024, "too_long": "skip"},
     "rollout": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
     "score": {

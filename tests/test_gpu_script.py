@@ -18,9 +18,7 @@ SCRIPT = ROOT / "scripts" / "gpu.sh"
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(
-    "EOPD_EXAMPLES" not in os.environ, reason="runs every part; .ci/run sets EOPD_EXAMPLES"
-)
+@pytest.mark.skipif("EOPD_EXAMPLES" not in os.environ, reason="runs every part; .ci/run sets EOPD_EXAMPLES")
 def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     parts = [name for name in PARTS if name != "tests"]  # pytest in pytest: they run as tests of their own
     out = tmp_path / "gpu.json"

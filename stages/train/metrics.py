@@ -10,6 +10,7 @@ import importlib
 import json
 import resource
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,17 @@ class RecordingFailed(Exception):
     """A tracker or TensorBoard could not be completed; metrics.jsonl is not affected."""
 
 
+def _wait_for_a_second_of_its_own(folder: Path) -> None:
+    """Wait until no event file of this second can be in ``folder``.
+
+    TensorBoard reads the files of a folder in the order of their names, which begin with the second and end with a
+    number that is sorted as text: the tenth file of a process would come before its ninth, and take its steps away.
+    """
+    deadline = time.monotonic() + 1.5  # a clock that was set back is not waited for
+    while time.monotonic() < deadline and any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
+
+
 class Recorder:
     """Writes a line and TensorBoard scalars per step to the run folder, for people to watch."""
 
@@ -127,6 +139,7 @@ class Recorder:
         self._round, self._first = round_, first_step
         run_dir.mkdir(parents=True, exist_ok=True)
         self._recorded = self._forget_steps_from(resumed_at)
+        _wait_for_a_second_of_its_own(paths.tensorboard)
         self._board = SummaryWriter(paths.tensorboard, purge_step=first_step + resumed_at)
         self._trackers = Trackers(trackers, run_dir, config or {})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eopd.stages.train.metrics import Recorder
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
 from tests.stages.score_case import Lines
@@ -100,3 +101,12 @@ def test_a_tracker_that_fails_at_the_end_costs_no_training(
     run(job)
     assert job.output.is_complete()
     assert any("ConnectionError" in line for line in lines.lines)
+
+
+def test_event_files_of_one_second_are_never_read_in_another_order(tmp_path: Path) -> None:
+    """The tenth file of a process is sorted before its ninth: each has a second of its own."""
+    for resumed in range(2):
+        recorder = Recorder(tmp_path, 0, 0, resumed, (), {})
+        recorder.close()
+    seconds = [path.name.split(".")[3] for path in (tmp_path / "tensorboard").glob("events*")]
+    assert len(set(seconds)) == len(seconds) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,16 @@ SLOW = (
     "storage/test_remote.py",
 )
 """Whole runs and installations, a browser, a server, every architecture; `make test-fast` omits them."""
+LONG = (
+    "end_to_end/test_slurm.py::test_a_run_through_interruptions_of_every_kind",
+    "end_to_end/test_slurm.py::test_a_part_that_fails_for_good_is_named_and_set_aside",
+    "end_to_end/test_faults.py::test_kills_of_workers_and_of_the_runner_cost_nothing_that_was_committed",
+    "end_to_end/test_ray.py::test_what_a_lost_node_was_at_is_done_elsewhere",
+    "end_to_end/test_ray.py::test_two_nodes_train_together",
+    "end_to_end/test_processes.py::test_ranks_end_with_a_killed_agent_or_command_and_let_go_of_their_claim",
+    "end_to_end/test_gsm8k.py",
+)
+"""The longest tests, half a minute to a minute and a half each: skipped unless EOPD_LONG is set, as .ci/run does."""
 NUMERIC = (
     "stages/test_align.py",
     "stages/test_alignment.py",
@@ -48,6 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if path in NUMERIC:
             item.add_marker("numeric")
+        if f"{path}::{item.name}".startswith(LONG):
+            item.add_marker("long")
+            if "EOPD_LONG" not in os.environ:
+                item.add_marker(pytest.mark.skip(reason="takes a minute or so; .ci/run sets EOPD_LONG"))
 
 
 @pytest.fixture

@@ -148,12 +148,13 @@ def check_needs(run: Run, train: Job) -> None:
             objective reads q_old, and the rollouts truncate the distribution that they are sampled from.
     """
     from eopd.stages.train.objectives.registry import make_objective
-    from eopd.stages.train.responses import refuse_truncated_sampling
+    from eopd.stages.train.responses import refuse_other_writers, refuse_truncated_sampling
 
     settings = run.settings
     objective = make_objective(settings.train.objective, has_prefixes=settings.has_prefixes)
     try:
         refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
+        refuse_other_writers(objective, settings.rollout.source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if "scores" not in train.inputs:  # the stage of scores knows that nothing reads them

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from eopd.pipeline.run import Run
 
 ELSEWHERE_BYTES = 80 * 2**30
-"""Of the GPU that is assumed where there is none."""
+"""Memory of the GPU that is assumed if there is none."""
 SMALLER = "gradient checkpointing, smaller micro-batches, lora, sharding or a smaller dtype need less"
 
 

@@ -210,8 +210,8 @@ class ExperimentSettings(Settings):
 
     @property
     def default_tokens(self) -> TrainedTokens:
-        """What `train.tokens` is if it is unset."""
-        return "all" if self.rollout.source in ("teacher", "mixed", "data") else "own"
+        """The value of `train.tokens` if it is unset."""
+        return "own" if self.rollout.writer_is_the_student else "all"
 
     @property
     def trained_tokens(self) -> TrainedTokens:
@@ -250,10 +250,17 @@ class ExperimentSettings(Settings):
             raise ValueError(
                 "rollout.source is data, and prompts.columns.response names no column that holds the responses"
             )
-        if source in ("teacher", "mixed", "data") and objective.weighs_samples:
+        off_policy = not self.rollout.writer_is_the_student
+        if off_policy and objective.weighs_samples:
             raise ValueError(
                 f"rollout.source is {source}, and train.objective.name={objective.name} weighs tokens as the student's "
                 "own samples, which these are not; take sft, fkl, rkl_topk, jsd or rs_kd, or opd or eopd with rkl: topk"
+            )
+        ignored = [name for name in ("staleness", "max_staleness") if getattr(self.train, name) is not None]
+        if off_policy and ignored:
+            raise ValueError(
+                f"train.{ignored[0]} has no effect with rollout.source: {source}, whose responses are no samples of an "
+                "earlier student; remove it"
             )
         if source in ("teacher", "data") and self.rollout.student_topk:
             raise ValueError(

@@ -24,19 +24,19 @@ from eopd.stages.train.settings import TrainSettings
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
 CONTEXT_BYTES = GIB
-"""What a process takes of a GPU before its first tensor, and what torch's allocator cannot use."""
+"""Memory that a process takes of a GPU before its first tensor, and that torch's allocator cannot use."""
 
 HEAD_WORKSPACE_BYTES = 256 * 2**20
 """Logits of the student's head alive at once on a CPU, and on a GPU at least."""
 LARGEST_HEAD_WORKSPACE_BYTES = GIB
 HEAD_WORKSPACE_SHARE = 1 / 64
-"""Of a GPU's memory. Every chunk reads and writes the weight's whole gradient [V, D]: fewer chunks, fewer times."""
+"""Share of a GPU's memory for the logits of a chunk, each of which reads and writes the whole gradient [V, D]."""
 GPU_GROUP_BYTES = 128 * 2**20
 GROUP_BYTES = 16 * 2**20
 """Rows handled together between reading and writing the workspace: on a CPU few enough to stay in its cache, many
 enough that threads do not wait for each other more than they work."""
 DRAW_BYTES = 34 * 64 * 20
-"""Of a row whose tail is drawn from: a draw for each 0.03 of its mass, and the 64 ids near each in float64."""
+"""Bytes of a row with draws from its tail: a draw for each 0.03 of its mass, and the 64 ids near each in float64."""
 SCORE_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 320 * 2**20}
 
 

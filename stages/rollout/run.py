@@ -309,6 +309,11 @@ def _do_part(
             f"vocabulary of {vocabulary}: the two tokenizers do not belong together"
         )
     cut = sum(written.is_cut for _, written in results)
+    if cut:
+        job.progress.line(
+            f"rollout: {cut} of {len(rows)} responses of part {part} end before an id beyond the student's vocabulary "
+            f"of {vocabulary}"
+        )
     info = {
         **_counts(job, part, draws, rows),
         **({"cut_at_unknown_ids": cut} if cut else {}),

@@ -11,6 +11,8 @@ from eopd.stages.models import placeholders
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
 
 Source = Literal["student", "teacher", "prefix", "mixed", "revise", "data"]
+OFF_POLICY: frozenset[Source] = frozenset({"teacher", "mixed", "data"})
+"""Sources whose tokens are no samples of the student that is trained: it has no log-probs of when they were drawn."""
 
 
 class GuideSettings(Settings):
@@ -275,7 +277,7 @@ class RolloutSettings(Settings):
     @property
     def writer_is_the_student(self) -> bool:
         """True if the student, at some round's start, wrote the responses or continued them."""
-        return self.source in ("student", "prefix", "revise")
+        return self.source not in OFF_POLICY
 
     @property
     def engine_kind(self) -> EngineKind:

@@ -60,7 +60,7 @@ def judged_by(settings: ExperimentSettings) -> dict[str, Any]:
 
 
 def pieces_of(settings: ExperimentSettings) -> dict[str, Any]:
-    """What decides who writes which token of mixed or revised responses, as part of a key."""
+    """Return the part of a key that decides who writes which token of mixed or revised responses."""
     rollout = settings.rollout
     if rollout.source == "revise":
         return {"revise": {**rollout.revise.semantic(), "first_tokens": rollout.revised_from}}
@@ -126,21 +126,38 @@ class _Sampling(Stage):
         responses = experiment.prompts_per_round * rollout.samples_per_prompt
         return sampled_size(responses, rollout.max_new_tokens, measured)
 
+    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
+        rollout, by_teacher = self._settings(settings), self._is_by_the_teacher(settings)
+        if rollout.source == "data" or (self.name == "guide" and rollout.source != "prefix"):
+            return None
+        return sampling(
+            models.teacher if by_teacher else models.student,
+            settings.teacher.dtype if by_teacher else settings.student.dtype,
+            rollout.engine_kind,
+            rollout.engine_options,
+            longest=settings.prompts.max_prompt_tokens + rollout.max_new_tokens,
+            gpu_bytes=gpu_bytes,
+            contexts=2 if rollout.source == "mixed" else 1,
+        )
+
     def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
         """Return the settings by which this stage samples."""
-        return settings.rollout.guided() if settings.rollout.source == "teacher" else settings.rollout
+        return settings.rollout.guided() if self._is_by_the_teacher(settings) else settings.rollout
+
+    def _is_by_the_teacher(self, settings: ExperimentSettings) -> bool:
+        """True if the teacher is the model that samples."""
+        return self.name == "guide" or settings.rollout.source == "teacher"
 
     def run(self, context: JobContext) -> None:
         from eopd.stages.rollout.run import RolloutJob, run
 
         experiment, settings = context.experiment, context.settings
-        sampling = self._settings(settings)
-        by_teacher = self.name == "guide" or sampling.source == "teacher"
+        by_teacher = self._is_by_the_teacher(settings)
         run(
             RolloutJob(
                 output=context.output,
                 parts=context.parts,
-                settings=sampling,
+                settings=self._settings(settings),
                 progress=context.progress,
                 log_dir=context.log_dir,
                 policy=context.teacher if by_teacher else context.student,
@@ -169,9 +186,6 @@ class GuideStage(_Sampling):
         if round_ >= experiment.settings.rounds or prefixes_at(experiment, round_) is None:
             return None
         return Job(self, round_, self._by_the_teacher(experiment, round_), teacher_input(plan.teacher(round_)))
-
-    def _settings(self, settings: ExperimentSettings) -> RolloutSettings:
-        return settings.rollout.guided()
 
 
 class RolloutStage(_Sampling):
@@ -211,22 +225,6 @@ class RolloutStage(_Sampling):
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return 0 if settings.rollout.source == "data" else super().gpus(settings)
-
-    def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
-        rollout, student = settings.rollout, settings.student.dtype
-        if rollout.source == "data":
-            return None
-        longest, options = settings.prompts.max_prompt_tokens + rollout.max_new_tokens, rollout.engine_options
-        contexts = 2 if rollout.source == "mixed" else 1
-        return sampling(
-            models.student,
-            student,
-            rollout.engine_kind,
-            options,
-            longest=longest,
-            gpu_bytes=gpu_bytes,
-            contexts=contexts,
-        )
 
 
 class StudentTopkStage(Stage):

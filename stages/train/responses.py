@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence as TokenSequence
-from eopd.stages.rollout.settings import Source
+from eopd.stages.rollout.settings import OFF_POLICY, Source
 from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.selection import COLUMNS as SELECTED_BY
 from eopd.stages.train.selection import Candidate, Selection
@@ -162,6 +162,21 @@ def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:
         "with rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without log-probs of the "
         "round's start (train.objective.advantage=current with train.objective.ratio=none, or a divergence)."
     )
+
+
+def refuse_other_writers(objective: Objective, source: Source) -> None:
+    """Refuse responses that the student did not write, where the objective reads log-probs of when it wrote them.
+
+    Raises:
+        ValueError: names the figures of the round's start that there are not.
+    """
+    missing = sorted(objective.per_round - {"token_key"})
+    if source in OFF_POLICY and missing:
+        raise ValueError(
+            f"objective {objective.name!r} reads {', '.join(missing)}, of the student at the round's start, and with "
+            f"rollout.source: {source} the responses are not its samples; take another objective, or rollout.source: "
+            "student"
+        )
 
 
 def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherRows) -> None:

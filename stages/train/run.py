@@ -24,6 +24,7 @@ from eopd.stages.models.lm_head import traits_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
+from eopd.stages.rollout.settings import OFF_POLICY
 from eopd.stages.train.checkpoint import carry_over, commit, rehearse_commit, set_generation_config
 from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
@@ -36,8 +37,14 @@ from eopd.stages.train.metrics import Recorder, RecordingFailed, means, peak_mem
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
-from eopd.stages.train.responses import Responses, load_responses, refuse_truncated_sampling, region_of
-from eopd.stages.train.schedule import steps_per_round
+from eopd.stages.train.responses import (
+    Responses,
+    load_responses,
+    refuse_other_writers,
+    refuse_truncated_sampling,
+    region_of,
+)
+from eopd.stages.train.schedule import batch_of_step, steps_per_round
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.staleness import response_weights
 from eopd.stages.train.states import RoundStart, States
@@ -98,6 +105,7 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     has_prefixes = job.source == "prefix" and job.tokens == "own"
     objective = make_objective(settings.objective, has_prefixes=has_prefixes)
     refuse_truncated_sampling(objective, job.truncated_rollouts)
+    refuse_other_writers(objective, job.source)
     stops = StopHandling(settings.objective.stops, job.student_stop_ids, job.teacher_stop_ids)
     if cache is not None and not cache.coverage.sampled:  # a capture has no log-probs of stops: each is a token
         stops = StopHandling(settings.objective.stops, job.student_stop_ids[:1], job.student_stop_ids[:1])
@@ -113,6 +121,13 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
         )
     if responses.selection is not None:
         job.progress.line(f"train {job.round}: {responses.selection} (train.select)")
+    alone = _steps_of_prefixes_alone(job, responses) if has_prefixes else 0
+    if alone:
+        job.progress.line(
+            f"train {job.round}: warning: {alone:,} steps hold nothing but tokens that the teacher wrote. AdamW makes "
+            "them full-size steps whatever train.objective.prefix_beta is; lower rollout.prefix.start, or raise "
+            "train.batch_responses"
+        )
     first_step, total_steps = schedule_of(job, len(responses))
     model, autocast = _load(job, accelerator), settings.autocast == "bf16"
     rehearse_commit(job, model)
@@ -138,13 +153,26 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     if loop.layout.describe():
         job.progress.line(f"train {job.round}: the student reads {loop.layout.describe()}")
     states = States(job.progress_states, settings.keep_progress)
-    start = None if job.source in ("teacher", "mixed", "data") else _round_start(job, loop, states, responses)
+    start = None if job.source in OFF_POLICY else _round_start(job, loop, states, responses)
     rows = _resume(job, loop, states)
     _steps(job, loop, states, start, rows)
     commit(job, loop, rows, start, states)
     if accelerator.is_main_process:
         states.clear()
     accelerator.wait_for_everyone()
+
+
+def _steps_of_prefixes_alone(job: TrainJob, responses: Responses) -> int:
+    """Count the steps of the round without a token that the student wrote."""
+    settings = job.settings
+    ends = responses.offsets[1:] - 1  # the last token is the student's, if any is
+    whole = responses.written[ends] == Writer.TEACHER
+    steps = range(steps_per_round(len(responses), settings.batch_responses, settings.epochs))
+    batches = (
+        batch_of_step(len(responses), settings.batch_responses, step, seed=job.seed, round_=job.round)[1]
+        for step in steps
+    )
+    return sum(bool(whole[chosen].all()) for chosen in batches) if whole.any() else 0
 
 
 def schedule_of(job: TrainJob, responses: int) -> tuple[int, int]:

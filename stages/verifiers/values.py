@@ -25,8 +25,8 @@ _UNREADABLE = re.compile(
     r"|[\d}\]]\s*'|\"|\d\s*\^\s*\{?\s*\\prime|(?:^|[^\w\\.}])\d+(?:\.\d+)?\s*_|\)\s*_"
     r"|\\not(?![A-Za-z])|\\[hv]?phantom(?![A-Za-z])"
 )
-"""What the parser reads as something else: repeating decimals, numbers side by side (as their sum), two points; or does
-not read at all: primes and subscripts of numbers, quotes, strokes, what is not printed."""
+"""Notation that the parser reads as something else (repeating decimals, numbers side by side, two points) or
+not at all (primes and subscripts of numbers, quotes, strokes, phantoms)."""
 _TRANSPOSED = re.compile(r"\^\s*(?:T(?![A-Za-z])|\{\s*T\s*\})")
 _NOTATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, boxed="none")
 _CONVERSION = ConversionConfig(lowercase_symbols=False)

@@ -67,6 +67,22 @@ def test_two_contexts_take_the_keys_and_values_of_both() -> None:
     assert two.parts["keys and values"] == 2 * one.parts["keys and values"]
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [("student", {"rollout": "0.6b"}), ("teacher", {"rollout": "4b"}), ("prefix", {"guide": "4b", "rollout": "0.6b"})],
+)
+def test_the_memory_of_sampling_is_that_of_the_model_that_samples(source: str, expected: dict[str, str]) -> None:
+    models = Models(size_of("0.6b"), size_of("4b"))
+    train = "{name: fkl}" if source == "teacher" else "{name: opd}"
+    settings = load_config(
+        "paper/qwen3-0.6b", [f"rollout.source={source}", f"train.objective={train}", "rollout.engine=transformers"]
+    )
+    by_stage = {need.stage: need.memory for need in needs(settings, models, 80 * GIB)}
+    assert expected.keys() == by_stage.keys() & {"guide", "rollout"}
+    for stage, size in expected.items():
+        assert by_stage[stage].parts["weights"] == size_of(size).parameters * 2
+
+
 def test_a_stage_that_does_not_fit_is_named() -> None:
     small, large = by_stage("4b", 24 * GIB)["train"], by_stage("0.6b", 80 * GIB)["train"]
     assert (small.fits, large.fits) == (False, True)

@@ -44,9 +44,8 @@ def test_prefixes_are_of_a_guide_and_the_last_round_is_on_policy() -> None:
     ]
     assert plan.job("guide", 0).inputs == {}  # all guides can be sampled at once
     assert plan.job("rollout", 0).inputs["guide"].by_part
-    assert key(plan, "rollout", 2) == key(planned(train=PREFIX["train"]), "rollout", 2) or plan.job(
-        "rollout", 2
-    ).inputs.keys() == {"policy"}
+    assert plan.job("rollout", 2).inputs.keys() == {"policy"}  # no guide: the student writes all of it
+    assert "prefix" not in plan.job("rollout", 2).output.settings
 
 
 def test_one_guide_serves_every_schedule_objective_and_student() -> None:
@@ -286,6 +285,8 @@ def test_revisions_and_tokens_that_could_not_work_are_refused(changes: dict[str,
         ({**TEACHER, "train": {"objective": {"name": "eopd"}}}, "eopd weighs tokens"),
         ({**TEACHER, "train": {"objective": {"name": "reopold"}}}, "reopold weighs tokens"),
         ({**TEACHER, "rollout": {"source": "teacher", "student_topk": 4}}, r"rollout\.student_topk is 4"),
+        ({**TEACHER, "train": {**TEACHER["train"], "max_staleness": 0.1}}, r"train\.max_staleness has no effect"),
+        ({**DATA, "train": {**DATA["train"], "staleness": {"max_kl": 0.1}}}, r"train\.staleness has no effect"),
         ({"rollout": {"guide": {"samples": 2}}}, r"rollout\.guide has no effect"),
         ({"rollout": {"prefix": {"end": 2}}}, r"rollout\.prefix has no effect"),
         ({"train": {"objective": {"name": "tropd", "prefix_beta": 0.5}}}, r"prefix_beta=0\.5 has no effect"),

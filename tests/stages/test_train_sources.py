@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from eopd.stages.rollout.settings import OFF_POLICY
 from eopd.stages.score.run import run as score
 from eopd.stages.train.job import TrainJob
+from eopd.stages.train.objectives.registry import make_objective
+from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.stages.train.responses import refuse_other_writers
 from eopd.stages.train.run import run
 from eopd.storage.artifacts import Artifact
 from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import Writer, write_rollouts
 from tests.bounds import forward_rounding
-from tests.stages.score_case import random_responses, score_job
+from tests.stages.score_case import Lines, random_responses, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
 
@@ -130,3 +134,25 @@ def test_a_teacher_with_another_head_still_trains_the_tokens_of_a_prefix(tmp_pat
     )
     run(trained)
     assert all(row["loss_prefix"] != 0 for row in read_rows(trained))
+
+
+def test_an_objective_of_one_s_own_that_reads_the_round_s_start_is_refused() -> None:
+    objective = make_objective(ObjectiveSettings.model_validate({"name": "fkl"}))
+    reads = replace(objective, per_round=frozenset({"q_old", "token_key"}))
+    for source in OFF_POLICY:
+        refuse_other_writers(objective, source)
+        with pytest.raises(ValueError, match=rf"'fkl' reads q_old, .*rollout\.source: {source}"):
+            refuse_other_writers(reads, source)
+    refuse_other_writers(reads, "prefix")
+
+
+@pytest.mark.parametrize(("prefix", "warned"), [(10**6, True), (1, False)])
+def test_steps_of_prefixes_alone_are_told(tmp_path: Path, prefix: int, warned: bool) -> None:
+    make_world(tmp_path)
+    own = written(tmp_path, "prefix", Writer.TEACHER, prefix=prefix)
+    job = score_job(tmp_path / "store", tmp_path / "teacher", own, name="of-prefix")
+    score(job)
+    lines = Lines()
+    changes = {"rollouts": own, "scores": job.output, "source": "prefix", "max_logprob_gap": 100.0}
+    run(train_job(tmp_path, "told", **changes, objective={"name": "fkl"}, progress=lines))
+    assert any("4 steps hold nothing but tokens that the teacher wrote" in line for line in lines.lines) == warned

@@ -54,7 +54,10 @@ class Scheduler:
         self._open: dict[tuple[str, str], OpenJob] = {}
         for run, job in work:
             if run.is_done(job):
-                run.progress.line(f"{job.name}: complete already -> {run.artifact(job.output).folder}")
+                artifact = run.artifact(job.output)
+                if run.is_own(artifact):
+                    artifact.finish()  # its last writer may have been killed between the last commit and the manifest
+                run.progress.line(f"{job.name}: complete already -> {artifact.folder}")
             else:
                 self._open.setdefault(job.key, OpenJob(run, job))
 

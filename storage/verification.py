@@ -1,7 +1,7 @@
 """Verification of every byte in a store. For `eopd store verify` and `verify --repair`.
 
 Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
-Manifests, where there are any: what the markers add up to. Of a pruned part, the files that were kept. Markers,
+Manifests, which a complete artifact has: what the markers add up to. Of a pruned part, the files that were kept. Markers,
 identities and manifests have one text each, so a changed blank shows. Folders and buckets alike, beside living runs.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
 
     from eopd.storage.remote import RemoteArtifact
+
+_MANIFEST_POLLS, _MANIFEST_POLL_SECONDS = 10, 0.1
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,9 @@ def _check_part(artifact: StoredArtifact, part: int, name: str, text: bytes) -> 
 
 
 def _manifest(artifact: StoredArtifact) -> Damage | None:
-    """Check the manifest, if there is one. It is checked again if a part changed meanwhile."""
+    """Check the manifest, which a complete artifact has. It is checked again if a part changed meanwhile."""
     seen, damage = None, None
-    while artifact.has(paths.MANIFEST):
+    while artifact.has(paths.MANIFEST) or _lacks_manifest(artifact):
         if (standing := artifact.standing()) == seen:
             return damage
         seen = standing
@@ -188,6 +191,17 @@ def _manifest(artifact: StoredArtifact) -> Damage | None:
         if damage is None:
             return None
     return None
+
+
+def _lacks_manifest(artifact: StoredArtifact) -> bool:
+    """True if every part is committed and no manifest follows: a writer has a moment for it after its last commit."""
+    for _ in range(_MANIFEST_POLLS):
+        if not artifact.is_complete():
+            return False
+        if artifact.has(paths.MANIFEST):
+            return True  # it was written meanwhile, and is checked like any other
+        time.sleep(_MANIFEST_POLL_SECONDS)
+    return True
 
 
 def _manifest_damage(artifact: StoredArtifact) -> Damage | None:
@@ -200,7 +214,10 @@ def _manifest_damage(artifact: StoredArtifact) -> Damage | None:
     except NewerSchema as error:
         return _damage(artifact.kind, artifact.key, None, paths.MANIFEST, error)
     except MissingPart as error:
-        problem = f"{path} lists a part whose marker is gone: {error}"
+        if artifact.has(paths.MANIFEST):
+            problem = f"{path} lists a part whose marker is gone: {error}"
+        else:
+            problem = f"{path} is gone, though every part is committed; `eopd store verify --repair` writes it again"
     except UNSOUND as error:
         problem = str(error)
     except FileNotFoundError:

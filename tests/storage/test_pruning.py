@@ -247,7 +247,7 @@ def interrupted_copies_are_continued(source: Path, target: Any, monkeypatch: pyt
         with pytest.raises(Killed):
             copy(artifact, target)
     assert not there.has(paths.MANIFEST)
-    assert verify(target) == []
+    assert [damage.name for damage in verify(target)] == [paths.MANIFEST]
     assert copy(artifact, target) == []
     assert verify(target) == []
     assert stands(target, artifact.key) == stands(source, artifact.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,7 @@ def test_verify_finds_any_flip_and_repair_queues_the_part_again(tmp_path: Path) 
         for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
             whole = path.read_bytes()
             damage(path)
-            missed = path.name == paths.MANIFEST and not path.exists()  # which is no damage
-            assert bool(verify(tmp_path)) != missed, f"{path} was cut or deleted and not found"
+            assert verify(tmp_path), f"{path} was cut or deleted and not found"
             path.write_bytes(whole)
     assert verify(tmp_path) == []
 
@@ -126,13 +126,29 @@ def test_what_a_newer_eopd_wrote_is_not_repaired(tmp_path: Path, name: str) -> N
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_missing_manifest_is_no_damage(tmp_path: Path) -> None:
+def test_a_lost_manifest_comes_back(tmp_path: Path) -> None:
     artifact, _ = scores(tmp_path)
     whole = artifact.manifest
     (artifact.folder / paths.MANIFEST).unlink()
+    (found,) = verify(tmp_path, repair=True)
+    assert "is gone, though every part is committed; `eopd store verify --repair` writes it again" in found.problem
     assert verify(tmp_path) == []
-    assert verify(tmp_path, repair=True) == []
     assert artifact.manifest == whole
+
+
+def test_a_manifest_may_follow_the_last_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A living run has committed its last part and is about to write the manifest."""
+    artifact, _ = scores(tmp_path)
+    (artifact.folder / paths.MANIFEST).unlink()
+    monkeypatch.setattr(time, "sleep", lambda seconds: artifact.finish())
+    assert verify(tmp_path) == []
+
+
+def test_an_incomplete_artifact_has_no_manifest(tmp_path: Path) -> None:
+    artifact, _ = scores(tmp_path)
+    (artifact.folder / paths.MANIFEST).unlink()
+    artifact.drop_part(1)
+    assert verify(tmp_path) == []
 
 
 @pytest.mark.parametrize("change", ["drop", "prune", "again"])

@@ -43,7 +43,7 @@ class RunSettings(ExperimentSettings):
     read_only_stores: list[str] = setting(
         [],
         "Stores that are only read, searched in this order after `store`: folders, or URLs of buckets (s3://, gs://, "
-        "az://, file://), whose scores are read by byte range.",
+        "az://) and datasets on the Hub (hf://datasets/USER/NAME), whose scores are read by byte range.",
         keyed=False,
     )
     runs: str = setting("runs", "Folder that receives logs, metrics and reports.", keyed=False)

@@ -1,4 +1,5 @@
-"""Store locations as people write them: a folder, or the URL of a bucket or of a folder in one."""
+"""Store locations as people write them: a folder, or the URL of a bucket, of a folder in one, or of a dataset on the
+Hub."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from eopd.storage.errors import StoreError
+from eopd.storage.hub import SCHEME, HubDataset
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -18,11 +20,13 @@ def is_bucket(place: str) -> bool:
 
 
 def open_place(place: str) -> Path | Bucket:
-    """Open a folder (its path, or file://path) or a bucket, without accessing it.
+    """Open a folder (its path, or file://path), a bucket or a dataset (hf://), without accessing it.
 
     Raises:
         StoreError: obstore is not installed, or cannot open such a URL; a file:// URL names another machine.
     """
+    if place.startswith(SCHEME):
+        return HubDataset.at(place)
     if is_bucket(place):
         from eopd.storage.remote import open_bucket  # Zarr: only where there is a bucket
 

@@ -1,5 +1,7 @@
 """Stores in object storage (s3://, gs://, az://, http:// and what else obstore opens): read lazily, filled by copying.
 
+A dataset of the Hugging Face Hub (``storage.hub``) has the methods of an obstore store and is read in the same way.
+
 The layout and the commit rule are those of a local store: the marker is put if absent, after the part's files. Scores
 are read by byte ranges of chunks; whole files are copied and checked in pieces and never held in memory. Nothing is
 deleted: a repair renames. obstore is an optional dependency.
@@ -22,6 +24,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from eopd.storage import paths
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.extras import installing
+from eopd.storage.hub import HubDataset
 from eopd.storage.identity import Identity, parse_identity
 from eopd.storage.markers import Marker
 from eopd.storage.stored import StoredArtifact
@@ -59,6 +62,9 @@ def open_bucket(url: str, **options: Any) -> Bucket:
 @contextmanager
 def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
     """Turn a bucket's errors into StoreErrors with remedies."""
+    if isinstance(bucket, HubDataset):  # its errors are StoreErrors, and obstore may not be installed
+        yield
+        return
     from obstore import exceptions
 
     try:
@@ -82,10 +88,8 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
 
 def get(bucket: Bucket, path: str) -> bytes:
     """Raises FileNotFoundError, DamagedPart (too large), StoreUnwritable (no permission) or StoreUnreadable."""
-    import obstore
-
     with naming_refusals(bucket, path):
-        result = obstore.get(bucket, path)
+        result = bucket.get(path)
         if (size := result.meta["size"]) > LARGEST_TEXT:
             raise DamagedPart(f"{path} of {bucket} has {size:,} bytes, more than the {LARGEST_TEXT:,} of such a file")
         return bytes(result.bytes())
@@ -97,20 +101,19 @@ def put(bucket: Bucket, path: str, content: bytes | Iterator[bytes]) -> None:
     Raises:
         StoreUnwritable (no permission, no such bucket) or StoreUnreadable.
     """
-    import obstore
-
     with _naming_missing_buckets(bucket), naming_refusals(bucket, path):
-        obstore.put(bucket, path, content, chunk_size=WRITE_BYTES, max_concurrency=4)
+        bucket.put(path, content, chunk_size=WRITE_BYTES, max_concurrency=4)
 
 
 def put_if_absent(bucket: Bucket, path: str, content: bytes) -> bool:
     """Create an object atomically. Returns False if it exists already."""
-    import obstore
+    if isinstance(bucket, HubDataset):
+        raise bucket.refusal()
     from obstore.exceptions import AlreadyExistsError
 
     try:
         with _naming_missing_buckets(bucket), naming_refusals(bucket, path):
-            obstore.put(bucket, path, content, mode="create")
+            bucket.put(path, content, mode="create")
     except AlreadyExistsError:
         return False
     return True
@@ -126,11 +129,9 @@ def _naming_missing_buckets(bucket: Bucket) -> Iterator[None]:
 
 def has(bucket: Bucket, path: str) -> bool:
     """True if the object exists. Raises StoreUnwritable (no permission) or StoreUnreadable."""
-    import obstore
-
     try:
         with naming_refusals(bucket, path):
-            obstore.head(bucket, path)
+            bucket.head(path)
     except FileNotFoundError:
         return False
     return True
@@ -142,10 +143,8 @@ def rename(bucket: Bucket, path: str, to: str) -> None:
     Raises:
         StoreUnwritable (no permission) or StoreUnreadable.
     """
-    import obstore
-
     with contextlib.suppress(FileNotFoundError), naming_refusals(bucket, path):
-        obstore.rename(bucket, path, to)
+        bucket.rename(path, to)
 
 
 def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
@@ -154,10 +153,8 @@ def listed(bucket: Bucket, folder: str) -> tuple[list[str], list[str]]:
     Raises:
         StoreUnreadable, StoreUnwritable: it does not answer, refuses access, or there is no such bucket.
     """
-    import obstore
-
     with naming_refusals(bucket, folder):
-        result = obstore.list_with_delimiter(bucket, prefix=f"{folder}/" if folder else None)
+        result = bucket.list_with_delimiter(prefix=f"{folder}/" if folder else None)
     objects = [entry["path"].rsplit("/", 1)[-1] for entry in result["objects"]]
     return sorted(objects), sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in result["common_prefixes"])
 
@@ -174,10 +171,8 @@ def kinds(bucket: Bucket) -> list[str]:
 
 def sizes(bucket: Bucket, folder: str) -> dict[str, int]:
     """Return bytes of every object below ``folder``, by relative path, from one listing."""
-    import obstore
-
     with naming_refusals(bucket, folder):
-        pages = list(obstore.list(bucket, prefix=f"{folder}/"))
+        pages = list(bucket.list(prefix=f"{folder}/"))
     return {entry["path"].removeprefix(f"{folder}/"): int(entry["size"]) for page in pages for entry in page}
 
 
@@ -263,12 +258,10 @@ class RemoteArtifact(StoredArtifact):
         return set(there)
 
     def pieces(self, marker: Marker, name: str) -> Iterator[bytes]:
-        import obstore
-
         path, size = f"{self._data_folder(marker)}/{name}", int(marker.files[name]["size"])
         for start in range(0, size, READ_BYTES):
             with naming_refusals(self.bucket, path):
-                piece = obstore.get_range(self.bucket, path, start=start, end=min(start + READ_BYTES, size))
+                piece = self.bucket.get_range(path, start=start, end=min(start + READ_BYTES, size))
             yield bytes(piece)
 
     def _data_folder(self, marker: Marker) -> str:
@@ -291,8 +284,6 @@ class BucketPart(PartStore):
         return isinstance(other, BucketPart) and (other.folder, other.marker) == (self.folder, self.marker)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer:
-        import obstore
-
         if key not in self.marker.files:
             raise FileNotFoundError(f"{self.folder}/{key}")
         size = int(self.marker.files[key]["size"])
@@ -303,7 +294,7 @@ class BucketPart(PartStore):
             start = max(size - byte_range.suffix, 0)
         try:
             with naming_refusals(self.bucket, f"{self.folder}/{key}"):
-                found = await obstore.get_range_async(self.bucket, f"{self.folder}/{key}", start=start, end=end)
+                found = await self.bucket.get_range_async(f"{self.folder}/{key}", start=start, end=end)
         except FileNotFoundError as error:
             raise DamagedPart(f"{self.folder}/{key} is gone from {self.bucket}") from error
         if len(found) != end - start:

@@ -1,8 +1,9 @@
 """Verification of every byte in a store. For `eopd store verify` and `verify --repair`.
 
 Parts: each file's size and SHA-256 against the marker. Markers: their own seal. Identities: they hash to their key.
-Manifests, which a complete artifact has: what the markers add up to. Of a pruned part, the files that were kept. Markers,
-identities and manifests have one text each, so a changed blank shows. Folders and buckets alike, beside living runs.
+Manifests, which a complete artifact has: what the markers add up to. Of a pruned part, the files that were kept.
+Markers, identities and manifests have one text each, so a changed blank shows. Folders and buckets alike, beside living
+runs.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 
 Folder = Annotated[str, typer.Option("--store", help="Folder of the store.")]
-Place = Annotated[str, typer.Option("--store", help="Folder of the store, or URL of a bucket such as s3://team/store.")]
+Place = Annotated[
+    str, typer.Option("--store", help="Folder of the store, or a URL: s3://team/store, hf://datasets/USER/NAME.")
+]
 Name = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or kind/key; its beginning is enough.")]
 
 

@@ -338,11 +338,11 @@ def test_objects_are_read_in_ranges(tmp_path: Path, bucket: Any, monkeypatch: py
     asked: list[int] = []
     get, get_range = obstore.get, obstore.get_range
 
-    def whole(store: Any, path: str) -> Any:
+    def whole(store: Any, path: str, **_: Any) -> Any:
         assert data not in path, f"{path} was asked for in one request"
         return get(store, path)
 
-    def ranged(store: Any, path: str, *, start: int, end: int) -> Any:
+    def ranged(store: Any, path: str, *, start: int, end: int, **_: Any) -> Any:
         asked.append(end - start)
         return get_range(store, path, start=start, end=end)
 

@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zarr.abc.store import Store
 
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreUnwritable
+from eopd.storage.listing import open_in
 from eopd.storage.markers import Marker
 from eopd.storage.remote import RemoteArtifact
 from eopd.storage.transfer import copy
 from eopd.storage.untrusted import refuse_links
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore as Bucket
 
 
 class FetchedArtifact(Artifact):
@@ -96,3 +100,13 @@ class FetchedArtifact(Artifact):
 
     def _refusal(self) -> StoreUnwritable:
         return StoreUnwritable(f"{self} is in a store that is only read")
+
+
+def open_files(store: Path | Bucket, kind: str, key: str, fetched: Path) -> Artifact:
+    """Open an artifact whose parts are read as files; those of a bucket are fetched into ``fetched`` on demand.
+
+    Raises:
+        MissingArtifact, DamagedPart, WrongArtifact, NewerSchema; in buckets also StoreUnreadable, StoreUnwritable.
+    """
+    artifact = open_in(store, kind, key)
+    return artifact if isinstance(artifact, Artifact) else FetchedArtifact(artifact, fetched)

@@ -152,6 +152,17 @@ def check_name(repo: str) -> str:
     return repo
 
 
+def require_token(repo: str) -> None:
+    """Raise StoreError if ``repo`` is no name, StoreUnwritable if this machine has no token of the Hub."""
+    from huggingface_hub import get_token
+
+    check_name(repo)
+    if get_token() is None:
+        raise StoreUnwritable(
+            f"pushing to {repo} needs a token of the Hub that may write: `hf auth login`, or HF_TOKEN"
+        )
+
+
 def upload(folder: Path, repo: str, kind: Literal["dataset", "model"], *, private: bool, message: str) -> str:
     """Upload a folder as a repository, which is made if there is none; returns the repository's URL.
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eopd.pipeline.cli.options import Config, RunName, RunsFolder, Set, Sweep, config_of, open_runs, paths_of
+from eopd.pipeline.cli.options import (
+    Config,
+    RunName,
+    RunsFolder,
+    Set,
+    StudentNumber,
+    Sweep,
+    config_of,
+    open_runs,
+    paths_of,
+)
 from eopd.stages.format import escaped, printable
 from eopd.storage.stopping import Stopped
 
@@ -113,15 +123,7 @@ def student(
     run: RunName,
     set_: Set = None,
     runs: RunsFolder = Path("runs"),
-    round_: Annotated[
-        int | None,
-        typer.Option(
-            "--round",
-            "-r",
-            min=0,
-            help="Which student: 0 is the first, R the one trained in round R - 1 (default: the newest there is).",
-        ),
-    ] = None,
+    round_: StudentNumber = None,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the model there; FOLDER is new or empty.")
     ] = None,

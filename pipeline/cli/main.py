@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from eopd.pipeline.cli import inspect
 from eopd.pipeline.cli.options import Config, RunsFolder, Set, Sweep, config_of, open_runs
+from eopd.pipeline.cli.push import app as push_app
 from eopd.pipeline.cli.store import app as store_app
 from eopd.pipeline.processes import end_with_parent_if_spawned
 from eopd.pipeline.temporary import temporary_folder
@@ -75,6 +76,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+app.add_typer(push_app, name="push")
 
 RunNames = Annotated[
     list[str],

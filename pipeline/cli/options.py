@@ -28,6 +28,16 @@ Sweep = Annotated[
     str | None, typer.Option("--sweep", metavar="FILE", help="Several runs: a YAML list of named changes to CONFIG.")
 ]
 
+StudentNumber = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        "-r",
+        min=0,
+        help="Which student: 0 is the first, R the one trained in round R - 1 (default: the newest there is).",
+    ),
+]
+
 
 def open_runs(
     config: str, overrides: list[str] | None, sweep: str | None, progress: Callable[[], Progress] | None = None

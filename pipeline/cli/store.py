@@ -278,7 +278,10 @@ def export(
     ] = "eopd",
 ) -> None:
     """Write scores as one Parquet table that other trainers and `datasets` read."""
+    from tempfile import TemporaryDirectory
+
     from eopd.storage.exchange import export_parquet, export_sequences
+    from eopd.storage.fetched import open_files
     from eopd.storage.sources import filled_parts
     from eopd.storage.teacher_cache import TeacherCache
 
@@ -287,25 +290,14 @@ def export(
     if format_ == "eopd":
         _say(f"{path}: {export_parquet(cache, _writable(path)):,} tokens")
         return
-    sequences, tokens = export_sequences(cache, _rollouts_of(store, scores), _writable(path))
-    temperature = cache.header(next(filled_parts(scores), 0)).temperature
-    _say(f"{path}: {sequences:,} sequences, {tokens:,} tokens with log-probs at temperature {temperature:g}")
-
-
-def _rollouts_of(store: str, scores: Artifact | RemoteArtifact) -> Artifact:
-    """Find the rollouts that scores were made from, which hold the prompts."""
-    from eopd.storage import listing
-    from eopd.storage.artifacts import Artifact
-
     key = scores.identity.inputs.get("rollouts")
     if key is None:
         raise ValueError(f"{scores} were imported, and no rollouts hold their prompts: the capture does")
-    rollouts = listing.find(_opened(store), f"rollouts/{key}")
-    if not isinstance(rollouts, Artifact):
-        raise ValueError(
-            f"--store {store} is a bucket: `eopd store copy --inputs` the scores to a folder, and export them there"
-        )
-    return rollouts
+    with TemporaryDirectory() as fetched:
+        rollouts = open_files(_opened(store), "rollouts", key, Path(fetched))
+        sequences, tokens = export_sequences(cache, rollouts, _writable(path))
+    temperature = cache.header(next(filled_parts(scores), 0)).temperature
+    _say(f"{path}: {sequences:,} sequences, {tokens:,} tokens with log-probs at temperature {temperature:g}")
 
 
 @app.command("import")

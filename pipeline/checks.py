@@ -19,6 +19,7 @@ from eopd.stages.train.stage import student_bytes
 from eopd.storage import listing
 from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.coverage import Coverage
+from eopd.storage.extras import STAGES, require_packages
 from eopd.storage.fingerprints import Digests
 
 SPAREST = Keep(weights=1, optimizer=1)
@@ -43,7 +44,11 @@ def check_runs(
 
     Raises:
         ConfigError: the message names the setting and what to do.
+        ValueError: packages that the work needs are not installed here.
     """
+    for run in runs:
+        if works_here or run.settings.launcher.kind == "local":
+            require_stages(run, jobs)
     check_prompts(runs, None if every_row else FIRST_ROWS)
     for run in runs:
         models = {
@@ -71,6 +76,13 @@ def check_runs(
     rows = forecast(runs)
     check_store_size(rows)
     check_machine(rows)
+
+
+def require_stages(run: Run, jobs: Sequence[Job] | None = None) -> None:
+    """Raise ValueError if a job is left to do and packages that stages import are not installed on this machine."""
+    left = [job for job in (run.plan.jobs if jobs is None else jobs) if not run.is_done(job)]
+    if left:
+        require_packages(f"the stage {left[0].stage.name}", STAGES, "train")
 
 
 def _takes_part(jobs: Sequence[Job], train: Job) -> bool:

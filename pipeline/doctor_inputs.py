@@ -66,7 +66,7 @@ def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(name, "ok", look())
     except ImportError as error:
-        return Finding(name, "broken", f"not looked at: {error}", "run `make setup` again")
+        return Finding(name, "broken", f"not looked at: {error}", installing("train"))
     except (ValueError, OSError, StoreError) as error:
         text, _, cure = str(error).removeprefix(f"{name}: ").partition(". ")
         return Finding(name, "broken", text, cure or remedy)
@@ -147,7 +147,7 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
     try:
         refusals = check_architectures(models)
     except ValueError as error:
-        yield Finding("weights", "broken", str(error), "run `make setup` again")
+        yield Finding("weights", "broken", str(error), installing("train"))
         return
     for name in models:
         text, _, cure = refusals.get(name, "fit the architecture in config.json").partition(". ")
@@ -193,7 +193,7 @@ def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
         for rendered in render_sources([source], student, teacher):
             yield Finding(f"{source.name} ({rendered.reader})", "ok", excerpt(rendered.text))
     except ImportError as error:
-        yield Finding(f"{source.name} (rendered)", "broken", f"not looked at: {error}", "run `make setup` again")
+        yield Finding(f"{source.name} (rendered)", "broken", f"not looked at: {error}", installing("train"))
     except ConfigError as error:
         text = str(error).removeprefix(f"{source.name}: ")
         yield Finding(f"{source.name} (rendered)", "broken", escaped(text), "change the prompts, or the template")

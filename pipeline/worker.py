@@ -186,7 +186,7 @@ def outcome_of(error: Exception) -> Outcome:
     from eopd.pipeline.outcome import Outcome
     from eopd.storage.files import is_full
 
-    message = str(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
+    message = message_of(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
     if is_full(error):
         return Outcome("full", message)
     return Outcome("refused" if is_refusal(error) else "failed", message)
@@ -196,9 +196,18 @@ def is_for_people(error: Exception) -> bool:
     """True if the message names the remedy, so that a traceback would only hide it."""
     from eopd.stages.train.errors import TrainingStopped
     from eopd.storage.errors import StoreError
+    from eopd.storage.extras import missing_package
 
+    if missing_package(error) is not None:
+        return True
     misnamed = isinstance(error, OSError) and error.filename is not None and error.errno in NO_SUCH_PLACE
     return isinstance(error, (StoreError, ValueError, TrainingStopped)) or misnamed
+
+
+def message_of(error: Exception) -> str:
+    from eopd.storage.extras import missing_package
+
+    return missing_package(error) or str(error)
 
 
 def print_error(error: Exception) -> None:
@@ -208,7 +217,7 @@ def print_error(error: Exception) -> None:
     if os.environ.get("EOPD_DEBUG") or not is_for_people(error):
         traceback.print_exception(error)
     else:
-        sys.stderr.write(f"eopd: {escaped(str(error))}\n")
+        sys.stderr.write(f"eopd: {escaped(message_of(error))}\n")
 
 
 # -- the process -----------------------------------------------------------------------------------------------------

@@ -57,5 +57,5 @@ else
     set -- --torch-backend=cu130
 fi
 .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode "$@" \
-    --constraint "$constraints" --override "$overrides" --editable ".[$engine,dev,peft,objectstore,ray]"
+    --constraint "$constraints" --override "$overrides" --editable ".[$engine,all,dev]"
 touch "$stamp"

@@ -50,9 +50,7 @@ def open_bucket(url: str, **options: Any) -> Bucket:
         import obstore.exceptions
         import obstore.store
     except ImportError as error:
-        raise StoreError(
-            f"{url} needs obstore, which is not installed. To add it, {installing('objectstore')}"
-        ) from error
+        raise StoreError(f"{url} needs obstore, which is not installed. To add it, {installing('s3')}") from error
     try:
         return obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:

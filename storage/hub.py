@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from eopd.storage.errors import MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
 
 SCHEME = "hf://"
+TIMEOUT = 60.0
+"""Seconds without a byte after which a request is tried again."""
 _URL = re.compile(
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(pr|convert)/[^/]+|[^/]+))?(/(?P<folder>.*))?"
 )
@@ -38,6 +40,7 @@ class HubDataset:
         self.repo = check_name(repo)
         self.revision = revision
         self.folder = folder.strip("/")
+        self._signed: dict[str, str] = {}  # where large files are for an hour: asking there does not count as the Hub
 
     @classmethod
     def at(cls, url: str) -> HubDataset:
@@ -84,17 +87,23 @@ class HubDataset:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-        size = self.head(path)["size"]
-        if start >= min(end, size):
+        if start >= min(end, self.head(path)["size"]):
             return b""
-        url = hf_hub_url(
-            self.repo, path, subfolder=self.folder or None, repo_type="dataset", revision=self.commit
-        )  # fmt: skip
         # identity: a range of compressed bytes would be another range
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        wanted = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        options = {"follow_redirects": True, "timeout": TIMEOUT}
         with naming_refusals(repr(self)):
-            response = http_backoff("GET", url, headers=headers, follow_redirects=True, timeout=60)
-            hf_raise_for_status(response)
+            response = None
+            if (signed := self._signed.get(path)) is not None:
+                response = http_backoff("GET", signed, headers=wanted, **options)
+            if response is None or response.status_code not in (200, 206):  # the signature has expired
+                url = hf_hub_url(
+                    self.repo, path, subfolder=self.folder or None, repo_type="dataset", revision=self.commit
+                )
+                response = http_backoff("GET", url, headers={**build_hf_headers(), **wanted}, **options)
+                hf_raise_for_status(response)
+                if response.url.host != urlsplit(url).hostname:
+                    self._signed[path] = str(response.url)
         content: bytes = response.content
         return content if response.status_code == 206 else content[start:end]
 
@@ -215,6 +224,8 @@ def naming_refusals(where: str, *, writing: bool = False) -> Iterator[None]:
         raise StoreUnreadable(
             f"{endpoint} answers {status} for {where}: {_first_line(error)}. Try again later"
         ) from error
+    except ValueError as error:
+        raise StoreUnwritable(f"{endpoint} refuses {where}: {' '.join(str(error).split())}") from error
     except errors.HTTPError as error:  # of the client (httpx, or httpx2): no answer
         raise StoreUnreadable(
             f"{endpoint} does not answer for {where}: {_first_line(error)}. Check the network and HF_ENDPOINT"

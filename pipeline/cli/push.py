@@ -109,10 +109,10 @@ def _push(
     dry_run: bool,
 ) -> None:
     """Write the folder, then show it or upload it."""
-    from eopd.pipeline.push import CARD
+    from eopd.pipeline.push import CARD, check_licence
     from eopd.storage.hub import require_token, upload
 
-    if licence == UNKNOWN:
+    if check_licence(licence) == UNKNOWN:
         sys.stderr.write("the card says `license: unknown`; --license names one\n")
     if to is not None:
         write(to)

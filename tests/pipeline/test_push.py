@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verification import verify
 from tests import hub as stand_in
 from tests.pipeline.plan_case import commit, make_run
-from tests.storage.making import other
+from tests.storage.making import capture, other
 from tests.storage.test_teacher_cache import assert_identical
 from tests.test_train_from_cache import make_store
 
@@ -177,6 +178,10 @@ def test_what_is_not_pushed(tmp_path: Path, hub: stand_in.Hub, monkeypatch: pyte
         push("scores/ffff", "user/cache", "--store", store)
     with pytest.raises(StoreError, match="is no name of a repository"):
         push(f"scores/{artifact.key}", "cache", "--store", store)
+    with pytest.raises(RunError, match=r"--license .*no licence"):
+        push(f"scores/{artifact.key}", "user/cache", "--store", store, "--license", "my own")
+    with pytest.raises(StoreUnwritable, match=r"refuses user/other: .*license is not valid"):
+        push(f"scores/{artifact.key}", "user/other", "--store", store, "--license", "apache-9")
     with pytest.raises(RunError, match=r"--to .*something already"):
         push(f"scores/{artifact.key}", "user/cache", "--store", store, "--to", store)
     push(f"scores/{artifact.key}", "user/cache", "--store", store)
@@ -207,6 +212,40 @@ def test_the_commands_by_environment(tmp_path: Path, hub: stand_in.Hub) -> None:
     lost = eopd("store", "verify", "--store", "hf://datasets/user/cache", HF_ENDPOINT="http://127.0.0.1:9")
     assert lost.returncode == 1
     assert re.fullmatch(r"eopd: http://127.0.0.1:9 does not answer for [^\n]+\n", lost.stderr)
+
+
+def test_scores_of_a_capture(tmp_path: Path, hub: stand_in.Hub) -> None:
+    capture(tmp_path / "c.parquet", shifted=True)
+    command = ["import", str(tmp_path / "c.parquet"), "--store", str(tmp_path / "store"), "--vocab-size", "60"]
+    taken = CliRunner().invoke(
+        store_app, [*command, "--teacher", "Large", "--tokenizer", "Its"], catch_exceptions=False
+    )
+    assert taken.exit_code == 0
+    shown = push("scores/", "user/cache", "--store", tmp_path / "store", "--dry-run")
+    for words in (
+        "| teacher | `Large` |",
+        "| estimated, as the capture lacks them | entropies,",
+        "| scored by | import of c.parquet",
+    ):
+        assert words in shown
+
+
+def test_parts_that_were_set_aside(tmp_path: Path, hub: stand_in.Hub) -> None:
+    artifact = make_store(tmp_path)
+    empty = Artifact(tmp_path, Identity("verdicts", 1, 1))
+    empty.set_aside(0, "x")
+    with pytest.raises(RunError, match=r"every part .* was set aside"):
+        artifacts_of(tmp_path, f"verdicts/{empty.key}")
+    short = Artifact(tmp_path, Identity("scores", 1, 2, {}, artifact.identity.inputs, {"head": "other"}))
+    with short.write_part(0) as folder:
+        shutil.copytree(artifact.part_folder(0), folder, dirs_exist_ok=True)
+    short.set_aside(1, "NaN logits")
+    push(f"scores/{short.key}", "user/cache", "--store", tmp_path)
+    there = listing.find(open_place("hf://datasets/user/cache"), "scores/")
+    assert there.reasons_aside() == {1: "NaN logits"}
+    assert TeacherCache(there).token_counts(0).sum() == 24
+    (damage,) = verify(open_place("hf://datasets/user/cache"))
+    assert "part 1 was set aside" in damage.problem
 
 
 # -- students ----------------------------------------------------------------------------------------------------------

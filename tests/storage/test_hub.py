@@ -34,7 +34,7 @@ def server() -> Iterator[stand_in.Hub]:
 def hub(server: stand_in.Hub, monkeypatch: pytest.MonkeyPatch) -> stand_in.Hub:
     server.repositories.clear()
     server.requests.clear()
-    server.ranges, server.fails = True, 0
+    server.ranges, server.fails, server.leaks = True, 0, 0
     stand_in.use(server, monkeypatch)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the retries of huggingface_hub
     return server
@@ -96,6 +96,26 @@ def test_servers_without_ranges_and_busy_ones(tmp_path: Path, hub: stand_in.Hub)
     assert_identical(
         TeacherCache(listing.find(open_place(URL), "scores/")).read([(0, 3)]), TeacherCache(artifact).read([(0, 3)])
     )
+
+
+def test_large_files_are_read_where_they_are(tmp_path: Path, hub: stand_in.Hub) -> None:
+    """The Hub says once where one is; only when that address has expired is it asked again."""
+    artifact, _ = scores(tmp_path, parts=1, lengths=[400] * 8)
+    upload(tmp_path, "user/cache", "dataset", private=True, message="x")
+    cache, local = TeacherCache(listing.find(open_place(URL), "scores/"), memory=0), TeacherCache(artifact)
+
+    def resolved() -> int:
+        hub.requests.clear()
+        assert_identical(cache.read([(0, 0), (0, 5)]), local.read([(0, 0), (0, 5)]))
+        assert any("/large/" in request for request in hub.requests)
+        return sum("/resolve/" in request for request in hub.requests)
+
+    resolved()
+    assert resolved() == 0
+    hub.signature = "signed=2"
+    assert resolved() > 0
+    assert resolved() == 0
+    assert hub.leaks == 0
 
 
 def test_damage_on_the_hub_is_named(tmp_path: Path, hub: stand_in.Hub) -> None:

@@ -262,11 +262,12 @@ def student_card(run: Run, student: Student, repo: str, licence: str) -> str:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"The {student} of the run `{settings.name}` of eopd, distilled offline: the teacher read the responses once, "
-        "and the student was trained on what it stored.",
+        f"A student of the run `{settings.name}`, distilled with eopd ({student}). The teacher read the responses once, "
+        "and the student was trained on what was stored.",
         f"## Lineage\n\n{_table(_lineage(run, student), ('what', 'value'))}",
         _measured(run, student, results, first),
         _use(run, student, repo),
+        *([_folded("What it was trained on", "text", _trained_on(run, student))] if student.round else []),
         _folded("Settings", "yaml", yaml.safe_dump(_published(settings.model_dump(mode="json")), sort_keys=False)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -295,10 +296,15 @@ def _lineage(run: Run, student: Student) -> list[tuple[str, object]]:
         ("objective", f"`{objective.name}`"),
         ("learning rate, seed", f"{optimizer.lr:g}, {settings.seed}"),
     ]
-    for job in run.plan.jobs:
-        if job.round < student.round and job.stage.name in ("rollout", "score", "train"):
-            rows.append((f"{job.output.kind} of round {job.round}", f"`{job.output.key}`"))
     return rows
+
+
+def _trained_on(run: Run, student: Student) -> str:
+    """List the artifacts that a student was trained on, by round."""
+    made = [
+        job for job in run.plan.jobs if job.round < student.round and job.stage.name in ("rollout", "score", "train")
+    ]
+    return "\n".join(f"round {job.round}  {job.output.kind}/{job.output.key}" for job in made)
 
 
 def _named(model: ModelSettings) -> str:

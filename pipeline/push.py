@@ -15,7 +15,7 @@ from eopd.storage import listing, paths
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import MissingArtifact
 from eopd.storage.files import naming_full_disks
-from eopd.storage.hub import HubDataset, check_name
+from eopd.storage.hub import HubDataset
 from eopd.storage.markers import file_text
 from eopd.storage.sources import filled_parts
 
@@ -85,8 +85,6 @@ def write_dataset(
     Raises:
         RunError: there is something at ``folder``. DamagedPart; StoreFull, StoreUnwritable.
     """
-    check_name(repo)
-    check_licence(licence)
     _refuse_content(folder)
     for artifact in artifacts:
         for part in sorted(artifact.committed()):
@@ -129,8 +127,6 @@ def write_student(run: Run, student: Student, folder: Path, repo: str, licence: 
     Raises:
         RunError: there is something at ``folder``. StoreFull, StoreUnwritable.
     """
-    check_name(repo)
-    check_licence(licence)
     _refuse_content(folder)
     card = student_card(run, student, repo, licence)
     copy_student(student, folder)

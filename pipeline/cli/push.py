@@ -110,16 +110,18 @@ def _push(
 ) -> None:
     """Write the folder, then show it or upload it."""
     from eopd.pipeline.push import CARD, check_licence
-    from eopd.storage.hub import require_token, upload
+    from eopd.storage.hub import check_name, require_token, upload
 
-    if check_licence(licence) == UNKNOWN:
+    check_name(repository)
+    check_licence(licence)
+    if to is None and not dry_run:
+        require_token(repository)
+    if licence == UNKNOWN:
         sys.stderr.write("the card says `license: unknown`; --license names one\n")
     if to is not None:
         write(to)
         sys.stdout.write(f"{to}\n")
         return
-    if not dry_run:
-        require_token(repository)
     with TemporaryDirectory(prefix="eopd-push-") as temporary:
         folder = Path(temporary) / "folder"
         write(folder)

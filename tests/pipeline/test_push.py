@@ -292,7 +292,7 @@ def test_a_student_is_pushed_with_what_was_measured(tmp_path: Path, run: Run, hu
     for words in (
         "0.500 [0.400, 0.600] | 0.250",
         "1 of 2",
-        run.plan.job("score", 0).output.key,
+        f"round 0  scores/{run.plan.job('score', 0).output.key}",
         "| p.jsonl, 25 rows |",
     ):
         assert words in text

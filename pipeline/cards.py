@@ -262,8 +262,8 @@ def student_card(run: Run, student: Student, repo: str, licence: str) -> str:
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"A student of the run `{settings.name}`, distilled with eopd ({student}). The teacher read the responses once, "
-        "and the student was trained on what was stored.",
+        f"A student of the run `{settings.name}`, distilled with eopd ({student}). The teacher read the responses "
+        "once, and the student was trained on what was stored.",
         f"## Lineage\n\n{_table(_lineage(run, student), ('what', 'value'))}",
         _measured(run, student, results, first),
         _use(run, student, repo),

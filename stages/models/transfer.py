@@ -1,4 +1,4 @@
-"""Tensors to a device in one copy: on a GPU every copy costs a call, and from ordinary memory a wait."""
+"""Tensors to or from a GPU in one copy: every copy costs a call, and from or to ordinary memory a wait."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def on_device(device: torch.device | str, value: T) -> T:
 
 
 def copied_at_once(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Return ``tensors`` as views of one buffer on ``device``."""
-    starts, end = [], 0
+    """Return ``tensors``, all of one device, as views of one buffer on ``device``."""
+    starts, end, from_host = [], 0, tensors[0].device.type == "cpu"
     for tensor in tensors:
         starts.append(end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    pinned = from_host and torch.cuda.is_available()
+    buffer = torch.empty(end, dtype=torch.uint8, device=tensors[0].device, pin_memory=pinned)
     for start, tensor in zip(starts, tensors, strict=True):
         if tensor.numel():
             buffer[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-    buffer = buffer.to(device, non_blocking=True)
+    buffer = buffer.to(device, non_blocking=from_host)
     return [
         buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for start, tensor in zip(starts, tensors, strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eopd.stages.memory import score_rows
 from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.transfer import copied_at_once
 from eopd.stages.score.draws import UInt64, ids_at, systematic_points, uniforms
 from eopd.stages.score.logit_blocks import GROUP, LogitBlocks
 from eopd.stages.score.token_batch import NotFinite, TokenBatch
@@ -63,24 +64,29 @@ class BlockRows:
         rank = self._rank(sampled_logit, sampled, values, ids)
         # what follows takes the head out of the blocks
         drawn_first = self._full_draws(batch.keys) if self.rule.draws == "full" else None
-        tail, group_mass = self._tail(ids, kept)
+        head_rows, places = kept.nonzero(as_tuple=True)
+        head_ids = ids[head_rows, places]
+        tail, group_mass = self._tail(head_rows, head_ids)
         draw_counts, draw_ids = drawn_first or self._draws_beyond(batch.keys, tail, group_mass)
         floor = LOGPROB_FLOOR
+        arrays = _arrays(
+            entropy=blocks.entropy.clamp(min=0.0).float(),
+            sampled_logprob=self._logprobs(sampled_logit, blocks.lse),
+            sampled_rank=rank.int(),
+            stop_logprobs=stops,
+            tail_logmass=(tail / blocks.total).log().clamp(min=floor, max=0.0).float(),
+            head_counts=kept.sum(1),
+            head_ids=head_ids.int(),
+            head_logprobs=logprobs[head_rows, places].clamp(min=floor, max=0.0).float(),
+            draw_counts=draw_counts,
+            draw_ids=draw_ids.int(),
+            extra_logprobs=extra,
+        )
         return TokenStatistics(
             token_ids=batch.sampled_ids.astype(np.int32),
-            entropy=_array(blocks.entropy.clamp(min=0.0).float()),
-            sampled_logprob=_array(self._logprobs(sampled_logit, blocks.lse)),
-            sampled_rank=_array(rank.int()),
-            stop_logprobs=_array(stops),
-            tail_logmass=_array((tail / blocks.total).log().clamp(min=floor, max=0.0).float()),
-            head_counts=_array(kept.sum(1)),
-            head_ids=_array(ids[kept].int()),
-            head_logprobs=_array(logprobs[kept].clamp(min=floor, max=0.0).float()),
-            draw_counts=_array(draw_counts),
-            draw_ids=_array(draw_ids.int()),
             extra_counts=extra_counts,
             extra_ids=extra_ids.astype(np.int32),
-            extra_logprobs=_array(extra),
+            **arrays,
         )
 
     def _logits_at(self, rows: Tensor, ids: Tensor) -> Tensor:
@@ -109,21 +115,21 @@ class BlockRows:
         return torch.where(ids < vocabulary, rank, vocabulary)
 
     def _extra(self, batch: TokenBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:
-        if batch.extra_counts is None or batch.extra_ids is None:
-            return np.zeros(self._blocks.count, np.int64), np.zeros(0, np.int64), torch.zeros(0)
         device = self.head.weight.device
+        if batch.extra_counts is None or batch.extra_ids is None:
+            return np.zeros(self._blocks.count, np.int64), np.zeros(0, np.int64), torch.zeros(0, device=device)
         rows = torch.repeat_interleave(torch.as_tensor(batch.extra_counts, device=device))
         logits = self._logits_at(rows, torch.as_tensor(batch.extra_ids, device=device))
         return batch.extra_counts, batch.extra_ids, self._logprobs(logits, self._blocks.lse[rows])
 
-    def _tail(self, ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Blank the head and return the mass of the rest [C], and by group [C, G], float64, in units of exp(z - m).
+    def _tail(self, rows: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """Blank the head (ids ``taken`` of ``rows``), and return the mass of the rest [C], and by group [C, G].
+
+        Both float64, in units of exp(z - m).
 
         Summed from the rest's own logits: 1 minus the head's mass would be rounding noise where the teacher is sure.
         """
         blocks = self._blocks
-        rows, places = kept.nonzero(as_tuple=True)
-        taken = ids[rows, places]
         mass = blocks.group_sum.double()
         blocks.blank(rows, taken)
         touched = torch.zeros_like(mass, dtype=torch.bool)
@@ -135,7 +141,8 @@ class BlockRows:
 
     def _draws_beyond(self, keys: UInt64, tail: Tensor, group_mass: Tensor) -> tuple[Tensor, Tensor]:
         if self.rule.draws == "none":
-            return torch.zeros(len(tail), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+            nothing = torch.zeros(len(tail), dtype=torch.int64, device=tail.device)
+            return nothing, nothing[:0]
         uniform = torch.as_tensor(uniforms(keys, 1)[:, 0], device=tail.device)
         points, counts = systematic_points(uniform, tail, self.rule.min_prob * self._blocks.total)
         return counts, ids_at(self._blocks, group_mass, points, counts)
@@ -159,5 +166,9 @@ def _layout(vocabulary: int, on_cpu: bool, chunk_rows: int | None, block: int | 
     return chunk_rows, min(-(-block // GROUP) * GROUP, padded)
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
-    return tensor.cpu().numpy()
+def _arrays(**tensors: Tensor) -> dict[str, NDArray[Any]]:
+    """Return tensors as arrays, from a GPU in one copy."""
+    values = list(tensors.values())
+    if values[0].device.type != "cpu":
+        values = copied_at_once(values, "cpu")
+    return {name: value.numpy() for name, value in zip(tensors, values, strict=True)}

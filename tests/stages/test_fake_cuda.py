@@ -22,7 +22,7 @@ from eopd.stages.align.reading import LoadedModel, read_pairs
 from eopd.stages.engines import hidden_transformers, sampling_transformers
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
-from eopd.stages.memory import ModelSize, reading, training
+from eopd.stages.memory import ModelSize, reading, score_rows, training
 from eopd.stages.models import backbone
 from eopd.stages.models.lm_head import LMHead, traits_of, unwrap
 from eopd.stages.models.packing import PACKED, Sequence
@@ -104,6 +104,39 @@ def test_statistics_of_an_8b_teacher(gpu: FakeCuda, draws: str, extra: int) -> N
     assert statistics.stop_logprobs.shape == (tokens, len(STOP_IDS))
     assert len(statistics.extra_logprobs) == tokens * extra
     assert statistics.head_ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("draws", RULES)
+def test_a_chunk_of_scoring_reads_back_once(gpu: FakeCuda, draws: str) -> None:
+    tokens = 1900  # three chunks
+    head = StatisticsHead(head_of("8b"), RULES[draws], stop_ids=STOP_IDS)
+    hidden, asked = (
+        on_gpu(tokens, QWEN3["8b"][0]),
+        TokenBatch(np.zeros(tokens, np.int64), row_keys(0, (1,), np.arange(tokens))),
+    )
+    gpu.copies.clear()
+    gpu.syncs.clear()
+    head(hidden, asked)
+    chunks = -(-tokens // score_rows(VOCABULARY, on_gpu=True))
+    assert chunks == 3
+    assert gpu.copies["to_host"] == chunks
+    assert gpu.copies["to_device"] <= 2 * chunks  # sampled ids and uniform numbers
+    assert gpu.syncs.total() <= 6 * chunks
+
+
+def test_hidden_states_are_read_with_one_copy_a_batch(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_transformers, "load_model", lambda *_: gpu.model(qwen3("8b", 1), torch.bfloat16))
+    options = EngineOptions(device="cuda")
+    engine = hidden_transformers.TransformersHiddenEngine(
+        ModelRef("teacher"), options=options, batch_tokens=4096, row_tokens=2048
+    )
+    sequences = [Sequence(range(30), range(900)) for _ in range(8)]
+    list(engine.hidden(sequences[:1]))  # chooses the layout, once for a model
+    gpu.copies.clear()
+    gpu.syncs.clear()
+    batches = list(engine.hidden(sequences))
+    assert gpu.copies == {"to_device": len(batches)}
+    assert not gpu.syncs
 
 
 def test_hidden_states_by_the_transformers_engine(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +250,9 @@ class OneGpu:
 class Scores:
     """A ``TeacherCache`` in memory: teacher rows of each response."""
 
-    coverage = SimpleNamespace(head=RULES["beyond_head"])
-
-    def __init__(self, lengths: Seq[int]) -> None:
-        self.rows = [rows_of(length) for length in lengths]
+    def __init__(self, lengths: Seq[int], draws: str = "beyond_head") -> None:
+        self.rows = [rows_of(length, draws) for length in lengths]
+        self.coverage = SimpleNamespace(head=RULES[draws])
 
     def read(self, locations: Seq[tuple[int, int]]) -> TeacherRows:
         return joined([self.rows[number] for _, number in locations])
@@ -269,7 +301,8 @@ def loop_of(gpu: FakeCuda, size: str, lengths: Seq[int], *, layers: int = 2, **s
     model = gpu.model(qwen3(size, layers), getattr(torch, train.param_dtype), adapt).train()
     traits_of(unwrap(model))
     backbone._LAYOUTS[unwrap(model)] = PACKED  # measured in the test of the engine
-    scores, objective = Scores(lengths), make_objective(train.objective)
+    objective = make_objective(train.objective)
+    scores = Scores(lengths, objective.plan.draws if objective.plan.draws in RULES else "beyond_head")
     student = Student(model, objective, train.head_chunk_tokens, autocast=train.autocast == "bf16")
     gpu.number = 2.0  # of a gradient's norm, which is then scaled down
     return Loop(
@@ -322,9 +355,15 @@ def test_optimiser_states_return_to_the_device(gpu: FakeCuda) -> None:
     loop.take(loop.load_step(0), loop.round_start(lambda _: None))
 
 
-@pytest.mark.parametrize(("budget", "micro_batches"), [(1024, 3), (4096, 1)])
-def test_a_step_copies_each_micro_batch_at_once_and_waits_once(gpu: FakeCuda, budget: int, micro_batches: int) -> None:
-    loop = loop_of(gpu, "0.6b", (900, 1000, 700), ema=0.9, micro_batch_tokens=budget)
+@pytest.mark.parametrize(
+    ("name", "budget", "micro_batches"), [*((name, 4096, 1) for name in sorted(BUILDERS)), ("eopd", 1024, 3)]
+)
+def test_a_step_copies_each_micro_batch_at_once_and_waits_once(
+    gpu: FakeCuda, name: str, budget: int, micro_batches: int
+) -> None:
+    loop = loop_of(
+        gpu, "0.6b", (900, 1000, 700), layers=1, ema=0.9, micro_batch_tokens=budget, objective={"name": name}
+    )
     start = RoundStart(*(np.ones(2600, np.float32) for _ in range(3)))
     loop.take(loop.load_step(0), start)  # what the round needs once
     gpu.copies.clear()

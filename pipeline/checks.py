@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.forecast import Forecast, Keep, forecast
-from eopd.pipeline.inputs import check_same_tokens, check_weights
+from eopd.pipeline.inputs import check_same_tokens, check_weights, models_by_role
 from eopd.pipeline.prompt_check import FIRST_ROWS, check_prompts
 from eopd.pipeline.run import Run
 from eopd.stages.format import size
@@ -15,7 +15,7 @@ from eopd.stages.models.memory import free_memory
 from eopd.stages.rollout.stage import drawn_rows
 from eopd.stages.stage import Job
 from eopd.stages.table import TRAIN
-from eopd.stages.train.stage import student_bytes
+from eopd.stages.train.stage import scores_role, student_bytes
 from eopd.storage import listing
 from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.coverage import Coverage
@@ -51,13 +51,9 @@ def check_runs(
             require_stages(run, jobs)
     check_prompts(runs, None if every_row else FIRST_ROWS)
     for run in runs:
+        facts = models_by_role(run.facts)
         models = {
-            role: (settings, facts)
-            for role, settings, facts in (
-                ("student", run.settings.student, run.facts.student),
-                ("teacher", run.settings.teacher, run.facts.teacher),
-            )
-            if settings.path is not None
+            role: (settings, facts[role]) for role, settings in run.settings.models.items() if settings.path is not None
         }
         if not all(run.is_done(job) for job in run.plan.jobs):
             check_other_students(run, runs)
@@ -169,27 +165,27 @@ def check_needs(run: Run, train: Job) -> None:
         refuse_other_writers(objective, settings.rollout.source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if "scores" not in train.inputs:  # the stage of scores knows that nothing reads them
-        return
-    coverage = _planned_coverage(run, train)
+    coverages = _planned_coverages(run, train)  # none if nothing reads scores
     missing = [
         lacking
+        for coverage in coverages
         for need in objective.needs_with(run.facts.stop_ids if coverage.sampled else ())
         if (lacking := coverage.lacks(need)) is not None
     ]
+    lacks = "; ".join(dict.fromkeys(one.what for one in missing))
     if not missing:
         return
     if settings.teacher.capture is not None:
         raise ConfigError(
             f"train.objective.name={settings.train.objective.name} reads what teacher.capture does not hold: it lacks "
-            f"{'; '.join(one.what for one in missing)}. Choose another objective (fkl, jsd or rkl_topk), or, if every "
+            f"{lacks}. Choose another objective (fkl, jsd or rkl_topk), or, if every "
             "token has more entries than one, say how many in teacher.capture.top_k"
         )
     changes = {name: value for one in missing for name, value in one.settings.items()}
     command = " ".join(f"--set {name}={value}" for name, value in changes.items())
     raise ConfigError(
         f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack "
-        f"{'; '.join(one.what for one in missing)}. `eopd run CONFIG {command}` adds it beside what is there."
+        f"{lacks}. `eopd run CONFIG {command}` adds it beside what is there."
     )
 
 
@@ -205,18 +201,27 @@ def check_selection(run: Run, train: Job) -> None:
     )
 
 
-def _planned_coverage(run: Run, train: Job) -> Coverage:
-    coverage = dict(train.inputs["scores"].identity.coverage or {})
-    return Coverage.from_mapping(
-        {
-            "head": coverage["head"],
-            "stop_ids": run.facts.stop_ids,
-            "extra_k": run.settings.rollout.student_topk if coverage.get("extra") else 0,
-            "vocab_size": coverage.get("vocab_size", run.experiment.teacher_vocabulary),
-            "entropy": coverage.get("entropy", True),
-            "sampled": coverage.get("sampled", True),
-        }
-    )
+def _planned_coverages(run: Run, train: Job) -> list[Coverage]:
+    """Return the coverage of every teacher's scores that a training job reads."""
+    coverages = []
+    for teacher, experiment in run.experiment.by_teacher.items():
+        scores = train.inputs.get(scores_role(teacher))
+        if scores is None:
+            continue
+        coverage = dict(scores.identity.coverage or {})
+        coverages.append(
+            Coverage.from_mapping(
+                {
+                    "head": coverage["head"],
+                    "stop_ids": run.facts.stop_ids,
+                    "extra_k": run.settings.rollout.student_topk if coverage.get("extra") else 0,
+                    "vocab_size": coverage.get("vocab_size", experiment.teacher_vocabulary),
+                    "entropy": coverage.get("entropy", True),
+                    "sampled": coverage.get("sampled", True),
+                }
+            )
+        )
+    return coverages
 
 
 def other_sft_teacher(run: Run) -> str | None:

@@ -10,9 +10,9 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.findings import Finding
@@ -26,12 +26,12 @@ from eopd.pipeline.inputs import (
     find_weights,
     load_other,
 )
-from eopd.pipeline.memory import ELSEWHERE_BYTES, SMALLER, gpu_bytes, models_of, needs
+from eopd.pipeline.memory import ELSEWHERE_BYTES, SMALLER, Need, gpu_bytes, largest, models_of, needs
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
 from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.format import escaped, excerpt, size
 from eopd.stages.models.memory import free_memory
-from eopd.stages.models.prompts import PromptSettings, load_prompts
+from eopd.stages.models.prompts import PromptSettings, load_prompts, rows_by_teacher
 from eopd.storage.errors import StoreError
 from eopd.storage.extras import installing
 from eopd.storage.stacked import StackedStores
@@ -39,7 +39,7 @@ from eopd.storage.stacked import StackedStores
 
 def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     """Yield a finding for each input that the config names."""
-    for role in ROLES:
+    for role in settings.models:
         yield from _named(role, settings)
     yield from _architectures(settings)
     yield from _memory(settings)
@@ -55,8 +55,6 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     yield _launcher(settings.launcher.kind)
 
 
-Role = Literal["student", "teacher"]
-ROLES: tuple[Role, ...] = ("student", "teacher")
 _HAVE_STORE = "mount or create it, or take it out of read_only_stores"
 _HAVE_SOURCE = "name a JSONL or Parquet file, or a folder saved with save_to_disk, and its columns"
 
@@ -72,8 +70,8 @@ def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
         return Finding(name, "broken", text, cure or remedy)
 
 
-def _named(role: Role, settings: RunSettings) -> Iterator[Finding]:
-    model: ModelSettings = settings.student if role == "student" else settings.teacher
+def _named(role: str, settings: RunSettings) -> Iterator[Finding]:
+    model = settings.models[role]
     if role == "teacher" and settings.teacher.student is not None:
         yield Finding(role, "ok", f"the run's own student ({settings.teacher.student})")
         return
@@ -94,16 +92,16 @@ def _named(role: Role, settings: RunSettings) -> Iterator[Finding]:
     yield from _model(role, model, settings.store)
 
 
-def _external_models(settings: RunSettings) -> dict[Role, ModelSettings]:
+def _external_models(settings: RunSettings) -> dict[str, ModelSettings]:
     """Return the external model behind each role that has one of its own; without those reported by ``_named``."""
-    models: dict[Role, ModelSettings] = {}
-    for role in ROLES:
+    models: dict[str, ModelSettings] = {}
+    for role in settings.models:
         with suppress(ConfigError):
             models[role] = external_model(role, settings)
     return models
 
 
-def _model(role: Role, settings: ModelSettings, store: str) -> Iterator[Finding]:
+def _model(role: str, settings: ModelSettings, store: str) -> Iterator[Finding]:
     weights = _tried(role, lambda: str(find_weights(role, settings, store)), f"point {role}.path to a model folder")
     yield weights
     if weights.state == "ok" or settings.tokenizer is not None:
@@ -113,16 +111,24 @@ def _model(role: Role, settings: ModelSettings, store: str) -> Iterator[Finding]
 
 def _memory(settings: RunSettings) -> Iterator[Finding]:
     """Compare what each stage needs with the GPU, or with this machine's memory if it has none."""
-    folders = []
+    folders: dict[str, Path] = {}
     for role, model in _external_models(settings).items():
         with suppress(ValueError, OSError):  # reported by ``_model``
-            folders.append(find_weights(role, model, settings.store))
-    models = models_of(folders[0], folders[-1]) if folders else None
-    if models is None:
-        return
+            folders[role] = find_weights(role, model, settings.store)
     gpu = gpu_bytes()
-    elsewhere = {} if gpu else {need.stage: need for need in needs(settings, models, ELSEWHERE_BYTES)}
-    for need in needs(settings, models, gpu, None if gpu else free_memory()):
+
+    pairs = []
+    for role, teacher in zip(list(settings.models)[1:], settings.teachers.values(), strict=True):
+        if "student" in folders and role in folders:
+            models = models_of(folders["student"], folders[role])
+            if models is not None:
+                pairs.append((settings.model_copy(update={"teacher": teacher}), models))
+
+    def needed(gpu: int, available: int | None = None) -> list[Need]:
+        return largest(need for one, models in pairs for need in needs(one, models, gpu, available))
+
+    elsewhere = {} if gpu else {need.stage: need for need in needed(ELSEWHERE_BYTES)}
+    for need in needed(gpu, None if gpu else free_memory()):
         on_gpu = elsewhere.get(need.stage)
         also = f"; on a GPU about {size(on_gpu.memory.bytes)}" if on_gpu is not None else ""
         works_here = settings.launcher.kind in ("inline", "local")
@@ -157,15 +163,16 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
 def _tokens(settings: RunSettings) -> Iterator[Finding]:
     """Check that teacher and student share their tokens, if both tokenizers are available."""
     try:
-        teacher, student = (
-            find_tokenizer(role, external_model(role, settings), settings.store) for role in ("teacher", "student")
+        student, *teachers = (
+            find_tokenizer(role, external_model(role, settings), settings.store) for role in settings.models
         )
     except (ValueError, OSError):
         return
 
     def look() -> str:
-        compare_vocabularies(teacher, student)
-        return "teacher and student share them"
+        for teacher in teachers:
+            compare_vocabularies(teacher, student)
+        return f"{'teachers' if len(teachers) > 1 else 'teacher'} and student share them"
 
     yield _tried("tokens", look, "")
 
@@ -182,16 +189,22 @@ def _source(where: str, settings: PromptSettings) -> Finding:
 def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
     """Show the first prompt of a source as each model reads it, if the tokenizers are available."""
     try:
-        models = {role: external_model(role, settings) for role in ROLES}
-        student, teacher = (
+        models = {role: external_model(role, settings) for role in settings.models}
+        student, *teachers = (
             Reader(role, find_tokenizer(role, model, settings.store), model.trust_remote_code)
             for role, model in models.items()
         )
+        several = settings.teacher.by_prompt is not None and source.name == "prompts"
+        rows = rows_by_teacher(source.prompts, tuple(settings.teachers)) if several else {}
     except (ValueError, OSError):
         return
+    shown: set[str] = set()
     try:
-        for rendered in render_sources([source], student, teacher):
-            yield Finding(f"{source.name} ({rendered.reader})", "ok", excerpt(rendered.text))
+        for name, teacher in zip(settings.teachers, teachers, strict=True):
+            for rendered in render_sources([replace(source, rows=rows.get(name))], student, teacher):
+                if rendered.reader not in shown:
+                    yield Finding(f"{source.name} ({rendered.reader})", "ok", excerpt(rendered.text))
+                shown.add(rendered.reader)
     except ImportError as error:
         yield Finding(f"{source.name} (rendered)", "broken", f"not looked at: {error}", installing("train"))
     except ConfigError as error:

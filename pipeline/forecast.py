@@ -216,7 +216,8 @@ def forecast(runs: Sequence[Run]) -> Forecast:
         }
         own = samples.get(row.job.key, Measured())
         measured = own if own.parts else by_stage[row.stage]
-        size = row.job.stage.forecast(row.job, row.run.experiment, inputs, measured)
+        experiment = row.run.experiment.of_teacher(row.job.teacher)
+        size = row.job.stage.forecast(row.job, experiment, inputs, measured)
         sizes[row.job.key] = size
         rate = rates.get(row.stage)
         seconds: float | None = 0.0
@@ -323,7 +324,7 @@ def measure_rates(runs: Sequence[Run]) -> dict[str, Rate]:
 def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
     """Estimate the tokens of a finished task from a few markers of its job's output or input; 0 if they are gone."""
     try:
-        job = run.plan.find(str(line["stage"]), int(line["round"]))
+        job = run.plan.find(str(line["stage"]), int(line["round"]), str(line.get("teacher", "")))
         if job is None or job.output.key != line["key"]:
             return 0.0
         if job.is_prunable:  # counted as in the forecast of training

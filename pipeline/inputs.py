@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings, config_file, load_config
-from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts
+from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, TeacherFacts
 from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
-from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_where, source_files
+from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_by_teacher, rows_where, source_files
 from eopd.stages.models.weight_files import read_tensors
 from eopd.storage import paths
 from eopd.storage.errors import StoreError
@@ -49,13 +49,17 @@ def gather_facts(
     """
     digests = Digests.of_store(settings.store) if digests is None else digests
     known = dict(others or {})
+    teachers: dict[str, TeacherFacts] = {}
     student = known.get("student") or inspect_model("student", settings.student, digests, settings.store)
     if settings.teacher.student is not None:
         teacher = student
     elif settings.teacher.capture is not None:
         teacher = captured_teacher(settings, student, digests)
-    else:
+    elif settings.teacher.by_prompt is None:
         teacher = known.get("teacher") or inspect_model("teacher", settings.teacher, digests, settings.store)
+    else:
+        teachers = _teachers(settings, digests, known)
+        teacher = next(iter(teachers.values())).model
     count, fingerprint = _source("prompts", settings.prompts, digests)
     selected = _selected_prompts(settings)
     benchmarks = []
@@ -65,7 +69,33 @@ def gather_facts(
         rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
     digests.save()
-    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, digests)
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, digests, teachers)
+
+
+def _teachers(settings: RunSettings, digests: Digests, known: Mapping[str, ModelFacts]) -> dict[str, TeacherFacts]:
+    """Collect the facts of several teachers. Raises ConfigError, as ``gather_facts``."""
+    try:
+        rows = rows_by_teacher(settings.prompts, tuple(settings.teachers))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"prompts.columns.teacher: {error}") from error
+    teachers = {}
+    for name, model in settings.teachers.items():
+        role = f"teachers.{name}"
+        facts = known.get(role) or inspect_model(role, model, digests, settings.store)
+        teachers[name] = TeacherFacts(facts, rows[name])
+    main = {name: one.model.stop_ids[:1] for name, one in teachers.items()}
+    if settings.train.objective.stops == "remap" and len(set(main.values())) > 1:
+        raise ConfigError(
+            f"train.objective.stops is remap, which moves one stop id of the teacher's, and teachers have "
+            f"{', '.join(f'{name} {list(ids)}' for name, ids in main.items())}: set it to merge or keep"
+        )
+    return teachers
+
+
+def models_by_role(facts: Facts) -> dict[str, ModelFacts]:
+    """Return the facts of every model by the setting that names it: `student`, `teacher` or `teachers.NAME`."""
+    teachers = {f"teachers.{name}" if name else "teacher": one for name, one in facts.teacher_models.items()}
+    return {"student": facts.student, **teachers}
 
 
 def captured_teacher(settings: RunSettings, student: ModelFacts, digests: Digests) -> ModelFacts:
@@ -149,7 +179,7 @@ def load_other(role: str, settings: RunSettings) -> RunSettings:
     Raises:
         ConfigError: there is none, or it has no such student.
     """
-    model = settings.teacher if role == "teacher" else settings.student
+    model = settings.models[role]
     assert model.run is not None, role
     own = RunPaths(Path(settings.runs) / model.run).config
     file = own if own.is_file() else config_file(model.run)
@@ -175,7 +205,7 @@ def external_model(role: str, settings: RunSettings, seen: tuple[str, ...] = ())
     seen = refuse_circle(role, settings, seen)
     if role == "teacher" and not settings.teacher.has_own_model:
         return external_model("student", settings, seen[:-1])
-    model = settings.teacher if role == "teacher" else settings.student
+    model = settings.models[role]
     return model if model.run is None else external_model("student", load_other(role, settings), seen)
 
 
@@ -438,8 +468,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def check_same_tokens(facts: Facts) -> None:
     """Raise ConfigError if an id stands for other bytes in the teacher's vocabulary than in the student's."""
-    if facts.teacher.tokenizer_fingerprint != facts.student.tokenizer_fingerprint:
-        compare_vocabularies(facts.teacher.tokenizer_folder, facts.student.tokenizer_folder)
+    for teacher in facts.teacher_models.values():
+        if teacher.tokenizer_fingerprint != facts.student.tokenizer_fingerprint:
+            compare_vocabularies(teacher.tokenizer_folder, facts.student.tokenizer_folder)
 
 
 @lru_cache

@@ -8,19 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from eopd.pipeline.errors import RunError
+from eopd.stages.stage import Job
 
 TAIL_BYTES = 1 << 16
 _OF_A_JOB = re.compile(r"^(?P<stage>[a-z_]+)-(?P<round>\d+)\b")
 
 
-def job_name(stage: str, round_: int) -> str:
-    """Return the common prefix of a job's log names."""
-    return f"{stage}-{round_}"
-
-
-def log_name(stage: str, round_: int, worker: int) -> str:
+def log_name(job: Job, worker: int) -> str:
     """Return the name of a worker's log of a job."""
-    return f"{job_name(stage, round_)}.worker-{worker}.log"
+    return f"{job.log_stem}.worker-{worker}.log"
 
 
 def find_logs(folder: Path, stage: str | None = None, round_: int | None = None) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,14 +77,23 @@ def needs(settings: ExperimentSettings, models: Models, gpu: int, available: int
 
 def needs_of(runs: Sequence[Run], gpu: int) -> list[Need]:
     """Return the most that each stage of some runs needs on a GPU."""
-    largest: dict[str, Need] = {}
-    for run in runs:
-        models = models_of(run.facts.student.folder, run.facts.teacher.folder)
-        for need in needs(run.settings, models, gpu) if models is not None else ():
-            before = largest.get(need.stage)
-            if before is None or before.memory.bytes < need.memory.bytes:
-                largest[need.stage] = need
-    return list(largest.values())
+    experiments = [experiment for run in runs for experiment in run.experiment.by_teacher.values()]
+    shapes = [models_of(one.facts.student.folder, one.facts.teacher.folder) for one in experiments]
+    return largest(
+        need
+        for experiment, models in zip(experiments, shapes, strict=True)
+        if models is not None
+        for need in needs(experiment.settings, models, gpu)
+    )
+
+
+def largest(needed: Iterable[Need]) -> list[Need]:
+    """Return the largest need of each stage."""
+    by_stage: dict[str, Need] = {}
+    for need in needed:
+        if need.stage not in by_stage or by_stage[need.stage].memory.bytes < need.memory.bytes:
+            by_stage[need.stage] = need
+    return list(by_stage.values())
 
 
 def lines(needed: Sequence[Need]) -> Iterator[str]:

@@ -11,7 +11,7 @@ done, and two runs that ask for the same artifact name the same folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from eopd.pipeline.errors import RunError
@@ -27,19 +27,23 @@ class Plan:
     first_student: Identity | None = None  # a checkpoint of another run; None: an external model
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, int], Job]:
-        return {(job.stage.name, job.round): job for job in self.jobs}
+    def _by_name(self) -> dict[tuple[str, int, str], Job]:
+        return {(job.stage.name, job.round, job.teacher): job for job in self.jobs}
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, str], Job]:
         return {job.key: job for job in self.jobs}
 
-    def find(self, stage: str, round_: int) -> Job | None:
-        return self._by_name.get((stage, round_))
+    def find(self, stage: str, round_: int, teacher: str = "") -> Job | None:
+        return self._by_name.get((stage, round_, teacher))
 
-    def job(self, stage: str, round_: int) -> Job:
+    def by_teacher(self, stage: str, round_: int) -> list[Job]:
+        """Return a stage's jobs of a round: one for each teacher."""
+        return [job for job in self.jobs if (job.stage.name, job.round) == (stage, round_)]
+
+    def job(self, stage: str, round_: int, teacher: str = "") -> Job:
         """Raises RunError if the plan has no such job; names the rounds it has."""
-        job = self.find(stage, round_)
+        job = self.find(stage, round_, teacher)
         if job is not None:
             return job
         rounds = sorted({job.round for job in self.jobs if job.stage.name == stage})
@@ -79,31 +83,37 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
     draft = _Draft(experiment)
     for round_ in range(experiment.settings.rounds + 1):
         for place, stage in enumerate(STAGES):
-            job = stage.plan(draft, round_)
-            if job is None:
-                continue
-            draft.add(job)
-            if shelf is not None and job.output.coverage is not None:
-                draft.replace(job, _serving(draft, job, place, shelf))
+            for teacher in experiment.facts.teacher_models if stage.by_teacher else ("",):
+                job = stage.plan(draft.of_teacher(teacher), round_)
+                if job is None:
+                    continue
+                job = replace(job, teacher=teacher)
+                draft.add(job)
+                if shelf is not None and job.output.coverage is not None:
+                    draft.add(replace(job, output=_serving(draft, job, place, shelf)))
     return Plan(tuple(draft.jobs.values()), experiment.facts.student.checkpoint)
 
 
 class _Draft:
     """A plan under construction; stages see the jobs planned before theirs."""
 
-    def __init__(self, experiment: Experiment, jobs: dict[tuple[str, int], Job] | None = None) -> None:
+    def __init__(self, experiment: Experiment, jobs: dict[tuple[str, int, str], Job] | None = None) -> None:
         self.experiment = experiment
-        self.jobs = dict(jobs or {})
+        self.jobs = {} if jobs is None else jobs
+
+    def of_teacher(self, teacher: str) -> _Draft:
+        """Return a view of this draft for one teacher."""
+        return _Draft(self.experiment.of_teacher(teacher), self.jobs)
 
     def add(self, job: Job) -> None:
-        self.jobs[job.stage.name, job.round] = job
-
-    def replace(self, job: Job, output: Identity) -> None:
-        self.add(Job(job.stage, job.round, output, job.inputs))
+        self.jobs[job.stage.name, job.round, job.teacher] = job
 
     def output(self, stage: str, round_: int) -> Identity | None:
-        job = self.jobs.get((stage, round_))
+        job = self.jobs.get((stage, round_, ""))
         return None if job is None else job.output
+
+    def by_teacher(self, stage: str, round_: int) -> dict[str, Identity]:
+        return {job.teacher: job.output for name, job in self.jobs.items() if name[:2] == (stage, round_)}
 
     def policy(self, round_: int) -> Identity | None:
         return self.experiment.facts.student.checkpoint if round_ == 0 else self.output(TRAIN.name, round_ - 1)
@@ -118,8 +128,8 @@ def _serving(draft: _Draft, job: Job, place: int, shelf: Shelf) -> Identity:
     """Choose the coverage for ``job``: one that a job of this round has begun to read, or else the cheapest."""
     candidates = shelf.serving(job.output)
     for candidate in candidates if len(candidates) > 1 else ():
-        trial = _Draft(draft.experiment, draft.jobs)
-        trial.replace(job, candidate)
+        trial = _Draft(draft.experiment, dict(draft.jobs))
+        trial.add(replace(job, output=candidate))
         for stage in STAGES[place + 1 :]:
             reader = stage.plan(trial, job.round)
             if reader is None or not shelf.is_begun(reader.output):

@@ -7,7 +7,7 @@ teacher reads it too, as the teacher does. `eopd doctor` shows the first of each
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class Source:
     prompts: PromptSettings
     teacher: TeacherPromptSettings | None  # None: the teacher does not read it
     expert: ExpertSettings | None = None  # None: no rollouts are mixed
+    rows: frozenset[int] | None = None  # that the teacher answers for; None: all
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,15 @@ def check_prompts(runs: Sequence[Run], rows: int | None) -> None:
         if all(run.is_done(job) for job in run.plan.jobs):
             continue
         student = Reader("student", run.facts.student.tokenizer_folder, run.experiment.student_model.trust_remote_code)
-        teacher = Reader("teacher", run.facts.teacher.tokenizer_folder, run.experiment.teacher_model.trust_remote_code)
-        for source in sources_of(run.settings):
-            key = repr((source, student, teacher))
-            if key not in tried:
-                render_sources([source], student, teacher, rows)
-                tried.add(key)
+        for name, experiment in run.experiment.by_teacher.items():
+            trusted, folder = experiment.teacher_model.trust_remote_code, experiment.facts.teacher.tokenizer_folder
+            teacher = Reader(f"teacher {name}".rstrip(), folder, trusted)
+            for source in sources_of(run.settings):
+                source = replace(source, rows=experiment.teachers_prompts if source.name == "prompts" else None)
+                key = repr((source, student, teacher))
+                if key not in tried:
+                    render_sources([source], student, teacher, rows)
+                    tried.add(key)
         if run.settings.judged_for:
             key = repr((run.settings.prompts, run.settings.judge))
             if key not in tried:
@@ -140,13 +144,15 @@ def render_sources(
         try:
             shapes: dict[object, Prompt] = {}
             for prompt in load_prompts(settings):
+                if source.rows is not None and prompt.index not in source.rows:
+                    continue
                 shapes.setdefault(prompt.conversation.shape(), prompt)
                 for names, reader in _values_shown(source):
                     _check_values(prompt, names, reader)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{source.name}: {error}") from error
         views: list[list[Rendered]] = [_views(source, prompt, student, teacher) for prompt in shapes.values()]
-        rendered += views[0]
+        rendered += views[0] if views else []
     return rendered
 
 

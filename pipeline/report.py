@@ -85,7 +85,8 @@ def _kin(run: Run) -> str:
     semantic = run.settings.semantic()
     del semantic["seed"]
     facts = run.facts
-    inputs = [facts.student.fingerprint, facts.teacher.fingerprint, facts.prompts_fingerprint]
+    inputs = [facts.student.fingerprint, *(one.fingerprint for one in facts.teacher_models.values())]
+    inputs.append(facts.prompts_fingerprint)
     inputs += [benchmark.fingerprint for benchmark in facts.benchmarks]
     return sha256_text(canonical_json({"settings": semantic, "inputs": inputs}))[:KEY_LENGTH]
 
@@ -111,6 +112,10 @@ def _now() -> str:
 def _rounds(run: Run) -> list[RoundArtifacts]:
     from eopd.stages.report.gather import RoundArtifacts
 
+    def scores(round_: int) -> tuple[Artifact, ...]:
+        jobs = run.plan.by_teacher("score", round_)
+        return tuple(run.artifact(job.output) for job in jobs) if all(map(run.is_made, jobs)) else ()
+
     def complete(stage: str, round_: int) -> Artifact | None:
         job = run.plan.find(stage, round_)
         return run.artifact(job.output) if job is not None and run.is_made(job) else None
@@ -120,12 +125,12 @@ def _rounds(run: Run) -> list[RoundArtifacts]:
             round_,
             complete("evaluation_summary", round_),
             complete("rollout", round_),
-            complete("score", round_),
+            scores(round_),
             complete("train", round_),
             complete("alignment_summary", round_),
             measured=run.plan.find("evaluate", round_) is not None,
             made={
-                job.stage.name: run.artifact(job.output)
+                f"{job.stage.name} {job.teacher}".rstrip(): run.artifact(job.output)
                 for job in run.plan.jobs
                 if job.round == round_ and run.is_made(job)
             },

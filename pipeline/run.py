@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eopd.pipeline.config import RunSettings
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.inputs import gather_facts, load_other, refuse_circle
+from eopd.pipeline.inputs import gather_facts, load_other, models_by_role, refuse_circle
 from eopd.pipeline.plan import Plan, Shelf, make_plan
 from eopd.pipeline.store_check import check_folders
 from eopd.stages.experiment import Experiment, Facts, ModelFacts, OtherStudent
@@ -158,7 +158,7 @@ class Run:
 
     def others(self) -> dict[str, OtherStudent]:
         """Return the students of other runs that this run reads, by the role that they play."""
-        roles = {"student": self.facts.student.other, "teacher": self.facts.teacher.other}
+        roles = {role: facts.other for role, facts in models_by_role(self.facts).items()}
         return {role: other for role, other in roles.items() if other is not None}
 
     def scratch(self, job: Job) -> Artifact | None:
@@ -177,7 +177,7 @@ class Run:
 
     def context(self, job: Job, parts: Sequence[int], engines: Engines) -> JobContext:
         return JobContext(
-            experiment=self.experiment,
+            experiment=self.experiment.of_teacher(job.teacher),
             job=job,
             parts=parts,
             output=self.artifact(job.output),
@@ -212,8 +212,7 @@ def open_run(
 
 
 def _roles_of_others(settings: RunSettings) -> list[str]:
-    models = {"student": settings.student, "teacher": settings.teacher}
-    return [role for role, model in models.items() if model.run is not None]
+    return [role for role, model in settings.models.items() if model.run is not None]
 
 
 def _other_student(role: str, settings: RunSettings, digests: Digests | None, seen: tuple[str, ...]) -> ModelFacts:
@@ -223,7 +222,7 @@ def _other_student(role: str, settings: RunSettings, digests: Digests | None, se
         ConfigError: as ``open_run`` and ``load_other``; runs that name each other.
     """
     seen = refuse_circle(role, settings, seen)
-    model = settings.teacher if role == "teacher" else settings.student
+    model = settings.models[role]
     named = load_other(role, settings)
     run = open_run(named, digests=digests, seen=seen)
     round_ = model.round or named.rounds

@@ -141,7 +141,14 @@ def log_task(run: Run, job: Job, **facts: Any) -> None:
         with naming_full_disks(run.paths.jobs):
             append_line(
                 run.paths.jobs,
-                {"stage": job.stage.name, "round": job.round, "key": job.output.key, "time": time.time(), **facts},
+                {
+                    "stage": job.stage.name,
+                    "round": job.round,
+                    "teacher": job.teacher,
+                    "key": job.output.key,
+                    "time": time.time(),
+                    **facts,
+                },
             )
 
 
@@ -245,7 +252,7 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
     with output_to(Path(fields["log"])) if fields["log"] else nullcontext():
         try:
             run = open_run(load_config(fields["config"]), progress=events or NullProgress())
-            task = Task(run, run.plan.job(fields["stage"], fields["round"]), tuple(fields["parts"]))
+            task = Task(run, run.plan.job(fields["stage"], fields["round"], fields["teacher"]), tuple(fields["parts"]))
         except Exception as error:
             print_error(error)
             outcome = outcome_of(error)

@@ -6,7 +6,8 @@ benchmarks. Places of artifacts and launchers belong to ``pipeline``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -58,26 +59,45 @@ class BenchmarkFacts:
 
 
 @dataclass(frozen=True)
+class TeacherFacts:
+    """One of several teachers, and the rows of its prompts."""
+
+    model: ModelFacts
+    prompts: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Facts:
     """Facts that a plan needs about inputs outside the store."""
 
     student: ModelFacts
-    teacher: ModelFacts
+    teacher: ModelFacts  # of several, the first, or the one that a job reads (``Experiment.of_teacher``)
     prompt_count: int
     prompts_fingerprint: str
     benchmarks: tuple[BenchmarkFacts, ...] = ()
     selected_prompts: frozenset[int] | None = None  # rows of the prompts that `train.select.where` names; None: all
     digests: Digests | None = field(default=None, compare=False, repr=False)  # hashes of the files behind all this
+    teachers: Mapping[str, TeacherFacts] = field(default_factory=dict)  # if there are several, by name
+
+    @property
+    def teacher_models(self) -> dict[str, ModelFacts]:
+        """Every teacher by name; a single one has none (``""``)."""
+        return {name: one.model for name, one in self.teachers.items()} or {"": self.teacher}
+
+    @property
+    def teacher_stop_ids(self) -> tuple[int, ...]:
+        """The teachers' stop ids, the main one first."""
+        return tuple(dict.fromkeys(token for one in self.teacher_models.values() for token in one.stop_ids))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Union of both models' stop ids, ascending. Rollouts stop at any of them."""
-        return tuple(sorted({*self.student.stop_ids, *self.teacher.stop_ids}))
+        return tuple(sorted({*self.student.stop_ids, *self.teacher_stop_ids}))
 
     @cached_property
     def ordered_stop_ids(self) -> tuple[int, ...]:
         """The same ids, the student's main one first: what checkpoints carry in their generation config."""
-        return tuple(dict.fromkeys((*self.student.stop_ids, *self.teacher.stop_ids)))
+        return tuple(dict.fromkeys((*self.student.stop_ids, *self.teacher_stop_ids)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,25 @@ class Experiment:
 
     settings: ExperimentSettings
     facts: Facts
+    teacher_name: str = ""  # which of several teachers is ``facts.teacher``; empty: there is one
+
+    def of_teacher(self, name: str) -> Experiment:
+        """Return the experiment as a job of one of several teachers sees it; the experiment itself if there is one."""
+        if not name:
+            return self
+        settings = self.settings.model_copy(update={"teacher": self.settings.teachers[name]})
+        facts = replace(self.facts, teacher=self.facts.teachers[name].model)
+        return Experiment(settings, facts, name)
+
+    @property
+    def by_teacher(self) -> dict[str, Experiment]:
+        """The experiment as each teacher's jobs see it, by the teacher's name; ``""`` if there is one."""
+        return {name: self.of_teacher(name) for name in self.facts.teacher_models}
+
+    @property
+    def teachers_prompts(self) -> frozenset[int] | None:
+        """Rows of the prompts that the teacher answers for; None: all."""
+        return self.facts.teachers[self.teacher_name].prompts if self.teacher_name else None
 
     @property
     def prompts_per_round(self) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.judge.settings import JudgeSettings
@@ -14,6 +14,9 @@ from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import CaptureSettings, ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting
 from eopd.stages.train.settings import TrainedTokens, TrainSettings
+
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)]
+"""The name of one of several teachers, as it stands in the prompts' column."""
 
 
 class ModelSettings(Settings):
@@ -42,7 +45,7 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _one_model_is_named(self) -> ModelSettings:
-        ways = [name for name in ("path", "run", "student", "capture") if name in type(self).model_fields]
+        ways = [name for name in ("path", "run", "student", "capture", "by_prompt") if name in type(self).model_fields]
         named = [name for name in ways if getattr(self, name) is not None]
         if len(named) != 1:
             cure = "; set the others to null" if named else ""
@@ -52,6 +55,7 @@ class ModelSettings(Settings):
             "run": ("renewed",),
             "student": ("round",),
             "capture": ("round", "renewed"),
+            "by_prompt": ("round", "renewed"),
         }[named[0]]
         if named[0] != "path":
             others += ("dtype", "revision", "tokenizer", "trust_remote_code")
@@ -87,6 +91,15 @@ class TeacherSettings(ModelSettings):
         "the prompts (`rollout.source: data`). The name of the file is short for `capture.path`.",
     )
 
+    by_prompt: dict[TeacherName, ModelSettings] | None = setting(
+        None,
+        "In place of `path`: several teachers by name, of which `prompts.columns.teacher` names one for each prompt. "
+        "Each has score artifacts of its own, and a round trains on all of them. The setting `teachers` is short for "
+        "it.",
+        keyed=False,
+        min_length=1,
+    )
+
     @property
     def has_own_model(self) -> bool:
         """False if the teacher is the run's student, or a capture."""
@@ -119,6 +132,32 @@ class ExperimentSettings(Settings):
     judge: JudgeSettings = setting(JudgeSettings, "How rollouts are judged, if `train.select.verdict` asks for it.")
     train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
     evaluate: EvaluateSettings | None = setting(None, "How students are evaluated. None: they are not.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teachers_by_prompt(cls, data: Any) -> Any:
+        """Read `teachers`, which is short for `teacher.by_prompt`."""
+        if not isinstance(data, dict) or "teachers" not in data:
+            return data
+        others = {name: value for name, value in data.items() if name != "teachers"}
+        if data["teachers"] is None:
+            return others
+        if data.get("teacher") is not None:
+            raise ValueError("teacher and teachers are both set; set one of them to null")
+        return {**others, "teacher": {"by_prompt": data["teachers"]}}
+
+    @property
+    def teachers(self) -> dict[str, TeacherSettings]:
+        """The teachers by name; a single one has none (``""``)."""
+        if self.teacher.by_prompt is None:
+            return {"": self.teacher}
+        return {name: TeacherSettings(**model.model_dump()) for name, model in self.teacher.by_prompt.items()}
+
+    @property
+    def models(self) -> dict[str, ModelSettings]:
+        """The student and the teachers by the setting that names each: `student`, `teacher` or `teachers.NAME`."""
+        teachers = {f"teachers.{name}" if name else "teacher": model for name, model in self.teachers.items()}
+        return {"student": self.student, **teachers}
 
     @field_validator("evaluate")
     @classmethod
@@ -327,6 +366,33 @@ class ExperimentSettings(Settings):
             raise ValueError(
                 f"rollout.prefix.start = {prefix.start} must be more than rollout.prefix.end = {prefix.end}"
             )
+
+    @model_validator(mode="after")
+    def _each_prompt_finds_its_teacher(self) -> ExperimentSettings:
+        named, column = self.teacher.by_prompt, self.prompts.columns.teacher
+        if named is None:
+            if column is not None:
+                raise ValueError(
+                    f"prompts.columns.teacher is {column}, and there are no teachers to choose from: name them in "
+                    "teachers, or remove it"
+                )
+            return self
+        if column is None:
+            raise ValueError(
+                f"teachers names {', '.join(named)}, and nothing says whose each prompt is: name a column in "
+                "prompts.columns.teacher"
+            )
+        if self.rollout.source in ("teacher", "prefix"):
+            raise ValueError(
+                f"rollout.source is {self.rollout.source}, which is for one teacher, and teachers names "
+                f"{', '.join(named)}: set rollout.source to student, data, mixed or revise"
+            )
+        if self.evaluate is not None and self.evaluate.alignment is not None:
+            raise ValueError(
+                "evaluate.alignment compares the student with one teacher, and teachers names "
+                f"{', '.join(named)}: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_teacher_finds_its_column(self) -> ExperimentSettings:

@@ -51,10 +51,16 @@ class Job:
     round: int
     output: Identity
     inputs: Mapping[str, Input] = field(default_factory=dict)  # by role
+    teacher: str = ""  # of several teachers, the one whose job this is
 
     @property
     def name(self) -> str:
-        return f"{self.stage.name} {self.round}"
+        return f"{self.stage.name} {self.round}" + (f" ({self.teacher})" if self.teacher else "")
+
+    @property
+    def log_stem(self) -> str:
+        """The common beginning of the names of its logs: rollout-0, score-1, score-1.math."""
+        return f"{self.stage.name}-{self.round}" + (f".{self.teacher}" if self.teacher else "")
 
     @property
     def key(self) -> tuple[str, str]:
@@ -79,6 +85,9 @@ class PlanView(Protocol):
 
     def output(self, stage: str, round_: int) -> Identity | None:
         """Return the output of a job that was planned before; None if there is no such job."""
+
+    def by_teacher(self, stage: str, round_: int) -> Mapping[str, Identity]:
+        """Return the outputs of a stage's jobs of a round by teacher; ``""`` if there is one teacher."""
 
     def policy(self, round_: int) -> Identity | None:
         """Return the checkpoint that is the student at the start of ``round_``; None: the external student."""
@@ -166,11 +175,15 @@ class Stage(ABC):
     spans_nodes: ClassVar[bool] = False  # processes on several nodes may do one task together
     size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
     planned_by: ClassVar[str] = ""  # the setting without which no plan has it; empty: every plan has it
+    by_teacher: ClassVar[bool] = False  # each of several teachers has a job of its own
     engine: ClassVar[str] = ""  # stages of one name share a loaded engine when one worker does both
 
     @abstractmethod
     def plan(self, plan: PlanView, round_: int) -> Job | None:
-        """Plan the job of a round (0 to ``rounds``; the last one has no training), or return None if there is none."""
+        """Plan the job of a round (0 to ``rounds``; the last one has no training), or return None if there is none.
+
+        Of a stage that is ``by_teacher``, the job of the teacher that ``plan.experiment`` has.
+        """
 
     @abstractmethod
     def run(self, context: JobContext) -> None:

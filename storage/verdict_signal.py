@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 from eopd.storage import listing
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import filled_parts
-from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verdicts import read_correct
 
 
@@ -49,7 +49,7 @@ class VerdictSignal:
 
 
 def verdict_signal(
-    cache: TeacherCache, rollouts: Artifact, verdicts: Artifact, parts: Iterable[int] | None = None
+    cache: JointCache, rollouts: Artifact, verdicts: Artifact, parts: Iterable[int] | None = None
 ) -> VerdictSignal:
     """Read ``parts`` (all that are filled). Memory: one part at a time.
 
@@ -59,12 +59,12 @@ def verdict_signal(
     sums: dict[bool, list[float]] = {True: [], False: []}
     left_out = 0
     judged = set(filled_parts(verdicts))
-    for part in filled_parts(cache.artifact) if parts is None else parts:
+    for part in cache.parts() if parts is None else parts:
         if part not in judged:
             continue
-        scored = cache.artifact.marker(part).inputs.get("rollouts")
-        if scored != rollouts.marker(part).checksum:
-            raise DamagedPart(f"{cache.artifact} part {part} was scored from other rollouts than {rollouts}")
+        for scores in cache.sources(part):
+            if scores.marker(part).inputs.get("rollouts") != rollouts.marker(part).checksum:
+                raise DamagedPart(f"{scores} part {part} was scored from other rollouts than {rollouts}")
         table = read_rollouts(rollouts.part_folder(part), ["prompt_id", "sample", "logprobs"])
         rows = cache.read_part(part)
         correct = read_correct(verdicts, rollouts, part, table)

@@ -106,12 +106,15 @@ def stats(
 def _signal(cache: TeacherCache, store: str, parts: int | None) -> VerdictSignal | None:
     """Compare the scores with verdicts on their rollouts, if a folder holds them all."""
     from eopd.storage.artifacts import Artifact
+    from eopd.storage.joint_cache import JointCache
     from eopd.storage.sources import filled_parts
     from eopd.storage.verdict_signal import sources_of, verdict_signal
 
     folder, artifact = _opened(store), cache.artifact
     sources = sources_of(folder, artifact) if isinstance(folder, Path) and isinstance(artifact, Artifact) else None
-    return None if sources is None else verdict_signal(cache, *sources, islice(filled_parts(artifact), parts))
+    if sources is None:
+        return None
+    return verdict_signal(JointCache([artifact]), *sources, islice(filled_parts(artifact), parts))
 
 
 def _scores(store: str, name: str) -> TeacherCache:

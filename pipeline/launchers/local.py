@@ -85,7 +85,7 @@ class LocalPool:
         gpus = tuple(self._free_gpus()[: stage.gpus(self._settings)])
         slot = min(set(range(len(self._running) + 1)) - {running.slot for running in self._running})
         run.paths.logs.mkdir(parents=True, exist_ok=True)
-        log = run.paths.logs / log_name(stage.name, task.job.round, slot)
+        log = run.paths.logs / log_name(task.job, slot)
         self._started += 1
         events = self._events / f"{self._started}.jsonl"
         with naming_full_disks(log), log.open("ab") as output:

@@ -96,7 +96,7 @@ class RayPool:
         paths, stage = task.run.paths, task.job.stage
         slot = min(set(range(len(self._running) + 1)) - {running.slot for running in self._running})
         paths.logs.mkdir(parents=True, exist_ok=True)
-        log = (paths.logs / log_name(stage.name, task.job.round, slot)).absolute()
+        log = (paths.logs / log_name(task.job, slot)).absolute()
         events = (paths.logs / f".events-{secrets.token_hex(4)}.jsonl").absolute()
         start = log.stat().st_size if log.exists() else 0
         need = self._need(stage)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eopd.pipeline.launchers.settings import SlurmResources, SlurmSettings
-from eopd.pipeline.logs import job_name
 from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.processes import TORCHRUN, worker_command
 from eopd.pipeline.run import Run
@@ -65,7 +64,7 @@ class Array:
     @property
     def name(self) -> str:
         """Name of the array, unique in its run: rollout-0, score-1-2 (the third block), score-1.ready."""
-        return job_name(self.job.stage.name, self.job.round) + (f"-{self.block}" if self.block else "") + self.suffix
+        return self.job.log_stem + (f"-{self.block}" if self.block else "") + self.suffix
 
     @property
     def indices(self) -> str:

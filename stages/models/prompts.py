@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -46,6 +46,9 @@ class Columns(Settings):
         None, "Worked solution, which `score.teacher_prompt` may show to the teacher as {{solution}}: text", keyed=False
     )
     teacher_prompt: str | None = setting(None, "The prompt as the teacher reads it, where that differs: text")
+    teacher: str | None = setting(
+        None, "The name of the prompt's teacher, if `teachers` names several: text", keyed=False
+    )
     tools: str | None = setting(None, "Tools that the chat template may offer: a list of JSON schemas, or that as text")
     response: str | None = setting(
         None,
@@ -220,6 +223,30 @@ def rows_where(settings: PromptSettings, where: Mapping[str, Sequence[Value]]) -
                 raise ValueError(f"{column}: no prompt of {settings.path} has the value {json.dumps(value)}{hint}")
         selected.append(frozenset().union(*(rows[type(value) is bool, value] for value in values)))
     return frozenset.intersection(*selected)
+
+
+def rows_by_teacher(settings: PromptSettings, names: Collection[str]) -> dict[str, frozenset[int]]:
+    """Find the rows of each teacher's prompts, by the column that names it.
+
+    Raises:
+        ValueError: a prompt, by its row and id, whose teacher is none of ``names``; a teacher without prompts.
+    """
+    column, id_column = settings.columns.teacher, settings.columns.id
+    assert column is not None, "prompts without such a column are refused"
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for number, row in enumerate(_rows(settings, [column, *([id_column] if id_column else [])])):
+        name = row.values[column]
+        if not isinstance(name, str) or name not in rows:
+            prompt = str(number) if id_column is None else _text(row, id_column)
+            raise ValueError(
+                f"{row.where}: prompt {prompt!r} has the teacher {json.dumps(name, default=str)} (column {column!r}), "
+                f"and teachers names {', '.join(rows)}"
+            )
+        rows[name].append(number)
+    idle = next((name for name, numbers in rows.items() if not numbers), None)
+    if idle is not None:
+        raise ValueError(f"no prompt of {settings.path} has the teacher {idle!r} (column {column!r}): remove it")
+    return {name: frozenset(numbers) for name, numbers in rows.items()}
 
 
 @lru_cache(maxsize=8)

@@ -34,9 +34,8 @@ from eopd.storage import alignments, evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.checkpoints import CHECKPOINTS
 from eopd.storage.errors import DamagedPart
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.jsonl import read_lines, read_whole
-from eopd.storage.sources import filled_parts
-from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.untrusted import naming_misfits, read_json
 from eopd.storage.verdict_signal import verdict_signal
@@ -68,7 +67,7 @@ class RoundArtifacts:
     round: int
     evaluation: Artifact | None  # summary of it, of the student at the start of the round
     rollouts: Artifact | None = None
-    scores: Artifact | None = None
+    scores: tuple[Artifact, ...] = ()  # of each teacher
     checkpoint: Artifact | None = None
     alignment: Artifact | None = None  # summary of it
     measured: bool = True  # whether the run evaluates that student at all (evaluate.every)
@@ -219,10 +218,10 @@ def _add(figures: dict[Any, Estimate], name: Any, value: float | None, bounds: S
 def _signal(item: RoundArtifacts) -> dict[str, Estimate]:
     """Return whether the teacher tells right from wrong responses, from the first parts that have verdicts."""
     verdicts = item.made.get("judge")
-    if item.rollouts is None or item.scores is None or verdicts is None:
+    if item.rollouts is None or not item.scores or verdicts is None:
         return {}
-    cache = TeacherCache(item.scores)
-    found = verdict_signal(cache, item.rollouts, verdicts, islice(filled_parts(item.scores), SIGNAL_PARTS))
+    cache = JointCache(item.scores)
+    found = verdict_signal(cache, item.rollouts, verdicts, islice(cache.parts(), SIGNAL_PARTS))
     return {} if found.auc is None else {"signal": Estimate(found.auc)}
 
 
@@ -264,7 +263,7 @@ def _training(run: RunArtifacts) -> list[StepRow]:
 
 def _heads(run: RunArtifacts) -> str:
     """Describe which ids of the teacher's head the objective reads, over all rounds."""
-    trained = [item.scores for item in run.rounds if item.checkpoint and item.scores]
+    trained = [scores for item in run.rounds if item.checkpoint for scores in item.scores]
     return listed(sorted({_head(scores, run.settings["train"]["objective"]) for scores in trained}))
 
 
@@ -319,11 +318,11 @@ def _histograms(rounds: Sequence[RoundArtifacts]) -> tuple[Histogram | None, His
     return _teacher_histogram((both or either)[-1].scores), _student_histogram((both or either)[-1].round_start)
 
 
-def _teacher_histogram(scores: Artifact | None) -> Histogram | None:
-    if scores is None:
+def _teacher_histogram(scores: tuple[Artifact, ...]) -> Histogram | None:
+    if not scores:
         return None
-    cache = TeacherCache(scores)
-    return _histogram([cache.read_part(part).entropy for part in filled_parts(scores)])
+    cache = JointCache(scores)
+    return _histogram([cache.read_part(part).entropy for part in cache.parts()])
 
 
 def _student_histogram(path: Path | None) -> Histogram | None:

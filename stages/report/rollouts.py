@@ -19,9 +19,8 @@ from markupsafe import Markup
 from eopd.stages.format import decimal, printable
 from eopd.stages.report.data import RolloutView, RunData
 from eopd.storage.artifacts import Artifact
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import read_rollouts
-from eopd.storage.sources import filled_parts
-from eopd.storage.teacher_cache import TeacherCache
 
 TOKENIZER = "tokenizer.json"
 OF_A_ROUND = 12
@@ -40,18 +39,18 @@ def no_verdicts(verifier: str, pairs: Sequence[tuple[str, str]]) -> list[bool | 
 
 
 def rollout_views(
-    rollouts: Artifact, scores: Artifact, round_: int, tokenizer_folder: str, judge: Judge
+    rollouts: Artifact, scores: tuple[Artifact, ...], round_: int, tokenizer_folder: str, judge: Judge
 ) -> list[RolloutView]:
     """Return the first responses of a round, from its first part that has any."""
     from tokenizers import Tokenizer  # importing transformers for it would cost more than the report
 
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / TOKENIZER))
     rows: list[dict[str, Any]] = []
-    for part in filled_parts(scores):
+    teacher = JointCache(scores)
+    for part in teacher.parts():
         rows = read_rollouts(rollouts.part_folder(part)).slice(0, OF_A_ROUND).to_pylist()
         if rows:
             break
-    teacher = TeacherCache(scores)
     verdicts = _verdicts(rows, judge)
     views = []
     for number, row in enumerate(rows):

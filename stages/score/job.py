@@ -29,6 +29,7 @@ class ScoreJob:
     rollout_temperature: float
     student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too
     prompts: PromptSettings | None = None  # the prompt source, where contexts hold solutions
+    prompt_rows: frozenset[int] | None = None  # the prompts whose responses are scored, by their rows; None: all
     verdicts: Artifact | None = None  # on the rollouts, where contexts depend on them
     seed: int = 0  # of score.teacher_prompt.shuffled
     engines: Engines = field(default_factory=Engines)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence
+from eopd.stages.models.teacher_prompts import Context
 from eopd.stages.score.context import COLUMNS, Sources, render_contexts
 from eopd.stages.score.job import ScoreJob
 from eopd.storage.rollouts import read_rollouts
@@ -68,7 +70,7 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     if job.verdicts is not None:
         correct = read_correct(job.verdicts, job.rollouts, part, table)
     sources = Sources(job.prompts, correct, job.stop_ids, (job.seed, part))
-    contexts = render_contexts(table, job.settings.teacher_prompt, tokenizer, where, sources)
+    contexts = _contexts(job, table, tokenizer, where, sources)
     responses: list[list[int]] = table.column("response_token_ids").to_pylist()
     numbers = np.stack([table.column(name).to_numpy() for name in ("prompt_index", "sample", "seed")], axis=1)
     prompt_ids = table.column("prompt_id").to_pylist()
@@ -90,6 +92,20 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
     copies = job.settings.teacher_prompt.copies
     alone = sum(context.without_sibling for context in contexts)
     return PartResponses(sequences, numbers.astype(np.int64), names, truncated, copies, alone, topk)
+
+
+def _contexts(
+    job: ScoreJob, table: pa.Table, tokenizer: PreTrainedTokenizerBase, where: str, sources: Sources
+) -> list[Context]:
+    """Render the context of each rollout; responses to another teacher's prompts have one that is not scored."""
+    if job.prompt_rows is None:
+        return render_contexts(table, job.settings.teacher_prompt, tokenizer, where, sources)
+    own = [row in job.prompt_rows for row in table.column("prompt_index").to_pylist()]
+    correct = [right for right, is_own in zip(sources.correct, own, strict=bool(sources.correct)) if is_own]
+    mine, sources = table.filter(pa.array(own, pa.bool_())), replace(sources, correct=correct)
+    rendered = iter(render_contexts(mine, job.settings.teacher_prompt, tokenizer, where, sources))
+    others = (Context((tuple(ids),), scored=False) for ids in table.column("prompt_token_ids").to_pylist())
+    return [next(rendered) if is_own else other for is_own, other in zip(own, others, strict=True)]
 
 
 def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk | None:

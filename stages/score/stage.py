@@ -23,7 +23,8 @@ from eopd.stages.stage import (
     teacher_input,
     teacher_key,
 )
-from eopd.storage.identity import Identity
+from eopd.storage.files import canonical_json, sha256_text
+from eopd.storage.identity import KEY_LENGTH, Identity
 from eopd.storage.size_bound import most_bytes
 
 CAPTURED_ENTRIES = 32
@@ -46,6 +47,7 @@ def token_bytes(head: HeadSettings, vocabulary: int) -> float:
 class ScoreStage(Stage):
     name = command = "score"
     kind = "scores"
+    by_teacher = True
     size_settings = "rollout.samples_per_prompt, rollout.max_new_tokens, score.head.k_max or rounds"
 
     def plan(self, plan: PlanView, round_: int) -> Job | None:
@@ -66,6 +68,7 @@ class ScoreStage(Stage):
                 "temperature": settings.score.resolve_temperature(settings.rollout.temperature),
                 "stop_ids": list(facts.stop_ids),
                 **self._values_shown(settings),
+                **self._prompts_answered(plan.experiment),
             },
             inputs={
                 "rollouts": rollouts.key,
@@ -111,6 +114,14 @@ class ScoreStage(Stage):
         return shown
 
     @staticmethod
+    def _prompts_answered(experiment: Experiment) -> dict[str, object]:
+        """Return a digest of the rows of the teacher's prompts, if it does not answer for all."""
+        rows = experiment.teachers_prompts
+        if rows is None or len(rows) == experiment.facts.prompt_count:
+            return {}
+        return {"prompts": sha256_text(canonical_json(sorted(rows)))[:KEY_LENGTH]}
+
+    @staticmethod
     def _is_read(settings: ExperimentSettings) -> bool:
         """False for supervised training on fixed responses, for which nothing reads the scores.
 
@@ -146,6 +157,9 @@ class ScoreStage(Stage):
             head = HeadSettings(k_max=max(settings.teacher.capture.top_k, CAPTURED_ENTRIES), full_head_above=-1)
             return read_size(inputs["rollouts"], token_bytes(head, vocabulary), measured)
         scored = read_size(inputs["rollouts"], token_bytes(settings.score.head, vocabulary), measured)
+        if experiment.teachers_prompts is not None and not measured.tokens:
+            share = len(experiment.teachers_prompts) / experiment.facts.prompt_count
+            scored = replace(scored, tokens=round(scored.tokens * share), bytes=round(scored.bytes * share))
         size = replace(scored, tokens=scored.tokens * (1 + settings.score.teacher_prompt.copies))
         if measured.tokens:
             return size
@@ -183,6 +197,7 @@ class ScoreStage(Stage):
                 student_topk=context.inputs.get("student_topk"),
                 prompts=context.settings.prompts,
                 verdicts=context.inputs.get("verdicts"),
+                prompt_rows=context.experiment.teachers_prompts,
                 seed=context.settings.seed,
                 engines=context.engines,
             )

@@ -161,8 +161,8 @@ def _write_parts(
                 _save_companions(job, folder / EMA_FOLDER)
     if job.settings.lora is not None:
         weights = merged_weights(inner.model, weights)
-    source = job.rollouts if job.scores is None else job.scores
-    left_out = sorted(set(range(source.parts)) - set(filled_parts(source)))
+    parts = set(range(job.rollouts.parts))
+    left_out = sorted(set().union(*(parts.difference(filled_parts(one)) for one in job.scores or (job.rollouts,))))
     summary: dict[str, Any] = {"round": job.round, "responses": len(loop.responses), **summarise(rows)}
     info: dict[str, Any] = {"steps": len(rows)}
     if loop.responses.selection is not None:

@@ -72,7 +72,7 @@ def _write(folder: Path, job: TrainJob, stopped: TrainingStopped, responses: Res
         "seed": job.seed,
         "temperature": job.temperature,
         "rollouts": str(job.rollouts.folder),
-        "scores": None if job.scores is None else str(job.scores.folder),
+        "scores": [str(scores.folder) for scores in job.scores],
         "weights": _weights(job, states),
         "figures": stopped.figures,
         "settings": job.settings.model_dump(mode="json"),

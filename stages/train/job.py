@@ -20,7 +20,7 @@ class TrainJob:
     student: ModelRef  # the policy at the round's start; where `age` is 0, the one that sampled the rollouts
     previous: Artifact | None  # checkpoint whose optimiser state carries on
     rollouts: Artifact
-    scores: Artifact | None  # None: the objective needs none
+    scores: tuple[Artifact, ...]  # of each teacher; none if the objective reads none
     settings: TrainSettings
     round: int
     total_steps: int  # of the schedule

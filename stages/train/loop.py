@@ -34,8 +34,8 @@ from eopd.stages.train.schedule import batch_of_step, learning_rate
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import Writer
-from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 
 ROUND_STRIDE = 2**40
@@ -82,7 +82,7 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         responses: Responses,
-        cache: TeacherCache | None,
+        cache: JointCache | None,
         stops: StopHandling,
         accelerator: Accelerator,
         settings: TrainSettings,

@@ -16,9 +16,9 @@ from eopd.stages.train.selection import Candidate, Selection
 from eopd.stages.train.settings import TrainedTokens
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import Writer, read_rollouts
-from eopd.storage.sources import filled_parts
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.sources import ScoreSource, filled_parts
 from eopd.storage.teacher_record import TeacherRows
 
 COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs", "written")
@@ -88,7 +88,7 @@ def _after_text(written: NDArray[np.int8]) -> NDArray[np.bool_]:
 
 def load_responses(
     rollouts: Artifact,
-    cache: TeacherCache | None,
+    cache: JointCache | None,
     selection: Selection | None = None,
     region: Region | None = None,
 ) -> Responses:
@@ -107,9 +107,9 @@ def load_responses(
     candidates: list[Candidate] = []
     names, sequences, locations, sampler, written, trained = [], [], [], [], [], []
     left_out = 0
-    for part in filled_parts(rollouts if cache is None else cache.artifact):
-        if cache is not None:
-            _check_same_rollouts(rollouts, cache, part)
+    for part in filled_parts(rollouts) if cache is None else cache.parts():
+        for scores in () if cache is None else cache.sources(part):
+            _check_same_rollouts(rollouts, scores, part)
         stored = read_rollouts(rollouts.part_folder(part), columns)
         table = stored.to_pydict()
         if cache is not None:
@@ -194,11 +194,11 @@ def check_alignment(responses: Responses, numbers: Sequence[int], rows: TeacherR
             )
 
 
-def _check_same_rollouts(rollouts: Artifact, cache: TeacherCache, part: int) -> None:
-    scored = cache.artifact.marker(part).inputs.get("rollouts")
+def _check_same_rollouts(rollouts: Artifact, scores: ScoreSource, part: int) -> None:
+    scored = scores.marker(part).inputs.get("rollouts")
     checksum = rollouts.marker(part).checksum
     if scored is not None and scored != checksum:
         raise DamagedPart(
-            f"{cache.artifact} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part "
+            f"{scores} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part "
             f"{part} has {checksum[:12]}. `eopd store verify --repair` re-queues the scores."
         )

@@ -53,8 +53,8 @@ from eopd.stages.train.student import Student
 from eopd.storage import stopping
 from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.claims import Patience, claim
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import Writer
-from eopd.storage.teacher_cache import TeacherCache
 
 LONGEST_WAIT = timedelta(days=7)
 """Timeout of processes that train together: the first may wait for another job's claim or write large states.
@@ -101,7 +101,7 @@ def _sole_trainer(job: TrainJob, accelerator: Accelerator) -> Iterator[bool]:
 def _train(job: TrainJob, accelerator: Accelerator) -> None:
     settings = job.settings
     require_extras(settings)
-    cache = None if job.scores is None else TeacherCache(job.scores)
+    cache = JointCache(job.scores) if job.scores else None
     has_prefixes = job.source == "prefix" and job.tokens == "own"
     objective = make_objective(settings.objective, has_prefixes=has_prefixes)
     refuse_truncated_sampling(objective, job.truncated_rollouts)

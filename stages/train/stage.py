@@ -42,15 +42,14 @@ class TrainStage(Stage):
 
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         experiment, settings = plan.experiment, plan.experiment.settings
-        rollouts, scores = plan.output("rollout", round_), plan.output("score", round_)
+        rollouts, scores = plan.output("rollout", round_), plan.by_teacher("score", round_)
         if rollouts is None:
             return None
         policy, verdicts = plan.policy(round_), plan.output("judge", round_)
         if settings.selects_by_verdict and verdicts is None and not settings.rollouts_carry_verdicts:
             return None
         read = {"rollouts": rollouts}
-        if scores is not None:
-            read["scores"] = scores
+        read.update({scores_role(teacher): identity for teacher, identity in scores.items()})
         if settings.selects_by_verdict and verdicts is not None:
             read["verdicts"] = verdicts
         train = settings.train.semantic()
@@ -97,8 +96,8 @@ class TrainStage(Stage):
         union."""
         if experiment.settings.train.objective.stops != "remap":
             return {}
-        student, teacher = experiment.facts.student, experiment.facts.teacher
-        return {"stops": [*student.stop_ids[:1], *teacher.stop_ids[:1]]}
+        facts = experiment.facts
+        return {"stops": [*facts.student.stop_ids[:1], *facts.teacher_stop_ids[:1]]}
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.train.processes
@@ -125,6 +124,11 @@ class TrainStage(Stage):
         run(train_job(context))
 
 
+def scores_role(teacher: str) -> str:
+    """Return the role of a teacher's scores among the inputs of training."""
+    return f"scores.{teacher}" if teacher else "scores"
+
+
 def train_job(context: JobContext) -> TrainJob:
     """Return the train stage's inputs for a planned job."""
     from eopd.stages.train.job import TrainJob
@@ -145,7 +149,9 @@ def train_job(context: JobContext) -> TrainJob:
         student=context.student,
         previous=context.inputs.get("policy") if round_ > 0 else None,
         rollouts=context.inputs["rollouts"],
-        scores=context.inputs.get("scores"),
+        scores=tuple(
+            context.inputs[role] for role in map(scores_role, experiment.facts.teacher_models) if role in context.inputs
+        ),
         source=settings.rollout.source,
         tokens=settings.trained_tokens,
         settings=settings.train,
@@ -157,7 +163,7 @@ def train_job(context: JobContext) -> TrainJob:
         temperature=settings.rollout.temperature,
         truncated_rollouts=settings.rollout.parameters(()).truncates,
         student_stop_ids=experiment.facts.student.stop_ids,
-        teacher_stop_ids=experiment.facts.teacher.stop_ids,
+        teacher_stop_ids=experiment.facts.teacher_stop_ids,
         progress=context.progress,
         run_dir=context.run_dir,
         selection=selection,

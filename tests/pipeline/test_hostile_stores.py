@@ -88,10 +88,11 @@ def artifacts_of(store: Path, kind: str) -> list[Artifact]:
 
 def report(store: Path) -> None:
     kinds = ("evaluation_summaries", "rollouts", "scores", "checkpoints", "alignment_summaries")
-    stages = [next(iter(artifacts_of(store, kind)), None) for kind in kinds]
+    evaluated, rollouts, scores, checkpoint, aligned = (next(iter(artifacts_of(store, kind)), None) for kind in kinds)
+    artifacts = RoundArtifacts(0, evaluated, rollouts, (scores,) if scores else (), checkpoint, aligned)
     settings = {"train": {"objective": {"name": "opd", "support": "sampled", "k": 16}}}
     none = store / "none"
-    gather(RunArtifacts("run", settings, [RoundArtifacts(0, *stages)], "", None, metrics=none, jobs=none))
+    gather(RunArtifacts("run", settings, [artifacts], "", None, metrics=none, jobs=none))
 
 
 def every_command(store: Path, elsewhere: Path) -> Iterator[Callable[[], object]]:

@@ -324,7 +324,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_scores_are_those_of_each_response_alone(world: Path) -> None:
     teacher = load_model(ModelRef(str(world / "teacher")))
-    stored = TeacherCache(train_job(world, "unused").scores).read_part(0)
+    stored = TeacherCache(train_job(world, "unused").scores[0]).read_part(0)
     rows = random_responses(RESPONSES, seed=3, most=12)[:5]
     with torch.no_grad():
         alone = [full_model_logits(teacher, Sequence([5, 6, 7], row["response_token_ids"]), "cpu") for row in rows]

@@ -31,8 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_world(folder)
     job = train_job(folder, "any")
-    assert job.scores is not None
-    export_sequences(TeacherCache(job.scores), job.rollouts, folder / "kd.parquet")
+    assert job.scores
+    export_sequences(TeacherCache(job.scores[0]), job.rollouts, folder / "kd.parquet")
     return folder
 
 
@@ -54,7 +54,7 @@ def captured(folder: Path, name: str, **changes: Any) -> CapturedJob:
 
 def test_heads_are_those_of_the_teacher_that_was_captured(world: Path) -> None:
     run(job := captured(world, "heads"))
-    scores = train_job(world, "any").scores
+    scores = train_job(world, "any").scores[0]
     assert scores is not None
     ours, theirs = TeacherCache(job.output), TeacherCache(scores)
     for part in range(2):
@@ -76,14 +76,16 @@ def test_training_on_a_capture_is_training_on_its_teacher(world: Path) -> None:
     """Of a capture no log-probs of stops are known, so several stop ids stay tokens."""
     run(job := captured(world, "trained"))
     settings = {"objective": {"name": "fkl"}, "batch_responses": 8, "epochs": 1}
-    ours = train_job(world, "on-capture", scores=job.output, student_stop_ids=STOPS, teacher_stop_ids=STOPS, **settings)
+    ours = train_job(
+        world, "on-capture", scores=(job.output,), student_stop_ids=STOPS, teacher_stop_ids=STOPS, **settings
+    )
     theirs = train_job(world, "on-teacher", student_stop_ids=STOPS[:1], teacher_stop_ids=STOPS[:1], **settings)
     for one in (ours, theirs):
         train(one)
     (mine,), (his,) = read_rows(ours), read_rows(theirs)
     for figure in ("loss", "fkl", "rkl", "retained_mass", "grad_norm"):
         assert mine[figure] == pytest.approx(his[figure], rel=0.02)
-    refused = train_job(world, "refused", scores=job.output, objective={"name": "eopd"})
+    refused = train_job(world, "refused", scores=(job.output,), objective={"name": "eopd"})
     with pytest.raises(NeedNotMet, match="entropy"):
         train(refused)
 

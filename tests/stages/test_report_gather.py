@@ -283,9 +283,9 @@ def test_the_histograms_are_of_one_round_and_empty_parts_count_nothing(tmp_path:
         run = gathered(tmp_path, *rounds)
         return [sum(each.counts) if each is not None else None for each in (run.teacher_entropy, run.student_entropy)]
 
-    first = RoundArtifacts(0, None, scores=scored[0], checkpoint=one)
-    second = RoundArtifacts(1, None, scores=scored[1], checkpoint=other)
-    under_way = RoundArtifacts(2, None, scores=scored[2])
+    first = RoundArtifacts(0, None, scores=(scored[0],), checkpoint=one)
+    second = RoundArtifacts(1, None, scores=(scored[1],), checkpoint=other)
+    under_way = RoundArtifacts(2, None, scores=(scored[2],))
     unscored = RoundArtifacts(1, None, checkpoint=other)
     assert counts(first, second, under_way) == [3, 3]
     assert counts(first, unscored) == [2, 2]
@@ -299,7 +299,7 @@ def test_divergences_of_other_heads_are_said_to_be_such(tmp_path: Path) -> None:
 
     def run(called: str, head: HeadRule, **objective: Any) -> RunData:
         found = scores(tmp_path / called, 1, head, lengths=[2])[0]
-        rounds = RoundArtifacts(0, None, scores=found, checkpoint=trained(tmp_path / called, 0))
+        rounds = RoundArtifacts(0, None, scores=(found,), checkpoint=trained(tmp_path / called, 0))
         settings = {"train": {"objective": {"support": "bucket", **objective}}}
         return gathered(tmp_path, rounds, name=called, settings=settings)
 
@@ -343,7 +343,7 @@ def test_the_heading_of_a_rollout_is_the_users_message(tmp_path: Path) -> None:
     ]
     with rollouts.write_part(0) as folder:
         write_rollouts(folder, rows)
-    rounds = RoundArtifacts(0, None, rollouts=rollouts, scores=found)
+    rounds = RoundArtifacts(0, None, rollouts=rollouts, scores=(found,))
     run = gathered(tmp_path, rounds, tokenizer=str(tmp_path), judge=lambda _, pairs: [True] * len(pairs))
     assert [view.prompt for view in run.rollouts] == ["And <b>2</b>?", "system ask", "system ask"]
     assert [view.truncated for view in run.rollouts] == [False, True, False]

@@ -186,7 +186,7 @@ def test_the_loss_is_of_the_tokens_in_the_region_alone(tmp_path: Path, tokens: A
         tmp_path,
         tokens,
         rollouts=rollouts,
-        scores=None,
+        scores=(),
         source="revise",
         tokens=tokens,
         objective={"name": "sft"},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from eopd.stages.job import ModelRef
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.run import run
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.joint_cache import JointCache
 from tests.stages.train_case import make_world, train_job
 
 
@@ -59,7 +59,7 @@ def test_infinite_weights_leave_a_reproduction(world: Path, tmp_path: Path) -> N
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert tuple(row["name"] for row in rows) == raised.value.responses
     assert len(rows) == job.settings.batch_responses
-    teacher = TeacherCache(job.scores).read([(row["part"], row["row"]) for row in rows])
+    teacher = JointCache(job.scores).read([(row["part"], row["row"]) for row in rows])
     assert teacher.token_ids.tolist() == [token for row in rows for token in row["response_token_ids"]]
     assert all(row["prompt_token_ids"] == [5, 6, 7] for row in rows)
 

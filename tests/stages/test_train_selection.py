@@ -23,7 +23,7 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
 from eopd.storage.errors import DamagedPart
 from eopd.storage.identity import Identity
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.verdicts import write_verdicts
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
@@ -189,7 +189,7 @@ def verdicts_of(job: TrainJob, name: str = "v", correct: Sequence[bool] = RIGHT,
 
 def test_responses_are_the_selected_ones_in_the_order_of_the_rollouts(world: Path) -> None:
     job = train_job(world, "loaded")
-    cache, everything = TeacherCache(job.scores), load_responses(job.rollouts, TeacherCache(job.scores))
+    cache, everything = JointCache(job.scores), load_responses(job.rollouts, JointCache(job.scores))
     selection = Selection(select(verdict="right"), verdicts=verdicts_of(job))
     selected = load_responses(job.rollouts, cache, selection)
     assert selected.names == ("a/1", "a/2", "b/0", "b/3")
@@ -205,7 +205,7 @@ def test_verdicts_on_other_responses_are_refused(world: Path, changes: dict[str,
     job = train_job(world, "mixed-up")
     selection = Selection(select(verdict="right"), verdicts=verdicts_of(job, str(changes), **changes))
     with pytest.raises(DamagedPart, match="verdicts on other responses"):
-        load_responses(job.rollouts, TeacherCache(job.scores), selection)
+        load_responses(job.rollouts, JointCache(job.scores), selection)
 
 
 def test_training_takes_the_selected_tokens_and_no_others(world: Path) -> None:
@@ -215,7 +215,7 @@ def test_training_takes_the_selected_tokens_and_no_others(world: Path) -> None:
     run(job)
     rows = read_rows(job)
     assert len(rows) == 4
-    tokens = load_responses(job.rollouts, TeacherCache(job.scores), job.selection).tokens
+    tokens = load_responses(job.rollouts, JointCache(job.scores), job.selection).tokens
     for epoch in (0, 1):
         assert sum(row["tokens"] for row in rows if row["epoch"] == epoch) == tokens
     assert any("of 8 responses, 4 are right (train.select)" in line for line in job.progress.lines)  # type: ignore[attr-defined]

@@ -52,13 +52,13 @@ def test_supervised_training_needs_no_scores(tmp_path: Path) -> None:
     settings = {"objective": {"name": "sft"}}
     scored, own = train_job(tmp_path, "scored", **settings), written(tmp_path, "data", Writer.DATA)
     run(scored)
-    job = train_job(tmp_path, "unscored", **settings, rollouts=own, scores=None, source="data")
+    job = train_job(tmp_path, "unscored", **settings, rollouts=own, scores=(), source="data")
     run(job)
     first, other = read_rows(job)[0], read_rows(scored)[0]
     for figure in ("loss", "grad_norm", "student_entropy"):  # a head is summed in another order than the rest
         assert first[figure] == pytest.approx(other[figure], rel=forward_rounding(10.0))
     assert not {"teacher_entropy", "retained_mass", "fkl", "staleness_k1"} & first.keys()
-    refused = train_job(tmp_path, "refused", rollouts=own, scores=None, source="data", objective={"name": "fkl"})
+    refused = train_job(tmp_path, "refused", rollouts=own, scores=(), source="data", objective={"name": "fkl"})
     with pytest.raises(ValueError, match="objective 'fkl' reads the teacher's scores"):
         run(refused)
 
@@ -70,7 +70,7 @@ def test_a_divergence_does_not_ask_who_wrote_the_tokens(tmp_path: Path, objectiv
     score(score_job(tmp_path / "store", tmp_path / "teacher", own, name="of-teacher"))
     scores = score_job(tmp_path / "store", tmp_path / "teacher", own, name="of-teacher").output
     settings = {"objective": {"name": objective}}
-    job = train_job(tmp_path, "own", **settings, rollouts=own, scores=scores, source="teacher")
+    job = train_job(tmp_path, "own", **settings, rollouts=own, scores=(scores,), source="teacher")
     run(job)
     sampled = train_job(tmp_path, "sampled", **settings)
     run(sampled)
@@ -83,7 +83,7 @@ def prefix_world(folder: Path) -> dict[str, Any]:
     own = written(folder, "prefix", Writer.TEACHER, prefix=4)
     job = score_job(folder / "store", folder / "teacher", own, name="of-prefix")
     score(job)
-    return {"rollouts": own, "scores": job.output, "source": "prefix", "max_logprob_gap": 100.0}
+    return {"rollouts": own, "scores": (job.output,), "source": "prefix", "max_logprob_gap": 100.0}
 
 
 def test_prefixes_are_counted_and_their_log_probs_compared_with_nobody_s(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_teacher_with_another_head_still_trains_the_tokens_of_a_prefix(tmp_pat
         tmp_path,
         "tropd",
         rollouts=own,
-        scores=job.output,
+        scores=(job.output,),
         source="prefix",
         max_logprob_gap=100.0,
         objective={"name": "tropd", "k": 1},
@@ -153,6 +153,6 @@ def test_steps_of_prefixes_alone_are_told(tmp_path: Path, prefix: int, warned: b
     job = score_job(tmp_path / "store", tmp_path / "teacher", own, name="of-prefix")
     score(job)
     lines = Lines()
-    changes = {"rollouts": own, "scores": job.output, "source": "prefix", "max_logprob_gap": 100.0}
+    changes = {"rollouts": own, "scores": (job.output,), "source": "prefix", "max_logprob_gap": 100.0}
     run(train_job(tmp_path, "told", **changes, objective={"name": "fkl"}, progress=lines))
     assert any("4 steps hold nothing but tokens that the teacher wrote" in line for line in lines.lines) == warned

@@ -23,7 +23,7 @@ from eopd.stages.train.schedule import batch_of_step
 from eopd.stages.train.settings import StalenessSettings
 from eopd.stages.train.staleness import response_weights
 from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.joint_cache import JointCache
 from tests.stages.score_case import STOPS, Lines, random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
 
@@ -65,7 +65,7 @@ def test_staleness_is_that_of_a_dense_forward_pass(world: Path, objective: str, 
     assert 0 <= rows[0]["staleness_k3"] < 1e-9
 
     model = load_model(job.student)
-    responses = load_responses(job.rollouts, TeacherCache(job.scores))
+    responses = load_responses(job.rollouts, JointCache(job.scores))
     chosen = [responses.sequences[n] for n in batch_of_step(len(responses), 4, 1, seed=job.seed, round_=0)[1]]
     before = logprobs(model, chosen, temperature=temperature)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(world: Path)
     """Its size decides when ``max_grad_norm`` clips; one micro-batch a response, so that shares have to add up."""
     job = train_job(world, "gradient", objective={"name": "sft"}, temperature=0.7, micro_batch_tokens=16)
     run(job)
-    responses = load_responses(job.rollouts, TeacherCache(job.scores))
+    responses = load_responses(job.rollouts, JointCache(job.scores))
     chosen = [responses.sequences[n] for n in batch_of_step(len(responses), 4, 0, seed=job.seed, round_=0)[1]]
     model = load_model(job.student)
     losses = []
@@ -145,7 +145,7 @@ def aged(world: Path) -> dict[str, Any]:
     source = rollouts(world / "store", [rows], name="aged")
     job = score_job(world / "store", world / "teacher", source, name="aged")
     score(job)
-    return {"rollouts": source, "scores": job.output, "age": 2}
+    return {"rollouts": source, "scores": (job.output,), "age": 2}
 
 
 def test_old_responses_weigh_less_and_say_so(world: Path, aged: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def stopped(world: Path) -> dict[str, Any]:
     source = rollouts(world / "store", [rows], name="stopped")
     job = score_job(world / "store", world / "teacher", source, name="stopped")
     score(job)
-    return {"rollouts": source, "scores": job.output}
+    return {"rollouts": source, "scores": (job.output,)}
 
 
 def test_a_merged_stop_is_no_step_away_from_the_policy_that_sampled(world: Path, stopped: dict[str, Any]) -> None:

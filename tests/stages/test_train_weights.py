@@ -22,7 +22,7 @@ from eopd.stages.train.run import run
 from eopd.stages.train.schedule import batch_of_step
 from eopd.stages.train.settings import TrainSettings, WeightSettings
 from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.joint_cache import JointCache
 from tests.pipeline.plan_case import make_settings, plan_of
 from tests.stages.score_case import random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
@@ -92,7 +92,7 @@ def test_only_weights_that_are_set_enter_the_key() -> None:
 def test_loss_and_gradient_are_those_of_a_dense_forward_pass(world: Path, settings: dict[str, Any]) -> None:
     job = train_job(world, f"dense-{settings['kind']}", objective={"name": "sft"}, optimizer=STILL, weights=settings)
     run(job)
-    responses = load_responses(job.rollouts, TeacherCache(job.scores))
+    responses = load_responses(job.rollouts, JointCache(job.scores))
     weights = position_weights(job.settings.weights, responses.offsets)
     chosen = batch_of_step(len(responses), 4, 0, seed=job.seed, round_=0)[1]
     model, total = load_model(job.student), torch.zeros(())
@@ -130,7 +130,7 @@ def test_both_weights_multiply_and_survive_a_resume(world: Path) -> None:
     source = rollouts(world / "store", [responses], name="aged")
     scored = score_job(world / "store", world / "teacher", source, name="aged")
     score(scored)
-    aged = {"rollouts": source, "scores": scored.output, "age": 1, "staleness": {"half_life_rounds": 1.0}}
+    aged = {"rollouts": source, "scores": (scored.output,), "age": 1, "staleness": {"half_life_rounds": 1.0}}
     whole, killed = (train_job(world, name, weights=LINEAR, **aged) for name in ("whole", "killed"))
     run(whole)
     with pytest.raises(Killed):

@@ -16,7 +16,7 @@ from eopd.stages.score.run import run
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.identity import Identity
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.joint_cache import JointCache
 from eopd.storage.verdict_signal import auc, sources_of, verdict_signal
 from tests.stages.score_case import response_row, rollouts, score_job
 from tests.stages.test_teacher_contexts import judged
@@ -52,7 +52,7 @@ def verdicts_on(source: Artifact, store: Path) -> Artifact:
 
 def test_sums_are_over_tokens_that_the_student_sampled(scored: tuple[Artifact, Artifact], tmp_path: Path) -> None:
     source, scores = scored
-    cache = TeacherCache(scores)
+    cache = JointCache([scores])
     rows = [cache.read_part(part) for part in range(2)]
     teacher = np.concatenate([one.sampled_logprob for one in rows]).reshape(5, 2).astype(float)
     sums = [(teacher[n] - np.asarray(one))[np.isfinite(one)].sum() for n, one in enumerate(LOGPROBS) if one is not None]
@@ -75,12 +75,12 @@ def test_stats_and_the_report_show_it(scored: tuple[Artifact, Artifact]) -> None
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["signal"] is None
     verdicts = verdicts_on(source, store)
     assert [one.key for one in sources_of(store, scores) or ()] == [source.key, verdicts.key]
-    expected = verdict_signal(TeacherCache(scores), source, verdicts)
+    expected = verdict_signal(JointCache([scores]), source, verdicts)
     assert json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["signal"] == expected.to_json()
     assert "between 2 right and 2 wrong responses (1 left out)" in CliRunner().invoke(app, arguments).output
-    item = RoundArtifacts(0, None, rollouts=source, scores=scores, made={"judge": verdicts})
+    item = RoundArtifacts(0, None, rollouts=source, scores=(scores,), made={"judge": verdicts})
     assert _signal(item)["signal"].value == expected.auc
-    assert _signal(RoundArtifacts(0, None, rollouts=source, scores=scores)) == {}
+    assert _signal(RoundArtifacts(0, None, rollouts=source, scores=(scores,))) == {}
 
 
 def test_scores_of_other_rollouts_are_refused(scored: tuple[Artifact, Artifact], tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_scores_of_other_rollouts_are_refused(scored: tuple[Artifact, Artifact],
     rows = [response_row(n, [40 + n, 51], logprobs=[-1.0, -1.0]) for n in range(5)]
     other = rollouts(tmp_path, [rows[:3], rows[3:]])
     with pytest.raises(DamagedPart, match="scored from other rollouts"):
-        verdict_signal(TeacherCache(scores), other, verdicts_on(other, tmp_path))
+        verdict_signal(JointCache([scores]), other, verdicts_on(other, tmp_path))
     assert source.key == other.key
 
 

@@ -50,7 +50,7 @@ def train_job(folder: Path, name: str, **changes: Any) -> TrainJob:
         student=ModelRef(str(folder / "student"), fingerprint="student"),
         previous=None,
         rollouts=source,
-        scores=scores,
+        scores=(scores,),
         settings=TrainSettings.model_validate({**defaults, "optimizer": optimizer, **changes}),
         round=0,
         total_steps=4,

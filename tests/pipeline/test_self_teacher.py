@@ -101,7 +101,7 @@ def test_a_teacher_that_later_rounds_read_is_not_pruned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "changes", "words"),
     [
-        ({}, {}, "'teacher': name the model by one of path, run, student, capture; got none"),
+        ({}, {}, "'teacher': name the model by one of path, run, student, capture, by_prompt; got none"),
         ({"path": "t", "student": "initial"}, {}, "got path and student"),
         ({"student": "first"}, {}, r"teacher\.student"),
         ({"student": "initial", "renewed": 2}, SHOWN, "renewed has no effect with student: initial"),

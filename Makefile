@@ -3,11 +3,12 @@
 # make test-fast    the tests without vLLM, a browser and whole runs (under 2 minutes)
 # make coverage     the tests, traced (a third slower), then the lines and branches that none of them reached
 # make check        linter and type checker
+# make docs         the site, in build/site; a broken link or anchor fails
 PY := .venv/bin/python
 TRACED :=
 PYTEST = -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast coverage check setup format clean
+.PHONY: quickstart test test-fast coverage check docs setup format clean
 
 setup:
 	@./scripts/setup.sh
@@ -30,6 +31,10 @@ check: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy -p eopd.pipeline -p eopd.stages -p eopd.storage
+
+docs: setup
+	@.venv/bin/uv pip install --quiet --python $(PY) --constraint scripts/constraints-cpu.txt mkdocs-material "mkdocstrings[python]"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: setup
 	@.venv/bin/ruff check --fix .

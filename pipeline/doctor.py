@@ -1,7 +1,7 @@
 """`eopd doctor`: find what would stop a run on this machine before one is started, each with a remedy.
 
-Heavy packages are imported in separate processes, all at once and with a time limit: a broken package then reports why,
-and cannot take the doctor with it. Checks that need other packages import them locally.
+Heavy packages are imported in separate processes with a time limit: a broken package then reports why, and cannot take
+the doctor with it. Checks that need other packages import them locally.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eopd.storage.extras import STAGES, installing, is_installed
 if TYPE_CHECKING:
     from eopd.pipeline.config import RunSettings
 
-IMPORT_SECONDS = 120.0
+IMPORT_SECONDS = 300.0  # on a busy machine with a cold disk vLLM takes minutes
 LITTLE_MEMORY = 4 << 30
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "scripts"
 NEEDED = (
@@ -45,20 +45,20 @@ found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
 
 
 def examine(store: Path, settings: RunSettings | None = None, *, engines: bool = True) -> Iterator[Finding]:
-    """Yield findings as they are made; heavy packages are imported in the background and reported last.
+    """Yield findings as they are made. Heavy packages are imported after the quick checks, two at a time.
 
     Args:
         settings: whose models, prompts, benchmarks and launcher are looked at too.
         engines: import vLLM too, which is slow.
     """
-    with ThreadPoolExecutor() as pool:
+    yield from (*_python(), *_packages(), *_machine(), *_optional())
+    yield from _store(store)
+    with ThreadPoolExecutor(max_workers=2) as pool:
         torch = pool.submit(probe, "torch", TORCH_PROBE)
         transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
         vllm = (
             pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and is_installed("vllm") else None
         )
-        yield from (*_python(), *_packages(), *_machine(), *_optional())
-        yield from _store(store)
         yield from _inputs(settings) if settings is not None else ()
         yield from _torch(torch.result())
         yield _imported("transformers", transformers.result(), "broken")

@@ -52,10 +52,19 @@ def plan_table(forecast: Forecast, *, every_job: bool = False) -> RenderableType
     for name in ("parts", "tokens", "bytes", "time left"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("artifact", style="dim", no_wrap=True, overflow="ellipsis")
-    for rows in _folded(forecast.rows, every_job):
+    lines = list(_folded(forecast.rows, every_job))
+    for rows in lines:
         cells: list[str | Text] = [_rounds(rows), rows[0].stage, _state(rows), *_figures(rows), _artifact(rows)]
         table.add_row(*([_run_names(rows, forecast)] if several else []), *cells)
-    return Group(table, Text(), *_below(forecast))
+    return Group(table, Text(), *_reading(lines), *_below(forecast))
+
+
+def _reading(lines: Sequence[Sequence[Row]]) -> Iterator[Text]:
+    """Explain what the column `parts` counts, where it is not the parts of one artifact of samples."""
+    if any(len(rows) > 1 for rows in lines):
+        yield Text("A line for several rounds adds up their jobs; --all shows every job.")
+    if any(rows[0].stage.endswith("_summary") for rows in lines):
+        yield Text("A summary is a job of one part: the figures of an evaluation or alignment, from all of its parts.")
 
 
 def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:

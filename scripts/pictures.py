@@ -1,12 +1,14 @@
-"""The pictures in the README: `eopd plan`, `eopd status` and a running job, as rich shows them, from a real run.
+"""The pictures in the README and the documents, from real runs.
 
-    python scripts/pictures.py            # some minutes on two cores; writes docs/pictures/*.svg
+    python -m scripts.pictures                                    # plan, status and run (SVG): some minutes on two cores
+    python -m scripts.pictures runs/quickstart/report/index.html  # the rollouts of a report (PNG), by Chromium
 
-A small Countdown run is started in a temporary folder, looked at while it works, and ended.
+For the first three, a small Countdown run is started in a temporary folder, looked at while it works, and ended.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -26,9 +28,23 @@ from eopd.pipeline.config import load_config
 from eopd.pipeline.forecast import forecast
 from eopd.pipeline.status import Status, take_status
 from eopd.pipeline.tables import plan_table, status_view
+from tests.stages.headless_browser import browser
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 WIDTH = 100
+ONLY_ROLLOUTS = """(() => {
+  const rollouts = document.getElementById("rollouts");
+  document.body.replaceChildren(rollouts);
+  document.body.style.cssText = "margin: 0; padding: 8px 20px; max-width: none";
+  const prompts = [...rollouts.querySelectorAll(".prompt")];
+  const solved = prompts.filter((prompt) => prompt.querySelector(".who .good"));
+  const shown = [...solved, ...prompts].slice(0, 2);
+  rollouts.querySelectorAll(".prompt").forEach((prompt) => { if (!shown.includes(prompt)) prompt.remove(); });
+  shown.forEach((prompt) => { prompt.open = true; });
+  rollouts.style.cssText = "margin: 0; padding: 0";
+  return [document.body.offsetWidth, Math.ceil(shown.at(-1).getBoundingClientRect().bottom) + 8];
+})()"""
+"""Leaves of a report two prompts, if it can with a right response; returns width and height of what is left."""
 CHANGES = [
     *("name=demo", "rounds=40", "rollout.prompts_per_round=256", "rollout.samples_per_prompt=1", "train.epochs=1"),
     *("rollout.rows_per_part=32", "evaluate.rows_per_part=32", "evaluate.samples=2", "launcher.kind=local"),
@@ -60,7 +76,20 @@ def wait_for(ready: Callable[[], Status | None], seconds: float) -> Status:
     raise TimeoutError("the run did not get as far as the picture needs")
 
 
+def picture_rollouts(page: Path) -> None:
+    """Write the first rollouts of a report, coloured by the teacher's entropy."""
+    with tempfile.TemporaryDirectory() as profile, browser(Path(profile)) as tab:
+        tab.open(page, 960, 4000)
+        width, height = tab.evaluate(ONLY_ROLLOUTS)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1.5}
+        shot = tab.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+    (PICTURES / "rollouts.png").write_bytes(base64.b64decode(shot["data"]))
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        picture_rollouts(Path(sys.argv[1]))
+        return
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # so that the store is called "store" in the pictures
         settings = load_config("quickstart", CHANGES)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "accelerate", "tensorboard", "math_verify"), "train"),
+    **dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "tensorboard", "math_verify"), "train"),
     **dict.fromkeys(("latex2sympy2_extended", "sympy"), "train"),  # come with math_verify
     "matplotlib": "report",
     "numba": "write",

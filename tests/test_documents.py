@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from eopd.pipeline.config import parse_settings
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.storage.needs import EntropyNeed
-from tests.test_train_from_cache import make_store
+from tests.test_train_from_cache import VOCABULARY, make_store
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", "store"} & set(path.parts)]
@@ -89,11 +90,30 @@ def _texts() -> Iterator[str]:
                     yield node.value
 
 
-def test_the_config_to_start_from_is_valid() -> None:
-    (text,) = CONFIG.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    settings = parse_settings(yaml.safe_load(text), "README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/your-own.md"])
+def test_the_config_to_start_from_is_valid(page: str) -> None:
+    (text,) = CONFIG.findall((ROOT / page).read_text(encoding="utf-8"))
+    settings = parse_settings(yaml.safe_load(text), page)
     assert settings.evaluate is not None
     assert settings.score.teacher_prompt.suffix == settings.prompts.suffix, "the teacher reads the same instruction"
+
+
+def test_the_first_page_trains_from_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "store")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student = Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=16, **shape)
+    Qwen3ForCausalLM(student).save_pretrained(tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    (code,) = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(code.replace("max_steps=100", "max_steps=30, learning_rate=1e-2, logging_steps=1"), names)
+    losses = [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 950
 
 
 def test_the_cache_is_read_as_the_guide_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

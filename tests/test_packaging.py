@@ -179,7 +179,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(archives[0])
 
 
-@pytest.mark.long
 def test_the_base_reads_stores_and_plans_without_torch(tmp_path: Path, wheel: Path) -> None:
     environment = Environment(tmp_path / "environment")
     environment.install(str(wheel))
@@ -217,8 +216,7 @@ def test_the_base_reads_stores_and_plans_without_torch(tmp_path: Path, wheel: Pa
     assert not (tmp_path / "store" / "rollouts" / "claims").exists()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("extra", sorted(set(PROJECT["optional-dependencies"]) - {"dev"}))
+@pytest.mark.parametrize("extra", sorted(set(PROJECT["optional-dependencies"]) - {"dev", "docs"}))
 def test_every_extra_resolves_and_light_ones_install(tmp_path: Path, wheel: Path, extra: str) -> None:
     environment = Environment(tmp_path / "environment")
     light = extra in INSTALLED_HERE

@@ -188,6 +188,18 @@ def looked_at(**changes: Any) -> dict[str, Finding]:
     return {finding.name: finding for finding in check_inputs(parse_settings(raw | changes, "test"))}
 
 
+def test_quick_checks_come_before_heavy_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(doctor, "probe", lambda package, _: imported.append(package) or f"{package} fails")
+    findings = doctor.examine(tmp_path / "store")
+    quick = [next(findings).name for _ in range(4)]
+    assert quick[:2] == ["Python", "packages"]
+    assert imported == []
+    rest = [finding.name for finding in findings]
+    assert rest[rest.index("claims") + 1 :] == ["torch", "transformers", "vllm"]
+    assert sorted(imported) == ["torch", "transformers", "vllm"]
+
+
 def test_what_a_config_names_is_there() -> None:
     found = looked_at()
     assert {name: finding.state for name, finding in found.items()} == dict.fromkeys(

@@ -58,6 +58,9 @@ def test_nothing_is_there(tmp_path: Path) -> None:
     shown = text(overview)
     assert "not known yet" in shown
     assert "≤ 61.4k" in shown  # three rounds, folded
+    assert "--all shows every job" in shown
+    assert "A summary is a job of one part" in shown
+    assert "--all" not in text(overview, every_job=True)
 
 
 def test_states_tokens_and_time(tmp_path: Path) -> None:

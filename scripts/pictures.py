@@ -1,6 +1,6 @@
 """The pictures in the README and the documents, from real runs.
 
-    python -m scripts.pictures                                    # plan, status and run (SVG): some minutes on two cores
+    python -m scripts.pictures                                    # plan, status and run (SVG), in some minutes
     python -m scripts.pictures runs/quickstart/report/index.html  # the rollouts of a report (PNG), by Chromium
 
 For the first three, a small Countdown run is started in a temporary folder, looked at while it works, and ended.

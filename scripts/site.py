@@ -1,6 +1,6 @@
 """Hooks of `make docs` (mkdocs.yml): the files outside docs/ that are pages too, and links between all of them.
 
-Documents link to each other as a code host shows them. Here a link to a file that is a page leads to the page; a link to any
+Documents link to each other as a code host shows them. Here a link to a file that is a page leads to it. A link to any
 other file of the repository becomes its text, because the site has no such file.
 """
 
@@ -51,8 +51,8 @@ def on_files(files: Files, config: Any) -> Files:
             if not target.startswith("docs/"):
                 files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
     modules = "\n\n".join(f"::: {module}" for module in API)
-    intro = "# Reading the cache\n\nThese modules need no torch. [A first program](your-own.md#the-cache-in-a-trainer-of-your-own).\n\n"
-    files.append(File.generated(config, "api.md", content=intro + modules))
+    intro = "These modules need no torch. [A first program](your-own.md#the-cache-in-a-trainer-of-your-own)."
+    files.append(File.generated(config, "api.md", content=f"# Reading the cache\n\n{intro}\n\n{modules}"))
     return files
 
 

@@ -236,3 +236,14 @@ def test_extras_of_the_stages_bring_torch() -> None:
     extras: dict[str, Any] = PROJECT["optional-dependencies"]
     for extra in ("vllm", "vllm-cpu", "peft", "gguf", "ray"):
         assert "eopd[train]" in extras[extra]
+
+
+def test_the_image_copies_files_that_are_there_and_ignores_none_that_it_needs() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    copied = [name for names in copies for name in names]
+    assert {"pyproject.toml", "scripts/constraints-gpu.txt", "scripts/overrides-gpu.txt"} <= set(copied)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"}
+    assert {*SOURCES, *FILES, "scripts"} <= kept
+    assert set(re.findall(r"--extra (\S+)", "\n".join(lines))) <= set(PROJECT["optional-dependencies"])

@@ -146,12 +146,10 @@ class _Content:
 
 
 def check_name(repo: str) -> str:
-    """Return ``repo`` if a repository can be called so. Raises StoreError, also if huggingface_hub is missing."""
-    try:
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
-    except ImportError as error:
-        raise StoreError("the Hub needs the package huggingface_hub, which is not installed") from error
+    """Return ``repo`` if a repository can be called so. Raises StoreError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

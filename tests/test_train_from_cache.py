@@ -76,7 +76,7 @@ def rows(*places: tuple[int, int]) -> list[dict[str, int]]:
 def test_positions_and_targets(tmp_path: Path) -> None:
     scores = make_store(tmp_path)
     cache = TeacherCache(scores)
-    assert responses(cache).to_list() == rows((0, 0), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3))
+    assert responses(cache) == rows((0, 0), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3))
     short = Artifact(tmp_path, Identity("scores", 1, 2, {}, {"rollouts": "other"}, {"head": "aware"}))
     with short.write_part(0) as folder:
         shutil.copytree(scores.part_folder(0), folder, dirs_exist_ok=True)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from eopd.storage.artifacts import Artifact
@@ -32,11 +31,10 @@ from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 
 
-def responses(cache: TeacherCache) -> Dataset:
-    """List the responses with at least one scored token, as (part, row): what ``Collator`` reads them by."""
+def responses(cache: TeacherCache) -> list[dict[str, int]]:
+    """List the responses with at least one scored token by part and row, by which ``Collator`` reads them."""
     counts = {part: cache.token_counts(part) for part in filled_parts(cache.artifact)}
-    places = [(part, int(row)) for part, lengths in counts.items() for row in np.flatnonzero(lengths)]
-    return Dataset.from_dict({"part": [part for part, _ in places], "row": [row for _, row in places]})
+    return [{"part": part, "row": int(row)} for part, lengths in counts.items() for row in np.flatnonzero(lengths)]
 
 
 class Collator:
@@ -108,7 +106,9 @@ class CacheLoss:
         return (loss, output) if return_outputs else loss
 
 
-def trainer_of(kind: str, output: Path, student: str, **settings: Any) -> tuple[type[Any], Any, dict[str, Any]]:
+def trainer_of(
+    kind: str, rows: list[dict[str, int]], output: Path, student: str, **settings: Any
+) -> tuple[type[Any], Any, dict[str, Any]]:
     """Return class, arguments and further keywords of the trainer. Both are subclassed in the same way."""
     common: dict[str, Any] = {
         "output_dir": str(output),
@@ -120,12 +120,14 @@ def trainer_of(kind: str, output: Path, student: str, **settings: Any) -> tuple[
         **settings,
     }
     if kind == "transformers":
-        return Trainer, TrainingArguments(**common), {}
+        return Trainer, TrainingArguments(**common), {"train_dataset": rows}
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     # the rows are tokenised: nothing is to be rendered, and cutting ids would not cut their targets
     arguments = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-    return SFTTrainer, arguments, {"processing_class": AutoTokenizer.from_pretrained(student)}
+    further = {"train_dataset": Dataset.from_list(rows), "processing_class": AutoTokenizer.from_pretrained(student)}
+    return SFTTrainer, arguments, further
 
 
 def train(
@@ -147,6 +149,7 @@ def train(
     cache.require([DrawsNeed("beyond_head")])
     base, arguments, further = trainer_of(
         trainer,
+        responses(cache),
         output,
         student,
         max_steps=steps,
@@ -158,7 +161,6 @@ def train(
     training = type("CacheTrainer", (CacheLoss, base), {})(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, use_safetensors=True),
         args=arguments,
-        train_dataset=responses(cache),
         data_collator=Collator(cache, rollouts),
         **further,
     )

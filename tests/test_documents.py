@@ -21,7 +21,7 @@ from eopd.storage.needs import EntropyNeed
 from tests.test_train_from_cache import VOCABULARY, make_store
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", "store"} & set(path.parts)]
+PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "build", "runs", "store"} & set(path.parts)]
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]+)\)")
 ANCHOR = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

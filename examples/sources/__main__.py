@@ -31,8 +31,10 @@ class Variant:
     changes: dict[str, Any]
 
 
-WITH_SOLUTIONS = ("offline_data", "mixsd")
-"""Examples whose prompts come with a solution."""
+WITH_SOLUTIONS = ("offline_data", "mixsd", "opsd", "two_teachers")
+"""Examples whose prompts come with a solution, and with the name of a teacher."""
+
+EXPERT = {"path": str(HERE.parent / "countdown" / "teacher")}
 
 EXAMPLES: dict[str, tuple[Variant, ...]] = {  # the first of each is the example, the others are its controls
     "offline_data": (
@@ -49,6 +51,20 @@ EXAMPLES: dict[str, tuple[Variant, ...]] = {  # the first of each is the example
         Variant("tropd", {"rollout": {"source": "student"}}),
         Variant("opd, guided", {"train": {"objective": {"name": "opd"}}}),
         Variant("opd", {"rollout": {"source": "student"}, "train": {"objective": {"name": "opd"}}}),
+    ),
+    "two_teachers": (
+        Variant("expert and initial student", {}),
+        Variant("expert for every prompt", {"teachers": {"expert": EXPERT, "self": EXPERT}}),
+        Variant("the expert's prompts alone", {"train": {"select": {"where": {"teacher": ["expert"]}}}}),
+    ),
+    "opsd": (
+        Variant("shown its solution", {}),
+        Variant("shown another's solution", {"score": {"teacher_prompt": {"shuffled": True}}}),
+    ),
+    "sd_zero": (
+        Variant("told its verdict", {}),
+        Variant("told another's verdict", {"score": {"teacher_prompt": {"shuffled": True}}}),
+        Variant("rejection fine-tuning", {"train": {"objective": {"name": "sft"}, "select": {"verdict": "right"}}}),
     ),
     "mixsd": (
         Variant("mixed, half and half", {}),

@@ -20,14 +20,15 @@ LIMIT = 200
 
 
 def solved(problems: Path, count: int | None, seed: int = 0) -> Iterator[dict[str, str]]:
-    """The problems that have a solution, each with one drawn from all of its solutions."""
+    """The problems that have a solution, each with one drawn from all of its solutions; teachers take turns."""
     random = np.random.default_rng(seed)
-    for line in problems.read_text(encoding="utf-8").splitlines()[:count]:
+    for number, line in enumerate(problems.read_text(encoding="utf-8").splitlines()[:count]):
         row = json.loads(line)
         numbers, target = row["answer"].split("=")
         solutions = sorted(set(all_solutions(tuple(map(int, numbers.split(","))), int(target), LIMIT)))
         if solutions:
-            yield {**row, "response": solutions[random.integers(len(solutions))]}
+            response = solutions[random.integers(len(solutions))]
+            yield {**row, "response": response, "teacher": "self" if number % 2 else "expert"}
 
 
 def main() -> None:

@@ -37,10 +37,8 @@ from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
-from eopd.stages.score.draws import row_keys
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import TokenBatch
-from eopd.stages.score.token_statistics import in_response_order
+from eopd.stages.score.token_statistics import TokenBatch, in_response_order, row_keys
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.statistics import NEVER, stats

@@ -36,10 +36,8 @@ from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import LMHead, lm_head_of
 from eopd.stages.models.packing import Packed, Sequence, pack
-from eopd.stages.score.draws import row_keys
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import TokenBatch
-from eopd.stages.score.token_statistics import in_response_order
+from eopd.stages.score.token_statistics import TokenBatch, in_response_order, row_keys
 from eopd.stages.train.objectives.base import StepContext
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
@@ -47,8 +45,7 @@ from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import gradient_norm, make_optimizer
 from eopd.stages.train.settings import OptimizerSettings
 from eopd.stages.train.stops import StopHandling
-from eopd.stages.train.student import Student
-from eopd.stages.train.student_head import sparse_head_loss
+from eopd.stages.train.student import Student, sparse_head_loss
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import PartHeader, write_part

@@ -27,10 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.generator import EXPLICIT, SHIFT, STUDENT, VOCABULARY, Distributions, distributions, draw_ids, exponents
-from eopd.storage import quantise
-from eopd.storage.balancing import encode_rows
-from eopd.storage.ragged import offsets_of
-from eopd.storage.teacher_record import HeadRule
+from eopd.storage import codec as quantise
+from eopd.storage.encode import encode_rows
+from eopd.storage.teacher_record import HeadRule, offsets_of
 
 Float = NDArray[np.float64]
 HIDDEN = 16

@@ -131,9 +131,8 @@ def score(model: Any, packed: Any) -> None:
 
     from eopd.stages.models.backbone import final_hidden
     from eopd.stages.models.lm_head import lm_head_of
-    from eopd.stages.score.draws import row_keys
     from eopd.stages.score.statistics import StatisticsHead
-    from eopd.stages.score.token_batch import TokenBatch
+    from eopd.stages.score.token_statistics import TokenBatch, row_keys
     from eopd.storage.teacher_record import HeadRule
 
     head = StatisticsHead(lm_head_of(model), HeadRule())
@@ -147,12 +146,11 @@ def train(model: Any, packed: Any, settings: TrainSettings) -> None:
 
     from benchmarks.generator import STOP_IDS, generate
     from eopd.stages.models.packing import Packed
-    from eopd.stages.train.ema import Ema
     from eopd.stages.train.lora import add_adapters
     from eopd.stages.train.objectives.base import StepContext
     from eopd.stages.train.objectives.registry import make_objective
     from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-    from eopd.stages.train.optimizer import gradient_norm, make_optimizer
+    from eopd.stages.train.optimizer import Ema, gradient_norm, make_optimizer
     from eopd.stages.train.stops import StopHandling
     from eopd.stages.train.student import Student
     from eopd.storage.teacher_record import HeadRule

@@ -29,7 +29,7 @@ from eopd.pipeline.config import RunSettings, load_config
 from eopd.pipeline.forecast import forecast
 from eopd.pipeline.inputs import gather_facts
 from eopd.pipeline.run import Run, open_run
-from eopd.pipeline.tables import make_console, plan_table
+from eopd.pipeline.status import make_console, plan_table
 from eopd.stages.experiment import Facts
 from eopd.stages.stage import Job
 from eopd.storage import paths

@@ -30,9 +30,8 @@ import torch
 
 from benchmarks.machine import alternate, machine
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.score.draws import row_keys
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import TokenBatch
+from eopd.stages.score.token_statistics import TokenBatch, row_keys
 from eopd.storage.teacher_record import HeadRule
 
 V, D = 151_936, 1024

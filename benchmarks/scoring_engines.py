@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.machine import take_turns
 from eopd.stages.engines.hidden import HiddenEngine
-from eopd.stages.engines.open import open_hidden_engine
+from eopd.stages.engines.kept import open_hidden_engine
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef, NullProgress

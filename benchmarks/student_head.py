@@ -31,7 +31,7 @@ from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
-from eopd.stages.train.student_head import sparse_head_loss
+from eopd.stages.train.student import sparse_head_loss
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 
 OBJECTIVES = {

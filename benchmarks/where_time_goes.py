@@ -43,7 +43,7 @@ SPANS = {
     "eopd.stages.engines.sampling_transformers:TransformersSamplingEngine.__init__": "engine: load",
     "eopd.stages.engines.sampling_transformers:TransformersSamplingEngine._decode": "sampling",
     "eopd.stages.engines.hidden_vllm:VLLMHiddenEngine._read": "teacher's forward pass",
-    "eopd.stages.engines.hidden_transformers:final_hidden": "teacher's forward pass",
+    "eopd.stages.engines.hidden:final_hidden": "teacher's forward pass",
     "eopd.stages.score.run:check_first_batch": "first-batch check",
     "eopd.stages.score.run:Scorer.survey": "rollouts read",
     "eopd.stages.models.loading:load_tokenizer_at": "tokenizers",

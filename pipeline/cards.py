@@ -21,8 +21,8 @@ from eopd.pipeline.run import Run
 from eopd.stages.experiment_settings import ModelSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
-from eopd.storage.evaluations import RESULTS
 from eopd.storage.notes import notes
+from eopd.storage.records import RESULTS
 from eopd.storage.sources import filled_parts
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ print(rows.head_ids[head], rows.head_logprobs[head], rows.tail_logmass[0])
 _READ_PROMPTS = """
 from pathlib import Path
 
-from eopd.storage.fetched import open_files
+from eopd.storage.stacked import open_files
 from eopd.storage.rollouts import read_rollouts
 
 rollouts = open_files(store, "rollouts", scores.identity.inputs["rollouts"], Path("fetched"))

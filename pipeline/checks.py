@@ -17,10 +17,10 @@ from eopd.stages.stage import Job
 from eopd.stages.table import TRAIN
 from eopd.stages.train.stage import scores_role, student_bytes
 from eopd.storage import listing
-from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.coverage import Coverage
 from eopd.storage.extras import STAGES, require_packages
 from eopd.storage.fingerprints import Digests
+from eopd.storage.paths import WEIGHTS
 
 SPAREST = Keep(weights=1, optimizer=1)
 LIKELY_SHARE = 0.1

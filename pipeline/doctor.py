@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eopd.pipeline.findings import Finding, State
+from eopd.pipeline.errors import Finding, State
 from eopd.stages.format import size
 from eopd.storage.extras import STAGES, installing, is_installed
 

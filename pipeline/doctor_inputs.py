@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError, RunSettings
-from eopd.pipeline.findings import Finding
+from eopd.pipeline.errors import Finding
 from eopd.pipeline.inputs import (
     capture_columns,
     check_architectures,

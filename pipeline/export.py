@@ -12,10 +12,10 @@ from eopd.pipeline.errors import RunError
 from eopd.pipeline.inputs import token_names
 from eopd.pipeline.run import Run
 from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, write_stop_ids
-from eopd.storage.checkpoints import METRICS_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
 from eopd.storage.fingerprints import code_files, model_files, tokenizer_files
+from eopd.storage.paths import METRICS_FILE, TRAINING_FILE, WEIGHTS
 
 
 @dataclass(frozen=True)

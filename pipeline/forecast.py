@@ -19,8 +19,7 @@ from typing import Any, Literal
 from eopd.pipeline.run import Run
 from eopd.stages.stage import Job, Measured, Size
 from eopd.stages.table import STAGES
-from eopd.stages.train.footprint import CheckpointBytes
-from eopd.stages.train.stage import student_bytes
+from eopd.stages.train.stage import CheckpointBytes, student_bytes
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import StoreError
 from eopd.storage.files import existing

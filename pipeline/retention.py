@@ -19,7 +19,9 @@ from pathlib import Path
 from eopd.pipeline.run import Run
 from eopd.storage import paths, pruning
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import (
+from eopd.storage.errors import DamagedPart
+from eopd.storage.notes import Keys, Note, Parts, note_name, notes, write_note
+from eopd.storage.paths import (
     ADAPTER_FOLDER,
     METRICS_FILE,
     OPTIMIZER,
@@ -28,8 +30,6 @@ from eopd.storage.checkpoints import (
     TRAINING_FILE,
     WEIGHTS,
 )
-from eopd.storage.errors import DamagedPart
-from eopd.storage.notes import Keys, Note, Parts, note_name, notes, write_note
 from eopd.storage.places import is_bucket
 
 MEND = (

@@ -17,13 +17,12 @@ from eopd.stages.experiment import Experiment, Facts, ModelFacts, OtherStudent
 from eopd.stages.job import ModelRef, NullProgress, Progress
 from eopd.stages.stage import Input, Job, JobContext, student_at
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import CHECKPOINTS, OPTIMIZER, WEIGHTS
 from eopd.storage.coverage import Coverage, able, needs_of
 from eopd.storage.errors import StoreError
 from eopd.storage.fingerprints import Digests
 from eopd.storage.identity import Identity
 from eopd.storage.notes import Parts
-from eopd.storage.paths import RunPaths
+from eopd.storage.paths import CHECKPOINTS, OPTIMIZER, WEIGHTS, RunPaths
 from eopd.storage.stacked import StackedStores
 
 if TYPE_CHECKING:

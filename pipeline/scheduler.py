@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eopd.pipeline.disk_pause import DiskPause
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.launchers.settings import FaultSettings
 from eopd.pipeline.outcome import Outcome
-from eopd.pipeline.retries import Batch, judge
 from eopd.pipeline.run import Run
 from eopd.pipeline.tasks import Pool, Task, Work, few_parts
 from eopd.stages.stage import Job
@@ -25,7 +23,133 @@ from eopd.storage import stopping
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import Patience, claim, holder
 from eopd.storage.errors import StoreFull
+from eopd.storage.files import NO_INODES, Free, free_of
 from eopd.storage.sources import filled_parts
+
+# -- retries ----------------------------------------------------------------------------------------------------------
+
+# Retry policy for parts of failed tasks. Pure: no clock, no store.
+#
+# A failed task of several parts is tried again whole, then in halves, so that the part at fault ends up alone; a part
+# that has failed ``attempts`` times is poisoned. A task that refuses its input would do so again: it is halved at
+# once, and a part that is refused alone is poisoned. A lost worker tells nothing about its parts: they are tried
+# again without blame, until so many workers were lost without any progress that the parts must be suspected after
+# all.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parts that were tried together and will be retried together."""
+
+    parts: tuple[int, ...]
+    failures: int = 0  # tasks in a row that failed over these parts
+    losses: int = 0  # workers in a row that were lost over them
+    not_before: float = 0.0  # seconds, of the scheduler's clock
+
+
+@dataclass(frozen=True)
+class Verdict:
+    again: tuple[Batch, ...] = ()
+    poisoned: int | None = None
+
+
+def judge(
+    batch: Batch,
+    left: tuple[int, ...],
+    kind: Literal["failed", "refused", "lost"],
+    policy: FaultSettings,
+    now: float,
+    *,
+    progress: bool,
+    whole: bool,
+) -> Verdict:
+    """Decide about the parts ``left`` of ``batch``, whose task ended as ``kind``.
+
+    Args:
+        progress: something was committed meanwhile, so that what happened before is forgiven.
+        whole: the parts are one piece of work (training) that cannot be divided.
+    """
+    losses, failures = (0, 0) if progress else (batch.losses, batch.failures)
+    if kind == "lost" and losses < policy.losses:
+        return Verdict((Batch(left, failures, losses + 1, now + backoff(policy, losses + 1)),))
+    failures += 1
+    alone = whole or len(left) == 1
+    if alone and (failures >= policy.attempts or kind == "refused"):
+        return Verdict(poisoned=left[0])
+    later = now if kind == "refused" else now + backoff(policy, failures)
+    if alone or (kind != "refused" and failures == 1 < policy.attempts):
+        return Verdict((Batch(left, failures, losses, later),))
+    middle = len(left) // 2
+    known = min(failures, policy.attempts - 1)  # a part is given up only for failures that it has alone
+    return Verdict(tuple(Batch(half, known, losses, later) for half in (left[:middle], left[middle:])))
+
+
+def backoff(policy: FaultSettings, times: int) -> float:
+    """Return the seconds to wait after ``times`` failures in a row."""
+    return min(policy.backoff_seconds * 2.0 ** (times - 1), policy.backoff_limit_seconds)
+
+
+# -- disk pause -------------------------------------------------------------------------------------------------------
+
+# Pause on a full disk: no new task starts until there is space again.
+
+
+ROOM_BYTES = 1 << 20
+"""So much more than there was when the disk was full is worth another try."""
+ROOM_INODES = 32
+"""The same if inodes were short. Elsewhere they say nothing: some file systems derive them from the free bytes."""
+FIRST_TRY_SECONDS, LAST_TRY_SECONDS = 10.0, 600.0
+"""Waits before a try at an unchanged disk, doubled from one pause to the next: a quota shows in no figure, and space
+may have been freed between the failure and the first look at it."""
+
+
+class DiskPause:
+    """A pause that begins when a worker ran out of disk space; it reports its start and its end."""
+
+    def __init__(self, run: Run, message: str, poll_seconds: float, before: int = 0) -> None:
+        """
+        Args:
+            before: pauses since a task was last done.
+        """
+        self._wait = min(FIRST_TRY_SECONDS * 2.0**before, LAST_TRY_SECONDS)
+        self._line = run.progress.line
+        self._folders = [folder for folder in (run.store, run.paths.folder) if folder.exists()]
+        self._poll, self._looked, self._began = poll_seconds, time.monotonic(), time.monotonic()
+        self._by_inodes = False
+        self.renew(message)
+        free = "; ".join(f"{folder.resolve()} has {free_of(folder)}" for folder in self._folders)
+        remedy = "Remove some files" if self._by_inodes else "Free some space"
+        self._line(
+            f"paused: {message}\n  {free}. {remedy} and the run goes on by itself (a quota, which these figures do not "
+            f"show, is tried again in {self._wait:.0f} s); Ctrl-C ends it, and the same command goes on later."
+        )
+
+    def renew(self, message: str) -> None:
+        """Record today's free space as insufficient: the disk was full again for tasks that were still running."""
+        self._free = [free_of(folder) for folder in self._folders]
+        few = any(free.inodes is not None and free.inodes < ROOM_INODES for free in self._free)
+        self._by_inodes = self._by_inodes or few or NO_INODES in message
+
+    def is_over(self) -> bool:
+        """Return True if space was freed or the waiting time has passed. Cheap to call at any time."""
+        now = time.monotonic()
+        if now - self._looked < self._poll:
+            return False
+        self._looked = now
+        for folder, before in zip(self._folders, self._free, strict=True):
+            free = free_of(folder)
+            if self._is_room(before, free):
+                self._line(f"going on: {folder.resolve()} has {free}")
+                return True
+        return now - self._began >= self._wait
+
+    def _is_room(self, before: Free, now: Free) -> bool:
+        if now.bytes >= before.bytes + ROOM_BYTES:
+            return True
+        if not self._by_inodes or before.inodes is None:
+            return False
+        return now.inodes is None or now.inodes >= before.inodes + ROOM_INODES
+
 
 WAIT_SECONDS = 0.5
 BROKEN_AFTER = 3

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError, RunSettings
-from eopd.pipeline.findings import Finding
+from eopd.pipeline.errors import Finding
 from eopd.stages.format import one_line, size
 from eopd.storage.errors import NoHardLinks, StoreError
 from eopd.storage.files import NEEDS_LINKS, create_exclusively, existing, fsync_folder

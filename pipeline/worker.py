@@ -294,7 +294,7 @@ def _lines_of_stdin(engines: Engines) -> Iterator[str]:
 
 def main() -> None:
     from eopd.pipeline.outcome import EXIT_CODES
-    from eopd.pipeline.temporary import temporary_folder
+    from eopd.pipeline.processes import temporary_folder
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
     be_quiet()

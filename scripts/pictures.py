@@ -26,8 +26,7 @@ from rich.console import Console, RenderableType
 from eopd.pipeline.cli.options import open_runs
 from eopd.pipeline.config import load_config
 from eopd.pipeline.forecast import forecast
-from eopd.pipeline.status import Status, take_status
-from eopd.pipeline.tables import plan_table, status_view
+from eopd.pipeline.status import Status, plan_table, status_view, take_status
 from tests.stages.headless_browser import browser
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"

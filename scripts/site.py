@@ -32,7 +32,7 @@ API = (
     "eopd.storage.listing",
     "eopd.storage.artifacts",
     "eopd.storage.rollouts",
-    "eopd.storage.needs",
+    "eopd.storage.coverage",
     "eopd.storage.coverage",
     "eopd.storage.places",
     "eopd.storage.errors",

@@ -16,7 +16,7 @@ from eopd.stages.experiment_settings import ExperimentSettings, ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
 from eopd.stages.models.prompts import draw_prompts
-from eopd.stages.train.schedule import steps_per_round
+from eopd.stages.train.settings import steps_per_round
 from eopd.storage.fingerprints import Digests
 from eopd.storage.identity import Identity
 

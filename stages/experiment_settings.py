@@ -8,8 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.judge.settings import JudgeSettings
-from eopd.stages.models.placeholders import SIBLING
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName
+from eopd.stages.models.teacher_prompts import SIBLING
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.score.settings import CaptureSettings, ScoreSettings
 from eopd.stages.settings import ROUNDS, SEED, Settings, setting

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eopd.stages.engines.open import resolve_engine
+from eopd.stages.engines.kept import resolve_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.train.settings import TrainSettings
 

@@ -22,8 +22,8 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.stages.memory import Memory, ModelSize
 from eopd.stages.models.model_config import resolve_dtype
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import CHECKPOINTS, WEIGHTS
 from eopd.storage.identity import Identity
+from eopd.storage.paths import CHECKPOINTS, WEIGHTS
 
 if TYPE_CHECKING:
     from eopd.stages.engines.kept import Engines

@@ -18,9 +18,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from eopd.storage.ragged import offsets_of
 from eopd.storage.teacher_cache import PartHeader
-from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
+from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows, offsets_of
 
 
 @dataclass(frozen=True)

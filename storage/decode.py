@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.storage import quantise, symbols
+from eopd.storage import codec as quantise
+from eopd.storage import codec as symbols
 from eopd.storage.codec import (
     CODE_EXTRA,
     ENTROPY,
@@ -24,8 +25,7 @@ from eopd.storage.codec import (
     draw_guess,
     tail_guess,
 )
-from eopd.storage.ragged import offsets_of, sums, take_ranges
-from eopd.storage.teacher_record import LOGPROB_FLOOR, Float32, Int64, TeacherRows
+from eopd.storage.teacher_record import LOGPROB_FLOOR, Float32, Int64, TeacherRows, offsets_of, sums, take_ranges
 
 
 def decode(arrays: PartArrays, layout: Layout) -> TeacherRows:

@@ -1,4 +1,4 @@
-"""Packing of integers into symbols and raw bits (``storage.symbols``), by response; ``symbols.join`` is the inverse.
+"""Packing of integers into symbols and raw bits (``storage.codec``), by response; ``symbols.join`` is the inverse.
 
 Letters: S responses, N numbers.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from eopd.storage.codec import Symbols
 from eopd.storage.compiled import compiled
-from eopd.storage.symbols import Symbols
 from eopd.storage.teacher_record import Int32, Int64
 
 

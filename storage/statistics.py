@@ -11,10 +11,9 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from eopd.storage.codec import Layout
+from eopd.storage.codec import Layout, raw_counts
 from eopd.storage.extras import installing, is_installed
 from eopd.storage.sources import filled_parts
-from eopd.storage.symbols import raw_counts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 

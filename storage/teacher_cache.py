@@ -9,9 +9,9 @@ Letters: S responses, T tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -21,17 +21,13 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from eopd.storage.chunk_cache import ChunkCache
-from eopd.storage.codec import FORMAT_VERSION, MAX_ID, RAW_PLANES, Layout, PartArrays
-from eopd.storage.coverage import Coverage
+from eopd.storage.codec import FORMAT_VERSION, LARGEST_ENTROPY, MAX_ID, RAW_PLANES, Layout, PartArrays
+from eopd.storage.coverage import Coverage, Need
 from eopd.storage.decode import decode
 from eopd.storage.errors import DamagedPart, NewerSchema, WrongArtifact
-from eopd.storage.needs import Need
-from eopd.storage.quantise import LARGEST_ENTROPY
-from eopd.storage.ragged import offsets_of
 from eopd.storage.sources import ScoreSource, filled_parts, open_store
-from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, Int64, TeacherRows
-from eopd.storage.zarr_part import ARRAYS, ZarrPart, naming_damage, write_group
+from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, Int64, TeacherRows, offsets_of, take_ranges
+from eopd.storage.zarr_part import ARRAYS, ChunkCache, ZarrPart, naming_damage, write_group
 
 RECORD = "eopd.scores"
 DEFAULT_MEMORY = 256 << 20
@@ -337,3 +333,102 @@ def concatenate(pieces: Sequence[TeacherRows]) -> TeacherRows:
         elif name != "stop_ids":
             joined[name] = np.concatenate(values)
     return TeacherRows(**joined)
+
+
+# -- joint cache ------------------------------------------------------------------------------------------------------
+
+# The scores of one set of rollouts by several teachers, read as one cache.
+
+
+_OF_A_TOKEN = {
+    "head_offsets": ("head_ids", "head_logprobs"),
+    "draw_offsets": ("draw_ids",),
+    "extra_offsets": ("extra_ids", "extra_logprobs"),
+}
+
+
+class JointCache:
+    """Random access to the scores of several artifacts, each of which holds those of its teacher's prompts.
+
+    Part i of each was scored from part i of the same rollouts; a response is read from the artifact that has tokens of
+    it. With one artifact it reads what ``TeacherCache`` reads.
+    """
+
+    def __init__(self, artifacts: Sequence[ScoreSource]) -> None:
+        assert artifacts
+        self.artifacts = tuple(artifacts)
+        self.caches = tuple(TeacherCache(artifact) for artifact in artifacts)
+        self._filled = tuple(set(filled_parts(artifact)) for artifact in artifacts)
+        self._owners: dict[int, Int64] = {}
+
+    def __repr__(self) -> str:
+        return " and ".join(map(repr, self.artifacts))
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Coverage of the first artifact. Raises MissingPart if nothing is committed."""
+        return self.caches[0].coverage
+
+    def require(self, needs: Sequence[Need]) -> None:
+        """Raise NeedNotMet, naming what is missing and the command that adds it."""
+        for cache in self.caches:
+            cache.require(needs)
+
+    def parts(self) -> Iterator[int]:
+        """Return the parts that hold scores of any teacher, in order."""
+        return iter(sorted(set().union(*self._filled)))
+
+    def sources(self, part: int) -> list[ScoreSource]:
+        """Return the artifacts that hold scores of a part."""
+        return [artifact for artifact, filled in zip(self.artifacts, self._filled, strict=True) if part in filled]
+
+    def token_counts(self, part: int) -> Int64:
+        """Return the number of scored tokens of each response [S]."""
+        counts = [
+            cache.token_counts(part) for cache, filled in zip(self.caches, self._filled, strict=True) if part in filled
+        ]
+        return np.max(counts, axis=0)
+
+    def read_part(self, part: int) -> TeacherRows:
+        """Read all responses of a part, possibly none."""
+        if len(self.caches) == 1:
+            return self.caches[0].read_part(part)
+        return self.read([(part, row) for row in range(len(self.token_counts(part)))])
+
+    def read(self, responses: Sequence[tuple[int, int]]) -> TeacherRows:
+        """Read the rows of ``responses`` (part, row in the part), in this order, as ``TeacherCache.read``."""
+        if len(self.caches) == 1 or not responses:
+            return self.caches[0].read(responses)
+        owners = np.asarray([self._owner(part)[row] for part, row in responses])
+        pieces, order = [], []
+        for number, cache in enumerate(self.caches):
+            own = np.flatnonzero(owners == number)
+            if len(own):
+                pieces.append(cache.read([responses[place] for place in own]))
+                order.append(own)
+        return in_order(concatenate(pieces), np.argsort(np.concatenate(order)))
+
+    def _owner(self, part: int) -> Int64:
+        """Return which cache holds each response of a part [S]; the first that has the part if none has tokens."""
+        if part not in self._owners:
+            there = [number for number, filled in enumerate(self._filled) if part in filled]
+            counts = np.stack([self.caches[number].token_counts(part) for number in there])
+            self._owners[part] = np.asarray(there)[counts.argmax(axis=0)]
+        return self._owners[part]
+
+
+def in_order(rows: TeacherRows, order: Int64) -> TeacherRows:
+    """Return the responses of ``rows`` in another order: first number ``order[0]``."""
+    counts = np.diff(rows.response_offsets)[order]
+    tokens = take_ranges(rows.response_offsets[:-1][order], counts)
+    taken: dict[str, Any] = {
+        name: getattr(rows, name)[tokens]
+        for name in ("token_ids", "entropy", "sampled_logprob", "sampled_rank", "stop_logprobs", "tail_logmass")
+    }
+    for offsets_name, names in _OF_A_TOKEN.items():
+        offsets = getattr(rows, offsets_name)
+        entries = np.diff(offsets)[tokens]
+        places = take_ranges(offsets[:-1][tokens], entries)
+        taken |= {name: getattr(rows, name)[places] for name in names}
+        taken[offsets_name] = offsets_of(entries)
+    return replace(rows, response_offsets=offsets_of(counts), **taken)

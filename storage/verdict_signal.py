@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 from eopd.storage import listing
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import filled_parts
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.verdicts import read_correct
 
 

@@ -8,26 +8,225 @@ believed (docs/format.md).
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import OrderedDict
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
+from zarr.abc.codec import Codec
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.array_spec import ArrayConfig, ArraySpec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
+from zarr.dtype import parse_dtype
 
 from eopd.storage.codec import PartArrays
 from eopd.storage.errors import DamagedPart
 from eopd.storage.markers import REPAIR, Marker
+from eopd.storage.teacher_record import Int64, offsets_of
 from eopd.storage.untrusted import MISFITS, naming, parse_json
 from eopd.storage.zarr_inline import FolderStore, open_array
-from eopd.storage.zarr_write import METADATA, write_array, write_attributes
+
+# -- chunk cache ------------------------------------------------------------------------------------------------------
+
+# Bounded cache of decoded chunks from many parts, and gathering of response ranges from it.
+
+
+Chunk = NDArray[np.uint8]
+Key = tuple[int, str, int]  # part, array, chunk
+
+
+class ChunkCache:
+    """LRU cache of chunks, up to ``memory`` bytes. Thread-safe."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.held = 0
+        self._chunks: OrderedDict[Key, Chunk] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Key) -> Chunk | None:
+        with self._lock:
+            chunk = self._chunks.get(key)
+            if chunk is not None:
+                self._chunks.move_to_end(key)
+            return chunk
+
+    def put(self, key: Key, chunk: Chunk) -> None:
+        with self._lock:
+            if key in self._chunks:
+                return
+            self._chunks[key] = chunk
+            self.held += chunk.nbytes
+            while self.held > self.memory and self._chunks:
+                _, dropped = self._chunks.popitem(last=False)
+                self.held -= dropped.nbytes
+
+    def gather(
+        self, opened: Mapping[int, ZarrPart], parts: Int64, starts: Int64, lengths: NDArray[np.uint32], name: str
+    ) -> NDArray[np.uint8]:
+        """Return ranges of one array, one after the other in the given order: [planes, N].
+
+        Args:
+            opened: the parts, by number.
+            parts, starts, lengths: [S] of each range.
+        """
+        ends = offsets_of(lengths)
+        out = np.empty((next(iter(opened.values())).planes[name], int(ends[-1])), np.uint8)
+        for number, part in opened.items():
+            mine = np.flatnonzero((parts == number) & (lengths > 0))
+            if not len(mine):
+                continue
+            chunks = self._load(number, part, name, starts[mine], starts[mine] + lengths[mine])
+            width = part.chunk[name]
+            for i in mine:
+                at, start, stop = int(ends[i]), int(starts[i]), int(starts[i] + lengths[i])
+                for index in range(start // width, -(-stop // width)):
+                    low, high = max(start, index * width), min(stop, (index + 1) * width)
+                    out[:, at : at + high - low] = chunks[index][:, low - index * width : high - index * width]
+                    at += high - low
+        return out
+
+    def _load(self, number: int, part: ZarrPart, name: str, starts: Int64, stops: Int64) -> dict[int, Chunk]:
+        """Load every chunk of the ranges; missing chunks are read, adjacent ones in one read."""
+        width, length = part.chunk[name], part.length[name]
+        wanted = sorted(
+            {i for a, b in zip(starts, stops, strict=True) for i in range(int(a) // width, -(-int(b) // width))}
+        )
+        chunks: dict[int, Chunk] = {}
+        missing: list[list[int]] = []
+        for index in wanted:
+            cached = self.get((number, name, index))
+            if cached is not None:
+                chunks[index] = cached
+            elif missing and missing[-1][-1] == index - 1:
+                missing[-1].append(index)
+            else:
+                missing.append([index])
+        for run in missing:
+            planes = part.read(name, run[0] * width, min((run[-1] + 1) * width, length))
+            for i, index in enumerate(run):
+                chunk = planes[:, i * width : (i + 1) * width]
+                chunks[index] = chunk if len(run) == 1 else chunk.copy()
+                self.put((number, name, index), chunks[index])
+        return chunks
+
+
+# -- zarr write -------------------------------------------------------------------------------------------------------
+
+# Synchronous writer of sharded Zarr v3 arrays, the counterpart of ``storage.zarr_inline``.
+#
+# Zarr starts a task for every step of every chunk and hops to a thread for every compression. Beside a teacher's
+# forward pass that costs more than compressing. A part is written whole and once, so its files are put together here:
+# metadata as the Zarr v3 specification has them, and shards of chunks that go through Zarr's own codecs one after the
+# other. Like the reader, this calls their synchronous methods, which Zarr does not promise to keep; a test compares
+# every byte with what Zarr writes.
+#
+# Letters: P planes, N columns.
+
+
+METADATA = "zarr.json"
+_EMPTY = np.iinfo(np.uint64).max
+
+
+def write_attributes(folder: Path, attributes: Mapping[str, Any]) -> None:
+    """Make an existing folder a group without arrays."""
+    _write_metadata(folder, {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"})
+
+
+def write_array(
+    folder: Path,
+    values: NDArray[Any],
+    *,
+    chunk: int,
+    chunks_per_shard: int,
+    compressor: BloscCodec,
+    dimensions: tuple[str, str],
+) -> None:
+    """Write ``values`` [P, N] as an array into a new folder.
+
+    Args:
+        chunk: columns of a chunk, which has all planes.
+        dimensions: names of the two.
+    """
+    planes, length = values.shape
+    bytes_codec = BytesCodec(endian=None if values.itemsize == 1 else "little")
+    sharding = ShardingCodec(chunk_shape=(max(planes, 1), chunk), codecs=(bytes_codec, compressor, Crc32cCodec()))
+    width = chunk * chunks_per_shard
+    folder.mkdir()
+    _write_metadata(folder, _array_metadata(values, (max(planes, 1), width), sharding, dimensions))
+    if values.size:
+        shards = folder / "c" / "0"
+        shards.mkdir(parents=True)
+        for number, start in enumerate(range(0, length, width)):
+            shard = _shard(values[:, start : start + width], chunks_per_shard, sharding)
+            (shards / str(number)).write_bytes(shard)
+
+
+def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    (folder / METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+
+
+def _array_metadata(
+    values: NDArray[Any], shard_shape: tuple[int, int], sharding: ShardingCodec, dimensions: tuple[str, str]
+) -> dict[str, Any]:
+    return {
+        "shape": values.shape,
+        "data_type": values.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [sharding.to_dict()],
+        "attributes": {},
+        "dimension_names": dimensions,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def _shard(values: NDArray[Any], chunks: int, sharding: ShardingCodec) -> bytes:
+    """Build a shard: the chunks that ``values`` [P, N] fill, the last one padded with zeros, then their index."""
+    width = sharding.chunk_shape[1]
+    index = np.full((1, chunks, 2), _EMPTY, np.uint64)
+    pieces, end = [], 0
+    for number, start in enumerate(range(0, values.shape[1], width)):
+        here = values[:, start : start + width]
+        chunk = np.zeros(sharding.chunk_shape, values.dtype)
+        chunk[:, : here.shape[1]] = here
+        pieces.append(_encoded(sharding.codecs, chunk))
+        index[0, number] = end, len(pieces[-1])
+        end += len(pieces[-1])
+    return b"".join([*pieces, _encoded(sharding.index_codecs, index)])
+
+
+def _encoded(codecs: tuple[Codec, ...], chunk: NDArray[Any]) -> bytes:
+    """Encode one chunk with its codecs, without a task for each."""
+    spec = _spec(chunk.shape, chunk.dtype)
+    array_bytes, *bytes_bytes = codecs
+    array = spec.prototype.nd_buffer.from_numpy_array(chunk)
+    encoded = array_bytes._encode_sync(array, spec)  # type: ignore[attr-defined]
+    for codec in bytes_bytes:
+        encoded = codec._encode_sync(encoded, spec)  # type: ignore[attr-defined]
+    return encoded.to_bytes()
+
+
+@lru_cache(maxsize=16)
+def _spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArraySpec:
+    """Return the chunk specification for codecs, cached: Zarr's search for a data type takes as long as compressing a
+    small chunk."""
+    config = ArrayConfig(order="C", write_empty_chunks=True)
+    return ArraySpec(shape, parse_dtype(dtype, zarr_format=3), 0, config, default_buffer_prototype())
+
 
 TOKEN_CHUNK = 4_096
 ENTRY_CHUNK = 16_384

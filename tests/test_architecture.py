@@ -36,8 +36,8 @@ LIGHT = (
     "eopd.stages.models.teacher_prompts",
     "eopd.stages.models.weight_files",
     "eopd.stages.table",
-    "eopd.stages.train.footprint",
-    "eopd.stages.train.schedule",
+    "eopd.stages.train.stage",
+    "eopd.stages.train.settings",
 )
 
 

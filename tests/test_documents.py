@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from eopd.pipeline.config import parse_settings
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.storage.needs import EntropyNeed
+from eopd.storage.coverage import EntropyNeed
 from tests.test_train_from_cache import VOCABULARY, make_store
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from eopd.examples.countdown.task import Traces, answer_text
 from eopd.examples.countdown.tokenizer import END, ID, PAD, TURN_END, VOCABULARY, encode
-from eopd.stages.evaluate.passk import pass_at_k
+from eopd.stages.evaluate.summary import pass_at_k
 from eopd.stages.verifiers.countdown import verify
 
 HEADER = (

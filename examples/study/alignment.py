@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from eopd.pipeline.run import Run
-from eopd.stages.align.bins import Alignment, Means
+from eopd.stages.align.divergence import Alignment, Means
 from eopd.stages.align.reading import measure_alignment
-from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import SamplingRequest, derive_seed
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.prompts import load_prompts, render_prompt
-from eopd.storage import evaluations
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 
 TAU = 0.8

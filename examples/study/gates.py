@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import forward_kl
 from eopd.stages.train.objectives.eopd import (
     forward_needs,
     forward_plan,
@@ -22,12 +21,12 @@ from eopd.stages.train.objectives.eopd import (
     reverse_needs,
     round_start_fields,
 )
-from eopd.stages.train.objectives.gate import above
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.objectives.terms import above, forward_kl
 from eopd.stages.train.objectives.tropd import hashed_uniform
-from eopd.storage.needs import EntropyNeed, StopsNeed
+from eopd.storage.coverage import EntropyNeed, StopsNeed
 
 Gate = Callable[[TeacherBatch, StepContext], Tensor]
 

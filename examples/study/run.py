@@ -26,7 +26,7 @@ from eopd.pipeline.run import Run
 from eopd.pipeline.worker import execute
 from eopd.stages.experiment import Experiment
 from eopd.stages.train.objectives.settings import own_file_hash
-from eopd.storage import evaluations
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.jsonl import append_line, read_lines
 from eopd.storage.stacked import StackedStores

@@ -26,7 +26,7 @@ from eopd.stages.format import escaped, printable
 from eopd.storage.stopping import Stopped
 
 if TYPE_CHECKING:
-    from eopd.pipeline.findings import Finding
+    from eopd.pipeline.errors import Finding
 
 FINDING_STYLES = {"ok": "32", "warning": "33", "broken": "1;31", "absent": "2"}
 
@@ -48,7 +48,7 @@ def plan(
     if as_json:
         sys.stdout.write(json.dumps(planned.to_json(), indent=1) + "\n")
         return
-    from eopd.pipeline.tables import make_console, plan_table
+    from eopd.pipeline.status import make_console, plan_table
 
     console = make_console()
     console.print(plan_table(planned, every_job=all_))
@@ -69,8 +69,7 @@ def status(
 ) -> None:
     """Show a run's progress: parts, rates, workers and failures. Ctrl-C closes the view; the run continues."""
     from eopd.pipeline.run import open_run
-    from eopd.pipeline.status import take_status
-    from eopd.pipeline.tables import make_console, status_view
+    from eopd.pipeline.status import make_console, status_view, take_status
 
     opened = open_runs(config_of(run, runs), set_, sweep)
     console = make_console()

@@ -16,8 +16,7 @@ from eopd.pipeline.cli import inspect
 from eopd.pipeline.cli.options import Config, RunsFolder, Set, Sweep, config_of, open_runs
 from eopd.pipeline.cli.push import app as push_app
 from eopd.pipeline.cli.store import app as store_app
-from eopd.pipeline.processes import end_with_parent_if_spawned
-from eopd.pipeline.temporary import temporary_folder
+from eopd.pipeline.processes import end_with_parent_if_spawned, temporary_folder
 
 if TYPE_CHECKING:
     from eopd.pipeline.progress import Display

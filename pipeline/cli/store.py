@@ -106,8 +106,8 @@ def stats(
 def _signal(cache: TeacherCache, store: str, parts: int | None) -> VerdictSignal | None:
     """Compare the scores with verdicts on their rollouts, if a folder holds them all."""
     from eopd.storage.artifacts import Artifact
-    from eopd.storage.joint_cache import JointCache
     from eopd.storage.sources import filled_parts
+    from eopd.storage.teacher_cache import JointCache
     from eopd.storage.verdict_signal import sources_of, verdict_signal
 
     folder, artifact = _opened(store), cache.artifact
@@ -284,8 +284,8 @@ def export(
     from tempfile import TemporaryDirectory
 
     from eopd.storage.exchange import export_parquet, export_sequences
-    from eopd.storage.fetched import open_files
     from eopd.storage.sources import filled_parts
+    from eopd.storage.stacked import open_files
     from eopd.storage.teacher_cache import TeacherCache
 
     scores = _score_artifact(store, name)

@@ -7,14 +7,17 @@ Letters: T tokens, D hidden size (of each model its own), V vocabulary (of each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eopd.stages.intervals import all_alike, intervals
 from eopd.stages.models.lm_head import LMHead
 
 Floats = NDArray[np.float64]
@@ -125,3 +128,184 @@ def _given_shared(logprobs: Tensor, shared: int) -> tuple[Tensor, Tensor]:
     outside = logprobs[:, shared:].exp().sum(1, dtype=torch.float64)
     inside = logprobs[:, :shared]
     return inside - inside.logsumexp(1, keepdim=True), outside
+
+
+# -- bins -------------------------------------------------------------------------------------------------------------
+
+# Token figures summed by teacher entropy, and their means per bin with intervals over problems.
+#
+# Sums are kept per response and bin, so that parts add up, intervals can be taken over problems, and two students can
+# be compared in pairs on the same responses. Letters: R responses, P problems, B bins, F figures, N resamples.
+
+
+SUMMED = (
+    "tokens",
+    "fkl",
+    "rkl",
+    "agreement",
+    "teacher_entropy",
+    "student_entropy",
+    "student_above",
+    "teacher_outside",
+    "student_outside",
+)
+"""The F figures. ``student_above`` counts tokens whose *student* entropy exceeds tau."""
+WITH_INTERVAL = ("fkl", "rkl", "agreement", "student_entropy", "student_above")
+
+
+@dataclass(frozen=True)
+class EntropyBins:
+    """Bin b holds teacher entropies in (edges[b], edges[b + 1]], nats; the first one also holds 0."""
+
+    edges: tuple[float, ...]
+    tau: float
+
+    @classmethod
+    def of(cls, inner: Sequence[float], tau: float, vocabulary: int) -> EntropyBins:
+        """Build bins from 0 to ln ``vocabulary``, the largest possible entropy; tau is an edge if it lies below
+        that."""
+        top = math.log(vocabulary)
+        return cls((0.0, *sorted(edge for edge in {*inner, tau} if edge < top), top), tau)
+
+    @property
+    def count(self) -> int:
+        return len(self.edges) - 1
+
+    @property
+    def gated(self) -> slice:
+        """Select the bins of entropies above tau."""
+        return slice(self.edges.index(self.tau) if self.tau in self.edges else self.count, self.count)
+
+    def sums(self, figures: TokenFigures) -> Floats:
+        """Sum the figures over the tokens of each bin: [B, F]."""
+        bins = np.searchsorted(np.asarray(self.edges[1:-1]), figures.teacher_entropy, side="left")
+        above = figures.student_entropy > self.tau
+        columns = [
+            np.ones(figures.tokens)
+            if name == "tokens"
+            else above
+            if name == "student_above"
+            else getattr(figures, name)
+            for name in SUMMED
+        ]
+        return np.column_stack([np.bincount(bins, weights, minlength=self.count) for weights in columns])
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over the tokens of a bin (or of several); None if the bin is empty.
+
+    ``share``: its tokens among all. ``intervals``: (low, high) of figures by name, percentile bootstrap over problems;
+    none where resamples never differ, as where one problem has all tokens or all have one value.
+    """
+
+    tokens: int
+    share: float
+    fkl: float | None
+    rkl: float | None
+    agreement: float | None
+    teacher_entropy: float | None
+    student_entropy: float | None
+    student_above: float | None
+    intervals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Teacher against student on some responses. Divergences and entropies in nats a token.
+
+    ``above`` and ``below`` split all tokens at teacher entropy tau; ``above.share`` is the teacher's share of
+    high-entropy tokens, ``all.student_above`` the student's. ``*_outside``: mean probability on ids that the other
+    model's vocabulary lacks, which the divergences leave out.
+    """
+
+    edges: tuple[float, ...]
+    tau: float
+    responses: int
+    problems: int
+    all: Means
+    above: Means
+    below: Means
+    bins: tuple[Means, ...]
+    teacher_outside: float
+    student_outside: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise_bins(
+    sums: Floats,
+    problems: Sequence[object],
+    bins: EntropyBins,
+    *,
+    benchmarks: Sequence[str] | None = None,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Alignment:
+    """Summarise the sums [R, B, F] of responses; ``problems`` [R] names the problem of each, for the intervals.
+
+    Means are over tokens, whosever they are: a benchmark of many and long responses weighs more than a small one.
+
+    Args:
+        benchmarks: of each response [R]; problems are drawn within theirs (default: one for all).
+
+    Raises:
+        ValueError: no token at all.
+    """
+    if not len(sums) or sums[:, :, 0].sum() == 0:
+        raise ValueError("no response has a token, so there is nothing to compare teacher and student on")
+    numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
+    by_problem = np.zeros((len(numbers), *sums.shape[1:]))  # [P, B, F]
+    np.add.at(by_problem, [numbers[problem] for problem in problems], sums)
+    homes = dict(zip(problems, benchmarks or [""] * len(sums), strict=True))
+    resampled = _resampled(by_problem, [homes[problem] for problem in numbers], resamples, seed)
+    whole = by_problem.sum(axis=0)
+    total = whole[:, 0].sum()
+
+    def means(chosen: slice) -> Means:
+        return _means(whole[chosen].sum(axis=0), total, resampled[:, chosen].sum(axis=1), confidence)
+
+    outside = dict(zip(SUMMED, whole.sum(axis=0) / total, strict=True))
+    return Alignment(
+        edges=bins.edges,
+        tau=bins.tau,
+        responses=len(sums),
+        problems=len(numbers),
+        all=means(slice(None)),
+        above=means(bins.gated),
+        below=means(slice(0, bins.gated.start)),
+        bins=tuple(means(slice(number, number + 1)) for number in range(bins.count)),
+        teacher_outside=float(outside["teacher_outside"]),
+        student_outside=float(outside["student_outside"]),
+    )
+
+
+def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, seed: int) -> Floats:
+    """Return sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
+    rng = np.random.default_rng(seed)
+    sums = np.zeros((resamples, *by_problem.shape[1:]))
+    for name in sorted(set(benchmarks)):
+        rows = by_problem[[one == name for one in benchmarks]]
+        weights = rng.multinomial(len(rows), np.full(len(rows), 1.0 / len(rows)), size=resamples)
+        sums += (weights @ rows.reshape(len(rows), -1)).reshape(sums.shape)
+    return sums
+
+
+def _means(whole: Floats, total: float, resampled: Floats, confidence: float) -> Means:
+    """Return means from one bin's sums [F] and their resamples [N, F]."""
+    tokens = whole[0]
+    share = float(tokens / total)
+    if tokens == 0:
+        return Means(0, share, None, None, None, None, None, None, {})
+    drawn = resampled[resampled[:, 0] > 0]  # resamples that missed the bin say nothing of it
+    values = {name: float(value / tokens) for name, value in zip(SUMMED, whole, strict=True)}
+    ratios = drawn[:, [SUMMED.index(name) for name in WITH_INTERVAL]] / drawn[:, :1]
+    fields = {
+        name: (interval.low, interval.high)
+        for name, interval, column in zip(WITH_INTERVAL, intervals(ratios, confidence), ratios.T, strict=True)
+        if not all_alike(column)  # resamples that never differ know of no spread, not of none
+    }
+    kept = {name: values[name] for name in SUMMED if name in Means.__dataclass_fields__ and name != "tokens"}
+    return Means(tokens=int(tokens), share=share, intervals=fields, **kept)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eopd.stages.align.bins import SUMMED, Alignment, EntropyBins, summarise_bins
-from eopd.stages.align.divergence import TokenFigures, compare
+from eopd.stages.align.divergence import SUMMED, Alignment, EntropyBins, TokenFigures, compare, summarise_bins
 from eopd.stages.align.settings import EDGES
 from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.models.backbone import final_hidden, layout_of

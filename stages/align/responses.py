@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from eopd.stages.align.job import AlignmentJob
 from eopd.stages.models.packing import Sequence
-from eopd.stages.models.placeholders import donors
 from eopd.stages.models.prompts import Prompt, PromptTable, load_prompts, render_prompt
-from eopd.stages.models.teacher_prompts import Context, teacher_context
-from eopd.storage import evaluations
+from eopd.stages.models.teacher_prompts import Context, donors, teacher_context
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 
 if TYPE_CHECKING:

@@ -14,15 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
-from eopd.stages.align.divergence import known_ids
+from eopd.stages.align.divergence import SUMMED, EntropyBins, known_ids, summarise_bins
 from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import read_pairs
 from eopd.stages.align.responses import ResponseReader, Responses
 from eopd.stages.align.settings import AlignmentSettings
-from eopd.stages.engines.check import check_first_batch, refuse_uniform
-from eopd.stages.engines.hidden import HiddenEngine
-from eopd.stages.engines.open import open_hidden_engine
+from eopd.stages.engines.hidden import HiddenEngine, check_first_batch, refuse_uniform
+from eopd.stages.engines.kept import open_hidden_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_tokenizer, model_folder

@@ -15,16 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eopd.stages.engines.hidden import HiddenBatch, OwnLogits
-from eopd.stages.engines.hidden_transformers import reloaded_logits
+from eopd.stages.engines.hidden import HiddenBatch, OwnLogits, reloaded_logits
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
-from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.lm_head import LMHead, stored_lm_head
 from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_positions, resolve_dtype
 from eopd.stages.models.packing import Sequence
-from eopd.stages.models.stored_head import stored_lm_head
 
 # Architectures whose hidden states were seen to equal transformers' to 1e-6 (float32, CPU, vLLM 0.32). Of others,
 # Cohere2 and GPT-NeoX differ by about the largest logit and Apertus by 1e-3; Olmo2, Phi and SmolLM3 do not start as

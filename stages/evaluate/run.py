@@ -1,6 +1,6 @@
 """The evaluate stage: sample every problem k times, verify, and sum up.
 
-Producer of the records of ``storage.evaluations``: samples, by part (one engine call each), and a summary of them.
+Producer of the records of ``storage.records``: samples, by part (one engine call each), and a summary of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eopd.stages.models.tokenizers import response_text
 from eopd.stages.stage import SummaryJob
 from eopd.stages.verifiers.registry import Verifier, open_verifier
 from eopd.stages.verifiers.verdict import Verdict
-from eopd.storage import evaluations
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 

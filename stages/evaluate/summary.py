@@ -14,12 +14,127 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from eopd.stages.evaluate import diversity, passk
 from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, resampled_means
 from eopd.stages.verifiers.answers import last_box
 from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
+
+# -- passk ------------------------------------------------------------------------------------------------------------
+
+# Avg@k and the unbiased Pass@k. Letters: P problems, n samples a problem, c correct ones among them.
+
+
+Floats = NDArray[np.float64]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that ``k`` of the ``n`` samples, drawn without replacement, include one of the ``c`` correct
+    ones.
+
+    ``1 - C(n-c, k) / C(n, k)`` (Chen et al. 2021, arXiv 2107.03374), as a product, so that it neither overflows
+    nor cancels: the ratio is the product over i in (n-c, n] of (1 - k/i).
+
+    Raises:
+        ValueError: not 0 <= c <= n or not 1 <= k <= n.
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"correct samples must be in [0, n], got c = {c}, n = {n}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in [1, n], got k = {k}, n = {n}")
+    if n - c < k:
+        return 1.0
+    if c == 0:
+        return 0.0
+    return -math.expm1(math.fsum(math.log1p(-k / i) for i in range(n - c + 1, n + 1)))
+
+
+def pass_at_all(n: int, correct: Sequence[int]) -> Floats:
+    """Return Pass@k of each problem for every k: [P, n], column k-1 is Pass@k."""
+    table = {c: [pass_at_k(n, c, k) for k in range(1, n + 1)] for c in set(correct)}
+    return np.asarray([table[c] for c in correct], dtype=np.float64).reshape(len(correct), n)
+
+
+# -- diversity --------------------------------------------------------------------------------------------------------
+
+# Diversity of the responses to one problem: self-BLEU and distinct-n over token ids.
+#
+# Letters: S samples of one problem, U distinct n-grams among them.
+
+
+Ids = NDArray[np.int32]
+ORDER = 4
+
+
+def self_bleu(samples: Sequence[Ids]) -> float:
+    """Return the mean BLEU-4 of each sample against all others, in [0, 1]; 1: all equal, NaN: fewer than two samples.
+
+    Self-BLEU as in Zhu et al. 2018 (arXiv 1802.01886) on BLEU (Papineni et al. 2002) with add-one smoothed orders
+    above one (Lin and Och 2004). A sample shorter than four tokens is compared on the orders that it has; an empty
+    one counts 1 if another is empty too, else 0.
+    """
+    count = len(samples)
+    if count < 2:
+        return math.nan
+    lengths = np.asarray([len(sample) for sample in samples])
+    logs = np.zeros(count)
+    orders = np.zeros(count)
+    for n in range(1, ORDER + 1):
+        grams, totals = _counts(samples, n)
+        clipped = np.minimum(grams, _most_elsewhere(grams)).sum(axis=1)
+        smooth = 0.0 if n == 1 else 1.0
+        precision = (clipped + smooth) / np.maximum(totals + smooth, 1.0)
+        with np.errstate(divide="ignore"):
+            logs += np.where(totals > 0, np.log(precision), 0.0)
+        orders += totals > 0
+    bleu = np.exp(logs / np.maximum(orders, 1.0)) * _brevity(lengths)
+    empty = lengths == 0
+    bleu[empty] = 1.0 if empty.sum() > 1 else 0.0
+    return float(bleu.mean())
+
+
+def distinct(samples: Sequence[Ids], n: int = ORDER) -> float:
+    """Return distinct n-grams over all n-grams of a problem's samples, in (0, 1]; NaN if there is none.
+
+    Li et al. 2016 (arXiv 1510.03055). Falls with the number of samples and their length: compare at equal both.
+    """
+    grams, totals = _counts(samples, n)
+    return grams.shape[1] / int(totals.sum()) if totals.sum() else math.nan
+
+
+def _counts(samples: Sequence[Ids], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count every distinct n-gram in every sample [S, U], and n-grams per sample [S]."""
+    totals = np.asarray([max(0, len(sample) - n + 1) for sample in samples], dtype=np.int64)
+    if totals.sum() == 0:
+        return np.zeros((len(samples), 0), dtype=np.int64), totals
+    windows = [np.lib.stride_tricks.sliding_window_view(s, n) for s in samples if len(s) >= n]
+    unique, inverse = np.unique(np.concatenate(windows), axis=0, return_inverse=True)
+    grams = np.zeros((len(samples), len(unique)), dtype=np.int64)
+    np.add.at(grams, (np.repeat(np.arange(len(samples)), totals), inverse.reshape(-1)), 1)
+    return grams, totals
+
+
+def _most_elsewhere(grams: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the largest count of each n-gram among the *other* samples: [S, U]."""
+    if grams.shape[1] == 0:
+        return grams
+    top = np.sort(grams, axis=0)
+    # For the (first) sample that holds the largest count, the others' largest is the second largest.
+    most = np.broadcast_to(top[-1], grams.shape).copy()
+    most[grams.argmax(axis=0), np.arange(grams.shape[1])] = top[-2]
+    return most
+
+
+def _brevity(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the brevity penalty [S] against the reference of closest length (the shorter of two equally close)."""
+    gaps = np.abs(lengths[:, None] - lengths[None, :]).astype(np.float64)
+    gaps += 0.25 * (lengths[None, :] > lengths[:, None])
+    np.fill_diagonal(gaps, np.inf)
+    closest = lengths[gaps.argmin(axis=1)]
+    penalty: NDArray[np.float64] = np.exp(np.minimum(0.0, 1.0 - closest / np.maximum(lengths, 1)))
+    return penalty
+
 
 Row = dict[str, Any]
 
@@ -72,8 +187,8 @@ class Tally:
                 "samples": len(rows),
                 "correct": sum(row["correct"] for row in rows),
                 "distinct_correct": len({row["form"] for row in rows if row["correct"]}),
-                "self_bleu": _known(diversity.self_bleu(ids)),
-                "distinct_4": _known(diversity.distinct(ids)),
+                "self_bleu": _known(self_bleu(ids)),
+                "distinct_4": _known(distinct(ids)),
                 "response_tokens": float(np.mean(lengths)),
                 "truncated": truncated,
             }
@@ -104,8 +219,8 @@ class Figures:
     """A benchmark's results (JSON values), and the inputs of means over several benchmarks."""
 
     values: Row
-    by_problem: dict[str, passk.Floats]  # [P, M], or fewer problems where the others have no such figure
-    drawn_entropy: passk.Floats  # [B]: token entropy in resamples
+    by_problem: dict[str, Floats]  # [P, M], or fewer problems where the others have no such figure
+    drawn_entropy: Floats  # [B]: token entropy in resamples
 
 
 def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed: int) -> Figures:
@@ -180,11 +295,11 @@ def overall(benchmarks: Mapping[str, Figures], *, resamples: int, confidence: fl
     }
 
 
-def _by_problem(problems: Sequence[Row], n: int) -> dict[str, tuple[passk.Floats, tuple[float, float] | None]]:
+def _by_problem(problems: Sequence[Row], n: int) -> dict[str, tuple[Floats, tuple[float, float] | None]]:
     """Return figures that are means over problems, with the least and largest possible value of each."""
     correct = [row["correct"] for row in problems]
     columns: dict[str, Any] = {
-        "pass_at_k": passk.pass_at_all(n, correct),
+        "pass_at_k": pass_at_all(n, correct),
         "avg_at_k": [count / n for count in correct],
         "distinct_correct": [row["distinct_correct"] for row in problems],
         "self_bleu": [row["self_bleu"] for row in problems if row["self_bleu"] is not None],
@@ -205,7 +320,7 @@ def _bounds(name: str, n: int) -> tuple[float, float] | None:
 
 
 def _means(
-    benchmarks: Sequence[passk.Floats],
+    benchmarks: Sequence[Floats],
     bounds: tuple[float, float] | None,
     *,
     resamples: int,
@@ -241,13 +356,13 @@ def _named(columns: Mapping[str, list[tuple[float | None, list[float] | None]]])
     }
 
 
-def _drawn_ratios(sums: passk.Floats, resamples: int, seed: int) -> passk.Floats:
+def _drawn_ratios(sums: Floats, resamples: int, seed: int) -> Floats:
     """Return first over second column of the sums [P, 2] of resampled problems: [B]."""
     drawn = resampled_means(sums, resamples=resamples, seed=seed)
     return np.asarray(drawn[:, 0] / drawn[:, 1])
 
 
-def _of_draws(drawn: passk.Floats, confidence: float) -> list[float] | None:
+def _of_draws(drawn: Floats, confidence: float) -> list[float] | None:
     """Return the interval of ``drawn``; None if the draws never differ."""
     return _pair(*intervals(drawn[:, None], confidence)) if len(drawn) and np.ptp(drawn) > 0.0 else None
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.judge.settings import JudgeSettings
-from eopd.stages.verifiers.registry import Verifier, open_verifier
-from eopd.stages.verifiers.responses import Answered, check_answers, judge_responses
+from eopd.stages.verifiers.registry import Answered, Verifier, check_answers, judge_responses, open_verifier
 from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts

@@ -2,18 +2,107 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import model_validator
 
-from eopd.stages.models import placeholders
+from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models.chat_templates import Conversation, refuse_reserved
 from eopd.stages.settings import Settings, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# -- placeholders -----------------------------------------------------------------------------------------------------
+
+# Placeholders such as ``{{answer}}`` in what the teacher reads. Single braces are text: prompts hold ``\boxed{}``.
+
+
+OF_PROMPT = ("answer", "solution")
+"""Placeholders whose text comes from a column of the prompt source."""
+
+VERDICT = "verdict"
+"""A text of the settings that says whether the response is right."""
+
+SIBLING = "right_sibling"
+"""A right response of the same round to the same prompt, never the one that is scored."""
+
+RESPONSE = "response"
+"""The response that is scored: its token ids, without the stop token at its end."""
+
+JUDGED = (VERDICT, SIBLING)
+TEXTS = (*OF_PROMPT, *JUDGED)
+"""Placeholders that may stand in any text."""
+
+KNOWN = (*TEXTS, RESPONSE)
+
+_PLACEHOLDER = re.compile(r"\{\{\s*([^{}]*[^{}\s])\s*\}\}")
+
+
+def names_in(text: str) -> list[str]:
+    """Names between double braces, in order."""
+    return _PLACEHOLDER.findall(text)
+
+
+def check(setting: str, text: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a placeholder that does not exist or cannot stand in this setting."""
+    for name in names_in(text):
+        if name in allowed:
+            continue
+        if name in KNOWN:
+            raise ValueError(
+                f"{setting}: {{{{{name}}}}} can stand only in score.teacher_prompt.opening, which takes token ids as "
+                "they are"
+            )
+        near = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
+        hint = f"Did you mean {{{{{near[0]}}}}}?" if near else f"Known: {', '.join(f'{{{{{one}}}}}' for one in KNOWN)}."
+        raise ValueError(f"{setting}: there is no placeholder {{{{{name}}}}}. {hint}")
+
+
+def fill(text: str, values: Mapping[str, str | None]) -> str:
+    """Put values in the place of placeholders, once: a value that looks like a placeholder stays as it is.
+
+    Raises:
+        ValueError: a value is missing or blank.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        text = values.get(match[1])
+        if text is None or not text.strip():
+            raise ValueError(f"the prompt has no {match[1]} for {{{{{match[1]}}}}}")
+        return text
+
+    return _PLACEHOLDER.sub(value, text)
+
+
+def split_at(text: str, name: str) -> list[str]:
+    """The texts before, between and after the placeholders of one name."""
+    pieces, start = [], 0
+    for match in _PLACEHOLDER.finditer(text):
+        if match[1] == name:
+            pieces.append(text[start : match.start()])
+            start = match.end()
+    return [*pieces, text[start:]]
+
+
+def donors(prompts: Sequence[int], seed: int, *path: str | int) -> dict[int, int]:
+    """Return another prompt for every prompt, drawn by seed; every prompt is drawn once.
+
+    Raises:
+        ValueError: there is no other prompt.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    if len(distinct) == 1:
+        raise ValueError("score.teacher_prompt.shuffled needs at least two prompts to exchange answers between")
+    keys = np.random.PCG64(derive_seed(seed, "shuffled", *path)).random_raw(len(distinct))
+    order = [distinct[place] for place in np.argsort(keys, kind="stable")]
+    return dict(zip(order, [*order[1:], *order[:1]], strict=True))
 
 
 class VerdictTexts(Settings):
@@ -81,56 +170,56 @@ class TeacherPromptSettings(Settings):
 
     @model_validator(mode="after")
     def _placeholders_are_known(self) -> TeacherPromptSettings:
-        placeholders.check("score.teacher_prompt.suffix", self.suffix, placeholders.TEXTS)
-        placeholders.check("score.teacher_prompt.system", self.system or "", placeholders.TEXTS)
-        placeholders.check("score.teacher_prompt.opening", self.opening, placeholders.KNOWN)
-        if self.shuffled and not set(placeholders.TEXTS) & set(self.used):
+        check("score.teacher_prompt.suffix", self.suffix, TEXTS)
+        check("score.teacher_prompt.system", self.system or "", TEXTS)
+        check("score.teacher_prompt.opening", self.opening, KNOWN)
+        if self.shuffled and not set(TEXTS) & set(self.used):
             raise ValueError(
                 "score.teacher_prompt.shuffled has no effect: neither suffix, system nor opening holds "
-                f"{' or '.join(f'{{{{{name}}}}}' for name in placeholders.TEXTS)}"
+                f"{' or '.join(f'{{{{{name}}}}}' for name in TEXTS)}"
             )
         return self
 
     @model_validator(mode="after")
     def _verdicts_are_shown(self) -> TeacherPromptSettings:
-        shown = placeholders.VERDICT in self.used
+        shown = VERDICT in self.used
         if shown and self.verdicts is None:
             raise ValueError("score.teacher_prompt shows {{verdict}}: set score.teacher_prompt.verdicts {right, wrong}")
         if self.verdicts is not None and not shown:
             raise ValueError("score.teacher_prompt.verdicts has no effect: nothing holds {{verdict}}")
         for name, text in (self.verdicts.model_dump() if self.verdicts is not None else {}).items():
-            if not text.strip() or placeholders.names_in(text):
+            if not text.strip() or names_in(text):
                 raise ValueError(f"score.teacher_prompt.verdicts.{name} must be text without placeholders")
-        if self.otherwise != "same" and placeholders.SIBLING not in self.used:
+        if self.otherwise != "same" and SIBLING not in self.used:
             raise ValueError("score.teacher_prompt.otherwise has no effect: nothing holds {{right_sibling}}")
         return self
 
     @property
     def used(self) -> tuple[str, ...]:
         """Names of the placeholders in these settings."""
-        names = placeholders.names_in(f"{self.suffix} {self.system or ''} {self.opening}")
-        return tuple(name for name in placeholders.KNOWN if name in names)
+        names = names_in(f"{self.suffix} {self.system or ''} {self.opening}")
+        return tuple(name for name in KNOWN if name in names)
 
     @property
     def values_needed(self) -> tuple[str, ...]:
         """Names of the placeholders whose text comes from the prompt source."""
-        return tuple(name for name in placeholders.OF_PROMPT if name in self.used)
+        return tuple(name for name in OF_PROMPT if name in self.used)
 
     @property
     def judged(self) -> tuple[str, ...]:
         """Names of the placeholders that verdicts decide."""
-        return tuple(name for name in placeholders.JUDGED if name in self.used)
+        return tuple(name for name in JUDGED if name in self.used)
 
     @property
     def copies(self) -> int:
         """Return how many responses the teacher reads before it scores one."""
-        names = placeholders.names_in(f"{self.suffix} {self.system or ''} {self.opening}")
-        return names.count(placeholders.RESPONSE) + names.count(placeholders.SIBLING)
+        names = names_in(f"{self.suffix} {self.system or ''} {self.opening}")
+        return names.count(RESPONSE) + names.count(SIBLING)
 
     def example(self, of_prompt: Mapping[str, str | None]) -> dict[str, str | None]:
         """Values for people before anything was sampled: a right verdict, and placeholders in place of responses."""
-        verdict = {placeholders.VERDICT: self.verdicts.right} if self.verdicts is not None else {}
-        return {**of_prompt, **verdict, placeholders.SIBLING: f"{{{{{placeholders.SIBLING}}}}}"}
+        verdict = {VERDICT: self.verdicts.right} if self.verdicts is not None else {}
+        return {**of_prompt, **verdict, SIBLING: f"{{{{{SIBLING}}}}}"}
 
     def semantic(self) -> dict[str, Any]:
         """Return the keyed settings without unset ones that are newer than the first artifacts, whose keys must
@@ -203,13 +292,13 @@ def teacher_context(
         return Context((tuple(before),))
 
     def ids(text: str) -> list[int]:
-        filled = placeholders.fill(text, values)
+        filled = fill(text, values)
         return [int(number) for number in tokenizer(filled, add_special_tokens=False)["input_ids"]]
 
     pieces = []
     try:
         for text in _opening_texts(settings):
-            first, *others = placeholders.split_at(text, placeholders.SIBLING)
+            first, *others = split_at(text, SIBLING)
             pieces.append([*ids(first), *(number for other in others for number in (*sibling, *ids(other)))])
     except ValueError as error:
         raise ValueError(f"{where}, score.teacher_prompt.opening: {error}") from error
@@ -218,13 +307,13 @@ def teacher_context(
 
 
 def _opening_texts(settings: TeacherPromptSettings) -> list[str]:
-    return placeholders.split_at(settings.opening, placeholders.RESPONSE)
+    return split_at(settings.opening, RESPONSE)
 
 
 def opening_text(settings: TeacherPromptSettings, values: Mapping[str, str | None]) -> str:
     """The opening for people, with ``{{response}}`` where the response goes. Raises ValueError, as ``fill``."""
-    response = f"{{{{{placeholders.RESPONSE}}}}}"
-    return response.join(placeholders.fill(text, values) for text in _opening_texts(settings))
+    response = f"{{{{{RESPONSE}}}}}"
+    return response.join(fill(text, values) for text in _opening_texts(settings))
 
 
 def render_teacher_prompt(
@@ -258,5 +347,5 @@ def teacher_conversation(
     and ``fill``."""
     text = Conversation(({"role": "user", "content": source},))
     conversation = Conversation.from_json(source) if settings.kind == "template" else text
-    system = None if settings.system is None else placeholders.fill(settings.system, values)
-    return conversation.prepared(system, placeholders.fill(settings.suffix, values))
+    system = None if settings.system is None else fill(settings.system, values)
+    return conversation.prepared(system, fill(settings.suffix, values))

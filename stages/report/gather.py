@@ -30,12 +30,13 @@ from eopd.stages.report.data import (
     StepRow,
 )
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
-from eopd.storage import alignments, evaluations
+from eopd.storage import alignments
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import CHECKPOINTS
 from eopd.storage.errors import DamagedPart
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.jsonl import read_lines, read_whole
+from eopd.storage.paths import CHECKPOINTS
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.untrusted import naming_misfits, read_json
 from eopd.storage.verdict_signal import verdict_signal

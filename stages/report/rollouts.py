@@ -19,8 +19,8 @@ from markupsafe import Markup
 from eopd.stages.format import decimal, printable
 from eopd.stages.report.data import RolloutView, RunData
 from eopd.storage.artifacts import Artifact
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import read_rollouts
+from eopd.storage.teacher_cache import JointCache
 
 TOKENIZER = "tokenizer.json"
 OF_A_ROUND = 12

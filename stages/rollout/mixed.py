@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.stages.engines.sampling import Expert, SamplingRequest, derive_seed
-from eopd.stages.models import placeholders
+from eopd.stages.models import teacher_prompts as placeholders
 from eopd.stages.models.prompts import Prompt, PromptSettings, render_prompt, student_conversation
 from eopd.stages.rollout.segments import Draft, Sampling, Written
 from eopd.stages.rollout.settings import ExpertSettings, RolloutSettings

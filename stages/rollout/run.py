@@ -25,12 +25,10 @@ from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, ren
 from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
 from eopd.stages.rollout import mixed, revise
-from eopd.stages.rollout.attempts import until_right
 from eopd.stages.rollout.prefix import Prefixes
-from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written
+from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written, until_right
 from eopd.stages.rollout.settings import RolloutSettings
-from eopd.stages.verifiers.registry import Verifier, open_verifier
-from eopd.stages.verifiers.responses import Answered, check_answers, judge_responses
+from eopd.stages.verifiers.registry import Answered, Verifier, check_answers, judge_responses, open_verifier
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import Writer, read_rollouts, write_rollouts

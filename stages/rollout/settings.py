@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from eopd.stages.engines.sampling import MIN_TEMPERATURE, EngineKind, EngineOptions, SamplingParameters
-from eopd.stages.models import placeholders
+from eopd.stages.models import teacher_prompts as placeholders
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
 
 Source = Literal["student", "teacher", "prefix", "mixed", "revise", "data"]

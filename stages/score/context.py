@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from eopd.stages.models.placeholders import SIBLING, VERDICT, donors
 from eopd.stages.models.prompts import PromptSettings, load_prompts
-from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings, teacher_context
+from eopd.stages.models.teacher_prompts import SIBLING, VERDICT, Context, TeacherPromptSettings, donors, teacher_context
 from eopd.storage.files import canonical_json
 
 if TYPE_CHECKING:

@@ -7,30 +7,37 @@ ones: the process that claims a part does it, and the first commit wins.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eopd.stages.engines.check import check_first_batch, refuse_uniform
-from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine
+from eopd.stages.engines.hidden import HiddenBatch, HiddenEngine, check_first_batch, refuse_uniform
 from eopd.stages.models.loading import load_tokenizer, load_tokenizer_at, model_folder
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.packing import Sequence
-from eopd.stages.models.placeholders import SIBLING
+from eopd.stages.models.teacher_prompts import SIBLING
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
 from eopd.stages.score.context import context_name
-from eopd.stages.score.draws import row_keys
 from eopd.stages.score.job import ScoreJob
-from eopd.stages.score.part_writer import PartWriter
 from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import NotFinite, TokenBatch
-from eopd.stages.score.token_statistics import TokenStatistics, concatenate, empty, in_response_order, ranges
+from eopd.stages.score.token_statistics import (
+    NotFinite,
+    TokenBatch,
+    TokenStatistics,
+    concatenate,
+    empty,
+    in_response_order,
+    ranges,
+    row_keys,
+)
 from eopd.storage.claims import held_parts
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import PartHeader, write_part
@@ -38,6 +45,51 @@ from eopd.storage.teacher_record import TeacherRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# -- part writer ------------------------------------------------------------------------------------------------------
+
+# Background writing of a part; its claim is held until it is committed.
+
+
+class PartWriter:
+    """One thread that encodes and writes; at most one part waits for it, so memory holds two.
+
+    A part that was handed over is begun when the caller says so, at a moment when its own work leaves cores free.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="part-writer")
+        self._next: tuple[Callable[[], None], ExitStack] | None = None
+        self._last: Future[None] | None = None
+
+    def write(self, task: Callable[[], None], claimed: ExitStack) -> None:
+        """Hand over ``task`` once the previous one is done; raises what that one raised."""
+        with claimed:
+            self.finish()
+            self._next = task, claimed.pop_all()
+
+    def begin(self) -> None:
+        """Let the thread begin the task that was handed over."""
+        if self._next is not None:
+            self._last, self._next = self._pool.submit(_run, *self._next), None
+
+    def finish(self) -> None:
+        """Wait for every task that was handed over; raises what they raised."""
+        self.begin()
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait for the task that was handed over, and end the thread."""
+        self.begin()
+        self._pool.shutdown(wait=True)
+
+
+def _run(task: Callable[[], None], held: ExitStack) -> None:
+    with held:
+        task()
 
 
 def run(job: ScoreJob) -> None:

@@ -23,16 +23,16 @@ from eopd.stages.stage import (
     teacher_input,
     teacher_key,
 )
+from eopd.storage.codec import most_bytes
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.identity import KEY_LENGTH, Identity
-from eopd.storage.size_bound import most_bytes
 
 CAPTURED_ENTRIES = 32
 """Entries of a token in captures, about: a forecast reads none."""
 
 
 def token_bytes(head: HeadSettings, vocabulary: int) -> float:
-    """Estimate the bytes of one scored token; ``storage.size_bound`` has a bound for any teacher.
+    """Estimate the bytes of one scored token; ``storage.codec`` has a bound for any teacher.
 
     Heads that follow the entropy: a model that is hardly ever sure takes 48.0, 74.9 and 130.6 at k_max 16, 32 and 64
     with 11 bits an id, and 59.3 at k_max 16 with 15.6 (`python -m benchmarks.cache --only real`, plain text). Fixed

@@ -29,10 +29,10 @@ from eopd.stages.train.metrics import summarise
 from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import RoundStart, States, write_jsonl
-from eopd.storage.checkpoints import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER, OPTIMIZER_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.errors import StoreFull
 from eopd.storage.files import free_of
 from eopd.storage.fingerprints import tokenizer_files
+from eopd.storage.paths import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER, OPTIMIZER_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.sources import filled_parts
 
 EMA_FOLDER = "ema"

@@ -7,6 +7,7 @@ processes. Letters: T tokens of a packed micro-batch, S responses.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,28 +16,48 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
 from eopd.stages.models.transfer import on_device
-from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.failures import broken_tensors
 from eopd.stages.train.metrics import sum_metrics
 from eopd.stages.train.objectives.base import Objective, StepContext
 from eopd.stages.train.objectives.reopold import above_quantile
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.stages.train.optimizer import gradient_norm, scale_gradients
+from eopd.stages.train.optimizer import Ema, gradient_norm, scale_gradients
 from eopd.stages.train.parallel import accumulating, reshard, student_of
-from eopd.stages.train.position_weights import position_weights
 from eopd.stages.train.responses import Responses, check_alignment
-from eopd.stages.train.schedule import batch_of_step, learning_rate
-from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.settings import TrainSettings, WeightSettings, batch_of_step, learning_rate
 from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import Writer
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
+
+# -- position weights -------------------------------------------------------------------------------------------------
+
+# Weights of the loss by the position of a token in its response.
+#
+# Letters: S responses, T tokens of the round.
+
+
+def position_weights(settings: WeightSettings, offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return a weight for each token [T]; tokens of response s are [offsets[s], offsets[s+1])."""
+    return np.concatenate([_of_one(settings, int(length)) for length in np.diff(offsets)])
+
+
+def _of_one(settings: WeightSettings, length: int) -> NDArray[np.float32]:
+    if settings.kind == "head":
+        assert settings.fraction is not None
+        counted = math.ceil(round(settings.fraction * length, 9))  # 0.07 * 100 is a little more than 7
+        return (np.arange(length) < counted).astype(np.float32)
+    assert settings.start is not None
+    assert settings.end is not None
+    return np.linspace(settings.start, settings.end, length).astype(np.float32)
+
 
 ROUND_STRIDE = 2**40
 """Tokens of different rounds have different keys: a round has fewer than this."""

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from eopd.stages.models.packing import Sequence as TokenSequence
 from eopd.stages.rollout.settings import OFF_POLICY, Source
+from eopd.stages.train.job import COLUMNS as SELECTED_BY
+from eopd.stages.train.job import Candidate, Selection
 from eopd.stages.train.objectives.base import Objective
-from eopd.stages.train.selection import COLUMNS as SELECTED_BY
-from eopd.stages.train.selection import Candidate, Selection
 from eopd.stages.train.settings import TrainedTokens
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import Writer, read_rollouts
 from eopd.storage.sources import ScoreSource, filled_parts
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.teacher_record import TeacherRows
 
 COLUMNS = ("prompt_id", "sample", "prompt_token_ids", "response_token_ids", "logprobs", "written")

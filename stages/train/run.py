@@ -26,7 +26,6 @@ from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.settings import OFF_POLICY
 from eopd.stages.train.checkpoint import carry_over, commit, rehearse_commit, set_generation_config
-from eopd.stages.train.ema import Ema
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.extras import require_extras
 from eopd.stages.train.failures import save_failure
@@ -35,7 +34,7 @@ from eopd.stages.train.loop import Loop, Step
 from eopd.stages.train.lora import add_adapters
 from eopd.stages.train.metrics import Recorder, RecordingFailed, means, peak_memory_bytes
 from eopd.stages.train.objectives.registry import make_objective
-from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from eopd.stages.train.optimizer import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import distribute, gather_weights, load_weights, student_of
 from eopd.stages.train.responses import (
     Responses,
@@ -44,17 +43,51 @@ from eopd.stages.train.responses import (
     refuse_truncated_sampling,
     region_of,
 )
-from eopd.stages.train.schedule import batch_of_step, steps_per_round
-from eopd.stages.train.settings import TrainSettings
-from eopd.stages.train.staleness import response_weights
+from eopd.stages.train.settings import StalenessSettings, TrainSettings, batch_of_step, steps_per_round
 from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.storage import stopping
-from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.claims import Patience, claim
-from eopd.storage.joint_cache import JointCache
+from eopd.storage.paths import WEIGHTS
 from eopd.storage.rollouts import Writer
+from eopd.storage.teacher_cache import JointCache
+
+# -- staleness --------------------------------------------------------------------------------------------------------
+
+# Weights of responses that an older policy sampled. Fixed at the round's start.
+#
+# Letters: S responses, T tokens of the round.
+
+
+def response_weights(
+    settings: StalenessSettings,
+    age: int,
+    moved: NDArray[np.float32],
+    counted: NDArray[np.bool_],
+    offsets: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Return weights [T], equal within a response: 2^(-age / half-life) times min(1, max_kl / KL).
+
+    KL is the k1 estimate, the mean of ``moved`` over a response's counted tokens; where it is not positive, or nothing
+    counts, nothing is taken off.
+
+    Args:
+        age: rounds by which the policy that sampled is older than the student.
+        moved: log q_sampled - log q_student [T] of the tokens, nats.
+        counted: tokens [T] of which that is known.
+        offsets: [S+1] tokens of response s are [offsets[s], offsets[s+1]); none is empty.
+    """
+    lengths = np.diff(offsets)
+    weights = np.ones(len(lengths))
+    if settings.half_life_rounds is not None:
+        weights *= 2.0 ** (-age / settings.half_life_rounds)
+    if settings.max_kl is not None:
+        total = np.add.reduceat(np.where(counted, moved.astype(np.float64), 0.0), offsets[:-1])
+        kl = total / np.maximum(np.add.reduceat(counted.astype(np.int64), offsets[:-1]), 1)
+        weights *= np.where(kl > settings.max_kl, settings.max_kl / np.maximum(kl, settings.max_kl), 1.0)
+    return np.repeat(weights, lengths).astype(np.float32)
+
 
 LONGEST_WAIT = timedelta(days=7)
 """Timeout of processes that train together: the first may wait for another job's claim or write large states.

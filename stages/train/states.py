@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import OPTIMIZER_FILE, ROUND_START_FILE
 from eopd.storage.jsonl import read_whole
+from eopd.storage.paths import OPTIMIZER_FILE, ROUND_START_FILE
 
 WEIGHTS_FILE = "weights.safetensors"
 EMA_FILE = "ema.safetensors"

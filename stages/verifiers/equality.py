@@ -12,7 +12,8 @@ import re
 
 import sympy
 
-from eopd.stages.verifiers import choices, notation
+from eopd.stages.verifiers import notation
+from eopd.stages.verifiers import statements as choices
 from eopd.stages.verifiers.notation import Plain, bare, base_numeral, closing, plain_number, split, tidy
 from eopd.stages.verifiers.quantities import quantity, same_remarks, uncommented, unit_words
 from eopd.stages.verifiers.statements import (

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from typing import Any
 
 from eopd.stages.verifiers.answers import as_written, final_answer, reference_answer
-from eopd.stages.verifiers.equations import equations
 from eopd.stages.verifiers.notation import tidy
+from eopd.stages.verifiers.statements import equations
 from eopd.stages.verifiers.verdict import UNREADABLE
 
 MEMORY_BYTES = 4 << 30

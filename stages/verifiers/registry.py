@@ -5,13 +5,19 @@ A verifier judges many (response, reference answer) pairs at once, so that one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, get_args
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from eopd.stages.models.prompts import VerifierName
+from eopd.stages.models.tokenizers import response_text
 from eopd.stages.verifiers import countdown, exact
 from eopd.stages.verifiers.mathematics import MATH_RULES, MathVerifier
 from eopd.stages.verifiers.verdict import UNREADABLE, Verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Judge = Callable[[str, str], Verdict]
 
@@ -92,3 +98,46 @@ def open_verifier(name: str, *, seconds: float = 5.0, workers: int = 1) -> Verif
     if name not in PLAIN:
         raise ValueError(f"verifier {name!r} is unknown; there are {', '.join(sorted(NAMES))}")
     return PlainVerifier(name, *PLAIN[name])
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
+
+# Verdicts on responses as token ids, by the verifier of their prompts.
+
+
+TRUNCATED = "the response was cut at the length limit"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A response and the reference answer to its prompt."""
+
+    token_ids: Sequence[int]
+    finish_reason: str
+    stop_token_id: int | None
+    answer: str
+
+
+def judge_responses(
+    verifier: Verifier, tokenizer: PreTrainedTokenizerBase, responses: Sequence[Answered]
+) -> list[Verdict]:
+    """Judge responses. One that was cut at the length limit is wrong, whatever its text holds: it was not finished."""
+    finished = [one for one in responses if one.finish_reason != "length"]
+    pairs = [(response_text(tokenizer, one.token_ids, one.stop_token_id), one.answer) for one in finished]
+    judged = iter(verifier.verify_many(pairs))
+    return [Verdict(False, reason=TRUNCATED) if one.finish_reason == "length" else next(judged) for one in responses]
+
+
+def check_answers(verifier: Verifier, answers: Iterable[tuple[str, str | None]], where: str) -> None:
+    """Check the reference answers of prompts, given as pairs (prompt id, answer).
+
+    Raises:
+        ValueError: an answer is missing, or the verifier cannot read it; names the prompt.
+    """
+    for prompt, answer in dict.fromkeys(answers):
+        try:
+            if answer is None:
+                raise ValueError("there is no reference answer; name its column in prompts.columns.answer")
+            verifier.check_answer(answer)
+        except ValueError as error:
+            raise ValueError(f"{where}, prompt {prompt!r}: {error}") from error

@@ -10,9 +10,108 @@ from sympy import S
 from sympy.core.function import AppliedUndef
 
 from eopd.stages.verifiers import notation
-from eopd.stages.verifiers.notation import bare, split, tidy
+from eopd.stages.verifiers.notation import TEXT, bare, split, tidy
 from eopd.stages.verifiers.quantities import quantity
 from eopd.stages.verifiers.values import INEXACT, as_set, read, same_value, zero
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+# Multiple-choice letters: which one a text chooses, and the text of the option after it.
+
+
+_LETTER = re.compile(r"\(?([A-J])\)?")
+_LABELLED = re.compile(r"(?:\(([A-J])\)\s*|([A-J])[.):]\s+)(\S.*)", re.DOTALL)
+_CHOSEN = re.compile(
+    r"(?:(?i:option|choice|answer)\s+)?(?:\(([A-J])\)|([A-J])[.):])(?P<text>[\s\\~].*)?"
+    r"|(?:(?i:option|choice|answer)\s+)?([A-J])",
+    re.DOTALL,
+)
+_AFFIRMED = re.compile(r"\s*is\s+(?:the\s+)?(?:correct|right|true|final)?(?:\s*(?:answer|choice|option|one))?\W*")
+_OTHER = re.compile(  # a second letter, or words that take the first one back
+    r"(?<![A-Za-z])(?:\([A-J]\)|[A-J](?:[):](?!\S)|\.(?=\s|$)))"
+    r"|(?:[,;/&|]|\\(?:lor|vee|land|wedge|to|and|or)\b|\b(?:or|and|nor|not|but|than|to|vs|versus)\b)\s*"
+    r"(?:(?i:option|choice|answer|is|also|maybe|perhaps|not)\s+)*[A-J](?![A-Za-z(])"
+    r"|(?:^|\s)[A-J]\s+[-+\d\\$]"
+    r"|^\W*(?:or|and|nor|but|is|isn|are|aren|was|wasn|were|will|would|can|cannot|could|couldn|does|doesn|do|did|didn|has"
+    r"|hasn|may|might|must|should|shouldn|seems|looks|appears|if|unless|maybe|perhaps|probably|possibly)\b"
+    r"|^\W*not\W*(?:$|(?:correct|right|true|valid|possible|it|this|that|the|chosen|an?)\b)"
+    r"|\b(?:wrong|incorrect|invalid|untrue|rejected|eliminated|excluded|discarded|mistaken|ruled|unlikely|error)\b",
+    re.DOTALL,
+)
+
+
+def letter(text: str) -> str | None:
+    """Return the letter if a tidy text is nothing else."""
+    match = _LETTER.fullmatch(_plain(text))
+    return match[1] if match else None
+
+
+def labelled(text: str) -> tuple[str, str] | None:
+    """Letter and text of an option: ``(B) 12``, ``\\text{B. } 12``."""
+    match = _LABELLED.fullmatch(_plain(text))
+    if match is None or len(match[3]) >= 200 or match[3].startswith((",", "\\cup", "\\cap", "\\setminus", "=")):
+        return None
+    return match[1] or match[2], tidy(match[3])
+
+
+def chosen(text: str) -> tuple[str, str] | None:
+    """Return the one letter that a tidy text chooses and its text for the option, which may be empty.
+
+    None for a text that chooses none, or names a second letter, or takes the first back.
+    """
+    match = _CHOSEN.fullmatch(_plain(text))
+    if match is None:
+        return None
+    rest = tidy(match["text"] or "")
+    name = next(group for group in (match[1], match[2], match[4]) if group)
+    if _AFFIRMED.fullmatch(rest):
+        return name, ""
+    symbols = re.sub(r"\\[A-Za-z]+|\b(?:and|or|not)\b", "", rest)
+    if _OTHER.search(rest) or re.fullmatch(r"[\W_]*[A-J][\W_]*", symbols):
+        return None
+    return name, rest
+
+
+def _plain(text: str) -> str:
+    return TEXT.sub(r"\1", text).strip()
+
+
+# -- equations --------------------------------------------------------------------------------------------------------
+
+# The equations of a written solution, so that rewording it makes no new one.
+
+
+_LATEX = (  # spelling that says nothing of the mathematics
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\(?:text|mathrm|textbf|mathbf|boxed)\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·]"), "*"),
+    (re.compile(r"\\div(?![A-Za-z])|÷"), "/"),
+    (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]"), " "),
+    (re.compile(r"\\[()\[\]]|\\?\$|&"), " "),
+    (re.compile("[−–]"), "-"),
+)
+_BULLET = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+", re.MULTILINE)
+_BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_AROUND = re.compile(r" ?([=+\-*/^<>]) ?")
+
+
+def equations(text: str) -> list[str]:
+    """Return the distinct equations of a text, sorted: words, order, repetition and the spelling of signs do not count.
+
+    ``Half of 48 is 48 / 2 = 24, so 48 + 24 = 72`` holds ``48+24=72`` and ``48/2=24``.
+    """
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    for pattern in (_BULLET, _BOLD, _WORD):
+        text = pattern.sub(" ", text)
+    text = re.sub(r"[ \t]+", " ", _THOUSANDS.sub("", text))
+    text = _AROUND.sub(r"\1", text)
+    pieces = (piece.strip(".,;:!?=") for piece in re.split(r"[\s,;]+", text))
+    return sorted({piece for piece in pieces if "=" in piece})
+
 
 RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|[<>]|(?<!\\)=")
 NAME = re.compile(r"[A-Za-z]|\\[A-Za-z]+|[A-Za-z]_\{?[^{}]+\}?|\\[A-Za-z]+_\{?[^{}]+\}?")

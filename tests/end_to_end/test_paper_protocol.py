@@ -10,7 +10,7 @@ import yaml
 
 from eopd.pipeline.config import load_config
 from eopd.stages.models.prompts import load_prompts, render_prompt
-from eopd.storage import evaluations
+from eopd.storage import records as evaluations
 from tests.end_to_end.conftest import World, eopd
 from tests.stages.tiny_tokenizer import tiny_tokenizer
 

@@ -15,7 +15,7 @@ import yaml
 from eopd.pipeline.config import load_config
 from eopd.stages.verifiers.countdown import verify
 from eopd.storage.artifacts import open_artifact
-from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
+from eopd.storage.paths import TRAINING_FILE, WEIGHTS
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.verdicts import read_verdicts
 from tests.end_to_end.world import eopd, start

@@ -11,9 +11,8 @@ import pytest
 
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import Run, open_run
-from eopd.storage.joint_cache import JointCache
 from eopd.storage.rollouts import read_rollouts
-from eopd.storage.teacher_cache import TeacherCache
+from eopd.storage.teacher_cache import JointCache, TeacherCache
 from tests.end_to_end.conftest import World, eopd
 
 

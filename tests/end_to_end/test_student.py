@@ -14,7 +14,7 @@ from eopd.pipeline.errors import RunError
 from eopd.pipeline.export import copy_student, find_student, newest, where_students_are
 from eopd.pipeline.run import Run, open_run
 from eopd.stages.models.generation import stop_ids_in
-from eopd.storage.checkpoints import METRICS_FILE, TRAINING_FILE, WEIGHTS
+from eopd.storage.paths import METRICS_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.places import open_place
 from eopd.storage.pruning import prune
 from eopd.storage.transfer import copy

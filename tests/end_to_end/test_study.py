@@ -11,8 +11,7 @@ import pytest
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.sweep import load_sweep
 from eopd.stages.train.objectives.registry import make_objective
-from eopd.storage.coverage import Coverage
-from eopd.storage.needs import HeadNeed
+from eopd.storage.coverage import Coverage, HeadNeed
 from tests.end_to_end.conftest import eopd
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "countdown"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline import disk_pause
-from eopd.pipeline.disk_pause import ROOM_BYTES, ROOM_INODES, DiskPause
+from eopd.pipeline import scheduler as disk_pause
+from eopd.pipeline.scheduler import ROOM_BYTES, ROOM_INODES, DiskPause
 from eopd.storage import files
 from eopd.storage.errors import StoreFull
 from eopd.storage.files import NO_INODES, Free, free_of, naming_full_disks

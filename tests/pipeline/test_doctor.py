@@ -18,7 +18,7 @@ from eopd.pipeline import doctor
 from eopd.pipeline.config import CONFIG_FOLDER, parse_settings
 from eopd.pipeline.doctor import compiling, known_versions, probe, worst
 from eopd.pipeline.doctor_inputs import check_inputs
-from eopd.pipeline.findings import Finding
+from eopd.pipeline.errors import Finding
 from eopd.pipeline.store_check import check_store
 from tests.stages.tiny_models import tiny_tokenizer
 from tests.strangers import unprivileged

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from eopd.pipeline.forecast import Keep, peak_bytes
-from eopd.stages.train.footprint import CheckpointBytes, checkpoint_bytes, parameter_count, read_shapes
 from eopd.stages.train.optimizer import make_optimizer, optimizer_tensors
 from eopd.stages.train.settings import TrainSettings
+from eopd.stages.train.stage import CheckpointBytes, checkpoint_bytes, parameter_count, read_shapes
 
 
 @pytest.fixture(scope="module")

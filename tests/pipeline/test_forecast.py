@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from eopd.pipeline.checks import check_store_size
 from eopd.pipeline.forecast import Forecast, Keep, Row, forecast
 from eopd.pipeline.run import Run
-from eopd.pipeline.tables import make_console, plan_table
+from eopd.pipeline.status import make_console, plan_table
 from tests.pipeline.plan_case import commit, make_run, note_job
 
 PARAMETERS = 1000

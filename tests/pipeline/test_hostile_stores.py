@@ -25,8 +25,7 @@ from eopd.pipeline.cli.store import app
 from eopd.pipeline.forecast import forecast
 from eopd.pipeline.retention import note, notes_of_others, references
 from eopd.pipeline.run import Run
-from eopd.pipeline.status import take_status
-from eopd.pipeline.tables import plan_table, status_view
+from eopd.pipeline.status import plan_table, status_view, take_status
 from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.storage import garbage, listing, paths
 from eopd.storage.artifacts import Artifact, open_artifact

@@ -28,13 +28,13 @@ from eopd.pipeline.run import Run
 from eopd.stages.models.generation import stop_ids_in
 from eopd.storage import listing
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.errors import DamagedPart, StoreError, StoreUnwritable
-from eopd.storage.evaluations import RESULTS
 from eopd.storage.hub import upload
 from eopd.storage.identity import Identity
 from eopd.storage.notes import Note, write_note
+from eopd.storage.paths import WEIGHTS
 from eopd.storage.places import open_place
+from eopd.storage.records import RESULTS
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verification import verify
 from tests import hub as stand_in

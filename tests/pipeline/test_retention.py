@@ -22,9 +22,9 @@ from eopd.pipeline.retention import note, note_of, notes_of_others, prune_old, r
 from eopd.pipeline.run import Run, open_run
 from eopd.pipeline.scheduler import OpenJob
 from eopd.pipeline.worker import execute
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
 from eopd.storage.errors import DamagedPart
 from eopd.storage.notes import Note, notes
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from eopd.storage.pruning import prune
 from eopd.storage.stacked import StackedStores
 from tests.pipeline.plan_case import commit, make_run

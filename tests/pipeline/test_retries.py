@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eopd.pipeline.launchers.settings import FaultSettings
-from eopd.pipeline.retries import Batch, backoff, judge
+from eopd.pipeline.scheduler import Batch, backoff, judge
 
 POLICY = FaultSettings(attempts=3, losses=2, backoff_seconds=2.0, backoff_limit_seconds=5.0)
 

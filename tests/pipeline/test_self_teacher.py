@@ -18,7 +18,7 @@ from eopd.pipeline.plan import Plan
 from eopd.pipeline.retention import note, note_of, prune_old
 from eopd.pipeline.run import Run, open_run
 from eopd.stages.experiment import Facts
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.pipeline.plan_case import RAW, commit, make_facts, make_settings, plan_of, run_of
 from tests.stages.tiny_models import save_teacher
 

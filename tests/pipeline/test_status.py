@@ -20,8 +20,7 @@ from eopd.pipeline.config import ConfigError
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.logs import find_logs, tail
 from eopd.pipeline.run import Run
-from eopd.pipeline.status import take_status
-from eopd.pipeline.tables import make_console, status_view
+from eopd.pipeline.status import make_console, status_view, take_status
 from eopd.pipeline.worker import log_task
 from eopd.stages.stage import Job
 from tests.end_to_end.conftest import command

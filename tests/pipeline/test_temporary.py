@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.temporary import LOCK, TORCH_CACHE, sweep, temporary_folder
+from eopd.pipeline.processes import LOCK, TORCH_CACHE, sweep, temporary_folder
 
 HOLD = """
 import sys, tempfile
-from eopd.pipeline.temporary import temporary_folder
+from eopd.pipeline.processes import temporary_folder
 with temporary_folder() as folder:
     tempfile.mkstemp(prefix="vllm_dist_")
     print(folder, flush=True)

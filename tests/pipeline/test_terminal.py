@@ -13,8 +13,8 @@ import pytest
 from rich.table import Table
 
 from eopd.pipeline.config import ConfigError, parse_settings
+from eopd.pipeline.status import PlainConsole
 from eopd.pipeline.store_check import check_folders, check_runs_folder, check_store, why_no_folder
-from eopd.pipeline.tables import PlainConsole
 from eopd.stages.format import escaped, excerpt, one_line
 from tests.strangers import unprivileged
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import forward_kl
-from eopd.stages.train.objectives.gate import above
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import EntropyNeed, HeadNeed
+from eopd.stages.train.objectives.terms import above, forward_kl
+from eopd.storage.coverage import EntropyNeed, HeadNeed
 
 
 def sure_only(settings: ObjectiveSettings) -> Objective:

@@ -11,14 +11,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from eopd.stages.align.bins import SUMMED
-from eopd.stages.align.divergence import compare, known_ids
+from eopd.stages.align.divergence import SUMMED, compare, known_ids
 from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import measure_alignment
 from eopd.stages.align.responses import ResponseReader
 from eopd.stages.align.run import run, summarise
 from eopd.stages.align.settings import AlignmentSettings
-from eopd.stages.engines.check import refuse_uniform
+from eopd.stages.engines.hidden import refuse_uniform
 from eopd.stages.engines.kept import Engines
 from eopd.stages.evaluate import run as evaluating
 from eopd.stages.evaluate.run import EvaluateJob

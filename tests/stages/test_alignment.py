@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from eopd.stages.align import divergence
-from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
-from eopd.stages.align.divergence import TokenFigures, compare
+from eopd.stages.align.divergence import SUMMED, EntropyBins, TokenFigures, compare, summarise_bins
 from eopd.stages.align.reading import LoadedModel, measure_alignment, read_pairs
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence

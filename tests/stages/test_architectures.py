@@ -13,9 +13,8 @@ from safetensors.numpy import load_file as load_arrays
 from torch import nn
 
 from eopd.stages.align.reading import LoadedModel, measure_alignment
-from eopd.stages.engines.hidden_transformers import full_model_logits
-from eopd.stages.engines.kept import Engines
-from eopd.stages.engines.open import open_hidden_engine, open_sampling_engine
+from eopd.stages.engines.hidden import full_model_logits
+from eopd.stages.engines.kept import Engines, open_hidden_engine, open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine, sequence_logprobs
 from eopd.stages.job import ModelRef
@@ -27,7 +26,7 @@ from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
 from eopd.stages.train.run import freeze_unread
 from eopd.stages.train.run import run as train
-from eopd.storage.checkpoints import OPTIMIZER, ROUND_START_FILE, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, ROUND_START_FILE, WEIGHTS
 from eopd.storage.teacher_cache import TeacherCache
 from tests.stages.score_case import random_responses, rollouts, score_job
 from tests.stages.tiny_models import COMMON, save_teacher, tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.stages.evaluate.diversity import distinct, self_bleu
+from eopd.stages.evaluate.summary import distinct, self_bleu
 
 
 def ids(*tokens: int) -> np.ndarray:

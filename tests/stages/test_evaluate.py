@@ -14,10 +14,9 @@ import pytest
 from pydantic import ValidationError
 
 from eopd.stages.evaluate import run as stage
-from eopd.stages.evaluate.passk import pass_at_k
 from eopd.stages.evaluate.run import EvaluateJob
 from eopd.stages.evaluate.settings import EvaluateSettings, chunks
-from eopd.stages.evaluate.summary import Tally, doubts, figures, overall
+from eopd.stages.evaluate.summary import Tally, doubts, figures, overall, pass_at_k
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.prompts import VerifierName
 from eopd.stages.stage import SummaryJob
@@ -26,7 +25,7 @@ from eopd.stages.verifiers.math_worker import grade
 from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.verifiers.registry import RULES
 from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
-from eopd.storage import evaluations
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from benchmarks.generator import STOP_IDS, VOCABULARY, generate
 from eopd.stages.align.divergence import compare
 from eopd.stages.align.reading import LoadedModel, read_pairs
-from eopd.stages.engines import hidden_transformers, sampling_transformers
+from eopd.stages.engines import hidden as hidden_transformers
+from eopd.stages.engines import sampling_transformers
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
 from eopd.stages.memory import ModelSize, reading, score_rows, training
@@ -28,24 +29,21 @@ from eopd.stages.models.lm_head import LMHead, traits_of, unwrap
 from eopd.stages.models.packing import PACKED, Sequence
 from eopd.stages.models.transfer import copied_at_once
 from eopd.stages.rollout.student_topk import topk_of
-from eopd.stages.score.draws import row_keys
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import TokenBatch
-from eopd.stages.train import student_head
-from eopd.stages.train.ema import Ema
+from eopd.stages.score.token_statistics import TokenBatch, row_keys
+from eopd.stages.train import student as student_head
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import add_adapters
 from eopd.stages.train.objectives.base import StepContext
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.stages.train.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from eopd.stages.train.optimizer import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.responses import Responses
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
-from eopd.stages.train.student import Student
-from eopd.stages.train.student_head import sparse_head_loss
+from eopd.stages.train.student import Student, sparse_head_loss
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.stages.fake_cuda import QWEN3, FakeCuda, fake_cuda, qwen3
 

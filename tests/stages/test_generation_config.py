@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
 from eopd.stages.models.generation import stop_ids_in, with_stop_ids, write_stop_ids
@@ -22,9 +22,9 @@ from eopd.stages.score.run import run as score
 from eopd.stages.train import checkpoint
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.run import run
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
 from eopd.storage.errors import StoreFull
 from eopd.storage.files import Free
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import KillAfter, part_bytes, read_rows, train_job

@@ -14,7 +14,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.judge import run as stage
 from eopd.stages.judge.run import JudgeJob, run
 from eopd.stages.judge.settings import JudgeSettings
-from eopd.stages.verifiers.responses import TRUNCATED
+from eopd.stages.verifiers.registry import TRUNCATED
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.verdicts import read_verdicts

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from eopd.stages.engines import probe
-from eopd.stages.engines.kept import Engines
-from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.kept import Engines, open_sampling_engine
 from eopd.stages.engines.sampling import (
     EngineKind,
     EngineOptions,

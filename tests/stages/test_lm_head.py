@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eopd.stages.engines.hidden_transformers import full_model_logits
+from eopd.stages.engines.hidden import full_model_logits
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import STORED_ARCHITECTURES, LMHead, head_traits, lm_head_of
 from eopd.stages.models.packing import Sequence, pack

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon, kl_terms, reverse_kl
-from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.reopold import EQUAL_ENTROPY, above_quantile, advantage_floor
 from eopd.stages.train.objectives.settings import FAMILY, ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.objectives.terms import forward_kl, jensen_shannon, kl_terms, policy_gradient, reverse_kl
 from eopd.stages.train.objectives.tropd import hashed_uniform
 from eopd.stages.train.stops import StopHandling
-from eopd.stages.train.student_head import sparse_head_loss
-from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, SampledNeed, StopsNeed
+from eopd.stages.train.student import sparse_head_loss
+from eopd.storage.coverage import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, SampledNeed, StopsNeed
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.reference_formulas import eopd_forward, eopd_loss, nemo_renorm, trl_tail, verl_topk
 from tests.stages.dense_oracle import Case, make_case, rows_of

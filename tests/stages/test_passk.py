@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from eopd.stages.evaluate.passk import pass_at_all, pass_at_k
+from eopd.stages.evaluate.summary import pass_at_all, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eopd.stages.evaluate.passk import pass_at_k
+from eopd.stages.evaluate.summary import pass_at_k
 from eopd.stages.report.compare import Difference, compare, grouped, merged
 from eopd.stages.report.data import (
     OWN,

@@ -13,13 +13,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from eopd.stages.align.bins import SUMMED, EntropyBins, summarise_bins
+from eopd.stages.align.divergence import SUMMED, EntropyBins, summarise_bins
 from eopd.stages.report.compare import merged
 from eopd.stages.report.data import FIRST, OWN, Estimate, ReportData, RunData
 from eopd.stages.report.gather import FIRST_STEP, RoundArtifacts, RunArtifacts, gather, seconds_by_key, summary_rows
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
-from eopd.storage import alignments, evaluations
+from eopd.storage import alignments
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts

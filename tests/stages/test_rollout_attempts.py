@@ -16,8 +16,8 @@ from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.models.tokenizers import response_text
 from eopd.stages.rollout import run as stage
 from eopd.stages.rollout.run import RolloutJob, run
+from eopd.stages.train.job import Selection
 from eopd.stages.train.responses import load_responses
-from eopd.stages.train.selection import Selection
 from eopd.stages.train.settings import SelectSettings
 from eopd.stages.verifiers.registry import PlainVerifier
 from eopd.stages.verifiers.verdict import Verdict

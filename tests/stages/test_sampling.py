@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from eopd.stages.engines.open import open_sampling_engine, resolve_engine
+from eopd.stages.engines.kept import open_sampling_engine, resolve_engine
 from eopd.stages.engines.sampling import (
     EngineOptions,
     Sample,

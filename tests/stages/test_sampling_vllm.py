@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eopd.stages.engines import sampling_vllm
-from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingEngine, SamplingParameters, SamplingRequest, derive_seed
 from eopd.stages.engines.vllm_process import children_deaf_to_ctrl_c
 from eopd.stages.job import ModelRef

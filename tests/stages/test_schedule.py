@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eopd.stages.train.schedule import batch_of_step, learning_rate, steps_per_round
-from eopd.stages.train.settings import OptimizerSettings
+from eopd.stages.train.settings import OptimizerSettings, batch_of_step, learning_rate, steps_per_round
 
 
 def test_warm_up_then_cosine_to_the_end() -> None:

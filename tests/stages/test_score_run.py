@@ -213,7 +213,7 @@ def test_nan_fails_its_part_by_name_and_the_others_stay(teacher: Path, tmp_path:
 def test_an_engine_that_disagrees_with_the_model_stops_the_run(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eopd.stages.engines import hidden_transformers
+    from eopd.stages.engines import hidden as hidden_transformers
 
     def forgetful(model: Any) -> Any:
         head = lm_head_of(model)
@@ -230,7 +230,7 @@ def test_weights_that_changed_in_memory_are_seen_by_the_check(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the checkpoint, loaded again: the engine's own weights would agree with themselves."""
-    from eopd.stages.engines import hidden_transformers
+    from eopd.stages.engines import hidden as hidden_transformers
 
     def replaced(ref: ModelRef, device: str) -> Any:
         model = load_model(ref, device)
@@ -248,7 +248,7 @@ def test_neighbours_that_change_each_other_are_seen_by_the_check(
     count: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone, each is right."""
-    from eopd.stages.engines import hidden_transformers
+    from eopd.stages.engines import hidden as hidden_transformers
 
     own = hidden_transformers.final_hidden
 

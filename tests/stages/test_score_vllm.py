@@ -12,13 +12,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from eopd.stages.engines.kept import Engines
-from eopd.stages.engines.open import open_hidden_engine
+from eopd.stages.engines.kept import Engines, open_hidden_engine
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import final_hidden
+from eopd.stages.models.lm_head import stored_lm_head
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
-from eopd.stages.models.stored_head import stored_lm_head
 from eopd.stages.score.run import run
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows

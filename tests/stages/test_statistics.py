@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.threads import torch_threads
-from eopd.stages.score.draws import row_keys, uniforms
 from eopd.stages.score.statistics import StatisticsHead
-from eopd.stages.score.token_batch import NotFinite, TokenBatch
-from eopd.stages.score.token_statistics import TokenStatistics, concatenate, in_response_order, take
+from eopd.stages.score.token_statistics import (
+    NotFinite,
+    TokenBatch,
+    TokenStatistics,
+    concatenate,
+    in_response_order,
+    row_keys,
+    take,
+    uniforms,
+)
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, Int64
 from tests.bounds import entropy_rounding, logits_rounding, logprobs_rounding
 from tests.stages.dense_teacher import Dense, dense

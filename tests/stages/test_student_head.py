@@ -13,7 +13,7 @@ from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
-from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
+from eopd.stages.train.student import sparse_head_loss, student_logprobs
 from eopd.storage.teacher_record import HeadRule
 from tests.bounds import entropy_rounding, logits_rounding, logprobs_rounding, unit
 from tests.stages.dense_oracle import Case, dense, make_case, oracle, sampled_pair

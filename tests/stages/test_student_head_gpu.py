@@ -11,7 +11,7 @@ from eopd.stages.train.objectives.base import StepContext
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.stages.train.student_head import sparse_head_loss
+from eopd.stages.train.student import sparse_head_loss
 from tests.stages.dense_oracle import make_case, oracle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

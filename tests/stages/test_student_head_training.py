@@ -23,7 +23,7 @@ from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.stages.train.student_head import sparse_head_loss, student_logprobs
+from eopd.stages.train.student import sparse_head_loss, student_logprobs
 from tests.stages.dense_oracle import Case, make_case, oracle
 
 EOPD = ObjectiveSettings(name="eopd", rkl="topk")

@@ -12,9 +12,8 @@ from eopd.pipeline.checks import check_shuffled
 from eopd.pipeline.config import ConfigError
 from eopd.stages.experiment import Experiment
 from eopd.stages.models.loading import load_tokenizer_at
-from eopd.stages.models.placeholders import donors
 from eopd.stages.models.prompts import PromptSettings
-from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings
+from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings, donors
 from eopd.stages.score.job import ScoreJob
 from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.run import run

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eopd.stages.job import ModelRef
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, train_job
 
 DECAY = 0.75

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from eopd.stages.job import ModelRef
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.run import run
-from eopd.storage.joint_cache import JointCache
+from eopd.storage.teacher_cache import JointCache
 from tests.stages.train_case import make_world, train_job
 
 

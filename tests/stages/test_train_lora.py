@@ -20,7 +20,7 @@ from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.train.lora import add_adapters
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import LoraSettings, TrainSettings
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.stages.tiny_models import save_teacher, tiny_model
 from tests.stages.train_case import KillAfter, Killed, logits_of, make_world, part_bytes, read_rows, train_job
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.run import run
-from eopd.storage.checkpoints import WEIGHTS
+from eopd.storage.paths import WEIGHTS
 from tests.stages.train_case import make_world, part_bytes, read_rows, train_job
 
 OWN = Path(__file__).with_name("made_up_objective.py")

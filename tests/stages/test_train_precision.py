@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eopd.stages.train.run import run
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.stages.train_case import make_world, read_rows, train_job
 
 pytestmark = pytest.mark.usefixtures("attention_in_half_precision")

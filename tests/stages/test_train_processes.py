@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 
 from eopd.stages.job import ModelRef
-from eopd.stages.train.ema import Ema
 from eopd.stages.train.job import TrainJob
-from eopd.stages.train.optimizer import make_optimizer, optimizer_tensors
+from eopd.stages.train.optimizer import Ema, make_optimizer, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import OptimizerSettings
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from tests.bounds import forward_rounding
 from tests.stages.train_case import make_world, read_rows, train_job
 

@@ -13,17 +13,15 @@ from pydantic import ValidationError
 
 from eopd.stages.models.prompts import PromptSettings, rows_where
 from eopd.stages.score.run import run as score
-from eopd.stages.train.job import TrainJob
+from eopd.stages.train.job import Candidate, Selection, TrainJob
 from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import run, schedule_of
-from eopd.stages.train.schedule import learning_rate
-from eopd.stages.train.selection import Candidate, Selection
-from eopd.stages.train.settings import SelectSettings, TrainSettings
+from eopd.stages.train.settings import SelectSettings, TrainSettings, learning_rate
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import TRAINING_FILE, WEIGHTS
 from eopd.storage.errors import DamagedPart
 from eopd.storage.identity import Identity
-from eopd.storage.joint_cache import JointCache
+from eopd.storage.paths import TRAINING_FILE, WEIGHTS
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.verdicts import write_verdicts
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher

@@ -18,8 +18,8 @@ from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.responses import refuse_other_writers
 from eopd.stages.train.run import run
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import WEIGHTS
 from eopd.storage.identity import Identity
+from eopd.storage.paths import WEIGHTS
 from eopd.storage.rollouts import Writer, write_rollouts
 from tests.bounds import forward_rounding
 from tests.stages.score_case import Lines, random_responses, score_job

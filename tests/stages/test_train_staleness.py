@@ -18,12 +18,10 @@ from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
 from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.responses import load_responses
-from eopd.stages.train.run import run
-from eopd.stages.train.schedule import batch_of_step
-from eopd.stages.train.settings import StalenessSettings
-from eopd.stages.train.staleness import response_weights
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
-from eopd.storage.joint_cache import JointCache
+from eopd.stages.train.run import response_weights, run
+from eopd.stages.train.settings import StalenessSettings, batch_of_step
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
+from eopd.storage.teacher_cache import JointCache
 from tests.stages.score_case import STOPS, Lines, random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
 

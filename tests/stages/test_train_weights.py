@@ -16,13 +16,12 @@ from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import pack
 from eopd.stages.score.run import run as score
-from eopd.stages.train.position_weights import position_weights
+from eopd.stages.train.loop import position_weights
 from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import run
-from eopd.stages.train.schedule import batch_of_step
-from eopd.stages.train.settings import TrainSettings, WeightSettings
-from eopd.storage.checkpoints import OPTIMIZER, WEIGHTS
-from eopd.storage.joint_cache import JointCache
+from eopd.stages.train.settings import TrainSettings, WeightSettings, batch_of_step
+from eopd.storage.paths import OPTIMIZER, WEIGHTS
+from eopd.storage.teacher_cache import JointCache
 from tests.pipeline.plan_case import make_settings, plan_of
 from tests.stages.score_case import random_responses, rollouts, score_job
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job

@@ -16,7 +16,7 @@ from eopd.stages.score.run import run
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.identity import Identity
-from eopd.storage.joint_cache import JointCache
+from eopd.storage.teacher_cache import JointCache
 from eopd.storage.verdict_signal import auc, sources_of, verdict_signal
 from tests.stages.score_case import response_row, rollouts, score_job
 from tests.stages.test_teacher_contexts import judged

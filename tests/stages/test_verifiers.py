@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from eopd.stages.verifiers import countdown, exact, mathematics, values
 from eopd.stages.verifiers.answers import final_answer
-from eopd.stages.verifiers.equations import equations
 from eopd.stages.verifiers.mathematics import MATH_RULES, MathVerifier
 from eopd.stages.verifiers.notation import tidy
 from eopd.stages.verifiers.registry import NAMES, PLAIN, PlainVerifier, open_verifier
+from eopd.stages.verifiers.statements import equations
 from eopd.stages.verifiers.verdict import Verdict
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

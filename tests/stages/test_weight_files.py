@@ -17,12 +17,12 @@ from torch import Tensor
 
 from eopd.pipeline import inputs
 from eopd.pipeline.config import ConfigError
-from eopd.stages.engines.open import open_sampling_engine
+from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine
 from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.job import ModelRef
+from eopd.stages.models.lm_head import stored_lm_head
 from eopd.stages.models.loading import check_weights, load_model
-from eopd.stages.models.stored_head import stored_lm_head
 from eopd.stages.models.weight_files import INDEX, SINGLE, read_tensors, weight_files
 from eopd.storage.fingerprints import Digests, model_files
 from tests.stages.tiny_models import save_tiny, tiny_tokenizer

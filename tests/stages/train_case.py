@@ -19,8 +19,8 @@ from eopd.stages.score.run import run as score
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
-from eopd.storage.checkpoints import METRICS_FILE, WEIGHTS
 from eopd.storage.identity import Identity
+from eopd.storage.paths import METRICS_FILE, WEIGHTS
 from tests.stages.score_case import STOPS, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.storage import codec, packing, quantise, symbols
-from eopd.storage.balancing import balancing_offset, encode_rows
+from eopd.storage import codec, packing
+from eopd.storage import codec as quantise
+from eopd.storage import codec as symbols
 from eopd.storage.codec import STOP_FLOOR, Layout, RawBits
 from eopd.storage.decode import decode
-from eopd.storage.encode import encode
-from eopd.storage.ragged import offsets_of, sums, take_ranges
-from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows
+from eopd.storage.encode import balancing_offset, encode, encode_rows
+from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows, offsets_of, sums, take_ranges
 
 from .making import STOPS, dense, rows_of
 

@@ -6,8 +6,18 @@ import re
 
 import pytest
 
-from eopd.storage.coverage import Coverage, NeedNotMet, able
-from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
+from eopd.storage.coverage import (
+    Coverage,
+    DrawsNeed,
+    EntropyNeed,
+    ExtraIdsNeed,
+    HeadNeed,
+    Need,
+    NeedNotMet,
+    SampledNeed,
+    StopsNeed,
+    able,
+)
 from eopd.storage.teacher_record import HeadRule
 
 AWARE = Coverage(HeadRule(k_max=16, min_prob=0.03, full_head_above=0.4), (7,), vocab_size=1000)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eopd.storage.codec import FORMAT_VERSION
-from eopd.storage.needs import DrawsNeed, ExtraIdsNeed, HeadNeed
+from eopd.storage.coverage import DrawsNeed, ExtraIdsNeed, HeadNeed
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 from eopd.storage.verification import verify

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from eopd.storage.artifacts import Artifact
-from eopd.storage.coverage import NeedNotMet
+from eopd.storage.coverage import HeadNeed, NeedNotMet
 from eopd.storage.identity import Identity
-from eopd.storage.joint_cache import JointCache, in_order
-from eopd.storage.needs import HeadNeed
-from eopd.storage.teacher_cache import TeacherCache, write_part
+from eopd.storage.teacher_cache import JointCache, TeacherCache, in_order, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.storage.making import dense, header, rows_of, scores
 

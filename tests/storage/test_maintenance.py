@@ -16,12 +16,11 @@ from eopd.storage import listing, paths, statistics
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.captures import CaptureColumns, imported_header, read_capture
 from eopd.storage.claims import claim
-from eopd.storage.coverage import NeedNotMet
+from eopd.storage.coverage import EntropyNeed, HeadNeed, NeedNotMet, SampledNeed
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
-from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.stacked import StackedStores
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule

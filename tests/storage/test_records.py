@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eopd.storage import alignments, evaluations, rollouts, student_topk
+from eopd.storage import alignments, rollouts, student_topk
+from eopd.storage import records as evaluations
 from eopd.storage.errors import NewerSchema, StoreError, WrongArtifact
 from eopd.storage.records import named
 

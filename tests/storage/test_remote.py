@@ -19,11 +19,10 @@ import pytest
 from eopd.storage import garbage, listing, paths, remote
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
-from eopd.storage.fetched import FetchedArtifact
 from eopd.storage.identity import Identity
 from eopd.storage.pruning import prune
 from eopd.storage.remote import RemoteArtifact, open_bucket
-from eopd.storage.stacked import StackedStores
+from eopd.storage.stacked import FetchedArtifact, StackedStores
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from eopd.storage.transfer import copy

@@ -10,8 +10,8 @@ import pytest
 
 from eopd.storage import zarr_part
 from eopd.storage.artifacts import Artifact
+from eopd.storage.codec import ENTRY_CHUNK, TOKEN_CHUNK, _most_draws, most_bytes
 from eopd.storage.identity import Identity
-from eopd.storage.size_bound import ENTRY_CHUNK, TOKEN_CHUNK, _most_draws, most_bytes
 from eopd.storage.teacher_cache import write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.storage.making import dense, header, rows_of

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import ShardingCodec
 
-from eopd.storage import paths, zarr_write
+from eopd.storage import paths
+from eopd.storage import zarr_part as zarr_write
 from eopd.storage.artifacts import Artifact
 from eopd.storage.codec import FORMAT_VERSION
-from eopd.storage.coverage import NeedNotMet
+from eopd.storage.coverage import EntropyNeed, HeadNeed, NeedNotMet, SampledNeed
 from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet
 from eopd.storage.identity import Identity
 from eopd.storage.markers import file_text, marker_text
-from eopd.storage.needs import EntropyNeed, HeadNeed, SampledNeed
 from eopd.storage.statistics import stats
 from eopd.storage.teacher_cache import Origin, PartHeader, TeacherCache, concatenate, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows

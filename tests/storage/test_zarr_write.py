@@ -10,7 +10,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from eopd.storage.zarr_write import write_array, write_attributes
+from eopd.storage.zarr_part import write_array, write_attributes
 
 CHUNK, CHUNKS_PER_SHARD = 128, 3
 NAMES = ("plane", "column")

@@ -17,7 +17,7 @@ from torch import Tensor
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import Need, SampledNeed, StopsNeed
+from eopd.storage.coverage import Need, SampledNeed, StopsNeed
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import forward_kl, reverse_kl
-from eopd.stages.train.objectives.gate import above
 from eopd.stages.train.objectives.layout import SupportPlan
-from eopd.stages.train.objectives.policy_gradient import log_ratio_advantage, policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
+from eopd.stages.train.objectives.terms import above, forward_kl, log_ratio_advantage, policy_gradient, reverse_kl
+from eopd.storage.coverage import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
 
 
 def forward_needs(settings: ObjectiveSettings, above_entropy: float = -1.0) -> tuple[Need, ...]:

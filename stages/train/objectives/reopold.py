@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
 from eopd.stages.train.objectives.eopd import round_start_fields
-from eopd.stages.train.objectives.gate import above
 from eopd.stages.train.objectives.layout import SupportPlan
-from eopd.stages.train.objectives.policy_gradient import log_ratio_advantage, policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
+from eopd.stages.train.objectives.terms import above, log_ratio_advantage, policy_gradient
 from eopd.stages.train.objectives.tropd import hashed_uniform
-from eopd.storage.needs import SampledNeed, StopsNeed
+from eopd.storage.coverage import SampledNeed, StopsNeed
 
 EQUAL_ENTROPY = 1e-4
 """Entropies of the same state that were computed in other batches differ by rounding, of less than this (nats)."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon, reverse_kl
 from eopd.stages.train.objectives.eopd import forward_needs, forward_plan
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import DrawsNeed, ExtraIdsNeed, HeadNeed, StopsNeed
+from eopd.stages.train.objectives.terms import forward_kl, jensen_shannon, reverse_kl
+from eopd.storage.coverage import DrawsNeed, ExtraIdsNeed, HeadNeed, StopsNeed
 
 
 def fkl(settings: ObjectiveSettings) -> Objective:

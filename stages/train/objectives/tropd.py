@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import forward_kl, jensen_shannon
-from eopd.stages.train.objectives.gate import accepted
 from eopd.stages.train.objectives.layout import SupportPlan
-from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import HeadNeed, Need, SampledNeed, StopsNeed
+from eopd.stages.train.objectives.terms import accepted, forward_kl, jensen_shannon, policy_gradient
+from eopd.storage.coverage import HeadNeed, Need, SampledNeed, StopsNeed
 
 
 def hashed_uniform(key: Tensor, seed: int, epoch: int) -> Tensor:

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
-from eopd.stages.train.objectives.divergence import members, reverse_kl
 from eopd.stages.train.objectives.layout import LOG_ZERO, SupportPlan
-from eopd.stages.train.objectives.policy_gradient import policy_gradient
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
-from eopd.storage.needs import ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
+from eopd.stages.train.objectives.terms import members, policy_gradient, reverse_kl
+from eopd.storage.coverage import ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
 
 
 def baseline(settings: ObjectiveSettings, student: SparseStudent, teacher: TeacherBatch) -> Tensor:

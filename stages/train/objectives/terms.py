@@ -1,14 +1,8 @@
-"""Divergences between teacher p and student q on the stored support.
-
-`bucket` makes everything outside the support one outcome: then the divergence is >= 0, at most the exact one, equal
-to it when the support is the vocabulary, and the teacher is its minimum. Reverse KL and JSD exist in that form only:
-without the bucket they fall when the student moves its mass off the support.
-
-Letters: T tokens, K outcome columns. Logs are natural (nats).
-"""
+"""Gates: which tokens a term acts on, as 0/1 weights [T] without gradient."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,9 +10,88 @@ from torch import Tensor
 
 from eopd.stages.train.objectives.base import SparseStudent
 from eopd.stages.train.objectives.layout import LOG_ZERO
-from eopd.stages.train.objectives.settings import SupportMode
+from eopd.stages.train.objectives.settings import Advantage, Ratio, SupportMode
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.storage.teacher_record import LOGPROB_FLOOR
+
+# -- gate -------------------------------------------------------------------------------------------------------------
+
+# Gates: which tokens a term acts on, as 0/1 weights [T] without gradient.
+
+
+def above(value: Tensor, threshold: float) -> Tensor:
+    """1[value > threshold] of ``value`` [T] (strict, as the EOPD paper has it; its code uses >=)."""
+    return (value > threshold).to(value.dtype)
+
+
+def accepted(log_ratio: Tensor, uniform: Tensor) -> Tensor:
+    """1[u < min(1, exp(log_ratio))]: rejection test of the sampled token, ``uniform`` [T] in [0, 1)."""
+    return (uniform < log_ratio.detach().clamp(max=0.0).exp()).to(log_ratio.dtype)
+
+
+# -- policy gradient --------------------------------------------------------------------------------------------------
+
+# Policy gradient on the sampled token: surrogates whose gradient is -A w grad log q(y), w a function of the ratio.
+#
+# Letters: T tokens. All arguments [T], nats; the advantage carries no gradient.
+
+
+@dataclass(frozen=True)
+class PolicyTerm:
+    loss: Tensor  # [T]
+    ratio: Tensor  # [T] q / q_old, without gradient (1 where no ratio is used)
+    clipped: Tensor  # [T] 1 where the ratio's bound is active
+
+
+def log_ratio_advantage(kind: Advantage, teacher: Tensor, student: Tensor, q_old: Tensor | None) -> Tensor:
+    """Return A = sg(log p(y) - log q(y)), with q at the round's start (``old``) or at present (``current``)."""
+    if kind == "current":
+        return teacher - student.detach()
+    assert q_old is not None
+    return teacher - q_old
+
+
+def policy_gradient(
+    student: Tensor,
+    advantage: Tensor,
+    ratio: Ratio,
+    q_old: Tensor | None,
+    clip_eps: float = 0.2,
+    truncate_at: float = 2.0,
+) -> PolicyTerm:
+    """Return the loss of ``student`` = log q(y) [T] under ``advantage``.
+
+    ppo: max(-A r, -A clip(r, 1-eps, 1+eps)); is: -A r; truncated: -A min(r, c) with the weight held constant;
+    none: -A with gradient -A grad log q(y) (r = 1).
+    """
+    advantage = advantage.detach()
+    if ratio == "none":
+        ones = torch.ones_like(advantage)
+        return PolicyTerm(-advantage * (1.0 + student - student.detach()), ones, torch.zeros_like(ones))
+    assert q_old is not None
+    r = (student - q_old).exp()
+    held = r.detach()
+    if ratio == "is":
+        return PolicyTerm(-advantage * r, held, torch.zeros_like(held))
+    if ratio == "truncated":
+        weight = held.clamp(max=truncate_at)
+        loss = -advantage * weight * (1.0 + student - student.detach())
+        return PolicyTerm(loss, held, (held > truncate_at).to(held.dtype))
+    bounded = r.clamp(1.0 - clip_eps, 1.0 + clip_eps)
+    free, tied = -advantage * r, -advantage * bounded
+    return PolicyTerm(torch.maximum(free, tied), held, (tied > free).to(held.dtype).detach())
+
+
+# -- divergence -------------------------------------------------------------------------------------------------------
+
+# Divergences between teacher p and student q on the stored support.
+#
+# `bucket` makes everything outside the support one outcome: then the divergence is >= 0, at most the exact one, equal
+# to it when the support is the vocabulary, and the teacher is its minimum. Reverse KL and JSD exist in that form
+# only: without the bucket they fall when the student moves its mass off the support.
+#
+# Letters: T tokens, K outcome columns. Logs are natural (nats).
+
 
 Over = Literal["head", "known", "extra"]
 """Which outcomes: the head, head and extra ids, or the extra ids alone."""

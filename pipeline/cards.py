@@ -18,7 +18,7 @@ import yaml
 
 from eopd.pipeline.export import Student, ends_of
 from eopd.pipeline.run import Run
-from eopd.stages.experiment_settings import ModelSettings
+from eopd.stages.experiment_settings import ModelSettings, TeacherSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.notes import notes
@@ -100,7 +100,7 @@ def dataset_card(store: Path, artifacts: Sequence[Artifact], repo: str, licence:
         f"---\n{data.to_yaml()}\n---",
         f"# {repo.split('/')[1]}",
         _what_it_is(main, artifacts, cache, responses, names),
-        *([_origin(cache, names), _statistics(cache), _recipe(main, artifacts, repo)] if cache else []),
+        *([_origin(cache, names), _statistics(cache), _recipe(cache, artifacts, repo)] if cache else []),
         *([] if cache else [_copying(main, repo)]),
         _viewing(configs, repo),
         *(_folded(f"What the key of {one.kind} hashes", "json", json.dumps(one.identity.to_json(), indent=1))
@@ -201,7 +201,7 @@ from eopd.storage.teacher_cache import TeacherCache
 
 store = open_place("hf://datasets/{repo}")  # @REVISION behind it pins one; the folder of a copy works too
 scores = find(store, "scores/{key}")
-rows = TeacherCache(scores).read([(0, 0)])  # (part, row) pairs in any order; only their chunks are fetched
+rows = TeacherCache(scores).read([({part}, {row})])  # (part, row) pairs in any order; only their chunks are fetched
 print(rows.token_ids, rows.entropy, rows.sampled_logprob)
 
 head = slice(*rows.head_offsets[:2])  # of the first token, most probable first
@@ -214,15 +214,19 @@ from eopd.storage.stacked import open_files
 from eopd.storage.rollouts import read_rollouts
 
 rollouts = open_files(store, "rollouts", scores.identity.inputs["rollouts"], Path("fetched"))
-table = read_rollouts(rollouts.part_folder(0), ["prompt_id", "prompt_token_ids"])  # the rows of part 0 above
-print(table["prompt_id"][0], table["prompt_token_ids"][0])
+table = read_rollouts(rollouts.part_folder({part}), ["prompt_id", "prompt_token_ids"])
+print(table["prompt_id"][{row}], table["prompt_token_ids"][{row}])
 """
 
 
-def _recipe(main: Artifact, artifacts: Sequence[Artifact], repo: str) -> str:
-    code = _READ_SCORES.format(repo=repo, key=main.key)
+def _recipe(cache: TeacherCache, artifacts: Sequence[Artifact], repo: str) -> str:
+    main = artifacts[0]
+    lengths = ((part, cache.token_counts(part)) for part in filled_parts(main))
+    part, row = next(((part, int(of.argmax())) for part, of in lengths if of.any()), (0, 0))
+    code = _READ_SCORES
     if any(artifact.kind == "rollouts" for artifact in artifacts):
         code += _READ_PROMPTS
+    code = code.format(repo=repo, key=main.key, part=part, row=row)
     return f"## How to read it\n\n```python\n{code}```\n\n{_copying(main, repo)}"
 
 
@@ -281,16 +285,12 @@ def _lineage(run: Run, student: Student) -> list[tuple[str, object]]:
     settings, facts = run.settings, run.facts
     objective, optimizer = settings.train.objective, settings.train.optimizer
 
-    teacher = settings.teacher
-    if teacher.student is not None:
-        taught = f"the student itself (`teacher.student: {teacher.student}`)"
-    elif teacher.capture is not None:
-        taught = f"the capture {public_name(teacher.capture.path)}, `{facts.teacher.fingerprint}`"
-    else:
-        taught = f"{_named(teacher)}, `{facts.teacher.fingerprint}`"
     rows: list[tuple[str, object]] = [
         ("first student", f"{_named(settings.student)}, `{facts.student.fingerprint}`"),
-        ("teacher", taught),
+        *(
+            (f"teacher {name}".strip(), _teacher(teacher, facts.teacher_models[name].fingerprint))
+            for name, teacher in settings.teachers.items()
+        ),
         ("prompts", f"{public_name(settings.prompts.path)}, {facts.prompt_count:,} rows"),
         ("rounds of training", f"{student.round} of {settings.rounds}"),
         ("objective", f"`{objective.name}`"),
@@ -305,6 +305,14 @@ def _trained_on(run: Run, student: Student) -> str:
         job for job in run.plan.jobs if job.round < student.round and job.stage.name in ("rollout", "score", "train")
     ]
     return "\n".join(f"round {job.round}  {job.output.kind}/{job.output.key}" for job in made)
+
+
+def _teacher(settings: TeacherSettings, fingerprint: str) -> str:
+    if settings.student is not None:
+        return f"the student itself (`teacher.student: {settings.student}`)"
+    if settings.capture is not None:
+        return f"the capture {public_name(settings.capture.path)}, `{fingerprint}`"
+    return f"{_named(settings)}, `{fingerprint}`"
 
 
 def _named(model: ModelSettings) -> str:

@@ -18,10 +18,11 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
 from typer.testing import CliRunner
 
+from eopd.pipeline.cards import student_card
 from eopd.pipeline.cli.push import app
 from eopd.pipeline.cli.store import app as store_app
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.export import find_student
+from eopd.pipeline.export import Student, find_student
 from eopd.pipeline.push import artifacts_of, write_student
 from eopd.pipeline.retention import note
 from eopd.pipeline.run import Run
@@ -38,8 +39,9 @@ from eopd.storage.records import RESULTS
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verification import verify
 from tests import hub as stand_in
-from tests.pipeline.plan_case import commit, make_run
-from tests.storage.making import capture, other
+from tests.pipeline.plan_case import commit, make_run, make_settings, run_of
+from tests.pipeline.test_several_teachers import TEACHERS, facts_of
+from tests.storage.making import capture, other, scores
 from tests.storage.test_teacher_cache import assert_identical
 from tests.test_train_from_cache import make_store
 
@@ -95,8 +97,8 @@ def test_a_cache_that_is_pushed_is_read_by_its_card(
     recipe, tables = SNIPPET.findall(sent["README.md"].decode())
     read: dict[str, Any] = {}
     exec(recipe, read)
-    assert_identical(read["rows"], local.read([(0, 0)]))
-    assert read["table"]["prompt_token_ids"][0].as_py() == [2, 1]
+    assert_identical(read["rows"], local.read([(0, 2)]))
+    assert read["table"]["prompt_token_ids"][2].as_py() == [2, 1]
     assert 'load_dataset("user/cache", "rollouts")' in tables
 
     push(f"scores/{artifact.key}", "user/cache", "--store", store, "--license", "mit")
@@ -232,6 +234,11 @@ def test_scores_of_a_capture(tmp_path: Path, hub: stand_in.Hub) -> None:
         assert words in shown
 
 
+def test_the_recipe_reads_a_response_that_has_tokens(tmp_path: Path, hub: stand_in.Hub) -> None:
+    scores(tmp_path, lengths=[0, 5])
+    assert "read([(0, 1)])" in push("scores/", "user/cache", "--store", tmp_path, "--dry-run")
+
+
 def test_parts_that_were_set_aside(tmp_path: Path, hub: stand_in.Hub) -> None:
     artifact = make_store(tmp_path)
     empty = Artifact(tmp_path, Identity("verdicts", 1, 1))
@@ -303,6 +310,17 @@ def test_a_student_is_pushed_with_what_was_measured(tmp_path: Path, run: Run, hu
     assert "store" not in settings
     assert str(tmp_path) not in text
     assert "/secret" not in text
+
+
+def test_the_teachers_of_a_student_are_named(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    several = run_of(
+        make_settings(**{**TEACHERS, "store": str(tmp_path / "store"), "runs": str(tmp_path)}),
+        facts_of(folder=tmp_path),
+    )
+    itself = make_run(tmp_path, teacher={"path": None, "student": "initial"})
+    for one, words in ((several, "| teacher code | c, `t-code` |"), (itself, "| teacher | the student itself")):
+        assert words in student_card(one, Student(0, 3, tmp_path, ()), "user/model", "unknown")
 
 
 def test_a_student_without_evaluations(tmp_path: Path, run: Run) -> None:

@@ -33,7 +33,7 @@ check: setup
 	@.venv/bin/mypy -p eopd.pipeline -p eopd.stages -p eopd.storage
 
 docs: setup
-	@.venv/bin/uv pip install --quiet --python $(PY) --constraint scripts/constraints-cpu.txt mkdocs-material "mkdocstrings[python]"
+	@.venv/bin/uv pip install --quiet --python $(PY) --constraint scripts/constraints-cpu.txt ipykernel mkdocs-jupyter mkdocs-material "mkdocstrings[python]"
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: setup
@@ -41,4 +41,4 @@ format: setup
 	@.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv build runs store *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage coverage.xml
+	rm -rf .venv .cache build runs store *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage coverage.xml

@@ -1,4 +1,4 @@
-"""Errors of a run whose settings are valid."""
+"""Errors of a run whose settings are valid, and results of self-checks."""
 
 from __future__ import annotations
 

@@ -115,6 +115,8 @@ def _remove_unused(folder: Path, handle: int) -> None:
         os.close(handle)
 
 
+# -- processes --------------------------------------------------------------------------------------------------------
+
 WORKER = "eopd.pipeline.worker"
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 TORCHRUN = ("-m", "torch.distributed.run", f"--log-dir={os.devnull}")  # else it leaves a folder among temporary files

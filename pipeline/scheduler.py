@@ -151,6 +151,8 @@ class DiskPause:
         return now.inodes is None or now.inodes >= before.inodes + ROOM_INODES
 
 
+# -- the scheduler ----------------------------------------------------------------------------------------------------
+
 WAIT_SECONDS = 0.5
 BROKEN_AFTER = 3
 """Parts that must fail for good, none being done, before the job itself counts as broken."""

@@ -1,4 +1,4 @@
-"""`eopd status`: the work in progress, its rates, and failures.
+"""`eopd status` and the tables of `eopd plan`: the work in progress, its rates, and failures.
 
 No worker is queried: parts in progress are those with held claims, rates come from the latest commits, steps of
 training from the run's metrics, and failures from its jobs.jsonl.

@@ -184,6 +184,8 @@ def unzigzag(values: NDArray[Any]) -> NDArray[Any]:
     return np.where(values & 1, -((values + 1) >> 1), values >> 1)
 
 
+# -- layout -----------------------------------------------------------------------------------------------------------
+
 FORMAT_VERSION = 1
 STOP_FLOOR = -16.0
 """Stop log-probs below this (nats) are stored as the floor, except at a response's last token."""

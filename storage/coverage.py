@@ -64,6 +64,9 @@ class ExtraIdsNeed:
 Need = EntropyNeed | SampledNeed | StopsNeed | HeadNeed | DrawsNeed | ExtraIdsNeed
 
 
+# -- coverage ---------------------------------------------------------------------------------------------------------
+
+
 class NeedNotMet(StoreError):
     """A cache lacks something that was requested. The message names it and how to add it."""
 

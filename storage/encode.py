@@ -166,6 +166,9 @@ def balancing_offset(scaled: Float64, weights: Float64, changes: Float64, gains:
     return best
 
 
+# -- rows to arrays ---------------------------------------------------------------------------------------------------
+
+
 def encode(rows: TeacherRows, layout: Layout) -> PartArrays:
     """Encode rows of any number of responses.
 

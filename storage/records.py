@@ -1,4 +1,7 @@
-"""Records that are Parquet files. The metadata of a record's schema name it and its version; each has a module here."""
+"""Records that are Parquet files. The metadata of a record's schema name it and its version.
+
+The record of graded samples is at the end; other records have modules of their own.
+"""
 
 from __future__ import annotations
 

@@ -129,6 +129,9 @@ def open_files(store: Path | Bucket, kind: str, key: str, fetched: Path) -> Arti
     return artifact if isinstance(artifact, Artifact) else FetchedArtifact(artifact, fetched)
 
 
+# -- stacked stores ---------------------------------------------------------------------------------------------------
+
+
 class StackedStores:
     """Args:
     stores: folders or buckets, the first one private (the only one written to), the rest only read.

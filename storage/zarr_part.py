@@ -228,6 +228,8 @@ def _spec(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ArraySpec:
     return ArraySpec(shape, parse_dtype(dtype, zarr_format=3), 0, config, default_buffer_prototype())
 
 
+# -- parts ------------------------------------------------------------------------------------------------------------
+
 TOKEN_CHUNK = 4_096
 ENTRY_CHUNK = 16_384
 CHUNKS_PER_SHARD = 512

@@ -108,6 +108,8 @@ def open_hidden_engine(
     return TransformersHiddenEngine(ref, options=options, batch_tokens=batch_tokens, row_tokens=row_tokens)
 
 
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
 ROOM_TOKENS = 256
 """A kept engine is opened for sequences up to the next multiple of this: the next round's may be a little longer."""
 MEMORY_PER_WEIGHTS = 2.0

@@ -104,6 +104,8 @@ def roomy_cache(config: Any) -> DynamicCache:
     return cache
 
 
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
 MAX_BATCH = 256
 KEEP_FRACTION = 0.75
 """Rows are compacted when no more than this share of them is still running: a compaction copies the KV cache."""

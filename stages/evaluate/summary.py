@@ -136,6 +136,8 @@ def _brevity(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
     return penalty
 
 
+# -- summary ----------------------------------------------------------------------------------------------------------
+
 Row = dict[str, Any]
 
 

@@ -337,7 +337,7 @@ def _rounding(dtype: torch.dtype) -> float:
     return max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
-# -- stored head ------------------------------------------------------------------------------------------------------
+# -- the head in a model folder --------------------------------------------------------------------------------------
 
 # Reading the LM head from a model folder, without loading the model. Letters: V vocabulary, D hidden size.
 

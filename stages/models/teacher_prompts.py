@@ -105,6 +105,9 @@ def donors(prompts: Sequence[int], seed: int, *path: str | int) -> dict[int, int
     return dict(zip(order, [*order[1:], *order[:1]], strict=True))
 
 
+# -- the prompt as the teacher reads it -------------------------------------------------------------------------------
+
+
 class VerdictTexts(Settings):
     """Texts for ``{{verdict}}``."""
 

@@ -92,6 +92,9 @@ def _run(task: Callable[[], None], held: ExitStack) -> None:
         task()
 
 
+# -- the stage --------------------------------------------------------------------------------------------------------
+
+
 def run(job: ScoreJob) -> None:
     """Do every part of ``job.parts`` that is not committed.
 

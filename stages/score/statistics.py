@@ -195,6 +195,9 @@ def _arrays(**tensors: Tensor) -> dict[str, NDArray[Any]]:
     return {name: value.numpy() for name, value in zip(tensors, values, strict=True)}
 
 
+# -- the statistics head ----------------------------------------------------------------------------------------------
+
+
 class StatisticsHead:
     """Statistics of a teacher's next-token distributions at one temperature.
 

@@ -254,6 +254,9 @@ class TokenBatch:
             yield start, TokenBatch(sampled, keys, self.extra_counts[start:stop], self.extra_ids[extra])
 
 
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TokenStatistics:
     """Statistics as ``TeacherRows`` describes them, with counts per token in place of offsets."""

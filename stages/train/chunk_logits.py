@@ -1,4 +1,4 @@
-"""Reading of a chunk of logits: the wanted ids apart, the rest as a sum.
+"""A chunk of the head: its matrix products, and its logits with the wanted ids apart and the rest as a sum.
 
 Letters: C rows of a chunk, V vocabulary, K' columns of wanted ids, N wanted ids, E merged stops.
 """
@@ -109,6 +109,9 @@ class HeadProducts:
             torch.addmm(total, operand.T, low, out_dtype=self.dtype, beta=beta, out=total)
         else:
             total.addmm_(operand.T, hidden.to(self.dtype), beta=beta)
+
+
+# -- wanted ids and the rest ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

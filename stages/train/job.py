@@ -98,6 +98,9 @@ def _first(candidates: Sequence[Candidate], numbers: Sequence[int], most: int) -
     return sorted(kept)
 
 
+# -- inputs of the stage ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TrainJob:
     output: Artifact  # the checkpoint

@@ -59,6 +59,8 @@ def _of_one(settings: WeightSettings, length: int) -> NDArray[np.float32]:
     return np.linspace(settings.start, settings.end, length).astype(np.float32)
 
 
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
 ROUND_STRIDE = 2**40
 """Tokens of different rounds have different keys: a round has fewer than this."""
 

@@ -53,6 +53,8 @@ class Ema:
             self._shadow[name] = like(value, parameter, torch.float32)
 
 
+# -- the optimizer ----------------------------------------------------------------------------------------------------
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -89,6 +89,8 @@ def response_weights(
     return np.repeat(weights, lengths).astype(np.float32)
 
 
+# -- the stage --------------------------------------------------------------------------------------------------------
+
 LONGEST_WAIT = timedelta(days=7)
 """Timeout of processes that train together: the first may wait for another job's claim or write large states.
 The launcher ends all when one dies."""

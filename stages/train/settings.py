@@ -42,6 +42,8 @@ def batch_of_step(responses: int, batch_responses: int, step: int, *, seed: int,
     return epoch, order[within * batch_responses : (within + 1) * batch_responses].tolist()
 
 
+# -- settings ---------------------------------------------------------------------------------------------------------
+
 TrainedTokens = Literal["all", "own", "after_text"]
 Tracker = Literal["wandb", "trackio"]
 Value = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(ge=-1e300, le=1e300)] | str

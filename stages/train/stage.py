@@ -79,6 +79,8 @@ def checkpoint_bytes(shapes: Shapes, train: TrainSettings) -> CheckpointBytes:
     return CheckpointBytes(weights, moments + average + adapter, trained + moments + average)
 
 
+# -- the stage --------------------------------------------------------------------------------------------------------
+
 PROGRESS_PARTS = 10**9  # resumable states are numbered by optimiser step, whose number is unbounded
 
 

@@ -271,6 +271,9 @@ class _GradientsMadeInForward(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+# -- the module -------------------------------------------------------------------------------------------------------
+
+
 class Student(nn.Module):
     """``autocast``: forward and backward in bfloat16 where that is safe, whatever wraps this module."""
 

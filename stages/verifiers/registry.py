@@ -1,4 +1,4 @@
-"""Verifiers by name: the values of ``verifier:``.
+"""Verifiers by name, the values of ``verifier:``, and verdicts on responses as token ids.
 
 A verifier judges many (response, reference answer) pairs at once, so that one that needs processes can use several.
 """

@@ -113,6 +113,8 @@ def equations(text: str) -> list[str]:
     return sorted({piece for piece in pieces if "=" in piece})
 
 
+# -- statements -------------------------------------------------------------------------------------------------------
+
 RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|[<>]|(?<!\\)=")
 NAME = re.compile(r"[A-Za-z]|\\[A-Za-z]+|[A-Za-z]_\{?[^{}]+\}?|\\[A-Za-z]+_\{?[^{}]+\}?")
 CALL = re.compile(r"([A-Za-z])\s*\(\s*([A-Za-z])\s*\)")

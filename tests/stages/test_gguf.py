@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from eopd.stages.models import gguf
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.storage import paths
+from eopd.storage.extras import installing
 from eopd.storage.fingerprints import Digests
 
 if importlib.util.find_spec("gguf") is None:
@@ -194,7 +196,7 @@ def test_without_the_package_the_extra_is_named(
     made: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"gguf.*not installed.*\[gguf\]"):
+    with pytest.raises(ValueError, match=rf"gguf.*not installed.*{re.escape(installing('gguf'))}"):
         gguf.check_gguf(made[0])
 
 

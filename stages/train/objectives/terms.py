@@ -1,4 +1,4 @@
-"""Gates: which tokens a term acts on, as 0/1 weights [T] without gradient."""
+"""Terms that objectives are made of: gates, the policy gradient on the sampled token, divergences on the support."""
 
 from __future__ import annotations
 

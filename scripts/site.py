@@ -33,7 +33,6 @@ API = (
     "eopd.storage.artifacts",
     "eopd.storage.rollouts",
     "eopd.storage.coverage",
-    "eopd.storage.coverage",
     "eopd.storage.places",
     "eopd.storage.errors",
 )

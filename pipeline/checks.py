@@ -60,6 +60,7 @@ def check_runs(
             check_weights(models, run.facts.digests or Digests(), in_process=works_here)
         check_same_tokens(run.facts)
         check_shuffled(run)
+        check_calibration(run)
         trainings = [job for job in run.plan.jobs if job.stage is TRAIN and not run.is_done(job)]
         if jobs is not None:
             trainings = [job for job in trainings if _takes_part(jobs, job)]
@@ -143,6 +144,17 @@ def check_shuffled(run: Run) -> None:
                     f"score.teacher_prompt.shuffled exchanges answers among problems, and the benchmark "
                     f"{benchmark.name} has one: leave out evaluate.alignment, or that benchmark"
                 )
+
+
+def check_calibration(run: Run) -> None:
+    """Refuse to calibrate a routing rule on half of the problems or more. Raises ConfigError."""
+    evaluate = run.settings.evaluate
+    if evaluate is None or evaluate.route is None:
+        return
+    try:
+        evaluate.route.check_calibration(sum(benchmark.count for benchmark in run.facts.benchmarks))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 # -- needs of the objective ------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def measure_rates(runs: Sequence[Run]) -> dict[str, Rate]:
 def _tokens_of(run: Run, line: Mapping[str, Any]) -> float:
     """Estimate the tokens of a finished task from a few markers of its job's output or input; 0 if they are gone."""
     try:
-        job = run.plan.find(str(line["stage"]), int(line["round"]), str(line.get("teacher", "")))
+        job = run.plan.find(str(line["stage"]), int(line["round"]), str(line.get("variant", line.get("teacher", ""))))
         if job is None or job.output.key != line["key"]:
             return 0.0
         if job.is_prunable:  # counted as in the forecast of training

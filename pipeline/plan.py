@@ -16,7 +16,7 @@ from functools import cached_property
 
 from eopd.pipeline.errors import RunError
 from eopd.stages.experiment import Experiment
-from eopd.stages.stage import Job
+from eopd.stages.stage import Job, Stage
 from eopd.stages.table import STAGES, TRAIN
 from eopd.storage.identity import Identity
 
@@ -28,22 +28,22 @@ class Plan:
 
     @cached_property
     def _by_name(self) -> dict[tuple[str, int, str], Job]:
-        return {(job.stage.name, job.round, job.teacher): job for job in self.jobs}
+        return {(job.stage.name, job.round, job.variant): job for job in self.jobs}
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, str], Job]:
         return {job.key: job for job in self.jobs}
 
-    def find(self, stage: str, round_: int, teacher: str = "") -> Job | None:
-        return self._by_name.get((stage, round_, teacher))
+    def find(self, stage: str, round_: int, variant: str = "") -> Job | None:
+        return self._by_name.get((stage, round_, variant))
 
     def by_teacher(self, stage: str, round_: int) -> list[Job]:
         """Return a stage's jobs of a round: one for each teacher."""
         return [job for job in self.jobs if (job.stage.name, job.round) == (stage, round_)]
 
-    def job(self, stage: str, round_: int, teacher: str = "") -> Job:
+    def job(self, stage: str, round_: int, variant: str = "") -> Job:
         """Raises RunError if the plan has no such job; names the rounds it has."""
-        job = self.find(stage, round_, teacher)
+        job = self.find(stage, round_, variant)
         if job is not None:
             return job
         rounds = sorted({job.round for job in self.jobs if job.stage.name == stage})
@@ -83,11 +83,11 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
     draft = _Draft(experiment)
     for round_ in range(experiment.settings.rounds + 1):
         for place, stage in enumerate(STAGES):
-            for teacher in experiment.facts.teacher_models if stage.by_teacher else ("",):
-                job = stage.plan(draft.of_teacher(teacher), round_)
+            for variant in stage.variants(experiment):
+                job = stage.plan(draft.of(stage, variant), round_)
                 if job is None:
                     continue
-                job = replace(job, teacher=teacher)
+                job = replace(job, variant=variant)
                 draft.add(job)
                 if shelf is not None and job.output.coverage is not None:
                     draft.add(replace(job, output=_serving(draft, job, place, shelf)))
@@ -97,23 +97,26 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
 class _Draft:
     """A plan under construction; stages see the jobs planned before theirs."""
 
-    def __init__(self, experiment: Experiment, jobs: dict[tuple[str, int, str], Job] | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, jobs: dict[tuple[str, int, str], Job] | None = None, variant: str = ""
+    ) -> None:
         self.experiment = experiment
+        self.variant = variant
         self.jobs = {} if jobs is None else jobs
 
-    def of_teacher(self, teacher: str) -> _Draft:
-        """Return a view of this draft for one teacher."""
-        return _Draft(self.experiment.of_teacher(teacher), self.jobs)
+    def of(self, stage: Stage, variant: str) -> _Draft:
+        """Return a view of this draft for one of a stage's jobs of a round."""
+        return _Draft(self.experiment.of_teacher(variant if stage.by_teacher else ""), self.jobs, variant)
 
     def add(self, job: Job) -> None:
-        self.jobs[job.stage.name, job.round, job.teacher] = job
+        self.jobs[job.stage.name, job.round, job.variant] = job
 
-    def output(self, stage: str, round_: int) -> Identity | None:
-        job = self.jobs.get((stage, round_, ""))
+    def output(self, stage: str, round_: int, variant: str = "") -> Identity | None:
+        job = self.jobs.get((stage, round_, variant))
         return None if job is None else job.output
 
     def by_teacher(self, stage: str, round_: int) -> dict[str, Identity]:
-        return {job.teacher: job.output for name, job in self.jobs.items() if name[:2] == (stage, round_)}
+        return {job.variant: job.output for name, job in self.jobs.items() if name[:2] == (stage, round_)}
 
     def policy(self, round_: int) -> Identity | None:
         return self.experiment.facts.student.checkpoint if round_ == 0 else self.output(TRAIN.name, round_ - 1)

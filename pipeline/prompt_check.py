@@ -61,6 +61,9 @@ def sources_of(settings: RunSettings) -> Iterator[Source]:
         teacher = settings.score.teacher_prompt if settings.evaluate.alignment is not None else None
         for number, benchmark in enumerate(settings.evaluate.benchmarks):
             yield Source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), teacher)
+            for mode in settings.evaluate.mode_names[1:]:
+                name = f"evaluate.benchmarks.{number} in evaluate.modes.{mode}"
+                yield Source(name, settings.evaluate.in_mode(mode).prompts_of(benchmark), None)
 
 
 def check_prompts(runs: Sequence[Run], rows: int | None) -> None:

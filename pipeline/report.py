@@ -130,7 +130,7 @@ def _rounds(run: Run) -> list[RoundArtifacts]:
             complete("alignment_summary", round_),
             measured=run.plan.find("evaluate", round_) is not None,
             made={
-                f"{job.stage.name} {job.teacher}".rstrip(): run.artifact(job.output)
+                f"{job.stage.name} {job.variant}".rstrip(): run.artifact(job.output)
                 for job in run.plan.jobs
                 if job.round == round_ and run.is_made(job)
             },

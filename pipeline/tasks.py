@@ -52,7 +52,7 @@ class Task:
                 "config": str(self.run.paths.config.absolute()),
                 "stage": self.job.stage.name,
                 "round": self.job.round,
-                "teacher": self.job.teacher,
+                "variant": self.job.variant,
                 "parts": list(self.parts),
                 "events": str(events) if events else None,
                 "log": str(log) if log else None,

@@ -144,7 +144,7 @@ def log_task(run: Run, job: Job, **facts: Any) -> None:
                 {
                     "stage": job.stage.name,
                     "round": job.round,
-                    "teacher": job.teacher,
+                    "variant": job.variant,
                     "key": job.output.key,
                     "time": time.time(),
                     **facts,
@@ -252,7 +252,7 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
     with output_to(Path(fields["log"])) if fields["log"] else nullcontext():
         try:
             run = open_run(load_config(fields["config"]), progress=events or NullProgress())
-            task = Task(run, run.plan.job(fields["stage"], fields["round"], fields["teacher"]), tuple(fields["parts"]))
+            task = Task(run, run.plan.job(fields["stage"], fields["round"], fields["variant"]), tuple(fields["parts"]))
         except Exception as error:
             print_error(error)
             outcome = outcome_of(error)

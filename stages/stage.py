@@ -51,16 +51,21 @@ class Job:
     round: int
     output: Identity
     inputs: Mapping[str, Input] = field(default_factory=dict)  # by role
-    teacher: str = ""  # of several teachers, the one whose job this is
+    variant: str = ""  # which of the stage's jobs of a round, where there are several (``Stage.variants``)
 
     @property
     def name(self) -> str:
-        return f"{self.stage.name} {self.round}" + (f" ({self.teacher})" if self.teacher else "")
+        return f"{self.stage.name} {self.round}" + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def teacher(self) -> str:
+        """Of several teachers, the one whose job this is."""
+        return self.variant if self.stage.by_teacher else ""
 
     @property
     def log_stem(self) -> str:
         """The common beginning of the names of its logs: rollout-0, score-1, score-1.math."""
-        return f"{self.stage.name}-{self.round}" + (f".{self.teacher}" if self.teacher else "")
+        return f"{self.stage.name}-{self.round}" + (f".{self.variant}" if self.variant else "")
 
     @property
     def key(self) -> tuple[str, str]:
@@ -82,8 +87,9 @@ class PlanView(Protocol):
     """View of the plan for a stage while the plan is being made."""
 
     experiment: Experiment
+    variant: str  # the job that is asked for, of a stage with several in a round
 
-    def output(self, stage: str, round_: int) -> Identity | None:
+    def output(self, stage: str, round_: int, variant: str = "") -> Identity | None:
         """Return the output of a job that was planned before; None if there is no such job."""
 
     def by_teacher(self, stage: str, round_: int) -> Mapping[str, Identity]:
@@ -182,8 +188,13 @@ class Stage(ABC):
     def plan(self, plan: PlanView, round_: int) -> Job | None:
         """Plan the job of a round (0 to ``rounds``; the last one has no training), or return None if there is none.
 
-        Of a stage that is ``by_teacher``, the job of the teacher that ``plan.experiment`` has.
+        Of a stage with several ``variants``, the job that is ``plan.variant``; of one that is ``by_teacher``,
+        ``plan.experiment`` has that teacher.
         """
+
+    def variants(self, experiment: Experiment) -> Sequence[str]:
+        """Return the names of its jobs of one round: of each teacher or mode where there are several, else ``""``."""
+        return tuple(experiment.facts.teacher_models) if self.by_teacher else ("",)
 
     @abstractmethod
     def run(self, context: JobContext) -> None:
@@ -242,7 +253,7 @@ class SummaryStage(Stage):
     role: ClassVar[str]  # of the artifact among the inputs
 
     def plan(self, plan: PlanView, round_: int) -> Job | None:
-        source, evaluate = plan.output(self.source, round_), plan.experiment.settings.evaluate
+        source, evaluate = plan.output(self.source, round_, plan.variant), plan.experiment.settings.evaluate
         if source is None or evaluate is None:
             return None
         settings = {"resamples": evaluate.resamples, "confidence": evaluate.confidence}
@@ -254,8 +265,8 @@ class SummaryStage(Stage):
 
     def run(self, context: JobContext) -> None:
         assert context.settings.evaluate is not None
-        source = context.inputs[self.role]
-        self.summarise(SummaryJob(context.output, source, context.settings.evaluate, context.progress))
+        source, evaluate = context.inputs[self.role], context.settings.evaluate.in_mode(context.job.variant)
+        self.summarise(SummaryJob(context.output, source, evaluate, context.progress))
 
     @abstractmethod
     def summarise(self, job: SummaryJob) -> None:

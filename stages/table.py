@@ -14,6 +14,7 @@ from eopd.stages.align.stage import AlignmentSummaryStage, AlignStage
 from eopd.stages.evaluate.stage import EvaluateStage, EvaluationSummaryStage
 from eopd.stages.judge.stage import JudgeStage
 from eopd.stages.rollout.stage import GuideStage, RolloutStage, StudentTopkStage
+from eopd.stages.route.stage import EntropiesStage, RouteStage
 from eopd.stages.score.stage import ScoreStage
 from eopd.stages.stage import Stage
 from eopd.stages.train.stage import TrainStage
@@ -27,6 +28,8 @@ STAGES: list[Stage] = [
     EvaluationSummaryStage(),
     AlignStage(),
     AlignmentSummaryStage(),
+    EntropiesStage(),
+    RouteStage(),
     GuideStage(),
     RolloutStage(),
     StudentTopkStage(),

@@ -160,6 +160,12 @@ def align(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: S
 
 
 @app.command()
+def route(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
+    """Choose a mode for each problem by the entropy of its first tokens (evaluate.route)."""
+    _stage("route", config, round_, parts, set_)
+
+
+@app.command()
 def report(names: RunNames, out: Out = None, set_: Set = None, runs: RunsFolder = Path("runs")) -> None:
     """Write the HTML report of a run, or one page that compares several, from whatever is complete."""
     from eopd.pipeline.progress import make_display

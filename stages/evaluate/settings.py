@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingParameters
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
+from eopd.stages.route.settings import STANDARD, RouteSettings
 from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings, setting
 
 
@@ -37,6 +38,22 @@ class BenchmarkSettings(Settings):
     columns: ProblemColumns = setting(ProblemColumns, "Which column holds what")
     verifier: VerifierName = setting("math", "Who judges: math (math-verify), countdown, or exact (equal texts)")
     limit: int | None = setting(None, "Use the first problems only (null: all)", ge=1, le=COUNT)
+
+
+ModeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)]
+
+
+class ModeSettings(Settings):
+    """Prompt settings of a mode; null ones are those of `evaluate`."""
+
+    template: Literal["chat", "plain"] | None = setting(None, "As evaluate.template")
+    template_arguments: dict[str, Any] | None = setting(None, "As evaluate.template_arguments")
+    system: str | None = setting(None, "As evaluate.system")
+    suffix: str | None = setting(None, "As evaluate.suffix")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {name: value for name, value in self if value is not None}
 
 
 class EvaluateSettings(Settings):
@@ -87,6 +104,16 @@ class EvaluateSettings(Settings):
     alignment: AlignmentSettings | None = setting(
         None, "Teacher against student on these samples, by teacher entropy (null: not measured)", keyed=False
     )
+    # keyed apart too: each mode is an evaluation with a key of its own
+    modes: dict[ModeName, ModeSettings] = setting(
+        {},
+        "Other ways to prompt the same problems, by name (direct, cot): each is evaluated like the settings above, "
+        "which are the mode `standard`",
+        keyed=False,
+    )
+    route: RouteSettings | None = setting(
+        None, "Choice of a mode for each problem by the entropy of the first tokens (null: not measured)", keyed=False
+    )
     engine: EngineKind = setting("auto", "vllm, transformers, or auto: vLLM if it is installed", keyed=False)
     engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
 
@@ -108,7 +135,59 @@ class EvaluateSettings(Settings):
             raise ValueError(
                 f"evaluate.alignment.samples is {self.alignment.samples}, but evaluate.samples only {self.samples}"
             )
+        if self.template is not None and self.suffix is not None:  # else `following` fills them in first
+            self._modes_differ()
+        if self.route is not None:
+            self._check_route(self.route)
         return self
+
+    def _modes_differ(self) -> None:
+        seen: dict[str, str] = {}
+        for name in self.mode_names:
+            if name == STANDARD and self.modes.get(name, ModeSettings()).changes:
+                raise ValueError(
+                    f"evaluate.modes.{STANDARD} is evaluate itself: set {', '.join(self.modes[name].changes)} there, "
+                    "or choose another name"
+                )
+            try:
+                read = str([self.in_mode(name).prompts_of(benchmark) for benchmark in self.benchmarks])
+            except ValidationError as error:
+                raise ValueError(f"evaluate.modes.{name}: {error.errors()[0]['msg']}") from error
+            if read in seen:
+                raise ValueError(
+                    f"evaluate.modes.{name} prompts as {seen[read]} does: change its suffix, system, template or "
+                    "template_arguments, or remove it"
+                )
+            seen[read] = name
+
+    def _check_route(self, route: RouteSettings) -> None:
+        if len(self.mode_names) < 2:
+            raise ValueError("evaluate.route has no modes to choose from: name at least one in evaluate.modes")
+        if self.max_new_tokens is not None and route.tokens > self.max_new_tokens:
+            raise ValueError(
+                f"evaluate.route.tokens is {route.tokens}, and responses end at evaluate.max_new_tokens = "
+                f"{self.max_new_tokens}: lower the one or raise the other"
+            )
+        if self.temperature > 0 and not route.sampled:
+            raise ValueError(
+                f"evaluate.route reads greedy responses, and evaluate.temperature is {self.temperature:g}: set it to "
+                "0, or set evaluate.route.sampled: true to route each sample by itself"
+            )
+        unknown = sorted({*(route.rule.modes if route.rule else ())} - {*self.mode_names})
+        if unknown:
+            raise ValueError(
+                f"evaluate.route names the mode {unknown[0]}, and evaluate.modes has {', '.join(self.mode_names)}"
+            )
+
+    @property
+    def mode_names(self) -> list[str]:
+        """The modes, `standard` first."""
+        return [STANDARD, *(name for name in self.modes if name != STANDARD)]
+
+    def in_mode(self, name: str) -> EvaluateSettings:
+        """Return the settings of the evaluation in a mode; of `standard` (or ``""``) these."""
+        changes = {} if name in ("", STANDARD) else self.modes[name].changes
+        return self.model_copy(update=changes) if changes else self
 
     def following(self, prompts: PromptSettings, max_new_tokens: int) -> EvaluateSettings:
         """Fill null fields from a run's prompts and rollouts."""

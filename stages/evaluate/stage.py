@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from eopd.stages.experiment import Experiment
 from eopd.stages.experiment_settings import ExperimentSettings
@@ -35,7 +35,14 @@ def is_evaluated(settings: ExperimentSettings, round_: int) -> bool:
     return evaluate is not None and (round_ % evaluate.every == 0 or round_ == settings.rounds)
 
 
+def evaluated_modes(settings: ExperimentSettings) -> Sequence[str]:
+    """Return the names of an evaluation's jobs of one round: ``""`` for `evaluate` itself, then the other modes."""
+    return ("", *(settings.evaluate.mode_names[1:] if settings.evaluate else ()))
+
+
 class EvaluateStage(Stage):
+    """The samples of one mode, graded."""
+
     name = command = "evaluate"
     kind = "evaluations"
     size_settings = "evaluate.samples, evaluate.max_new_tokens or the benchmarks' limit"
@@ -46,6 +53,7 @@ class EvaluateStage(Stage):
         evaluate = settings.evaluate
         if evaluate is None or not is_evaluated(settings, round_):
             return None
+        evaluate = evaluate.in_mode(plan.variant)
         policy = plan.policy(round_)
         output = self.identity(
             parts=sum(math.ceil(benchmark.count / evaluate.rows_per_part) for benchmark in facts.benchmarks),
@@ -62,6 +70,9 @@ class EvaluateStage(Stage):
             },
         )
         return Job(self, round_, output, policy_input(policy))
+
+    def variants(self, experiment: Experiment) -> Sequence[str]:
+        return evaluated_modes(experiment.settings)
 
     def gpus(self, settings: ExperimentSettings) -> int:
         return settings.evaluate.engine_options.tensor_parallel if settings.evaluate else 1
@@ -88,7 +99,7 @@ class EvaluateStage(Stage):
             EvaluateJob(
                 output=context.output,
                 parts=context.parts,
-                settings=context.settings.evaluate,
+                settings=context.settings.evaluate.in_mode(context.job.variant),
                 progress=context.progress,
                 log_dir=context.log_dir,
                 policy=context.student,
@@ -106,6 +117,9 @@ class EvaluationSummaryStage(SummaryStage):
     kind = "evaluation_summaries"
     command = source = "evaluate"
     role = "evaluation"
+
+    def variants(self, experiment: Experiment) -> Sequence[str]:
+        return evaluated_modes(experiment.settings)
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         problems = sum(benchmark.count for benchmark in experiment.facts.benchmarks)

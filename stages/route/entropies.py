@@ -1,0 +1,157 @@
+"""The student's exact entropies at the first tokens of its evaluation samples.
+
+The samples are read again, so the entropies do not depend on the engine that sampled. Letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eopd.stages.engines.kept import Engines
+from eopd.stages.engines.sampling import torch_device
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.backbone import final_hidden, layout_of
+from eopd.stages.models.lm_head import lm_head_of
+from eopd.stages.models.loading import load_model, load_tokenizer
+from eopd.stages.models.memory import give_back_gpu_memory
+from eopd.stages.models.packing import Sequence as PackSequence
+from eopd.stages.models.packing import pack
+from eopd.stages.models.prompts import PromptTable, load_prompts, render_prompt
+from eopd.stages.models.threads import torch_threads
+from eopd.storage import evaluations, routings
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import claimed_parts
+from eopd.storage.sources import passes_on
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_TOKENS, BATCH_TOKENS = 2048, 8192
+LOGIT_BYTES = 256 * 2**20
+"""Size of one block of float32 logits."""
+COLUMNS = ("benchmark", "problem_id", "problem_index", "sample", "response_token_ids")
+
+
+@dataclass(frozen=True)
+class EntropiesJob:
+    """Reading of an evaluation's samples: part i of ``output`` comes from part i of ``evaluation``."""
+
+    output: Artifact
+    parts: Sequence[int]
+    evaluation: Artifact
+    policy: ModelRef
+    settings: EvaluateSettings  # with ``route``
+    progress: Progress
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is used here
+
+
+def run(job: EntropiesJob) -> None:
+    """Do every part of ``job.parts`` that is not committed.
+
+    Raises:
+        ValueError: a problem, by id, that is no longer in its benchmark; logits that are not finite.
+    """
+    done = job.output.committed()
+    todo = [part for part in job.parts if part not in done]
+    todo = [part for part in todo if not passes_on(job.evaluation, part, job.output, part)]
+    if not todo:
+        return
+    prompts = _Prompts(job.settings, load_tokenizer(job.policy))
+    content = {part: _sequences(job, part, prompts) for part in todo}
+    device = torch_device(job.settings.engine_options)
+    if device != "cpu":
+        job.engines.close()
+    with torch_threads(job.settings.engine_options.cpu_threads):
+        model = load_model(job.policy, device)
+        job.progress.start("entropies", len(todo), unit="parts")
+        try:
+            for part in claimed_parts(job.output, todo, job.progress.line):
+                _do_part(job, part, *content[part], model, device)
+                job.progress.advance(1)
+        finally:
+            job.progress.close()
+    give_back_gpu_memory()
+
+
+def _do_part(
+    job: EntropiesJob, part: int, names: list[dict[str, Any]], sequences: list[PackSequence], model: Any, device: str
+) -> None:
+    try:
+        values = entropies_of(model, sequences, device)
+    except FloatingPointError as error:
+        raise ValueError(f"{job.policy.path}: {error}") from error
+    rows = [{**name, "entropy": value} for name, value in zip(names, values, strict=True)]
+    info = {"tokens": sum(map(len, values)), "responses": len(rows)}
+    with job.output.write_part(part, inputs={"samples": job.evaluation.marker(part).checksum}, info=info) as folder:
+        routings.write_entropies(folder, rows)
+
+
+def _sequences(job: EntropiesJob, part: int, prompts: _Prompts) -> tuple[list[dict[str, Any]], list[PackSequence]]:
+    assert job.settings.route is not None
+    names, sequences = [], []
+    for row in evaluations.read_samples(job.evaluation.part_folder(part), COLUMNS).to_pylist():
+        prompt = prompts.ids(row["benchmark"], row["problem_id"], row["problem_index"])
+        names.append({name: row[name] for name in ("benchmark", "problem_id", "sample")})
+        sequences.append(PackSequence(prompt, row["response_token_ids"][: job.settings.route.tokens]))
+    return names, sequences
+
+
+class _Prompts:
+    """The problems as the student read them, rendered once."""
+
+    def __init__(self, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._sources = {one.name: settings.prompts_of(one) for one in settings.benchmarks}
+        self._tokenizer = tokenizer
+        self._tables: dict[str, PromptTable] = {}
+        self._ids: dict[tuple[str, str], list[int]] = {}
+
+    def ids(self, benchmark: str, problem: str, index: int) -> list[int]:
+        if (benchmark, problem) not in self._ids:
+            source = self._sources[benchmark]
+            if benchmark not in self._tables:
+                self._tables[benchmark] = load_prompts(source)
+            (prompt,) = self._tables[benchmark].rows([index])
+            if prompt.id != problem:
+                raise ValueError(
+                    f"benchmark {benchmark}, problem {problem!r} is now {prompt.id!r}: the benchmark changed since it "
+                    "was evaluated; plan the run again"
+                )
+            ids = render_prompt(self._tokenizer, prompt, source)
+            if not ids:
+                raise ValueError(f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after")
+            self._ids[benchmark, problem] = ids
+        return self._ids[benchmark, problem]
+
+
+@torch.inference_mode()
+def entropies_of(model: Any, sequences: Sequence[PackSequence], device: str = "cpu") -> list[np.ndarray[Any, Any]]:
+    """Return the entropy (full softmax at temperature 1, nats) before every response token of each sequence.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    lengths = [len(sequence.response_ids) for sequence in sequences]
+    ends = np.cumsum(lengths)
+    values = np.zeros(sum(lengths), dtype=np.float32)
+    head = lm_head_of(model).float()
+    block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
+    filled = [sequence for sequence in sequences if len(sequence.response_ids)]
+    starts = [int(end) - length for end, length in zip(ends, lengths, strict=True) if length]
+    for packed in pack(filled, ROW_TOKENS, BATCH_TOKENS, layout_of(model)):
+        hidden = final_hidden(model, packed.to(device))
+        at = np.concatenate(
+            [np.arange(starts[number], starts[number] + len(filled[number].response_ids)) for number in packed.order]
+        )
+        for first in range(0, len(at), block):
+            # entr is 0 at a probability of 0
+            entropy = torch.special.entr(head.logits(hidden[first : first + block]).softmax(-1)).sum(-1)
+            if not torch.isfinite(entropy).all():
+                raise FloatingPointError("logits that are not finite")
+            values[at[first : first + block]] = entropy.cpu().numpy()
+    return np.split(values, ends[:-1])

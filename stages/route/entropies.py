@@ -24,7 +24,8 @@ from eopd.stages.models.packing import Sequence as PackSequence
 from eopd.stages.models.packing import pack
 from eopd.stages.models.prompts import PromptTable, load_prompts, render_prompt
 from eopd.stages.models.threads import torch_threads
-from eopd.storage import evaluations, routings
+from eopd.storage import records as evaluations
+from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.sources import passes_on

@@ -19,7 +19,8 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.intervals import bootstrap
 from eopd.stages.job import Progress
 from eopd.stages.route.router import Floats, descriptors, fit, routed
-from eopd.storage import evaluations, routings
+from eopd.storage import records as evaluations
+from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.sources import filled_parts

@@ -21,7 +21,8 @@ from eopd.stages.route.entropies import run as read_entropies
 from eopd.stages.route.router import descriptors, fit, routed
 from eopd.stages.route.run import Routed, RouteJob, run, table
 from eopd.stages.route.settings import RuleSettings
-from eopd.storage import evaluations, routings
+from eopd.storage import records as evaluations
+from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
 from tests.stages.test_evaluate import STUDENT, evaluate, job_for, samples_of, settings_for

@@ -13,7 +13,7 @@ import re
 import textwrap
 import warnings
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -233,6 +233,36 @@ def draw_histogram(name: str, title: str, known: dict[str, Histogram], threshold
     _rules(axes, gate_rules(threshold))
     _legend(figure, *axes.get_legend_handles_labels())
     return _drawing(figure, name, f"{title}, {note}")
+
+
+@matplotlib.rc_context(_STYLE)
+def draw_points(
+    name: str,
+    title: str,
+    note: str,
+    groups: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
+    axes_of: tuple[str, str],
+) -> Drawing:
+    """Draw points (x, y) with their intervals, a colour and marker for each group."""
+    figure, axes = _canvas(title, note, list(groups))
+    for tone, points in enumerate(groups.values()):
+        colour, many = LIGHT[f"c{tone % 8}"], len(points) > _MOST_MARKERS
+        xs, ys = ([point[place].value for point in points] for place in (0, 1))
+        look: dict[str, Any] = {"color": colour, "marker": _MARKERS[tone % len(_MARKERS)], "linestyle": "none"}
+        axes.plot(xs, ys, **look, markersize=2.0 if many else 4.0, alpha=0.5 if many else 1.0)
+        for x, y in points:
+            if y.bounds is not None:
+                axes.vlines(x.value, *y.bounds, color=colour, alpha=0.5, linewidth=1.0)
+            if x.bounds is not None:
+                axes.hlines(y.value, *x.bounds, color=colour, alpha=0.5, linewidth=1.0)
+    axes.set_xlabel(axes_of[0])
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    handles = [
+        axes.plot([], [], color=LIGHT[f"c{tone % 8}"], marker=_MARKERS[tone % len(_MARKERS)], linestyle="none")[0]
+        for tone in range(len(groups))
+    ]
+    _legend(figure, handles, list(groups))
+    return _drawing(figure, name, f"{title}: {axes_of[1]} by {axes_of[0]}, of {listed(list(groups))}")
 
 
 def gate_rules(threshold: float | None) -> tuple[tuple[float, str], ...]:

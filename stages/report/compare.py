@@ -302,6 +302,7 @@ def merged(runs: Sequence[RunData]) -> RunData:
         warnings=[f"Seed {run.seed}: {warning}" for run in runs for warning in run.warnings],
         notes=[
             f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.",
+            *(["Routing is of single runs: a report of one seed shows it."] if first.routing else []),
             *_unequal_rounds(runs),
             *(f"Seed {run.seed}: {note}" for run in runs for note in run.notes),
         ],

@@ -142,6 +142,28 @@ class ProblemScores:
     sources: dict[str, str] = field(default_factory=dict)
 
 
+Figures = dict[str, tuple[Estimate, Estimate]]
+"""Accuracy and response tokens by name."""
+
+
+@dataclass(frozen=True)
+class RoutingData:
+    """Modes chosen by the entropy of the first tokens, for one student.
+
+    Args:
+        policies: of each way to choose a mode.
+        against: the router minus each of the others.
+        points: (sum, roughness) of the entropies of each response, by the right mode with the fewest tokens; ``""`` if
+            none is right.
+    """
+
+    round: int
+    problems: int
+    policies: Figures
+    against: Figures
+    points: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RunData:
     """One run, or several that differ in their seeds alone.
@@ -149,6 +171,7 @@ class RunData:
     Args:
         bins: means by bin of teacher entropy, by whose samples (``OWN``, ``FIRST``) and name of the figure.
         read_with: what alignments must have in common to be comparable, by name.
+        routing: of the last student that was routed.
         threshold: the gate's tau; None if the objective has no gate.
         interval: what the intervals are, such as "95 % bootstrap over problems".
         gains: last minus first evaluation, paired by problem, of ``avg`` and ``pass``.
@@ -166,6 +189,7 @@ class RunData:
     student_entropy: Histogram | None = None
     bins: dict[str, dict[str, BinnedMeans]] = field(default_factory=dict)
     read_with: dict[str, str] = field(default_factory=dict)
+    routing: RoutingData | None = None
     rollouts: list[RolloutView] = field(default_factory=list)
     cost: list[CostRow] = field(default_factory=list)
     threshold: float | None = None

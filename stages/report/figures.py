@@ -15,6 +15,7 @@ from eopd.stages.report.charts import (
     Form,
     draw_chart,
     draw_histogram,
+    draw_points,
     gate_rules,
     thin,
 )
@@ -164,6 +165,28 @@ def by_entropy_bin(runs: Sequence[RunData]) -> list[Drawing]:
         axis = Axis("teacher entropy, nats", rules=rules)
         drawn.append(draw_chart(file, f"{title} by teacher entropy", SAMPLES[whose], curves, axis, form, len(runs) > 1))  # type: ignore[arg-type]
     return [drawing for drawing in drawn if drawing]
+
+
+def routing(runs: Sequence[RunData]) -> list[Drawing]:
+    """Draw accuracy over tokens of every way to choose a mode, and the probes by the mode that they need."""
+    drawn = []
+    for index, run in enumerate(runs):
+        if run.routing is None:
+            continue
+        of = "" if len(runs) == 1 else f", {run.name}"
+        policies = {printable(name, 40): [(tokens, right)] for name, (right, tokens) in run.routing.policies.items()}
+        note = f"accuracy on {run.routing.problems} problems"
+        axes = ("response tokens, probes included", "accuracy")
+        drawn.append(draw_points(f"routing-{index}", f"Accuracy over tokens{of}", note, policies, axes))
+        points = {
+            printable(name, 40) or "no mode is right": [(Estimate(x), Estimate(y)) for x, y in probes]
+            for name, probes in sorted(run.routing.points.items())
+        }
+        if points:
+            axes = ("sum of entropies, nats", "von Neumann ratio")
+            note = "von Neumann ratio of each probe, by the shortest right mode"
+            drawn.append(draw_points(f"probes-{index}", f"Probes{of}", note, points, axes))
+    return drawn
 
 
 def _middles(binned: BinnedMeans) -> list[tuple[float, Estimate | None]]:

@@ -26,11 +26,12 @@ from eopd.stages.report.data import (
     Histogram,
     ProblemScores,
     RoundData,
+    RoutingData,
     RunData,
     StepRow,
 )
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
-from eopd.storage import alignments
+from eopd.storage import alignments, routings
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
@@ -118,6 +119,7 @@ def gather(run: RunArtifacts) -> RunData:
         student_entropy=student,
         bins=_bins(last_alignment) if last_alignment else {},
         read_with=_read_with(last_alignment) if last_alignment else {},
+        routing=next((_routing(item) for item in reversed(run.rounds) if "route" in item.made), None),
         rollouts=[
             view
             for item in (scored[:1] + scored[1:][-1:] if readable else [])
@@ -174,6 +176,29 @@ def _alignment(artifact: Artifact) -> dict[str, Any]:
         _bins(content)
         _read_with(content)
     return content
+
+
+def _routing(item: RoundArtifacts) -> RoutingData:
+    """Read a routing. Raises DamagedPart if the report cannot be made from it."""
+    folder = item.made["route"].part_folder(0)
+    path = folder / routings.RESULTS
+    content: dict[str, Any] = read_json(path)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in routings.read_choices(folder).to_pylist():
+        if row["entropy"] is not None and row["roughness"] is not None:
+            points.setdefault(row["oracle"] or "", []).append((row["entropy"], row["roughness"]))
+    with naming_misfits(str(path)):
+        policies, against = (
+            {
+                str(name): (
+                    Estimate(float(one["accuracy"]), *(one["accuracy_interval"] or (None, None))),
+                    Estimate(float(one["tokens"]), *(one["tokens_interval"] or (None, None))),
+                )
+                for name, one in content[group].items()
+            }
+            for group in ("policies", "against")
+        )
+        return RoutingData(item.round, int(content["problems"]), policies, against, points)
 
 
 def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Mapping[str, Any] | None) -> RoundData:

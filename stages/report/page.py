@@ -94,6 +94,7 @@ class Section:
     drawings: Sequence[Drawing]
     more: Sequence[Drawing] = ()
     notes: Sequence[str] = ()
+    table: Table | None = None
 
 
 def render(data: ReportData) -> tuple[str, list[Drawing]]:
@@ -149,7 +150,8 @@ def _sections(runs: Sequence[RunData]) -> list[Section]:
     alike = [f"Not measured alike: {text}." for text in apart([(run.name, run.read_with) for run in runs])]
     held_out, bins = figures.against_teacher(runs), figures.by_entropy_bin(runs)
     intervals = sorted({run.interval for run in runs if run.interval})
-    return [
+    routed = figures.routing(runs)
+    sections = [
         Section(
             "quality",
             "Answers",
@@ -193,6 +195,34 @@ def _sections(runs: Sequence[RunData]) -> list[Section]:
             notes=alike if bins else (),
         ),
     ]
+    if routed:
+        intro = (
+            "A mode of prompting for each response, by the entropies of its first tokens. The oracle takes the "
+            "shortest right mode, random the router's proportions; a router worth its probe beats random."
+        )
+        sections.append(Section("routing", "Routing", "Routing by early entropy", intro, routed, table=_routing(runs)))
+    return sections
+
+
+def _routing(runs: Sequence[RunData]) -> Table:
+    """Return accuracy and tokens of every way to choose a mode, and the router's difference to it."""
+    body = []
+    for run in runs:
+        for name, pair in run.routing.policies.items() if run.routing else ():
+            assert run.routing is not None
+            forms = (_RATE, ".1f")
+            cells = [decimal(one.value, form) + _bounds(one, form) for one, form in zip(pair, forms, strict=True)]
+            gain = run.routing.against.get(name)
+            if gain is None:
+                cells += ["–", "–"]
+            else:
+                cells += [
+                    decimal(one.value, form, signed=True) + _bounds(one, form, signed=True)
+                    for one, form in zip(gain, forms, strict=True)
+                ]
+            body.append((f"{_of(run, runs)}{printable(name, 60)}", *cells))
+    head = ("modes", "accuracy", "tokens", "router's accuracy minus this", "router's tokens minus these")
+    return Table("Routing", head, tuple(body))
 
 
 def _uncertainty(runs: Sequence[RunData]) -> str:

@@ -94,6 +94,10 @@ def _rows(run_: RunData) -> Iterator[Row]:
             for low, mean in zip(binned.edges, binned.means, strict=False):
                 if mean is not None:
                     yield (section, "", low, name, *_values(mean))
+    for name, pair in run_.routing.policies.items() if run_.routing else ():
+        assert run_.routing is not None
+        for figure, estimate in zip(("accuracy", "tokens"), pair, strict=True):
+            yield ("routing", run_.routing.round, "", _text(f"{name}.{figure}"), *_values(estimate))
     for cost in run_.cost:
         for name in ("seconds", "tokens", "bytes"):
             value = getattr(cost, name)

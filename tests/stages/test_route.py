@@ -16,6 +16,10 @@ from eopd.stages.job import NullProgress
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence
+from eopd.stages.report.data import ReportData, RunData
+from eopd.stages.report.gather import RoundArtifacts, _routing
+from eopd.stages.report.page import render
+from eopd.stages.report.run import to_csv
 from eopd.stages.route.entropies import EntropiesJob, entropies_of
 from eopd.stages.route.entropies import run as read_entropies
 from eopd.stages.route.router import descriptors, fit, routed
@@ -24,6 +28,7 @@ from eopd.stages.route.settings import RuleSettings
 from eopd.storage import records as evaluations
 from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import DamagedPart
 from eopd.storage.identity import Identity
 from tests.stages.test_evaluate import STUDENT, evaluate, job_for, samples_of, settings_for
 
@@ -246,3 +251,28 @@ def test_samples_are_routed_one_by_one_if_that_is_asked(tmp_path: Path) -> None:
 def test_too_many_problems_to_calibrate_are_refused(stored: dict[str, Artifact], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"route\.calibration is 6.*half of the 12"):
         route(stored, tmp_path, settings(route={"tokens": 6, "calibration": 6}))
+
+
+def test_the_report_shows_a_routing(stored: dict[str, Artifact], tmp_path: Path) -> None:
+    output = route(stored, tmp_path, settings())
+    routing = _routing(RoundArtifacts(2, None, made={"route": output}))
+    results = json.loads((output.part_folder(0) / routings.RESULTS).read_text())
+    assert {name: pair[0].value for name, pair in routing.policies.items()} == {
+        name: one["accuracy"] for name, one in results["policies"].items()
+    }
+    assert sum(map(len, routing.points.values())) == 12
+    data = ReportData("x", "today", [RunData("one", routing=routing), RunData("none")])
+    page, drawings = render(data)
+    assert {"routing-0", "probes-0"} <= {drawing.name for drawing in drawings}
+    assert 'id="routing"' in page
+    assert "one: random" in page
+    assert f"one,routing,2,,router.accuracy,{results['policies']['router']['accuracy']}" in to_csv(data)
+    assert 'id="routing"' not in render(ReportData("x", "today", [RunData("none")]))[0]
+
+
+def test_a_damaged_routing_is_named(stored: dict[str, Artifact], tmp_path: Path) -> None:
+    output = route(stored, tmp_path, settings())
+    path = output.part_folder(0) / routings.RESULTS
+    path.write_text(json.dumps({"problems": 7}).ljust(path.stat().st_size))
+    with pytest.raises(DamagedPart, match=r"routing\.json"):
+        _routing(RoundArtifacts(0, None, made={"route": output}))

@@ -141,7 +141,10 @@ class DiskPause:
             if self._is_room(before, free):
                 self._line(f"going on: {folder.resolve()} has {free}")
                 return True
-        return now - self._began >= self._wait
+        if now - self._began < self._wait:
+            return False
+        self._line(f"going on: the disk is tried again after {self._wait:.0f} s")
+        return True
 
     def _is_room(self, before: Free, now: Free) -> bool:
         if now.bytes >= before.bytes + ROOM_BYTES:

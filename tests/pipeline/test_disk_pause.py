@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline import scheduler as disk_pause
+from eopd.pipeline import scheduler
 from eopd.pipeline.scheduler import ROOM_BYTES, ROOM_INODES, DiskPause
 from eopd.storage import files
 from eopd.storage.errors import StoreFull
@@ -59,8 +59,25 @@ def test_a_pause_is_over_when_what_was_short_is_back(
 ) -> None:
     runner = make_run(tmp_path)
     runner.store.mkdir()
-    monkeypatch.setattr(disk_pause, "free_of", lambda _: before)
+    monkeypatch.setattr(scheduler, "free_of", lambda _: before)
     pause = DiskPause(runner, message, poll_seconds=0.0)
     assert not pause.is_over()
-    monkeypatch.setattr(disk_pause, "free_of", lambda _: now)
+    monkeypatch.setattr(scheduler, "free_of", lambda _: now)
     assert pause.is_over() == over
+
+
+def test_a_try_at_an_unchanged_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota shows in no figure: the waits of 10 s, 20 s, 40 s end by themselves, and the run says so."""
+    run = make_run(tmp_path)
+    run.store.mkdir()
+    lines: list[str] = []
+    monkeypatch.setattr(run.progress, "line", lines.append, raising=False)
+    monkeypatch.setattr(scheduler, "free_of", lambda _: Free(5, 900))
+    clock = [100.0]
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: clock[0])
+    pause = DiskPause(run, "quota exceeded", poll_seconds=0.0, before=1)
+    clock[0] += 19.0
+    assert not pause.is_over()
+    clock[0] += 1.0
+    assert pause.is_over()
+    assert lines[-1] == "going on: the disk is tried again after 20 s"

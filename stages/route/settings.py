@@ -13,11 +13,11 @@ SHORTEST = 3
 class RuleSettings(Settings):
     """A routing rule. Conditions are tried in order, and a null threshold is never reached."""
 
-    entropy: float | None = setting(None, "`certain` is taken below this sum of entropies, nats", ge=0.0)
+    entropy: float | None = setting(None, "`certain` is taken below this sum of entropies, nats", ge=0.0, le=1e9)
     trend: float | None = setting(
         None, "`unsettled` is taken above this rank correlation of entropy and position", ge=-1.0, le=1.0
     )
-    roughness: float | None = setting(None, "`unsettled` is taken above this von Neumann ratio, too", ge=0.0)
+    roughness: float | None = setting(None, "`unsettled` is taken above this von Neumann ratio, too", ge=0.0, le=1e9)
     certain: str = setting(STANDARD, "Mode of probes with little entropy")
     unsettled: str = setting(STANDARD, "Mode of other probes whose entropy rises or jumps")
     otherwise: str = setting(STANDARD, "Mode of all others")

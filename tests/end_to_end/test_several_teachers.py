@@ -87,7 +87,7 @@ def test_each_teacher_scores_its_own_prompts(world: World, prompts: Path) -> Non
     assert "score large" in page
     assert "score own" in page
     logged = [json.loads(line) for line in (world.runs("taught") / "jobs.jsonl").read_text().splitlines()]
-    assert {line["teacher"] for line in logged if line["stage"] == "score"} == {"large", "own"}
+    assert {line["variant"] for line in logged if line["stage"] == "score"} == {"large", "own"}
     assert "complete already" in eopd("run", path).stderr
 
 

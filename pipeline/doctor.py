@@ -33,7 +33,7 @@ NEEDED = (
     *("huggingface_hub", "jinja2", "numcodecs", "numpy", "pyarrow", "pydantic", "rich", "safetensors", "tokenizers"),
     *("yaml", "zarr"),
 )
-"""What eopd itself depends on; ``STAGES`` comes with the extra `train`."""
+"""Packages that eopd itself depends on; ``STAGES`` comes with the extra `train`."""
 AGAIN = installing("train")
 TORCH_PROBE = """
 cuda = torch.cuda.is_available()

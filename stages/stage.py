@@ -59,7 +59,7 @@ class Job:
 
     @property
     def teacher(self) -> str:
-        """Of several teachers, the one whose job this is."""
+        """Return the name of the teacher whose job this is, if there are several."""
         return self.variant if self.stage.by_teacher else ""
 
     @property

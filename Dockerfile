@@ -2,7 +2,7 @@
 # eopd with the GPU builds of torch (CUDA 13) and vLLM. The driver comes from the host, through the NVIDIA Container Toolkit.
 #
 #   docker build --build-arg VERSION=$(git describe --tags --abbrev=0 | tr -d v) -t eopd .
-#   docker run --rm --gpus all --ipc=host -v "$PWD:/work" -v "$HOME/.cache/huggingface:/huggingface" eopd run mine.yaml
+#   docker run --rm --gpus all --ipc=host -v "$PWD:/experiment" -v "$HOME/.cache/huggingface:/huggingface" eopd run mine.yaml
 FROM python:3.12-slim-bookworm
 
 # Triton compiles kernels at run time; python:3.12 has Python's headers.
@@ -28,6 +28,6 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     SETUPTOOLS_SCM_PRETEND_VERSION="$VERSION" uv pip install --no-deps . \
  && eopd plan quickstart
 
-WORKDIR /work
+WORKDIR /experiment
 ENTRYPOINT ["eopd"]
 CMD ["doctor"]

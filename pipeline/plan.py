@@ -89,7 +89,8 @@ def make_plan(experiment: Experiment, shelf: Shelf | None = None) -> Plan:
                     continue
                 job = replace(job, variant=variant)
                 draft.add(job)
-                if shelf is not None and job.output.coverage is not None:
+                # scores of several teachers are read together, so each has the coverage that is requested and no other
+                if shelf is not None and job.output.coverage is not None and not job.teacher:
                     draft.add(replace(job, output=_serving(draft, job, place, shelf)))
     return Plan(tuple(draft.jobs.values()), experiment.facts.student.checkpoint)
 

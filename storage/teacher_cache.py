@@ -366,13 +366,26 @@ class JointCache:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Coverage of the first artifact. Raises MissingPart if nothing is committed."""
-        return self.caches[0].coverage
+        """Coverage of every artifact.
+
+        Raises:
+            MissingPart: nothing is committed.
+            WrongArtifact: the artifacts have different head rules, by which draws are weighed.
+        """
+        first = self.caches[0].coverage
+        for cache in self.caches[1:]:
+            if cache.coverage.head != first.head:
+                raise WrongArtifact(
+                    f"{cache.artifact} was scored with {cache.coverage.head}, and {self.caches[0].artifact} with "
+                    f"{first.head}; score both with one score.head to read them together"
+                )
+        return first
 
     def require(self, needs: Sequence[Need]) -> None:
-        """Raise NeedNotMet, naming what is missing and the command that adds it."""
+        """Raise NeedNotMet, naming what is missing and the command that adds it; WrongArtifact, as ``coverage``."""
         for cache in self.caches:
             cache.require(needs)
+        _ = self.coverage
 
     def parts(self) -> Iterator[int]:
         """Return the parts that hold scores of any teacher, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors.numpy import save_file
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.forecast import forecast
-from eopd.pipeline.plan import Plan
-from eopd.stages.experiment import Facts, TeacherFacts
+from eopd.pipeline.plan import Plan, Shelf, make_plan
+from eopd.stages.experiment import Experiment, Facts, TeacherFacts
 from eopd.stages.models.prompts import PromptSettings, rows_by_teacher
+from eopd.storage.identity import Identity
 from tests.pipeline.plan_case import make_facts, make_settings, plan_of, run_of
 
 COLUMNS = {"columns": {"teacher": "subject"}}
@@ -73,6 +75,24 @@ def test_scores_are_shared_by_what_does_not_concern_their_teacher() -> None:
 
 def _renamed(facts: Facts) -> Facts:
     return replace(facts, teachers={"sums": facts.teachers["math"], "code": facts.teachers["code"]})
+
+
+class Wider(Shelf):
+    """A shelf that holds scores of a larger head beside any that are requested."""
+
+    def serving(self, requested: Identity) -> Sequence[Identity]:
+        return [replace(requested, coverage={**(requested.coverage or {}), "wider": True}), requested]
+
+
+def test_no_teacher_is_served_with_other_heads_than_the_rest() -> None:
+    """Scores that hold more may serve a single teacher; of several, all must have one rule for their draws."""
+    plan = make_plan(Experiment(make_settings(**TEACHERS), facts_of()), Wider())
+    assert {name: key(plan, name) for name in ("math", "code")} == {
+        name: key(planned(), name) for name in ("math", "code")
+    }
+    assert not any("wider" in (job.output.coverage or {}) for job in plan.by_teacher("score", 0))
+    single = make_plan(Experiment(make_settings(evaluate=None), make_facts()), Wider())
+    assert "wider" in (single.job("score", 0).output.coverage or {})
 
 
 def test_a_teacher_of_every_prompt_has_the_scores_of_a_single_one() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from eopd.storage.artifacts import Artifact
 from eopd.storage.coverage import HeadNeed, NeedNotMet
+from eopd.storage.errors import WrongArtifact
 from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import JointCache, TeacherCache, in_order, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -73,3 +74,14 @@ def test_every_teacher_s_scores_must_hold_what_is_read(tmp_path: Path) -> None:
     for artifacts in ([wide, narrow], [narrow, wide]):
         with pytest.raises(NeedNotMet, match="heads of 8 entries"):
             JointCache(artifacts).require([HeadNeed(8, above=0.4, min_prob=0.5)])
+
+
+def test_draws_are_weighed_by_one_rule(tmp_path: Path) -> None:
+    """The weight of a draw is ``min_prob`` of the rule: two rules would weigh one teacher's draws by the other's."""
+    fine = of_teacher(tmp_path, "fine", OWN[0], HeadRule(min_prob=0.01))
+    coarse = of_teacher(tmp_path, "coarse", OWN[1], HeadRule(min_prob=0.03))
+    with pytest.raises(WrongArtifact, match=r"min_prob=0\.03.*min_prob=0\.01.*score\.head"):
+        JointCache([fine, coarse]).require([])
+    with pytest.raises(WrongArtifact):
+        _ = JointCache([fine, coarse]).coverage
+    assert JointCache([fine, fine]).coverage.head == HeadRule(min_prob=0.01)

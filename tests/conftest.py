@@ -32,7 +32,8 @@ LONG = (
     "end_to_end/test_processes.py::test_ranks_end_with_a_killed_agent_or_command_and_let_go_of_their_claim",
     "end_to_end/test_gsm8k.py",
     "test_packaging.py::test_the_base_reads_stores_and_plans_without_torch",
-    "test_packaging.py::test_every_extra_resolves_and_light_ones_install",
+    "test_packaging.py::test_every_extra_installs",
+    "test_packaging.py::test_with_the_stages_the_wheel_runs_its_main_job",
 )
 """The longest tests, half a minute to a minute and a half each: skipped unless EOPD_LONG is set, as .ci/run does."""
 NUMERIC = (

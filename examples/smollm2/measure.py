@@ -41,15 +41,21 @@ def prompt_ids(tokenizer: Any, question: str) -> list[int]:
 
 
 @torch.inference_mode()
-def answer(model: Any, ids: Sequence[int], length: int, seed: int | None = None) -> list[int]:
-    """A greedy answer, or a sample at temperature 0.7."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    how = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
-    given = torch.tensor([list(ids)])
-    out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=length, **how)
-    found: list[int] = out[0, len(ids) :].tolist()
-    return found
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], length: int, temperature: float = 0.0, seed: int = 0
+) -> list[list[int]]:
+    """Responses to all prompts in one batch, each with its end token if it ended: greedy, or sampled."""
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    width = max(map(len, prompts))
+    pad = min(ends)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"do_sample": False, "pad_token_id": pad, **how}
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=length, **settings)[:, width:].tolist()
+    return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
 @torch.inference_mode()
@@ -61,9 +67,9 @@ def log_probs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Ten
 
 
 def texts(tokenizer: Any, teacher: Any, questions: Sequence[str], length: int) -> list[Text]:
-    """Held-out questions and the teacher's answers to them."""
+    """Held-out questions and the teacher's answers to them, sampled at temperature 0.7."""
     prompts = [prompt_ids(tokenizer, question) for question in questions]
-    return [(ids, answer(teacher, ids, length, seed)) for seed, ids in enumerate(prompts)]
+    return list(zip(prompts, generate(teacher, prompts, length, 0.7), strict=True))
 
 
 def figures(teacher: Any, model: Any, held_out: Sequence[Text]) -> Iterator[dict[str, Tensor]]:
@@ -104,16 +110,24 @@ def measure(tokenizer: Any, teacher: Any, model: Any, held_out: Sequence[Text]) 
         float(fkl[bins == number].mean()) if bool((bins == number).any()) else None for number in range(len(EDGES) + 1)
     ]
     found["tokens_by_entropy"] = [int((bins == number).sum()) for number in range(len(EDGES) + 1)]
-    right = 0
-    for question, answers in FACTS.items():
-        text = tokenizer.decode(answer(model, prompt_ids(tokenizer, question), 24), skip_special_tokens=True)
-        right += any(re.search(rf"\b{re.escape(one)}\b", text, re.IGNORECASE) for one in answers.split("|"))
-    found["facts"] = [right, len(FACTS)]
-    found["text"] = {
-        question: tokenizer.decode(answer(model, prompt_ids(tokenizer, question), 40), skip_special_tokens=True)
-        for question in SAMPLES
-    }
+    found["facts"] = [sum(right(tokenizer, model, FACTS)), len(FACTS)]
+    found["text"] = dict(zip(SAMPLES, greedy(tokenizer, model, SAMPLES, 40), strict=True))
     return found
+
+
+def greedy(tokenizer: Any, model: Any, questions: Sequence[str], length: int) -> list[str]:
+    """Text of the greedy answer to each question."""
+    rows = generate(model, [prompt_ids(tokenizer, question) for question in questions], length)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def right(tokenizer: Any, model: Any, task: Mapping[str, str]) -> list[bool]:
+    """Of each question of a task, whether the greedy answer names one of its right answers."""
+    texts = greedy(tokenizer, model, list(task), 24)
+    return [
+        any(re.search(rf"\b{re.escape(one)}\b", text, re.IGNORECASE) for one in answers.split("|"))
+        for text, answers in zip(texts, task.values(), strict=True)
+    ]
 
 
 def compare(folders: Mapping[str, Path], questions: Sequence[str], length: int) -> dict[str, Any]:

@@ -40,6 +40,24 @@ FACTS = {
 }
 """Held out: question -> answers that may stand in a response, divided by bars."""
 
+WORDS = "apple|bread|candle|door|engine|forest|garden|house|island|jacket|kitten|lemon|mirror|night|orange|pencil"
+
+
+def sums() -> dict[str, str]:
+    """Held out: sums of two numbers of one digit -> the sum."""
+    return {
+        f"What is {a} plus {b}? Answer with the number only.": str(a + b) for a in range(2, 10) for b in (3, 5, 7, 9)
+    }
+
+
+def pairs() -> dict[str, str]:
+    """Held out: two words to repeat in the other order -> those."""
+    words = _listed(WORDS)
+    chosen = [(words[n], words[(3 * n + 5) % len(words)]) for n in range(len(words))]
+    chosen += [(second, first) for first, second in chosen]
+    return {f'Write these two words in reverse order: "{a} {b}".': f"{b} {a}|{b}, {a}" for a, b in chosen if a != b}
+
+
 TOPICS = """
     the Moon|rain|bread|bicycles|honey bees|volcanoes|the human heart|electricity|rivers|music|chess|libraries|trees|
     the ocean|sleep|coffee|gravity|bridges|dogs|winter|photosynthesis|the Internet|friendship|money|maps|clocks|salt|

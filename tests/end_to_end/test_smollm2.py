@@ -12,8 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from eopd.stages.train.objectives.base import SparseStudent, StepContext
+from eopd.stages.train.objectives.settings import ObjectiveSettings
 from examples.smollm2.halve import halve, kept_layers
-from examples.smollm2.measure import compare, interval, table
+from examples.smollm2.measure import compare, generate, interval, table
+from examples.smollm2.no_teacher import fixed_advantage
+from examples.smollm2.question import OBJECTIVES, TASKS, rows_of, run
+from examples.smollm2.question import table as question_table
 from examples.smollm2.questions import FACTS, questions
 from tests.stages.tiny_models import save_tiny
 from tests.stages.tiny_tokenizer import save_tokenizer
@@ -68,6 +73,73 @@ def test_intervals_are_of_means_over_tokens() -> None:
     mean, low, high = interval([(float(n % 3), 1) for n in range(60)])
     assert low < mean < high
     assert interval([(3.0, 2)] * 5) == (1.5, 1.5, 1.5)
+
+
+def test_a_batch_of_greedy_answers_equals_answers_alone(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path)
+    prompts = [[5, 6, 7], [8, 9], [4, 3, 2, 6, 7]]
+    together = generate(model, prompts, 6)
+    assert together == [generate(model, [prompt], 6)[0] for prompt in prompts]
+    assert all(1 <= len(row) <= 6 for row in together)
+    assert generate(model, prompts, 6, 1.0, seed=1) != generate(model, prompts, 6, 1.0, seed=2)
+
+
+def test_tasks_have_answers_that_their_questions_do_not_name() -> None:
+    for task in TASKS.values():
+        assert len(task) >= 30
+        for question, answers in task.items():
+            assert not any(answer.lower() in question.lower() for answer in answers.split("|"))
+
+
+def test_without_a_teacher_every_sampled_token_becomes_less_probable() -> None:
+    q = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    objective = fixed_advantage(
+        ObjectiveSettings(name="no_teacher.py:fixed_advantage", ratio="ppo", options={"advantage": -2.0})
+    )
+    student = SparseStudent(torch.zeros(2, 0), torch.zeros(2), q, torch.zeros(2))
+    context = StepContext(torch.ones(2), 2.0, q_old=q.detach().clone())
+    objective.token_loss(student, None, context).loss.sum().backward()  # type: ignore[arg-type]
+    assert q.grad is not None
+    assert q.grad.tolist() == [2.0, 2.0]  # a step down the gradient lowers both
+
+
+def test_one_scoring_serves_every_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.smollm2.question.TASKS", {"facts": dict(list(FACTS.items())[:2])})
+    monkeypatch.setattr("examples.smollm2.question.QUESTIONS", 2)
+    monkeypatch.setattr("examples.smollm2.question.TEXTS", 2)
+    monkeypatch.setattr("examples.smollm2.question.LENGTH", 6)
+    for name, kind in (("teacher", "qwen3"), ("offline", "llama")):
+        save_tiny(kind, tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    asked = questions(4, 2)[0]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in asked))
+    changes = ["rollout.prompts_per_round=4", "rollout.max_new_tokens=4", "train.batch_responses=2"]
+    run(tmp_path, 1, ["offline"], changes)
+    rows = rows_of(tmp_path / "question.jsonl")
+    assert [row["objective"] for row in rows] == ["untrained", *OBJECTIVES]
+    assert all(row["nll"] > 0 and row["rkl_unsure"] > 0 and 0 <= row["facts"] <= 1 for row in rows)
+    # such a teacher is unsure of every token, so that all three gates are open
+    values = {row["objective"]: row["nll"] for row in rows}
+    assert values["eopd"] == values["mix"] == values["random gate"]
+    assert len(set(values.values())) == len(rows) - 2
+    before = (tmp_path / "question.jsonl").read_text()
+    run(tmp_path, 1, ["offline"], changes)
+    assert (tmp_path / "question.jsonl").read_text() == before
+    assert not (tmp_path / "question" / "offline-0").exists()
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    rows = [
+        {"start": "offline", "seed": seed, "objective": name, "nll": seed + gap}
+        for seed in range(3)
+        for name, gap in (("opd", 0.0), ("eopd", 0.5))
+    ]
+    assert question_table(rows, "offline", "opd", ("nll",)).splitlines() == [
+        "| offline | nll |",
+        "|---|---|",
+        "| opd | 1.000 |",
+        "| eopd | 1.500 (+0.500 [+0.500, +0.500]) |",
+    ]
 
 
 @pytest.mark.slow

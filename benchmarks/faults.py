@@ -37,6 +37,8 @@ from benchmarks.machine import machine
 from benchmarks.preloaded import Forked, fork_eopd, preload
 from tests.end_to_end.world import World, command, environment
 
+CHECK = "check of weights"
+"""The process that compares weights with their architecture, once a store and before any stage begins."""
 PATIENCE_SECONDS = 300.0
 """A run that takes longer than this without a kill is stuck."""
 ROLLOUT: dict[str, Any] = {"rows_per_part": 2, "max_new_tokens": 24}
@@ -152,14 +154,26 @@ def stage_of(process: int) -> str:
         output = os.readlink(f"/proc/{process}/fd/1")
     except OSError:
         return "gone"
-    return output.rpartition("/")[2].split("-")[0] if output.endswith(".log") else "check of weights"
+    return output.rpartition("/")[2].split("-")[0] if output.endswith(".log") else CHECK
+
+
+def works(runner: int) -> bool:
+    """True if a stage of the run is at work."""
+    return not set(children(runner).values()) <= {CHECK, "gone"}
 
 
 def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Random, count: Count) -> None:
-    """One run, killed about every ``every`` seconds until ``kills`` are spent or it ends."""
+    """One run, killed about every ``every`` seconds until ``kills`` are spent or it ends.
+
+    The first kill waits for the first stage: the check before it takes longer than a stage here, and kills that fall
+    into it undo nothing.
+    """
     config, store = trial.config(name), trial.world.store(name)
     process, known = trial.start(config), markers(store, "nonce")
     count.runs += 1
+    until = time.monotonic() + PATIENCE_SECONDS
+    while process.poll() is None and not works(process.pid) and time.monotonic() < until:
+        time.sleep(0.005)
     while True:
         code = wait(process, chance.uniform(0.0, 2.0) * every if kills else PATIENCE_SECONDS)
         if code is not None or not kills:

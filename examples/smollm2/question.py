@@ -73,9 +73,12 @@ class Measures:
         self.texts: list[Text] = texts(self.tokenizer, self.teacher, held_out[:TEXTS], LENGTH)
 
     def of(self, folder: Path, seed: int) -> dict[str, float]:
-        """Figures of a model: divergences and entropies in nats a token, the rest shares in [0, 1]."""
-        model = load(folder)
-        rows = generate(model, [ids for ids in self.prompts for _ in range(SAMPLES)], LENGTH, 1.0, seed)
+        """Figures of a model: divergences and entropies in nats a token, the rest shares in [0, 1].
+
+        Everything is computed in float32 but the texts, which are written in bfloat16.
+        """
+        model, writer = load(folder), load(folder).to(torch.bfloat16)
+        rows = generate(writer, [ids for ids in self.prompts for _ in range(SAMPLES)], LENGTH, 1.0, seed)
         groups = [rows[start : start + SAMPLES] for start in range(0, len(rows), SAMPLES)]
         arrays = [[torch.tensor(row, dtype=torch.int32).numpy() for row in group] for group in groups]
         found = {
@@ -90,7 +93,7 @@ class Measures:
         )
         found["nll"] = float(nll.mean())
         for name, task in TASKS.items():
-            found[name] = _mean(map(float, right(self.tokenizer, model, task)))
+            found[name] = _mean(map(float, right(self.tokenizer, writer, task)))
         return found
 
     def _divergences(self, model: Any, sampled: Sequence[Text]) -> dict[str, float]:

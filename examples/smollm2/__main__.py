@@ -44,7 +44,9 @@ def find_gguf() -> Path:
 
 
 def eopd(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "eopd.pipeline.cli", *map(str, arguments)], check=True)
+    code = subprocess.run([sys.executable, "-m", "eopd.pipeline.cli", *map(str, arguments)], check=False).returncode
+    if code:
+        raise SystemExit(code)  # the command said why
 
 
 def run_phase(phase: str, out: Path, changes: Mapping[str, object]) -> None:

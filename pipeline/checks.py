@@ -61,6 +61,8 @@ def check_runs(
         check_same_tokens(run.facts)
         check_shuffled(run)
         check_calibration(run)
+        for line in check_stages(run, jobs):
+            run.progress.line(line)
         trainings = [job for job in run.plan.jobs if job.stage is TRAIN and not run.is_done(job)]
         if jobs is not None:
             trainings = [job for job in trainings if _takes_part(jobs, job)]
@@ -77,9 +79,30 @@ def check_runs(
 
 def require_stages(run: Run, jobs: Sequence[Job] | None = None) -> None:
     """Raise ValueError if a job is left to do and packages that stages import are not installed on this machine."""
-    left = [job for job in (run.plan.jobs if jobs is None else jobs) if not run.is_done(job)]
+    left = _left(run, jobs)
     if left:
         require_packages(f"the stage {left[0].stage.name}", STAGES, "train")
+    for stage in dict.fromkeys(job.stage for job in left):
+        lacking = stage.lacks()
+        if lacking is not None:
+            raise ValueError(lacking)
+
+
+def check_stages(run: Run, jobs: Sequence[Job] | None = None) -> list[str]:
+    """Let each stage refuse what it cannot read, and return the stages' warnings about the jobs that are left.
+
+    Raises:
+        ConfigError: as ``Stage.check``.
+    """
+    try:
+        warnings = [job.stage.check(job, run.experiment) for job in _left(run, jobs)]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    return [warning for warning in dict.fromkeys(warnings) if warning is not None]
+
+
+def _left(run: Run, jobs: Sequence[Job] | None) -> list[Job]:
+    return [job for job in (run.plan.jobs if jobs is None else jobs) if not run.is_done(job)]
 
 
 def _takes_part(jobs: Sequence[Job], train: Job) -> bool:

@@ -52,6 +52,7 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
     for place in settings.read_only_stores:
         yield _tried("read_only_stores", partial(_read_only, settings.store, place), _HAVE_STORE)
     yield _tried("train", partial(_packages, settings), "")
+    yield from _attribution(settings)
     yield _launcher(settings.launcher.kind)
 
 
@@ -222,6 +223,32 @@ def _packages(settings: RunSettings) -> str:
 
     require_extras(settings.train)
     return "the packages that training needs are installed"
+
+
+def _attribution(settings: RunSettings) -> Iterator[Finding]:
+    """Look for bergson, and for the bins of the documents."""
+    asked = settings.attribute
+    if asked is None:
+        return
+
+    def bins() -> str:
+        from eopd.stages.attribute.documents import bins_of_file, check_bins
+
+        bins = bins_of_file(asked, settings.prompts)
+        if asked.documents is not None:
+            check_bins(asked, bins)
+        return f"{len(bins):,} rows in {len(set(bins)):,} bins by {', '.join(asked.bins)}"
+
+    def package() -> str:
+        from eopd.stages.attribute.requirements import bergson_version, lacking_bergson
+
+        lacking = lacking_bergson()
+        if lacking is not None:
+            raise ValueError(lacking)
+        return f"bergson {bergson_version()}"
+
+    yield _tried("attribute", package, "")
+    yield _tried("attribute.bins", bins, "name other columns of bins")
 
 
 def _launcher(kind: str) -> Finding:

@@ -68,8 +68,12 @@ def gather_facts(
         assert evaluate is not None
         rows, digest = _source(f"evaluate.benchmarks.{number}", evaluate.prompts_of(benchmark), digests)
         benchmarks.append(BenchmarkFacts(benchmark.name, rows, digest))
+    documents = None
+    if settings.attribute is not None and settings.attribute.documents is not None:
+        source = settings.attribute.documents.source(settings.prompts)
+        documents = BenchmarkFacts("documents", *_source("attribute.documents", source, digests))
     digests.save()
-    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, digests, teachers)
+    return Facts(student, teacher, count, fingerprint, tuple(benchmarks), selected, documents, digests, teachers)
 
 
 def _teachers(settings: RunSettings, digests: Digests, known: Mapping[str, ModelFacts]) -> dict[str, TeacherFacts]:

@@ -54,7 +54,7 @@ class Rendered:
 
 
 def sources_of(settings: RunSettings) -> Iterator[Source]:
-    """Return the sources of a run: the prompts, and every benchmark."""
+    """Return the sources of a run: the prompts, every benchmark, and documents of attribution."""
     expert = settings.rollout.mixed.expert if settings.rollout.source == "mixed" else None
     yield Source("prompts", settings.prompts, settings.score.teacher_prompt, expert)
     if settings.evaluate is not None:
@@ -64,6 +64,8 @@ def sources_of(settings: RunSettings) -> Iterator[Source]:
             for mode in settings.evaluate.mode_names[1:]:
                 name = f"evaluate.benchmarks.{number} in evaluate.modes.{mode}"
                 yield Source(name, settings.evaluate.in_mode(mode).prompts_of(benchmark), None)
+    if settings.attribute is not None and settings.attribute.documents is not None:
+        yield Source("attribute.documents", settings.attribute.documents.source(settings.prompts), None)
 
 
 def check_prompts(runs: Sequence[Run], rows: int | None) -> None:

@@ -54,7 +54,7 @@ class ModelFacts:
 @dataclass(frozen=True)
 class BenchmarkFacts:
     name: str
-    count: int  # problems
+    count: int  # problems, or documents
     fingerprint: str
 
 
@@ -76,6 +76,7 @@ class Facts:
     prompts_fingerprint: str
     benchmarks: tuple[BenchmarkFacts, ...] = ()
     selected_prompts: frozenset[int] | None = None  # rows of the prompts that `train.select.where` names; None: all
+    documents: BenchmarkFacts | None = None  # of `attribute.documents`
     digests: Digests | None = field(default=None, compare=False, repr=False)  # hashes of the files behind all this
     teachers: Mapping[str, TeacherFacts] = field(default_factory=dict)  # if there are several, by name
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from eopd.stages.attribute.settings import AttributeSettings
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName
@@ -132,6 +133,9 @@ class ExperimentSettings(Settings):
     judge: JudgeSettings = setting(JudgeSettings, "How rollouts are judged, if `train.select.verdict` asks for it.")
     train: TrainSettings = setting(TrainSettings, "Objective and optimisation.")
     evaluate: EvaluateSettings | None = setting(None, "How students are evaluated. None: they are not.")
+    attribute: AttributeSettings | None = setting(
+        None, "Attribution of evaluated samples to documents. None: there is none.", keyed=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +175,35 @@ class ExperimentSettings(Settings):
     @model_validator(mode="after")
     def _score_as_sampled(self) -> ExperimentSettings:
         self.score.resolve_temperature(self.rollout.temperature)
+        return self
+
+    @model_validator(mode="after")
+    def _attribution_finds_its_inputs(self) -> ExperimentSettings:
+        asked, evaluate = self.attribute, self.evaluate
+        if asked is None:
+            return self
+        if evaluate is None:
+            raise ValueError("attribute reads evaluated samples, and evaluate is null: name evaluate.benchmarks")
+        names = [benchmark.name for benchmark in evaluate.benchmarks]
+        for name, query in asked.queries.items():
+            if query.benchmark not in names:
+                raise ValueError(
+                    f"attribute.queries.{name}.benchmark is {query.benchmark}, and evaluate.benchmarks has "
+                    f"{', '.join(names)}"
+                )
+        for round_ in (self.rounds if one == "last" else one for one in asked.rounds):
+            if round_ > self.rounds:
+                raise ValueError(f"attribute.rounds names {round_}, and the run has the students 0 to {self.rounds}")
+            if round_ % evaluate.every and round_ != self.rounds:
+                raise ValueError(
+                    f"attribute.rounds names {round_}, whose student is not evaluated: evaluate.every is "
+                    f"{evaluate.every}"
+                )
+            if asked.rollouts is not None and not asked.rollouts.round <= min(round_, self.rounds - 1):
+                raise ValueError(
+                    f"attribute.rollouts.round is {asked.rollouts.round}, and attribute.rounds names {round_}: take "
+                    f"rollouts of an earlier round, or of the same one, among 0 to {self.rounds - 1}"
+                )
         return self
 
     @property

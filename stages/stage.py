@@ -213,6 +213,18 @@ class Stage(ABC):
             measured: sums over parts of this job, or else of other jobs of this stage; empty if there are none.
         """
 
+    def lacks(self) -> str | None:
+        """Return which package that this stage alone needs is not installed here, and the remedy; None: nothing."""
+        return None
+
+    def check(self, job: Job, experiment: Experiment) -> str | None:
+        """Refuse, before any work, inputs from outside the store that a job cannot read. Raises ValueError.
+
+        Returns:
+            A warning, if there is something that people should know about the job.
+        """
+        return None
+
     def memory(self, settings: ExperimentSettings, models: Models, gpu_bytes: int) -> Memory | None:
         """Predict the peak memory of one process.
 

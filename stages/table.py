@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from eopd.stages.align.stage import AlignmentSummaryStage, AlignStage
+from eopd.stages.attribute.stage import AttributeStage, AttributionSummaryStage
 from eopd.stages.evaluate.stage import EvaluateStage, EvaluationSummaryStage
 from eopd.stages.judge.stage import JudgeStage
 from eopd.stages.rollout.stage import GuideStage, RolloutStage, StudentTopkStage
@@ -36,6 +37,8 @@ STAGES: list[Stage] = [
     JudgeStage(),
     ScoreStage(),
     TRAIN,
+    AttributeStage(),
+    AttributionSummaryStage(),
 ]
 """The student at the start of a round is evaluated before the round's rollouts are sampled."""
 

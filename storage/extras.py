@@ -11,6 +11,7 @@ EXTRAS = {
     **dict.fromkeys(("latex2sympy2_extended", "sympy"), "train"),  # come with math_verify
     "matplotlib": "report",
     "numba": "write",
+    "bergson": "attribution",
     "gguf": "gguf",
     "obstore": "s3",
     "peft": "peft",
@@ -21,7 +22,7 @@ EXTRAS = {
 """Extras of the packages, by import name, that do not come with eopd itself."""
 STAGES = ("torch", "transformers", "accelerate", "tensorboard", "math_verify", "matplotlib", "numba")
 """Packages that every run imports."""
-NOT_SET_UP = ("trackers", "peers")
+NOT_SET_UP = ("attribution", "trackers", "peers")
 """Extras that `make setup` leaves out."""
 
 
@@ -35,7 +36,8 @@ def is_installed(package: str) -> bool:
 def installing(extra: str) -> str:
     """Return the phrase that installs an extra, for the end of a message."""
     if Path(__file__).parent.is_symlink():  # a checkout: eopd/storage is a link
-        command = f".venv/bin/uv pip install -e '.[{extra}]'" if extra in NOT_SET_UP else "make setup"
+        override = " --override scripts/overrides-attribution.txt" if extra == "attribution" else ""
+        command = f".venv/bin/uv pip install{override} -e '.[{extra}]'" if extra in NOT_SET_UP else "make setup"
         return f"run `{command}` in the folder of eopd's sources"
     return f"run `pip install 'eopd[{extra}]'`"
 

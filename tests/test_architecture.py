@@ -17,7 +17,7 @@ SHARED = {
     f"eopd.stages.{name}"
     for name in (
         *("engines", "experiment", "experiment_settings", "format", "intervals", "job"),
-        *("memory", "models", "output", "settings", "stage", "verifiers"),
+        *("memory", "models", "output", "problems", "settings", "stage", "verifiers"),
     )
 }
 # what `pipeline` may import at module level, beside every `settings` and `stage`: it needs no torch

@@ -57,6 +57,10 @@ def plan(
     gpu = gpu_bytes()
     for line in lines(needs_of(runs, gpu)) if gpu else ():
         console.print(line)
+    for stage in dict.fromkeys(row.job.stage for row in planned.rows if not row.is_done):
+        lacking = stage.lacks()
+        if lacking is not None:  # another machine may do the work
+            console.print(f"Not on this machine: {lacking}", style="yellow")
 
 
 def status(

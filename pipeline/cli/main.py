@@ -166,6 +166,12 @@ def route(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: S
 
 
 @app.command()
+def attribute(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
+    """Attribute evaluated samples to documents by gradients, and compare the documents' bins (attribute)."""
+    _stage("attribute", config, round_, parts, set_)
+
+
+@app.command()
 def report(names: RunNames, out: Out = None, set_: Set = None, runs: RunsFolder = Path("runs")) -> None:
     """Write the HTML report of a run, or one page that compares several, from whatever is complete."""
     from eopd.pipeline.progress import make_display

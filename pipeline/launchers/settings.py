@@ -73,6 +73,9 @@ class RaySettings(Settings):
     train: RayResources = setting(RayResources, "Resources of training, on each of its nodes.", keyed=False)
     evaluate: RayResources = setting(RayResources, "Resources of evaluate tasks.", keyed=False)
     align: RayResources = setting(RayResources, "Resources of align tasks.", keyed=False)
+    judge: RayResources = setting(RayResources, "Resources of judge tasks.", keyed=False)
+    route: RayResources = setting(RayResources, "Resources of route tasks.", keyed=False)
+    attribute: RayResources = setting(RayResources, "Resources of attribute tasks.", keyed=False)
     resources: RayResources = setting(
         RayResources, "Resources of tasks of any other command, such as that of a stage of your own.", keyed=False
     )
@@ -136,6 +139,9 @@ class SlurmSettings(Settings):
     train: SlurmResources = setting(SlurmResources, "Resources of training.", keyed=False)
     evaluate: SlurmResources = setting(SlurmResources, "Resources of evaluate tasks.", keyed=False)
     align: SlurmResources = setting(SlurmResources, "Resources of align tasks.", keyed=False)
+    judge: SlurmResources = setting(SlurmResources, "Resources of judge tasks.", keyed=False)
+    route: SlurmResources = setting(SlurmResources, "Resources of route tasks.", keyed=False)
+    attribute: SlurmResources = setting(SlurmResources, "Resources of attribute tasks.", keyed=False)
     parts_per_task: int = setting(
         1,
         "Parts that one array task does one after the other: the model is loaded once for all of them.",

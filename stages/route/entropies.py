@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,13 @@ from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
 from eopd.stages.models.packing import pack
-from eopd.stages.models.prompts import PromptTable, load_prompts, render_prompt
 from eopd.stages.models.threads import torch_threads
+from eopd.stages.problems import Problems
 from eopd.storage import records as evaluations
 from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.sources import passes_on
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ROW_TOKENS, BATCH_TOKENS = 2048, 8192
 LOGIT_BYTES = 256 * 2**20
@@ -63,8 +60,8 @@ def run(job: EntropiesJob) -> None:
     todo = [part for part in todo if not passes_on(job.evaluation, part, job.output, part)]
     if not todo:
         return
-    prompts = _Prompts(job.settings, load_tokenizer(job.policy))
-    content = {part: _sequences(job, part, prompts) for part in todo}
+    problems = Problems(job.settings, load_tokenizer(job.policy))
+    content = {part: _sequences(job, part, problems) for part in todo}
     device = torch_device(job.settings.engine_options)
     if device != "cpu":
         job.engines.close()
@@ -93,41 +90,14 @@ def _do_part(
         routings.write_entropies(folder, rows)
 
 
-def _sequences(job: EntropiesJob, part: int, prompts: _Prompts) -> tuple[list[dict[str, Any]], list[PackSequence]]:
+def _sequences(job: EntropiesJob, part: int, problems: Problems) -> tuple[list[dict[str, Any]], list[PackSequence]]:
     assert job.settings.route is not None
     names, sequences = [], []
     for row in evaluations.read_samples(job.evaluation.part_folder(part), COLUMNS).to_pylist():
-        prompt = prompts.ids(row["benchmark"], row["problem_id"], row["problem_index"])
+        prompt = problems.ids(row["benchmark"], row["problem_id"], row["problem_index"])
         names.append({name: row[name] for name in ("benchmark", "problem_id", "sample")})
         sequences.append(PackSequence(prompt, row["response_token_ids"][: job.settings.route.tokens]))
     return names, sequences
-
-
-class _Prompts:
-    """The problems as the student read them, rendered once."""
-
-    def __init__(self, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._sources = {one.name: settings.prompts_of(one) for one in settings.benchmarks}
-        self._tokenizer = tokenizer
-        self._tables: dict[str, PromptTable] = {}
-        self._ids: dict[tuple[str, str], list[int]] = {}
-
-    def ids(self, benchmark: str, problem: str, index: int) -> list[int]:
-        if (benchmark, problem) not in self._ids:
-            source = self._sources[benchmark]
-            if benchmark not in self._tables:
-                self._tables[benchmark] = load_prompts(source)
-            (prompt,) = self._tables[benchmark].rows([index])
-            if prompt.id != problem:
-                raise ValueError(
-                    f"benchmark {benchmark}, problem {problem!r} is now {prompt.id!r}: the benchmark changed since it "
-                    "was evaluated; plan the run again"
-                )
-            ids = render_prompt(self._tokenizer, prompt, source)
-            if not ids:
-                raise ValueError(f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after")
-            self._ids[benchmark, problem] = ids
-        return self._ids[benchmark, problem]
 
 
 @torch.inference_mode()

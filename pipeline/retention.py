@@ -68,7 +68,7 @@ def notes_of_others(store: Path, own: str = "") -> Iterator[Note]:
     """
     for name, one in notes(store):
         if isinstance(one, DamagedPart):
-            raise DamagedPart(f"{one}: what its run refers to is not known. {MEND}")
+            raise DamagedPart(f"{one}: what its run refers to is not known", file=one.file, remedy=MEND)
         if name != own and not _is_gone(one.config):
             yield one
 
@@ -139,9 +139,8 @@ def references(store: Path, runs: Path) -> dict[Path, Keys]:
         try:
             own = Note.read(path)
         except DamagedPart as error:
-            raise DamagedPart(
-                f"{error}: what its run refers to is not known. Start it, or remove its folder"
-            ) from error
+            problem = f"{error}: what its run refers to is not known"
+            raise DamagedPart(problem, file=error.file, remedy="Start it, or remove its folder") from error
         if store in own.read_only:
             raise ValueError(
                 f"{path.parent} only reads {store}: collect that store where its own runs are, or leave out --runs to "

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError
+from eopd.storage.errors import MissingArtifact, MissingPart, StoreError
 from eopd.storage.files import create_exclusively, fsync_tree, naming_full_disks, replace_atomically, sha256_file
 from eopd.storage.identity import Identity, parse_identity
-from eopd.storage.markers import REPAIR, Marker, file_text, marker_text
+from eopd.storage.markers import Marker, file_text, marker_text
 from eopd.storage.stored import StoredArtifact
 from eopd.storage.untrusted import open_plain, read_plain, refuse_links, walk
 
@@ -91,7 +91,7 @@ class Artifact(StoredArtifact):
         folder = self._data_folder(marker)
         for inner in sorted({above for name in marker.files for above in (folder / name).parents} | {folder}):
             if inner.is_relative_to(folder) and inner.is_symlink():
-                raise DamagedPart(f"{self} part {part}: {inner} is a link, which may lead anywhere. {REPAIR}")
+                raise self.damage(part, str(inner), f"{inner} is a link, which may lead anywhere")
         for name in marker.files:
             try:
                 status = (folder / name).lstat()
@@ -99,7 +99,7 @@ class Artifact(StoredArtifact):
                 self._check_size(marker, name, None)
             else:
                 if not stat.S_ISREG(status.st_mode):
-                    raise DamagedPart(f"{self} part {part}: {name} is no plain file. {REPAIR}")
+                    raise self.damage(part, name, f"{name} is no plain file")
                 self._check_size(marker, name, status.st_size)
         return folder
 
@@ -119,7 +119,7 @@ class Artifact(StoredArtifact):
         """
         folder = self._data_folder(marker)
         if folder.is_symlink():
-            raise DamagedPart(f"{self} part {marker.part}: {folder} is a link, which may lead anywhere. {REPAIR}")
+            raise self.damage(marker.part, str(folder), f"{folder} is a link, which may lead anywhere")
         names = (entry.path for entry in walk(folder) if not entry.is_dir(follow_symlinks=False))
         return {os.path.relpath(name, folder) for name in names}
 
@@ -214,7 +214,7 @@ def open_artifact(store: Path, kind: str, key: str) -> Artifact:
         refuse_links(store, kind, *key.split("/"))
         text = read_plain(path)
     except FileNotFoundError as error:
-        raise MissingArtifact(f"there is no {kind} artifact {key} in {store}") from error
+        raise MissingArtifact(f"there is no {kind} artifact {key} in {store}", artifact=f"{kind}/{key}") from error
     return Artifact(store, parse_identity(text, kind, key, str(path)))
 
 

@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_cache import PartHeader
 from eopd.storage.teacher_record import LOGPROB_FLOOR, HeadRule, TeacherRows, offsets_of
 
@@ -135,7 +136,7 @@ def check_capture(path: Path, columns: CaptureColumns) -> int:
         rows = int(pq.ParquetFile(path).metadata.num_rows)
     for name in columns.names:
         if name not in schema.names:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}")
+            raise InputError(f"{path} has no column {name!r}; it has {', '.join(schema.names)}", file=path)
         _check_type(path, schema.field(name), 1 if name == columns.ids else 2, floats=name == columns.top_logprobs)
     return rows
 
@@ -147,7 +148,7 @@ def _rows(path: Path, columns: list[str], rows: Sequence[int] | None) -> pa.Tabl
         held = pq.ParquetFile(path).metadata.num_rows
         beyond = next((row for row in rows if row >= held), None)
         if beyond is not None:
-            raise ValueError(f"{path} has {held} rows, and row {beyond} is asked for")
+            raise InputError(f"{path} has {held} rows, and row {beyond} is asked for", file=path)
         return ds.dataset(path, format="parquet").take(pa.array(rows, pa.int64()), columns=columns).combine_chunks()
 
 
@@ -254,7 +255,9 @@ def _naming_what_is_no_parquet(path: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, which names the file
             raise
-        raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:300]}", file=path
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ def _check_type(path: Path, field: pa.Field, depth: int, *, floats: bool) -> Non
     if levels != depth or not (right or pa.types.is_null(kind)):
         form = "a list a sequence" if depth == 1 else "a list a position, in a list a sequence"
         numbers = "floats" if floats else "integers"
-        raise ValueError(f"{path}: column {field.name!r} is {field.type}; it must hold {form}, of {numbers}")
+        raise InputError(f"{path}: column {field.name!r} is {field.type}; it must hold {form}, of {numbers}", file=path)
 
 
 def _ids(ids: list[int], vocab_size: int | None, what: str) -> NDArray[np.int64]:

@@ -158,13 +158,14 @@ class Coverage:
         if not missing:
             return
         added = {name: value for one in missing for name, value in one.settings.items()}
-        cure = (
+        remedy = (
             f"Add {' '.join(f'{name}={value}' for name, value in added.items())} to the config, or give it to `eopd "
             "run CONFIG` with --set: a sibling coverage is made beside this one, and nothing that exists changes."
             if added
             else "Score these tokens instead of importing them."
         )
-        raise NeedNotMet(f"{where} lacks {'; '.join(one.what for one in missing)}. {cure}")
+        problem = f"{where} lacks {'; '.join(one.what for one in missing)}"
+        raise NeedNotMet(problem, setting=next(iter(added), None), remedy=remedy)
 
     def cost(self) -> tuple[int, float, float, int, int]:
         """Sort key: cost of storing and reading, cheapest first."""

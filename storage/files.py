@@ -53,14 +53,18 @@ def naming_full_disks(path: Path) -> Iterator[None]:
         if number in _FULL:
             short, remedy = _what_is_short(number, Path(named))
             raise StoreFull(
-                f"{short} while writing {named}. Nothing committed is lost: {remedy}, then run the same command again."
+                f"{short} while writing {named}",
+                file=named,
+                remedy=f"Nothing committed is lost: {remedy}, then run the same command again.",
             ) from error
         if number in _UNWRITABLE:
             reason = os.strerror(number)
-            raise StoreUnwritable(f"cannot use {named}: {reason}. Check its owner and permissions.") from error
+            raise StoreUnwritable(
+                f"cannot use {named}: {reason}", file=named, remedy="Check its owner and permissions."
+            ) from error
         if number in _IN_THE_WAY:
             raise StoreUnwritable(
-                f"cannot write {named}: {os.strerror(number)}. Remove what is in its place."
+                f"cannot write {named}: {os.strerror(number)}", file=named, remedy="Remove what is in its place."
             ) from error
         raise
 
@@ -197,7 +201,9 @@ def create_exclusively(path: Path, text: str, meanwhile: Callable[[], None] = _n
                     return False
             except OSError as error:
                 if error.errno in _NO_LINKS:
-                    raise NoHardLinks(f"no hard links in {path.parent}: {error.strerror}. {NEEDS_LINKS}") from error
+                    raise NoHardLinks(
+                        f"no hard links in {path.parent}: {error.strerror}", file=path.parent, remedy=NEEDS_LINKS
+                    ) from error
                 raise
         fsync_folder(path.parent)
     return True

@@ -47,7 +47,9 @@ class HubDataset:
         """Open a repository by its URL, without accessing it. Raises StoreError if it is no such URL."""
         match = _URL.fullmatch(url)
         if match is None:
-            raise StoreError(f"{url} is no store: a store on the Hub is hf://datasets/USER/NAME[@REVISION][/FOLDER]")
+            raise StoreError(
+                f"{url} is no store: a store on the Hub is hf://datasets/USER/NAME[@REVISION][/FOLDER]", file=url
+            )
         return cls(match["repo"], unquote(match["revision"] or "main"), match["folder"] or "")
 
     def __repr__(self) -> str:
@@ -200,33 +202,38 @@ def naming_refusals(where: str, *, writing: bool = False) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise StoreUnreadable(
-            f"{where} is gated: ask for access on its page at {endpoint}, then `hf auth login`"
+            f"{where} is gated: ask for access on its page at {endpoint}, then `hf auth login`", file=where
         ) from error
     except errors.RepositoryNotFoundError as error:
         if writing:
             raise StoreUnwritable(_no_right(where, endpoint)) from error
         raise MissingArtifact(
-            f"there is no {where} at {endpoint}, or it is private: check the name, then the token (`hf auth login`, or "
-            "HF_TOKEN)"
+            f"there is no {where} at {endpoint}, or it is private: check the name, then the token (`hf auth login`, "
+            "or HF_TOKEN)",
+            file=where,
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise MissingArtifact(f"{where} has no such revision; without @REVISION it is `main`") from error
+        raise MissingArtifact(f"{where} has no such revision; without @REVISION it is `main`", file=where) from error
     except errors.EntryNotFoundError as error:
         raise FileNotFoundError(where) from error
     except errors.OfflineModeIsEnabled as error:
-        raise StoreUnreadable(f"{where} was not asked for, because HF_HUB_OFFLINE is set. Unset it") from error
+        raise StoreUnreadable(
+            f"{where} was not asked for, because HF_HUB_OFFLINE is set", file=where, remedy="Unset it"
+        ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise StoreUnwritable(_no_right(where, endpoint)) from error
         raise StoreUnreadable(
-            f"{endpoint} answers {status} for {where}: {_first_line(error)}. Try again later"
+            f"{endpoint} answers {status} for {where}: {_first_line(error)}", file=where, remedy="Try again later"
         ) from error
     except ValueError as error:
-        raise StoreUnwritable(f"{endpoint} refuses {where}: {' '.join(str(error).split())}") from error
+        raise StoreUnwritable(f"{endpoint} refuses {where}: {' '.join(str(error).split())}", file=where) from error
     except errors.HTTPError as error:  # of the client (httpx, or httpx2): no answer
         raise StoreUnreadable(
-            f"{endpoint} does not answer for {where}: {_first_line(error)}. Check the network and HF_ENDPOINT"
+            f"{endpoint} does not answer for {where}: {_first_line(error)}",
+            file=where,
+            remedy="Check the network and HF_ENDPOINT",
         ) from error
 
 

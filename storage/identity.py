@@ -85,7 +85,9 @@ def parse_identity(text: bytes, kind: str, key: str, where: str) -> Identity:
         content = parse_json(text)
     identity = Identity.from_json(content, Path(where))
     if (identity.kind, identity.key) != (kind, key):
-        raise WrongArtifact(f"{where} describes {identity.kind}/{identity.key}, not {kind}/{key}")
+        raise WrongArtifact(
+            f"{where} describes {identity.kind}/{identity.key}, not {kind}/{key}", file=where, artifact=f"{kind}/{key}"
+        )
     return identity
 
 

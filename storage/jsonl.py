@@ -56,5 +56,5 @@ def read_whole(path: Path) -> list[dict[str, Any]]:
         with naming(f"{path} line {number}"):
             rows.append(parse_json(line, allow_nan=True))
         if not isinstance(rows[-1], dict):
-            raise DamagedPart(f"{path} line {number} is no object")
+            raise DamagedPart(f"{path} line {number} is no object", file=path, line=number)
     return rows

@@ -134,7 +134,7 @@ def ls(store: Path | Bucket) -> list[Listed]:
         StoreError: there is no such folder, or the bucket does not answer.
     """
     if isinstance(store, Path) and not store.is_dir():
-        raise StoreError(f"there is no store at {store}")
+        raise StoreError(f"there is no store at {store}", file=store)
     odd = misplaced(store) if isinstance(store, Path) else ()
     return [
         *(Listed(name, "", 0, 0, 0, problem) for name, problem in odd),
@@ -177,7 +177,7 @@ def named(store: Path | Bucket, name: str) -> tuple[str, str]:
     if len(able) != 1:
         some = ", ".join(f"{kind}/{key}" for kind, key in able[:4])
         matches = f"{len(able)} artifacts: {some}" if able else "no artifact"
-        raise StoreError(f"{name!r} names {matches} in {store}. `eopd store ls` lists them.")
+        raise StoreError(f"{name!r} names {matches} in {store}", artifact=name, remedy="`eopd store ls` lists them.")
     return able[0]
 
 

@@ -148,24 +148,36 @@ def parse_marker(text: bytes, kind: str, key: str, part: int, where: str) -> Mar
     owner = (fields["kind"], fields["key"], marker.part)
     if owner != (kind, key, part):
         raise WrongArtifact(
-            f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}"
+            f"{where} is the marker of {owner[0]}/{owner[1]} part {owner[2]}, not of {kind}/{key} {part}",
+            file=where,
+            artifact=f"{kind}/{key}",
+            part=part,
         )
     if paths.data_part(paths.data_name(part, marker.nonce)) is None:
-        raise DamagedPart(f"{where}: nonce {marker.nonce!r} names a path outside the artifact")
+        raise DamagedPart(
+            f"{where}: nonce {marker.nonce!r} names a path outside the artifact",
+            file=where,
+            artifact=f"{kind}/{key}",
+            part=part,
+        )
     if any(not _is_inside(name) for name in marker.files):
-        raise DamagedPart(f"{where} names a file outside its part folder")
+        raise DamagedPart(
+            f"{where} names a file outside its part folder", file=where, artifact=f"{kind}/{key}", part=part
+        )
     seal = fields.pop("seal")
     if fields["checksum"] != marker.checksum or seal != sha256_text(canonical_json(fields)):
-        raise DamagedPart(f"{where} was altered. {REPAIR}")
+        raise DamagedPart(f"{where} was altered", file=where, artifact=f"{kind}/{key}", part=part, remedy=REPAIR)
     return marker
 
 
 def refuse_newer_schema(version: Any, where: Path) -> None:
     schema = version.get("schema") if isinstance(version, dict) else None
     if type(schema) is not int or schema < 1:
-        raise DamagedPart(f"{where} names no schema version")
+        raise DamagedPart(f"{where} names no schema version", file=where)
     if schema > SCHEMA:
-        raise NewerSchema(f"{where} has schema {schema}; this eopd reads up to {SCHEMA}. Upgrade eopd to use it.")
+        raise NewerSchema(
+            f"{where} has schema {schema}; this eopd reads up to {SCHEMA}", file=where, remedy="Upgrade eopd to use it."
+        )
 
 
 def _is_inside(name: str) -> bool:

@@ -35,5 +35,7 @@ def open_place(place: str) -> Path | Bucket:
         return Path(place)
     url = urlsplit(place)
     if url.netloc not in ("", "localhost"):
-        raise StoreError(f"{place} names a machine, {url.netloc}: the folder /team/store is file:///team/store")
+        raise StoreError(
+            f"{place} names a machine, {url.netloc}: the folder /team/store is file:///team/store", file=place
+        )
     return Path(unquote(url.path))

@@ -59,11 +59,13 @@ def read_record(
                 columns = [name for name in columns if name in schema.names and name in there]
             return check_columns(path, _rows(path, file, columns), schema, columns)
     except (pa.ArrowException, *MISFITS) as error:  # Arrow's are ValueErrors, OSErrors and others
-        raise DamagedPart(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
+        raise DamagedPart(
+            f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}", file=path
+        ) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno is not None:
             raise
-        raise DamagedPart(f"{path} is no Parquet file that can be read: {error}") from error
+        raise DamagedPart(f"{path} is no Parquet file that can be read: {error}", file=path) from error
 
 
 def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa.Table:
@@ -74,7 +76,7 @@ def _rows(path: Path, file: pq.ParquetFile, columns: Sequence[str] | None) -> pa
         batches.append(batch)
         size += batch.nbytes
         if size > LARGEST:
-            raise DamagedPart(f"{path} holds more than {LARGEST:,} bytes, which no part does")
+            raise DamagedPart(f"{path} holds more than {LARGEST:,} bytes, which no part does", file=path)
     if not batches:
         return file.read(columns=None if columns is None else list(columns))
     return pa.Table.from_batches(batches).replace_schema_metadata(file.schema_arrow.metadata)
@@ -88,15 +90,15 @@ def check_columns(path: Path, table: pa.Table, schema: pa.Schema, columns: Seque
         if name not in table.schema.names:
             if columns is None and field.nullable:  # not written by an older eopd
                 continue
-            raise DamagedPart(f"{path} has no column {name!r}")
+            raise DamagedPart(f"{path} has no column {name!r}", file=path)
         column = table.column(name)
         if column.type != field.type:
-            raise DamagedPart(f"{path}: column {name!r} is of {column.type}, not {field.type}")
+            raise DamagedPart(f"{path}: column {name!r} is of {column.type}, not {field.type}", file=path)
         nulls = 0 if field.nullable else column.null_count
         if pa.types.is_list(field.type):
             nulls += pa.chunked_array([chunk.flatten() for chunk in column.chunks], field.type.value_type).null_count
         if nulls:
-            raise DamagedPart(f"{path}: column {name!r} has {nulls} values that are null")
+            raise DamagedPart(f"{path}: column {name!r} has {nulls} values that are null", file=path)
     table.validate(full=True)
     return table
 
@@ -106,13 +108,19 @@ def _schema_of(path: Path, metadata: Mapping[bytes, bytes], schemas: Sequence[pa
     record = schemas[0].metadata[_RECORD]
     if metadata.get(_RECORD) != record:
         there = metadata.get(_RECORD, b"no record of eopd").decode(errors="replace")
-        raise WrongArtifact(f"{path} holds {there}, not {record.decode()}")
+        raise WrongArtifact(f"{path} holds {there}, not {record.decode()}", file=path)
     version = int(metadata.get(_VERSION, b"0"))
     known = {int(schema.metadata[_VERSION]): schema for schema in schemas}
     if version > max(known):
-        raise NewerSchema(f"{path} has version {version}; this eopd reads up to {max(known)}. Upgrade eopd to use it.")
+        raise NewerSchema(
+            f"{path} has version {version}; this eopd reads up to {max(known)}",
+            file=path,
+            remedy="Upgrade eopd to use it.",
+        )
     if version not in known:
-        raise WrongArtifact(f"{path} has version {version}, and this eopd reads {', '.join(map(str, sorted(known)))}")
+        raise WrongArtifact(
+            f"{path} has version {version}, and this eopd reads {', '.join(map(str, sorted(known)))}", file=path
+        )
     return known[version]
 
 

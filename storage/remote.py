@@ -50,11 +50,13 @@ def open_bucket(url: str, **options: Any) -> Bucket:
         import obstore.exceptions
         import obstore.store
     except ImportError as error:
-        raise StoreError(f"{url} needs obstore, which is not installed. To add it, {installing('s3')}") from error
+        raise StoreError(
+            f"{url} needs obstore, which is not installed. To add it, {installing('s3')}", file=url
+        ) from error
     try:
         return obstore.store.from_url(url, **options)
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise StoreError(f"cannot open {url}: {error}") from error
+        raise StoreError(f"cannot open {url}: {error}", file=url) from error
 
 
 @contextmanager
@@ -69,7 +71,9 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
         yield
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
         raise StoreUnwritable(
-            f"{bucket} refuses access to {path}. Check the credentials and the bucket's permissions."
+            f"{bucket} refuses access to {path}",
+            file=path,
+            remedy="Check the credentials and the bucket's permissions.",
         ) from error
     except exceptions.AlreadyExistsError:
         raise
@@ -79,8 +83,10 @@ def naming_refusals(bucket: Bucket, path: str) -> Iterator[None]:
         # the rest of the message is obstore's own state, for its developers
         message = str(error).splitlines()[0]
         raise StoreUnreadable(
-            f"{bucket} does not answer for {path}: {message}. Check the URL, the network, and the credentials and "
-            "endpoint in the environment (s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT)"
+            f"{bucket} does not answer for {path}: {message}",
+            file=path,
+            remedy="Check the URL, the network, and the credentials and endpoint in the environment (s3://: "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT)",
         ) from error
 
 
@@ -89,7 +95,9 @@ def get(bucket: Bucket, path: str) -> bytes:
     with naming_refusals(bucket, path):
         result = bucket.get(path)
         if (size := result.meta["size"]) > LARGEST_TEXT:
-            raise DamagedPart(f"{path} of {bucket} has {size:,} bytes, more than the {LARGEST_TEXT:,} of such a file")
+            raise DamagedPart(
+                f"{path} of {bucket} has {size:,} bytes, more than the {LARGEST_TEXT:,} of such a file", file=path
+            )
         return bytes(result.bytes())
 
 
@@ -219,7 +227,8 @@ class RemoteArtifact(StoredArtifact):
                 raise FileNotFoundError(where)
             return parse_identity(get(self.bucket, where), self.kind, self.key, where)
         except FileNotFoundError as error:
-            raise MissingArtifact(f"there is no {self.kind} artifact {self.key} in {self.bucket}") from error
+            problem = f"there is no {self.kind} artifact {self.key} in {self.bucket}"
+            raise MissingArtifact(problem, **self.place()) from error
 
     def exists(self) -> bool:
         """Raises StoreUnreadable, StoreUnwritable (no permission); DamagedPart, WrongArtifact, NewerSchema."""
@@ -294,9 +303,12 @@ class BucketPart(PartStore):
             with naming_refusals(self.bucket, f"{self.folder}/{key}"):
                 found = await self.bucket.get_range_async(f"{self.folder}/{key}", start=start, end=end)
         except FileNotFoundError as error:
-            raise DamagedPart(f"{self.folder}/{key} is gone from {self.bucket}") from error
+            raise DamagedPart(f"{self.folder}/{key} is gone from {self.bucket}", file=f"{self.folder}/{key}") from error
         if len(found) != end - start:
-            raise DamagedPart(f"{self.folder}/{key} of {self.bucket} is shorter than the {size} bytes of its marker")
+            raise DamagedPart(
+                f"{self.folder}/{key} of {self.bucket} is shorter than the {size} bytes of its marker",
+                file=f"{self.folder}/{key}",
+            )
         return prototype.buffer.from_bytes(bytes(found))
 
     async def getsize(self, key: str) -> int:

@@ -99,7 +99,7 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> pa.Tabl
         table = table if columns is None else table.select([name for name in columns if name in table.schema.names])
     for name in ("prompt_token_ids", "response_token_ids"):
         if name in table.schema.names and (pc.min(pc.list_flatten(table.column(name))).as_py() or 0) < 0:
-            raise DamagedPart(f"{path}: column {name!r} has an id below 0")
+            raise DamagedPart(f"{path}: column {name!r} has an id below 0", file=path)
     return table
 
 
@@ -114,8 +114,8 @@ def _with_writers(path: Path, table: pa.Table) -> pa.Table:
         )
     written = table.column(WRITTEN)
     if not np.array_equal(pc.list_value_length(written).to_numpy(), lengths):
-        raise DamagedPart(f"{path}: column {WRITTEN!r} has other lengths than the responses")
+        raise DamagedPart(f"{path}: column {WRITTEN!r} has other lengths than the responses", file=path)
     unknown = set(pc.unique(pc.list_flatten(written)).to_pylist()) - {int(writer) for writer in Writer}
     if unknown:
-        raise DamagedPart(f"{path}: column {WRITTEN!r} has the unknown writer {min(unknown)}")
+        raise DamagedPart(f"{path}: column {WRITTEN!r} has the unknown writer {min(unknown)}", file=path)
     return table

@@ -40,7 +40,7 @@ def passes_on(source: Artifact, source_part: int, output: Artifact, part: int) -
     if reason is None:
         return False
     if not output.is_committed(part):
-        output.set_aside(part, f"its {source.kind} were set aside: {reason.split(': ', 1)[-1]}")
+        output.set_aside(part, reason)
     return True
 
 

@@ -155,7 +155,11 @@ class StackedStores:
         behind = [open_place(place) for place in read_only]
         for place, store in zip(read_only, behind, strict=True):
             if isinstance(store, Path) and not store.is_dir():
-                raise StoreError(f"there is no store at {place}, which is to be read from (read_only_stores)")
+                raise StoreError(
+                    f"there is no store at {place}, which is to be read from (read_only_stores)",
+                    setting="read_only_stores",
+                    file=place,
+                )
         return cls([Path(private), *behind])
 
     def find(self, identity: Identity) -> Artifact:

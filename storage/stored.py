@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart
+from eopd.storage.errors import DamagedPart, MissingPart, PrunedPart, StoredPlace
 from eopd.storage.identity import Identity
 from eopd.storage.markers import REMADE, REPAIR, Marker, file_text, parse_marker, refuse_newer_schema
 from eopd.storage.untrusted import naming, parse_json
@@ -43,6 +43,14 @@ class StoredArtifact(ABC):
     kind: str
     key: str
     folder: Path | str  # in a bucket: from its root
+
+    def place(self, part: int | None = None) -> StoredPlace:
+        """Return the fields by which errors name this artifact, or a part of it."""
+        return {"artifact": f"{self.kind}/{self.key}", "part": part}
+
+    def damage(self, part: int, name: str, problem: str) -> DamagedPart:
+        """Return an error about a file of a committed part."""
+        return DamagedPart(f"{self} part {part}: {problem}", file=name, remedy=REPAIR, **self.place(part))
 
     # -- primitives of a store ---------------------------------------------------------------------------------
 
@@ -147,8 +155,10 @@ class StoredArtifact(ABC):
             return self._marker(part, paths.marker_name(part))
         except FileNotFoundError as error:
             if self.has(paths.tombstone_name(part)):
-                raise PrunedPart(f"{self} part {part} was pruned: its data are gone. {REMADE}") from error
-            raise MissingPart(f"{self} part {part} is not committed. Run the stage that makes it.") from error
+                problem = f"{self} part {part} was pruned: its data are gone"
+                raise PrunedPart(problem, remedy=REMADE, **self.place(part)) from error
+            problem, remedy = f"{self} part {part} is not committed", "Run the stage that makes it."
+            raise MissingPart(problem, remedy=remedy, **self.place(part)) from error
 
     def remains(self, part: int) -> Marker:
         """Return the marker of a committed part, or the tombstone of a pruned one."""
@@ -162,7 +172,8 @@ class StoredArtifact(ABC):
         try:
             return self._marker(part, paths.tombstone_name(part))
         except FileNotFoundError as error:
-            raise MissingPart(f"{self} part {part} has no tombstone: it was called back, or never pruned.") from error
+            problem = f"{self} part {part} has no tombstone: it was called back, or never pruned."
+            raise MissingPart(problem, **self.place(part)) from error
 
     def _marker(self, part: int, name: str) -> Marker:
         return parse_marker(self.read(name), self.kind, self.key, part, f"{self.folder}/{name}")
@@ -174,7 +185,8 @@ class StoredArtifact(ABC):
         try:
             text = self.read(paths.MANIFEST)
         except FileNotFoundError as error:
-            raise MissingPart(f"{self} is not complete: parts {self.first_missing()} are missing") from error
+            problem = f"{self} is not complete: parts {self.first_missing()} are missing"
+            raise MissingPart(problem, **self.place()) from error
         with naming(where):
             fields = parse_json(text)
             refuse_newer_schema(fields, Path(where))
@@ -216,7 +228,8 @@ class StoredArtifact(ABC):
         strangers = sorted(there - set(marker.files))
         if strangers and not marker.is_pruned:  # files that an interrupted pruning left are no damage: `gc` lists them
             added_to = f"{self.folder}/{paths.data_name(part, marker.nonce)}"
-            raise DamagedPart(f"{self} part {part}: {strangers[0]} was added to {added_to}")
+            problem = f"{self} part {part}: {strangers[0]} was added to {added_to}"
+            raise DamagedPart(problem, file=strangers[0], **self.place(part))
 
     def checked(self, marker: Marker, name: str) -> Iterator[bytes]:
         """Like ``pieces``, for a file that the marker names; DamagedPart follows the last piece if the hash differs."""
@@ -226,13 +239,13 @@ class StoredArtifact(ABC):
                 digest.update(piece)
                 yield piece
         except FileNotFoundError as error:
-            raise DamagedPart(f"{self} part {marker.part}: {name} is gone. {REPAIR}") from error
+            raise self.damage(marker.part, name, f"{name} is gone") from error
         if digest.hexdigest() != marker.files[name]["sha256"]:
-            raise DamagedPart(f"{self} part {marker.part}: the bytes of {name} changed. {REPAIR}")
+            raise self.damage(marker.part, name, f"the bytes of {name} changed")
 
     def _check_size(self, marker: Marker, name: str, present: int | None) -> None:
         """Raise DamagedPart if a file is missing (``present`` is None) or has another size than its marker states."""
         if present is None:
-            raise DamagedPart(f"{self} part {marker.part}: {name} is gone. {REPAIR}")
+            raise self.damage(marker.part, name, f"{name} is gone")
         if present != (size := marker.files[name]["size"]):
-            raise DamagedPart(f"{self} part {marker.part}: {name} has {present} bytes, not {size}. {REPAIR}")
+            raise self.damage(marker.part, name, f"{name} has {present} bytes, not {size}")

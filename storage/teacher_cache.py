@@ -112,7 +112,8 @@ class PartHeader:
             raise DamagedPart(f"{where} names no schema version (found {schema!r})")
         if schema > FORMAT_VERSION:
             raise NewerSchema(
-                f"{where} has cache format {schema}; this eopd reads up to {FORMAT_VERSION}. Upgrade eopd."
+                f"{where} has cache format {schema}; this eopd reads up to {FORMAT_VERSION}",
+                remedy="Upgrade eopd.",
             )
         fields = {name: attributes[name] for name in cls.__dataclass_fields__ if name in attributes}
         try:
@@ -144,8 +145,9 @@ class Origin:
         ]
         if other:
             raise WrongArtifact(
-                f"{where} holds scores of {', '.join(other)}. Score the same rollouts with "
-                "what is asked for (`eopd score`), which adds an artifact beside this one"
+                f"{where} holds scores of {', '.join(other)}",
+                remedy="Score the same rollouts with what is asked for (`eopd score`), which adds an artifact "
+                "beside this one",
             )
 
 
@@ -178,7 +180,9 @@ class _Part:
                 raise DamagedPart(f"{self.zarr.where}: the table of responses is not that of {name}")
         most = self.responses.max(axis=0, initial=0)
         if (most > (MOST_TOKENS, MOST_ENTRIES)).any():
-            raise DamagedPart(f"{self.zarr.where}: a response of {most[0]:,} tokens and {most[1]:,} entries is none")
+            raise DamagedPart(
+                f"{self.zarr.where}: a response of {most[0]:,} tokens and {most[1]:,} entries is none",
+            )
         planes = {"tokens": len(self.header.layout.columns), "entries": 2 + RAW_PLANES}
         if self.zarr.planes != planes:
             raise DamagedPart(f"{self.zarr.where} has {self.zarr.planes} planes, where its header says {planes}")
@@ -377,7 +381,9 @@ class JointCache:
             if cache.coverage.head != first.head:
                 raise WrongArtifact(
                     f"{cache.artifact} was scored with {cache.coverage.head}, and {self.caches[0].artifact} with "
-                    f"{first.head}; score both with one score.head to read them together"
+                    f"{first.head}",
+                    setting="score.head",
+                    remedy="score both with one score.head to read them together",
                 )
         return first
 

@@ -102,5 +102,7 @@ def _refuse_other_rollouts(source: StoredArtifact, marker: Marker, there: Callab
     if marker_there.checksum != scored:
         raise WrongArtifact(
             f"{source} part {marker.part} was made from other rollouts than the target's: rollouts/{key} has other "
-            "bytes there. Score the target's own, or copy to another store together with --inputs"
+            "bytes there",
+            **source.place(marker.part),
+            remedy="Score the target's own, or copy to another store together with --inputs",
         )

@@ -46,11 +46,11 @@ def open_plain(path: str | Path, flags: int = os.O_RDONLY) -> int:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in _NOT_PLAIN:
-            raise DamagedPart(f"{path} is {kind_of(path)}, not a plain file") from error
+            raise DamagedPart(f"{path} is {kind_of(path)}, not a plain file", file=path) from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise DamagedPart(f"{path} is {kind_of(path)}, not a plain file")
+        raise DamagedPart(f"{path} is {kind_of(path)}, not a plain file", file=path)
     return handle
 
 
@@ -63,7 +63,7 @@ def read_plain(path: str | Path, largest: int = LARGEST_TEXT) -> bytes:
     with os.fdopen(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
-            raise DamagedPart(f"{path} has {size:,} bytes, more than the {largest:,} of such a file")
+            raise DamagedPart(f"{path} has {size:,} bytes, more than the {largest:,} of such a file", file=path)
         return file.read(size)
 
 
@@ -91,9 +91,11 @@ def refuse_links(root: Path, *names: str) -> None:
         except (FileNotFoundError, NotADirectoryError):
             return
         if stat.S_ISLNK(mode):
-            raise DamagedPart(f"{path} is a link, which may lead out of the store: put the folder itself there")
+            raise DamagedPart(
+                f"{path} is a link, which may lead out of the store", file=path, remedy="put the folder itself there"
+            )
         if not stat.S_ISDIR(mode):
-            raise DamagedPart(f"{path} is {kind_of(path)}, not a folder: remove it")
+            raise DamagedPart(f"{path} is {kind_of(path)}, not a folder", file=path, remedy="remove it")
 
 
 def walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
@@ -157,9 +159,9 @@ def naming(where: str, remedy: str = "") -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))[:200] or "it"
-        raise DamagedPart(f"{where}: {field}: {first['msg'][:200]}{remedy and f'. {remedy}'}") from error
+        raise DamagedPart(f"{where}: {field}: {first['msg'][:200]}", file=where, remedy=remedy) from error
     except ValueError as error:
-        raise DamagedPart(f"{where} is not JSON ({error}){remedy and f'. {remedy}'}") from error
+        raise DamagedPart(f"{where} is not JSON ({error})", file=where, remedy=remedy) from error
 
 
 MISFITS = (
@@ -181,4 +183,4 @@ def naming_misfits(where: str) -> Iterator[None]:
         yield
     except MISFITS as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DamagedPart(f"{where} holds what it should not ({reason})") from error
+        raise DamagedPart(f"{where} holds what it should not ({reason})", file=where) from error

@@ -64,7 +64,7 @@ def verdict_signal(
             continue
         for scores in cache.sources(part):
             if scores.marker(part).inputs.get("rollouts") != rollouts.marker(part).checksum:
-                raise DamagedPart(f"{scores} part {part} was scored from other rollouts than {rollouts}")
+                raise DamagedPart(f"{scores} part {part} was scored from other rollouts than {rollouts}", part=part)
         table = read_rollouts(rollouts.part_folder(part), ["prompt_id", "sample", "logprobs"])
         rows = cache.read_part(part)
         correct = read_correct(verdicts, rollouts, part, table)

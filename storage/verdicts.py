@@ -56,8 +56,9 @@ def read_correct(verdicts: Artifact, rollouts: Artifact, part: int, table: pa.Ta
     same_source = verdicts.marker(part).inputs.get("rollouts") == rollouts.marker(part).checksum
     if not same_source or list(zip(judged["prompt_id"], judged["sample"], strict=True)) != expected:
         raise DamagedPart(
-            f"{verdicts} part {part} holds verdicts on other responses than those of {rollouts}. "
-            "`eopd store verify --repair` re-queues them."
+            f"{verdicts} part {part} holds verdicts on other responses than those of {rollouts}",
+            **verdicts.place(part),
+            remedy="`eopd store verify --repair` re-queues them.",
         )
     correct: list[bool] = judged["correct"]
     return correct

@@ -347,7 +347,7 @@ class ZarrPart:
         stored = self._run(store.get(name, default_buffer_prototype()))
         text = b"" if stored is None else stored.to_bytes()
         if name not in marker.files or hashlib.sha256(text).hexdigest() != marker.files[name]["sha256"]:
-            raise DamagedPart(f"{self.where}: the bytes of {name} changed. {REPAIR}")
+            raise DamagedPart(f"{self.where}: the bytes of {name} changed", file=name, remedy=REPAIR)
         with naming(f"{self.where}: {name}"):
             metadata: dict[str, Any] = TypeAdapter(dict[str, Any]).validate_python(parse_json(text), strict=True)
         return metadata
@@ -358,22 +358,25 @@ class ZarrPart:
         Raises:
             DamagedPart: they are not; nothing has been allocated by then.
         """
-        where = f"{self.where}: {name}/{METADATA}"
+        path = f"{name}/{METADATA}"
+        where = f"{self.where}: {path}"
         with naming(where):
             _ARRAY.validate_python(metadata, strict=True)
         rows, length = metadata["shape"]
         inner = metadata["codecs"][0]["configuration"]
         names = [[codec["name"] for codec in inner[which]] for which in ("codecs", "index_codecs")]
         if names != _CODECS:
-            raise DamagedPart(f"{where} asks for the codecs {names}, where a part has {_CODECS}")
+            raise DamagedPart(f"{where} asks for the codecs {names}, where a part has {_CODECS}", file=path)
         high, width = inner["chunk_shape"]
         _, shard_width = shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         if high != max(rows, 1) or shard != [high, shard_width] or shard_width % width:
-            raise DamagedPart(f"{where} divides {rows} x {length} into shards of {shard} and chunks of {[high, width]}")
+            raise DamagedPart(
+                f"{where} divides {rows} x {length} into shards of {shard} and chunks of {[high, width]}", file=path
+            )
         if high * width > LARGEST_CHUNK or shard_width // width > MOST_CHUNKS or length > LONGEST:
-            raise DamagedPart(f"{where} is too large: {rows} x {length} in chunks of {[high, width]}")
+            raise DamagedPart(f"{where} is too large: {rows} x {length} in chunks of {[high, width]}", file=path)
         if metadata["data_type"] != ("uint32" if name == RESPONSES else "uint8") or (name == RESPONSES and length != 2):
-            raise DamagedPart(f"{where} is of {metadata['data_type']}, {rows} x {length}")
+            raise DamagedPart(f"{where} is of {metadata['data_type']}, {rows} x {length}", file=path)
         return metadata
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -392,4 +395,4 @@ def naming_damage(where: str) -> Iterator[None]:
     try:
         yield
     except (*MISFITS, FileNotFoundError) as error:
-        raise DamagedPart(f"{where} cannot be decoded ({error}). {REPAIR}") from error
+        raise DamagedPart(f"{where} cannot be decoded ({error})", remedy=REPAIR) from error

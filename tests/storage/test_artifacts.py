@@ -17,9 +17,18 @@ import pytest
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim, claimed_parts, held_parts, holder, may_be_held
-from eopd.storage.errors import DamagedPart, MissingPart, NewerSchema, StoreError, StoreUnwritable, WrongArtifact
+from eopd.storage.errors import (
+    DamagedPart,
+    MissingArtifact,
+    MissingPart,
+    NewerSchema,
+    StoreError,
+    StoreUnwritable,
+    WrongArtifact,
+)
 from eopd.storage.identity import Identity
 from eopd.storage.stopping import Stopped
+from tests.raises import raises
 from tests.strangers import unprivileged
 
 
@@ -62,7 +71,7 @@ def test_files_have_the_mode_of_the_umask_however_they_were_written(artifact: Ar
 def test_the_manifest_appears_with_the_last_part(artifact: Artifact) -> None:
     write(artifact, 2)
     write(artifact, 0)
-    with pytest.raises(MissingPart, match=r"parts \[1\]"):
+    with raises(MissingPart, r"\[1\]", artifact=str(artifact)):
         _ = artifact.manifest
     write(artifact, 1)
     assert artifact.is_complete()
@@ -106,13 +115,13 @@ def test_damage_is_named(artifact: Artifact) -> None:
     file = artifact.part_folder(0) / "sub" / "file.txt"
     file.write_text("dAta")  # same size
     artifact.part_folder(0)
-    with pytest.raises(DamagedPart, match=r"part 0: the bytes of sub/file.txt changed"):
+    with raises(DamagedPart, "changed", artifact=str(artifact), part=0, file="sub/file.txt"):
         artifact.verify_part(0)
     file.write_text("longer than before")
-    with pytest.raises(DamagedPart, match=r"sub/file.txt has 18 bytes, not 4"):
+    with raises(DamagedPart, "18 bytes, not 4", part=0, file="sub/file.txt"):
         artifact.part_folder(0)
     file.unlink()
-    with pytest.raises(DamagedPart, match=r"sub/file.txt is gone"):
+    with raises(DamagedPart, "gone", part=0, file="sub/file.txt"):
         artifact.part_folder(0)
 
 
@@ -129,12 +138,12 @@ def test_damage_is_named(artifact: Artifact) -> None:
     ],
 )
 def test_a_marker_is_not_believed_blindly(
-    artifact: Artifact, change: dict[str, object], error: type[Exception], words: str
+    artifact: Artifact, change: dict[str, object], error: type[StoreError], words: str
 ) -> None:
     write(artifact, 0)
     marker = artifact.folder / paths.marker_name(0)
     marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
-    with pytest.raises(error, match=words):
+    with raises(error, words, file=marker):
         artifact.part_folder(0)
 
 
@@ -143,9 +152,9 @@ def test_an_identity_must_hash_to_its_key(artifact: Artifact, tmp_path: Path) ->
     assert open_artifact(tmp_path, "rollouts", artifact.key).identity == artifact.identity
     path = artifact.folder / paths.IDENTITY
     path.write_text(path.read_text().replace('"abc"', '"abd"'))
-    with pytest.raises(WrongArtifact, match="describes rollouts"):
+    with raises(WrongArtifact, artifact=str(artifact), file=path):
         open_artifact(tmp_path, "rollouts", artifact.key)
-    with pytest.raises(StoreError, match="there is no rollouts artifact nothing"):
+    with raises(MissingArtifact, artifact="rollouts/nothing"):
         open_artifact(tmp_path, "rollouts", "nothing")
 
 
@@ -259,7 +268,7 @@ def test_an_error_names_the_file_that_it_is_about(artifact: Artifact, tmp_path: 
         with artifact.write_part(0):
             raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "tokenizer.json"))
 
-    with pytest.raises(StoreUnwritable, match=rf"{tmp_path}/tokenizer.json: Permission denied") as raised:
+    with raises(StoreUnwritable, "Permission denied", file=tmp_path / "tokenizer.json") as raised:
         read_elsewhere()
     assert "part-00000" not in str(raised.value)
 

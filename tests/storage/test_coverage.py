@@ -19,6 +19,7 @@ from eopd.storage.coverage import (
     able,
 )
 from eopd.storage.teacher_record import HeadRule
+from tests.raises import raises
 
 AWARE = Coverage(HeadRule(k_max=16, min_prob=0.03, full_head_above=0.4), (7,), vocab_size=1000)
 FIXED = Coverage(HeadRule(k_max=64, full_head_above=-1.0, draws="none"), (7,), extra_k=8, vocab_size=1000)
@@ -82,7 +83,7 @@ def test_not_met(coverage: Coverage, need: Need, what: str, settings: dict[str, 
 
 
 def test_every_missing_need_is_named_at_once() -> None:
-    with pytest.raises(NeedNotMet, match=r"17 entries.*top-4.*score\.head\.k_max=17 rollout\.student_topk=4"):
+    with raises(NeedNotMet, "17 entries.*top-4", remedy="score.head.k_max=17 rollout.student_topk=4"):
         AWARE.require([HeadNeed(17, 0.8), EntropyNeed(), ExtraIdsNeed(4)], "scores/x")
 
 

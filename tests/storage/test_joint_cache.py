@@ -14,6 +14,7 @@ from eopd.storage.errors import WrongArtifact
 from eopd.storage.identity import Identity
 from eopd.storage.teacher_cache import JointCache, TeacherCache, in_order, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
+from tests.raises import raises
 from tests.storage.making import dense, header, rows_of, scores
 
 OWN = ([0, 40, 0, 17], [5, 0, 1, 0])
@@ -72,7 +73,7 @@ def test_every_teacher_s_scores_must_hold_what_is_read(tmp_path: Path) -> None:
     narrow = of_teacher(tmp_path, "narrow", OWN[0], HeadRule(k_max=4))
     wide = of_teacher(tmp_path, "wide", OWN[1], HeadRule(k_max=16))
     for artifacts in ([wide, narrow], [narrow, wide]):
-        with pytest.raises(NeedNotMet, match="heads of 8 entries"):
+        with raises(NeedNotMet, setting="score.head.k_max"):
             JointCache(artifacts).require([HeadNeed(8, above=0.4, min_prob=0.5)])
 
 
@@ -80,7 +81,7 @@ def test_draws_are_weighed_by_one_rule(tmp_path: Path) -> None:
     """The weight of a draw is ``min_prob`` of the rule: two rules would weigh one teacher's draws by the other's."""
     fine = of_teacher(tmp_path, "fine", OWN[0], HeadRule(min_prob=0.01))
     coarse = of_teacher(tmp_path, "coarse", OWN[1], HeadRule(min_prob=0.03))
-    with pytest.raises(WrongArtifact, match=r"min_prob=0\.03.*min_prob=0\.01.*score\.head"):
+    with raises(WrongArtifact, r"min_prob=0\.03.*min_prob=0\.01", setting="score.head"):
         JointCache([fine, coarse]).require([])
     with pytest.raises(WrongArtifact):
         _ = JointCache([fine, coarse]).coverage

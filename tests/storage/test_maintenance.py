@@ -17,7 +17,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.captures import CaptureColumns, imported_header, read_capture
 from eopd.storage.claims import claim
 from eopd.storage.coverage import EntropyNeed, HeadNeed, NeedNotMet, SampledNeed
-from eopd.storage.errors import DamagedPart, MissingPart, StoreError, WrongArtifact
+from eopd.storage.errors import DamagedPart, InputError, MissingPart, StoreError, WrongArtifact
 from eopd.storage.exchange import export_parquet
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
@@ -26,6 +26,7 @@ from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
+from tests.raises import raises
 
 from .making import capture, dense, other, rows_of, scores
 from .test_teacher_cache import assert_identical
@@ -39,9 +40,9 @@ def test_listing(tmp_path: Path) -> None:
     assert found[artifact.key].bytes == sum(artifact.marker(part).bytes for part in range(2))
     assert listing.find(tmp_path, artifact.key[:6]).key == artifact.key
     assert listing.find(tmp_path, f"rollouts/{rollouts.key}").key == rollouts.key
-    with pytest.raises(StoreError, match="names no artifact"):
+    with raises(StoreError, "no artifact", artifact="zzz"):
         listing.find(tmp_path, "zzz")
-    with pytest.raises(StoreError, match="names 2 artifacts"):
+    with raises(StoreError, "2 artifacts"):
         listing.find(tmp_path, "")
     with pytest.raises(StoreError, match="there is no store"):
         listing.ls(tmp_path / "nowhere")
@@ -61,7 +62,7 @@ def test_states_of_a_training_are_shown_by_count(tmp_path: Path) -> None:
     shown = listing.show(artifact)
     assert shown["missing_parts"] == 10**9 - 2
     assert shown["first_missing"] == [1, 3, 4, 5, 6, 7, 8, 9]
-    with pytest.raises(MissingPart, match=r"parts \[1, 3, 4, 5, 6, 7, 8, 9\] are missing"):
+    with raises(MissingPart, r"\[1, 3, 4, 5, 6, 7, 8, 9\]", artifact=str(artifact)):
         _ = artifact.manifest
 
 
@@ -244,7 +245,7 @@ def test_import(tmp_path: Path, shifted: bool) -> None:
 
 def test_what_cannot_be_imported(tmp_path: Path) -> None:
     table, _ = capture(tmp_path / "capture.parquet", False)
-    with pytest.raises(ValueError, match="no column 'ids'"):
+    with raises(InputError, "'ids'", file="capture.parquet"):
         read_capture(tmp_path / "capture.parquet", CaptureColumns(ids="ids"))
     heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
     pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
@@ -309,7 +310,7 @@ def test_a_capture_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "capture.parquet"
     for content in (b"", b"{}", b"PAR1" + b"\0" * 40 + b"PAR1"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"capture\.parquet cannot be read as Parquet"):
+        with raises(InputError, file=path):
             read_capture(path, vocab_size=64)
     with pytest.raises(FileNotFoundError, match=r"gone\.parquet"):
         read_capture(tmp_path / "gone.parquet", vocab_size=64)

@@ -18,6 +18,7 @@ from eopd.storage.pruning import prune, revive
 from eopd.storage.stored import StoredArtifact
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
+from tests.raises import raises
 
 FILES = {"model": b"w" * 1000, "sub/figures": b"f" * 10}
 
@@ -46,7 +47,7 @@ def test_a_pruned_part_keeps_its_small_files_and_says_so(tmp_path: Path) -> None
     assert prune(artifact, 1, large) == 1001
     assert artifact.is_complete()
     assert (artifact.committed(), artifact.pruned(), artifact.missing()) == ({0}, {1}, [])
-    with pytest.raises(PrunedPart, match=r"part 1 was pruned.*eopd run"):
+    with raises(PrunedPart, artifact=str(artifact), part=1, remedy="eopd run"):
         artifact.part_folder(1)
     assert (artifact.remaining_folder(1) / "sub" / "figures").read_bytes() == FILES["sub/figures"] + b"\1"
     assert not (artifact.remaining_folder(1) / "model").exists()
@@ -76,7 +77,7 @@ def test_damage_of_what_was_kept_is_found(tmp_path: Path) -> None:
     artifact = make(tmp_path)
     prune(artifact, 1, large)
     (artifact.remaining_folder(1) / "sub" / "figures").write_bytes(b"g" * 11)
-    with pytest.raises(DamagedPart, match=r"sub/figures changed"):
+    with raises(DamagedPart, "changed", part=1, file="sub/figures"):
         artifact.verify_part(1)
     (found,) = verify(tmp_path, repair=True)
     assert found.part == 1
@@ -202,7 +203,7 @@ def copies_stand_as_pruned(source: Path, target: Any) -> None:
     assert stands(target, artifact.key) == stands(source, artifact.key)
     assert verify(target) == []
     there = listing.open_in(target, "checkpoints", artifact.key)
-    with pytest.raises(PrunedPart, match="part 1 was pruned"):
+    with raises(PrunedPart, artifact=f"checkpoints/{artifact.key}", part=1):
         there.marker(1)
     assert b"".join(there.checked(there.remains(1), "sub/figures")) == FILES["sub/figures"] + b"\1"
 

@@ -14,6 +14,7 @@ from eopd.storage import alignments, rollouts, student_topk
 from eopd.storage import records as evaluations
 from eopd.storage.errors import NewerSchema, StoreError, WrongArtifact
 from eopd.storage.records import named
+from tests.raises import raises
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rollouts": (rollouts.FILE_NAME, rollouts.read_rollouts),
@@ -50,10 +51,10 @@ def test_rows_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "error", "said"),
     [
-        (lambda _: None, WrongArtifact, "holds no record of eopd, not {}"),
-        (lambda _: named("weights"), WrongArtifact, "holds weights, not {}"),
-        (lambda record: named(record, 3), NewerSchema, "has version 3; this eopd reads up to [12]. Upgrade"),
-        (lambda record: named(record, 0), WrongArtifact, "has version 0, and this eopd reads 1"),
+        (lambda _: None, WrongArtifact, "no record of eopd, not {}"),
+        (lambda _: named("weights"), WrongArtifact, "weights, not {}"),
+        (lambda record: named(record, 3), NewerSchema, "version 3.* up to [12]"),
+        (lambda record: named(record, 0), WrongArtifact, "version 0"),
     ],
 )
 def test_what_another_wrote_is_refused(
@@ -61,6 +62,5 @@ def test_what_another_wrote_is_refused(
 ) -> None:
     file, read = READERS[record]
     pq.write_table(pa.table({"ids": [1]}).replace_schema_metadata(metadata(record)), tmp_path / file)
-    with pytest.raises(error, match=said.format(record)) as caught:
+    with raises(error, said.format(record), file=tmp_path / file):
         read(tmp_path)
-    assert str(tmp_path / file) in str(caught.value)

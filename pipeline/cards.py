@@ -18,7 +18,7 @@ import yaml
 
 from eopd.pipeline.export import Student, ends_of
 from eopd.pipeline.run import Run
-from eopd.stages.experiment_settings import ModelSettings, TeacherSettings
+from eopd.stages.models.settings import ModelSettings, TeacherSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
 from eopd.storage.notes import notes

@@ -85,7 +85,7 @@ def require_stages(run: Run, jobs: Sequence[Job] | None = None) -> None:
     for stage in dict.fromkeys(job.stage for job in left):
         lacking = stage.lacks()
         if lacking is not None:
-            raise ValueError(lacking)
+            raise lacking
 
 
 def check_stages(run: Run, jobs: Sequence[Job] | None = None) -> list[str]:
@@ -97,7 +97,7 @@ def check_stages(run: Run, jobs: Sequence[Job] | None = None) -> list[str]:
     try:
         warnings = [job.stage.check(job, run.experiment) for job in _left(run, jobs)]
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError.of(error) from error
     return [warning for warning in dict.fromkeys(warnings) if warning is not None]
 
 
@@ -122,15 +122,18 @@ def check_other_students(run: Run, runs: Sequence[Run]) -> None:
         artifact = run.artifact(other.checkpoint)
         if artifact.is_committed(WEIGHTS) or (artifact.kind, artifact.key) in started:
             continue
-        which = f"{role}.run: student {other.round} of the run {other.run}"
+        which = f"student {other.round} of the run {other.run}"
         if WEIGHTS in artifact.pruned():
             raise ConfigError(
-                f"{which} was pruned: run it over another store with train.keep_checkpoints: null, or name its last "
-                "student"
+                f"{which} was pruned",
+                setting=f"{role}.run",
+                remedy="run it over another store with train.keep_checkpoints: null, or name its last student",
             )
         raise ConfigError(
-            f"{which} is not in {run.store} yet ({artifact.kind}/{artifact.key}): run {other.run} first, with the same "
-            "store"
+            f"{which} is not in {run.store} yet ({artifact.kind}/{artifact.key})",
+            setting=f"{role}.run",
+            artifact=f"{artifact.kind}/{artifact.key}",
+            remedy=f"run {other.run} first, with the same store",
         )
 
 
@@ -158,14 +161,18 @@ def check_shuffled(run: Run) -> None:
         if any(len(set(rows)) == 1 for rows in drawn_rows(run.experiment, round_)):
             raise ConfigError(
                 f"score.teacher_prompt.shuffled exchanges answers among the prompts of a part, and round {round_} has "
-                "a part of one prompt: change rollout.rows_per_part or rollout.prompts_per_round"
+                "a part of one prompt",
+                setting="score.teacher_prompt.shuffled",
+                remedy="change rollout.rows_per_part or rollout.prompts_per_round",
             )
     if settings.evaluate is not None and settings.evaluate.alignment is not None:
         for benchmark in run.facts.benchmarks:
             if benchmark.count == 1:
                 raise ConfigError(
                     f"score.teacher_prompt.shuffled exchanges answers among problems, and the benchmark "
-                    f"{benchmark.name} has one: leave out evaluate.alignment, or that benchmark"
+                    f"{benchmark.name} has one",
+                    setting="score.teacher_prompt.shuffled",
+                    remedy="leave out evaluate.alignment, or that benchmark",
                 )
 
 
@@ -177,7 +184,7 @@ def check_calibration(run: Run) -> None:
     try:
         evaluate.route.check_calibration(sum(benchmark.count for benchmark in run.facts.benchmarks))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError.of(error) from error
 
 
 # -- needs of the objective ------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def check_needs(run: Run, train: Job) -> None:
         refuse_truncated_sampling(objective, settings.rollout.parameters(()).truncates)
         refuse_other_writers(objective, settings.rollout.source)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError.of(error) from error
     coverages = _planned_coverages(run, train)  # none if nothing reads scores
     missing = [
         lacking
@@ -213,14 +220,17 @@ def check_needs(run: Run, train: Job) -> None:
     if settings.teacher.capture is not None:
         raise ConfigError(
             f"train.objective.name={settings.train.objective.name} reads what teacher.capture does not hold: it lacks "
-            f"{lacks}. Choose another objective (fkl, jsd or rkl_topk), or, if every "
-            "token has more entries than one, say how many in teacher.capture.top_k"
+            f"{lacks}",
+            setting="train.objective.name",
+            remedy="Choose another objective (fkl, jsd or rkl_topk), or, if every token has more entries than one, say "
+            "how many in teacher.capture.top_k",
         )
     changes = {name: value for one in missing for name, value in one.settings.items()}
     command = " ".join(f"--set {name}={value}" for name, value in changes.items())
     raise ConfigError(
-        f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack "
-        f"{lacks}. `eopd run CONFIG {command}` adds it beside what is there."
+        f"train.objective.name={settings.train.objective.name} reads what the scores would not hold: they lack {lacks}",
+        setting="train.objective.name",
+        remedy=f"`eopd run CONFIG {command}` adds it beside what is there.",
     )
 
 
@@ -231,8 +241,9 @@ def check_selection(run: Run, train: Job) -> None:
     selected, experiment = len(run.facts.selected_prompts or ()), run.experiment
     raise ConfigError(
         f"train.select.where leaves nothing to train on in round {train.round}: of {run.facts.prompt_count:,} prompts "
-        f"it selects {selected:,}, and none is among the {experiment.prompts_per_round:,} that the round draws. Raise "
-        "rollout.prompts_per_round or select more prompts"
+        f"it selects {selected:,}, and none is among the {experiment.prompts_per_round:,} that the round draws",
+        setting="train.select.where",
+        remedy="Raise rollout.prompts_per_round or select more prompts",
     )
 
 
@@ -295,8 +306,9 @@ def check_store_size(rows: Forecast) -> None:
     whose = "this run's worst moment" if len(runs) == 1 else f"the worst moment of these {len(runs)} runs"
     raise ConfigError(
         f"max_store_bytes is {size(min(limits))}, and {rows.store} would hold about {size(others + peak)} at {whose}: "
-        f"{size(peak)} of {'its' if len(runs) == 1 else 'their'} own, {size(others)} of other artifacts. "
-        f"{_what_would_help(rows)} Nothing was started."
+        f"{size(peak)} of {'its' if len(runs) == 1 else 'their'} own, {size(others)} of other artifacts",
+        setting="max_store_bytes",
+        remedy=f"{_what_would_help(rows)} Nothing was started.",
     )
 
 
@@ -315,8 +327,10 @@ def check_machine(rows: Forecast) -> None:
         missing = max(rows.rows, key=lambda row: row.size.bytes - row.present)
         raise ConfigError(
             f"{size(rows.free_bytes)} are free at {rows.store}, and {size(need)} and more would be needed, "
-            f"most of it for `{missing.stage}`: lower {missing.job.stage.size_settings}, free space, or choose another "
-            "store. `eopd plan` shows what takes how much. Nothing was started."
+            f"most of it for `{missing.stage}`",
+            setting="store",
+            remedy=f"lower {missing.job.stage.size_settings}, free space, or choose another store. `eopd plan` shows "
+            "what takes how much. Nothing was started.",
         )
     available = free_memory()
     if not available:  # unknown
@@ -327,20 +341,21 @@ def check_machine(rows: Forecast) -> None:
         for settings, responses in _responses_of_a_part(run):
             if responses * RESPONSE_BYTES > available:
                 raise ConfigError(
-                    f"{settings}: a part of {responses:,} responses is sampled at once and takes "
-                    f"{size(responses * RESPONSE_BYTES)} of memory and more, of which {size(available)} are available; "
-                    "lower one of them. Nothing was started."
+                    f"{' and '.join(settings)}: a part of {responses:,} responses is sampled at once and takes "
+                    f"{size(responses * RESPONSE_BYTES)} of memory and more, of which {size(available)} are available",
+                    setting=settings[0],
+                    remedy="lower one of them. Nothing was started.",
                 )
 
 
-def _responses_of_a_part(run: Run) -> Iterator[tuple[str, int]]:
+def _responses_of_a_part(run: Run) -> Iterator[tuple[tuple[str, str], int]]:
     """Return the settings that decide how many responses one engine call samples, and that number."""
     rollout, evaluate = run.settings.rollout, run.settings.evaluate
     prompts = min(rollout.rows_per_part, rollout.prompts_per_round, run.facts.prompt_count)
-    yield "rollout.samples_per_prompt and rollout.rows_per_part", prompts * rollout.samples_per_prompt
+    yield ("rollout.samples_per_prompt", "rollout.rows_per_part"), prompts * rollout.samples_per_prompt
     if evaluate is not None:
         most = max((benchmark.count for benchmark in run.facts.benchmarks), default=0)
-        yield "evaluate.samples and evaluate.rows_per_part", min(evaluate.rows_per_part, most) * evaluate.samples
+        yield ("evaluate.samples", "evaluate.rows_per_part"), min(evaluate.rows_per_part, most) * evaluate.samples
 
 
 def _bytes_of_others(runs: Sequence[Run]) -> int:

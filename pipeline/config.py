@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,22 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.settings import SEED, setting
+from eopd.storage.errors import InputError, StoreError, UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
-class ConfigError(ValueError):
-    """Invalid settings; the message names the file, the key and the remedy."""
+class ConfigError(InputError):
+    """Invalid settings, or inputs that settings name."""
+
+
+@contextmanager
+def errors_of(setting: str) -> Iterator[None]:
+    """Raise errors of what ``setting`` names as ConfigErrors that name it."""
+    try:
+        yield
+    except (ValueError, OSError, StoreError) as error:
+        raise ConfigError.of(error, setting=setting) from error
 
 
 class RunSettings(ExperimentSettings):
@@ -62,9 +73,11 @@ class RunSettings(ExperimentSettings):
         """Read ``store: [mine, theirs, ...]`` as ``store: mine`` and ``read_only_stores: [theirs, ...]``."""
         if isinstance(raw, dict) and isinstance(raw.get("store"), list):
             if raw.get("read_only_stores"):
-                raise ValueError("give `store` as a list, or `read_only_stores`, not both")
+                raise InputError("give `store` as a list, or `read_only_stores`, not both", setting="read_only_stores")
             if not raw["store"]:
-                raise ValueError("`store` is an empty list; its first entry is the folder that is written to")
+                raise InputError(
+                    "`store` is an empty list; its first entry is the folder that is written to", setting="store"
+                )
             return {**raw, "store": raw["store"][0], "read_only_stores": raw["store"][1:]}
         return raw
 
@@ -72,7 +85,7 @@ class RunSettings(ExperimentSettings):
     @classmethod
     def _a_folder_is_written(cls, store: str) -> str:
         if "://" in store:
-            raise ValueError(
+            raise InputError(
                 f"a run writes to a folder, and reads buckets behind it: store: [store, {store}]. `eopd store copy "
                 f"scores/KEY {store} --inputs` puts what it made there"
             )
@@ -82,7 +95,7 @@ class RunSettings(ExperimentSettings):
     @classmethod
     def _no_dots_only(cls, name: str) -> str:
         if set(name) == {"."}:
-            raise ValueError("a run cannot be called '.' or '..'")
+            raise InputError("a run cannot be called '.' or '..'")
         return name
 
 
@@ -97,8 +110,10 @@ def find_config(name: str) -> Path:
         return path
     known = sorted(file.relative_to(CONFIG_FOLDER).with_suffix("").as_posix() for file in CONFIG_FOLDER.rglob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"no config file {name!r}, and none of that name comes with eopd ({', '.join(known)}).{hint}")
+    raise ConfigError(
+        f"no config file {name!r}, and none of that name comes with eopd ({', '.join(known)})",
+        remedy=f"Did you mean {near[0]}?" if near else "",
+    )
 
 
 def config_file(name: str) -> Path | None:
@@ -138,45 +153,51 @@ def read_list(path: Path, key: str) -> list[Any]:
         ConfigError: no such file, not YAML, or no list there.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
+        raise ConfigError(f"there is no file {path}", file=path)
     entries = _read_yaml(path, seen=()).get(key)
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{path} must hold a list under `{key}:`")
+        raise ConfigError(f"{path} must hold a list under `{key}:`", file=path)
     return entries
 
 
-def parse_settings(raw: Mapping[str, Any], source: str) -> RunSettings:
-    _refuse_other_values(raw, "", source)
+def parse_settings(raw: Mapping[str, Any], source: str | None) -> RunSettings:
+    """Check the settings that the file ``source`` holds. Raises ConfigError."""
     try:
+        _refuse_other_values(raw, "")
         return RunSettings.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from error
+        first, *others = (_refusal(item) for item in error.errors())
+        message = "; ".join(map(str, [first, *others]))
+        refusal = ConfigError(message, setting=first.setting) if others else first
+        raise ConfigError.of(refusal, file=source) from error
+    except ConfigError as error:
+        raise ConfigError.of(error, file=source) from error
 
 
-def _refuse_other_values(value: Any, where: str, source: str) -> None:
-    """Raise ConfigError for values that no artifact key, resolved config or path can hold, naming the setting.
+def _refuse_other_values(value: Any, where: str) -> None:
+    """Raise ConfigError for values that no artifact key, resolved config or path can hold.
 
     YAML has dates, sets, binary data and NaN; and fields such as template arguments take any value.
     """
-    problem = None
+    problem, remedy = None, ""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{source}: {key!r} in {where or 'the settings'} must be text: write it in quotes")
-            _refuse_other_values(item, f"{where}.{key}".lstrip("."), source)
+                problem = f"{key!r} in {where or 'the settings'} must be text"
+                raise ConfigError(problem, setting=where or None, remedy="write it in quotes")
+            _refuse_other_values(item, f"{where}.{key}".lstrip("."))
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            _refuse_other_values(item, f"{where}.{number}", source)
+            _refuse_other_values(item, f"{where}.{number}")
     elif isinstance(value, float) and not math.isfinite(value):
         problem = f"is {value}, and must be a finite number"
     elif isinstance(value, str):
         if "\0" in value or not _can_be_encoded(value):
             problem = "holds a character that no text or path can hold (NUL, or half of a surrogate pair)"
     elif value is not None and not isinstance(value, (bool, int, float)):
-        problem = f"is a {type(value).__name__} in YAML, and must be text or a number: write it in quotes"
+        problem, remedy = f"is a {type(value).__name__} in YAML, and must be text or a number", "write it in quotes"
     if problem is not None:
-        raise ConfigError(f"{source}: setting {where!r} {problem}")
+        raise ConfigError(f"setting {where!r} {problem}", setting=where, remedy=remedy)
 
 
 def _can_be_encoded(text: str) -> bool:
@@ -191,24 +212,29 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         path = path.resolve()
         if path in seen:
-            raise ConfigError(f"{path} extends itself through {' -> '.join(map(str, seen))}")
+            raise ConfigError(
+                f"{path} extends itself through {' -> '.join(map(str, seen))}", setting="extends", file=path
+            )
         if seen and not path.is_file():
-            raise ConfigError(f"{seen[-1]}: `extends` names {path}, which is no file or does not exist")
+            problem = f"`extends` names {path}, which is no file or does not exist"
+            raise ConfigError(problem, setting="extends", file=seen[-1])
         raw = _load_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        problem = f"{path} is not UTF-8 text (byte {error.start})"
+        raise ConfigError(problem, file=path, remedy="save it as UTF-8") from error
     except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError to pathlib
-        raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise ConfigError(f"{path} cannot be read: {_one_line(error)}", file=path) from error
     except _BadYaml as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError.of(error, file=path) from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`, found {type(raw).__name__}")
+        raise ConfigError(f"{path} must hold settings as `key: value`, found {type(raw).__name__}", file=path)
     raw = _resolve_paths(raw, path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if not isinstance(base, str) or not base or "\0" in base:
-        raise ConfigError(f"{path}: `extends` must be the path of one YAML file, got {_shown(base)}")
+        problem = f"`extends` must be the path of one YAML file, got {_shown(base)}"
+        raise ConfigError(problem, setting="extends", file=path)
     return merge(_read_yaml(Path(base), (*seen, path)), raw)
 
 
@@ -227,8 +253,8 @@ def _resolve_paths(value: Any, folder: Path) -> Any:
     return value
 
 
-class _BadYaml(Exception):
-    """Text that is not YAML, or YAML that cannot be settings. The message is one line."""
+class _BadYaml(UserError):
+    """Text that is not YAML, or YAML that cannot be settings."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -243,9 +269,8 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in first:
-                raise _BadYaml(
-                    f"line {line}: {key.value!r} is already given in line {first[key.value]}; keep one of them"
-                )
+                problem = f"{key.value!r} is already given in line {first[key.value]}"
+                raise _BadYaml(problem, line=line, remedy="keep one of them")
             first[key.value] = line
         return node
 
@@ -264,11 +289,12 @@ def _load_yaml(text: str) -> Any:
         _count_values(node, {})
         return loader.construct_document(node)
     except RecursionError as error:
-        raise _BadYaml("is not YAML for settings: it is nested too deeply") from error
+        raise _BadYaml("it is not YAML for settings: it is nested too deeply") from error
     except _BadYaml:
         raise
     except Exception as error:  # PyYAML raises what Python raises where a tag does not fit its value (`!!int x`)
-        raise _BadYaml(f"is not YAML: {_one_line(error)}") from error
+        mark = getattr(error, "problem_mark", None)
+        raise _BadYaml(f"it is not YAML: {_one_line(error)}", line=mark and mark.line + 1) from error
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
@@ -281,7 +307,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
     if id(node) in counts:
         known = counts[id(node)]
         if known is None:
-            raise _BadYaml(f"line {line}: an anchor holds an alias of itself")
+            raise _BadYaml("an anchor holds an alias of itself", line=line)
         return known
     counts[id(node)] = None
     children = node.value if isinstance(node, yaml.SequenceNode) else ()
@@ -289,7 +315,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
         children = [part for pair in node.value for part in pair]
     count = 1 + sum(_count_values(child, counts) for child in children)
     if count > MOST_VALUES:
-        raise _BadYaml(f"line {line}: its aliases stand for more than {MOST_VALUES:,} values")
+        raise _BadYaml(f"its aliases stand for more than {MOST_VALUES:,} values", line=line)
     counts[id(node)] = count
     return count
 
@@ -319,11 +345,12 @@ def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"--set {override!r}: expected key=value, such as train.optimizer.lr=1e-5")
+        problem = f"--set {override!r}: expected key=value, such as train.optimizer.lr=1e-5"
+        raise ConfigError(problem, setting=dotted or None)
     try:
         value = _resolve_paths(_load_yaml(text), Path.cwd())
     except _BadYaml as error:
-        raise ConfigError(f"--set {override!r}: the value {error}") from error
+        raise ConfigError.of(error, f"--set {override!r}", setting=dotted) from error
     here = raw
     *above, last = dotted.split(".")
     for name in above:
@@ -331,25 +358,40 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if below is None:
             below = here[name] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"--set {override!r}: {name!r} is a value, not a group of settings")
+            raise ConfigError(f"--set {override!r}: {name!r} is a value, not a group of settings", setting=dotted)
         here = below
     here[last] = value
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _refusal(item: Mapping[str, Any]) -> ConfigError:
+    """Return what pydantic reports about one setting. Validators of a group may name the setting that they mean."""
     location = [str(piece) for piece in item["loc"]]
     where = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f" Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f" Known here: {', '.join(known)}."
-        return f"unknown setting {where!r}.{hint}"
+        remedy = f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Known here: {', '.join(known)}."
+        return ConfigError(f"unknown setting {where!r}", setting=where, remedy=remedy)
     if item["type"] == "missing":
-        return f"setting {where!r} is required"
-    message, value = item["msg"].removeprefix("Value error, "), item.get("input")
-    if item["type"] == "value_error" and (not location or isinstance(value, (Mapping, BaseModel))):
-        return f"setting {where!r}: {message}" if where else message  # of a group: it names the settings that it means
-    return f"setting {where!r} is {_shown(value)}: {message}"
+        return ConfigError(f"setting {where!r} is required", setting=where)
+    value, raised = item.get("input"), item.get("ctx", {}).get("error")
+    message, remedy, setting = str(raised or item["msg"]), "", where or None
+    if isinstance(raised, UserError):
+        message, remedy = raised.text(setting=False, remedy=False), raised.remedy
+        if raised.setting is not None:
+            setting = _joined(where, raised.setting)
+    if item["type"] != "value_error" or (location and not isinstance(value, (Mapping, BaseModel))):
+        message = f"setting {where!r} is {_shown(value)}: {message}"
+    elif setting is not None and setting not in f"{message} {remedy}":
+        message = f"setting {setting!r}: {message}"
+    return ConfigError(message, setting=setting, remedy=remedy)
+
+
+def _joined(group: str, setting: str) -> str:
+    """Return the whole name of a setting that a validator of ``group`` names, with or without the group."""
+    if f".{group}".endswith(f".{setting}"):
+        return group
+    return setting if not group or setting.startswith(f"{group}.") else f"{group}.{setting}"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eopd.pipeline.errors import Finding, State
+from eopd.pipeline.errors import Finding, State, not_looked_at
 from eopd.stages.format import size
 from eopd.storage.extras import STAGES, installing, is_installed
 
@@ -97,11 +97,6 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", "broken", f"not installed: {', '.join(missing)}", AGAIN)
     else:
         yield Finding("packages", "ok", f"{len(wanted)} more are installed")
-
-
-def not_looked_at(name: str, error: ImportError) -> Finding:
-    """Report a check that was skipped because a package is missing or broken."""
-    return Finding(name, "broken", f"not looked at: {error}", AGAIN)
 
 
 def _store(store: Path) -> list[Finding]:

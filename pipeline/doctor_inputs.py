@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from eopd.pipeline.config import ConfigError, RunSettings
-from eopd.pipeline.errors import Finding
+from eopd.pipeline.errors import Finding, not_looked_at, refused
 from eopd.pipeline.inputs import (
     capture_columns,
     check_architectures,
@@ -28,11 +28,11 @@ from eopd.pipeline.inputs import (
 )
 from eopd.pipeline.memory import ELSEWHERE_BYTES, SMALLER, Need, gpu_bytes, largest, models_of, needs
 from eopd.pipeline.prompt_check import Reader, Source, render_sources, sources_of
-from eopd.stages.experiment_settings import ModelSettings
-from eopd.stages.format import escaped, excerpt, size
+from eopd.stages.format import excerpt, size
 from eopd.stages.models.memory import free_memory
 from eopd.stages.models.prompts import PromptSettings, load_prompts, rows_by_teacher
-from eopd.storage.errors import StoreError
+from eopd.stages.models.settings import ModelSettings
+from eopd.storage.errors import UserError
 from eopd.storage.extras import installing
 from eopd.storage.stacked import StackedStores
 
@@ -51,7 +51,7 @@ def check_inputs(settings: RunSettings) -> Iterator[Finding]:
             yield from _renderings(source, settings)
     for place in settings.read_only_stores:
         yield _tried("read_only_stores", partial(_read_only, settings.store, place), _HAVE_STORE)
-    yield _tried("train", partial(_packages, settings), "")
+    yield _tried("train", partial(_training_packages, settings), "")
     yield from _attribution(settings)
     yield _launcher(settings.launcher.kind)
 
@@ -61,14 +61,15 @@ _HAVE_SOURCE = "name a JSONL or Parquet file, or a folder saved with save_to_dis
 
 
 def _tried(name: str, look: Callable[[], str], remedy: str) -> Finding:
-    """Report what ``look`` returns, or the error it raises, whose remedy is split off."""
+    """Report what ``look`` returns, or the error it raises; ``remedy``: for an error that has none."""
     try:
         return Finding(name, "ok", look())
     except ImportError as error:
-        return Finding(name, "broken", f"not looked at: {error}", installing("train"))
-    except (ValueError, OSError, StoreError) as error:
-        text, _, cure = str(error).removeprefix(f"{name}: ").partition(". ")
-        return Finding(name, "broken", text, cure or remedy)
+        return not_looked_at(name, error)
+    except UserError as error:
+        return refused(name, error, remedy)
+    except (ValueError, OSError) as error:
+        return Finding(name, "broken", str(error), remedy)
 
 
 def _named(role: str, settings: RunSettings) -> Iterator[Finding]:
@@ -88,7 +89,7 @@ def _named(role: str, settings: RunSettings) -> Iterator[Finding]:
     try:
         model = external_model(role, settings)
     except ConfigError as error:
-        yield Finding(role, "broken", str(error), f"check {role}.run")
+        yield refused(role, error, f"check {role}.run")
         return
     yield from _model(role, model, settings.store)
 
@@ -156,9 +157,10 @@ def _architectures(settings: RunSettings) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("weights", "broken", str(error), installing("train"))
         return
-    for name in models:
-        text, _, cure = refusals.get(name, "fit the architecture in config.json").partition(". ")
-        yield Finding(f"{name}.weights", "broken" if name in refusals else "ok", text, cure)
+    for role in models:
+        name = f"{role}.weights"
+        fits = Finding(name, "ok", "fit the architecture in config.json")
+        yield refused(name, refusals[role]) if role in refusals else fits
 
 
 def _tokens(settings: RunSettings) -> Iterator[Finding]:
@@ -207,10 +209,9 @@ def _renderings(source: Source, settings: RunSettings) -> Iterator[Finding]:
                     yield Finding(f"{source.name} ({rendered.reader})", "ok", excerpt(rendered.text))
                 shown.add(rendered.reader)
     except ImportError as error:
-        yield Finding(f"{source.name} (rendered)", "broken", f"not looked at: {error}", installing("train"))
+        yield not_looked_at(f"{source.name} (rendered)", error)
     except ConfigError as error:
-        text = str(error).removeprefix(f"{source.name}: ")
-        yield Finding(f"{source.name} (rendered)", "broken", escaped(text), "change the prompts, or the template")
+        yield refused(f"{source.name} (rendered)", error, "change the prompts, or the template")
 
 
 def _read_only(private: str, place: str) -> str:
@@ -218,7 +219,7 @@ def _read_only(private: str, place: str) -> str:
     return place
 
 
-def _packages(settings: RunSettings) -> str:
+def _training_packages(settings: RunSettings) -> str:
     from eopd.stages.train.extras import require_extras
 
     require_extras(settings.train)
@@ -244,7 +245,7 @@ def _attribution(settings: RunSettings) -> Iterator[Finding]:
 
         lacking = lacking_bergson()
         if lacking is not None:
-            raise ValueError(lacking)
+            raise lacking
         return f"bergson {bergson_version()}"
 
     yield _tried("attribute", package, "")

@@ -42,8 +42,8 @@ def newest(run: Run) -> int:
         if _is_there(run, round_):
             return round_
     raise RunError(
-        f"{run.settings.name} has no student of its own yet. `eopd run CONFIG` trains them; --round 0 is the first "
-        "student, before any training"
+        f"{run.settings.name} has no student of its own yet",
+        remedy="`eopd run CONFIG` trains them; --round 0 is the first student, before any training",
     )
 
 
@@ -76,12 +76,13 @@ def find_student(run: Run, round_: int) -> Student:
         if WEIGHTS in artifact.pruned():
             raise RunError(
                 f"the weights of student {round_} were pruned (train.keep_checkpoints: "
-                f"{run.settings.train.keep_checkpoints}); those that are there: {there}. A run over another store, "
-                "with train.keep_checkpoints: null, keeps all"
+                f"{run.settings.train.keep_checkpoints}); those that are there: {there}",
+                setting="train.keep_checkpoints",
+                remedy="A run over another store, with train.keep_checkpoints: null, keeps all",
             )
         raise RunError(
-            f"student {round_} is not trained yet; those that are there: {there}. `eopd run CONFIG` trains them, "
-            f"`eopd train CONFIG --round {round_ - 1}` this one"
+            f"student {round_} is not trained yet; those that are there: {there}",
+            remedy=f"`eopd run CONFIG` trains them, `eopd train CONFIG --round {round_ - 1}` this one",
         )
     folder = artifact.part_folder(WEIGHTS)
     files = (*code, *_model_files(folder))  # the generation config that was saved wins
@@ -125,7 +126,12 @@ def copy_student(student: Student, target: Path) -> None:
         StoreFull, StoreUnwritable: it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"--to {target}: there is something already; name a folder that is new or empty")
+        raise RunError(
+            f"--to {target}: there is something already",
+            setting="--to",
+            file=target,
+            remedy="name a folder that is new or empty",
+        )
     beside = target.resolve().with_name(f".{target.resolve().name}.{secrets.token_hex(8)}")
     try:
         with naming_full_disks(target):

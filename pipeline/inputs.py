@@ -16,15 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eopd.pipeline.config import ConfigError, RunSettings, config_file, load_config
+from eopd.pipeline.config import ConfigError, RunSettings, config_file, errors_of, load_config
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, TeacherFacts
-from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
 from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_by_teacher, rows_where, source_files
-from eopd.stages.models.weight_files import read_tensors
+from eopd.stages.models.settings import ModelSettings
+from eopd.stages.models.weight_files import AGAIN, read_tensors
 from eopd.storage import paths
-from eopd.storage.errors import StoreError
+from eopd.storage.errors import InputError
 from eopd.storage.files import canonical_json, sha256_text
 from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
 from eopd.storage.identity import KEY_LENGTH
@@ -78,10 +78,8 @@ def gather_facts(
 
 def _teachers(settings: RunSettings, digests: Digests, known: Mapping[str, ModelFacts]) -> dict[str, TeacherFacts]:
     """Collect the facts of several teachers. Raises ConfigError, as ``gather_facts``."""
-    try:
+    with errors_of("prompts.columns.teacher"):
         rows = rows_by_teacher(settings.prompts, tuple(settings.teachers))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"prompts.columns.teacher: {error}") from error
     teachers = {}
     for name, model in settings.teachers.items():
         role = f"teachers.{name}"
@@ -91,7 +89,9 @@ def _teachers(settings: RunSettings, digests: Digests, known: Mapping[str, Model
     if settings.train.objective.stops == "remap" and len(set(main.values())) > 1:
         raise ConfigError(
             f"train.objective.stops is remap, which moves one stop id of the teacher's, and teachers have "
-            f"{', '.join(f'{name} {list(ids)}' for name, ids in main.items())}: set it to merge or keep"
+            f"{', '.join(f'{name} {list(ids)}' for name, ids in main.items())}",
+            setting="train.objective.stops",
+            remedy="set it to merge or keep",
         )
     return teachers
 
@@ -129,16 +129,16 @@ def capture_columns(settings: RunSettings) -> list[str]:
     assert capture is not None
     path = Path(capture.path)
     if not path.is_file():
-        raise ConfigError(f"teacher.capture.path: there is no file {path}")
-    try:
+        raise ConfigError(f"there is no file {path}", setting="teacher.capture.path", file=path)
+    with errors_of("teacher.capture"):
         columns = columns_of(path, capture.named)
         rows, prompts = check_capture(path, columns), count_prompts(settings.prompts)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"teacher.capture: {error}") from error
     if rows < prompts or (rows > prompts and settings.prompts.limit is None):
         raise ConfigError(
-            f"teacher.capture: {path} has {rows} rows, and {settings.prompts.path} {prompts}: row i of one must be the "
-            "sequence of row i of the other"
+            f"{path} has {rows} rows, and {settings.prompts.path} {prompts}: row i of one must be the sequence of row "
+            "i of the other",
+            setting="teacher.capture",
+            file=path,
         )
     return columns.names
 
@@ -152,26 +152,20 @@ def _selected_prompts(settings: RunSettings) -> frozenset[int] | None:
     where = settings.train.select.where
     if not where:
         return None
-    try:
+    with errors_of("train.select.where"):
         return rows_where(settings.prompts, where)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"train.select.where: {error}") from error
 
 
 def count_source(where: str, settings: PromptSettings) -> tuple[list[Path], int]:
     """List the files of a prompt source and count its prompts. Raises ConfigError if it is missing or empty."""
-    try:
+    with errors_of(where):
         return source_files(settings), count_prompts(settings)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def _source(where: str, settings: PromptSettings, digests: Digests) -> tuple[int, str]:
     files, count = count_source(where, settings)
-    try:
+    with errors_of(where):
         return count, digests.of_files(files[0].parent, files)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 # -- students of other runs ------------------------------------------------------------------------------------------
@@ -189,13 +183,15 @@ def load_other(role: str, settings: RunSettings) -> RunSettings:
     file = own if own.is_file() else config_file(model.run)
     if file is None:
         raise ConfigError(
-            f"{role}.run: there is no run {model.run!r} below {settings.runs}, and no config of that name. Start that "
-            "run first, or name its config"
+            f"there is no run {model.run!r} below {settings.runs}, and no config of that name",
+            setting=f"{role}.run",
+            remedy="Start that run first, or name its config",
         )
     other = load_config(str(file))
     if model.round is not None and model.round > other.rounds:
         raise ConfigError(
-            f"{role}.round is {model.round}, and the run {other.name} has the students 1 to {other.rounds}"
+            f"{role}.round is {model.round}, and the run {other.name} has the students 1 to {other.rounds}",
+            setting=f"{role}.round",
         )
     return other
 
@@ -218,7 +214,8 @@ def refuse_circle(role: str, settings: RunSettings, seen: tuple[str, ...]) -> tu
     place = str((Path(settings.runs) / settings.name).resolve())
     if place in seen:
         chain = " -> ".join(Path(one).name for one in (*seen, place))
-        raise ConfigError(f"{role}.run: the run {settings.name} would be made from its own student ({chain})")
+        problem = f"the run {settings.name} would be made from its own student ({chain})"
+        raise ConfigError(problem, setting=f"{role}.run")
     return (*seen, place)
 
 
@@ -258,19 +255,18 @@ def find_weights(
     """Find the model's folder and weight files, and read their headers. Raises ConfigError, as ``inspect_model``."""
     folder = _locate_model(role, settings, store, digests)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{role}.path: {folder} has no config.json; it is no Hugging Face model folder")
-    try:
+        problem = f"{folder} has no config.json; it is no Hugging Face model folder"
+        raise ConfigError(problem, setting=f"{role}.path", file=folder)
+    with errors_of(f"{role}.path"):
         eos_of(folder)
         with suppress(PermissionError):  # the fingerprint of another user's model may be known
             read_tensors(folder)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{role}.path: {error}") from error
     return folder
 
 
 def check_architectures(
     models: Mapping[str, tuple[ModelSettings, Path]], *, in_process: bool = False
-) -> dict[str, str]:
+) -> dict[str, InputError]:
     """Compare the headers of each model's weight files with the architecture in its config.
 
     Args:
@@ -300,8 +296,7 @@ def check_architectures(
     if done.returncode or not lines:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()[:300]
         raise ConfigError(f"{', '.join(models)}: the weights could not be checked: {reason}")
-    refused: dict[str, str] = json.loads(lines[-1])
-    return refused
+    return {role: InputError(**fields) for role, fields in json.loads(lines[-1]).items()}
 
 
 def check_weights(
@@ -323,8 +318,8 @@ def check_weights(
     if not new:
         return
     folders = {role: (settings, facts.folder) for role, (settings, facts) in new.items()}
-    for role, reason in check_architectures(folders, in_process=in_process).items():
-        raise ConfigError(f"{role}.path: {reason}")
+    for role, refusal in check_architectures(folders, in_process=in_process).items():
+        raise ConfigError.of(refusal, setting=f"{role}.path")
     for _, facts in new.values():
         digests.note_pass(tool, facts.fingerprint)
     digests.save()
@@ -339,17 +334,18 @@ def find_tokenizer(
     else:
         folder = locate(f"{role}.tokenizer", settings.tokenizer, None, store, digests)
     if not tokenizer_files(folder):
-        raise ConfigError(f"{role}.path: no tokenizer files in {folder}; name their folder in {role}.tokenizer")
+        remedy = f"name their folder in {role}.tokenizer"
+        raise ConfigError(f"no tokenizer files in {folder}", setting=f"{role}.path", file=folder, remedy=remedy)
     return folder
 
 
 def _locate_model(role: str, settings: ModelSettings, store: str | Path | None, digests: Digests | None) -> Path:
     assert settings.path is not None, f"{role} is no external model"
-    return locate(role, settings.path, settings.revision, store, digests)
+    return locate(f"{role}.path", settings.path, settings.revision, store, digests)
 
 
 def locate(
-    role: str,
+    setting: str,
     path: str,
     revision: str | None,
     store: str | Path | None = None,
@@ -358,12 +354,13 @@ def locate(
     """Return the local folder of a model: the one named, one in the local hub cache, or a prepared GGUF file."""
     folder = Path(path).expanduser()
     if is_gguf(path):
-        return _prepared(role, folder, store, digests)
+        return _prepared(setting, folder, store, digests)
     if folder.is_dir():
         return folder.resolve()
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if looks_local:
-        raise ConfigError(f"{role}.path: there is no folder {path}. Point it to a model folder, or to a hub id.")
+        remedy = "Point it to a model folder, or to a hub id."
+        raise ConfigError(f"there is no folder {path}", setting=setting, file=path, remedy=remedy)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -372,22 +369,23 @@ def locate(
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" --revision {revision}" if revision else ""
         raise ConfigError(
-            f"{role}.path: {path!r} is neither a folder nor in the local hub cache. Download it once with "
-            f"`hf download {path}{at}`, or point {role}.path to a folder that holds it."
+            f"{path!r} is neither a folder nor in the local hub cache",
+            setting=setting,
+            remedy=f"Download it once with `hf download {path}{at}`, or point {setting} to a folder that holds it.",
         ) from error
 
 
-def _prepared(role: str, file: Path, store: str | Path | None, digests: Digests | None) -> Path:
+def _prepared(setting: str, file: Path, store: str | Path | None, digests: Digests | None) -> Path:
     if not file.is_file():
-        raise ConfigError(f"{role}.path: there is no file {file}. Point it to a GGUF file, or to a model folder.")
+        remedy = "Point it to a GGUF file, or to a model folder."
+        raise ConfigError(f"there is no file {file}", setting=setting, file=file, remedy=remedy)
     if store is None:
-        raise ConfigError(f"{role}.path: {file} is a GGUF file. Prepare it with `eopd prepare {file} FOLDER` first.")
+        remedy = f"Prepare it with `eopd prepare {file} FOLDER` first."
+        raise ConfigError(f"{file} is a GGUF file", setting=setting, file=file, remedy=remedy)
     digests = digests or Digests.of_store(store)
-    try:
+    with errors_of(setting):
         refuse_links(Path(store), paths.MODELS)
         folder = ensure_prepared(file.resolve(), Path(store) / paths.MODELS, digests)
-    except (ValueError, OSError, StoreError) as error:
-        raise ConfigError(f"{role}.path: {error}") from error
     digests.save()
     return folder.resolve()
 
@@ -401,7 +399,8 @@ def stop_ids_of(folder: Path, tokenizer: Path) -> tuple[int, ...]:
     try:
         ids = [int(entry["id"]) for entry in added if entry["content"] == text]
     except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"{tokenizer / 'tokenizer.json'}: added_tokens must list an id and a content each") from error
+        problem = "added_tokens must list an id and a content each"
+        raise ConfigError(problem, file=tokenizer / "tokenizer.json") from error
     return tuple(dict.fromkeys([*ids, *eos_of(folder)]))
 
 
@@ -420,14 +419,14 @@ def _vocabulary_of(path: Path) -> int | None:
     config = _read_json(path)
     text = config.get("text_config")
     if not isinstance(text, (dict, type(None))):
-        raise ConfigError(f"{path}: text_config must be an object, got {repr(text)[:40]}")
+        raise ConfigError(f"text_config must be an object, got {repr(text)[:40]}", file=path)
     counts = []
     for where, group in (("", config), ("text_config.", text or {})):
         count = group.get("vocab_size")
         if count is None:
             continue
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count < 2**31:
-            raise ConfigError(f"{path}: {where}vocab_size must be a whole number of ids, got {repr(count)[:40]}")
+            raise ConfigError(f"{where}vocab_size must be a whole number of ids, got {repr(count)[:40]}", file=path)
         counts.append(count)
     return max(counts, default=None)
 
@@ -443,11 +442,11 @@ def _eos_in(path: Path, vocabulary: int | None) -> list[int]:
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
-            raise ConfigError(f"{path}: eos_token_id must be a token's id, or a list of them; got {repr(number)[:40]}")
+            problem = f"eos_token_id must be a token's id, or a list of them; got {repr(number)[:40]}"
+            raise ConfigError(problem, file=path)
         if vocabulary is not None and number >= vocabulary:
-            raise ConfigError(
-                f"{path}: eos_token_id {number} is beyond the vocabulary: vocab_size in config.json is {vocabulary}"
-            )
+            problem = f"eos_token_id {number} is beyond the vocabulary: vocab_size in config.json is {vocabulary}"
+            raise ConfigError(problem, file=path)
     return ids
 
 
@@ -457,13 +456,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deeply to be read: download or save the model again") from error
+        raise ConfigError(f"{path} is nested too deeply to be read", file=path, remedy=AGAIN) from error
     except ValueError as error:  # of JSON or of UTF-8
-        raise ConfigError(f"{path} cannot be read ({error}): download or save the model again") from error
+        raise ConfigError(f"{path} cannot be read ({error})", file=path, remedy=AGAIN) from error
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path} must hold a JSON object, found a {type(value).__name__}: download or save the model again"
-        )
+        problem = f"{path} must hold a JSON object, found a {type(value).__name__}"
+        raise ConfigError(problem, file=path, remedy=AGAIN)
     return value
 
 
@@ -495,4 +493,4 @@ def compare_vocabularies(teacher: Path, student: Path) -> None:
     try:
         check_same(id_to_bytes(ours), id_to_bytes(theirs))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError.of(error) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["done", "failed", "refused", "full", "lost", "interrupted"]
@@ -19,9 +20,14 @@ class Outcome:
 
     kind: Kind
     message: str = ""  # for people
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of a ``UserError``: setting, file, line, remedy, ...
 
     def to_json(self) -> dict[str, Any]:
-        return {"outcome": self.kind, "message": self.message}
+        return {"outcome": self.kind, "message": self.message, "fields": dict(self.fields)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Outcome:
+        return cls(values["outcome"], values["message"], values.get("fields", {}))
 
     @classmethod
     def from_exit(cls, code: int, message: str) -> Outcome:

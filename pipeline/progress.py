@@ -296,7 +296,7 @@ class Replay:
         self._read += len(whole) + len(newline)
         for event in parse_lines(whole):
             if "outcome" in event:
-                self.outcome = Outcome(event["outcome"], event["message"])
+                self.outcome = Outcome.from_json(event)
             else:
                 replay(event, self._progress)
 

@@ -16,6 +16,7 @@ from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_
 from eopd.stages.models.prompts import Prompt, PromptSettings, given_ids, load_prompts, student_conversation
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, opening_text, teacher_conversation
 from eopd.stages.rollout.settings import ExpertSettings
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from eopd.pipeline.run import Run
@@ -28,11 +29,23 @@ FIRST_ROWS = 1000
 class Source:
     """A prompt source, and how the models read it."""
 
-    name: str  # of its setting
+    setting: str
     prompts: PromptSettings
     teacher: TeacherPromptSettings | None  # None: the teacher does not read it
     expert: ExpertSettings | None = None  # None: no rollouts are mixed
     rows: frozenset[int] | None = None  # that the teacher answers for; None: all
+    mode: str = ""  # of `evaluate.modes`
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting} in evaluate.modes.{self.mode}" if self.mode else self.setting
+
+    def refusal(self, error: Exception, prompt: Prompt | None = None, reader: str = "") -> ConfigError:
+        """Return an error about this source, or about one of its prompts as ``reader`` reads it."""
+        mode = f"in evaluate.modes.{self.mode}" if self.mode else ""
+        which = "" if prompt is None else f"prompt {prompt.id!r} {reader}"
+        where = ": ".join(filter(None, (mode, which)))
+        return ConfigError.of(error, where, setting=self.setting, prompt=None if prompt is None else prompt.id)
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,8 @@ def sources_of(settings: RunSettings) -> Iterator[Source]:
         for number, benchmark in enumerate(settings.evaluate.benchmarks):
             yield Source(f"evaluate.benchmarks.{number}", settings.evaluate.prompts_of(benchmark), teacher)
             for mode in settings.evaluate.mode_names[1:]:
-                name = f"evaluate.benchmarks.{number} in evaluate.modes.{mode}"
-                yield Source(name, settings.evaluate.in_mode(mode).prompts_of(benchmark), None)
+                prompts = settings.evaluate.in_mode(mode).prompts_of(benchmark)
+                yield Source(f"evaluate.benchmarks.{number}", prompts, None, mode=mode)
     if settings.attribute is not None and settings.attribute.documents is not None:
         yield Source("attribute.documents", settings.attribute.documents.source(settings.prompts), None)
 
@@ -120,10 +133,9 @@ def check_answers(settings: RunSettings, rows: int | None) -> None:
             try:
                 verifier.check_answer(prompt.answer)
             except ValueError as error:
-                raise ConfigError(
-                    f"prompts: prompt {prompt.id!r} has an answer that prompts.verifier: {name} cannot judge by, and "
-                    f"{settings.judged_for}: {error}"
-                ) from error
+                where = f"prompt {prompt.id!r} has an answer that prompts.verifier: {name} cannot judge by, and "
+                where += settings.judged_for
+                raise ConfigError.of(error, where, setting="prompts.verifier", prompt=prompt.id) from error
             readable.add(prompt.answer)
     finally:
         verifier.close()
@@ -155,7 +167,7 @@ def render_sources(
                 for names, reader in _values_shown(source):
                     _check_values(prompt, names, reader)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"{source.name}: {error}") from error
+            raise source.refusal(error) from error
         views: list[list[Rendered]] = [_views(source, prompt, student, teacher) for prompt in shapes.values()]
         rendered += views[0] if views else []
     return rendered
@@ -173,9 +185,8 @@ def _check_values(prompt: Prompt, names: Sequence[str], shown: str) -> None:
     """Raises ValueError if a prompt lacks what a model is to see of it."""
     for name in names:
         if not (prompt.value(name) or "").strip():
-            raise ValueError(
-                f"prompt {prompt.id!r} has no {name}, which {shown} as {{{{{name}}}}}: add it, or leave the prompt out"
-            )
+            problem = f"prompt {prompt.id!r} has no {name}, which {shown} as {{{{{name}}}}}"
+            raise InputError(problem, prompt=prompt.id, remedy="add it, or leave the prompt out")
 
 
 def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> list[Rendered]:
@@ -187,7 +198,7 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
         else:
             text = f"{len(ids):,} token ids: {', '.join(map(str, ids[:20]))}{', ...' if len(ids) > 20 else ''}"
     except ValueError as error:
-        raise ConfigError(f"{source.name}: prompt {prompt.id!r} as the student reads it: {error}") from error
+        raise source.refusal(error, prompt, "as the student reads it") from error
     views = [Rendered(source.name, student.role, text)]
     if source.expert is not None:
         views.append(Rendered(source.name, "expert", _as_the_expert_reads(source, source.expert, prompt, student)))
@@ -199,15 +210,14 @@ def _views(source: Source, prompt: Prompt, student: Reader, teacher: Reader) -> 
         if reads.kind != "same":
             raw = prompt.messages_json if reads.kind == "template" else prompt.teacher_prompt
             if raw is None and reads.kind == "template":
-                raise ValueError("it is token ids, which kind: template cannot render; set kind: same")
+                raise InputError("it is token ids, which kind: template cannot render", remedy="set kind: same")
             if raw is None:
-                raise ValueError("score.teacher_prompt.kind is column, and columns.teacher_prompt names none")
+                problem = "score.teacher_prompt.kind is column, and columns.teacher_prompt names none"
+                raise InputError(problem, setting="score.teacher_prompt.kind")
             text = _text(teacher_conversation(raw, reads, values), reads.template, reads.arguments, teacher)
         text += opening_text(reads, values)
     except ValueError as error:
-        raise ConfigError(
-            f"{source.name}: prompt {prompt.id!r} as the teacher reads it (score.teacher_prompt): {error}"
-        ) from error
+        raise source.refusal(error, prompt, "as the teacher reads it (score.teacher_prompt)") from error
     return [*views, Rendered(source.name, teacher.role, text)]
 
 
@@ -218,7 +228,7 @@ def _as_the_expert_reads(source: Source, expert: ExpertSettings, prompt: Prompt,
         settings = expert_settings(expert, source.prompts, prompt)
         return _text(student_conversation(prompt, settings), settings.template, settings.template_arguments, student)
     except ValueError as error:
-        raise ConfigError(f"{source.name}: prompt {prompt.id!r} under rollout.mixed.expert: {error}") from error
+        raise source.refusal(error, prompt, "under rollout.mixed.expert") from error
 
 
 def _text(conversation: Conversation, template: str, arguments: dict[str, object], reader: Reader) -> str:

@@ -34,8 +34,9 @@ def artifacts_of(store: Path, name: str, *, rollouts: bool = True) -> list[Artif
     assert isinstance(artifact, Artifact)
     if artifact.kind not in KINDS:
         raise RunError(
-            f"{artifact.kind}/{artifact.key} is no dataset: `eopd push` takes {', '.join(KINDS)}, and "
-            "`eopd push student RUN` a trained model"
+            f"{artifact.kind}/{artifact.key} is no dataset: `eopd push` takes {', '.join(KINDS)}, and `eopd push "
+            "student RUN` a trained model",
+            artifact=f"{artifact.kind}/{artifact.key}",
         )
     artifacts = [artifact]
     key = artifact.identity.inputs.get("rollouts")
@@ -44,16 +45,23 @@ def artifacts_of(store: Path, name: str, *, rollouts: bool = True) -> list[Artif
             artifacts.append(listing.open_in(store, "rollouts", key))  # type: ignore[arg-type]
         except MissingArtifact as error:
             raise RunError(
-                f"the rollouts of {artifact.kind}/{artifact.key} are not in {store}: --no-rollouts pushes without them"
+                f"the rollouts of {artifact.kind}/{artifact.key} are not in {store}",
+                artifact=f"rollouts/{key}",
+                remedy="--no-rollouts pushes without them",
             ) from error
     for one in artifacts:
         whole = len(one.committed())
         if whole < one.parts:
             raise RunError(
-                f"{one.kind}/{one.key} has {whole} of its {one.parts} parts: `eopd run CONFIG` makes the others"
+                f"{one.kind}/{one.key} has {whole} of its {one.parts} parts",
+                artifact=f"{one.kind}/{one.key}",
+                remedy="`eopd run CONFIG` makes the others",
             )
     if not any(True for _ in filled_parts(artifact)):
-        raise RunError(f"every part of {artifact.kind}/{artifact.key} was set aside: there is nothing to push")
+        raise RunError(
+            f"every part of {artifact.kind}/{artifact.key} was set aside: there is nothing to push",
+            artifact=f"{artifact.kind}/{artifact.key}",
+        )
     return artifacts
 
 
@@ -61,8 +69,10 @@ def check_licence(name: str) -> str:
     """Return ``name`` if it can be a licence in a card. Raises RunError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "other":
         raise RunError(
-            f"--license {name!r} is no licence's name on the Hub, such as apache-2.0 or cc-by-4.0. For one that has no "
-            "name there, write the folder with --to, describe the licence in README.md, and use `hf upload`"
+            f"--license {name!r} is no licence's name on the Hub, such as apache-2.0 or cc-by-4.0",
+            setting="--license",
+            remedy="For one that has no name there, write the folder with --to, describe the licence in README.md, "
+            "and use `hf upload`",
         )
     return name
 
@@ -117,7 +127,9 @@ def refuse_other_content(repo: str, artifacts: Sequence[Artifact]) -> None:
     others = sorted(there - {(artifact.kind, artifact.key) for artifact in artifacts})
     if others:
         raise RunError(
-            f"{repo} holds {'/'.join(others[0])}, which the new card would not describe; name another dataset"
+            f"{repo} holds {'/'.join(others[0])}, which the new card would not describe",
+            artifact="/".join(others[0]),
+            remedy="name another dataset",
         )
 
 
@@ -135,4 +147,9 @@ def write_student(run: Run, student: Student, folder: Path, repo: str, licence: 
 
 def _refuse_content(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"--to {folder}: there is something already; name a folder that is new or empty")
+        raise RunError(
+            f"--to {folder}: there is something already",
+            setting="--to",
+            file=folder,
+            remedy="name a folder that is new or empty",
+        )

@@ -146,13 +146,12 @@ class Run:
             artifact, maker = self.artifact(input_.identity), self.plan.maker(input_.identity)
             state = "were pruned" if artifact.pruned().issuperset(missing) else "are missing"
             raise RunError(
-                f"{job.name} needs {artifact}, of which parts {sorted(missing)[:8]} {state}. "
-                + (
-                    "Another run makes it: start that one first."
-                    if maker is None
-                    else f"Run `eopd {maker.stage.command} CONFIG --round {maker.round}` first, or `eopd run CONFIG` "
-                    "for everything."
-                )
+                f"{job.name} needs {artifact}, of which parts {sorted(missing)[:8]} {state}",
+                artifact=f"{artifact.kind}/{artifact.key}",
+                remedy="Another run makes it: start that one first."
+                if maker is None
+                else f"Run `eopd {maker.stage.command} CONFIG --round {maker.round}` first, or `eopd run CONFIG` "
+                "for everything.",
             )
 
     def others(self) -> dict[str, OtherStudent]:

@@ -55,7 +55,7 @@ def check_folders(settings: RunSettings) -> None:
         path = Path(getattr(settings, name))
         reason = why_no_folder(path)
         if reason is not None:
-            raise ConfigError(f"{name}: {path} cannot be a folder: {reason}")
+            raise ConfigError(f"{name}: {path} cannot be a folder: {reason}", setting=name, file=path)
 
 
 def check_runs_folder(runs: Path) -> list[Finding]:

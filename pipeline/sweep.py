@@ -31,23 +31,24 @@ def load_sweep(config: str, file: str, overrides: Sequence[str] = ()) -> list[Ru
     base = parse_settings(raw, source)
     sweep: list[RunSettings] = []
     for number, entry in enumerate(read_list(Path(file), "sweep")):
-        where = f"{file}: entry {number + 1}"
-        change = _change(entry, where)
-        name = change.pop("name")
-        settings = parse_settings(merge(raw, {**change, "name": f"{base.name}-{name}"}), f"{where} ({name})")
-        if settings.name in [other.name for other in sweep]:
-            raise ConfigError(f"{where}: the name {name!r} is taken by an earlier entry")
-        sweep.append(settings)
+        try:
+            sweep.append(_changed(raw, base.name, entry, [other.name for other in sweep]))
+        except ConfigError as error:
+            raise ConfigError.of(error, f"entry {number + 1}", file=file) from error
     return sweep
 
 
-def _change(entry: Any, where: str) -> dict[str, Any]:
+def _changed(raw: dict[str, Any], base: str, entry: Any, taken: Sequence[str]) -> RunSettings:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise ConfigError(f"{where} must be settings with a name, such as {{name: opd, train: {{epochs: 2}}}}")
+        raise ConfigError("it must be settings with a name, such as {name: opd, train: {epochs: 2}}")
+    name = f"{base}-{entry['name']}"
     for field in SHARED:
         if field in entry:
-            raise ConfigError(f"{where}: {field!r} is common to all runs of a sweep; set it in the config")
-    return dict(entry)
+            problem = f"{field!r} is common to all runs of a sweep"
+            raise ConfigError(problem, setting=field, remedy="set it in the config")
+    if name in taken:
+        raise ConfigError(f"the name {entry['name']!r} is taken by an earlier entry", setting="name")
+    return parse_settings(merge(raw, {**entry, "name": name}), None)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.processes import TORCHRUN_VARIABLE, end_with_parent, end_with_parent_if_spawned, rank
 
 if TYPE_CHECKING:
-    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.outcome import Kind, Outcome
     from eopd.pipeline.run import Run
     from eopd.pipeline.tasks import Task
     from eopd.stages.engines.kept import Engines
@@ -58,7 +59,7 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
         print_error(error)
         outcome = outcome_of(error)
         with suppress(StoreError, OSError):  # a full disk has no room for this line either
-            log_task(task.run, task.job, outcome=outcome.kind, message=outcome.message, parts=list(task.parts))
+            log_task(task.run, task.job, **outcome.to_json(), parts=list(task.parts))
         return outcome
     return Outcome("done")
 
@@ -191,24 +192,23 @@ def _raised_in(error: BaseException) -> str:
 
 def outcome_of(error: Exception) -> Outcome:
     from eopd.pipeline.outcome import Outcome
+    from eopd.storage.errors import UserError
     from eopd.storage.files import is_full
 
     message = message_of(error) if is_for_people(error) else f"{type(error).__name__}: {error}"
-    if is_full(error):
-        return Outcome("full", message)
-    return Outcome("refused" if is_refusal(error) else "failed", message)
+    kind: Kind = "full" if is_full(error) else "refused" if is_refusal(error) else "failed"
+    return Outcome(kind, message, error.fields() if isinstance(error, UserError) else {})
 
 
 def is_for_people(error: Exception) -> bool:
     """True if the message names the remedy, so that a traceback would only hide it."""
-    from eopd.stages.train.errors import TrainingStopped
-    from eopd.storage.errors import StoreError
+    from eopd.storage.errors import UserError
     from eopd.storage.extras import missing_package
 
     if missing_package(error) is not None:
         return True
     misnamed = isinstance(error, OSError) and error.filename is not None and error.errno in NO_SUCH_PLACE
-    return isinstance(error, (StoreError, ValueError, TrainingStopped)) or misnamed
+    return isinstance(error, (UserError, ValueError)) or misnamed
 
 
 def message_of(error: Exception) -> str:
@@ -239,7 +239,6 @@ def be_quiet() -> None:
 def do_text(text: str, engines: Engines | None = None) -> Outcome:
     """Do a task given as JSON."""
     from eopd.pipeline.config import load_config
-    from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.progress import EventProgress
     from eopd.pipeline.run import open_run
     from eopd.pipeline.tasks import Task
@@ -257,7 +256,7 @@ def do_text(text: str, engines: Engines | None = None) -> Outcome:
             print_error(error)
             outcome = outcome_of(error)
             if outcome.kind == "refused":  # the caller could open the run: this machine lacks something
-                outcome = Outcome("failed", outcome.message)
+                outcome = replace(outcome, kind="failed")
         else:
             outcome = do(task, engines)
     if events is not None:

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 from eopd.stages.engines.sampling import derive_seed
-from eopd.stages.experiment_settings import ExperimentSettings, ModelSettings
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
 from eopd.stages.models.prompts import draw_prompts
+from eopd.stages.models.settings import ModelSettings
 from eopd.stages.train.settings import steps_per_round
 from eopd.storage.fingerprints import Digests
 from eopd.storage.identity import Identity

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.models.prompts import PromptTable, load_prompts, render_prompt
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +33,17 @@ class Problems:
                 self._tables[benchmark] = load_prompts(source)
             (prompt,) = self._tables[benchmark].rows([index])
             if prompt.id != problem:
-                raise ValueError(
-                    f"benchmark {benchmark}, problem {problem!r} is now {prompt.id!r}: the benchmark changed since it "
-                    "was evaluated; plan the run again"
+                raise InputError(
+                    f"benchmark {benchmark}, problem {problem!r} is now {prompt.id!r}: the benchmark changed since "
+                    "it was evaluated",
+                    setting="evaluate.benchmarks",
+                    prompt=problem,
+                    remedy="plan the run again",
                 )
             ids = render_prompt(self._tokenizer, prompt, source)
             if not ids:
-                raise ValueError(f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after")
+                raise InputError(
+                    f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after", prompt=problem
+                )
             self._ids[benchmark, problem] = ids
         return self._ids[benchmark, problem]

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.experiment import Experiment, ModelFacts
-from eopd.stages.experiment_settings import ExperimentSettings, ModelSettings
+from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.memory import Memory, ModelSize
 from eopd.stages.models.model_config import resolve_dtype
+from eopd.stages.models.settings import ModelSettings
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import CHECKPOINTS, WEIGHTS
 
@@ -213,8 +215,8 @@ class Stage(ABC):
             measured: sums over parts of this job, or else of other jobs of this stage; empty if there are none.
         """
 
-    def lacks(self) -> str | None:
-        """Return which package that this stage alone needs is not installed here, and the remedy; None: nothing."""
+    def lacks(self) -> InputError | None:
+        """Return an error about a package that this stage alone needs and that is not installed; None: nothing."""
         return None
 
     def check(self, job: Job, experiment: Experiment) -> str | None:

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from eopd.storage.errors import InputError
+
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "tensorboard", "math_verify"), "train"),
     **dict.fromkeys(("latex2sympy2_extended", "sympy"), "train"),  # come with math_verify
@@ -48,7 +50,7 @@ def require_packages(purpose: str, packages: Sequence[str], extra: str) -> None:
     if missing:
         names = ", ".join(missing)
         verb = "which is" if len(missing) == 1 else "which are"
-        raise ValueError(f"{purpose} needs {names}, {verb} not installed. To add them, {installing(extra)}")
+        raise InputError(f"{purpose} needs {names}, {verb} not installed", remedy=f"To add them, {installing(extra)}")
 
 
 def missing_package(error: BaseException) -> str | None:

@@ -151,7 +151,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check this machine, the packages, the store and the inputs of CONFIG; exit code 1 if a run could not work."""
-    from eopd.pipeline.doctor import examine, not_looked_at, worst
+    from eopd.pipeline.doctor import examine, worst
+    from eopd.pipeline.errors import not_looked_at
     from eopd.storage.places import open_place
 
     settings, first = None, []

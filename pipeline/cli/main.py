@@ -291,7 +291,8 @@ def parse_parts(text: str | None, parts: int) -> list[int] | None:
     if slash or not all(number.isdigit() and int(number) < parts for number in numbers):
         raise ConfigError(
             f"--parts {text!r}: expected I/N with 1 <= I <= N, such as 2/4, or numbers of parts (0 to {parts - 1}), "
-            "such as 0,3,7"
+            "such as 0,3,7",
+            setting="--parts",
         )
     return sorted({int(number) for number in numbers})
 
@@ -332,13 +333,13 @@ def prepare(
     from eopd.stages.models.gguf import prepare_in_process
 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is no empty folder; name another")
+        raise ConfigError(f"{folder} exists and is no empty folder", file=folder, remedy="name another")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype!r} is not one of float32, bfloat16, float16")
+        raise ConfigError(f"--dtype {dtype!r} is not one of float32, bfloat16, float16", setting="--dtype")
     try:
         prepare_in_process(model, folder, dtype)
     except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError.of(error) from error
     sys.stdout.write(f"{folder}\n")
 
 

@@ -78,10 +78,11 @@ def config_of(run: str, runs: Path) -> str:
     except OSError as error:  # such as a name that is too long
         raise ConfigError(f"no run can be called {_short(run)}: {error.strerror}") from error
     if blocked:
-        raise ConfigError(f"{one_line(str(own))}, where the run's config belongs, is no plain file")
+        raise ConfigError(f"{one_line(str(own))}, where the run's config belongs, is no plain file", file=own)
     if config_file(run) is not None:
         return run
-    raise ConfigError(f"there is no run {_short(run)} below {runs}, and no config of that name.{_near(run, runs)}")
+    problem = f"there is no run {_short(run)} below {runs}, and no config of that name"
+    raise ConfigError(problem, remedy=_near(run, runs))
 
 
 def _short(name: str) -> str:
@@ -95,7 +96,7 @@ def _near(run: str, runs: Path) -> str:
     except OSError:
         return ""
     near = difflib.get_close_matches(run, names, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def paths_of(run: str, runs: Path) -> RunPaths:

@@ -47,8 +47,9 @@ def show_submission(work: Work, settings: RunSettings) -> str:
     launcher = settings.launcher
     if launcher.kind != "slurm":
         raise ConfigError(
-            f"--dry-run shows the scripts of launcher.kind=slurm; here it is {launcher.kind}. "
-            "`eopd plan CONFIG` shows what would be done."
+            f"--dry-run shows the scripts of launcher.kind=slurm; here it is {launcher.kind}",
+            setting="--dry-run",
+            remedy="`eopd plan CONFIG` shows what would be done.",
         )
     return dry_run(work, launcher.slurm, launcher.faults.attempts, Place.here(launcher.slurm))
 

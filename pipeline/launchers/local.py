@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -140,7 +140,7 @@ class LocalPool:
             outcome = Outcome.from_exit(code, last_line(running.log, running.log_start, code))
         if outcome.kind == "done":
             return outcome
-        return Outcome(outcome.kind, f"{outcome.message} (log: {running.log})")
+        return replace(outcome, message=f"{outcome.message} (log: {running.log})")
 
     # -- workers -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,10 @@ class RayPool:
             largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in need}
             raise ConfigError(
                 f"{stage.name} asks for {_words(need)} on a node, more than any of the Ray cluster's {len(nodes)} "
-                f"nodes has (at most {_words(largest)}). Lower launcher.ray.{ray.group(stage.command)}, or set "
-                "launcher.ray.workers if nodes come by autoscaling."
+                f"nodes has (at most {_words(largest)})",
+                setting=f"launcher.ray.{ray.group(stage.command)}",
+                remedy=f"Lower launcher.ray.{ray.group(stage.command)}, or set launcher.ray.workers if nodes come "
+                "by autoscaling.",
             )
         busy = sum(max(one.need.get(name, 0) / amount for name, amount in need.items()) for one in self._running)
         return max(math.floor(fit - busy), 0)
@@ -183,7 +185,7 @@ class RayPool:
             outcome = Outcome.from_exit(code, last_line(running.log, running.log_start, code) if code else "")
         if outcome.kind == "done":
             return outcome
-        return Outcome(outcome.kind, f"{outcome.message} (log: {running.log})")
+        return replace(outcome, message=f"{outcome.message} (log: {running.log})")
 
     def _cancel(self, running: Running, *, force: bool = False) -> None:
         for answer in running.answers:
@@ -286,7 +288,9 @@ def connect(settings: RaySettings) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(f"launcher.kind is ray, but ray is not installed. To add it, {installing('ray')}") from error
+        raise ConfigError(
+            f"launcher.kind is ray, but ray is not installed. To add it, {installing('ray')}", setting="launcher.kind"
+        ) from error
     if not ray.is_initialized():
         handler = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place
         try:
@@ -299,8 +303,9 @@ def connect(settings: RaySettings) -> Any:
             )
         except (ConnectionError, RuntimeError) as error:
             raise ConfigError(
-                f"launcher.ray.address {settings.address!r}: {first_sentence(error)}. Start a cluster with "
-                "`ray start --head`, or use address: local."
+                f"launcher.ray.address {settings.address!r}: {first_sentence(error)}",
+                setting="launcher.ray.address",
+                remedy="Start a cluster with `ray start --head`, or use address: local.",
             ) from error
         finally:
             signal.signal(signal.SIGTERM, handler)

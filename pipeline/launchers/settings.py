@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from eopd.stages.settings import COUNT, DAY, PROCESSES, THREADS, Settings, setting
+from eopd.storage.errors import InputError
 
 
 class FaultSettings(Settings):
@@ -210,8 +211,10 @@ class LauncherSettings(Settings):
         ignored = ("losses", "backoff_seconds", "backoff_limit_seconds", "full_poll_seconds")
         for name in ignored if self.kind == "slurm" else ():
             if getattr(self.faults, name) != FaultSettings.model_fields[name].default:
-                raise ValueError(
+                raise InputError(
                     f"launcher.faults.{name} has no effect with launcher.kind: slurm, whose own queue decides when a "
-                    "lost task runs again; leave it out"
+                    "lost task runs again",
+                    setting=f"launcher.faults.{name}",
+                    remedy="leave it out",
                 )
         return self

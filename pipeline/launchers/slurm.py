@@ -112,8 +112,8 @@ class SlurmLauncher:
         states = queue.look(jobs) if jobs else {}
         if states is None:
             raise RunError(
-                f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue. "
-                "Try again when it does."
+                f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue",
+                remedy="Try again when it does.",
             )
         return sorted({job for (job, _), state in states.items() if not state.ended})
 
@@ -155,8 +155,8 @@ class SlurmLauncher:
         if left and not gained and not aside and not several:
             what = failed[0] if failed else "no task has failed; were they cancelled?"
             raise RunError(
-                f"{left} parts are missing, and running them again gained nothing: {what}. What was committed is "
-                "kept; the same command goes on from there."
+                f"{left} parts are missing, and running them again gained nothing: {what}",
+                remedy="What was committed is kept; the same command goes on from there.",
             )
         if left:
             self._progress.line(f"slurm: {left} parts are missing; submitting them again")

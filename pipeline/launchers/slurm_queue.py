@@ -80,6 +80,7 @@ def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"launcher.kind is slurm, but there is no {command[0]} here. Run this on a login node; "
-            "`eopd run CONFIG --dry-run` shows the scripts anywhere."
+            f"launcher.kind is slurm, but there is no {command[0]} here",
+            setting="launcher.kind",
+            remedy="Run this on a login node; `eopd run CONFIG --dry-run` shows the scripts anywhere.",
         ) from error

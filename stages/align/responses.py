@@ -11,6 +11,7 @@ from eopd.stages.models.prompts import Prompt, PromptTable, load_prompts, render
 from eopd.stages.models.teacher_prompts import Context, donors, teacher_context
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,9 @@ class ResponseReader:
         settings = self._job.teacher_prompt
         source = {"same": None, "template": prompt.messages_json, "column": prompt.teacher_prompt}[settings.kind]
         if source is None and settings.kind != "same":
-            raise ValueError(
-                f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no columns.teacher_prompt"
+            raise InputError(
+                f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no "
+                "columns.teacher_prompt",
+                setting="evaluate.benchmarks",
             )
         return teacher_context(source, own, settings, self._teacher, shown, where)

@@ -31,6 +31,7 @@ from eopd.stages.stage import SummaryJob
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 
 RESULTS_VERSION = 1
@@ -178,10 +179,11 @@ def _write_summary(job: SummaryJob) -> None:
         of_source = range(number * per_source, (number + 1) * per_source)
         parts = [part for part in of_source if part in filled]
         if not parts:
-            raise ValueError(
+            raise InputError(
                 f"evaluate.alignment.responses: every part of {whose!r} was set aside "
-                f"({markers[of_source[0]].set_aside}), so nothing can be compared. `eopd store verify --repair` "
-                "re-queues what was set aside"
+                f"({markers[of_source[0]].set_aside}), so nothing can be compared",
+                setting="evaluate.alignment.responses",
+                remedy="`eopd store verify --repair` re-queues what was set aside",
             )
         bins = EntropyBins(tuple(markers[parts[0]].info["edges"]), settings.tau)
         sums, problems = _read(job.source, parts, bins)

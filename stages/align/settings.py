@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.settings import COUNT, NATS, Settings, setting
+from eopd.storage.errors import InputError
 
 Responses = Literal["own", "first"]
 EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)
@@ -56,12 +57,16 @@ class AlignmentSettings(Settings):
     @classmethod
     def _once_each(cls, value: tuple[Responses, ...]) -> tuple[Responses, ...]:
         if len(set(value)) != len(value):
-            raise ValueError(f"evaluate.alignment.responses names one twice: {list(value)}")
+            raise InputError(
+                f"evaluate.alignment.responses names one twice: {list(value)}", setting="evaluate.alignment.responses"
+            )
         return value
 
     @field_validator("bins")
     @classmethod
     def _increasing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(high <= low for low, high in itertools.pairwise(value)):
-            raise ValueError(f"evaluate.alignment.bins must be increasing, got {list(value)}")
+            raise InputError(
+                f"evaluate.alignment.bins must be increasing, got {list(value)}", setting="evaluate.alignment.bins"
+            )
         return value

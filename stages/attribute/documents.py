@@ -18,6 +18,7 @@ from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.problems import Problems
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import filled_parts
 
@@ -64,9 +65,8 @@ def read_documents(
         try:
             response = response_ids(tokenizer, prompt, source, stop_ids)
         except NoResponse as error:
-            raise ValueError(
-                f"attribute.documents: the text of document {prompt.id!r} of {source.path} {error}"
-            ) from error
+            where, setting = "the text of the document", "attribute.documents"
+            raise InputError.of(error, where, setting=setting, file=source.path, prompt=prompt.id) from error
         yield Text(prompt.id, ids + response, len(ids))
 
 
@@ -97,11 +97,19 @@ def check_texts(what: str, texts: Sequence[Text], longest: int) -> None:
     """
     for text in texts:
         if text.losses < 1:
-            raise ValueError(f"{what}: {text.name!r} has no token with a loss, so it has no gradient: remove it")
+            raise InputError(
+                f"{what}: {text.name!r} has no token with a loss, so it has no gradient",
+                setting=what,
+                prompt=text.name,
+                remedy="remove it",
+            )
         if len(text.ids) > longest:
-            raise ValueError(
+            raise InputError(
                 f"{what}: {text.name!r} has {len(text.ids):,} tokens, and {longest:,} are read at most (the model's "
-                "length, or attribute.token_batch): shorten or split it, or raise attribute.token_batch"
+                "length, or attribute.token_batch)",
+                setting=what,
+                prompt=text.name,
+                remedy="shorten or split it, or raise attribute.token_batch",
             )
 
 
@@ -118,12 +126,15 @@ def bins_of_file(settings: AttributeSettings, prompts: PromptSettings) -> list[B
         for column, value in zip(settings.bins, values, strict=True):
             if not isinstance(value, (bool, int, float, str)) or value == "":
                 given = "no value" if value in (None, "") else type(value).__name__
-                raise ValueError(f"{row.where} has {given} in column {column!r}, and every document needs a bin")
+                raise row.refusal(column, f"has {given}, and every document needs a bin")
         bins.append(tuple(map(str, values)))
     if len(set(bins)) < 2:
-        raise ValueError(
+        raise InputError(
             f"{source.path}: the columns {', '.join(settings.bins)} put all documents into one bin, so there is "
-            "nothing to compare: name others"
+            "nothing to compare",
+            setting="attribute.documents.bins" if settings.documents else "attribute.rollouts.bins",
+            file=source.path,
+            remedy="name others",
         )
     return bins
 
@@ -148,7 +159,9 @@ def check_bins(settings: AttributeSettings, bins: Sequence[Bin]) -> None:
         return
     name, count = min(Counter(bins).items(), key=lambda item: item[1])
     if count < settings.min_documents:
-        raise ValueError(
+        raise InputError(
             f"attribute.contrasts: the bin {' / '.join(name)} has {count} documents, and attribute.min_documents is "
-            f"{settings.min_documents}: lower it, add documents, or name other columns of bins"
+            f"{settings.min_documents}",
+            setting="attribute.contrasts",
+            remedy="lower it, add documents, or name other columns of bins",
         )

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from eopd.stages.models.model_config import read_config
+from eopd.storage.errors import InputError
 from eopd.storage.extras import installing
 
 BERGSON = "2.5"
@@ -23,13 +24,14 @@ def bergson_version() -> str:
         return ""
 
 
-def lacking_bergson() -> str | None:
-    """Return the remedy if bergson, in the series that keys stand for, is not installed; names the extra."""
+def lacking_bergson() -> InputError | None:
+    """Return an error if bergson, in the series that keys stand for, is not installed; names the extra."""
     there = bergson_version()
     if there.startswith(f"{BERGSON}."):
         return None
     state = f"version {there} is" if there else "it is not"
-    return f"attribute needs bergson {BERGSON}, and {state} installed. To add it, {installing('attribution')}"
+    problem = f"attribute needs bergson {BERGSON}, and {state} installed"
+    return InputError(problem, setting="attribute", remedy=f"To add it, {installing('attribution')}")
 
 
 def check_model(folder: Path) -> None:
@@ -39,8 +41,15 @@ def check_model(folder: Path) -> None:
         ValueError: quantised weights; an adapter that was not merged.
     """
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"attribute: {folder} holds an adapter beside its model: merge it, and name the merged folder")
+        raise InputError(
+            f"attribute: {folder} holds an adapter beside its model",
+            setting="attribute",
+            file=folder,
+            remedy="merge it, and name the merged folder",
+        )
     if read_config(folder).get("quantization_config"):
-        raise ValueError(
-            f"attribute: {folder} is quantised, and gradients of quantised weights are none of the model's"
+        raise InputError(
+            f"attribute: {folder} is quantised, and gradients of quantised weights are none of the model's",
+            setting="attribute",
+            file=folder,
         )

@@ -37,6 +37,7 @@ from eopd.stages.problems import Problems
 from eopd.storage import attributions
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 
 RESULTS_VERSION = 1
 LAST_LINES = 3
@@ -87,7 +88,7 @@ def run(job: AttributeJob) -> None:
     for _ in claimed_parts(job.output, [0], job.progress.line):
         lacking = lacking_bergson()
         if lacking is not None:
-            raise ValueError(lacking)
+            raise lacking
         documents, queries, token_batch = _texts(job)
         tokens = sum(len(text.ids) for text in documents)
         job.progress.start(f"attribute to {job.query}", 0)
@@ -129,9 +130,10 @@ def _texts(job: AttributeJob) -> tuple[list[Text], list[Text], int]:
     queries = list(read_queries(job.evaluation, query, Problems(job.evaluate, tokenizer)))
     if not queries:
         which = "" if query.samples == "any" else f" that is {query.samples}"
-        raise ValueError(
-            f"attribute.queries.{job.query}: the benchmark {query.benchmark} has no sample{which}: change samples, or "
-            "raise evaluate.samples"
+        raise InputError(
+            f"attribute.queries.{job.query}: the benchmark {query.benchmark} has no sample{which}",
+            setting=f"attribute.queries.{job.query}",
+            remedy="change samples, or raise evaluate.samples",
         )
     check_texts(f"attribute.queries.{job.query}", queries, longest)
     return documents, queries, longest
@@ -249,8 +251,11 @@ def _write_summary(job: AttributionSummaryJob) -> None:
 def _scores(artifact: Artifact, documents: list[str]) -> Floats:
     table = attributions.read_scores(artifact.part_folder(0))
     if table.column("document").to_pylist() != documents:
-        raise ValueError(
-            f"the documents of {artifact} are not those that attribute.documents or attribute.rollouts hold now: they "
-            "changed since they were scored; plan the run again"
+        raise InputError(
+            f"the documents of {artifact} are not those that attribute.documents or attribute.rollouts hold now: "
+            "they changed since they were scored",
+            setting="attribute.documents",
+            **artifact.place(),
+            remedy="plan the run again",
         )
     return np.asarray(table.column("score").to_numpy(), dtype=np.float64)

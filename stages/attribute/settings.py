@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from eopd.stages.models.prompts import Columns, PromptSettings
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, ROUNDS, THREADS, Settings, setting
+from eopd.storage.errors import InputError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)]
 AttributedRound = Literal["last"] | Annotated[int, Field(ge=0, le=ROUNDS)]
@@ -120,17 +121,24 @@ class AttributeSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> AttributeSettings:
         if (self.documents is None) == (self.rollouts is None):
-            raise ValueError(
-                "attribute reads documents or rollouts: set one of attribute.documents, attribute.rollouts"
+            raise InputError(
+                "attribute reads documents or rollouts",
+                setting="attribute.documents",
+                remedy="set one of attribute.documents, attribute.rollouts",
             )
         for pair in self.contrasts:
             unknown = next((name for name in pair if name not in self.queries), None)
             if unknown is not None:
-                raise ValueError(
-                    f"attribute.contrasts names {unknown}, and attribute.queries has {', '.join(self.queries)}"
+                raise InputError(
+                    f"attribute.contrasts names {unknown}, and attribute.queries has {', '.join(self.queries)}",
+                    setting="attribute.contrasts",
                 )
             if pair[0] == pair[1]:
-                raise ValueError(f"attribute.contrasts compares {pair[0]} with itself: name two query sets")
+                raise InputError(
+                    f"attribute.contrasts compares {pair[0]} with itself",
+                    setting="attribute.contrasts",
+                    remedy="name two query sets",
+                )
         return self
 
     @property

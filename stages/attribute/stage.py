@@ -22,6 +22,7 @@ from eopd.stages.stage import (
     policy_key,
 )
 from eopd.stages.train.settings import LoraSettings, TrainSettings
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 
 SCORE_BYTES = 24.0  # a document's row, compressed
@@ -73,7 +74,7 @@ class AttributeStage(Stage):
         asked = experiment.settings.attribute
         return ("",) if asked is None else tuple(asked.queries)
 
-    def lacks(self) -> str | None:
+    def lacks(self) -> InputError | None:
         return lacking_bergson()
 
     def check(self, job: Job, experiment: Experiment) -> str | None:

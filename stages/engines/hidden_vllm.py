@@ -152,8 +152,8 @@ def _refuse_other_positions(folder: Path, name: str, longest: int) -> None:
         folder,
         name,
         longest,
-        "vLLM would read all of them with the scaling of the longest. Set score.engine (or "
-        "evaluate.alignment.teacher_engine): transformers",
+        "vLLM would read all of them with the scaling of the longest",
+        "Set score.engine (or evaluate.alignment.teacher_engine): transformers",
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import model_validator
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.settings import COUNT, LENGTH, PROCESSES, THREADS, Settings, setting
+from eopd.storage.errors import InputError
 
 EngineKind = Literal["auto", "vllm", "transformers"]
 FinishReason = Literal["stop", "length"]
@@ -72,9 +73,11 @@ class EngineOptions(Settings):
             ValueError: a length is stated, which would have no effect.
         """
         if self.max_model_len is not None:
-            raise ValueError(
+            raise InputError(
                 f"max_model_len={self.max_model_len} would have no effect: what is read decides how long an engine "
-                "that samples nothing is opened for. Remove it; score.max_tokens bounds what the teacher reads"
+                "that samples nothing is opened for",
+                setting="max_model_len",
+                remedy="Remove it; score.max_tokens bounds what the teacher reads",
             )
         return self
 
@@ -85,9 +88,10 @@ class EngineOptions(Settings):
         if not isinstance(raw, dict) or "dtype" not in raw:
             return raw
         if raw["dtype"] is not None:
-            raise ValueError(
-                f"dtype: {raw['dtype']} decides what is stored, and how fast or where does not: set student.dtype or "
-                "teacher.dtype (score.dtype for the teacher's scores alone)"
+            raise InputError(
+                f"dtype: {raw['dtype']} decides what is stored, and how fast or where does not",
+                setting="dtype",
+                remedy="set student.dtype or teacher.dtype (score.dtype for the teacher's scores alone)",
             )
         return {name: value for name, value in raw.items() if name != "dtype"}
 
@@ -138,15 +142,18 @@ class SamplingParameters:
 
     def __post_init__(self) -> None:
         if self.temperature < 0.0 or 0.0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}")
+            raise InputError(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}",
+                setting="temperature",
+            )
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p}", setting="top_p")
         if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+            raise InputError(f"min_p must be in [0, 1], got {self.min_p}", setting="min_p")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0: all), got {self.top_k}")
+            raise InputError(f"top_k must be >= 0 (0: all), got {self.top_k}", setting="top_k")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+            raise InputError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}", setting="max_new_tokens")
 
     @property
     def truncates(self) -> bool:
@@ -270,9 +277,10 @@ def check_model_length(folder: Path, name: str, max_model_len: int) -> None:
     """Raise ValueError if a model was not made for sequences of ``max_model_len`` tokens."""
     longest = longest_readable(folder)
     if longest is not None and max_model_len > longest:
-        raise ValueError(
-            f"{name} reads at most {longest} tokens (its config), but prompt and response may take "
-            f"{max_model_len}: lower max_prompt_tokens or max_new_tokens"
+        raise InputError(
+            f"{name} reads at most {longest} tokens (its config), but prompt and response may take {max_model_len}",
+            file=folder,
+            remedy="lower max_prompt_tokens or max_new_tokens",
         )
 
 

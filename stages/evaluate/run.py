@@ -25,6 +25,7 @@ from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,9 +86,11 @@ def _chunks(settings: EvaluateSettings, evaluation: Artifact) -> list[Chunk]:
     """Return the parts of ``evaluation``. Raises ValueError if a benchmark changed in size."""
     cut = chunks(settings)
     if evaluation.parts != len(cut):
-        raise ValueError(
-            f"{evaluation} has {evaluation.parts} parts, but its benchmarks make {len(cut)}: a benchmark changed since "
-            "the run was planned; plan it again"
+        raise InputError(
+            f"{evaluation} has {evaluation.parts} parts, but its benchmarks make {len(cut)}: a benchmark changed "
+            "since the run was planned",
+            setting="evaluate.benchmarks",
+            remedy="plan it again",
         )
     return cut
 
@@ -154,9 +157,12 @@ def _prepare(
                 elif settings.too_long == "skip":
                     content.skipped.append(prompt.id)
                 else:
-                    raise ValueError(
+                    raise InputError(
                         f"benchmark {benchmark.name}, problem {prompt.id!r}: {len(ids)} tokens, more than "
-                        f"evaluate.max_prompt_tokens = {settings.max_prompt_tokens}; raise it, or set too_long: skip"
+                        f"evaluate.max_prompt_tokens = {settings.max_prompt_tokens}",
+                        setting="evaluate.max_prompt_tokens",
+                        prompt=prompt.id,
+                        remedy="raise it, or set too_long: skip",
                     )
             prepared[part] = content
         mine = [content for content in prepared.values() if content.benchmark is benchmark]
@@ -171,9 +177,11 @@ def _require_a_short_problem(
     """Refuse a benchmark if all its problems would be skipped, as it could have no results."""
     limit = settings.max_prompt_tokens
     if not any(len(render_prompt(tokenizer, prompt, settings)) <= limit for prompt in table):
-        raise ValueError(
+        raise InputError(
             f"benchmark {benchmark.name}: all {len(table)} problems are longer than evaluate.max_prompt_tokens = "
-            f"{limit}; raise it, or leave the benchmark out"
+            f"{limit}",
+            setting="evaluate.max_prompt_tokens",
+            remedy="raise it, or leave the benchmark out",
         )
 
 
@@ -182,7 +190,8 @@ def _check_answer(benchmark: BenchmarkSettings, prompt: Prompt, verifier: Verifi
     try:
         verifier.check_answer(prompt.answer)
     except ValueError as error:
-        raise ValueError(f"benchmark {benchmark.name}, problem {prompt.id!r}: {error}") from error
+        where = f"benchmark {benchmark.name}, problem {prompt.id!r}"
+        raise InputError.of(error, where, file=benchmark.path, prompt=prompt.id) from error
 
 
 def _do_part(

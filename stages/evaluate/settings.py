@@ -12,6 +12,7 @@ from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingPara
 from eopd.stages.models.prompts import Columns, PromptSettings, VerifierName, count_prompts
 from eopd.stages.route.settings import STANDARD, RouteSettings
 from eopd.stages.settings import COUNT, DAY, LENGTH, PROCESSES, ROUNDS, Settings, setting
+from eopd.storage.errors import InputError
 
 
 class ProblemColumns(Columns):
@@ -128,12 +129,16 @@ class EvaluateSettings(Settings):
         names = [benchmark.name for benchmark in self.benchmarks]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"evaluate.benchmarks: the name {name!r} is given to {names.count(name)} of them")
+                raise InputError(
+                    f"evaluate.benchmarks: the name {name!r} is given to {names.count(name)} of them",
+                    setting="evaluate.benchmarks",
+                )
         for benchmark in self.benchmarks:
             self.prompts_of(benchmark)
         if self.alignment is not None and self.alignment.samples > self.samples:
-            raise ValueError(
-                f"evaluate.alignment.samples is {self.alignment.samples}, but evaluate.samples only {self.samples}"
+            raise InputError(
+                f"evaluate.alignment.samples is {self.alignment.samples}, but evaluate.samples only {self.samples}",
+                setting="evaluate.alignment.samples",
             )
         if self.template is not None and self.suffix is not None:  # else `following` fills them in first
             self._modes_differ()
@@ -145,38 +150,50 @@ class EvaluateSettings(Settings):
         seen: dict[str, str] = {}
         for name in self.mode_names:
             if name == STANDARD and self.modes.get(name, ModeSettings()).changes:
-                raise ValueError(
-                    f"evaluate.modes.{STANDARD} is evaluate itself: set {', '.join(self.modes[name].changes)} there, "
-                    "or choose another name"
+                raise InputError(
+                    f"evaluate.modes.{STANDARD} is evaluate itself",
+                    setting=f"evaluate.modes.{STANDARD}",
+                    remedy=f"set {', '.join(self.modes[name].changes)} there, or choose another name",
                 )
             try:
                 read = str([self.in_mode(name).prompts_of(benchmark) for benchmark in self.benchmarks])
             except ValidationError as error:
-                raise ValueError(f"evaluate.modes.{name}: {error.errors()[0]['msg']}") from error
+                raise InputError(
+                    f"evaluate.modes.{name}: {error.errors()[0]['msg']}", setting=f"evaluate.modes.{name}"
+                ) from error
             if read in seen:
-                raise ValueError(
-                    f"evaluate.modes.{name} prompts as {seen[read]} does: change its suffix, system, template or "
-                    "template_arguments, or remove it"
+                raise InputError(
+                    f"evaluate.modes.{name} prompts as {seen[read]} does",
+                    setting=f"evaluate.modes.{name}",
+                    remedy="change its suffix, system, template or template_arguments, or remove it",
                 )
             seen[read] = name
 
     def _check_route(self, route: RouteSettings) -> None:
         if len(self.mode_names) < 2:
-            raise ValueError("evaluate.route has no modes to choose from: name at least one in evaluate.modes")
+            raise InputError(
+                "evaluate.route has no modes to choose from",
+                setting="evaluate.route",
+                remedy="name at least one in evaluate.modes",
+            )
         if self.max_new_tokens is not None and route.tokens > self.max_new_tokens:
-            raise ValueError(
+            raise InputError(
                 f"evaluate.route.tokens is {route.tokens}, and responses end at evaluate.max_new_tokens = "
-                f"{self.max_new_tokens}: lower the one or raise the other"
+                f"{self.max_new_tokens}",
+                setting="evaluate.route.tokens",
+                remedy="lower the one or raise the other",
             )
         if self.temperature > 0 and not route.sampled:
-            raise ValueError(
-                f"evaluate.route reads greedy responses, and evaluate.temperature is {self.temperature:g}: set it to "
-                "0, or set evaluate.route.sampled: true to route each sample by itself"
+            raise InputError(
+                f"evaluate.route reads greedy responses, and evaluate.temperature is {self.temperature:g}",
+                setting="evaluate.temperature",
+                remedy="set it to 0, or set evaluate.route.sampled: true to route each sample by itself",
             )
         unknown = sorted({*(route.rule.modes if route.rule else ())} - {*self.mode_names})
         if unknown:
-            raise ValueError(
-                f"evaluate.route names the mode {unknown[0]}, and evaluate.modes has {', '.join(self.mode_names)}"
+            raise InputError(
+                f"evaluate.route names the mode {unknown[0]}, and evaluate.modes has {', '.join(self.mode_names)}",
+                setting="evaluate.route.rule",
             )
 
     @property
@@ -198,9 +215,11 @@ class EvaluateSettings(Settings):
             filled["suffix"] = prompts.suffix
         if self.template is None:
             if prompts.template == "plain" and (self.template_arguments or self.system is not None):
-                raise ValueError(
-                    "evaluate.template_arguments and evaluate.system belong to template: chat, and prompts.template, "
-                    "which evaluate follows, is plain: set evaluate.template: chat"
+                raise InputError(
+                    "evaluate.template_arguments and evaluate.system belong to template: chat, and "
+                    "prompts.template, which evaluate follows, is plain",
+                    setting="evaluate.template",
+                    remedy="set evaluate.template: chat",
                 )
             filled["template"] = prompts.template
             filled["template_arguments"] = self.template_arguments or prompts.template_arguments

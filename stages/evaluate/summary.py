@@ -20,6 +20,7 @@ from eopd.stages.intervals import Interval, bootstrap, group_means, intervals, r
 from eopd.stages.verifiers.answers import last_box
 from eopd.stages.verifiers.mathematics import DIED, TIMED_OUT
 from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
+from eopd.storage.errors import InputError
 
 # -- passk ------------------------------------------------------------------------------------------------------------
 
@@ -232,9 +233,10 @@ def figures(name: str, tally: Tally, *, resamples: int, confidence: float, seed:
         ValueError: no problem was evaluated.
     """
     if not tally.problems:
-        raise ValueError(
+        raise InputError(
             f"benchmark {name}: no problem was evaluated; {len(tally.skipped)} prompts were too long (raise "
-            "evaluate.max_prompt_tokens), all others are of parts that were set aside"
+            "evaluate.max_prompt_tokens), all others are of parts that were set aside",
+            setting="evaluate.max_prompt_tokens",
         )
     n = tally.problems[0]["samples"]
     lengths = np.asarray(tally.lengths)

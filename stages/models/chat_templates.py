@@ -17,6 +17,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.storage.errors import InputError
+
 if TYPE_CHECKING:
     import jinja2
 
@@ -88,11 +90,15 @@ class Conversation:
         if suffix:
             users = [message for message in messages if message["role"] == "user"]
             if not users:
-                raise ValueError("suffix is text after the last user message, and there is none")
+                raise InputError("suffix is text after the last user message, and there is none", setting="suffix")
             users[-1]["content"] += suffix
         if system is not None:
             if any(message["role"] in SYSTEM for message in messages):
-                raise ValueError("there is a system message already, and `system` would add a second; keep one of them")
+                raise InputError(
+                    "there is a system message already, and `system` would add a second",
+                    setting="system",
+                    remedy="keep one of them",
+                )
             messages.insert(0, {"role": "system", "content": system})
         return Conversation(tuple(messages), self.tools)
 
@@ -104,14 +110,18 @@ class Conversation:
         """
         count = len(self.messages)
         if count > 1:
-            raise ValueError(f"it has {count} messages, which template: plain cannot write; use template: chat")
+            raise InputError(
+                f"it has {count} messages, which template: plain cannot write",
+                setting="template",
+                remedy="use template: chat",
+            )
         beyond = [
             *(name for name in self.messages[0] if name not in ("role", "content")),
             *(["tools"] * bool(self.tools)),
         ]
         if self.messages[0]["role"] != "user" or beyond:
             what = ", ".join(beyond) or f"the role {self.messages[0]['role']!r}"
-            raise ValueError(f"template: plain cannot write {what}; use template: chat")
+            raise InputError(f"template: plain cannot write {what}", setting="template", remedy="use template: chat")
         return str(self.messages[0]["content"])
 
 
@@ -186,14 +196,15 @@ def write_conversation(conversation: Conversation, render: Render) -> str:
     text = _rendered(conversation, render)
     for field, changed in _probes(conversation, text):
         if _or_refused(changed, render) == text:
-            raise ValueError(
-                f"the chat template leaves out {field}; remove it, or use a model whose template writes it"
+            raise InputError(
+                f"the chat template leaves out {field}", remedy="remove it, or use a model whose template writes it"
             )
     for number, message in enumerate(conversation.messages):
         if message["role"] not in ("user", "assistant") and _as_the_assistant_s(conversation, number, render):
-            raise ValueError(
+            raise InputError(
                 f"the chat template leaves out the role {message['role']!r} of message {number + 1}, whose turn it "
-                "writes as the assistant's; remove it, or use a model whose template writes it"
+                "writes as the assistant's",
+                remedy="remove it, or use a model whose template writes it",
             )
     return text
 
@@ -261,11 +272,14 @@ def check_arguments(template: ChatTemplate, arguments: Mapping[str, Any]) -> Non
     unknown = sorted(set(arguments) - template.variables)
     if unknown:
         near = ", ".join(sorted(template.variables - RESERVED - template.special_tokens.keys())) or "none"
-        raise ValueError(f"the chat template reads no argument {', '.join(unknown)}; it reads: {near}")
+        raise InputError(
+            f"the chat template reads no argument {', '.join(unknown)}; it reads: {near}", setting="template_arguments"
+        )
     if CLOCK in template.variables and CLOCK not in arguments and _reads_the_clock(template, arguments):
-        raise ValueError(
-            "the chat template writes today's date, so prompts under one artifact key would differ from day to day; "
-            f'set the date as an argument of the template: {CLOCK}: "2025-07-26"'
+        raise InputError(
+            "the chat template writes today's date, so prompts under one artifact key would differ from day to day",
+            setting="template_arguments",
+            remedy=f'set the date as an argument of the template: {CLOCK}: "2025-07-26"',
         )
     dated(arguments)
 
@@ -281,7 +295,10 @@ def dated(arguments: Mapping[str, Any]) -> dict[str, Any]:
     try:
         date = datetime.fromisoformat(str(arguments[CLOCK]))
     except ValueError as error:
-        raise ValueError(f'{CLOCK} is {arguments[CLOCK]!r}, and must be a date such as "2025-07-26"') from error
+        raise InputError(
+            f'{CLOCK} is {arguments[CLOCK]!r}, and must be a date such as "2025-07-26"',
+            setting=f"template_arguments.{CLOCK}",
+        ) from error
     return {**arguments, CLOCK: date.strftime}
 
 
@@ -299,8 +316,9 @@ def refuse_reserved(setting: str, arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments of a chat template that users cannot set."""
     reserved = sorted(RESERVED & arguments.keys())
     if reserved:
-        raise ValueError(
-            f"{setting}: {', '.join(reserved)} is set by eopd itself; only variables of the template may stand here"
+        raise InputError(
+            f"{setting}: {', '.join(reserved)} is set by eopd itself; only variables of the template may stand here",
+            setting=setting,
         )
 
 
@@ -373,9 +391,10 @@ class ChatTemplate:
 
 
 def _no_template(whose: str) -> str:
-    raise ValueError(
-        f"{whose}: this tokenizer has no chat template; choose a plain-text template, a column of the prompt source, "
-        "or a tokenizer that has one"
+    raise InputError(
+        f"{whose}: this tokenizer has no chat template",
+        setting="template",
+        remedy="choose a plain-text template, a column of the prompt source, or a tokenizer that has one",
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.storage.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
@@ -53,7 +55,8 @@ def write_stop_ids(folder: Path, stop_ids: Sequence[int]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, found a {type(values).__name__}: save the model again")
+        problem = f"{path} must hold a JSON object, found a {type(values).__name__}"
+        raise InputError(problem, file=path, remedy="save the model again")
     return values
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models.weight_files import listed
+from eopd.storage.errors import InputError
 from eopd.storage.extras import installing
 from eopd.storage.files import canonical_json, free_of, fsync_folder, fsync_tree, sha256_text
 from eopd.storage.fingerprints import Digests
@@ -110,9 +111,9 @@ def prepare_in_process(path: Path, folder: Path, dtype: str = "auto") -> None:
     if done.returncode == 0:
         return
     if done.returncode == REFUSED:
-        raise ValueError(done.stdout.strip().splitlines()[-1])
+        raise InputError(**json.loads(done.stdout.splitlines()[-1]))
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].strip()[:300]
-    raise ValueError(f"{path}: preparing it failed: {reason}")
+    raise InputError(f"{path}: preparing it failed: {reason}", file=path)
 
 
 # -- reading a header ------------------------------------------------------------------------------------------------
@@ -128,12 +129,12 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 24:
-            raise ValueError(_damaged(path, "it has fewer bytes than a header"))
+            raise _damaged(path, "it has fewer bytes than a header")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _parse(path, _Cursor(data))
             except (ValueError, OverflowError) as error:  # the cursor's, and of text that is not UTF-8
-                raise ValueError(_damaged(path, str(error))) from error
+                raise _damaged(path, str(error)) from error
 
 
 def check_gguf(path: Path) -> GgufFile:
@@ -144,22 +145,19 @@ def check_gguf(path: Path) -> GgufFile:
             no language model.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            f"{path}: reading GGUF files needs the package gguf, which is not installed: {installing('gguf')}"
-        )
+        problem = "reading GGUF files needs the package gguf, which is not installed"
+        raise InputError(problem, file=path, remedy=installing("gguf"))
     file = read_gguf(path)
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
-        raise ValueError(f"{path}: it holds a {kind}, not a language model (general.type)")
+        raise InputError(f"it holds a {kind}, not a language model (general.type)", file=path)
     if int(file.metadata.get("split.count", 1)) > 1:
-        raise ValueError(
-            f"{path}: it is one of {file.metadata['split.count']} files of a split model; join them first "
-            "(llama-gguf-split --merge)"
-        )
+        problem = f"it is one of {file.metadata['split.count']} files of a split model"
+        raise InputError(problem, file=path, remedy="join them first (llama-gguf-split --merge)")
     if not isinstance(file.metadata.get("general.architecture"), str):
-        raise ValueError(_damaged(path, "it names no architecture (general.architecture)"))
+        raise _damaged(path, "it names no architecture (general.architecture)")
     if not file.metadata.get("tokenizer.ggml.tokens"):
-        raise ValueError(f"{path}: it carries no tokenizer (tokenizer.ggml.tokens), so nothing can be scored with it")
+        raise InputError("it carries no tokenizer (tokenizer.ggml.tokens), so nothing can be scored with it", file=path)
     _check_extent(file)
     return file
 
@@ -171,12 +169,11 @@ def _check_extent(file: GgufFile) -> None:
         try:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
         except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"{file.path}: tensor {tensor.name} has type {tensor.kind}, which this version of gguf does not know"
-            ) from error
+            problem = f"tensor {tensor.name} has type {tensor.kind}, which this version of gguf does not know"
+            raise InputError(problem, file=file.path) from error
         end = file.data_start + tensor.offset + prod(tensor.shape) // block * size
         if tensor.shape[-1] % block or end > file.size:
-            raise ValueError(_damaged(file.path, f"tensor {tensor.name} would end at byte {end:,} of {file.size:,}"))
+            raise _damaged(file.path, f"tensor {tensor.name} would end at byte {end:,} of {file.size:,}")
 
 
 class _Cursor:
@@ -248,8 +245,8 @@ def _parse(path: Path, cursor: _Cursor) -> GgufFile:
     return GgufFile(path, cursor.size, metadata, tuple(tensors.values()), data_start)
 
 
-def _damaged(path: Path, reason: str) -> str:
-    return f"{path} is no whole GGUF file: {reason}. Download or convert it again."
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is no whole GGUF file: {reason}", file=path, remedy="Download or convert it again.")
 
 
 # -- writing a folder ------------------------------------------------------------------------------------------------
@@ -305,7 +302,8 @@ def _write(file: GgufFile, folder: Path, dtype: str) -> None:
     dtype = file.dtype if dtype == "auto" else dtype
     needed = file.elements * (4 if dtype == "float32" else 2)
     if free_of(folder).bytes < needed:
-        raise ValueError(f"{file.path}: its weights take {needed:,} bytes in {folder.parent}, more than are free there")
+        problem = f"its weights take {needed:,} bytes in {folder.parent}, more than are free there"
+        raise InputError(problem, file=file.path)
     model, tokenizer = _load(file, dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -331,7 +329,8 @@ def _load(file: GgufFile, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
         raise
     except Exception as error:  # libraries raise anything for files that they do not understand
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file.path}: transformers cannot read it ({type(error).__name__}: {reason})") from error
+        problem = f"transformers cannot read it ({type(error).__name__}: {reason})"
+        raise InputError(problem, file=file.path) from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -368,9 +367,8 @@ def _refuse_omissions(file: GgufFile, model: PreTrainedModel, info: Mapping[str,
     damaged = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     wrong += [f"{name} holds values that are not finite" for name in damaged]
     if wrong:
-        raise ValueError(
-            f"{file.path}: the model in it cannot be prepared: {listed(wrong, '; ')}. Use the original checkpoint."
-        )
+        problem = f"the model in it cannot be prepared: {listed(wrong, '; ')}"
+        raise InputError(problem, file=file.path, remedy="Use the original checkpoint.")
 
 
 def _set_stops(file: GgufFile, model: PreTrainedModel) -> None:
@@ -421,5 +419,5 @@ if __name__ == "__main__":
     try:
         prepare(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4])
     except (ValueError, OSError) as refusal:
-        sys.stdout.write("\n" + " ".join(str(refusal).split()) + "\n")
+        sys.stdout.write("\n" + json.dumps(InputError.of(refusal).fields()) + "\n")
         sys.exit(REFUSED)

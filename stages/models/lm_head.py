@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eopd.stages.models.weight_files import StoredTensor, read_tensors
+from eopd.storage.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -366,14 +367,17 @@ def stored_lm_head(folder: Path, dtype: str, *, trust_remote_code: bool = False)
             bias = _read(f"{name}.bias", stored) if name in _UNTIED and f"{name}.bias" in stored else None
             break
     else:
-        raise ValueError(
-            f"{folder}: no LM head among its tensors (looked for {', '.join(f'{name}.weight' for name in names)}; "
-            f"tie_word_embeddings is {text.tie_word_embeddings}). Set score.engine: transformers."
+        raise InputError(
+            f"no LM head among its tensors (looked for {', '.join(f'{name}.weight' for name in names)}; "
+            f"tie_word_embeddings is {text.tie_word_embeddings})",
+            file=folder,
+            remedy="Set score.engine: transformers.",
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(
-            f"{folder}: its LM head is stored as {weight.dtype}, quantised, and is refused: use a checkpoint that "
-            "leaves the LM head out of quantisation"
+        raise InputError(
+            f"its LM head is stored as {weight.dtype}, quantised, and is refused",
+            file=folder,
+            remedy="use a checkpoint that leaves the LM head out of quantisation",
         )
     precision = getattr(torch, dtype)
     bias = None if bias is None else bias.to(precision)

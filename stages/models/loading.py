@@ -18,6 +18,7 @@ import torch
 
 from eopd.stages.models.model_config import read_config
 from eopd.stages.models.weight_files import IGNORED_TENSORS, StoredTensor, is_quantised, listed, read_tensors
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,11 +43,11 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     if looks_like_path(path):
         folder = Path(path).expanduser()
         if folder.is_file() and folder.suffix.lower() == ".gguf":
-            raise ValueError(
-                f"{path} is a GGUF file: prepare it with `eopd prepare {path} FOLDER`, and name the folder"
-            )
+            remedy = f"prepare it with `eopd prepare {path} FOLDER`, and name the folder"
+            raise InputError(f"{path} is a GGUF file", file=path, remedy=remedy)
         if not folder.is_dir():
-            raise ValueError(f"model folder {path!r} does not exist: check the path, or give a hub id (owner/name)")
+            remedy = "check the path, or give a hub id (owner/name)"
+            raise InputError(f"model folder {path!r} does not exist", file=path, remedy=remedy)
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -55,9 +56,10 @@ def model_folder(path: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, local_files_only=_offline()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"model {path!r} (revision {revision or 'main'}) is neither a local folder nor to be had from the hub: "
-            f"{_first_line(error)}. Give a folder, fetch it once with `hf download {path}`, or unset HF_HUB_OFFLINE."
+            f"{_first_line(error)}",
+            remedy=f"Give a folder, fetch it once with `hf download {path}`, or unset HF_HUB_OFFLINE.",
         ) from error
 
 
@@ -68,7 +70,7 @@ def load_model(ref: ModelRef, device: torch.device | str = "cpu") -> PreTrainedM
         ValueError: a missing folder or hub id, an unknown dtype, weights that ``check_weights`` refuses.
     """
     if ref.dtype != "auto" and ref.dtype not in DTYPES:
-        raise ValueError(f"{ref.path}: dtype {ref.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+        raise InputError(f"{ref.path}: dtype {ref.dtype!r} is not one of auto, {', '.join(DTYPES)}", setting="dtype")
     folder = _checked_folder(ref)
     return _load(ref, folder, "auto" if ref.dtype == "auto" else DTYPES[ref.dtype]).to(device).eval()
 
@@ -92,14 +94,16 @@ def check_weights(ref: ModelRef) -> None:
 def _checked_folder(ref: ModelRef) -> Path:
     folder = model_folder(ref.path, ref.revision)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{ref.path}: {folder / 'config.json'} is missing, so this is no Hugging Face model folder")
+        problem = f"{ref.path}: {folder / 'config.json'} is missing, so this is no Hugging Face model folder"
+        raise InputError(problem, file=folder / "config.json")
     read_tensors(folder)
     code = read_config(folder).get("auto_map") if ref.trust_remote_code else None
     elsewhere = [name for name in code.values() if "--" in str(name)] if isinstance(code, dict) else []
     if elsewhere:
-        raise ValueError(
-            f"{folder / 'config.json'}: auto_map names code of another repository ({elsewhere[0]}), which no key of a "
-            "run covers. Copy that code into the folder and name it without the part before `--`."
+        raise InputError(
+            f"auto_map names code of another repository ({elsewhere[0]}), which no key of a run covers",
+            file=folder / "config.json",
+            remedy="Copy that code into the folder and name it without the part before `--`.",
         )
     return folder
 
@@ -132,7 +136,7 @@ def _load(ref: ModelRef, folder: Path, dtype: torch.dtype | str, device_map: str
             if "automatic conversion of the weights" not in str(error):
                 raise
             wrong = _uneven_experts(read_tensors(folder)) or ["its experts cannot be put together"]
-            raise ValueError(_refusal(folder, wrong)) from error
+            raise _refusal(folder, wrong) from error
     _refuse_incomplete(folder, model, info)
     return cast("PreTrainedModel", model)
 
@@ -166,7 +170,7 @@ def _refuse_incomplete(folder: Path, model: Any, info: Mapping[str, Any]) -> Non
         if tied in tensors and source in tensors and not _equal(tied, source, tensors):
             wrong.append(f"{tied} differs from {source}, although config.json ties them")
     if wrong:
-        raise ValueError(_refusal(folder, wrong))
+        raise _refusal(folder, wrong)
 
 
 def _stored_names(model: Any, name: str) -> list[str]:
@@ -176,10 +180,11 @@ def _stored_names(model: Any, name: str) -> list[str]:
     return list(revert_weight_conversion(model, {name: model.state_dict()[name].to("meta")}))
 
 
-def _refusal(folder: Path, wrong: list[str]) -> str:
-    return (
-        f"{folder}: the weights do not fit the architecture in config.json: {listed(wrong, '; ')}. Such a model would "
-        "work with random weights: download or save it again."
+def _refusal(folder: Path, wrong: list[str]) -> InputError:
+    return InputError(
+        f"{folder}: the weights do not fit the architecture in config.json: {listed(wrong, '; ')}",
+        file=folder,
+        remedy="Such a model would work with random weights: download or save it again.",
     )
 
 
@@ -234,7 +239,7 @@ def _check_quantised(ref: ModelRef, folder: Path) -> None:
         elif tensor.ndim == 1 and name in stored and stored[name].shape != tuple(tensor.shape):
             wrong.append(f"{name} has shape {stored[name].shape}, the model needs {tuple(tensor.shape)}")
     if wrong:
-        raise ValueError(_refusal(folder, wrong))
+        raise _refusal(folder, wrong)
 
 
 @contextmanager
@@ -284,9 +289,11 @@ def load_tokenizer_at(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: no tokenizer could be read from {folder}: {_first_line(error)}") from error
+        problem = f"{path}: no tokenizer could be read from {folder}: {_first_line(error)}"
+        raise InputError(problem, file=folder) from error
     if not tokenizer.is_fast:
-        raise ValueError(f"{path}: only fast tokenizers (tokenizer.json) are supported, got {type(tokenizer).__name__}")
+        problem = f"{path}: only fast tokenizers (tokenizer.json) are supported, got {type(tokenizer).__name__}"
+        raise InputError(problem, file=folder)
     return tokenizer
 
 
@@ -298,8 +305,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Map roles to reasons for models that ``check_weights`` refuses; ``models``: role -> fields of a ModelRef."""
+def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, InputError]:
+    """Map roles to errors of models that ``check_weights`` refuses; ``models``: role -> fields of a ModelRef."""
     from eopd.stages.job import ModelRef
 
     refused = {}
@@ -313,16 +320,19 @@ def refusals(models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return refused
 
 
-def _refusal_in_a_line(folder: Path, error: Exception) -> str:
-    """Return an error as one line; a message of transformers, which may name no file, names the config it is about."""
+def _refusal_in_a_line(folder: Path, error: Exception) -> InputError:
+    """Return an error of one line; a message of transformers, which may name no file, is about the config."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return InputError.of(error)
     text = " ".join(str(error).split())
-    if text.startswith(str(folder)) or (isinstance(error, OSError) and error.filename is not None):
-        return text
     if not isinstance(error, (ValueError, OSError)):
         text = f"{type(error).__name__}: {text}"
-    text = f"{folder / 'config.json'}: {text}"
-    return text if len(text) <= MOST_OF_A_MESSAGE else f"{text[: MOST_OF_A_MESSAGE - 3]}..."
+    text = text if len(text) <= MOST_OF_A_MESSAGE else f"{text[: MOST_OF_A_MESSAGE - 3]}..."
+    return InputError(text, file=folder / "config.json")
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n" + json.dumps(refusals(json.loads(sys.argv[1]))) + "\n")
+    found = {role: error.fields() for role, error in refusals(json.loads(sys.argv[1])).items()}
+    sys.stdout.write("\n" + json.dumps(found) + "\n")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eopd.storage.errors import InputError
+
 WHO_SAVED_IT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 """Entries of config.json that do not affect a loaded model's shape; precision is compared separately."""
 
@@ -17,7 +19,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json``. Raises ValueError if there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so {folder} is no Hugging Face model folder")
+        raise InputError(f"{path} is missing, so {folder} is no Hugging Face model folder", file=path)
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config
 
@@ -92,22 +94,23 @@ def length_boundary(folder: Path) -> int | None:
     return scaled.boundary if scaled is not None and scaled.depends_on_length else None
 
 
-def refuse_crossing(folder: Path, name: str, length: int, reason: str) -> None:
+def refuse_crossing(folder: Path, name: str, length: int, reason: str, remedy: str = "") -> None:
     """Raise ValueError if sequences of up to ``length`` tokens cross the ``length_boundary`` of a model."""
     boundary = length_boundary(folder)
     if boundary is not None and length > boundary:
-        raise ValueError(
-            f"{name}: its positions scale otherwise beyond {boundary} tokens, and {length} may be read: {reason}"
-        )
+        problem = f"{name}: its positions scale otherwise beyond {boundary} tokens, and {length} may be read: {reason}"
+        raise InputError(problem, file=folder / "config.json", remedy=remedy)
 
 
 def refuse_dynamic_positions(folder: Path, name: str) -> None:
     """Raise ValueError for a model that vLLM serves with other positions than transformers at every length."""
     scaled = scaled_positions(read_config(folder))
     if scaled is not None and scaled.depends_on_length and not scaled.alike_beyond:
-        raise ValueError(
+        raise InputError(
             f"{name}: rope_type {scaled.rope_type!r} in its config is refused with engine vllm, which scales positions "
-            "once for all lengths where transformers scales them by length. Set engine: transformers"
+            "once for all lengths where transformers scales them by length",
+            file=folder / "config.json",
+            remedy="Set engine: transformers",
         )
 
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.storage.errors import FilePlace, InputError, place_of
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -22,16 +24,24 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet", ".pq")
 
 
-class NoColumn(ValueError):
+class NoColumn(InputError):
     """A source lacks a column that is asked for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The requested columns of one row, and its position for messages."""
+    """The requested columns of one row, and its place for errors."""
 
     values: dict[str, Any]
-    where: str
+    place: FilePlace
+
+    @property
+    def where(self) -> str:
+        return place_of(self.place)
+
+    def refusal(self, column: str, problem: str, remedy: str = "") -> InputError:
+        """Return an error about the value of a column."""
+        return InputError(f"column {column!r} {problem}", remedy=remedy, **self.place)
 
 
 def read(path: Path, split: str | None, columns: Sequence[str], limit: int | None) -> Iterator[Row]:
@@ -43,15 +53,15 @@ def read(path: Path, split: str | None, columns: Sequence[str], limit: int | Non
     kind = _kind(path)
     if kind in ("jsonl", "array"):
         objects = _read_lines(path, limit) if kind == "jsonl" else _read_array(path, limit)
-        for values, where in objects:
-            yield _row(values, columns, where)
+        for values, place in objects:
+            yield _row(values, columns, place)
         return
     first = 0
     for name, batch in _parquet_batches(path, columns) if kind == "parquet" else _arrow_batches(path, split, columns):
         for number, values in enumerate(batch.to_pylist(maps_as_pydicts="strict")):
             if first + number == limit:
                 return
-            yield _row(values, columns, f"{name} row {first + number}")
+            yield _row(values, columns, {"file": name, "row": first + number})
         first += batch.num_rows
 
 
@@ -92,18 +102,20 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
     if not path.exists():
-        raise ValueError(f"prompt source {path} does not exist: check its path")
+        raise InputError(f"prompt source {path} does not exist", file=path, remedy="check its path")
     if not path.is_file():
-        raise ValueError(f"prompt source {path} is no file that can be read twice: name a plain file")
+        problem = f"prompt source {path} is no file that can be read twice"
+        raise InputError(problem, file=path, remedy="name a plain file")
     if path.stat().st_size == 0:
-        raise ValueError(f"prompt source {path} is empty")
+        raise InputError(f"prompt source {path} is empty", file=path)
     if path.suffix.lower() in JSON_LINES:
         return "array" if _begins_an_array(path) else "jsonl"
     if path.suffix.lower() in PARQUET:
         return "parquet"
-    raise ValueError(
-        f"prompt source {path}: cannot tell its format from {path.suffix!r}; use "
-        f"{', '.join(JSON_LINES + PARQUET)} or a folder saved with save_to_disk"
+    raise InputError(
+        f"prompt source {path}: cannot tell its format from {path.suffix!r}",
+        file=path,
+        remedy=f"use {', '.join(JSON_LINES + PARQUET)} or a folder saved with save_to_disk",
     )
 
 
@@ -116,7 +128,7 @@ def _begins_an_array(path: Path) -> bool:
     return False
 
 
-def _read_lines(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _read_lines(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], FilePlace]]:
     count = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -124,20 +136,20 @@ def _read_lines(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any],
                 return
             if not line.strip():
                 continue
-            where = f"{path} line {number}"
-            yield _object(_parse(line, where), where), where
+            place: FilePlace = {"file": path, "line": number}
+            yield _object(_parse(line, place), place), place
             count += 1
 
 
-def _read_array(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _read_array(path: Path, limit: int | None) -> Iterator[tuple[dict[str, Any], FilePlace]]:
     for number, item in enumerate(_array(path)[:limit]):
-        where = f"{path} item {number}"
-        yield _object(item, where), where
+        place: FilePlace = {"file": path, "row": number}
+        yield _object(item, place), place
 
 
 @lru_cache(maxsize=1)
 def _parsed_array(path: Path, _: tuple[int, int]) -> list[Any]:
-    value = _parse(path.read_bytes(), f"{path}, which begins as a JSON array,")
+    value = _parse(path.read_bytes(), {"file": path}, "it begins as a JSON array and ")
     assert isinstance(value, list)
     return value
 
@@ -148,13 +160,13 @@ def _array(path: Path) -> list[Any]:
     return _parsed_array(path, (status.st_mtime_ns, status.st_size))
 
 
-def _parse(text: bytes, where: str) -> Any:
+def _parse(text: bytes, place: FilePlace, what: str = "it ") -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once_each)
     except RecursionError:
-        raise ValueError(f"{where} is nested too deeply to be read") from None
+        raise InputError(f"{what}is nested too deeply to be read", **place) from None
     except ValueError as error:  # of JSON, of UTF-8, of a key that comes twice, of a number with thousands of digits
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise InputError(f"{what}is not JSON: {error}", **place) from error
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,19 +177,19 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, place: FilePlace) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not a JSON object but {type(value).__name__}")
+        raise InputError(f"it is not a JSON object but {type(value).__name__}", **place)
     return value
 
 
-def _row(values: dict[str, Any], columns: Sequence[str], where: str) -> Row:
-    return Row({name: _value(values, name, where) for name in columns}, where)
+def _row(values: dict[str, Any], columns: Sequence[str], place: FilePlace) -> Row:
+    return Row({name: _value(values, name, place) for name in columns}, place)
 
 
-def _value(values: dict[str, Any], name: str, where: str) -> Any:
+def _value(values: dict[str, Any], name: str, place: FilePlace) -> Any:
     """Return the column ``name``, or the value that its dots lead to in a column of structs and lists."""
-    top = _column(values, name, where)
+    top = _column(values, name, place)
     if top == name:
         return values[name]
     value, path = values[top], top
@@ -187,16 +199,18 @@ def _value(values: dict[str, Any], name: str, where: str) -> Any:
         elif isinstance(value, list) and step == "0" and len(value) == 1:
             value = value[0]
         elif isinstance(value, dict):
-            raise ValueError(f"{where}: {path!r} has no field {step!r}; it has {', '.join(sorted(value)) or 'none'}")
+            there = ", ".join(sorted(value)) or "none"
+            raise InputError(f"{path!r} has no field {step!r}; it has {there}", **place)
         elif isinstance(value, list):
-            raise ValueError(f"{where}: {path!r} holds {len(value)} items; `{path}.0` reads the item of a list of one")
+            remedy = f"`{path}.0` reads the item of a list of one"
+            raise InputError(f"{path!r} holds {len(value)} items", remedy=remedy, **place)
         else:
-            raise ValueError(f"{where}: {path!r} holds {type(value).__name__}, which has no field {step!r}")
+            raise InputError(f"{path!r} holds {type(value).__name__}, which has no field {step!r}", **place)
         path = f"{path}.{step}"
     return value
 
 
-def _column(there: Iterable[str], name: str, where: str) -> str:
+def _column(there: Iterable[str], name: str, place: FilePlace) -> str:
     """Return the column that contains ``name``: itself, or its longest prefix before a dot that is a column.
 
     Raises:
@@ -209,7 +223,7 @@ def _column(there: Iterable[str], name: str, where: str) -> str:
             return ".".join(pieces[:count])
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; the nearest is {near[0]}" if near else ""
-    raise NoColumn(f"{where} has no column {name!r}; it has {', '.join(sorted(names)) or 'none'}{hint}.")
+    raise NoColumn(f"there is no column {name!r}; it has {', '.join(sorted(names)) or 'none'}{hint}", **place)
 
 
 def _parquet_file(path: Path) -> Any:
@@ -219,12 +233,12 @@ def _parquet_file(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file: {error}") from error
+        raise InputError(f"{path} is no Parquet file: {error}", file=path) from error
 
 
 def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, pa.RecordBatch]]:
     file = _parquet_file(path)
-    tops = [_column(file.schema_arrow.names, name, str(path)) for name in columns]
+    tops = [_column(file.schema_arrow.names, name, {"file": path}) for name in columns]
     for batch in file.iter_batches(columns=list(dict.fromkeys(tops))):
         yield str(path), batch
 
@@ -233,7 +247,7 @@ def _arrow_batches(path: Path, split: str | None, columns: Sequence[str]) -> Ite
     folder = _split(path, split)
     for file in _arrow_files(folder):
         for batch in _open_arrow(file):
-            tops = [_column(batch.schema.names, name, str(file)) for name in columns]
+            tops = [_column(batch.schema.names, name, {"file": file}) for name in columns]
             yield str(folder), batch.select(list(dict.fromkeys(tops)))
 
 
@@ -242,26 +256,29 @@ def _split(path: Path, split: str | None) -> Path:
     listing = path / "dataset_dict.json"
     if not listing.exists():
         if split is not None:
-            raise ValueError(f"split is {split!r}, but {path} holds one data set without splits; remove it")
+            problem = f"split is {split!r}, but {path} holds one data set without splits"
+            raise InputError(problem, setting="split", file=path, remedy="remove it")
         return path
     splits = _json(listing).get("splits", [])
     if split not in splits:
-        raise ValueError(f"split is {split!r}, but {path} has the splits {', '.join(splits)}; choose one")
+        problem = f"split is {split!r}, but {path} has the splits {', '.join(splits)}"
+        raise InputError(problem, setting="split", file=path, remedy="choose one")
     return path / str(split)
 
 
 def _arrow_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if not state.exists():
-        raise ValueError(f"{folder} is no folder saved with datasets' save_to_disk: it has no state.json")
+        raise InputError(f"{folder} is no folder saved with datasets' save_to_disk: it has no state.json", file=folder)
     try:
         names = [str(entry["filename"]) for entry in _json(state)["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{state} does not list the data files of a data set") from error
+        raise InputError(f"{state} does not list the data files of a data set", file=state) from error
     paths = [folder / name for name in names]
     for file in paths:
         if file.parent != folder or not file.is_file():
-            raise ValueError(f"{state} names {file.name}, which is not there: the folder was not copied whole")
+            problem = f"{state} names {file.name}, which is not there: the folder was not copied whole"
+            raise InputError(problem, file=state)
     return paths
 
 
@@ -272,11 +289,11 @@ def _open_arrow(path: Path) -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             yield from reader
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Arrow stream file: {error}") from error
+        raise InputError(f"{path} is no Arrow stream file: {error}", file=path) from error
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}", file=path) from error

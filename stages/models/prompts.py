@@ -23,6 +23,7 @@ from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models import prompt_sources
 from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, parse_message, refuse_reserved
 from eopd.stages.settings import COUNT, LENGTH, Settings, setting
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,9 +65,11 @@ class Columns(Settings):
     @model_validator(mode="after")
     def _labels_divide_a_sequence(self) -> Columns:
         if self.labels is not None and self.response != self.prompt:
-            raise ValueError(
+            raise InputError(
                 f"labels divides token ids into prompt and response, which are in the columns {self.prompt} and "
-                f"{self.response}: name one column for both, or remove labels"
+                f"{self.response}",
+                setting="labels",
+                remedy="name one column for both, or remove labels",
             )
         return self
 
@@ -104,13 +107,17 @@ class PromptSettings(Settings):
     @model_validator(mode="after")
     def _plain_has_no_chat_arguments(self) -> PromptSettings:
         if self.template == "plain" and (self.system is not None or self.template_arguments):
-            raise ValueError(
-                "system and template_arguments belong to template: chat; with template: plain write what you need into "
-                "the prompt or the suffix"
+            raise InputError(
+                "system and template_arguments belong to template: chat",
+                setting="system",
+                remedy="with template: plain write what you need into the prompt or the suffix",
             )
         refuse_reserved("template_arguments", self.template_arguments)
         if self.columns.tools is not None and "tools" in self.template_arguments:
-            raise ValueError("columns.tools and template_arguments.tools would both say which tools there are")
+            raise InputError(
+                "columns.tools and template_arguments.tools would both say which tools there are",
+                setting="columns.tools",
+            )
         return self
 
 
@@ -187,14 +194,16 @@ def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
     for row in _rows(settings, names):
         prompt = _prompt(row, len(prompts), settings.columns)
         if prompt.id in first_seen:
-            raise ValueError(
-                f"{row.where}: id {prompt.id!r} is already that of {first_seen[prompt.id]}; ids must be unique "
-                "(columns.id: null numbers the rows)"
+            raise InputError(
+                f"id {prompt.id!r} is already that of {first_seen[prompt.id]}; ids must be unique "
+                "(columns.id: null numbers the rows)",
+                prompt=prompt.id,
+                **row.place,
             )
         first_seen[prompt.id] = row.where
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{settings.path}: there are no prompts in it")
+        raise InputError("there are no prompts in it", file=settings.path)
     return PromptTable(prompts)
 
 
@@ -202,7 +211,7 @@ def _rows(settings: PromptSettings, columns: Sequence[str]) -> Iterator[prompt_s
     try:
         yield from prompt_sources.read(Path(settings.path), settings.split, columns, settings.limit)
     except prompt_sources.NoColumn as error:
-        raise ValueError(f"{error} Map them with columns.") from error
+        raise InputError.of(error, remedy="Map them with columns.") from error
 
 
 def rows_where(settings: PromptSettings, where: Mapping[str, Sequence[Value]]) -> frozenset[int]:
@@ -220,7 +229,8 @@ def rows_where(settings: PromptSettings, where: Mapping[str, Sequence[Value]]) -
                 there = {json.dumps(known): json.dumps(known) for _, known in rows}
                 near = difflib.get_close_matches(json.dumps(value), there, n=1, cutoff=0.5)
                 hint = f"; the nearest value is {near[0]}" if near else ""
-                raise ValueError(f"{column}: no prompt of {settings.path} has the value {json.dumps(value)}{hint}")
+                problem = f"{column}: no prompt of {settings.path} has the value {json.dumps(value)}{hint}"
+                raise InputError(problem, file=settings.path)
         selected.append(frozenset().union(*(rows[type(value) is bool, value] for value in values)))
     return frozenset.intersection(*selected)
 
@@ -238,14 +248,17 @@ def rows_by_teacher(settings: PromptSettings, names: Collection[str]) -> dict[st
         name = row.values[column]
         if not isinstance(name, str) or name not in rows:
             prompt = str(number) if id_column is None else _text(row, id_column)
-            raise ValueError(
-                f"{row.where}: prompt {prompt!r} has the teacher {json.dumps(name, default=str)} (column {column!r}), "
-                f"and teachers names {', '.join(rows)}"
+            raise InputError(
+                f"it has the teacher {json.dumps(name, default=str)} (column {column!r}), and teachers names "
+                f"{', '.join(rows)}",
+                prompt=prompt,
+                **row.place,
             )
         rows[name].append(number)
     idle = next((name for name, numbers in rows.items() if not numbers), None)
     if idle is not None:
-        raise ValueError(f"no prompt of {settings.path} has the teacher {idle!r} (column {column!r}): remove it")
+        problem = f"no prompt of {settings.path} has the teacher {idle!r} (column {column!r})"
+        raise InputError(problem, setting=f"teachers.{idle}", file=settings.path, remedy="remove it")
     return {name: frozenset(numbers) for name, numbers in rows.items()}
 
 
@@ -262,10 +275,8 @@ def _rows_by_value(
         if value is None:
             continue
         if not isinstance(value, (bool, int, float, str)):
-            raise ValueError(
-                f"{row.where}: column {column!r} holds {type(value).__name__}; rows are selected by text, numbers, or "
-                "true and false"
-            )
+            kind = type(value).__name__
+            raise row.refusal(column, f"holds {kind}; rows are selected by text, numbers, or true and false")
         by_value.setdefault((type(value) is bool, value), []).append(number)
     return {key: frozenset(rows) for key, rows in by_value.items()}
 
@@ -274,7 +285,7 @@ def count_prompts(settings: PromptSettings) -> int:
     """Count the prompts of a source without reading them. Raises ValueError if there are none."""
     count = prompt_sources.count(Path(settings.path), settings.split)
     if count == 0:
-        raise ValueError(f"{settings.path}: there are no prompts in it")
+        raise InputError("there are no prompts in it", file=settings.path)
     return min(count, settings.limit or count)
 
 
@@ -302,14 +313,14 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
         if ids is not None:
             unknown = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
             if unknown is not None:
-                raise ValueError(f"it holds the id {unknown}, and the student's tokenizer has {len(tokenizer)}")
+                raise InputError(f"it holds the id {unknown}, and the student's tokenizer has {len(tokenizer)}")
             return list(ids)
         conversation = student_conversation(prompt, settings)
         if settings.template == "plain":
             return [int(token) for token in tokenizer(conversation.plain_text())["input_ids"]]
         return render_chat(tokenizer, conversation, settings.template_arguments)
     except ValueError as error:
-        raise ValueError(f"prompt {prompt.id!r} of {settings.path}: {error}") from error
+        raise InputError.of(error, prompt=prompt.id, file=settings.path) from error
 
 
 def given_ids(prompt: Prompt, settings: PromptSettings) -> tuple[int, ...] | None:
@@ -320,7 +331,8 @@ def given_ids(prompt: Prompt, settings: PromptSettings) -> tuple[int, ...] | Non
     """
     added = [name for name in ("system", "suffix", "template_arguments") if getattr(settings, name)]
     if prompt.token_ids is not None and added:
-        raise ValueError(f"it is token ids, to which {' and '.join(added)} cannot be added: remove the setting")
+        problem = f"it is token ids, to which {' and '.join(added)} cannot be added"
+        raise InputError(problem, setting=f"prompts.{added[0]}", remedy="remove the setting")
     return prompt.token_ids
 
 
@@ -376,14 +388,12 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
                 value, response = _last_turn(value)
             conversation = parse_conversation(value, tools)
     except ValueError as error:
-        raise ValueError(f"{row.where}: column {columns.prompt!r} {error}") from error
+        raise row.refusal(columns.prompt, str(error)) from error
     if columns.response not in (None, columns.prompt):
         response = _response(row, str(columns.response))
     teacher_prompt = None if columns.teacher_prompt is None else row.values[columns.teacher_prompt]
     if columns.teacher_prompt is not None and not isinstance(teacher_prompt, str):
-        raise ValueError(
-            f"{row.where}: column {columns.teacher_prompt!r} must hold text, got {repr(teacher_prompt)[:80]}"
-        )
+        raise row.refusal(columns.teacher_prompt, f"must hold text, got {repr(teacher_prompt)[:80]}")
     name = str(index) if columns.id is None else _text(row, columns.id)
     return Prompt(
         index=index,
@@ -449,39 +459,33 @@ def _response(row: prompt_sources.Row, column: str) -> Response:
         try:
             message = parse_message({"role": "assistant", **value}, "the response")
         except ValueError as error:
-            raise ValueError(f"{row.where}: column {column!r}: {error}") from error
+            raise row.refusal(column, f"holds a message: {error}") from error
         if message["role"] == "assistant":
             return message
-    raise ValueError(
-        f"{row.where}: column {column!r} must hold a response: text, a list of token ids, or a message of the "
-        f"assistant; got {repr(value)[:80]}"
-    )
+    kinds = "text, a list of token ids, or a message of the assistant"
+    raise row.refusal(column, f"must hold a response: {kinds}; got {repr(value)[:80]}")
 
 
 def _text(row: prompt_sources.Row, column: str, which: str = "") -> str:
     """Return a value that is text, or a number that reads the same. ``which`` ends the message of an empty one."""
     value = row.values[column]
     if value is None:
-        raise ValueError(f"{row.where}: column {column!r} is empty{which}")
+        raise row.refusal(column, f"is empty{which}")
     if isinstance(value, dict):
         fields = ", ".join(f"{column}.{name}" for name in value)
-        raise ValueError(f"{row.where}: column {column!r} holds a struct; name one of its fields: {fields}")
+        raise row.refusal(column, "holds a struct", f"name one of its fields: {fields}")
     if isinstance(value, list):
-        raise ValueError(
-            f"{row.where}: column {column!r} holds a list, and text or a number is read; name an item: {column}.0"
-        )
+        raise row.refusal(column, "holds a list, and text or a number is read", f"name an item: {column}.0")
     if isinstance(value, (float, Decimal)) and not math.isfinite(value):
-        raise ValueError(f"{row.where}: column {column!r} is {value}, which is no value")
+        raise row.refusal(column, f"is {value}, which is no value")
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if isinstance(value, Decimal):
         return format(value, "f")
     if not isinstance(value, str):
-        raise ValueError(f"{row.where}: column {column!r} must hold text or a number, got {type(value).__name__}")
+        raise row.refusal(column, f"must hold text or a number, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{row.where}: column {column!r} is no text: {error.reason} at character {error.start}"
-        ) from error
+        raise row.refusal(column, f"is no text: {error.reason} at character {error.start}") from error
     return value

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from eopd.stages.models.chat_templates import Message, dated
 from eopd.stages.models.prompts import Prompt, PromptSettings, student_conversation
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class NoResponse(ValueError):
+class NoResponse(InputError):
     """A response that cannot be trained on. The message goes on after "the response to ..."."""
 
 
@@ -33,7 +34,7 @@ def response_ids(
     """
     response = prompt.response
     if response is None:
-        raise NoResponse("is missing: prompts.columns.response names no column")
+        raise NoResponse("is missing: prompts.columns.response names no column", setting="prompts.columns.response")
     if isinstance(response, str):
         ids = [int(token) for token in tokenizer(response, add_special_tokens=False)["input_ids"]]
         if ids and ids[-1] not in stop_ids:
@@ -50,7 +51,8 @@ def response_ids(
     early = next((place for place, token in enumerate(ids[:-1]) if token in stop_ids), None)
     if early is not None:
         raise NoResponse(
-            f"holds the stop id {ids[early]} as token {early} of {len(ids)}, and would end there; remove what follows"
+            f"holds the stop id {ids[early]} as token {early} of {len(ids)}, and would end there",
+            remedy="remove what follows",
         )
     return ids
 
@@ -63,9 +65,15 @@ def _of_message(
     stop_ids: Sequence[int],
 ) -> list[int]:
     if prompt.token_ids is not None:
-        raise NoResponse("is a message, which cannot be written after a prompt of token ids; give it as token ids")
+        raise NoResponse(
+            "is a message, which cannot be written after a prompt of token ids", remedy="give it as token ids"
+        )
     if settings.template != "chat":
-        raise NoResponse("is a message, which template: plain cannot write; use template: chat, or a column of text")
+        raise NoResponse(
+            "is a message, which template: plain cannot write",
+            setting="prompts.template",
+            remedy="use template: chat, or a column of text",
+        )
     conversation = student_conversation(prompt, settings)
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
     arguments = {**dated(settings.template_arguments), **tools, "tokenize": False}
@@ -73,8 +81,9 @@ def _of_message(
     whole = str(tokenizer.apply_chat_template([*conversation.messages, message], **arguments))
     if not whole.startswith(before):
         raise NoResponse(
-            "is not written after the prompt by the chat template, which begins the assistant's turn otherwise; set "
-            "prompts.template_arguments (such as enable_thinking: false), or give the response as text"
+            "is not written after the prompt by the chat template, which begins the assistant's turn otherwise",
+            setting="prompts.template_arguments",
+            remedy="set prompts.template_arguments (such as enable_thinking: false), or give the response as text",
         )
     ids = [int(token) for token in tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]]
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)

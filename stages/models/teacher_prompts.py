@@ -14,6 +14,7 @@ from pydantic import model_validator
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models.chat_templates import Conversation, refuse_reserved
 from eopd.stages.settings import Settings, setting
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,13 +57,14 @@ def check(setting: str, text: str, allowed: Sequence[str]) -> None:
         if name in allowed:
             continue
         if name in KNOWN:
-            raise ValueError(
+            raise InputError(
                 f"{setting}: {{{{{name}}}}} can stand only in score.teacher_prompt.opening, which takes token ids as "
-                "they are"
+                "they are",
+                setting=setting,
             )
         near = difflib.get_close_matches(name.lower(), KNOWN, n=1, cutoff=0.5)
         hint = f"Did you mean {{{{{near[0]}}}}}?" if near else f"Known: {', '.join(f'{{{{{one}}}}}' for one in KNOWN)}."
-        raise ValueError(f"{setting}: there is no placeholder {{{{{name}}}}}. {hint}")
+        raise InputError(f"{setting}: there is no placeholder {{{{{name}}}}}", setting=setting, remedy=hint)
 
 
 def fill(text: str, values: Mapping[str, str | None]) -> str:
@@ -75,7 +77,7 @@ def fill(text: str, values: Mapping[str, str | None]) -> str:
     def value(match: re.Match[str]) -> str:
         text = values.get(match[1])
         if text is None or not text.strip():
-            raise ValueError(f"the prompt has no {match[1]} for {{{{{match[1]}}}}}")
+            raise InputError(f"the prompt has no {match[1]} for {{{{{match[1]}}}}}")
         return text
 
     return _PLACEHOLDER.sub(value, text)
@@ -99,7 +101,10 @@ def donors(prompts: Sequence[int], seed: int, *path: str | int) -> dict[int, int
     """
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) == 1:
-        raise ValueError("score.teacher_prompt.shuffled needs at least two prompts to exchange answers between")
+        raise InputError(
+            "score.teacher_prompt.shuffled needs at least two prompts to exchange answers between",
+            setting="score.teacher_prompt.shuffled",
+        )
     keys = np.random.PCG64(derive_seed(seed, "shuffled", *path)).random_raw(len(distinct))
     order = [distinct[place] for place in np.argsort(keys, kind="stable")]
     return dict(zip(order, [*order[1:], *order[:1]], strict=True))
@@ -162,12 +167,17 @@ class TeacherPromptSettings(Settings):
     def _fields_belong_to_the_kind(self) -> TeacherPromptSettings:
         rendered = {name for name in ("arguments", "system", "suffix") if getattr(self, name)}
         if self.kind == "same" and rendered:
-            raise ValueError(
+            raise InputError(
                 f"score.teacher_prompt: {', '.join(sorted(rendered))} has no effect with kind: same, which takes the "
-                "student's token ids as they are; set kind: template"
+                "student's token ids as they are",
+                setting=f"score.teacher_prompt.{min(rendered)}",
+                remedy="set kind: template",
             )
         if self.template == "plain" and rendered - {"suffix"}:
-            raise ValueError("score.teacher_prompt: arguments and system belong to template: chat")
+            raise InputError(
+                "score.teacher_prompt: arguments and system belong to template: chat",
+                setting="score.teacher_prompt.template",
+            )
         refuse_reserved("score.teacher_prompt.arguments", self.arguments)
         return self
 
@@ -177,9 +187,10 @@ class TeacherPromptSettings(Settings):
         check("score.teacher_prompt.system", self.system or "", TEXTS)
         check("score.teacher_prompt.opening", self.opening, KNOWN)
         if self.shuffled and not set(TEXTS) & set(self.used):
-            raise ValueError(
+            raise InputError(
                 "score.teacher_prompt.shuffled has no effect: neither suffix, system nor opening holds "
-                f"{' or '.join(f'{{{{{name}}}}}' for name in TEXTS)}"
+                f"{' or '.join(f'{{{{{name}}}}}' for name in TEXTS)}",
+                setting="score.teacher_prompt.shuffled",
             )
         return self
 
@@ -187,14 +198,27 @@ class TeacherPromptSettings(Settings):
     def _verdicts_are_shown(self) -> TeacherPromptSettings:
         shown = VERDICT in self.used
         if shown and self.verdicts is None:
-            raise ValueError("score.teacher_prompt shows {{verdict}}: set score.teacher_prompt.verdicts {right, wrong}")
+            raise InputError(
+                "score.teacher_prompt shows {{verdict}}",
+                setting="score.teacher_prompt.verdicts",
+                remedy="set score.teacher_prompt.verdicts {right, wrong}",
+            )
         if self.verdicts is not None and not shown:
-            raise ValueError("score.teacher_prompt.verdicts has no effect: nothing holds {{verdict}}")
+            raise InputError(
+                "score.teacher_prompt.verdicts has no effect: nothing holds {{verdict}}",
+                setting="score.teacher_prompt.verdicts",
+            )
         for name, text in (self.verdicts.model_dump() if self.verdicts is not None else {}).items():
             if not text.strip() or names_in(text):
-                raise ValueError(f"score.teacher_prompt.verdicts.{name} must be text without placeholders")
+                raise InputError(
+                    f"score.teacher_prompt.verdicts.{name} must be text without placeholders",
+                    setting=f"score.teacher_prompt.verdicts.{name}",
+                )
         if self.otherwise != "same" and SIBLING not in self.used:
-            raise ValueError("score.teacher_prompt.otherwise has no effect: nothing holds {{right_sibling}}")
+            raise InputError(
+                "score.teacher_prompt.otherwise has no effect: nothing holds {{right_sibling}}",
+                setting="score.teacher_prompt.otherwise",
+            )
         return self
 
     @property
@@ -289,7 +313,10 @@ def teacher_context(
         before = list(own)
     else:
         if source is None:
-            raise ValueError(f"{where} has no messages, which score.teacher_prompt.kind: {settings.kind} renders")
+            raise InputError(
+                f"{where} has no messages, which score.teacher_prompt.kind: {settings.kind} renders",
+                setting="score.teacher_prompt.kind",
+            )
         before = render_teacher_prompt(source, settings, tokenizer, where, values)
     if not settings.opening:
         return Context((tuple(before),))
@@ -304,7 +331,9 @@ def teacher_context(
             first, *others = split_at(text, SIBLING)
             pieces.append([*ids(first), *(number for other in others for number in (*sibling, *ids(other)))])
     except ValueError as error:
-        raise ValueError(f"{where}, score.teacher_prompt.opening: {error}") from error
+        raise InputError.of(
+            error, f"{where}, score.teacher_prompt.opening", setting="score.teacher_prompt.opening"
+        ) from error
     pieces[0] = [*before, *pieces[0]]
     return Context(tuple(map(tuple, pieces)))
 
@@ -340,7 +369,7 @@ def render_teacher_prompt(
             return [int(number) for number in tokenizer(conversation.plain_text())["input_ids"]]
         return render_chat(tokenizer, conversation, settings.arguments)
     except ValueError as error:
-        raise ValueError(f"{where}, score.teacher_prompt: {error}") from error
+        raise InputError.of(error, f"{where}, score.teacher_prompt", setting="score.teacher_prompt") from error
 
 
 def teacher_conversation(

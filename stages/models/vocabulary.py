@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from eopd.storage.errors import InputError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -49,8 +51,8 @@ def check_same(teacher: Mapping[int, bytes], student: Mapping[int, bytes]) -> No
     differing = [number for number in sorted(teacher.keys() & student.keys()) if teacher[number] != student[number]]
     if differing or not teacher.keys() & student.keys():
         first = differing[0] if differing else 0
-        raise ValueError(
+        raise InputError(
             f"the tokenizers of teacher and student differ at {len(differing)} ids, first at id {first}: "
-            f"{teacher.get(first)!r} against {student.get(first)!r}; scores of one are meaningless for the other. "
-            "Use a teacher of the student's own token vocabulary."
+            f"{teacher.get(first)!r} against {student.get(first)!r}; scores of one are meaningless for the other",
+            remedy="Use a teacher of the student's own token vocabulary.",
         )

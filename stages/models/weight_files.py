@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eopd.storage.errors import InputError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARDS = "model*.safetensors"
@@ -30,12 +32,19 @@ IGNORED_TENSORS = re.compile(
 )
 """Stored tensors that no reader needs: buffers of older versions of transformers, heads for multi-token prediction."""
 REFUSED_FILES = {
-    "adapter_config.json": "transformers would add that adapter to the model, vLLM would not: merge it into the "
-    "weights, or move it out of the folder",
-    "modules.json": "vLLM would add the layers that it names to the model, transformers would not: use the "
-    "original causal language model",
+    "adapter_config.json": (
+        "transformers would add that adapter to the model, vLLM would not",
+        "merge it into the weights, or move it out of the folder",
+    ),
+    "modules.json": (
+        "vLLM would add the layers that it names to the model, transformers would not",
+        "use the original causal language model",
+    ),
 }
+"""Files of a model folder, what is wrong with each, and the remedy."""
 MOST_NAMED = 8
+AGAIN = "download or save the model again"
+CONVERT = "Convert the checkpoint with model.save_pretrained(folder)."
 
 
 @dataclass(frozen=True)
@@ -57,25 +66,24 @@ def weight_files(folder: Path) -> list[Path]:
         named = set(_read_index(index).values())
         leftover = [path.name for path in sorted(folder.glob(SHARDS)) if path.name not in named]
         if leftover:
-            raise ValueError(
+            raise InputError(
                 f"{folder}: {listed(leftover)} stands beside {INDEX}, which does not name it, so two readers could "
-                "read different weights. Delete whichever is out of date."
+                "read different weights",
+                file=folder / leftover[0],
+                remedy="Delete whichever is out of date.",
             )
         if SINGLE in named and len(named) > 1:
-            raise ValueError(
-                f"{folder}: {INDEX} names {SINGLE} and further files, but transformers reads {SINGLE} alone. Save the "
-                "model again."
-            )
+            problem = f"{INDEX} names {SINGLE} and further files, but transformers reads {SINGLE} alone"
+            raise InputError(problem, file=index, remedy="Save the model again.")
         return [_regular(folder / name, f"{INDEX} names it") for name in sorted(named)]
     if not stored:
-        raise ValueError(
-            f"{folder} has no *.safetensors file; pickled weights can run code and are not read. Convert the "
-            "checkpoint with model.save_pretrained(folder)."
-        )
+        problem = f"{folder} has no *.safetensors file; pickled weights can run code and are not read"
+        raise InputError(problem, file=folder, remedy=CONVERT)
     if stored != [SINGLE]:
-        raise ValueError(
-            f"{folder} holds {listed(stored)} without {INDEX}: transformers would read {SINGLE} alone, vLLM every "
-            f"file. Leave {SINGLE} alone in the folder, or add the index of the shards."
+        raise InputError(
+            f"{folder} holds {listed(stored)} without {INDEX}: transformers would read {SINGLE} alone, vLLM every file",
+            file=folder,
+            remedy=f"Leave {SINGLE} alone in the folder, or add the index of the shards.",
         )
     return [_regular(folder / SINGLE, "it holds the weights")]
 
@@ -92,8 +100,10 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     for path in weight_files(folder):
         for name, shape in _read_header(path).items():
             if name in tensors:
-                raise ValueError(
-                    f"{folder}: tensor {name} is in {tensors[name].file.name} and in {path.name}; save the model again"
+                raise InputError(
+                    f"{folder}: tensor {name} is in {tensors[name].file.name} and in {path.name}",
+                    file=path,
+                    remedy="save the model again",
                 )
             tensors[name] = StoredTensor(path, shape)
     if (folder / INDEX).exists():
@@ -101,10 +111,8 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         headers = {(name, tensor.file.name) for name, tensor in tensors.items()}
         wrong = sorted({name for name, _ in index ^ headers if not IGNORED_TENSORS.search(name)})
         if wrong:
-            raise ValueError(
-                f"{folder}: {INDEX} and the files that it names disagree on {listed(wrong)}; download or save the "
-                "model again"
-            )
+            problem = f"{INDEX} and the files that it names disagree on {listed(wrong)}"
+            raise InputError(problem, file=folder / INDEX, remedy=AGAIN)
     return tensors
 
 
@@ -119,26 +127,29 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def _refuse_further_weights(folder: Path) -> None:
-    for name, reason in REFUSED_FILES.items():
+    for name, (problem, remedy) in REFUSED_FILES.items():
         if (folder / name).exists():
-            raise ValueError(f"{folder / name}: {reason}")
+            raise InputError(problem, file=folder / name, remedy=remedy)
     if _read_object(folder / "config.json").get("transformers_weights") is not None:
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers_weights redirects transformers to another file, which vLLM does "
-            "not follow. Remove the key and name the weights as usual."
+        raise InputError(
+            "transformers_weights redirects transformers to another file, which vLLM does not follow",
+            file=folder / "config.json",
+            remedy="Remove the key and name the weights as usual.",
         )
 
 
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: it has no weight_map of tensors to files; download or save the model again")
+        raise InputError("it has no weight_map of tensors to files", file=index, remedy=AGAIN)
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and not name.startswith(".")
         if not plain or Path(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(
-                f"{index}: tensor {tensor} is said to be in {name!r}; an index may name *.safetensors files beside "
-                "it and nothing else. Convert the checkpoint with model.save_pretrained(folder)."
+            raise InputError(
+                f"tensor {tensor} is said to be in {name!r}; an index may name *.safetensors files beside it and "
+                "nothing else",
+                file=index,
+                remedy=CONVERT,
             )
     return weight_map
 
@@ -146,21 +157,21 @@ def _read_index(index: Path) -> dict[str, str]:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         if path.exists() or path.is_symlink():
-            raise ValueError(f"{path} is no regular file; download or save the model again")
+            raise InputError(f"{path} is no regular file", file=path, remedy=AGAIN)
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); download or save the model again") from error
+        raise InputError(f"{path} cannot be read ({error})", file=path, remedy=AGAIN) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object; download or save the model again")
+        raise InputError(f"{path} is no JSON object", file=path, remedy=AGAIN)
     return content
 
 
 def _regular(path: Path, why: str) -> Path:
     if not path.is_file():
         state = "is no regular file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {state}, although {why}; download or save the model again")
+        raise InputError(f"{path} {state}, although {why}", file=path, remedy=AGAIN)
     return path
 
 
@@ -173,4 +184,4 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "np") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); download or save the model again") from error
+        raise InputError(f"{path} is no safetensors file ({error})", file=path, remedy=AGAIN) from error

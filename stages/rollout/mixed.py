@@ -18,6 +18,7 @@ from eopd.stages.models import teacher_prompts as placeholders
 from eopd.stages.models.prompts import Prompt, PromptSettings, render_prompt, student_conversation
 from eopd.stages.rollout.segments import Draft, Sampling, Written
 from eopd.stages.rollout.settings import ExpertSettings, RolloutSettings
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import Writer
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def expert_settings(expert: ExpertSettings, prompts: PromptSettings, prompt: Pro
             if text is not None
         }
     except ValueError as error:
-        raise ValueError(f"prompt {prompt.id!r} of {prompts.path}, rollout.mixed.expert: {error}") from error
+        raise InputError.of(error, setting="rollout.mixed.expert", file=prompts.path, prompt=prompt.id) from error
     return prompts.model_copy(update=shown)
 
 
@@ -96,10 +97,13 @@ def expert_reader(
         ours, theirs = turn(prompt, prompts), turn(prompt, settings)
         last = len(tokenizer(ours, add_special_tokens=False)["input_ids"])
         if ours != theirs or own[len(own) - last :] != ids[len(ids) - last :]:
-            raise ValueError(
-                f"prompt {prompt.id!r} of {prompts.path}: the chat template begins the assistant's turn otherwise with "
-                f"rollout.mixed.expert than without it ({theirs!r}, {ours!r}), and a response must follow both alike; "
-                "set prompts.template_arguments or another expert.system"
+            raise InputError(
+                "the chat template begins the assistant's turn otherwise with rollout.mixed.expert than without it "
+                f"({theirs!r}, {ours!r}), and a response must follow both alike",
+                setting="rollout.mixed.expert",
+                file=prompts.path,
+                prompt=prompt.id,
+                remedy="set prompts.template_arguments or another expert.system",
             )
         return ids
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from eopd.stages.engines.sampling import SamplingRequest, derive_seed
 from eopd.stages.rollout.segments import Draft, Judging, Sampling, Written
 from eopd.stages.rollout.settings import RolloutSettings
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import Writer
 
 if TYPE_CHECKING:
@@ -39,15 +40,19 @@ class Phrases:
             tokens = tuple(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
             bad = next((token for token in tokens if token in special), None)
             if bad is not None:
-                raise ValueError(
+                raise InputError(
                     f"rollout.revise.phrases.{name} holds {tokenizer.convert_ids_to_tokens(bad)!r} (id {bad}), a "
-                    "special token or one that ends a response; write the phrase without it"
+                    "special token or one that ends a response",
+                    setting=f"rollout.revise.phrases.{name}",
+                    remedy="write the phrase without it",
                 )
             if settings.revised_from + len(tokens) >= settings.max_new_tokens:
-                raise ValueError(
+                raise InputError(
                     f"rollout.revise: a first answer of up to {settings.revised_from} tokens and phrases.{name} of "
                     f"{len(tokens)} leave no room for a second answer within rollout.max_new_tokens = "
-                    f"{settings.max_new_tokens}; raise it, or lower rollout.revise.first_tokens"
+                    f"{settings.max_new_tokens}",
+                    setting="rollout.revise",
+                    remedy="raise it, or lower rollout.revise.first_tokens",
                 )
             return tokens
 

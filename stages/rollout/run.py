@@ -31,6 +31,7 @@ from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.verifiers.registry import Answered, Verifier, check_answers, judge_responses, open_verifier
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import Writer, read_rollouts, write_rollouts
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ def _sample_parts(
         model_folder(job.policy.path, job.policy.revision),
         job.policy.path,
         job.settings.engine_options.max_model_len or longest + job.settings.max_new_tokens,
-        "the sampler and the trainer would mean different policies. Lower rollout.max_new_tokens or "
-        "prompts.max_prompt_tokens",
+        "the sampler and the trainer would mean different policies",
+        "Lower rollout.max_new_tokens or prompts.max_prompt_tokens",
     )
     sampling = job.engines.sampling(
         job.settings.engine_kind,
@@ -174,7 +175,8 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
         for prompt, first in zip(table.rows(indices), firsts, strict=True):
             ids = render_prompt(tokenizer, prompt, job.prompts)
             if not ids:
-                raise ValueError(f"prompt {prompt.id!r} of {job.prompts.path} has no tokens: nothing can follow it")
+                problem = "it has no tokens: nothing can follow it"
+                raise InputError(problem, file=job.prompts.path, prompt=prompt.id)
             expert_ids = [] if expert_of is None else expert_of(prompt, ids)
             length = max(len(ids), len(expert_ids))
             if length <= limit:
@@ -183,9 +185,12 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
                 skipped.append(length)
             else:
                 reader = " as rollout.mixed.expert shows it" if length > len(ids) else ""
-                raise ValueError(
-                    f"prompt {prompt.id!r} of {job.prompts.path} has {length} tokens{reader}, more than "
-                    f"prompts.max_prompt_tokens = {limit}; raise it, or set too_long: skip"
+                raise InputError(
+                    f"it has {length} tokens{reader}, more than prompts.max_prompt_tokens = {limit}",
+                    setting="prompts.max_prompt_tokens",
+                    file=job.prompts.path,
+                    prompt=prompt.id,
+                    remedy="raise it, or set too_long: skip",
                 )
             rank += job.settings.samples_per_prompt
     if skipped:
@@ -195,7 +200,8 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
             f"(longest: {max(skipped)})"
         )
         if len(skipped) == drawn:
-            raise ValueError(f"{job.prompts.path}: {notes}: none is left. Raise the limit")
+            problem, setting = f"{notes}: none is left", "prompts.max_prompt_tokens"
+            raise InputError(problem, setting=setting, file=job.prompts.path, remedy="Raise the limit")
         job.progress.line(f"rollout: skipped {notes}")
     return per_part
 
@@ -215,7 +221,7 @@ def _contexts(job: RolloutJob) -> Callable[[Prompt, list[int]], list[int]]:
         values = {name: prompt.value(name) for name in reads.values_needed}
         ids = teacher_context(source, own, reads, tokenizer, values, where).ids((), ())
         if not ids:
-            raise ValueError(f"{where} has no tokens as the teacher reads it")
+            raise InputError("it has no tokens as the teacher reads it", file=job.prompts.path, prompt=prompt.id)
         return list(ids)
 
     return render
@@ -386,7 +392,7 @@ def _given(job: RolloutJob, draw: Draw, tokenizer: PreTrainedTokenizerBase) -> l
                 "or set prompts.too_long: skip"
             )
     except NoResponse as error:
-        raise ValueError(f"the response to prompt {draw.prompt.id!r} of {job.prompts.path} {error}") from error
+        raise InputError.of(error, "the response", file=job.prompts.path, prompt=draw.prompt.id) from error
     return ids
 
 

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from eopd.stages.engines.sampling import MIN_TEMPERATURE, EngineKind, EngineOptions, SamplingParameters
 from eopd.stages.models import teacher_prompts as placeholders
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, Settings, setting
+from eopd.storage.errors import InputError
 
 Source = Literal["student", "teacher", "prefix", "mixed", "revise", "data"]
 OFF_POLICY: frozenset[Source] = frozenset({"teacher", "mixed", "data"})
@@ -65,9 +66,10 @@ class ExpertSettings(Settings):
         for name, text in (("suffix", self.suffix), ("system", self.system)):
             later = [one for one in placeholders.names_in(text or "") if one in (*placeholders.JUDGED, "response")]
             if later:
-                raise ValueError(
-                    f"rollout.mixed.expert.{name} holds {{{{{later[0]}}}}}, and there is no response yet; it may hold "
-                    "{{answer}} and {{solution}}"
+                raise InputError(
+                    f"rollout.mixed.expert.{name} holds {{{{{later[0]}}}}}, and there is no response yet; it may "
+                    f"hold {{{{answer}}}} and {{{{solution}}}}",
+                    setting=f"rollout.mixed.expert.{name}",
                 )
             placeholders.check(f"rollout.mixed.expert.{name}", text or "", placeholders.OF_PROMPT)
         return self
@@ -94,7 +96,7 @@ class MixedSettings(Settings):
     @classmethod
     def _temperature_is_not_tiny(cls, value: float | None) -> float | None:
         if value is not None and 0.0 < value < MIN_TEMPERATURE:
-            raise ValueError(f"must be 0 (the most probable token) or at least {MIN_TEMPERATURE}")
+            raise InputError(f"must be 0 (the most probable token) or at least {MIN_TEMPERATURE}")
         return value
 
 
@@ -180,62 +182,91 @@ class RolloutSettings(Settings):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> RolloutSettings:
         if self.source not in ("teacher", "prefix") and self.guide != GuideSettings():
-            raise ValueError(f"rollout.guide has no effect with source: {self.source}; remove it, or name the source")
+            raise InputError(
+                f"rollout.guide has no effect with source: {self.source}",
+                setting="rollout.guide",
+                remedy="remove it, or name the source",
+            )
         if self.source != "prefix" and self.prefix != PrefixSettings():
-            raise ValueError(f"rollout.prefix has no effect with source: {self.source}; set source: prefix")
+            raise InputError(
+                f"rollout.prefix has no effect with source: {self.source}",
+                setting="rollout.prefix",
+                remedy="set source: prefix",
+            )
         if self.source == "mixed":
             self._expert_sees_more()
         elif self.mixed != MixedSettings():
-            raise ValueError(f"rollout.mixed has no effect with source: {self.source}; set source: mixed")
+            raise InputError(
+                f"rollout.mixed has no effect with source: {self.source}",
+                setting="rollout.mixed",
+                remedy="set source: mixed",
+            )
         if self.source == "revise":
             self._phrases_are_given()
         elif self.revise != ReviseSettings():
-            raise ValueError(f"rollout.revise has no effect with source: {self.source}; set source: revise")
+            raise InputError(
+                f"rollout.revise has no effect with source: {self.source}",
+                setting="rollout.revise",
+                remedy="set source: revise",
+            )
         if self.source == "teacher" and self.guide.samples is not None:
-            raise ValueError(
-                "rollout.guide.samples is for source: prefix; with source: teacher, rollout.samples_per_prompt says it"
+            raise InputError(
+                "rollout.guide.samples is for source: prefix; with source: teacher, rollout.samples_per_prompt says it",
+                setting="rollout.guide.samples",
             )
         if self.source == "data" and self.samples_per_prompt != 1:
-            raise ValueError(
+            raise InputError(
                 f"rollout.samples_per_prompt is {self.samples_per_prompt}, and a row of source: data holds one "
-                "response; set it to 1 (several responses to a prompt are several rows)"
+                "response",
+                setting="rollout.samples_per_prompt",
+                remedy="set it to 1 (several responses to a prompt are several rows)",
             )
         self._attempts_differ()
         return self
 
     def _expert_sees_more(self) -> None:
         if self.engine == "vllm":
-            raise ValueError(
+            raise InputError(
                 "rollout.engine is vllm, which samples a response under one context, and with source: mixed every "
-                "token follows two; set rollout.engine: transformers"
+                "token follows two",
+                setting="rollout.engine",
+                remedy="set rollout.engine: transformers",
             )
         if self.mixed.expert == ExpertSettings():
-            raise ValueError(
+            raise InputError(
                 "rollout.source is mixed, and rollout.mixed.expert shows the student nothing more than the plain "
-                "prompt does: set its suffix or system, with {{solution}} or {{answer}}"
+                "prompt does",
+                setting="rollout.mixed.expert",
+                remedy="set its suffix or system, with {{solution}} or {{answer}}",
             )
         if self.mixed.temperature == 0.0 and (self.top_p < 1.0 or self.top_k or self.min_p):
-            raise ValueError(
-                "rollout.mixed.temperature is 0, so that rollout.top_p, top_k and min_p have no effect; remove them"
+            raise InputError(
+                "rollout.mixed.temperature is 0, so that rollout.top_p, top_k and min_p have no effect",
+                setting="rollout.mixed.temperature",
+                remedy="remove them",
             )
 
     def _phrases_are_given(self) -> None:
         phrases, always = self.revise.phrases, self.revise.when == "always"
         for name, text in (("wrong", phrases.wrong), *([("right", phrases.right)] if always else [])):
             if not text:
-                raise ValueError(
-                    f"rollout.source is revise, and rollout.revise.phrases.{name} is empty: write the text after a "
-                    f"{name} answer"
+                raise InputError(
+                    f"rollout.source is revise, and rollout.revise.phrases.{name} is empty",
+                    setting=f"rollout.revise.phrases.{name}",
+                    remedy=f"write the text after a {name} answer",
                 )
         if phrases.right is not None and not always:
-            raise ValueError(
-                "rollout.revise.phrases.right has no effect with when: wrong, which leaves right answers as they are; "
-                "remove it, or set when: always"
+            raise InputError(
+                "rollout.revise.phrases.right has no effect with when: wrong, which leaves right answers as they are",
+                setting="rollout.revise.phrases.right",
+                remedy="remove it, or set when: always",
             )
         if not self.revised_from < self.max_new_tokens:
-            raise ValueError(
+            raise InputError(
                 f"rollout.revise.first_tokens = {self.revised_from} leaves no room for a phrase and a second answer "
-                f"within rollout.max_new_tokens = {self.max_new_tokens}; lower it"
+                f"within rollout.max_new_tokens = {self.max_new_tokens}",
+                setting="rollout.revise.first_tokens",
+                remedy="lower it",
             )
 
     @property
@@ -247,14 +278,18 @@ class RolloutSettings(Settings):
         if self.attempts is None:
             return
         if self.source == "data":
-            raise ValueError(
-                "rollout.attempts has no effect with source: data, whose responses come with the prompts; remove it"
+            raise InputError(
+                "rollout.attempts has no effect with source: data, whose responses come with the prompts",
+                setting="rollout.attempts",
+                remedy="remove it",
             )
         fixed = self._what_is_fixed()
         if self.attempts.most > 1 and fixed:
-            raise ValueError(
+            raise InputError(
                 f"rollout.attempts.most is {self.attempts.most}, and with {fixed} nothing is random: every attempt "
-                "would be the same. Remove rollout.attempts, or sample from more than one token"
+                "would be the same",
+                setting="rollout.attempts.most",
+                remedy="Remove rollout.attempts, or sample from more than one token",
             )
 
     def _what_is_fixed(self) -> str:

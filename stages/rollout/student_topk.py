@@ -27,6 +27,7 @@ from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.student_topk import StudentTopk, write_student_topk
@@ -72,7 +73,9 @@ def _read_parts(job: StudentTopkJob, todo: list[int], device: str) -> None:
     vocabulary = lm_head_of(model).vocab_size
     k = job.settings.student_topk
     if not 0 < k <= vocabulary:
-        raise ValueError(f"rollout.student_topk must be 1 to {vocabulary} (the vocabulary), got {k}")
+        raise InputError(
+            f"rollout.student_topk must be 1 to {vocabulary} (the vocabulary), got {k}", setting="rollout.student_topk"
+        )
     job.progress.start("student top-k", len(todo), unit="parts")
     try:
         for part in claimed_parts(job.output, todo, job.progress.line):

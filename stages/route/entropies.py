@@ -28,6 +28,7 @@ from eopd.storage import records as evaluations
 from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 
 ROW_TOKENS, BATCH_TOKENS = 2048, 8192
@@ -83,7 +84,7 @@ def _do_part(
     try:
         values = entropies_of(model, sequences, device)
     except FloatingPointError as error:
-        raise ValueError(f"{job.policy.path}: {error}") from error
+        raise InputError.of(error, file=job.policy.path) from error
     rows = [{**name, "entropy": value} for name, value in zip(names, values, strict=True)]
     info = {"tokens": sum(map(len, values)), "responses": len(rows)}
     with job.output.write_part(part, inputs={"samples": job.evaluation.marker(part).checksum}, info=info) as folder:

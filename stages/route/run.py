@@ -23,6 +23,7 @@ from eopd.storage import records as evaluations
 from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
+from eopd.storage.errors import InputError
 from eopd.storage.sources import filled_parts
 
 RESULTS_VERSION = 1
@@ -199,9 +200,11 @@ def _read(job: RouteJob) -> tuple[list[list[Name]], Routed, Floats, int]:
         answered.setdefault(name[:2], []).append(name)
     names = [of_problem for of_problem in answered.values() if len(of_problem) == job.settings.samples]
     if not names:
-        raise ValueError(
-            "evaluate.route: no problem was answered in every mode; `eopd store verify --repair` re-queues parts that "
-            "were set aside, and evaluate.max_prompt_tokens says which prompts are too long"
+        raise InputError(
+            "evaluate.route: no problem was answered in every mode",
+            setting="evaluate.route",
+            remedy="`eopd store verify --repair` re-queues parts that were set aside, and "
+            "evaluate.max_prompt_tokens says which prompts are too long",
         )
     both = np.array([[[samples[name] for samples in by_mode] for name in group] for group in names], dtype=np.float64)
     probe = np.array([[len(probes[name]) for name in group] for group in names], dtype=np.float64)

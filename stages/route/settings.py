@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from eopd.stages.settings import COUNT, LENGTH, Settings, setting
+from eopd.storage.errors import InputError
 
 STANDARD = "standard"
 """The mode that is `evaluate` itself. The first tokens of its responses are the probe."""
@@ -50,7 +51,9 @@ class RouteSettings(Settings):
     def check_calibration(self, problems: int) -> None:
         """Refuse to fit a rule to half of the problems or more. Raises ValueError."""
         if self.rule is None and 2 * self.calibration >= problems:
-            raise ValueError(
+            raise InputError(
                 f"evaluate.route.calibration is {self.calibration}, which must be less than half of the {problems} "
-                "problems: lower it, add problems, or set evaluate.route.rule to thresholds of your own"
+                "problems",
+                setting="evaluate.route.calibration",
+                remedy="lower it, add problems, or set evaluate.route.rule to thresholds of your own",
             )

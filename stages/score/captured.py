@@ -10,12 +10,13 @@ import numpy as np
 
 from eopd.stages.job import Progress
 from eopd.stages.models.loading import load_tokenizer_at
+from eopd.stages.models.settings import CaptureSettings
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
-from eopd.stages.score.settings import CaptureSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.captures import Capture, Wanted, columns_of, imported_header, read_capture
 from eopd.storage.claims import claimed_parts
 from eopd.storage.codec import MAX_ID
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import write_part
@@ -93,8 +94,12 @@ def read_part(job: CapturedJob, part: int) -> Capture:
     if len(sizes) and sizes.min() < job.capture.top_k:
         token = int(sizes.argmin())
         response = int(np.searchsorted(capture.rows.response_offsets, token, "right")) - 1
-        raise ValueError(
-            f"{path} row {wanted[response].row}: response token {token - capture.rows.response_offsets[response]} has "
-            f"{sizes.min()} entries, fewer than teacher.capture.top_k = {job.capture.top_k}; lower it"
+        raise InputError(
+            f"{path} row {wanted[response].row}: response token {token - capture.rows.response_offsets[response]} "
+            f"has {sizes.min()} entries, fewer than teacher.capture.top_k = {job.capture.top_k}",
+            setting="teacher.capture.top_k",
+            file=path,
+            row=wanted[response].row,
+            remedy="lower it",
         )
     return capture

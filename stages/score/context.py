@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from eopd.stages.models.prompts import PromptSettings, load_prompts
 from eopd.stages.models.teacher_prompts import SIBLING, VERDICT, Context, TeacherPromptSettings, donors, teacher_context
+from eopd.storage.errors import InputError
 from eopd.storage.files import canonical_json
 
 if TYPE_CHECKING:
@@ -76,15 +77,25 @@ def render_contexts(
             continue
         if source is None and name is not None:
             missing = "messages" if name == "messages" else "text in the teacher_prompt column"
-            raise ValueError(f"{where}: prompt {prompt_id!r} has no {missing}, of which its teacher context is made")
+            raise InputError(
+                f"{where}: prompt {prompt_id!r} has no {missing}, of which its teacher context is made",
+                setting="score.teacher_prompt",
+                prompt=prompt_id,
+            )
         key = (source, tuple(own) if name is None else None, seen.sibling, *seen.values.values())
         if key not in rendered:
             place = f"{where}: prompt {prompt_id!r}"
-            context = teacher_context(source, own, settings, tokenizer, seen.values, place, seen.sibling)
+            try:
+                context = teacher_context(source, own, settings, tokenizer, seen.values, place, seen.sibling)
+            except InputError as error:
+                raise InputError.of(error, prompt=prompt_id) from error
             if not context.ids((), ()):
-                raise ValueError(
+                raise InputError(
                     f"{where}: prompt {prompt_id!r} has an empty teacher context, so nothing predicts the first "
-                    "response token; use a teacher_prompt that writes at least one token"
+                    "response token",
+                    setting="score.teacher_prompt",
+                    prompt=prompt_id,
+                    remedy="use a teacher_prompt that writes at least one token",
                 )
             rendered[key] = context
         contexts.append(rendered[key])
@@ -105,7 +116,7 @@ def _shown(
     try:
         whose = donors(prompts, *sources.shuffle) if settings.shuffled else {prompt: prompt for prompt in prompts}
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; raise rollout.rows_per_part") from error
+        raise InputError.of(error, where, remedy="raise rollout.rows_per_part") from error
     of_prompt = _of_prompts(rollouts, settings, prompts, where, sources)
     shown = [_Shown(dict(of_prompt.get(whose[prompt], {}))) for prompt in prompts]
     if not settings.judged:

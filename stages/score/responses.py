@@ -13,6 +13,7 @@ from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import Context
 from eopd.stages.score.context import COLUMNS, Sources, render_contexts
 from eopd.stages.score.job import ScoreJob
+from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk
 from eopd.storage.verdicts import read_correct
@@ -81,10 +82,11 @@ def read_part(job: ScoreJob, part: int, tokenizer: PreTrainedTokenizerBase, limi
         length = context.length_that_fits(response, job.stop_ids, limit)
         if length < len(response) and context.scored and job.settings.too_long == "refuse":
             whole = Sequence(context.ids(response, job.stop_ids), response)
-            raise ValueError(
-                f"{where}: {name} has {whole.input_length} tokens to read ({len(whole.context_ids)} of context), more "
-                f"than the teacher's {limit}; set score.too_long: truncate to score what fits, or shorten "
-                "rollout.max_new_tokens"
+            raise InputError(
+                f"{where}: {name} has {whole.input_length} tokens to read ({len(whole.context_ids)} of context), "
+                f"more than the teacher's {limit}",
+                setting="score.max_tokens",
+                remedy="set score.too_long: truncate to score what fits, or shorten rollout.max_new_tokens",
             )
         truncated += length < len(response) and context.scored
         response = response[:length]
@@ -113,5 +115,7 @@ def _student_topk(job: ScoreJob, part: int, lengths: list[int]) -> StudentTopk |
         return None
     topk = read_student_topk(job.student_topk.part_folder(part))
     if topk.lengths.tolist() != lengths:
-        raise ValueError(f"{job.student_topk} part {part} is not of these rollouts: its responses have other lengths")
+        raise InputError(
+            f"{job.student_topk} part {part} is not of these rollouts: its responses have other lengths", part=part
+        )
     return topk

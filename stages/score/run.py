@@ -39,6 +39,7 @@ from eopd.stages.score.token_statistics import (
     row_keys,
 )
 from eopd.storage.claims import held_parts
+from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import PartHeader, write_part
 from eopd.storage.teacher_record import TeacherRows
@@ -169,7 +170,10 @@ class Scorer:
         stated = self.job.settings.max_tokens
         readable = longest_readable(model_folder(self.job.teacher.path, self.job.teacher.revision))
         if stated is not None and readable is not None and stated > readable:
-            raise ValueError(f"score.max_tokens is {stated}, but {self.job.teacher.path} reads at most {readable}")
+            raise InputError(
+                f"score.max_tokens is {stated}, but {self.job.teacher.path} reads at most {readable}",
+                setting="score.max_tokens",
+            )
         return stated or readable
 
     def survey(self, parts: list[int]) -> int:
@@ -298,10 +302,12 @@ class Scorer:
             how = "were scored as the student reads their prompt" if same else "were not scored"
             self.job.progress.line(f"score: {self.without_sibling} responses have no right sibling and {how}")
         if self.failures:
-            raise ValueError(
-                f"the teacher's logits are NaN or infinite; not scored: {'; '.join(self.failures[:8])}"
-                f"{' ...' if len(self.failures) > 8 else ''}. The other parts are stored. Check the teacher's weights, "
-                "or score in a wider score.dtype."
+            raise InputError(
+                "the teacher's logits are NaN or infinite; not scored: "
+                f"{'; '.join(self.failures[:8])}{' ...' if len(self.failures) > 8 else ''}. The other parts are "
+                "stored",
+                setting="score.dtype",
+                remedy="Check the teacher's weights, or score in a wider score.dtype.",
             )
 
 

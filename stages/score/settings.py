@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from eopd.stages.engines.sampling import EngineKind, EngineOptions
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.settings import COUNT, ENTRIES, LENGTH, NATS, SEED, Settings, setting
-from eopd.storage.codec import MAX_ID
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_record import DrawMode, HeadRule
 
 LEAST_WEIGHT = 1e-6
@@ -40,44 +40,6 @@ class HeadSettings(Settings):
 
     def rule(self) -> HeadRule:
         return HeadRule(self.k_max, self.min_prob, self.full_head_above, self.draws, self.n_draws, self.seed)
-
-
-class CaptureSettings(Settings):
-    """Top-k log-probs of a teacher, captured by another tool, in place of a teacher that scores."""
-
-    path: str = setting(
-        ...,
-        "Parquet file; its row i holds the sequence of row i of `prompts.path`, and a top-k list a token",
-        keyed=False,
-    )
-    ids: str | None = setting(None, "Column of the token ids. None: input_ids")
-    top_ids: str | None = setting(
-        None, "Column of the lists of top-k ids. None: target_token_ids (axolotl), or else top_indices (DistillKit)"
-    )
-    top_logprobs: str | None = setting(None, "Column of their log-probs. None: target_logprobs, or else top_values")
-    mask: str | None = setting(None, "Column of 0 for entries that are not there. None: target_mask, if there is one")
-    shifted: bool = setting(True, "Position t predicts token t + 1; false: token t, as in vLLM's prompt log-probs")
-    top_k: int = setting(
-        1, "Entries that every token has at least, for objectives that read the k most probable ids", ge=1, le=ENTRIES
-    )
-
-    vocab_size: int | None = setting(
-        None, "Rows of the teacher's vocabulary, beyond which ids are refused. None: not checked", ge=1, le=MAX_ID
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
-
-    @property
-    def named(self) -> dict[str, str]:
-        """The columns that are named, by the fields of ``exchange.CaptureColumns``."""
-        columns = {"ids": self.ids, "top_ids": self.top_ids, "top_logprobs": self.top_logprobs, "mask": self.mask}
-        return {name: column for name, column in columns.items() if column is not None}
-
-    def rule(self) -> HeadRule:
-        return HeadRule(k_max=self.top_k, full_head_above=-1.0, draws="none")
 
 
 class ScoreSettings(Settings):
@@ -150,9 +112,10 @@ class ScoreSettings(Settings):
         if self.temperature is None or self.temperature == rollout_temperature:
             return rollout_temperature
         if not self.allow_other_temperature:
-            raise ValueError(
-                f"score.temperature is {self.temperature}, but the rollouts were sampled at {rollout_temperature}: log "
-                "ratios of the two would compare different distributions. Remove score.temperature, or set "
-                "score.allow_other_temperature: true if you mean it."
+            raise InputError(
+                f"score.temperature is {self.temperature}, but the rollouts were sampled at {rollout_temperature}: "
+                "log ratios of the two would compare different distributions",
+                setting="score.temperature",
+                remedy="Remove score.temperature, or set score.allow_other_temperature: true if you mean it.",
             )
         return self.temperature

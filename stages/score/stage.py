@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from eopd.stages.experiment import Experiment
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, reading
-from eopd.stages.score.settings import CaptureSettings, HeadSettings
+from eopd.stages.models.settings import CaptureSettings
+from eopd.stages.score.settings import HeadSettings
 from eopd.stages.stage import (
     Input,
     Job,

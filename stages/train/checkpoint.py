@@ -29,7 +29,7 @@ from eopd.stages.train.metrics import summarise
 from eopd.stages.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import RoundStart, States, write_jsonl
-from eopd.storage.errors import StoreFull
+from eopd.storage.errors import InputError, StoreFull
 from eopd.storage.files import free_of
 from eopd.storage.fingerprints import tokenizer_files
 from eopd.storage.paths import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER, OPTIMIZER_FILE, TRAINING_FILE, WEIGHTS
@@ -87,9 +87,10 @@ def rehearse_commit(job: TrainJob, model: Any) -> None:
             _save_companions(job, folder)
             raise _Rehearsed
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(
+        raise InputError(
             f"{job.student.path}: the trained student could not be saved, so it is not trained: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}",
+            file=job.student.path,
         ) from error
 
 
@@ -107,7 +108,9 @@ def _require_space(job: TrainJob, model: Any) -> None:
     if free.bytes < needed:
         raise StoreFull(
             f"no space left for the checkpoint of train {job.round}: it takes {needed:,} bytes, and "
-            f"{job.output.folder} has {free}. Free space, then run the same command again."
+            f"{job.output.folder} has {free}",
+            file=job.output.folder,
+            remedy="Free space, then run the same command again.",
         )
 
 

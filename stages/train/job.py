@@ -14,6 +14,7 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.stages.rollout.settings import Source
 from eopd.stages.train.settings import SelectSettings, TrainedTokens, TrainSettings
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.verdicts import read_correct
 
 # -- selection --------------------------------------------------------------------------------------------------------
@@ -78,9 +79,10 @@ class Selection:
             counts.append(f"{len(numbers):,} are among the first {most} to their prompt")
         words = ", ".join(counts)
         if not numbers:
-            raise ValueError(
-                f"train.select leaves nothing to train on: {words}. Select less strictly, or sample more "
-                "(rollout.samples_per_prompt, rollout.prompts_per_round)"
+            raise InputError(
+                f"train.select leaves nothing to train on: {words}",
+                setting="train.select",
+                remedy="Select less strictly, or sample more (rollout.samples_per_prompt, rollout.prompts_per_round)",
             )
         return numbers, words
 

@@ -339,8 +339,10 @@ class Loop:
             return
         raise TrainingStopped(
             f"round {self.round}, step {step.number}: the policy has moved {k3:.4g} nats a token from the one that "
-            f"sampled these responses (KL by the k3 estimate; by k1 {k1:.4g}), more than train.max_staleness={limit:g}."
-            " Take fewer or smaller steps a round (train.epochs, train.optimizer.lr, rollout.prompts_per_round), or "
-            "raise the limit: the same command then goes on from the last state",
+            f"sampled these responses (KL by the k3 estimate; by k1 {k1:.4g}), more than "
+            f"train.max_staleness={limit:g}",
             step=step.number,
+            setting="train.max_staleness",
+            remedy="Take fewer or smaller steps a round (train.epochs, train.optimizer.lr, rollout.prompts_per_round), "
+            "or raise the limit: the same command then goes on from the last state",
         )

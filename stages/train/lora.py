@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from eopd.stages.models.lm_head import unwrap
 from eopd.stages.train.settings import LoraSettings
+from eopd.storage.errors import InputError
 
 ADAPTER = "default"  # peft's name for the only one
 PREFIX = "base_model.model."  # peft's, before every name of the model inside
@@ -58,17 +59,19 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...] | str) -> No
         chosen = [module for name, module in names.items() if name == target or name.endswith(f".{target}")]
         if not chosen:
             known = sorted({name.rsplit(".", 1)[-1] for name, module in names.items() if _is_linear(module)})
-            raise ValueError(
+            raise InputError(
                 f"train.lora.target_modules names {target!r}, which {type(inner).__name__} does not have; its linear "
-                f"layers: {', '.join(known)}"
+                f"layers: {', '.join(known)}",
+                setting="train.lora.target_modules",
             )
         for module in chosen:
             what = ends.get(id(module), None if _is_linear(module) else f"a {type(module).__name__}")
             if what is not None:
-                raise ValueError(
+                raise InputError(
                     f"train.lora.target_modules names {target!r}, {what} of {type(inner).__name__}, which is never "
-                    "adapted: only linear layers below the LM head are. Leave it out, or set train.lora=null to train "
-                    "all weights"
+                    "adapted: only linear layers below the LM head are",
+                    setting="train.lora.target_modules",
+                    remedy="Leave it out, or set train.lora=null to train all weights",
                 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eopd.stages.train.parallel import gathered, like, whole
 from eopd.stages.train.settings import OptimizerSettings
+from eopd.storage.errors import InputError
 
 # -- ema --------------------------------------------------------------------------------------------------------------
 
@@ -46,9 +47,10 @@ class Ema:
             value = averages.get(name)
             if value is None or value.shape != parameter.shape:
                 shape = None if value is None else tuple(value.shape)
-                raise ValueError(
-                    f"averaged weights of {name}: found {shape}, the model has {tuple(parameter.shape)}; set "
-                    "train.optimizer.carry_over=false to start a new average"
+                raise InputError(
+                    f"averaged weights of {name}: found {shape}, the model has {tuple(parameter.shape)}",
+                    setting="train.optimizer.carry_over",
+                    remedy="set train.optimizer.carry_over=false to start a new average",
                 )
             self._shadow[name] = like(value, parameter, torch.float32)
 
@@ -105,9 +107,11 @@ def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, 
             value = tensors.get(f"{moment}.{name}")
             if value is None or value.shape != parameter.shape:
                 shape = None if value is None else tuple(value.shape)
-                raise ValueError(
-                    f"optimiser state of {name}: found {shape}, the model has {tuple(parameter.shape)}. Another model "
-                    "or another kind of training made it; set train.optimizer.carry_over=false to start anew."
+                raise InputError(
+                    f"optimiser state of {name}: found {shape}, the model has {tuple(parameter.shape)}. Another "
+                    "model or another kind of training made it",
+                    setting="train.optimizer.carry_over",
+                    remedy="set train.optimizer.carry_over=false to start anew.",
                 )
             state[moment] = like(value, parameter)
         state["step"] = tensors["step"].clone().reshape(()).to(parameter.device)

@@ -15,7 +15,7 @@ from eopd.stages.train.job import Candidate, Selection
 from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.settings import TrainedTokens
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.rollouts import Writer, read_rollouts
 from eopd.storage.sources import ScoreSource, filled_parts
 from eopd.storage.teacher_cache import JointCache
@@ -156,11 +156,13 @@ def refuse_truncated_sampling(objective: Objective, truncated: bool) -> None:
     """
     if not truncated or "q_old" not in objective.per_round:
         return
-    raise ValueError(
-        f"objective {objective.name!r} weighs tokens by the policy that drew them, but rollout.top_p, rollout.top_k or "
-        "rollout.min_p cut that policy's distribution, of which its log-probs at the round's start say nothing. Sample "
-        "with rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without log-probs of the "
-        "round's start (train.objective.advantage=current with train.objective.ratio=none, or a divergence)."
+    raise InputError(
+        f"objective {objective.name!r} weighs tokens by the policy that drew them, but rollout.top_p, rollout.top_k "
+        "or rollout.min_p cut that policy's distribution, of which its log-probs at the round's start say nothing",
+        setting="rollout.top_p",
+        remedy="Sample with rollout.top_p=1, rollout.top_k=0 and rollout.min_p=0, or choose an objective without "
+        "log-probs of the round's start (train.objective.advantage=current with train.objective.ratio=none, or a "
+        "divergence).",
     )
 
 
@@ -172,10 +174,11 @@ def refuse_other_writers(objective: Objective, source: Source) -> None:
     """
     missing = sorted(objective.per_round - {"token_key"})
     if source in OFF_POLICY and missing:
-        raise ValueError(
+        raise InputError(
             f"objective {objective.name!r} reads {', '.join(missing)}, of the student at the round's start, and with "
-            f"rollout.source: {source} the responses are not its samples; take another objective, or rollout.source: "
-            "student"
+            f"rollout.source: {source} the responses are not its samples",
+            setting="rollout.source",
+            remedy="take another objective, or rollout.source: student",
         )
 
 
@@ -199,6 +202,8 @@ def _check_same_rollouts(rollouts: Artifact, scores: ScoreSource, part: int) -> 
     checksum = rollouts.marker(part).checksum
     if scored is not None and scored != checksum:
         raise DamagedPart(
-            f"{scores} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part "
-            f"{part} has {checksum[:12]}. `eopd store verify --repair` re-queues the scores."
+            f"{scores} part {part} was scored from rollouts with checksum {scored[:12]}, but {rollouts} part {part} "
+            f"has {checksum[:12]}",
+            part=part,
+            remedy="`eopd store verify --repair` re-queues the scores.",
         )

@@ -49,6 +49,7 @@ from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
 from eopd.storage import stopping
 from eopd.storage.claims import Patience, claim
+from eopd.storage.errors import InputError
 from eopd.storage.paths import WEIGHTS
 from eopd.storage.rollouts import Writer
 from eopd.storage.teacher_cache import JointCache
@@ -226,7 +227,9 @@ def schedule_of(job: TrainJob, responses: int) -> tuple[int, int]:
 def _accelerator(settings: TrainSettings) -> Accelerator:
     there = torch.cuda.is_available()
     if settings.device == "cuda" and not there:  # accelerate would take the CPU
-        raise ValueError("train.device is cuda, but torch sees no GPU: `eopd doctor` says why")
+        raise InputError(
+            "train.device is cuda, but torch sees no GPU", setting="train.device", remedy="`eopd doctor` says why"
+        )
     use_cpu = settings.device == "cpu" or not there
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     # the Student sets the precision: accelerate would cover only modules that it wraps itself
@@ -300,8 +303,10 @@ def _as_sampled(job: TrainJob, start: RoundStart, responses: Responses, alone: N
     unknown = zip(responses.sampler_logprobs, spans, strict=True)
     if any(logprobs is None and (responses.written[span] == Writer.POLICY).any() for logprobs, span in unknown):
         raise TrainingStopped(
-            f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so no "
-            "importance ratio can be formed. Set lag=0 and refresh=1, or sample with an engine that gives log-probs."
+            f"round {job.round}: its rollouts are of a policy {job.age} rounds old and hold no log-probs of it, so "
+            "no importance ratio can be formed",
+            setting="lag",
+            remedy="Set lag=0 and refresh=1, or sample with an engine that gives log-probs.",
         )
     sampled = start.logprob.copy()
     for logprobs, span in zip(responses.sampler_logprobs, spans, strict=True):
@@ -336,9 +341,11 @@ def _compare_with_sampler(job: TrainJob, start: RoundStart, responses: Responses
     limit = job.settings.max_logprob_gap
     if not float(gap.mean()) <= limit:
         raise TrainingStopped(
-            f"round {job.round}: the sampler's log-probs and the trainer's differ by {gap.mean():.4f} nats on average "
-            f"(median {np.median(gap):.4f}, largest {gap.max():.4f}; limit {limit}). Wrong weights, template or "
-            "temperature; or raise train.max_logprob_gap if the engines are known to differ this much."
+            f"round {job.round}: the sampler's log-probs and the trainer's differ by {gap.mean():.4f} nats on "
+            f"average (median {np.median(gap):.4f}, largest {gap.max():.4f}; limit {limit})",
+            setting="train.max_logprob_gap",
+            remedy="Wrong weights, template or temperature; or raise train.max_logprob_gap if the engines are known to "
+            "differ this much.",
         )
 
 
@@ -434,7 +441,8 @@ def _take(job: TrainJob, loop: Loop, states: States, step: Step, start: RoundSta
             raise
         folder = save_failure(job, stopped, loop.responses, states)
         raise TrainingStopped(
-            f"{stopped}. Reproduction: {folder}",
+            str(stopped),
+            remedy=f"Reproduction: {folder}",
             step=stopped.step,
             responses=stopped.responses,
             figures=stopped.figures,

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
+from eopd.storage.errors import InputError
 
 # -- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -119,14 +120,19 @@ class WeightSettings(Settings):
         own = {"linear": ("start", "end"), "head": ("fraction",)}[self.kind]
         missing = [name for name in own if getattr(self, name) is None]
         if missing:
-            raise ValueError(f"kind {self.kind} needs {' and '.join(missing)}, which have no default")
+            raise InputError(
+                f"kind {self.kind} needs {' and '.join(missing)}, which have no default", setting=missing[0]
+            )
         others = [name for name in ("start", "end", "fraction") if name not in own and getattr(self, name) is not None]
         if others:
-            raise ValueError(f"kind {self.kind} does not use {' or '.join(others)}: it takes {' and '.join(own)}")
+            raise InputError(
+                f"kind {self.kind} does not use {' or '.join(others)}: it takes {' and '.join(own)}", setting=others[0]
+            )
         if self.kind == "linear" and self.start == self.end:
-            raise ValueError(
-                f"start and end are both {self.start:g}: every token would weigh the same. Set weights to null, or "
-                "change one of them"
+            raise InputError(
+                f"start and end are both {self.start:g}: every token would weigh the same",
+                setting="start",
+                remedy="Set weights to null, or change one of them",
             )
         return self
 
@@ -305,17 +311,21 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _precisions_agree(self) -> TrainSettings:
         if self.param_dtype == "bfloat16" and self.autocast == "no" and self.optimizer.lr < 1e-5:
-            raise ValueError(
-                "train.param_dtype bfloat16 loses updates at train.optimizer.lr "
-                f"{self.optimizer.lr:g} (a weight moves in steps of 0.4 %); keep float32 weights and autocast: bf16"
+            raise InputError(
+                f"train.param_dtype bfloat16 loses updates at train.optimizer.lr {self.optimizer.lr:g} (a weight "
+                "moves in steps of 0.4 %)",
+                setting="train.param_dtype",
+                remedy="keep float32 weights and autocast: bf16",
             )
         return self
 
     @model_validator(mode="after")
     def _averages_have_a_meaning(self) -> TrainSettings:
         if self.ema is not None and self.lora is not None:
-            raise ValueError(
-                f"train.ema={self.ema:g} with train.lora is refused: every round begins with new adapters, of which no "
-                "average over the rounds exists; unset one of them"
+            raise InputError(
+                f"train.ema={self.ema:g} with train.lora is refused: every round begins with new adapters, of which "
+                "no average over the rounds exists",
+                setting="train.ema",
+                remedy="unset one of them",
             )
         return self

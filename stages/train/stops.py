@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_record import LOGPROB_FLOOR, TeacherRows
 
 Array = NDArray[np.float64]
@@ -42,9 +43,11 @@ class StopHandling:
         """Raise ValueError if ``rows`` lack a stop id's log-prob."""
         missing = sorted(set(self.union) - set(rows.stop_ids.tolist()))
         if missing and len(self.union) > 1:
-            raise ValueError(
+            raise InputError(
                 f"objective.stops={self.mode!r} needs the teacher's log-probs of stop ids {list(self.union)}, the "
-                f"cache holds {rows.stop_ids.tolist()}: score again with these stop ids"
+                f"cache holds {rows.stop_ids.tolist()}",
+                setting="train.objective.stops",
+                remedy="score again with these stop ids",
             )
 
     def filled(self, rows: TeacherRows) -> TeacherRows:

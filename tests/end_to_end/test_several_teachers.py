@@ -100,7 +100,7 @@ def test_a_prompt_of_an_unknown_teacher_is_refused_before_work(world: World, pro
     for command in ("plan", "run"):
         refused = eopd(command, path, check=False)
         assert refused.returncode != 0
-        assert f"prompts.columns.teacher: {changed}" in refused.stderr
+        assert f"of {changed} line " in refused.stderr
         assert "has the teacher \"larg\" (column 'by'), and teachers names large, own" in refused.stderr
     assert not (tmp_path / "store").exists()
     found = eopd("doctor", config(world, prompts, "doctored")).stdout

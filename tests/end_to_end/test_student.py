@@ -43,7 +43,7 @@ def test_the_newest_student_is_named_and_copied(world: World, undisturbed: str, 
     assert os.listdir(target.parent) == ["trained"]
     refused = eopd("student", config, "--to", target, check=False)
     assert refused.returncode == 1
-    assert "there is something already; name a folder that is new or empty" in refused.stderr
+    assert "there is something already: name a folder that is new or empty" in refused.stderr
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from eopd.pipeline.sweep import load_sweep
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.storage.coverage import Coverage, HeadNeed
 from tests.end_to_end.conftest import eopd
+from tests.raises import raises
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "countdown"
 STUDY, SWEEP = str(FOLDER / "study.yaml"), str(FOLDER / "objectives.yaml")
@@ -68,26 +69,25 @@ def read(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "words", "setting"),
     [
-        ("sweep: []", "must hold a list under `sweep:`"),
-        ("other: 1", "must hold a list under `sweep:`"),
-        ("sweep: [{seed: 1}]", "entry 1 must be settings with a name"),
-        ("sweep: [{name: a}, {name: a}]", "entry 2: the name 'a' is taken"),
-        ("sweep: [{name: a, store: x}]", "'store' is common to all runs"),
-        ("sweep: [{name: a, read_only_stores: [x]}]", "'read_only_stores' is common to all runs"),
-        ("sweep: [{name: a, sed: 1}]", "Did you mean seed?"),
-        ("sweep: [{name: a/b}]", "setting 'name'"),
+        ("sweep: []", "`sweep:`", None),
+        ("other: 1", "`sweep:`", None),
+        ("sweep: [{seed: 1}]", "entry 1", None),
+        ("sweep: [{name: a}, {name: a}]", "entry 2", "name"),
+        ("sweep: [{name: a, store: x}]", "entry 1", "store"),
+        ("sweep: [{name: a, read_only_stores: [x]}]", "entry 1", "read_only_stores"),
+        ("sweep: [{name: a, sed: 1}]", "Did you mean seed?", "sed"),
+        ("sweep: [{name: a/b}]", "entry 1", "name"),
     ],
 )
-def test_a_wrong_sweep_is_named(tmp_path: Path, text: str, words: str) -> None:
+def test_a_wrong_sweep_is_named(tmp_path: Path, text: str, words: str, setting: str | None) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
+    with raises(ConfigError, re.escape(words), file=path, setting=setting):
         load_sweep(STUDY, str(path))
-    assert words in str(caught.value)
 
 
 def test_a_sweep_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"there is no file nowhere\.yaml"):
+    with raises(ConfigError, file="nowhere.yaml"):
         load_sweep(STUDY, "nowhere.yaml")

@@ -18,6 +18,7 @@ from eopd.pipeline.forecast import forecast
 from eopd.pipeline.run import Run
 from eopd.stages.rollout.stage import drawn_rows
 from tests.pipeline.plan_case import make_facts, make_run
+from tests.raises import raises
 
 
 def run_with(folder: Path, objective: dict[str, Any], vocab: int = 1000, **changes: Any) -> Run:
@@ -31,9 +32,8 @@ def needs_of_round(run: Run, round_: int) -> None:
 
 def test_the_message_names_the_objective_and_the_command(tmp_path: Path) -> None:
     run = run_with(tmp_path, {"name": "tropd"})
-    with pytest.raises(ConfigError, match=r"name=tropd .*heads of 64 entries \(it keeps 16") as refused:
+    with raises(ConfigError, setting="train.objective.name", remedy="eopd run CONFIG --set score.head.k_max=64"):
         needs_of_round(run, 0)
-    assert "eopd run CONFIG --set score.head.k_max=64" in str(refused.value)
     head = {"k_max": 64, "full_head_above": -1.0}
     needs_of_round(run_with(tmp_path, {"name": "tropd"}, score={"head": head}), 0)
 
@@ -48,7 +48,7 @@ def test_what_is_covered_passes(tmp_path: Path) -> None:
 def test_rollouts_that_cut_their_distribution_are_refused_before_they_are_sampled(tmp_path: Path) -> None:
     sampled = {"top_p": 0.95, "prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4}
     run = run_with(tmp_path, {"name": "eopd"}, rollout=sampled)
-    with pytest.raises(ConfigError, match=r"Sample with rollout\.top_p=1"):
+    with raises(ConfigError, setting="rollout.top_p", remedy="rollout.top_p=1"):
         needs_of_round(run, 0)
     needs_of_round(run_with(tmp_path, {"name": "fkl"}, rollout=sampled), 0)
 
@@ -61,31 +61,31 @@ def test_a_round_whose_prompts_are_all_left_out_is_refused(tmp_path: Path) -> No
     run = make_run(tmp_path, replace(make_facts(folder=tmp_path), selected_prompts=frozenset(drawn)), **changes)
     check_selection(run, run.plan.job("train", 1))
     for round_ in (0, 2):
-        with pytest.raises(ConfigError, match=rf"train\.select\.where .*round {round_}.*rollout\.prompts_per_round"):
+        with raises(ConfigError, f"round {round_}", setting="train.select.where", remedy="rollout.prompts_per_round"):
             check_selection(run, run.plan.job("train", round_))
 
 
 def test_the_students_own_ids_must_be_stored(tmp_path: Path) -> None:
     objective = {"name": "rkl_topk", "student_topk": 8}
-    with pytest.raises(ConfigError, match=r"--set rollout\.student_topk=8"):
+    with raises(ConfigError, remedy="--set rollout.student_topk=8"):
         needs_of_round(run_with(tmp_path, objective), 0)
     sampled = {"student_topk": 8, "prompts_per_round": 10, "samples_per_prompt": 2, "rows_per_part": 4}
     needs_of_round(run_with(tmp_path, objective, rollout=sampled), 0)
 
 
 @pytest.mark.parametrize(
-    ("objective", "top_k", "message"),
+    ("objective", "top_k", "lacking"),
     [
-        ({"name": "eopd", "rkl": "topk"}, 64, "teacher.capture does not hold.*entropy"),
-        ({"name": "rs_kd"}, 64, "teacher.capture does not hold.*draws"),
-        ({"name": "fkl", "support": "renormalised"}, 1, r"heads of 16 entries.*teacher\.capture\.top_k"),
+        ({"name": "eopd", "rkl": "topk"}, 64, "entropy"),
+        ({"name": "rs_kd"}, 64, "draws"),
+        ({"name": "fkl", "support": "renormalised"}, 1, "heads of 16 entries"),
         ({"name": "fkl", "support": "renormalised"}, 16, None),
         ({"name": "jsd"}, 1, None),
         ({"name": "opd", "rkl": "topk"}, 1, None),
     ],
 )
 def test_a_capture_serves_objectives_that_read_its_lists(
-    tmp_path: Path, objective: dict[str, Any], top_k: int, message: str | None
+    tmp_path: Path, objective: dict[str, Any], top_k: int, lacking: str | None
 ) -> None:
     facts = make_facts(folder=tmp_path)
     student = replace(facts.student, stop_ids=(2, 7))  # two of them, of which a capture knows no log-probs
@@ -98,10 +98,10 @@ def test_a_capture_serves_objectives_that_read_its_lists(
         train={"objective": objective},
         evaluate=None,
     )
-    if message is None:
+    if lacking is None:
         needs_of_round(run, 0)
         return
-    with pytest.raises(ConfigError, match=message):
+    with raises(ConfigError, lacking, setting="train.objective.name", remedy="teacher.capture.top_k"):
         needs_of_round(run, 0)
 
 
@@ -131,20 +131,20 @@ def test_far_too_little_disk_is_refused_by_the_settings_that_ask_for_it(
     monkeypatch.setattr("eopd.pipeline.checks.free_memory", lambda: 0)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     check_machine(forecast([make_run(tmp_path)]))
-    with pytest.raises(ConfigError, match=r"1\.0 GB are free .*rollout\.samples_per_prompt.*Nothing was started"):
+    with raises(ConfigError, setting="store", remedy="rollout.samples_per_prompt"):
         check_machine(forecast([make_run(tmp_path, rollout={"samples_per_prompt": 100_000})]))
-    with pytest.raises(ConfigError, match=r"evaluate\.samples"):
+    with raises(ConfigError, setting="store", remedy="evaluate.samples"):
         check_machine(forecast([make_run(tmp_path, evaluate={"samples": 100_000})]))
     monkeypatch.setattr("eopd.stages.train.stage._shapes", lambda _: {"weight": (100_000_000,)})
-    with pytest.raises(ConfigError, match=r"keep_checkpoints"):
+    with raises(ConfigError, setting="store", remedy="keep_checkpoints"):
         check_machine(forecast([make_run(tmp_path)]))
 
 
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"rollout": {"samples_per_prompt": 1_000_000}}, r"rollout\.samples_per_prompt and rollout\.rows_per_part"),
-        ({"evaluate": {"samples": 100_000}}, r"evaluate\.samples and evaluate\.rows_per_part"),
+        ({"rollout": {"samples_per_prompt": 1_000_000}}, "rollout.samples_per_prompt"),
+        ({"evaluate": {"samples": 100_000}}, "evaluate.samples"),
     ],
 )
 def test_a_part_that_memory_cannot_hold_is_refused(
@@ -154,7 +154,7 @@ def test_a_part_that_memory_cannot_hold_is_refused(
     monkeypatch.setattr("eopd.pipeline.checks.free_memory", lambda: 2 * 10**8)
     monkeypatch.setattr("eopd.pipeline.forecast.shutil.disk_usage", lambda _: SimpleNamespace(free=10**18))
     check_machine(forecast([make_run(tmp_path)]))
-    with pytest.raises(ConfigError, match=setting):
+    with raises(ConfigError, setting=setting):
         check_machine(forecast([make_run(tmp_path, **changes)]))
     check_machine(forecast([make_run(tmp_path, **changes, launcher={"kind": "slurm"})]))
 
@@ -166,5 +166,5 @@ def test_an_evaluation_is_not_asked_for_what_training_reads(tmp_path: Path, monk
     run = run_with(tmp_path, {"name": "tropd"})
     check_runs([run], run.plan.of_command("evaluate", 0))
     for command in ("rollout", "score", "train"):
-        with pytest.raises(ConfigError, match="name=tropd"):
+        with raises(ConfigError, setting="train.objective.name"):
             check_runs([run], run.plan.of_command(command, 0))

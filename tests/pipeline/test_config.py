@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, find_config, load_config, parse_settings, read_list
 from eopd.pipeline.launchers.settings import RayResources, RaySettings, SlurmResources, SlurmSettings
 from eopd.stages.settings import Settings
+from tests.raises import raises
 
 MINIMAL = """
 name: x
@@ -112,7 +113,7 @@ def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_key_that_stands_twice_is_refused(minimal: Path, tmp_path: Path) -> None:
     """YAML would take the last one without a word: half of a `train:` that was written twice would be lost."""
     minimal.write_text(MINIMAL + "train: {epochs: 2}\nseed: 1\ntrain: {batch_responses: 8}\n")
-    with pytest.raises(ConfigError, match=r"x\.yaml: line 8: 'train' is already given in line 6"):
+    with raises(ConfigError, "line 6", file=minimal, line=8):
         load_config(str(minimal))
     shared = "one: &one {epochs: 2}\nsweep: [{name: a, train: {<<: *one, epochs: 3}}]\n"
     (tmp_path / "sweep.yaml").write_text(shared)
@@ -129,7 +130,7 @@ def test_what_is_merged_is_merged_twice_and_not_given_twice(tmp_path: Path) -> N
         {"a": 3, "k": 2},
     ]
     (tmp_path / "sweep.yaml").write_text(text.replace("k: 2", "k: 2, k: 3"))
-    with pytest.raises(ConfigError, match="line 2: 'k' is already given in line 2"):
+    with raises(ConfigError, "'k'", file="sweep.yaml", line=2):
         read_list(tmp_path / "sweep.yaml", "sweep")
 
 
@@ -151,52 +152,52 @@ def test_extends_merges_group_by_group(minimal: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "setting", "remedy"),
     [
-        ("train.optimizer.lrr=1", "unknown setting 'train.optimizer.lrr'. Did you mean train.optimizer.lr?"),
-        ("rollout.temprature=1", "Did you mean rollout.temperature?"),
-        ("tran.epochs=2", "Did you mean train?"),
-        ("train.epochs=many", "'train.epochs' is 'many'"),
-        ("train.epochs=0", "greater than or equal to 1"),
-        ("train.objective.name=eopdd", "nearest: 'eopd'"),
-        ("train.objective.name=mc_opd", "refused"),
-        ("name=../x", "setting 'name'"),
-        ("rollout.engine_options.dtype=bfloat16", "dtype: bfloat16 decides what is stored"),
-        ("evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}", "set student.dtype"),
-        ("rounds", "expected key=value, such as train.optimizer.lr=1e-5"),
-        ("train={epochs: 2, epochs: 3}", "'epochs' is already given in line 1"),
+        ("train.optimizer.lrr=1", "train.optimizer.lrr", "Did you mean train.optimizer.lr?"),
+        ("rollout.temprature=1", "rollout.temprature", "Did you mean rollout.temperature?"),
+        ("tran.epochs=2", "tran", "Did you mean train?"),
+        ("train.epochs=many", "train.epochs", ""),
+        ("train.epochs=0", "train.epochs", ""),
+        ("train.objective.name=eopdd", "train.objective.name", ""),
+        ("train.objective.name=mc_opd", "train.objective.name", ""),
+        ("name=../x", "name", ""),
+        ("rollout.engine_options.dtype=bfloat16", "rollout.engine_options.dtype", "set student.dtype"),
         (
-            "prompts.verifier=maths",
-            "setting 'prompts.verifier' is 'maths': Input should be 'countdown', 'exact' or 'math'",
+            "evaluate={benchmarks: [{name: b, path: b}], engine_options: {dtype: float16}}",
+            "evaluate.engine_options.dtype",
+            "set student.dtype",
         ),
-        ("prompts={path: p, template: plain, system: s}", "system and template_arguments belong to template: chat"),
-        ("name.deeper=1", "is a value, not a group"),
+        ("rounds", "rounds", ""),
+        ("train={epochs: 2, epochs: 3}", "train", "keep one"),
+        ("prompts.verifier=maths", "prompts.verifier", ""),
+        ("prompts={path: p, template: plain, system: s}", "prompts.system", "template: plain"),
+        ("name.deeper=1", "name.deeper", ""),
     ],
 )
-def test_wrong_settings_are_named(minimal: Path, override: str, words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_wrong_settings_are_named(minimal: Path, override: str, setting: str, remedy: str) -> None:
+    with raises(ConfigError, setting=setting, remedy=remedy):
         load_config(str(minimal), [override])
-    assert words in str(caught.value)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Did you mean quickstart"):
+    with raises(ConfigError, remedy="Did you mean quickstart"):
         load_config("quikstart")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with raises(ConfigError, file=broken, line=1):
         load_config(str(broken))
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("name: Gauß".encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8 text \(byte 9\)"):
+    with raises(ConfigError, "byte 9", file=latin, remedy="UTF-8"):
         load_config(str(latin))
     loop = tmp_path / "loop.yaml"
     loop.write_text("extends: ./loop.yaml\n")
-    with pytest.raises(ConfigError, match="extends itself"):
+    with raises(ConfigError, file=loop, setting="extends"):
         load_config(str(loop))
     orphan = tmp_path / "orphan.yaml"
     orphan.write_text("extends: ./gone.yaml\n")
-    with pytest.raises(ConfigError, match="does not exist"):
+    with raises(ConfigError, "does not exist", file=orphan, setting="extends"):
         load_config(str(orphan))
 
 
@@ -271,10 +272,9 @@ def test_every_number_has_two_bounds_and_is_finite() -> None:
 def test_numbers_and_values_that_cannot_be_are_named(minimal: Path, override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(str(minimal), [override])
-    message = str(caught.value)
-    assert override.partition("=")[0] in message
-    assert len(message.splitlines()) == 1
-    assert len(message) < 500
+    assert str(caught.value.setting).startswith(override.partition("=")[0])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -286,8 +286,8 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: &a [*a]\n", "line 1: an anchor holds an alias of itself"),
-        ("name: &a {b: *a}\n", "line 1: an anchor holds an alias of itself"),
+        ("name: &a [*a]\n", "alias of itself"),
+        ("name: &a {b: *a}\n", "alias of itself"),
         (BOMB, "aliases stand for more than"),
         (MERGED, "aliases stand for more than"),
         ("name: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
@@ -316,9 +316,8 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 def test_hostile_yaml_is_one_line_that_names_the_file(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"bad\.yaml.*{words}") as caught:
+    with raises(ConfigError, words, file=path) as caught:
         load_config(str(path))
-    assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 800
 
 
@@ -357,18 +356,18 @@ def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:
     assert (found.store, found.read_only_stores) == ("mine", ["/team", "s3://team/x"])
     assert parse_settings(found.model_dump(mode="json"), "resolved") == found
     assert parse_settings(raw, "test").semantic() == found.semantic()
-    for wrong, words in (
-        ({"store": []}, "empty list"),
-        ({"store": ["a", "b"], "read_only_stores": ["c"]}, "not both"),
-        ({"store": ["s3://x/y", "b"]}, r"store: \[store, s3://x/y\]"),
+    for wrong, setting in (
+        ({"store": []}, "store"),
+        ({"store": ["a", "b"], "read_only_stores": ["c"]}, "read_only_stores"),
+        ({"store": ["s3://x/y", "b"]}, "store"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with raises(ConfigError, setting=setting):
             parse_settings({**raw, **wrong}, "test")
 
 
 def test_scoring_at_another_temperature_than_sampling_is_refused_at_once() -> None:
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
-    with pytest.raises(ConfigError, match=r"score\.temperature is 0\.5, but the rollouts were sampled at 1"):
+    with raises(ConfigError, setting="score.temperature", remedy="score.allow_other_temperature"):
         parse_settings({**raw, "score": {"temperature": 0.5}}, "test")
     parse_settings({**raw, "score": {"temperature": 0.5, "allow_other_temperature": True}}, "test")
     parse_settings({**raw, "score": {"temperature": 0.7}, "rollout": {"temperature": 0.7}}, "test")
@@ -379,8 +378,11 @@ def test_a_length_of_an_engine_that_reads_is_refused() -> None:
     length = {"engine_options": {"max_model_len": 64}}
     parse_settings({**raw, "rollout": length}, "test")
     benchmarks = [{"name": "b", "path": "b.jsonl"}]
-    for reader in ({"score": length}, {"evaluate": {"benchmarks": benchmarks, "alignment": length}}):
-        with pytest.raises(ConfigError, match=r"engine_options.*: max_model_len=64 would have no effect"):
+    for reader, group in (
+        ({"score": length}, "score"),
+        ({"evaluate": {"benchmarks": benchmarks, "alignment": length}}, "evaluate.alignment"),
+    ):
+        with raises(ConfigError, setting=f"{group}.engine_options.max_model_len"):
             parse_settings({**raw, **reader}, "test")
 
 
@@ -419,7 +421,7 @@ def test_a_student_is_measured_on_prompts_as_it_is_trained_on_them(
 
 def test_a_format_that_does_not_fit_what_it_follows_is_refused() -> None:
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": PLAIN}
-    with pytest.raises(ConfigError, match="belong to template: chat"):
+    with raises(ConfigError, setting="evaluate.template"):
         parse_settings({**raw, "evaluate": {"benchmarks": [{"name": "b", "path": "b"}], "system": "Be brief."}}, "test")
 
 
@@ -429,9 +431,9 @@ def test_a_format_that_does_not_fit_what_it_follows_is_refused() -> None:
         ({"store": []}, "test: `store` is an empty list; its first entry is the folder that is written to"),
         (
             {"prompts": {"path": "p", "template": "plain", "system": "s"}},
-            "test: setting 'prompts': system and template",
+            "test: setting 'prompts.system': system and template",
         ),
-        ({"train": {"objective": {"name": "jsd", "rkl": "topk"}}}, "test: setting 'train.objective': jsd does not use"),
+        ({"train": {"objective": {"name": "jsd", "rkl": "topk"}}}, "test: setting 'train.objective.rkl': jsd does not"),
         ({"prompts": 3}, "test: setting 'prompts' is 3: "),
         ({"name": {"a": "b"}}, "test: setting 'name' is {'a': 'b'}: Input should be a valid string"),
     ],
@@ -449,7 +451,7 @@ def test_a_bare_word_is_an_objective_with_its_own_defaults(minimal: Path) -> Non
     word = load_config(str(minimal), ["train.objective=jsd"])
     assert word.train.objective == load_config(str(minimal), ["train.objective={name: jsd}"]).train.objective
     assert (word.train.objective.name, word.train.objective.beta) == ("jsd", 0.5)
-    with pytest.raises(ConfigError, match=r"objective\.name='jsdd' is unknown; nearest: 'jsd'"):
+    with raises(ConfigError, "nearest: 'jsd'", setting="train.objective.name"):
         load_config(str(minimal), ["train.objective=jsdd"])
-    with pytest.raises(ConfigError, match=r"jsd does not use alpha, rkl; .*--set 'train.objective={name: jsd}'"):
+    with raises(ConfigError, setting="train.objective.alpha", remedy="--set 'train.objective={name: jsd}'"):
         load_config(str(minimal), ["train.objective.name=jsd"])

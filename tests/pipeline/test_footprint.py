@@ -13,6 +13,8 @@ from eopd.pipeline.forecast import Keep, peak_bytes
 from eopd.stages.train.optimizer import make_optimizer, optimizer_tensors
 from eopd.stages.train.settings import TrainSettings
 from eopd.stages.train.stage import CheckpointBytes, checkpoint_bytes, parameter_count, read_shapes
+from eopd.storage.errors import InputError
+from tests.raises import raises
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +95,5 @@ def test_two_hundred_rounds_of_a_4b_student_are_about_ten_terabytes() -> None:
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+    with raises(InputError, file="model.safetensors"):
         read_shapes(tmp_path)

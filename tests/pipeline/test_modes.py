@@ -13,6 +13,7 @@ from eopd.pipeline.prompt_check import sources_of
 from eopd.stages.route.settings import STANDARD
 from eopd.storage.files import canonical_json
 from tests.pipeline.plan_case import make_run, make_settings, plan_of
+from tests.raises import raises
 
 MODES: dict[str, Any] = {"modes": {"direct": {"suffix": "Answer at once."}, "cot": {"suffix": "Think first."}}}
 ROUTED: dict[str, Any] = {**MODES, "temperature": 0.0, "samples": 1, "route": {"calibration": 5}}
@@ -73,7 +74,7 @@ def test_the_prompts_of_every_mode_are_tried_before_work() -> None:
 
 def test_a_calibration_on_half_of_the_problems_is_refused_before_work(tmp_path: Path) -> None:
     run = make_run(tmp_path, evaluate={**ROUTED, "route": {"calibration": 6}})
-    with pytest.raises(ConfigError, match=r"evaluate\.route\.calibration is 6.*11 problems"):
+    with raises(ConfigError, "11 problems", setting="evaluate.route.calibration"):
         check_calibration(run)
 
 

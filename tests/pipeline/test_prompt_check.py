@@ -15,6 +15,7 @@ from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, RunSettings, parse_
 from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.prompt_check import Reader, check_prompts, render_sources, sources_of
 from tests.pipeline.plan_case import commit, make_facts, make_run
+from tests.raises import raises
 from tests.stages.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
@@ -74,58 +75,57 @@ def test_the_teacher_s_view_shows_placeholders_filled_in(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "changes", "words"),
+    ("rows", "changes", "fields"),
     [
         (
             [{"prompt": "x", "a": "1"}] * 5 + [{"prompt": "x", "a": " "}],
             {"prompts": {"columns": {"answer": "a"}}, "score": {"teacher_prompt": {"opening": "{{answer}}"}}},
-            "prompts: prompt '5' has no answer",
+            {"prompt": "5"},
         ),
         (
             [{"prompt": "x"}],
             {"prompts": {"columns": {"solution": "s"}}, "score": {"teacher_prompt": {"opening": "{{solution}}"}}},
-            "prompts: .*line 1 has no column 's'",
+            {"line": 1, "match": "'s'"},
         ),
         (
             [{"prompt": "x"}] * 9 + [{"prompt": SYSTEM}],
             {"score": {"teacher_prompt": "template"}},
-            "'9' as the teacher.*no system role",
+            {"prompt": "9", "match": "as the teacher.*no system role"},
         ),
+        ([{"prompt": SYSTEM}], {"prompts": {"system": "Think."}}, {"prompt": "0", "match": "system message"}),
         (
-            [{"prompt": SYSTEM}],
-            {"prompts": {"system": "Think."}},
-            "prompts: .*'0' as the student.*system message already",
+            [{"prompt": "x"}],
+            {"prompts": {"template_arguments": {"thinking": True}}},
+            {"prompt": "0", "match": "as the student.*thinking"},
         ),
-        ([{"prompt": "x"}], {"prompts": {"template_arguments": {"thinking": True}}}, "no argument thinking"),
         (
             [{"prompt": "x"}],
             {"score": {"teacher_prompt": {"kind": "template", "arguments": {"thinking": True}}}},
-            "as the teacher.*no argument thinking",
+            {"prompt": "0", "match": "as the teacher.*thinking"},
         ),
         (
             [{"prompt": "x", "answer": float("nan")}],
             {"prompts": {"columns": {"answer": "answer"}}},
-            "prompts: .*line 1.*nan",
+            {"line": 1, "match": "nan"},
         ),
-        ([{"prompt": "x"}], {"prompts": {"columns": {"answer": "answer"}}}, "no column 'answer'"),
+        ([{"prompt": "x"}], {"prompts": {"columns": {"answer": "answer"}}}, {"line": 1, "match": "'answer'"}),
     ],
 )
 def test_what_cannot_be_rendered_is_named(
-    folder: Path, rows: list[dict[str, Any]], changes: dict[str, Any], words: str
+    folder: Path, rows: list[dict[str, Any]], changes: dict[str, Any], fields: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with raises(ConfigError, setting="prompts", **fields):
         render(settings(folder, rows, **changes), folder)
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_column_for_the_teacher_is_named_in_every_source(folder: Path) -> None:
     benchmark = {"name": "b", "path": "b.jsonl"}
     column: dict[str, Any] = {"score": {"teacher_prompt": "column"}}
-    with pytest.raises(ConfigError, match=r"prompts\.columns\.teacher_prompt"):
+    with raises(ConfigError, setting="prompts.columns.teacher_prompt"):
         settings(folder, [], **column)
     column["prompts"] = {"columns": {"teacher_prompt": "hint"}}
     settings(folder, [], evaluate={"benchmarks": [benchmark]}, **column)
-    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.0\.columns\.teacher_prompt"):
+    with raises(ConfigError, setting="evaluate.benchmarks.0.columns.teacher_prompt"):
         settings(folder, [], evaluate={"benchmarks": [benchmark], "alignment": {}}, **column)
     named = {**benchmark, "columns": {"teacher_prompt": "hint"}}
     settings(folder, [], evaluate={"benchmarks": [named], "alignment": {}}, **column)
@@ -134,7 +134,7 @@ def test_a_column_for_the_teacher_is_named_in_every_source(folder: Path) -> None
 def test_rows_beyond_those_that_are_asked_for_are_not_read(folder: Path) -> None:
     asked = settings(folder, [{"prompt": "x"}, {"prompt": ""}])
     assert len(render(asked, folder, rows=1)) == 2
-    with pytest.raises(ConfigError, match="line 2"):
+    with raises(ConfigError, setting="prompts", line=2):
         render(asked, folder, rows=2)
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_is_complete_is_not_looked_at(folder: Path) -> None:
         teacher=replace(facts.teacher, tokenizer_folder=folder / "teacher"),
     )
     run = make_run(folder, facts, prompts={"path": write(folder / "p.jsonl", [{"prompt": ""}])}, rounds=1)
-    with pytest.raises(ConfigError, match=r"prompts: .*line 1"):
+    with raises(ConfigError, setting="prompts", line=1):
         check_prompts([run], None)
     for job in run.plan.jobs:
         commit(run, job)

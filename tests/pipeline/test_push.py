@@ -41,6 +41,7 @@ from eopd.storage.verification import verify
 from tests import hub as stand_in
 from tests.pipeline.plan_case import commit, make_run, make_settings, run_of
 from tests.pipeline.test_several_teachers import TEACHERS, facts_of
+from tests.raises import raises
 from tests.storage.making import capture, other, scores
 from tests.storage.test_teacher_cache import assert_identical
 from tests.test_train_from_cache import make_store
@@ -168,7 +169,7 @@ def test_a_dataset_is_exported_for_other_trainers(tmp_path: Path, hub: stand_in.
 def test_what_is_not_pushed(tmp_path: Path, hub: stand_in.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     artifact = make_store(store)
-    with pytest.raises(RunError, match=r"checkpoints/.* is no dataset.*push student"):
+    with raises(RunError, "checkpoints/.*push student"):
         artifacts_of(store, f"checkpoints/{other(store, 'checkpoints', {}).key}")
     begun = Artifact(store, Identity("verdicts", 1, 2))
     with begun.write_part(0) as folder:
@@ -176,24 +177,24 @@ def test_what_is_not_pushed(tmp_path: Path, hub: stand_in.Hub, monkeypatch: pyte
     with pytest.raises(RunError, match="1 of its 2 parts"):
         artifacts_of(store, f"verdicts/{begun.key}")
     lonely = other(store, "student_topk", {"rollouts": "0" * 20})
-    with pytest.raises(RunError, match=r"rollouts of student_topk/.*--no-rollouts"):
+    with raises(RunError, remedy="--no-rollouts"):
         artifacts_of(store, f"student_topk/{lonely.key}")
     with pytest.raises(StoreError, match="names no artifact"):
         push("scores/ffff", "user/cache", "--store", store)
     with pytest.raises(StoreError, match="is no name of a repository"):
         push(f"scores/{artifact.key}", "cache", "--store", store)
-    with pytest.raises(RunError, match=r"--license .*no licence"):
+    with raises(RunError, setting="--license"):
         push(f"scores/{artifact.key}", "user/cache", "--store", store, "--license", "my own")
     with pytest.raises(StoreUnwritable, match=r"refuses user/other: .*license is not valid"):
         push(f"scores/{artifact.key}", "user/other", "--store", store, "--license", "apache-9")
-    with pytest.raises(RunError, match=r"--to .*something already"):
+    with raises(RunError, setting="--to"):
         push(f"scores/{artifact.key}", "user/cache", "--store", store, "--to", store)
     push(f"scores/{artifact.key}", "user/cache", "--store", store)
     with pytest.raises(RunError, match=r"user/cache holds scores/.*another dataset"):
         push(f"rollouts/{artifact.identity.inputs['rollouts']}", "user/cache", "--store", store)
     shard = artifact.part_folder(1) / "tokens" / "c" / "0" / "0"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    with pytest.raises(DamagedPart, match="tokens/c/0/0"):
+    with raises(DamagedPart, file="tokens/c/0/0"):
         push(f"scores/{artifact.key}", "user/cache", "--store", store)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(StoreUnwritable, match=r"needs a token.*hf auth login"):
@@ -328,5 +329,5 @@ def test_a_student_without_evaluations(tmp_path: Path, run: Run) -> None:
     text = (tmp_path / "folder" / "README.md").read_text()
     assert "not evaluated" in text
     assert stand_in.card_errors(text) == []
-    with pytest.raises(RunError, match="something already"):
+    with raises(RunError, setting="--to"):
         write_student(run, find_student(run, 1), tmp_path / "folder", "user/model", "unknown")

@@ -28,6 +28,7 @@ from eopd.storage.paths import OPTIMIZER, WEIGHTS
 from eopd.storage.pruning import prune
 from eopd.storage.stacked import StackedStores
 from tests.pipeline.plan_case import commit, make_run
+from tests.raises import raises
 from tests.strangers import unprivileged
 
 Named = set[tuple[int, str]]
@@ -120,7 +121,7 @@ def test_only_what_is_read_is_called_back(tmp_path: Path) -> None:
     assert again.missing_parts(second.job) == {WEIGHTS, OPTIMIZER}  # training is done as a whole
     assert second.batches() == []  # its inputs have to be made again first
     assert forecast([again]).totals["train"].missing == 3
-    with pytest.raises(RunError, match=r"evaluate 2 needs .*parts \[0\] were pruned\. Run `eopd train .*--round 1`"):
+    with raises(RunError, r"\[0\] were pruned", remedy="eopd train CONFIG --round 1"):
         execute(again, again.plan.job("evaluate", 2))
 
 
@@ -152,7 +153,7 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
     peak = forecast([free]).peak_bytes(bounds=True)
     check_store_size(forecast([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)]))
     small = make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak - 1)
-    with pytest.raises(ConfigError, match=r"max_store_bytes is .*would hold about .*keep_checkpoints=1.*would save"):
+    with raises(ConfigError, setting="max_store_bytes", remedy="keep_checkpoints=1"):
         check_store_size(forecast([small]))
     spared = forecast([make_run(tmp_path, rounds=20, train={"keep_checkpoints": 1})]).peak_bytes(bounds=True)
     assert spared < peak
@@ -160,7 +161,7 @@ def test_a_run_that_outgrows_its_store_is_refused(tmp_path: Path) -> None:
 
     other = make_run(tmp_path, rounds=1, seed=5)
     commit(other, other.plan.jobs[0])
-    with pytest.raises(ConfigError, match=r"3\.0 kB of other artifacts"):
+    with raises(ConfigError, r"3\.0 kB of other artifacts", setting="max_store_bytes"):
         check_store_size(forecast([make_run(tmp_path, rounds=20, train=keep_all, max_store_bytes=peak)]))
 
 
@@ -171,7 +172,7 @@ def test_runs_of_a_sweep_share_the_limit(tmp_path: Path) -> None:
     both = [make_run(tmp_path, **changes, max_store_bytes=peak - 1) for changes in (one, other)]
     for alone in both:
         check_store_size(forecast([alone]))
-    with pytest.raises(ConfigError, match=r"at the worst moment of these 2 runs: .* Fewer rounds or runs"):
+    with raises(ConfigError, "2 runs", setting="max_store_bytes", remedy="Fewer rounds or runs"):
         check_store_size(forecast(both))
     check_store_size(forecast([make_run(tmp_path, **changes, max_store_bytes=peak) for changes in (one, other)]))
 

@@ -13,6 +13,7 @@ from eopd.pipeline.launchers.slurm import Failure
 from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, dry_run
 from eopd.pipeline.run import Run
 from tests.pipeline.plan_case import RAW, commit, make_facts, run_of
+from tests.raises import raises
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 PLACE = Place(Path("/cluster/project"), "python")
@@ -150,7 +151,7 @@ def test_tasks_that_wait_for_different_arrays_stand_apart(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["losses", "backoff_seconds", "backoff_limit_seconds", "full_poll_seconds"])
 def test_fault_settings_that_slurm_would_ignore_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"launcher.faults.{name}"):
+    with raises(ConfigError, setting=f"launcher.faults.{name}"):
         parse_settings(RAW | {"launcher": {"kind": "slurm", "faults": {name: 7}}}, "test")
 
 

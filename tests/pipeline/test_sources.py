@@ -10,6 +10,7 @@ import pytest
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.plan import Plan
 from tests.pipeline.plan_case import make_facts, make_settings, plan_of
+from tests.raises import raises
 
 
 def planned(*, student: str = "s0", teacher: str = "t0", **changes: Any) -> Plan:
@@ -125,18 +126,18 @@ def test_a_guide_does_not_depend_on_attempts_and_the_teacher_s_responses_do() ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        ({**until_right(), "prompts": {"verifier": "exact"}}, r"rollout\.attempts\.until is right.*columns\.answer"),
-        ({**until_right(), "prompts": {"columns": {"answer": "a"}}}, r"rollout\.attempts.*set prompts\.verifier"),
-        (until_right(top_k=1), r"rollout\.attempts\.most is 3, and with rollout\.top_k: 1 nothing is random"),
-        (until_right(min_p=1.0), r"rollout\.min_p: 1 nothing is random"),
-        (until_right(0), r"rollout\.attempts\.most"),
-        ({**DATA, "rollout": {**DATA["rollout"], "attempts": {"most": 2}}}, r"rollout\.attempts has no effect"),
+        ({**until_right(), "prompts": {"verifier": "exact"}}, "prompts.columns.answer"),
+        ({**until_right(), "prompts": {"columns": {"answer": "a"}}}, "prompts.verifier"),
+        (until_right(top_k=1), "rollout.attempts.most"),
+        (until_right(min_p=1.0), "rollout.attempts.most"),
+        (until_right(0), "rollout.attempts.most"),
+        ({**DATA, "rollout": {**DATA["rollout"], "attempts": {"most": 2}}}, "rollout.attempts"),
     ],
 )
-def test_attempts_that_could_not_differ_or_be_judged_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_attempts_that_could_not_differ_or_be_judged_are_refused(changes: dict[str, Any], setting: str) -> None:
+    with raises(ConfigError, setting=setting):
         make_settings(**changes)
 
 
@@ -178,36 +179,33 @@ def test_the_first_student_samples_throughout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        (mixed(1.5), r"rollout\.mixed\.student_share"),
-        (mixed(engine="vllm"), r"rollout\.engine is vllm.*one context.*engine: transformers"),
-        (mixed(mixed={"temperature": 0.001}), r"rollout\.mixed\.temperature"),
-        (mixed(mixed={"temperature": 0.0}, top_p=0.9), r"rollout\.mixed\.temperature is 0.*top_p"),
-        (mixed(mixed={"expert": {}}), r"rollout\.mixed\.expert shows"),
-        (mixed(mixed={"expert": {"suffix": "{{response}}"}}), r"expert\.suffix holds \{\{response\}\}"),
-        (mixed(mixed={"expert": {"system": "{{solutoin}}"}}), r"expert\.system.*Did you mean \{\{solution\}\}"),
-        ({**mixed(), "prompts": {}}, r"rollout\.mixed\.expert shows \{\{solution\}\}.*prompts\.columns\.solution"),
-        (
-            {**mixed(mixed={"expert": {"system": "x"}}), "prompts": {"template": "plain"}},
-            r"rollout\.mixed\.expert\.system belongs to prompts\.template: chat",
-        ),
-        ({**mixed(), "rollout": {"mixed": {"student_share": 0.1}}}, r"rollout\.mixed has no effect"),
-        ({**mixed(), "train": {"objective": {"name": "opd"}}}, r"rollout\.source is mixed.*opd weighs tokens"),
+        (mixed(1.5), "rollout.mixed.student_share"),
+        (mixed(engine="vllm"), "rollout.engine"),
+        (mixed(mixed={"temperature": 0.001}), "rollout.mixed.temperature"),
+        (mixed(mixed={"temperature": 0.0}, top_p=0.9), "rollout.mixed.temperature"),
+        (mixed(mixed={"expert": {}}), "rollout.mixed.expert"),
+        (mixed(mixed={"expert": {"suffix": "{{response}}"}}), "rollout.mixed.expert.suffix"),
+        (mixed(mixed={"expert": {"system": "{{solutoin}}"}}), "rollout.mixed.expert.system"),
+        ({**mixed(), "prompts": {}}, "prompts.columns.solution"),
+        ({**mixed(mixed={"expert": {"system": "x"}}), "prompts": {"template": "plain"}}, "rollout.mixed.expert.system"),
+        ({**mixed(), "rollout": {"mixed": {"student_share": 0.1}}}, "rollout.mixed"),
+        ({**mixed(), "train": {"objective": {"name": "opd"}}}, "train.objective.name"),
         *(
             (
                 {
                     **mixed(share, mixed={"temperature": 0.0}, attempts={"most": 10}),
                     "prompts": {"verifier": "exact", "columns": {"solution": "worked", "answer": "a"}},
                 },
-                rf"attempts\.most is 10.*mixed\.temperature: 0 and rollout\.mixed\.student_share: {share:g} nothing",
+                "rollout.attempts.most",
             )
             for share in (0.0, 1.0)
         ),
     ],
 )
-def test_mixtures_that_could_not_work_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_mixtures_that_could_not_work_are_refused(changes: dict[str, Any], setting: str) -> None:
+    with raises(ConfigError, setting=setting):
         make_settings(**changes)
 
 
@@ -251,56 +249,56 @@ def test_tokens_enter_keys_where_they_differ_from_those_of_the_source(tokens: st
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        (revise(revise={"phrases": {}}), r"rollout\.revise\.phrases\.wrong is empty"),
-        (revise(revise={"when": "always"}), r"rollout\.revise\.phrases\.right is empty"),
-        (revise(revise={"phrases": {"wrong": "No.", "right": "Yes."}}), r"phrases\.right has no effect"),
-        (revise(revise={"first_tokens": 2000}), r"rollout\.revise\.first_tokens = 2000 leaves no room"),
-        ({**revise(), "rollout": {"revise": {"first_tokens": 3}}}, r"rollout\.revise has no effect"),
-        (revise(prompts={"columns": {"answer": "a"}}), r"rollout\.source is revise.*set prompts\.verifier"),
-        (revise(prompts={"verifier": "exact"}), r"rollout\.source is revise.*prompts\.columns\.answer"),
-        (revise(train={"tokens": "all", "objective": {"name": "opd"}}), r"train\.tokens is all.*opd weighs tokens"),
-        ({**PREFIX, "train": {"tokens": "all", "objective": {"name": "tropd"}}}, r"train\.tokens is all.*tropd weighs"),
-        ({"train": {"tokens": "after_text"}}, r"train\.tokens is after_text.*rollout\.source: student"),
-        ({**DATA, "train": {"objective": {"name": "sft"}, "tokens": "own"}}, r"train\.tokens is own.*source: data"),
+        (revise(revise={"phrases": {}}), "rollout.revise.phrases.wrong"),
+        (revise(revise={"when": "always"}), "rollout.revise.phrases.right"),
+        (revise(revise={"phrases": {"wrong": "No.", "right": "Yes."}}), "rollout.revise.phrases.right"),
+        (revise(revise={"first_tokens": 2000}), "rollout.revise.first_tokens"),
+        ({**revise(), "rollout": {"revise": {"first_tokens": 3}}}, "rollout.revise"),
+        (revise(prompts={"columns": {"answer": "a"}}), "prompts.verifier"),
+        (revise(prompts={"verifier": "exact"}), "prompts.columns.answer"),
+        (revise(train={"tokens": "all", "objective": {"name": "opd"}}), "train.tokens"),
+        ({**PREFIX, "train": {"tokens": "all", "objective": {"name": "tropd"}}}, "train.tokens"),
+        ({"train": {"tokens": "after_text"}}, "train.tokens"),
+        ({**DATA, "train": {"objective": {"name": "sft"}, "tokens": "own"}}, "train.tokens"),
         (
             {**PREFIX, "train": {"tokens": "all", "objective": {"name": "fkl", "prefix_beta": 0.5}}},
-            r"prefix_beta=0\.5 has no effect",
+            "train.objective.prefix_beta",
         ),
     ],
 )
-def test_revisions_and_tokens_that_could_not_work_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_revisions_and_tokens_that_could_not_work_are_refused(changes: dict[str, Any], setting: str) -> None:
+    with raises(ConfigError, setting=setting):
         make_settings(**changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        ({"rollout": {"source": "nobody"}}, r"rollout\.source"),
-        ({**DATA, "prompts": {}}, r"prompts\.columns\.response"),
-        ({**DATA, "rollout": {"source": "data"}}, r"rollout\.samples_per_prompt is 2"),
-        ({**DATA, "train": {"objective": {"name": "opd"}}}, r"train\.objective\.name=opd weighs tokens"),
-        ({**TEACHER, "train": {"objective": {"name": "eopd"}}}, "eopd weighs tokens"),
-        ({**TEACHER, "train": {"objective": {"name": "reopold"}}}, "reopold weighs tokens"),
-        ({**TEACHER, "rollout": {"source": "teacher", "student_topk": 4}}, r"rollout\.student_topk is 4"),
-        ({**TEACHER, "train": {**TEACHER["train"], "max_staleness": 0.1}}, r"train\.max_staleness has no effect"),
-        ({**DATA, "train": {**DATA["train"], "staleness": {"max_kl": 0.1}}}, r"train\.staleness has no effect"),
-        ({"rollout": {"guide": {"samples": 2}}}, r"rollout\.guide has no effect"),
-        ({"rollout": {"prefix": {"end": 2}}}, r"rollout\.prefix has no effect"),
-        ({"train": {"objective": {"name": "tropd", "prefix_beta": 0.5}}}, r"prefix_beta=0\.5 has no effect"),
-        ({**PREFIX, "rounds": 1}, r"rollout\.prefix\.over"),
-        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 2000}}}, r"rollout\.prefix\.start"),
-        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 5, "end": 5}}}, r"must be more than"),
+        ({"rollout": {"source": "nobody"}}, "rollout.source"),
+        ({**DATA, "prompts": {}}, "prompts.columns.response"),
+        ({**DATA, "rollout": {"source": "data"}}, "rollout.samples_per_prompt"),
+        ({**DATA, "train": {"objective": {"name": "opd"}}}, "train.objective.name"),
+        ({**TEACHER, "train": {"objective": {"name": "eopd"}}}, "train.objective.name"),
+        ({**TEACHER, "train": {"objective": {"name": "reopold"}}}, "train.objective.name"),
+        ({**TEACHER, "rollout": {"source": "teacher", "student_topk": 4}}, "rollout.student_topk"),
+        ({**TEACHER, "train": {**TEACHER["train"], "max_staleness": 0.1}}, "train.max_staleness"),
+        ({**DATA, "train": {**DATA["train"], "staleness": {"max_kl": 0.1}}}, "train.staleness"),
+        ({"rollout": {"guide": {"samples": 2}}}, "rollout.guide"),
+        ({"rollout": {"prefix": {"end": 2}}}, "rollout.prefix"),
+        ({"train": {"objective": {"name": "tropd", "prefix_beta": 0.5}}}, "train.objective.prefix_beta"),
+        ({**PREFIX, "rounds": 1}, "rollout.prefix.over"),
+        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 2000}}}, "rollout.prefix.start"),
+        ({**PREFIX, "rollout": {"source": "prefix", "prefix": {"start": 5, "end": 5}}}, "rollout.prefix.start"),
         (
             {**TEACHER, "score": {"teacher_prompt": {"kind": "same", "opening": "{{response}}"}}},
-            r"teacher writes under score\.teacher_prompt",
+            "score.teacher_prompt",
         ),
     ],
 )
-def test_what_could_not_work_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_could_not_work_is_refused(changes: dict[str, Any], setting: str) -> None:
+    with raises(ConfigError, setting=setting):
         make_settings(**changes)
 
 
@@ -327,20 +325,17 @@ def test_a_capture_is_scored_without_a_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "setting"),
     [
-        ({"rollout": {"source": "student"}}, r"rollout\.source: data"),
-        ({"teacher": {"path": "t", "capture": "kd.parquet"}}, "path and capture"),
-        ({"teacher": {"path": None, "capture": {}}}, r"teacher\.capture\.path"),
-        ({"teacher": {"path": None, "capture": "kd.parquet", "dtype": "float32"}}, "dtype has no effect"),
-        ({"score": {"head": {"k_max": 8}}}, r"score\.head has no effect"),
-        ({"score": {"teacher_prompt": {"kind": "template"}}}, r"score\.teacher_prompt has no effect"),
-        (
-            {"evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "alignment": {}}},
-            r"evaluate\.alignment reads a teacher",
-        ),
+        ({"rollout": {"source": "student"}}, "rollout.source"),
+        ({"teacher": {"path": "t", "capture": "kd.parquet"}}, "teacher"),
+        ({"teacher": {"path": None, "capture": {}}}, "teacher.capture.path"),
+        ({"teacher": {"path": None, "capture": "kd.parquet", "dtype": "float32"}}, "teacher.dtype"),
+        ({"score": {"head": {"k_max": 8}}}, "score.head"),
+        ({"score": {"teacher_prompt": {"kind": "template"}}}, "score.teacher_prompt"),
+        ({"evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "alignment": {}}}, "evaluate.alignment"),
     ],
 )
-def test_what_a_capture_does_not_hold_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_a_capture_does_not_hold_is_refused(changes: dict[str, Any], setting: str) -> None:
+    with raises(ConfigError, setting=setting):
         make_settings(**{**CAPTURE, **changes})

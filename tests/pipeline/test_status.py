@@ -25,6 +25,7 @@ from eopd.pipeline.worker import log_task
 from eopd.stages.stage import Job
 from tests.end_to_end.conftest import command
 from tests.pipeline.plan_case import commit, make_run, note_job
+from tests.raises import raises
 
 HOLD = """
 import sys, time
@@ -157,10 +158,10 @@ def test_what_is_neither_a_run_nor_a_config_is_said_to_be_neither(
     runs = tmp_path / "runs"
     with pytest.raises(ConfigError) as caught:
         find("base", runs)
-    assert str(caught.value) == f"there is no run 'base' below {runs}, and no config of that name."
+    assert str(caught.value) == f"there is no run 'base' below {runs}, and no config of that name"
     (runs / "basic").mkdir(parents=True)
     (runs / "basic" / "config.yaml").write_text("name: basic\n")
-    with pytest.raises(ConfigError, match=r"no run 'base' below .*runs, and no config .* Did you mean basic\?"):
+    with raises(ConfigError, "'base'", remedy="Did you mean basic?"):
         find("base", runs)
     with pytest.raises(ConfigError, match=r"no run can be called 'xxx.*File name too long"):
         find("x" * 5000, runs)
@@ -176,7 +177,7 @@ def test_a_run_s_config_that_is_no_plain_file_is_named(tmp_path: Path, kind: str
         config.symlink_to("gone.yaml")
     else:
         os.mkfifo(config)
-    with pytest.raises(ConfigError, match=rf"{config}, where the run's config belongs, is no plain file"):
+    with raises(ConfigError, file=config):
         config_of("quickstart", tmp_path)
 
 

@@ -16,6 +16,7 @@ from eopd.pipeline.config import ConfigError, parse_settings
 from eopd.pipeline.status import PlainConsole
 from eopd.pipeline.store_check import check_folders, check_runs_folder, check_store, why_no_folder
 from eopd.stages.format import escaped, excerpt, one_line
+from tests.raises import raises
 from tests.strangers import unprivileged
 
 HOSTILE = "a\x1b[2J\x1b]0;t\x07b\r\x9b1m\u202ec"
@@ -60,7 +61,7 @@ def test_a_path_that_cannot_be_a_folder_is_named(tmp_path: Path, setting: str, k
         "long": tmp_path / ("x" * 300),
     }[kind]
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
-    with pytest.raises(ConfigError, match=f"{setting}: .*cannot be a folder"):
+    with raises(ConfigError, setting=setting, file=place):
         check_folders(parse_settings({**raw, "store": str(tmp_path / "store"), setting: str(place)}, "test"))
     check_folders(parse_settings({**raw, "store": str(tmp_path / "store")}, "test"))
     if setting == "store":
@@ -78,7 +79,7 @@ def test_a_place_where_no_folder_can_be_made_is_named(
     """/proc grants root what it then refuses."""
     monkeypatch.setattr(os, "access", lambda *_, **__: granted)
     settings = parse_settings({**RAW, "store": str(tmp_path), setting: "/proc/1/x"}, "test")
-    with pytest.raises(ConfigError, match=f"^{setting}: /proc/1/x cannot be a folder: .*/proc/1"):
+    with raises(ConfigError, ": .*/proc/1", setting=setting, file="/proc/1/x"):
         check_folders(settings)
     findings = list(check_store(Path("/proc/1/x"))) if setting == "store" else check_runs_folder(Path("/proc/1/x"))
     assert [(finding.name, finding.state) for finding in findings] == [(setting, "broken")]

@@ -14,14 +14,14 @@ from eopd.pipeline.config import load_config
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.outcome import EXIT_CODES, Outcome
 from eopd.pipeline.processes import worker_command
-from eopd.pipeline.progress import EventProgress, Replay
+from eopd.pipeline.progress import EventProgress, Replay, read_outcome
 from eopd.pipeline.tasks import Task
 from eopd.pipeline.worker import do, do_text, is_refusal, outcome_of
 from eopd.stages.job import NullProgress
 from eopd.stages.models.chat_templates import Conversation, parse_conversation, write_conversation
 from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.prompts import PromptSettings, load_prompts
-from eopd.storage.errors import DamagedPart, StoreFull
+from eopd.storage.errors import DamagedPart, StoreFull, UserError
 from tests.pipeline.plan_case import make_run
 
 
@@ -48,12 +48,21 @@ def test_refusals_of_our_own_checks(tmp_path: Path) -> None:
         error = raised(action)
         assert is_refusal(error), error
         outcome = outcome_of(error)
-        assert outcome == Outcome("refused", str(error))
+        assert outcome == Outcome("refused", str(error), error.fields() if isinstance(error, UserError) else {})
         events = EventProgress(tmp_path / "events.jsonl")
         events.end(outcome)
         replay = Replay(tmp_path / "events.jsonl", NullProgress())
         replay.close()
         assert replay.outcome == outcome
+
+
+def test_the_fields_of_an_error_reach_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n{')
+    error = raised(lambda: load_prompts(PromptSettings(path=str(tmp_path / "bad.jsonl"))))
+    EventProgress(tmp_path / "events.jsonl").end(outcome_of(error))
+    outcome = read_outcome(tmp_path / "events.jsonl")
+    assert outcome is not None
+    assert (outcome.fields["file"], outcome.fields["line"]) == (str(tmp_path / "bad.jsonl"), 2)
 
 
 def test_exit_codes() -> None:

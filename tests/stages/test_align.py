@@ -29,8 +29,10 @@ from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.stage import SummaryJob
 from eopd.storage import alignments
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from tests.bounds import forward_rounding
+from tests.raises import raises
 from tests.stages.test_evaluate import COUNTDOWN, STOPS, STUDENT, Lines, job_for, samples_of, settings_for
 
 TEACHER = ModelRef(path=str(COUNTDOWN / "teacher"), dtype="float32", fingerprint="teacher")
@@ -173,7 +175,7 @@ def test_the_teacher_reads_its_own_template(evaluated: EvaluateJob, aligned: Ali
     job = replace(
         align(evaluated, tmp_path, samples=1), teacher_prompt=TeacherPromptSettings(kind="template", suffix=" ")
     )
-    with pytest.raises(ValueError, match="chat template"):
+    with raises(InputError, setting="score.teacher_prompt"):
         run(replace(job, teacher=replace(TEACHER, tokenizer=str(COUNTDOWN / "student"))))
     run_and_summarise(job)
     assert results_of(job)["responses"]["own"]["all"]["fkl"] != results_of(aligned)["responses"]["own"]["all"]["fkl"]
@@ -197,7 +199,7 @@ def test_a_source_of_which_every_part_was_set_aside_is_named(evaluated: Evaluate
     broken = Artifact(tmp_path, Identity("evaluations", 1, evaluated.output.parts, {"name": "broken"}))
     for part in range(broken.parts):
         broken.set_aside(part, "failed 3 times: out of luck")
-    with pytest.raises(ValueError, match=r"every part of 'first' was set aside \(.*out of luck\).*verify --repair"):
+    with raises(InputError, "out of luck", setting="evaluate.alignment.responses", remedy="verify --repair"):
         run_and_summarise(replace(job, sources=(*job.sources[:1], ("first", broken))))
 
 
@@ -232,7 +234,7 @@ def test_a_teacher_to_which_all_tokens_are_equal_is_refused(merged: tuple[int, .
 
 def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
     job = replace(align(evaluated, tmp_path), teacher_prompt=TeacherPromptSettings(kind="column"))
-    with pytest.raises(ValueError, match=r"names no columns\.teacher_prompt"):
+    with raises(InputError, "columns.teacher_prompt", setting="evaluate.benchmarks"):
         run(job)
     assert not job.output.committed()
 

@@ -12,15 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from eopd.stages.job import NullProgress
+from eopd.stages.models.settings import CaptureSettings
 from eopd.stages.score.captured import CapturedJob, run
-from eopd.stages.score.settings import CaptureSettings
 from eopd.stages.train.run import run as train
 from eopd.storage.artifacts import Artifact
 from eopd.storage.coverage import NeedNotMet
+from eopd.storage.errors import InputError
 from eopd.storage.exchange import export_sequences
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache
+from tests.raises import raises
 from tests.stages.score_case import STOPS, random_responses
 from tests.stages.train_case import make_world, read_rows, train_job
 
@@ -104,7 +106,7 @@ def test_a_response_that_the_capture_lacks_is_named_by_its_prompt(world: Path, t
 
 def test_tokens_with_fewer_entries_than_are_promised_are_refused(world: Path) -> None:
     sizes = [len(entries) for row in pq.read_table(world / "kd.parquet").to_pylist() for entries in row["target_mask"]]
-    with pytest.raises(ValueError, match=r"row \d+: response token \d+ has \d+ entries.*top_k = "):
+    with raises(InputError, r"response token \d+", setting="teacher.capture.top_k", file="kd.parquet"):
         run(captured(world, "narrow", top_k=max(sizes) + 1))
 
 

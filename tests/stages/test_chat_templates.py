@@ -13,6 +13,8 @@ import pytest
 from eopd.stages.models.chat_templates import ChatTemplate, Conversation, check_arguments, parse_conversation
 from eopd.stages.models.prompts import PromptSettings, load_prompts, render_prompt
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, render_teacher_prompt
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.tiny_tokenizer import tiny_tokenizer
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -107,7 +109,7 @@ def test_what_a_template_leaves_out_or_refuses_is_named(
     if field is None:
         assert text_of(template, messages, tools)
         return
-    with pytest.raises(ValueError, match=rf"prompt '0' of here\.jsonl.*{field}"):
+    with raises(InputError, field, file="here.jsonl", prompt="0"):
         text_of(template, messages, tools)
 
 
@@ -148,9 +150,9 @@ def test_the_template_of_a_folder_is_the_tokenizer_s(tmp_path: Path, as_list: bo
 def test_arguments_that_no_template_reads_are_refused() -> None:
     template = ChatTemplate(WHOLE, {"bos_token": "<bos>"})
     check_arguments(template, {"enable_thinking": False, "tools": []})
-    with pytest.raises(ValueError, match="enable_thinkin; it reads: enable_thinking"):
+    with raises(InputError, "enable_thinkin; it reads: enable_thinking"):
         check_arguments(template, {"enable_thinkin": False})
-    with pytest.raises(ValueError, match=r"reads no argument thinking"):
+    with raises(InputError, "argument thinking", setting="template_arguments", prompt="0"):
         text_of(WHOLE, [USER], template_arguments={"thinking": True})
     for name in ("add_generation_prompt", "tokenize", "messages", "continue_final_message"):
         with pytest.raises(ValueError, match=f"template_arguments: {name}"):
@@ -203,7 +205,7 @@ def test_fields_of_other_rows_are_absent_and_not_null(tmp_path: Path) -> None:
 def test_plain_text_is_one_user_s_message() -> None:
     assert Conversation((USER,)).plain_text() == "1+2?"
     for messages in (SYSTEM, [{**USER, "name": "Ann"}], [{"role": "system", "content": "x"}]):
-        with pytest.raises(ValueError, match="template: plain cannot write"):
+        with raises(InputError, setting="template"):
             Conversation(tuple(messages)).plain_text()
 
 
@@ -217,11 +219,11 @@ TODAY = "{{ strftime_now('%Y') }}" + PLAIN
 @pytest.mark.parametrize("template", [LLAMA, TODAY])
 def test_a_template_that_writes_the_date_needs_one(tmp_path: Path, template: str) -> None:
     """Equal keys must mean equal prompts, whatever the day is."""
-    with pytest.raises(ValueError, match=r"writes today's date.*strftime_now"):
+    with raises(InputError, setting="template_arguments", remedy="strftime_now"):
         text_of(template, [USER])
     text = text_of(template, [USER], template_arguments={"strftime_now": "2025-07-26"})
     assert ("26 Jul 2025" if template == LLAMA else "2025") in text
-    with pytest.raises(ValueError, match=r"strftime_now is 'soon'"):
+    with raises(InputError, "'soon'", setting="template_arguments.strftime_now"):
         text_of(template, [USER], template_arguments={"strftime_now": "soon"})
     (tmp_path / "chat_template.jinja").write_text(template)
     found = ChatTemplate.of_folder(tmp_path)

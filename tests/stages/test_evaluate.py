@@ -27,7 +27,9 @@ from eopd.stages.verifiers.registry import RULES
 from eopd.stages.verifiers.verdict import NO_ANSWER, UNREADABLE
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
+from tests.raises import raises
 
 COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
 STUDENT = ModelRef(path=str(COUNTDOWN / "student"), dtype="float32", fingerprint="student")
@@ -249,14 +251,14 @@ def test_top_p_is_applied_and_the_entropy_is_of_what_was_sampled_from(tmp_path: 
 
 def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None:
     refusing = job_for(tmp_path, settings_for(max_prompt_tokens=8))
-    with pytest.raises(ValueError, match=r"countdown/evaluate/\d+'?: 10 tokens.*too_long: skip"):
+    with raises(InputError, "10 tokens", setting="evaluate.max_prompt_tokens", remedy="too_long: skip"):
         stage.run(replace(refusing, policy=replace(STUDENT, fingerprint="never loaded")))
     skipping = job_for(tmp_path, settings_for(max_prompt_tokens=8, too_long="skip"))
     evaluate(skipping)
     one = results_of(skipping)["benchmarks"]["countdown"]
     assert one["problems"] + len(one["skipped"]) == 12
     none_left = job_for(tmp_path, settings_for(max_prompt_tokens=2, too_long="skip"), parts=[0])
-    with pytest.raises(ValueError, match=r"countdown: all 12 .*evaluate\.max_prompt_tokens = 2"):
+    with raises(InputError, "all 12", setting="evaluate.max_prompt_tokens"):
         stage.run(none_left)
     assert not none_left.output.committed()
     assert 0 < one["problems"] < 12
@@ -276,7 +278,7 @@ def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(
     rows = [{"id": name, "problem": "x", "answer": answer} for name, answer in zip("ab", answers, strict=True)]
     bad.write_text("\n".join(map(json.dumps, rows)))
     job = job_for(tmp_path, settings_for(benchmarks=[{"name": "bad", "path": str(bad), "verifier": verifier}]))
-    with pytest.raises(ValueError, match=rf"benchmark bad, problem 'b': .*{why}"):
+    with raises(InputError, why, file=bad, prompt="b"):
         stage.run(job)
     assert not job.output.committed()
 
@@ -284,7 +286,7 @@ def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(
 def test_a_benchmark_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
     job = job_for(tmp_path, settings_for(), planned=9)
     for work in (lambda: stage.run(job), lambda: stage.summarise(summary_of(job))):
-        with pytest.raises(ValueError, match="has 9 parts, but its benchmarks make 3"):
+        with raises(InputError, "9 parts, .* 3", setting="evaluate.benchmarks"):
             work()
 
 
@@ -377,7 +379,7 @@ def test_results_without_spread_claim_no_certainty() -> None:
 
 
 def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:
-    with pytest.raises(ValueError, match="benchmark b: no problem was evaluated; 2 prompts were too long"):
+    with raises(InputError, "benchmark b: .* 2 prompts", setting="evaluate.max_prompt_tokens"):
         figures("b", Tally(skipped=["a", "b"]), resamples=100, confidence=0.95, seed=0)
 
 

@@ -22,9 +22,10 @@ from eopd.stages.score.run import run as score
 from eopd.stages.train import checkpoint
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.run import run
-from eopd.storage.errors import StoreFull
+from eopd.storage.errors import InputError, StoreFull
 from eopd.storage.files import Free
 from eopd.storage.paths import OPTIMIZER, WEIGHTS
+from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import KillAfter, part_bytes, read_rows, train_job
@@ -183,7 +184,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(
 
     monkeypatch.setattr(checkpoint, broken, refuse)
     job = job_of(world, f"refused {broken} {bool(more)}", **more)
-    with pytest.raises(ValueError, match=r"could not be saved.*TypeError"):
+    with raises(InputError, "TypeError", file=job.student.path):
         run(job)
     assert not job.progress_states.committed()
     assert not list(job.progress_states.folder.glob("part-*"))
@@ -214,7 +215,7 @@ def test_a_checkpoint_that_would_not_fit_is_refused_before_the_first_step(
     weights = sum(value.numel() * 4 for value in load_file(world[0] / "student" / "model.safetensors").values())
     job = job_of(world, "too large")
     monkeypatch.setattr(checkpoint, "free_of", lambda _: Free(3 * weights - 1, None))
-    with pytest.raises(StoreFull, match=f"{3 * weights:,} bytes"):
+    with raises(StoreFull, f"{3 * weights:,} bytes", file=job.output.folder):
         run(job)
     assert not job.progress_states.committed()
 
@@ -233,5 +234,5 @@ def test_stop_ids_are_written_beside_the_settings_that_are_there(tmp_path: Path)
 def test_generation_settings_that_are_no_object_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     for look in (lambda: stop_ids_in(tmp_path), lambda: write_stop_ids(tmp_path, (2,))):
-        with pytest.raises(ValueError, match=r"generation_config\.json must hold a JSON object"):
+        with raises(InputError, file=tmp_path / "generation_config.json"):
             look()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.inputs import find_weights, inspect_model
-from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models import gguf
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
+from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.storage import paths
 from eopd.storage.extras import installing
@@ -31,6 +30,8 @@ from eopd.storage.fingerprints import Digests
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("gguf is not installed (pip install 'eopd[gguf]')", allow_module_level=True)
 
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.tiny_gguf import TEMPLATE, write_gguf
 
 IDS = torch.tensor([[5, 90, 7, 280, 11, 2, 17, 40]])
@@ -132,23 +133,22 @@ def test_what_would_be_another_model_is_refused(tmp_path: Path, metadata: dict[s
         path.write_bytes(data)
     else:
         write_gguf(path, metadata=metadata)
-    with pytest.raises(ValueError, match=named) as caught:
+    with raises(InputError, named, file=path):
         gguf.prepare(path, tmp_path / "out")
-    one_line(path, caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_tensors_that_no_layer_reads_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, extra={"rope_freqs.weight": np.ones(16, np.float32)})
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight is not read"):
+    with raises(InputError, "rope_freqs.weight", file=path):
         gguf.prepare(path, tmp_path / "out")
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, leave_out="model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+    with raises(InputError, "model.layers.1.mlp.up_proj.weight is missing", file=path):
         gguf.prepare(path, tmp_path / "out")
 
 
@@ -158,7 +158,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         model.model.norm.weight[3] = float("nan")
     path = tmp_path / "tiny.gguf"
     write_gguf(path, model)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight holds values that are not finite"):
+    with raises(InputError, "model.norm.weight.* not finite", file=path):
         gguf.prepare(path, tmp_path / "out")
 
 
@@ -168,9 +168,8 @@ def test_a_truncated_file_is_refused_before_any_work(
 ) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(made[0].read_bytes()[:kept])
-    with pytest.raises(ValueError, match="no whole GGUF file") as caught:
+    with raises(InputError, "no whole GGUF file", file=path):
         gguf.check_gguf(path)
-    one_line(path, caught.value)
 
 
 def test_damage_to_a_header_is_refused_or_harmless(tmp_path: Path, made: tuple[Path, PreTrainedModel]) -> None:
@@ -196,7 +195,7 @@ def test_without_the_package_the_extra_is_named(
     made: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"gguf.*not installed.*{re.escape(installing('gguf'))}"):
+    with raises(InputError, "not installed", file=made[0], remedy=installing("gguf")):
         gguf.check_gguf(made[0])
 
 
@@ -206,7 +205,7 @@ def test_a_disk_that_is_too_small_is_named(
     from eopd.storage.files import Free
 
     monkeypatch.setattr(gguf, "free_of", lambda _: Free(1000, None))
-    with pytest.raises(ValueError, match="more than are free"):
+    with raises(InputError, "free", file=made[0]):
         gguf.prepare(made[0], tmp_path / "out")
 
 
@@ -246,11 +245,11 @@ def test_a_missing_file_and_one_without_a_store_say_what_to_do(
     tmp_path: Path, made: tuple[Path, PreTrainedModel]
 ) -> None:
     missing = tmp_path / "no.gguf"
-    with pytest.raises(ConfigError, match=r"teacher\.path: there is no file .*no\.gguf"):
+    with raises(ConfigError, setting="teacher.path", file=missing):
         find_weights("teacher", ModelSettings(path=str(missing)), tmp_path)
-    with pytest.raises(ConfigError, match=r"teacher\.path: .*eopd prepare"):
+    with raises(ConfigError, setting="teacher.path", file=made[0], remedy="eopd prepare"):
         find_weights("teacher", ModelSettings(path=str(made[0])))
-    with pytest.raises(ValueError, match="eopd prepare"):
+    with raises(InputError, file=made[0], remedy="eopd prepare"):
         load_model(ModelRef(str(made[0])))
 
 

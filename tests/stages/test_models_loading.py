@@ -14,17 +14,17 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.chat_templates import Conversation
 from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenizer_at
 from eopd.stages.models.tokenizers import check_same_vocabulary, id_to_bytes, render_chat, vocabulary_fingerprint
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.tiny_models import save_tiny, tiny_tokenizer
 
 
 def test_a_missing_folder_and_a_missing_hub_id_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"model folder '/no/such/model' does not exist: check the path"):
+    with raises(InputError, file="/no/such/model", remedy="check the path"):
         load_model(ModelRef("/no/such/model"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"model 'Qwen/Qwen3-8B' .*neither a local folder nor.*hf download Qwen/Qwen3-8B"
-    ):
+    with raises(InputError, "Qwen/Qwen3-8B", remedy="hf download Qwen/Qwen3-8B"):
         load_model(ModelRef("Qwen/Qwen3-8B"))
 
 
@@ -32,10 +32,10 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no \*\.safetensors file"):
+    with raises(InputError, "safetensors", file=tmp_path):
         load_model(ModelRef(str(tmp_path)))
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json is missing"):
+    with raises(InputError, file=tmp_path / "config.json"):
         load_model(ModelRef(str(tmp_path)))
 
 
@@ -43,7 +43,7 @@ def test_dtype(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     assert load_model(ModelRef(str(tmp_path))).dtype == torch.float32
     assert load_model(ModelRef(str(tmp_path), dtype="bfloat16")).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype 'int4'"):
+    with raises(InputError, "'int4'", setting="dtype"):
         load_model(ModelRef(str(tmp_path), dtype="int4"))
 
 
@@ -79,7 +79,7 @@ def test_vocabularies_that_differ_in_special_tokens_templates_and_length_agree(t
     a, b, c = (load_tokenizer_at(str(tmp_path / name)) for name in "abc")
     b.add_tokens(["<|more|>"])
     check_same_vocabulary(a, b)
-    with pytest.raises(ValueError, match=r"teacher and student differ at 2 ids, first at id 259: b'ee' against b'et'"):
+    with raises(InputError, "2 ids, first at id 259: b'ee' against b'et'"):
         check_same_vocabulary(a, c)
 
 
@@ -100,7 +100,7 @@ def test_rendering_equals_apply_chat_template(tmp_path: Path, arguments: dict[st
     own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments)["input_ids"]
     assert render_chat(tokenizer, Conversation(tuple(messages)), arguments) == own
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
+    with raises(InputError, setting="template"):
         render_chat(tokenizer, Conversation(tuple(messages)))
 
 
@@ -118,5 +118,5 @@ def test_a_revision_of_the_model_is_none_of_another_tokenizer(tmp_path: Path, mo
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer could be read"):
+    with raises(InputError, "no tokenizer", file=tmp_path):
         load_tokenizer(ModelRef(str(tmp_path)))

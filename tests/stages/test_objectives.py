@@ -24,7 +24,9 @@ from eopd.stages.train.objectives.tropd import hashed_uniform
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import sparse_head_loss
 from eopd.storage.coverage import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, SampledNeed, StopsNeed
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_record import HeadRule, TeacherRows
+from tests.raises import raises
 from tests.reference_formulas import eopd_forward, eopd_loss, nemo_renorm, trl_tail, verl_topk
 from tests.stages.dense_oracle import Case, make_case, rows_of
 from tests.stages.sparse_student import student_at
@@ -382,11 +384,11 @@ def test_an_objective_of_ones_own(tmp_path: Path) -> None:
     changed = tmp_path / "changed.py"
     changed.write_text(OWN.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
     assert given.semantic()["source"] != ObjectiveSettings(name=f"{changed}:sure_only").semantic()["source"]
-    with pytest.raises(ValueError, match="no such file"):
+    with raises(InputError, file="nowhere.py"):
         make_objective(ObjectiveSettings(name="nowhere.py:loss"))
-    with pytest.raises(ValueError, match="no callable 'other'"):
+    with raises(InputError, "'other'", setting="train.objective.name", file=OWN):
         make_objective(ObjectiveSettings(name=f"{OWN}:other"))
-    with pytest.raises(ValueError, match="returned str, not an Objective"):
+    with raises(InputError, "str", setting="train.objective.name", file=OWN):
         make_objective(ObjectiveSettings(name=f"{OWN}:no_objective"))
 
 

@@ -21,9 +21,11 @@ from eopd.stages.rollout.run import RolloutJob, run
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.rollout.student_topk import StudentTopkJob
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk, write_student_topk
+from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
 from tests.stages.tiny_tokenizer import save_tokenizer
@@ -206,7 +208,7 @@ def test_the_students_own_top_k(tmp_path: Path, policy: tuple[ModelRef, PreTrain
 def test_a_top_k_that_the_vocabulary_cannot_give_is_refused(
     tmp_path: Path, policy: tuple[ModelRef, PreTrainedModel], k: int
 ) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.student_topk must be 1 to 320"):
+    with raises(InputError, "320", setting="rollout.student_topk"):
         student_topk.run(topk_job(make_job(tmp_path, policy[0]), k))
 
 
@@ -225,10 +227,10 @@ def test_longer_prompts_are_skipped_and_counted_or_refused(
     assert isinstance(job.progress, Recorded)
     assert job.progress.lines[0].startswith("rollout: skipped 4 of 6 prompts are longer than")
     refusing = make_job(tmp_path / "refuse", policy[0], template="plain", max_prompt_tokens=20, too_long="refuse")
-    with pytest.raises(ValueError, match=r"prompt 'p3' of .* tokens, more than prompts\.max_prompt_tokens = 20"):
+    with raises(InputError, setting="prompts.max_prompt_tokens", file="prompts.jsonl", prompt="p3"):
         run(refusing)
     none_left = make_job(tmp_path / "none", policy[0], template="plain", max_prompt_tokens=2)
-    with pytest.raises(ValueError, match=r"6 of 6 prompts are longer .* none is left"):
+    with raises(InputError, "6 of 6", setting="prompts.max_prompt_tokens", file="prompts.jsonl"):
         run(none_left)
     assert not refusing.output.committed()
     assert not none_left.output.committed()
@@ -242,7 +244,7 @@ def test_bad_prompts_are_found_before_a_model_is_loaded(
     save_tokenizer(bare)  # a tokenizer and no model: loading one would fail otherwise
     job = make_job(tmp_path, ModelRef(str(bare)))
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "x", "answer": "1"}\nno\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with raises(InputError, file="prompts.jsonl", line=2):
         run(job)
     assert not job.output.committed()
 
@@ -314,6 +316,6 @@ def test_a_student_is_not_sampled_where_its_positions_scale_otherwise(tmp_path: 
     save_tiny("phi3", tmp_path / "student", rope_parameters=rope, original_max_position_embeddings=64)
     save_tokenizer(tmp_path / "student")
     job = make_job(tmp_path, ModelRef(str(tmp_path / "student")), max_prompt_tokens=200)
-    with pytest.raises(ValueError, match=r"beyond 64 tokens.*rollout\.max_new_tokens"):
+    with raises(InputError, "64 tokens", remedy="rollout.max_new_tokens"):
         run(job)
     assert job.output.committed() == set()

@@ -130,7 +130,7 @@ def test_an_answer_that_is_missing_ends_the_job_before_a_model_is_loaded(
     columns = job.prompts.columns.model_copy(update={"answer": None})
     job = replace(job, prompts=job.prompts.model_copy(update={"columns": columns}))
     monkeypatch.setattr(kept, "open_sampling_engine", lambda *_, **__: pytest.fail("an engine was opened"))
-    with pytest.raises(ValueError, match=r"prompt 'p3': there is no reference answer.*prompts\.columns\.answer"):
+    with pytest.raises(ValueError, match=r"'p3': there is no reference answer.*prompts\.columns\.answer"):
         run(job)
 
 

@@ -19,10 +19,11 @@ from eopd.stages.rollout.prefix import Prefixes, prefixes_of
 from eopd.stages.rollout.run import RolloutJob, run
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart, NewerSchema
+from eopd.storage.errors import DamagedPart, InputError, NewerSchema
 from eopd.storage.identity import Identity
 from eopd.storage.records import read_record
 from eopd.storage.rollouts import FILE_NAME, SCHEMA, SCHEMA_OF_WRITERS, Writer, read_rollouts, write_rollouts
+from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.test_rollout import PARTS, STOPS, Recorded, checksums, make_job, policy, rows_of
 from tests.stages.tiny_models import save_tiny
@@ -263,12 +264,12 @@ def test_other_files_of_responses_are_read_alike(tmp_path: Path, policy: tuple[M
         (None, "must hold a response"),
         ([], "must hold a response"),
         ([5, "6"], "must hold a response"),
-        ([5, 100_000], "id 100000, and the student's tokenizer has 300"),
+        ([5, 100_000], "id 100000"),
         ([5, -1], "id -1"),
-        ([5, 2, 6], "holds the stop id 2 as token 1 of 3"),
-        ("It is </turn> four.", "holds the stop id 4"),
+        ([5, 2, 6], "stop id 2 as token 1 of 3"),
+        ("It is </turn> four.", "stop id 4"),
         ({"role": "user", "content": "x"}, "must hold a response"),
-        ([5] * 13, r"has 13 tokens, more than rollout\.max_new_tokens = 12"),
+        ([5] * 13, "13 tokens"),
     ],
 )
 def test_a_response_that_cannot_be_trained_on_is_refused_by_prompt(
@@ -276,8 +277,9 @@ def test_a_response_that_cannot_be_trained_on_is_refused_by_prompt(
 ) -> None:
     rows = [{"prompt": "What is it?", "response": [5, 2]}, {"prompt": "And?", "response": response}]
     job = data_job(tmp_path, policy[0], rows, prompts={"too_long": "refuse"})
-    with pytest.raises(ValueError, match=rf"(line 2|prompt '1').*{message}"):
+    with raises(InputError, message, file=job.prompts.path) as caught:
         run(job)
+    assert (caught.value.line, caught.value.prompt) in ((2, None), (None, "1"))
     assert not job.output.committed()
 
 

@@ -28,8 +28,9 @@ from eopd.stages.route.settings import RuleSettings
 from eopd.storage import records as evaluations
 from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
+from tests.raises import raises
 from tests.stages.test_evaluate import STUDENT, evaluate, job_for, samples_of, settings_for
 
 MODES = ["standard", "direct", "cot"]
@@ -249,7 +250,7 @@ def test_samples_are_routed_one_by_one_if_that_is_asked(tmp_path: Path) -> None:
 
 
 def test_too_many_problems_to_calibrate_are_refused(stored: dict[str, Artifact], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"route\.calibration is 6.*half of the 12"):
+    with raises(InputError, "6, .* 12", setting="evaluate.route.calibration"):
         route(stored, tmp_path, settings(route={"tokens": 6, "calibration": 6}))
 
 
@@ -274,5 +275,5 @@ def test_a_damaged_routing_is_named(stored: dict[str, Artifact], tmp_path: Path)
     output = route(stored, tmp_path, settings())
     path = output.part_folder(0) / routings.RESULTS
     path.write_text(json.dumps({"problems": 7}).ljust(path.stat().st_size))
-    with pytest.raises(DamagedPart, match=r"routing\.json"):
+    with raises(DamagedPart, file="routing.json"):
         _routing(RoundArtifacts(0, None, made={"route": output}))

@@ -25,6 +25,8 @@ from eopd.stages.engines.sampling import (
 )
 from eopd.stages.engines.sampling_transformers import truncate
 from eopd.stages.job import ModelRef, NullProgress
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
 
@@ -208,12 +210,12 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel], t
         engine.sample([SamplingRequest(prompt, 0) for prompt in PROMPTS], parameters)
     with pytest.raises(ValueError, match="request 0 has an empty prompt"):
         engine.sample([SamplingRequest([], 0)], replace(parameters, max_new_tokens=1))
-    with pytest.raises(ValueError, match="reads at most 256 tokens"):
+    with raises(InputError, "256 tokens", file=saved[0]):
         open_sampling_engine("transformers", ModelRef(str(saved[0])), max_model_len=257, log_dir=saved[0])
     save_tiny("gpt2", tmp_path)
-    with pytest.raises(ValueError, match="reads at most 256 tokens"):
+    with raises(InputError, "256 tokens", file=tmp_path):
         open_sampling_engine("transformers", ModelRef(str(tmp_path)), max_model_len=257, log_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"nowhere.*does not exist"):
+    with raises(InputError, file="nowhere"):
         open_sampling_engine("transformers", ModelRef("./nowhere"), max_model_len=8, log_dir=saved[0])
     assert engine.sample([], parameters) == []
     engine.close()
@@ -231,7 +233,7 @@ def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel], t
     ],
 )
 def test_parameters_out_of_range_are_named(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=field):
+    with raises(InputError, setting=field):
         SamplingParameters(**{field: value})  # type: ignore[arg-type]
 
 

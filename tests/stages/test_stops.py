@@ -11,7 +11,9 @@ import torch
 from eopd.stages.train.objectives.layout import LOG_ZERO, TAIL_RESOLUTION, SupportPlan
 from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling, class_entropy, swap_stops
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_record import HeadRule
+from tests.raises import raises
 from tests.stages.dense_oracle import rows_of
 
 E = StopHandling("class", (3, 7), (5, 3))  # ids 3, 5 and 7 are one outcome
@@ -124,7 +126,7 @@ def test_models_that_agree_are_left_alone() -> None:
 def test_missing_stop_ids_and_strange_tokens_are_refused() -> None:
     teacher = (torch.randn(1, 12, dtype=torch.float64)).log_softmax(dim=1)
     rows, _ = batch_of(teacher, [1], SupportPlan())
-    with pytest.raises(ValueError, match=r"needs the teacher's log-probs of stop ids \[3, 11\].*score again"):
+    with raises(InputError, r"\[3, 11\]", setting="train.objective.stops", remedy="score again"):
         TeacherBatch.build(rows, RULE, StopHandling("class", (3,), (11,)), SupportPlan(), 12)
     with pytest.raises(ValueError, match="sampled token 1 is outside the student's 1 ids"):
         TeacherBatch.build(rows, RULE, E, SupportPlan(), 1)

@@ -19,13 +19,14 @@ from eopd.stages.score.responses import PartResponses, read_part
 from eopd.stages.score.run import run
 from eopd.stages.stage import Measured, Size
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.verdicts import write_verdicts
 from tests.golden.keys import keys_of
 from tests.pipeline.plan_case import make_facts, make_run, make_settings, plan_of
+from tests.raises import raises
 from tests.stages.score_case import STOPS, response_row, rollouts, score_job
 from tests.stages.test_score_run import _check_response, _oracle
 from tests.stages.tiny_models import save_teacher
@@ -104,7 +105,7 @@ def test_too_long_counts_both_copies(teacher: Path, tmp_path: Path) -> None:
     assert sequence.context_ids[3 : 3 + len(sequence.response_ids)] == sequence.response_ids
     assert found.truncated == 1
     refusing = score_job(tmp_path, teacher, rollouts(tmp_path, [[row]]), name="t", teacher_prompt=COPY)
-    with pytest.raises(ValueError, match="'p7' sample 0 has"):
+    with raises(InputError, "'p7' sample 0", setting="score.max_tokens"):
         read(refusing, limit=50)
 
 
@@ -119,7 +120,7 @@ def test_shuffled_gives_each_prompt_another_one_s_answer_and_solution(teacher: P
     assert sorted(shown[::2]) == [f"a{n}|first {n}, then {n * n}|" for n in range(4)]
     assert all(not text.startswith(f"a{n}|") for n, text in enumerate(shown[::2]))
     alone = score_job(tmp_path, teacher, rollouts(tmp_path, [rows[:2]], "one"), teacher_prompt=prompt, seed=3)
-    with pytest.raises(ValueError, match=r"part 0: .*at least two prompts"):
+    with raises(InputError, "part 0", setting="score.teacher_prompt.shuffled", remedy="rollout.rows_per_part"):
         read(ScoreJob(**{**vars(alone), "prompts": solved(tmp_path)}))
 
 
@@ -216,25 +217,27 @@ def test_verdicts_are_planned_and_keyed_for_the_contexts_that_show_them() -> Non
 
 
 @pytest.mark.parametrize(
-    ("prompts", "changes", "words"),
+    ("prompts", "changes", "setting"),
     [
-        ({"columns": {"answer": "a"}}, {}, r"\{\{verdict\}\}, but no verifier"),
-        ({"verifier": "exact"}, {}, r"\{\{verdict\}\}, but the prompts have no reference answers"),
+        ({"columns": {"answer": "a"}}, {}, "prompts.verifier"),
+        ({"verifier": "exact"}, {}, "prompts.columns.answer"),
         (
             {"verifier": "exact", "columns": {"answer": "a"}},
             {"evaluate": {"benchmarks": [{"name": "b", "path": "b.jsonl"}], "alignment": {}}},
-            r"evaluate\.alignment reads other responses",
+            "evaluate.alignment",
         ),
         (
             {"verifier": "exact", "columns": {"answer": "a"}},
             {"rollout": {"samples_per_prompt": 1}, "score": {"teacher_prompt": {"opening": "{{right_sibling}}"}}},
-            r"rollout\.samples_per_prompt is 1",
+            "rollout.samples_per_prompt",
         ),
     ],
 )
-def test_verdicts_that_cannot_be_had_are_refused(prompts: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+def test_verdicts_that_cannot_be_had_are_refused(
+    prompts: dict[str, Any], changes: dict[str, Any], setting: str
+) -> None:
     shows = {"teacher_prompt": {"opening": "{{verdict}}", "verdicts": VERDICTS}}
-    with pytest.raises(ConfigError, match=words):
+    with raises(ConfigError, setting=setting):
         make_settings(**{"prompts": {"path": "p", **prompts}, "score": shows, **changes})
 
 
@@ -272,21 +275,21 @@ def test_an_answer_that_is_missing_is_refused_by_prompt(teacher: Path, tmp_path:
     job = score_job(
         tmp_path, teacher, rollouts(tmp_path, [[response_row(3, [30], answer=answer)]]), teacher_prompt=COPY
     )
-    with pytest.raises(ValueError, match=r"prompt 'p3'.*no answer"):
+    with raises(InputError, "answer", prompt="p3"):
         run(job)
 
 
 def test_columns_and_parts_that_are_missing_are_refused_with_the_settings() -> None:
     shows: dict[str, Any] = {"teacher_prompt": {"opening": "{{solution}}"}}
-    with pytest.raises(ConfigError, match=r"\{\{solution\}\}.* prompts\.columns\.solution"):
+    with raises(ConfigError, setting="prompts.columns.solution"):
         make_settings(score=shows)
     named = {"path": "p.jsonl", "columns": {"solution": "proof"}}
     make_settings(score=shows, prompts=named)
     benchmark = {"name": "b", "path": "b.jsonl"}
-    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.0\.columns\.solution"):
+    with raises(ConfigError, setting="evaluate.benchmarks.0.columns.solution"):
         make_settings(score=shows, prompts=named, evaluate={"benchmarks": [benchmark], "alignment": {}})
     shuffled = {"teacher_prompt": {"opening": "{{solution}}", "shuffled": True}}
-    with pytest.raises(ConfigError, match=r"rollout\.rows_per_part is 1"):
+    with raises(ConfigError, setting="rollout.rows_per_part"):
         make_settings(score=shuffled, prompts=named, rollout={"rows_per_part": 1})
 
 
@@ -296,7 +299,7 @@ def test_a_last_part_of_one_prompt_cannot_be_shuffled(tmp_path: Path) -> None:
         "prompts": {"path": "p.jsonl", "columns": {"answer": "answer"}},
     }
     check_shuffled(make_run(tmp_path, **changes))
-    with pytest.raises(ConfigError, match=r"part of one prompt.*rollout\.rows_per_part"):
+    with raises(ConfigError, setting="score.teacher_prompt.shuffled", remedy="rollout.rows_per_part"):
         check_shuffled(make_run(tmp_path, rollout={"rows_per_part": 3}, **changes))
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from eopd.stages.train.run import run
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.train_case import make_world, train_job
 
 
@@ -45,7 +47,7 @@ def test_a_ratio_needs_the_distribution_that_was_drawn_from(
         run(job)
         assert job.output.is_complete()
         return
-    with pytest.raises(ValueError, match=r"rollout\.top_p, rollout\.top_k or rollout\.min_p cut"):
+    with raises(InputError, setting="rollout.top_p"):
         run(job)
     assert not job.output.folder.joinpath("identity.json").exists()
     assert not job.progress_states.committed()
@@ -54,6 +56,6 @@ def test_a_ratio_needs_the_distribution_that_was_drawn_from(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_asked_for_is_not_replaced_by_the_cpu(world: Path) -> None:
     job = train_job(world, "cuda", device="cuda", epochs=1)
-    with pytest.raises(ValueError, match=r"train\.device is cuda, but torch sees no GPU.*eopd doctor"):
+    with raises(InputError, setting="train.device", remedy="eopd doctor"):
         run(job)
     assert not job.output.is_complete()

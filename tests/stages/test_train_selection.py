@@ -18,11 +18,12 @@ from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import run, schedule_of
 from eopd.stages.train.settings import SelectSettings, TrainSettings, learning_rate
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import TRAINING_FILE, WEIGHTS
 from eopd.storage.teacher_cache import JointCache
 from eopd.storage.verdicts import write_verdicts
+from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import read_rows, train_job
@@ -74,12 +75,12 @@ def test_responses_without_a_verdict_are_neither_right_nor_wrong() -> None:
 @pytest.mark.parametrize(
     ("settings", "prompts", "counts"),
     [
-        ({"verdict": "right"}, {0}, r"of 8 responses, 4 are to prompts that `where` selects, 0 are right"),
-        ({"per_prompt": 1}, set(), r"of 8 responses, 0 are to prompts"),
+        ({"verdict": "right"}, {0}, "of 8 responses, 4 are .*, 0 are right"),
+        ({"per_prompt": 1}, set(), "of 8 responses, 0 are"),
     ],
 )
 def test_a_selection_of_nothing_gives_the_counts(settings: dict[str, Any], prompts: set[int], counts: str) -> None:
-    with pytest.raises(ValueError, match=rf"train\.select .*{counts}"):
+    with raises(InputError, counts, setting="train.select"):
         Selection(select(**settings), frozenset(prompts)).choose(candidates((False,) * 8))
 
 
@@ -141,15 +142,15 @@ def test_rows_where(prompts: PromptSettings, where: dict[str, list[Any]], rows: 
     ("where", "message"),
     [
         ({"topik": ["algebra"]}, "'topik'.*level, meta, prompt, topic; the nearest is topic"),
-        ({"topic": ["algbra"]}, 'topic: .*"algbra"; the nearest value is "algebra"'),
+        ({"topic": ["algbra"]}, '"algbra".* "algebra"'),
         ({"level": [True]}, "level: .*true"),
-        ({"meta": ["x"]}, "line 1: column 'meta' holds dict"),
+        ({"meta": ["x"]}, "line 1: column 'meta'"),
     ],
 )
 def test_unknown_columns_and_values_are_named(
     prompts: PromptSettings, where: dict[str, list[Any]], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with raises(InputError, message, file=prompts.path):
         rows_where(prompts, where)
 
 
@@ -231,7 +232,7 @@ def test_nothing_selected_ends_before_a_model_is_loaded(world: Path) -> None:
     job = train_job(world, "nothing")
     verdicts = verdicts_of(job, "all wrong", (False,) * 8)
     job = replace(job, selection=Selection(select(verdict="right"), verdicts=verdicts))
-    with pytest.raises(ValueError, match=r"of 8 responses, 0 are right"):
+    with raises(InputError, "0 are right", setting="train.select"):
         run(replace(job, student=replace(job.student, path="there is no such folder")))
     assert not job.output.folder.joinpath("identity.json").exists()
 

@@ -18,10 +18,12 @@ from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.stages.train.responses import refuse_other_writers
 from eopd.stages.train.run import run
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import WEIGHTS
 from eopd.storage.rollouts import Writer, write_rollouts
 from tests.bounds import forward_rounding
+from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, score_job
 from tests.stages.tiny_models import save_teacher
 from tests.stages.train_case import KillAfter, Killed, make_world, part_bytes, read_rows, train_job
@@ -141,7 +143,7 @@ def test_an_objective_of_one_s_own_that_reads_the_round_s_start_is_refused() -> 
     reads = replace(objective, per_round=frozenset({"q_old", "token_key"}))
     for source in OFF_POLICY:
         refuse_other_writers(objective, source)
-        with pytest.raises(ValueError, match=rf"'fkl' reads q_old, .*rollout\.source: {source}"):
+        with raises(InputError, "'fkl' reads q_old", setting="rollout.source"):
             refuse_other_writers(reads, source)
     refuse_other_writers(reads, "prefix")
 

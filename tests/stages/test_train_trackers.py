@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eopd.stages.train.metrics import Recorder
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import TrainSettings
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.score_case import Lines
 from tests.stages.train_case import KillAfter, Killed, make_world, read_rows, train_job
 
@@ -45,7 +47,7 @@ def test_a_missing_package_is_named_before_training(world: Path, name: str) -> N
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
     job = train_job(world, f"missing-{name}", trackers=[name])
-    with pytest.raises(ValueError, match=f"train.trackers names '{name}', .*uv pip install -e"):
+    with raises(InputError, f"'{name}', .*uv pip install -e", setting="train.trackers"):
         run(job)
     assert not job.progress_states.committed()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +20,14 @@ from eopd.pipeline import inputs
 from eopd.pipeline.config import ConfigError
 from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngine
-from eopd.stages.experiment_settings import ModelSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import stored_lm_head
 from eopd.stages.models.loading import check_weights, load_model
+from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.weight_files import INDEX, SINGLE, read_tensors, weight_files
+from eopd.storage.errors import InputError
 from eopd.storage.fingerprints import Digests, model_files
+from tests.raises import raises
 from tests.stages.tiny_models import save_tiny, tiny_tokenizer
 
 Damage = Callable[[dict[str, Tensor]], None]
@@ -83,10 +86,8 @@ def test_any_tensor_that_is_missing_or_has_another_shape_is_refused_by_name(
             weights = {other: value for other, value in whole.items() if other != tensor}
             weights |= {} if change is None else {tensor: change}
             save_file(weights, folder / SINGLE, metadata={"format": "pt"})
-            with pytest.raises(ValueError, match=words) as error:
+            with raises(InputError, f"{re.escape(tensor)}.* {words}", file=folder):
                 check_weights(ref)
-            assert tensor in str(error.value)
-            assert str(folder) in str(error.value)
 
 
 def sampling(kind: EngineKind, ref: ModelRef) -> SamplingEngine:
@@ -108,7 +109,7 @@ def test_every_reader_refuses_a_lost_tensor(tensor: str, reader: str, qwen3: Pat
     if reader == "vllm":
         pytest.importorskip("vllm")
     damage(qwen3, lambda weights: weights.__delitem__(tensor))
-    with pytest.raises(ValueError, match=f"{tensor} is missing"):
+    with raises(InputError, f"{tensor} is missing", file=qwen3):
         READERS[reader](ModelRef(str(qwen3)))
 
 
@@ -118,7 +119,7 @@ def test_a_tensor_of_no_layer_is_refused_and_a_known_leftover_is_not(qwen3: Path
     load_model(ModelRef(str(qwen3)))
     damage(qwen3, lambda weights: weights.update({"model.layers.2.mlp.down_proj.weight": torch.ones(4, 4)}))
     for check in (check_weights, load_model):
-        with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj\.weight belongs to no layer"):
+        with raises(InputError, "layers.2.mlp.down_proj.weight", file=qwen3):
             check(ModelRef(str(qwen3)))
 
 
@@ -128,7 +129,7 @@ def test_a_layer_for_multi_token_prediction_is_left_alone(qwen3: Path) -> None:
     (qwen3 / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     load_model(ModelRef(str(qwen3)))
     damage(qwen3, lambda weights: weights.update({"model.layers.3.eh_proj.weight": torch.ones(4, 4)}))
-    with pytest.raises(ValueError, match=r"layers\.3\.eh_proj\.weight belongs to no layer"):
+    with raises(InputError, "layers.3.eh_proj.weight", file=qwen3):
         load_model(ModelRef(str(qwen3)))
 
 
@@ -138,7 +139,7 @@ def test_a_tied_head_may_be_stored_only_as_the_embeddings(tmp_path: Path) -> Non
     load_model(ModelRef(str(tmp_path)))
     damage(tmp_path, lambda weights: weights["lm_head.weight"].mul_(2))
     for check in (check_weights, load_model):
-        with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        with raises(InputError, "lm_head.weight", file=tmp_path):
             check(ModelRef(str(tmp_path)))
 
 
@@ -151,7 +152,7 @@ def test_a_quantised_layer_has_tensors_of_its_own_and_none_is_lost(qwen3: Path) 
     damage(qwen3, lambda w: w.update({f"{layer}.qweight": torch.ones(2), "x": w.pop(f"{layer}.weight")}))
     check_weights(ModelRef(str(qwen3)))
     damage(qwen3, lambda w: w.__delitem__(f"{layer}.qweight"))
-    with pytest.raises(ValueError, match=f"{layer}.weight is missing"):
+    with raises(InputError, f"{layer}.weight is missing", file=qwen3):
         check_weights(ModelRef(str(qwen3)))
 
 
@@ -260,11 +261,11 @@ def test_an_index_and_its_files_that_do_not_belong_together_are_refused(
     change: Callable[[Path, dict[str, str]], None], named: str, qwen3: Path
 ) -> None:
     change(qwen3, shard(qwen3))
-    with pytest.raises(ConfigError, match=rf"teacher\.path: .*{named}") as error:
+    with raises(ConfigError, named, setting="teacher.path") as error:
         inputs.find_weights("teacher", ModelSettings(path=str(qwen3)))
-    assert str(qwen3) in str(error.value)
+    assert str(error.value.file).startswith(str(qwen3))
     for check in (check_weights, load_model):
-        with pytest.raises(ValueError, match=named):
+        with raises(InputError, named, file=error.value.file):
             check(ModelRef(str(qwen3)))
 
 
@@ -280,26 +281,26 @@ def test_an_index_names_plain_safetensors_beside_it_and_nothing_else(name: Any, 
     torch.save(load_file(qwen3 / FIRST), qwen3 / "pytorch_model.bin")
     shutil.copyfile(qwen3 / FIRST, qwen3.parent / SINGLE)
     write_index(qwen3, {tensor: name if file == FIRST else file for tensor, file in weight_map.items()})
-    with pytest.raises(ValueError, match="beside it and nothing else"):
+    with raises(InputError, file=qwen3 / INDEX, remedy="save_pretrained"):
         load_model(ModelRef(str(qwen3)))
-    with pytest.raises(ConfigError, match=r"student\.path: .*beside it and nothing else"):
+    with raises(ConfigError, setting="student.path", file=qwen3 / INDEX):
         inputs.find_weights("student", ModelSettings(path=str(qwen3)))
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors", FIRST])
 def test_without_an_index_there_is_one_file(name: str, qwen3: Path) -> None:
     shutil.copyfile(qwen3 / SINGLE, qwen3 / name)
-    with pytest.raises(ValueError, match=name):
+    with raises(InputError, name, file=qwen3):
         check_weights(ModelRef(str(qwen3)))
     (qwen3 / SINGLE).unlink()
-    with pytest.raises(ValueError, match=name):
+    with raises(InputError, name, file=qwen3):
         check_weights(ModelRef(str(qwen3)))
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "modules.json"])
 def test_files_that_add_weights_for_one_reader_only_are_refused(name: str, qwen3: Path) -> None:
     (qwen3 / name).write_text("{}")
-    with pytest.raises(ValueError, match=name):
+    with raises(InputError, file=qwen3 / name):
         check_weights(ModelRef(str(qwen3)))
 
 
@@ -307,7 +308,7 @@ def test_a_config_that_sends_transformers_to_another_file_is_refused(qwen3: Path
     config = json.loads((qwen3 / "config.json").read_text())
     shutil.copyfile(qwen3 / SINGLE, qwen3 / "other.weights")
     (qwen3 / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
-    with pytest.raises(ValueError, match="transformers_weights"):
+    with raises(InputError, "transformers_weights", file=qwen3 / "config.json"):
         load_model(ModelRef(str(qwen3)))
 
 
@@ -315,7 +316,7 @@ def test_trusted_code_of_another_repository_is_refused(qwen3: Path) -> None:
     config = json.loads((qwen3 / "config.json").read_text())
     (qwen3 / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "someone/code--own.Model"}}))
     load_model(ModelRef(str(qwen3)))
-    with pytest.raises(ValueError, match="someone/code--own"):
+    with raises(InputError, "someone/code--own", file=qwen3 / "config.json"):
         load_model(ModelRef(str(qwen3), trust_remote_code=True))
 
 
@@ -355,15 +356,15 @@ def test_a_lost_tensor_is_refused_before_work(originals: dict[str, Path], qwen3:
     models = {role: (ModelSettings(path=str(path)), path) for role, path in roles.items()}
     found = inputs.check_architectures(models)
     assert found.keys() == {"teacher"}
-    assert "model.layers.1.self_attn.q_norm.weight is missing" in found["teacher"]
-    assert inputs.check_architectures(models, in_process=True) == found
+    assert "model.layers.1.self_attn.q_norm.weight is missing" in found["teacher"].problem
+    assert inputs.check_architectures(models, in_process=True)["teacher"].fields() == found["teacher"].fields()
 
 
 def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_tokenizer(qwen3)
-    settings, refusals, checks = ModelSettings(path=str(qwen3)), {"teacher": "it is broken"}, []
+    settings, refusals, checks = ModelSettings(path=str(qwen3)), {"teacher": InputError("it is broken")}, []
 
-    def check(found: Any, *, in_process: bool) -> dict[str, str]:
+    def check(found: Any, *, in_process: bool) -> dict[str, InputError]:
         checks.append(list(found))
         return refusals
 
@@ -374,7 +375,7 @@ def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(inputs, "check_architectures", check)
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"teacher\.path: it is broken"):
+        with raises(ConfigError, setting="teacher.path"):
             look()
     refusals.clear()
     look()

@@ -15,6 +15,7 @@ from pathlib import Path
 from eopd.stages.train.objectives import eopd, reopold, supervised, tropd, vopd
 from eopd.stages.train.objectives.base import Objective, guided
 from eopd.stages.train.objectives.settings import ObjectiveSettings, check_name, own_file_hash
+from eopd.storage.errors import InputError
 
 Builder = Callable[[ObjectiveSettings], Objective]
 
@@ -61,10 +62,16 @@ def _own(settings: ObjectiveSettings) -> Objective:
     spec.loader.exec_module(module)
     builder = getattr(module, attribute, None)
     if not callable(builder):
-        raise ValueError(f"objective.name={settings.name!r}: {file} has no callable {attribute!r}")
+        raise InputError(
+            f"{file} has no callable {attribute!r}",
+            setting="train.objective.name",
+            file=file,
+        )
     made = builder(settings)
     if not isinstance(made, Objective):
-        raise ValueError(
-            f"objective.name={settings.name!r}: {attribute} returned {type(made).__name__}, not an Objective"
+        raise InputError(
+            f"{attribute} returned {type(made).__name__}, not an Objective",
+            setting="train.objective.name",
+            file=file,
         )
     return made

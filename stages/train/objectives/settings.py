@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from eopd.stages.settings import ENTRIES, FACTOR, NATS, Settings, setting
+from eopd.storage.errors import InputError
 
 Advantage = Literal["old", "current"]
 Ratio = Literal["ppo", "is", "truncated", "none"]
@@ -152,9 +153,10 @@ class ObjectiveSettings(Settings):
             and value != cls.model_fields[field].get_default(call_default_factory=True)
         ]
         if unused:
-            raise ValueError(
-                f"{name} does not use {', '.join(unused)}; its settings: {', '.join(used) or 'none'}. Remove them, or "
-                f"set all of the objective at once: --set 'train.objective={{name: {name}}}'"
+            raise InputError(
+                f"{name} does not use {', '.join(unused)}; its settings: {', '.join(used) or 'none'}",
+                setting=f"train.objective.{unused[0]}",
+                remedy=f"Remove them, or set all of the objective at once: --set 'train.objective={{name: {name}}}'",
             )
         return {**used, **data}
 
@@ -185,11 +187,12 @@ class ObjectiveSettings(Settings):
 def check_name(name: str) -> None:
     """Raise ValueError for an unknown name, with the nearest objective or the reason why it is refused."""
     if name in REFUSED:
-        raise ValueError(f"objective.name={name!r} is refused: {REFUSED[name]}")
+        raise InputError(f"{name!r} is refused: {REFUSED[name]}", setting="train.objective.name")
     if name not in FAMILY:
         near = difflib.get_close_matches(name, FAMILY, n=1, cutoff=0.0)
-        raise ValueError(
-            f"objective.name={name!r} is unknown; nearest: {near[0]!r}; all: {', '.join(FAMILY)}, or FILE.py:NAME"
+        raise InputError(
+            f"{name!r} is unknown; nearest: {near[0]!r}; all: {', '.join(FAMILY)}, or FILE.py:NAME",
+            setting="train.objective.name",
         )
 
 
@@ -197,5 +200,5 @@ def own_file_hash(name: str) -> str:
     """Return the SHA-256 of the file in ``path/to/file.py:name``; raises ValueError if it does not exist."""
     path = Path(name.rsplit(":", 1)[0])
     if not path.is_file():
-        raise ValueError(f"objective.name={name!r}: no such file: {path}")
+        raise InputError(f"no such file: {path}", setting="train.objective.name", file=path)
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from eopd.stages.format import decimal, listed, printable
@@ -263,6 +264,34 @@ def draw_points(
     ]
     _legend(figure, handles, list(groups))
     return _drawing(figure, name, f"{title}: {axes_of[1]} by {axes_of[0]}, of {listed(list(groups))}")
+
+
+@matplotlib.rc_context(_STYLE)
+def draw_heat_map(
+    name: str,
+    title: str,
+    note: str,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+) -> Drawing:
+    """Draw numbers in cells, the higher the darker; None is an empty cell."""
+    figure, axes = _canvas(title, note)
+    known = [value for row in values for value in row if value is not None]
+    least, most = min(known, default=0.0), max(known, default=0.0)
+    for place, row in enumerate(values):
+        for column, value in enumerate(row):
+            if value is None:
+                continue
+            step = round(6 * (value - least) / (most - least)) if most > least else 0
+            axes.add_patch(Rectangle((column, place), 1, 1, facecolor=LIGHT[f"h{step}"], edgecolor=LIGHT["paper"]))
+            axes.text(column + 0.5, place + 0.5, f"{value:+.2f}", ha="center", va="center", fontsize=7)
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(rows), 0)
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns)
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], rows)
+    axes.grid(visible=False)
+    return _drawing(figure, name, f"{title}: {note}")
 
 
 def gate_rules(threshold: float | None) -> tuple[tuple[float, str], ...]:

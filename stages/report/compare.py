@@ -303,6 +303,7 @@ def merged(runs: Sequence[RunData]) -> RunData:
         notes=[
             f"Means over {len(runs)} seeds ({seeds}); rollouts are of seed {first.seed}.",
             *(["Routing is of single runs: a report of one seed shows it."] if first.routing else []),
+            *(["Attribution is of single runs: a report of one seed shows it."] if first.attribution else []),
             *_unequal_rounds(runs),
             *(f"Seed {run.seed}: {note}" for run in runs for note in run.notes),
         ],

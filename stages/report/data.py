@@ -7,7 +7,7 @@ and log-probs are in nats, rates and fractions between 0 and 1. A figure that wa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,45 @@ class RoutingData:
 
 
 @dataclass(frozen=True)
+class AttributionData:
+    """Documents by bin and query set, for one student.
+
+    Args:
+        z: of each bin, by query set; None if all bins are alike.
+        tests: share of the scores' variance between bins, and p of the permutation test, by query set.
+        contrasts: difference of two query sets' standardised scores in each bin, by their names.
+    """
+
+    round: int
+    documents: int
+    bins: list[str]
+    z: dict[str, list[float | None]]
+    tests: dict[str, tuple[float, float]]
+    contrasts: dict[str, list[Estimate]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, round_: int, content: Mapping[str, Any]) -> AttributionData:
+        """Read the results of an attribution. Raises KeyError, TypeError or ValueError if they are others."""
+        queries: dict[str, Any] = content["queries"]
+        tables = [query["bins"] for query in queries.values()] + [pair["bins"] for pair in content["contrasts"]]
+        bins = [" / ".join(map(str, row["bin"])) for row in tables[0]]
+        if any(len(rows) != len(bins) for rows in tables):
+            raise ValueError("query sets have different bins")
+        z: dict[str, list[float | None]] = {}
+        tests: dict[str, tuple[float, float]] = {}
+        for name, query in queries.items():
+            z[name] = [None if row["z"] is None else float(row["z"]) for row in query["bins"]]
+            tests[name] = float(query["permutation"]["between"]), float(query["permutation"]["p"])
+        contrasts = {
+            " - ".join(map(str, pair["of"])): [
+                Estimate(float(row["mean"]), *(row["interval"] or (None, None))) for row in pair["bins"]
+            ]
+            for pair in content["contrasts"]
+        }
+        return cls(round_, int(content["documents"]), bins, z, tests, contrasts)
+
+
+@dataclass(frozen=True)
 class RunData:
     """One run, or several that differ in their seeds alone.
 
@@ -172,6 +211,7 @@ class RunData:
         bins: means by bin of teacher entropy, by whose samples (``OWN``, ``FIRST``) and name of the figure.
         read_with: what alignments must have in common to be comparable, by name.
         routing: of the last student that was routed.
+        attribution: of the last student that was attributed.
         threshold: the gate's tau; None if the objective has no gate.
         interval: what the intervals are, such as "95 % bootstrap over problems".
         gains: last minus first evaluation, paired by problem, of ``avg`` and ``pass``.
@@ -190,6 +230,7 @@ class RunData:
     bins: dict[str, dict[str, BinnedMeans]] = field(default_factory=dict)
     read_with: dict[str, str] = field(default_factory=dict)
     routing: RoutingData | None = None
+    attribution: AttributionData | None = None
     rollouts: list[RolloutView] = field(default_factory=list)
     cost: list[CostRow] = field(default_factory=list)
     threshold: float | None = None

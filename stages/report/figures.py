@@ -14,6 +14,7 @@ from eopd.stages.report.charts import (
     Drawing,
     Form,
     draw_chart,
+    draw_heat_map,
     draw_histogram,
     draw_points,
     gate_rules,
@@ -68,6 +69,10 @@ BIN_TITLES = {
     "share": ("Share of tokens", "percent"),
 }
 SAMPLES = {OWN: "own samples", FIRST: "the first student's samples"}
+
+
+MOST_BINS, MOST_QUERIES = 14, 6
+"""Rows and columns of a heat map."""
 
 
 def quality(runs: Sequence[RunData]) -> list[Drawing]:
@@ -186,6 +191,25 @@ def routing(runs: Sequence[RunData]) -> list[Drawing]:
             axes = ("sum of entropies, nats", "von Neumann ratio")
             note = "von Neumann ratio of each probe, by the shortest right mode"
             drawn.append(draw_points(f"probes-{index}", f"Probes{of}", note, points, axes))
+    return drawn
+
+
+def attribution(runs: Sequence[RunData]) -> list[Drawing]:
+    """Draw the z-scores of bins by query set as a heat map."""
+    drawn = []
+    for index, run in enumerate(runs):
+        found = run.attribution
+        if found is None:
+            continue
+        far = [max(abs(row[place] or 0.0) for row in found.z.values()) for place in range(len(found.bins))]
+        kept = sorted(sorted(range(len(far)), key=lambda place: -far[place])[:MOST_BINS])
+        which = f"{len(kept)} of {len(far)} bins, the furthest from their mean" if len(kept) < len(far) else "bins"
+        names = list(found.z)[:MOST_QUERIES]
+        rows = [[found.z[name][place] for name in names] for place in kept]
+        of = "" if len(runs) == 1 else f", {run.name}"
+        note = f"z of {which}, for each query set, {found.documents:,} documents"
+        labels = [printable(found.bins[place], 12) for place in kept], [printable(name, 12) for name in names]
+        drawn.append(draw_heat_map(f"attribution-{index}", f"Documents by query set{of}", note, rows, *labels))
     return drawn
 
 

@@ -20,6 +20,7 @@ from eopd.stages.report.compare import gains
 from eopd.stages.report.data import (
     FIRST,
     OWN,
+    AttributionData,
     BinnedMeans,
     CostRow,
     Estimate,
@@ -31,7 +32,7 @@ from eopd.stages.report.data import (
     StepRow,
 )
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
-from eopd.storage import alignments, routings
+from eopd.storage import alignments, attributions, routings
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
@@ -120,6 +121,9 @@ def gather(run: RunArtifacts) -> RunData:
         bins=_bins(last_alignment) if last_alignment else {},
         read_with=_read_with(last_alignment) if last_alignment else {},
         routing=next((_routing(item) for item in reversed(run.rounds) if "route" in item.made), None),
+        attribution=next(
+            (_attribution(item) for item in reversed(run.rounds) if "attribution_summary" in item.made), None
+        ),
         rollouts=[
             view
             for item in (scored[:1] + scored[1:][-1:] if readable else [])
@@ -199,6 +203,14 @@ def _routing(item: RoundArtifacts) -> RoutingData:
             for group in ("policies", "against")
         )
         return RoutingData(item.round, int(content["problems"]), policies, against, points)
+
+
+def _attribution(item: RoundArtifacts) -> AttributionData:
+    """Read a table of bins. Raises DamagedPart if the report cannot be made from it."""
+    path = item.made["attribution_summary"].part_folder(0) / attributions.RESULTS
+    content: dict[str, Any] = read_json(path)
+    with naming_misfits(str(path)):
+        return AttributionData.of(item.round, content)
 
 
 def _round(item: RoundArtifacts, results: Mapping[str, Any] | None, aligned: Mapping[str, Any] | None) -> RoundData:

@@ -201,7 +201,36 @@ def _sections(runs: Sequence[RunData]) -> list[Section]:
             "shortest right mode, random the router's proportions; a router worth its probe beats random."
         )
         sections.append(Section("routing", "Routing", "Routing by early entropy", intro, routed, table=_routing(runs)))
+    attributed = figures.attribution(runs)
+    if attributed:
+        intro = (
+            "Documents by gradients, for evaluated samples. z: a bin's mean against the bins' mean, in their standard "
+            "deviations; p: of random bins. It is provenance only if the student was trained on these documents."
+        )
+        title = "Where the samples come from"
+        sections.append(Section("attribution", "Documents", title, intro, attributed, table=_attribution(runs)))
     return sections
+
+
+def _attribution(runs: Sequence[RunData]) -> Table:
+    """Return the highest and the lowest bin of every query set and contrast."""
+    body = []
+    for run, found in ((run, run.attribution) for run in runs):
+        if found is None:
+            continue
+        for name, values in found.z.items():
+            known = sorted((value, bin_) for value, bin_ in zip(values, found.bins, strict=True) if value is not None)
+            ends = [f"{printable(bin_, 40)} ({value:+.2f})" for value, bin_ in (known[-1:] + known[:1])]
+            between, p = found.tests[name]
+            body.append((f"{_of(run, runs)}{printable(name, 60)}", *(ends or ["–", "–"]), f"{between:.1%}", f"{p:.4f}"))
+        for name, estimates in found.contrasts.items():
+            pairs = sorted(zip(estimates, found.bins, strict=True), key=lambda pair: pair[0].value)
+            ends = [
+                f"{printable(bin_, 40)} ({decimal(one.value, '.2f', signed=True)}{_bounds(one, '.2f', signed=True)})"
+                for one, bin_ in (pairs[-1], pairs[0])
+            ]
+            body.append((f"{_of(run, runs)}{printable(name, 60)}", *ends, "–", "–"))
+    return Table("Documents", ("query set", "highest bin", "lowest bin", "variance between bins", "p"), tuple(body))
 
 
 def _routing(runs: Sequence[RunData]) -> Table:

@@ -98,6 +98,12 @@ def _rows(run_: RunData) -> Iterator[Row]:
         assert run_.routing is not None
         for figure, estimate in zip(("accuracy", "tokens"), pair, strict=True):
             yield ("routing", run_.routing.round, "", _text(f"{name}.{figure}"), *_values(estimate))
+    attributed = run_.attribution
+    for name, values in attributed.z.items() if attributed else ():
+        assert attributed is not None
+        for bin_, z in zip(attributed.bins, values, strict=True):
+            if z is not None:
+                yield ("attribution", attributed.round, "", _text(f"{name}.{bin_}"), z, "", "")
     for cost in run_.cost:
         for name in ("seconds", "tokens", "bytes"):
             value = getattr(cost, name)

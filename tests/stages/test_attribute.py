@@ -33,10 +33,15 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.problems import Problems
+from eopd.stages.report.data import AttributionData, ReportData, RunData
+from eopd.stages.report.figures import attribution
+from eopd.stages.report.gather import RoundArtifacts, _attribution
+from eopd.stages.report.page import render
+from eopd.stages.report.run import to_csv
 from eopd.storage import attributions
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import InputError
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from tests.raises import raises
 from tests.stages.score_case import Lines, response_row, rollouts
@@ -391,3 +396,43 @@ def test_bergson_scores_documents_like_the_samples_highest(tmp_path: Path) -> No
     assert same == pytest.approx([row["score"] for row in rows], abs=1e-5)
     assert [path.name for path in job.output.part_folder(0).iterdir()] == [attributions.SCORES]
     assert job.output.marker(0).info["modules"] == 21
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_bins_by_query_set(tmp_path: Path, standing: Standing) -> None:
+    asked = settings(tmp_path, contrasts=[["right", "wrong"]], min_documents=4, permutations=100)
+    outputs = {}
+    for name in ("right", "wrong"):
+        (tmp_path / name).mkdir()
+        job = job_for(tmp_path / name, name, asked)
+        run(job)
+        outputs[name] = job.output
+    summary = summary_for(tmp_path, job, **outputs)
+    summarise(summary)
+    made = RoundArtifacts(1, None, made={"attribution_summary": summary.output})
+    found = _attribution(made)
+    assert (found.round, found.documents, found.bins) == (1, 8, ["* / 3", "+ / 3"])
+    highest = int(np.argmax([sum(ids_of(TIMES)), sum(ids_of(PLUS))]))
+    assert found.z["right"][highest] == pytest.approx(0.5**0.5), "of two bins"
+    data = ReportData("x", "today", [RunData("one", attribution=found), RunData("none")])
+    page, drawings = render(data)
+    assert "attribution-0" in {drawing.name for drawing in drawings}
+    assert 'id="attribution"' in page
+    assert "one: right - wrong" in page
+    assert f"one,attribution,1,,right.* / 3,{found.z['right'][0]}" in to_csv(data)
+    assert 'id="attribution"' not in render(ReportData("x", "today", [RunData("none")]))[0]
+    path = summary.output.part_folder(0) / attributions.RESULTS
+    path.write_text(json.dumps({"documents": 8}).ljust(path.stat().st_size))
+    with pytest.raises(DamagedPart, match=r"attribution\.json"):
+        _attribution(made)
+
+
+def test_a_heat_map_shows_the_bins_furthest_from_the_mean() -> None:
+    z = [0.1 * place for place in range(20)]
+    found = AttributionData(0, 9, [f"b{place:02}" for place in range(20)], {"q": [*z[:-1], None]}, {"q": (0.1, 0.5)})
+    (drawing,) = attribution([RunData("one", attribution=found)])
+    assert "14 of 20 bins" in drawing.label
+    assert ">b18<" in drawing.svg
+    assert ">b04<" not in drawing.svg

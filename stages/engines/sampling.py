@@ -52,7 +52,8 @@ class EngineOptions(Settings):
     )
     cpu_threads: int | None = setting(
         None,
-        "Threads while sampling on a CPU (null: torch's); a tiny model is fastest on one",
+        "Threads on a CPU (null: one per free core while sampling, fewer for a small model; else torch's). Only with a "
+        "number are rollouts the same to the last bit however busy the machine is",
         keyed=False,
         ge=1,
         le=THREADS,

@@ -8,7 +8,8 @@ only. Letters: B rows, L tokens so far, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -18,9 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from eopd.stages.engines.decoding import can_drop_rows, grouped_attention, roomy_cache
 from eopd.stages.engines.sampling import (
     EngineOptions,
     OnProgress,
@@ -35,76 +35,9 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import TOLERANCE
 from eopd.stages.models.lm_head import probe_ids
 from eopd.stages.models.loading import load_model, model_folder
-from eopd.stages.models.memory import give_back_gpu_memory
+from eopd.stages.models.memory import give_back_gpu_memory, weight_bytes
 from eopd.stages.models.model_config import refuse_crossing
-from eopd.stages.models.threads import torch_threads
-
-# -- roomy cache ------------------------------------------------------------------------------------------------------
-
-# A preallocated KV cache: appending writes one position instead of copying all of them.
-#
-# Copying the whole cache at every token is two thirds of the time of a small model at 150 tokens, and more later.
-
-
-MIN_ROOM = 64
-GROWTH = 1.5
-
-
-class RoomyLayer(DynamicLayer):
-    """A full-attention layer. ``keys`` and ``values`` are views of the filled part, [B, heads, length, size]."""
-
-    keys: Any  # tensors; None before the first update
-    values: Any
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._rooms: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if self._rooms is None or stop > self._rooms[0].shape[-2]:
-            size = max(stop + MIN_ROOM, int(stop * GROWTH))
-            keys = _moved(self.keys, key_states, start, size)
-            self._rooms = keys, _moved(self.values, value_states, start, size)
-        keys, values = self._rooms
-        keys[:, :, start:stop] = key_states
-        values[:, :, start:stop] = value_states
-        self.keys, self.values = keys[:, :, :stop], values[:, :, :stop]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self._rooms is None:
-            return
-        length = self.get_seq_length()
-        self._rooms = self._rooms[0][indices], self._rooms[1][indices]
-        self.keys, self.values = self._rooms[0][:, :, :length], self._rooms[1][:, :, :length]
-
-
-def can_drop_rows(cache: DynamicCache) -> bool:
-    """True if ``batch_select_indices`` reaches every state of a cache; it forgets those of linear attention."""
-    return all(isinstance(layer, DynamicLayer) and "Linear" not in type(layer).__name__ for layer in cache.layers)
-
-
-def _moved(old: Tensor | None, like: Tensor, length: int, size: int) -> Tensor:
-    """Allocate ``size`` positions of the shape of ``like``, the first ``length`` copied from ``old``."""
-    room = like.new_empty((*like.shape[:2], size, like.shape[3]))
-    if old is not None and length:
-        room[:, :, :length] = old
-    return room
-
-
-def roomy_cache(config: Any) -> DynamicCache:
-    """Build a cache for ``config``; layers of other kinds (sliding windows, linear attention) stay transformers'
-    own."""
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-# -- sampling ---------------------------------------------------------------------------------------------------------
+from eopd.stages.models.threads import DecodingThreads, torch_threads
 
 MAX_BATCH = 256
 KEEP_FRACTION = 0.75
@@ -117,16 +50,18 @@ class TransformersSamplingEngine:
     name = "transformers"
 
     def __init__(self, ref: ModelRef, *, max_model_len: int, options: EngineOptions) -> None:
-        check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
+        self._folder = model_folder(ref.path, ref.revision)
+        check_model_length(self._folder, ref.path, max_model_len)
         self.version = version("transformers")
         self.max_tokens = max_model_len
         self._options = options
         self._device = torch_device(options)
-        self._folder = model_folder(ref.path, ref.revision)
+        self._threads = DecodingThreads(options.cpu_threads, weight_bytes(self._folder))
         self._model: Any = None
         self.load(ref)
         self._cache_name = _cache_name(self._model)
-        self._takes_padding = _takes_padding(self._model)
+        with self._working():
+            self._takes_padding = _takes_padding(self._model)
 
     @property
     def is_open(self) -> bool:
@@ -138,7 +73,7 @@ class TransformersSamplingEngine:
 
     @torch.inference_mode()
     def logprobs_of(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        with torch_threads(self._options.cpu_threads):
+        with self._working():
             return [sequence_logprobs(self._model, sequence, self._device) for sequence in sequences]
 
     @torch.inference_mode()
@@ -156,7 +91,7 @@ class TransformersSamplingEngine:
         refuse_crossing(self._folder, str(self._folder), longest, "a sample would depend on its neighbours' lengths")
         order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].prompt_token_ids), number))
         samples: dict[int, Sample] = {}
-        with torch_threads(self._options.cpu_threads):
+        with self._working():
             rows = self._options.max_batch or self._rows_that_fit(requests, parameters)
             rows = rows if self._takes_padding else 1
             for start in range(0, len(order), rows):
@@ -164,6 +99,13 @@ class TransformersSamplingEngine:
                 decoded = self._decode([requests[number] for number in batch], parameters, on_progress)
                 samples.update(zip(batch, decoded, strict=True))
         return [samples[number] for number in range(len(requests))]
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Wrap every use of the model."""
+        count = self._threads.count() if self._device == "cpu" else self._options.cpu_threads
+        with torch_threads(count), grouped_attention():
+            yield
 
     def close(self) -> None:
         self._model = None

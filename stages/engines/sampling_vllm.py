@@ -22,7 +22,9 @@ from eopd.stages.engines.sampling import (
 from eopd.stages.engines.vllm_process import VLLMProcess
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
+from eopd.stages.models.memory import weight_bytes
 from eopd.stages.models.model_config import refuse_dynamic_positions
+from eopd.stages.models.threads import DecodingThreads
 
 LOOK_EVERY_SECONDS = 0.5
 """How often tokens that are being decoded are counted."""
@@ -46,8 +48,9 @@ class VLLMSamplingEngine:
     name = "vllm"
 
     def __init__(self, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions) -> None:
-        check_model_length(model_folder(ref.path, ref.revision), ref.path, max_model_len)
-        refuse_dynamic_positions(model_folder(ref.path, ref.revision), ref.path)
+        folder = model_folder(ref.path, ref.revision)
+        check_model_length(folder, ref.path, max_model_len)
+        refuse_dynamic_positions(folder, ref.path)
         self.max_tokens = max_model_len
         arguments: dict[str, Any] = {
             "max_model_len": max_model_len,
@@ -57,7 +60,8 @@ class VLLMSamplingEngine:
         }
         if options.max_batch is not None:
             arguments["max_num_seqs"] = options.max_batch
-        self._process = VLLMProcess(ref, log=log_dir / "vllm.log", options=options, **arguments)
+        threads = DecodingThreads(options.cpu_threads, weight_bytes(folder))
+        self._process = VLLMProcess(ref, log=log_dir / "vllm.log", options=options, threads=threads, **arguments)
         self.version = self._process.version
 
     @property

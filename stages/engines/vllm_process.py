@@ -26,6 +26,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.model_config import resolve_dtype
+from eopd.stages.models.threads import DecodingThreads, set_threads
 from eopd.stages.output import output_to
 
 
@@ -33,6 +34,7 @@ class VLLMProcess:
     """One loaded ``vllm.LLM``. ``llm`` is used by the sampling and hidden-state engines; ``close`` ends it.
 
     Args:
+        threads: number of threads on a CPU, renewed at every use; None: ``options.cpu_threads`` throughout.
         arguments: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -42,11 +44,20 @@ class VLLMProcess:
 
     _open: ClassVar[list[VLLMProcess]] = []
 
-    def __init__(self, ref: ModelRef, *, log: Path, options: EngineOptions, **arguments: Any) -> None:
+    def __init__(
+        self,
+        ref: ModelRef,
+        *,
+        log: Path,
+        options: EngineOptions,
+        threads: DecodingThreads | None = None,
+        **arguments: Any,
+    ) -> None:
         check_weights(ref)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.llm: Any = None
+        self._threads = threads
         self._kept = _ProcessState()
         with output_to(log):
             import vllm
@@ -61,8 +72,8 @@ class VLLMProcess:
             VLLMProcess._open.append(self)
             try:
                 self._set_environment()
-                if self.on_cpu and options.cpu_threads is not None:
-                    torch.set_num_threads(options.cpu_threads)
+                if self.on_cpu:
+                    self._set_threads(options.cpu_threads)
                 give_back_gpu_memory()  # of jobs before, those that failed too
                 ours = nullcontext() if self.on_cpu else children_deaf_to_ctrl_c()
                 warm_up = _without_warnings("vllm.renderers.base")  # of a chat template: engines get ids, no tokenizer
@@ -90,11 +101,18 @@ class VLLMProcess:
         engine was made, every time; outside, as its host left them."""
         outside = _ProcessState()
         self._inside.restore()
+        if self.on_cpu:
+            self._set_threads(None)
         try:
             with self._eagerly():
                 yield
         finally:
             outside.restore()
+
+    def _set_threads(self, fixed: int | None) -> None:
+        count = fixed if self._threads is None else self._threads.count()
+        if count is not None:
+            set_threads(count)
 
     @contextmanager
     def _eagerly(self) -> Iterator[None]:
@@ -252,7 +270,7 @@ class _ProcessState:
 
     def restore(self) -> None:
         torch.set_num_threads = self._set_num_threads
-        torch.set_num_threads(self._threads)
+        set_threads(self._threads)  # vLLM's function would leave the number as it is
         python, numpy, torch_state = self._random
         random.setstate(python)
         np.random.set_state(numpy)

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from transformers.integrations import sdpa_attention
 
+from eopd.stages.engines.decoding import grouped_attention, roomy_cache
 from eopd.stages.engines.kept import open_sampling_engine, resolve_engine
 from eopd.stages.engines.sampling import (
     EngineOptions,
@@ -201,6 +203,34 @@ def test_threads_are_given_back(saved: tuple[Path, PreTrainedModel]) -> None:
     engine.sample(requests(1), SamplingParameters(max_new_tokens=2), lambda *_: used.append(torch.get_num_threads()))
     assert used == [3, 3]
     assert torch.get_num_threads() == before
+
+
+def test_attention_of_grouped_heads_is_transformers_own_bit_for_bit(
+    saved: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved[1].eval()
+    ids = torch.arange(3, 27).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # padding: without a mask transformers copies no keys either
+
+    def logits() -> torch.Tensor:
+        cache = roomy_cache(model.config)
+        with torch.inference_mode():
+            for part in (slice(0, 10), slice(10, 11), slice(11, 12)):
+                positions = (mask[:, : part.stop].cumsum(1) - 1).clamp(min=0)[:, part]
+                out = model(
+                    ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions, past_key_values=cache
+                )
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    copied: list[int] = []
+    repeat = sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *given: copied.append(0) or repeat(*given))  # type: ignore[func-returns-value]
+    own = logits()
+    usual = len(copied)
+    with grouped_attention():
+        assert torch.equal(logits(), own)
+    assert 3 * (len(copied) - usual) == usual, "only the first of three steps copies keys and values"
 
 
 def test_what_cannot_be_served_is_refused(saved: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingEngine, SamplingParameters, SamplingRequest, derive_seed
 from eopd.stages.engines.vllm_process import children_deaf_to_ctrl_c
 from eopd.stages.job import ModelRef
+from eopd.stages.models.threads import torch_threads
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
 
@@ -84,6 +85,16 @@ def test_progress_counts_tokens_of_responses_that_are_being_decoded(
     before = [tokens for tokens, done in told[:8]]
     assert told[0][1] == 0, "nothing has ended after the first step"
     assert sum(before) > 0
+
+
+def test_the_number_of_threads_holds_while_it_works(engine: SamplingEngine) -> None:
+    with torch_threads(3):  # of the host; the engine was opened for one
+        used: list[int] = []
+        engine.sample(
+            requests(1), SamplingParameters(max_new_tokens=2), lambda *_: used.append(torch.get_num_threads())
+        )
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 3
 
 
 def test_with_truncation_they_are_the_truncated_ones_and_the_full_ones_are_missing(

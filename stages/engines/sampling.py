@@ -52,8 +52,8 @@ class EngineOptions(Settings):
     )
     cpu_threads: int | None = setting(
         None,
-        "Threads on a CPU (null: one per free core while sampling, fewer for a small model; else torch's). Only with a "
-        "number are rollouts the same to the last bit however busy the machine is",
+        "Threads on a CPU (null: one per free core while sampling, fewer for a small model; else torch's). Only a number "
+        "makes rollouts repeatable: that of threads changes the last bits of logits, and so now and then a draw",
         keyed=False,
         ge=1,
         le=THREADS,
@@ -177,7 +177,7 @@ class Sample:
 class SamplingEngine(Protocol):
     """A model opened for sampling.
 
-    ``sample`` is deterministic for equal requests in equal order on one machine with equal threads (CPU). A batch
+    ``sample`` is deterministic for equal requests in equal order on one machine with equal ``cpu_threads``. A batch
     of other composition may differ where float rounding decides a draw.
     """
 

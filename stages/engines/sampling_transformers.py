@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -330,6 +330,10 @@ def _takes_padding(model: Any) -> bool:
         own = model(input_ids=ids[:, start:], use_cache=False).logits[0, -1].double()
         return bool((continued.double() - own).norm() > tolerance * own.norm())  # NaN is the weights' fault
 
+    with suppress(TypeError, ValueError, AttributeError, RuntimeError):  # of a model that takes no mask
+        together = _continued(model, ids.repeat(2, 1), mask)
+        if not (is_off(together[0], 0) or is_off(together[1], padding)):
+            return True
     try:
         alone = _continued(model, ids, None)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -341,8 +345,7 @@ def _takes_padding(model: Any) -> bool:
             f"{type(model).__name__} cannot be sampled from with engine transformers: it continues a prompt from its "
             "cache otherwise than it reads the whole. Set engine: vllm"
         )
-    together = _continued(model, ids.repeat(2, 1), mask)
-    return not (is_off(together[0], 0) or is_off(together[1], padding))
+    return False
 
 
 def _continued(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -56,7 +56,8 @@ class TransformersSamplingEngine:
         self.max_tokens = max_model_len
         self._options = options
         self._device = torch_device(options)
-        self._threads = DecodingThreads(options.cpu_threads, weight_bytes(self._folder))
+        on_cpu = self._device == "cpu"
+        self._threads = DecodingThreads(options.cpu_threads, weight_bytes(self._folder)) if on_cpu else None
         self._model: Any = None
         self.load(ref)
         self._cache_name = _cache_name(self._model)
@@ -103,7 +104,7 @@ class TransformersSamplingEngine:
     @contextmanager
     def _working(self) -> Iterator[None]:
         """Wrap every use of the model."""
-        count = self._threads.count() if self._device == "cpu" else self._options.cpu_threads
+        count = self._options.cpu_threads if self._threads is None else self._threads.count()
         with torch_threads(count), grouped_attention():
             yield
 

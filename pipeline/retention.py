@@ -19,7 +19,7 @@ from pathlib import Path
 from eopd.pipeline.run import Run
 from eopd.storage import paths, pruning
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart
+from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.notes import Keys, Note, Parts, note_name, notes, write_note
 from eopd.storage.paths import (
     ADAPTER_FOLDER,
@@ -142,12 +142,19 @@ def references(store: Path, runs: Path) -> dict[Path, Keys]:
             problem = f"{error}: what its run refers to is not known"
             raise DamagedPart(problem, file=error.file, remedy="Start it, or remove its folder") from error
         if store in own.read_only:
-            raise ValueError(
-                f"{path.parent} only reads {store}: collect that store where its own runs are, or leave out --runs to "
-                "remove left-overs of killed jobs only"
+            raise InputError(
+                f"{path.parent} only reads {store}",
+                setting="--runs",
+                file=path.parent,
+                remedy="collect that store where its own runs are, or leave out --runs to remove left-overs of "
+                "killed jobs only",
             )
         below |= own.artifacts
         by_config.setdefault(path.parent.resolve() / "config.yaml", own.artifacts)
     if not any((store / kind / key).is_dir() for kind, key in below):
-        raise ValueError(f"nothing in {store} belongs to a run below {runs}: were the models or prompts changed?")
+        raise InputError(
+            f"nothing in {store} belongs to a run below {runs}: were the models or prompts changed?",
+            setting="--runs",
+            file=runs,
+        )
     return by_config

@@ -114,15 +114,20 @@ def read_capture(
     entries: list[_Position] = []
     for number in range(table.num_rows):
         row = number if wanted is None else wanted[number].row
-        sequence = _CapturedSequence.of(
-            f"{path} row {row}", columns, [table.column(name)[number].as_py() for name in columns.names], shifted
-        )
-        start, stop = sequence.span() if wanted is None else sequence.place_of(wanted[number])
-        entries += [sequence.position(token, vocab_size) for token in range(start, stop)]
-        tokens.append(_ids(sequence.ids, vocab_size, f"{sequence.where}: token id")[start:stop])
+        values = [table.column(name)[number].as_py() for name in columns.names]
+        try:
+            sequence = _CapturedSequence.of(f"{path} row {row}", columns, values, shifted)
+            start, stop = sequence.span() if wanted is None else sequence.place_of(wanted[number])
+            entries += [sequence.position(token, vocab_size) for token in range(start, stop)]
+            tokens.append(_ids(sequence.ids, vocab_size, f"{sequence.where}: token id")[start:stop])
+        except ValueError as error:
+            raise InputError.of(error, file=path, row=row) from error
     every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
     lengths = np.asarray([len(some) for some in tokens], np.int64)
-    return _imported(every.astype(np.int32), entries, lengths, vocab_size)
+    try:
+        return _imported(every.astype(np.int32), entries, lengths, vocab_size)
+    except ValueError as error:
+        raise InputError.of(error, file=path) from error
 
 
 def check_capture(path: Path, columns: CaptureColumns) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.storage.codec import Layout, raw_counts
+from eopd.storage.errors import InputError
 from eopd.storage.extras import installing, is_installed
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
@@ -111,7 +112,7 @@ def stats(cache: TeacherCache, parts: Iterable[int] | None = None) -> CacheStats
     """
     wanted = list(filled_parts(cache.artifact) if parts is None else parts)
     if not wanted:
-        raise ValueError(f"{cache.artifact} has no committed part to look at")
+        raise InputError(f"{cache.artifact} has no committed part to look at", artifact=str(cache.artifact))
     entropies, masses, likely, fields = [], [], [], dict[str, float]()
     can_encode = is_installed("numba")
     stored = responses = 0
@@ -246,7 +247,7 @@ def plot(figures: CacheStats, path: Path) -> None:
         ValueError: ``path`` does not end in .svg.
     """
     if path.suffix != ".svg":
-        raise ValueError(f"the histogram is an SVG image; {path} must end in .svg")
+        raise InputError(f"the histogram is an SVG image; {path} must end in .svg", file=path)
     shares = np.asarray(figures.entropy_counts) / max(figures.tokens, 1)
     width, height, step, bottom = 40 + 40 * len(shares), 300, 40, 250
     drawn = []

@@ -23,6 +23,7 @@ from eopd.pipeline.cli.options import (
     paths_of,
 )
 from eopd.stages.format import escaped, printable
+from eopd.storage.errors import InputError
 from eopd.storage.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ def doctor(
             first = [not_looked_at(config, error)]
     folder = open_place(store or (settings.store if settings is not None else "store"))
     if not isinstance(folder, Path):
-        raise ValueError(f"--store {store} is a bucket; name the folder that a run would write to")
+        raise InputError(
+            f"--store {store} is a bucket", setting="--store", remedy="name the folder that a run would write to"
+        )
     findings = []
     for finding in chain(first, examine(folder, settings, engines=engines)):
         findings.append(finding)

@@ -17,6 +17,7 @@ from eopd.pipeline.cli.options import Config, RunsFolder, Set, Sweep, config_of,
 from eopd.pipeline.cli.push import app as push_app
 from eopd.pipeline.cli.store import app as store_app
 from eopd.pipeline.processes import end_with_parent_if_spawned, temporary_folder
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from eopd.pipeline.progress import Display
@@ -178,7 +179,9 @@ def report(names: RunNames, out: Out = None, set_: Set = None, runs: RunsFolder 
     from eopd.pipeline.report import write_comparison, write_report
 
     if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, and the page needs a folder; name another")
+        raise InputError(
+            f"--out {out} is a file, and the page needs a folder", setting="--out", file=out, remedy="name another"
+        )
     display = make_display()
     opened = [_open(config_of(name, runs), set_, display) for name in dict.fromkeys(names)]
     if len(opened) == 1 and out is None:

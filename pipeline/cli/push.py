@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from eopd.pipeline.cli.options import RunName, RunsFolder, Set, StudentNumber, config_of, open_runs
 from eopd.stages.format import size
+from eopd.storage.errors import InputError
 
 
 class PushGroup(TyperGroup):
@@ -60,7 +61,7 @@ def artifact(
 
     place = open_place(store)
     if not isinstance(place, Path):
-        raise ValueError(f"--store {store} is no folder: `eopd store copy` it to one first")
+        raise InputError(f"--store {store} is no folder", setting="--store", remedy="`eopd store copy` it to one first")
     artifacts = artifacts_of(place, name, rollouts=rollouts)
 
     def write(folder: Path) -> None:

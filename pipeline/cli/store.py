@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eopd.stages.format import escaped, one_line, size
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Bucket
@@ -129,13 +130,15 @@ def _score_artifact(store: str, name: str) -> Artifact | RemoteArtifact:
 
     artifact = listing.find(_opened(store), name if "/" in name else f"scores/{name}")
     if artifact.kind != "scores":
-        raise ValueError(f"{artifact} are no scores: name one of `eopd store ls scores`")
+        raise InputError(
+            f"{artifact} are no scores", artifact=str(artifact), remedy="name one of `eopd store ls scores`"
+        )
     return artifact
 
 
 def _writable(path: Path) -> Path:
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+        raise InputError(f"there is no folder {path.parent} to write {path.name} to", file=path)
     return path
 
 
@@ -175,7 +178,7 @@ def _existing(place: str) -> Path | Bucket:
     from eopd.storage.listing import is_store
 
     if not is_store(opened := _opened(place)):
-        raise ValueError(f"there is no store at {place}")
+        raise InputError(f"there is no store at {place}", setting="--store", file=place)
     return opened
 
 
@@ -213,12 +216,15 @@ def _folder(place: str) -> Path:
     """Return the folder of a store. Raises ValueError if the store is a bucket or does not exist."""
     opened = _opened(place)
     if not isinstance(opened, Path):
-        raise ValueError(
-            f"gc works on folders, and {place} is a bucket, where eopd deletes nothing. `eopd store ls` shows what it "
-            "holds; what you no longer want is deleted with the bucket's own tools (such as aws s3 rm --recursive)"
+        raise InputError(
+            f"gc works on folders, and {place} is a bucket, where eopd deletes nothing",
+            setting="--store",
+            file=place,
+            remedy="`eopd store ls` shows what it holds; what you no longer want is deleted with the bucket's own "
+            "tools (such as aws s3 rm --recursive)",
         )
     if not opened.is_dir():
-        raise ValueError(f"there is no store at {place}")
+        raise InputError(f"there is no store at {place}", setting="--store", file=place)
     return opened
 
 
@@ -295,7 +301,9 @@ def export(
         return
     key = scores.identity.inputs.get("rollouts")
     if key is None:
-        raise ValueError(f"{scores} were imported, and no rollouts hold their prompts: the capture does")
+        raise InputError(
+            f"{scores} were imported, and no rollouts hold their prompts: the capture does", artifact=str(scores)
+        )
     with TemporaryDirectory() as fetched:
         rollouts = open_files(_opened(store), "rollouts", key, Path(fetched))
         sequences, tokens = export_sequences(cache, rollouts, _writable(path))
@@ -331,10 +339,13 @@ def import_(
     from eopd.storage.teacher_cache import write_part
 
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise InputError(f"there is no file {path}", file=path)
     if not isinstance(place := _opened(store), Path):
-        raise ValueError(
-            f"--store {store} is a bucket, and import writes to a folder: import there, then `eopd store copy` it here"
+        raise InputError(
+            f"--store {store} is a bucket, and import writes to a folder",
+            setting="--store",
+            file=store,
+            remedy="import there, then `eopd store copy` it here",
         )
     named = {"ids": ids, "top_ids": top_ids, "top_logprobs": top_logprobs, "mask": mask}
     columns = columns_of(path, {name: column for name, column in named.items() if column is not None})

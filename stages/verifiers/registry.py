@@ -14,6 +14,7 @@ from eopd.stages.models.tokenizers import response_text
 from eopd.stages.verifiers import countdown, exact
 from eopd.stages.verifiers.mathematics import MATH_RULES, MathVerifier
 from eopd.stages.verifiers.verdict import UNREADABLE, Verdict
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +138,8 @@ def check_answers(verifier: Verifier, answers: Iterable[tuple[str, str | None]],
     for prompt, answer in dict.fromkeys(answers):
         try:
             if answer is None:
-                raise ValueError("there is no reference answer; name its column in prompts.columns.answer")
+                remedy = "name its column in prompts.columns.answer"
+                raise InputError("there is no reference answer", setting="prompts.columns.answer", remedy=remedy)
             verifier.check_answer(answer)
         except ValueError as error:
-            raise ValueError(f"{where}, prompt {prompt!r}: {error}") from error
+            raise InputError.of(error, f"{where}, prompt {prompt!r}", prompt=prompt) from error

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from eopd.pipeline.cli.inspect import doctor
 from eopd.pipeline.cli.store import app
 from eopd.storage.artifacts import Artifact
+from eopd.storage.errors import InputError, UserError
 from eopd.storage.identity import Identity
 from eopd.storage.listing import find, keys
 from eopd.storage.teacher_cache import TeacherCache
 from tests import s3
+from tests.raises import raises
 from tests.storage.making import capture, scores
 
 doctor_app = typer.Typer()
@@ -123,7 +125,7 @@ def test_verify_and_repair_in_a_bucket(tmp_path: Path, monkeypatch: pytest.Monke
             monkeypatch.setenv(name, value)
         client = s3.client(endpoint)
         client.create_bucket(Bucket="team")
-        with pytest.raises(ValueError, match="there is no store at s3://team/store"):
+        with raises(InputError, setting="--store", file="s3://team/store"):
             run("verify", "--store", place)
         run("copy", artifact.key, place, "--store", tmp_path)
         assert run("verify", "--store", place) == "0 damaged\n"
@@ -166,17 +168,17 @@ IMPORTED = ("--teacher", "t", "--tokenizer", "k", "--vocab-size", "10")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("ls", "--store", "{}/nowhere"), "there is no store at"),
-        (("gc", "--store", "{}/nowhere"), "there is no store at"),
-        (("verify", "--store", "{}/nowhere"), "there is no store at"),
-        (("show", "zzz", "--store", "{}"), "names no artifact"),
-        (("stats", "rollouts/", "--store", "{}"), "are no scores"),
-        (("export", "scores/", "{}/nowhere/x.parquet", "--store", "{}"), "there is no folder"),
+        (("ls", "--store", "{}/nowhere"), "no store"),
+        (("gc", "--store", "{}/nowhere"), "no store"),
+        (("verify", "--store", "{}/nowhere"), "no store"),
+        (("show", "zzz", "--store", "{}"), "no artifact"),
+        (("stats", "rollouts/", "--store", "{}"), "no scores"),
+        (("export", "scores/", "{}/nowhere/x.parquet", "--store", "{}"), "no folder"),
         (("stats", "scores/", "--plot", "{}/h.png", "--store", "{}"), r"must end in \.svg"),
-        (("gc", "--store", "s3://team/store"), "is a bucket, where eopd deletes nothing"),
-        (("verify", "zzz", "--store", "{}"), "names no artifact"),
-        (("import", "{}/x", *IMPORTED, "--store", "s3://team/store"), "is a bucket, and import writes to a folder"),
-        (("ls", "--store", "file://team/store"), "names a machine, team: .* is file:///team/store"),
+        (("gc", "--store", "s3://team/store"), "bucket"),
+        (("verify", "zzz", "--store", "{}"), "no artifact"),
+        (("import", "{}/x", *IMPORTED, "--store", "s3://team/store"), "bucket"),
+        (("ls", "--store", "file://team/store"), "team: .* file:///team/store"),
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -184,9 +186,8 @@ def test_errors_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], wo
     (tmp_path / "x").touch()
     with Artifact(tmp_path, Identity("rollouts", 1, 1)).write_part(0) as folder:
         (folder / "data").write_text("x")
-    with pytest.raises(Exception, match=words) as raised:
+    with raises(UserError, words):
         run(*(argument.format(tmp_path) for argument in arguments))
-    assert type(raised.value).__name__ in ("StoreError", "ValueError")
 
 
 def test_a_folder_by_its_url(tmp_path: Path) -> None:

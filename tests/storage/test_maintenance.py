@@ -84,10 +84,10 @@ def test_stats(tmp_path: Path) -> None:
     statistics.plot(found, tmp_path / "histogram.svg")
     bars = ElementTree.parse(tmp_path / "histogram.svg").findall("{http://www.w3.org/2000/svg}rect")
     assert len(bars) == len(found.entropy_counts)
-    with pytest.raises(ValueError, match=r"must end in \.svg"):
+    with raises(InputError, file="histogram.png"):
         statistics.plot(found, tmp_path / "histogram.png")
     empty = Artifact(tmp_path, Identity("scores", 1, 1, {"none": 1}))
-    with pytest.raises(ValueError, match="no committed part"):
+    with raises(InputError, artifact=str(empty)):
         statistics.stats(TeacherCache(empty))
 
 
@@ -249,11 +249,11 @@ def test_what_cannot_be_imported(tmp_path: Path) -> None:
         read_capture(tmp_path / "capture.parquet", CaptureColumns(ids="ids"))
     heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
     pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
-    with pytest.raises(ValueError, match="are these log-probs"):
+    with raises(InputError, "mass", file="heavy.parquet"):
         read_capture(tmp_path / "heavy.parquet", shifted=False)
     short = table.set_column(2, "top_values", pa.array([[[0.0]] * 3, [[0.0]] * 7]))
     pq.write_table(short, tmp_path / "short.parquet")
-    with pytest.raises(ValueError, match="12 tokens and 3 lists"):
+    with raises(InputError, "12 tokens and 3 lists", file="short.parquet", row=0):
         read_capture(tmp_path / "short.parquet", shifted=False)
 
 
@@ -263,38 +263,38 @@ UNREADABLE = {
     "flat lists": ({"top_indices": [[1, 2, 3]]}, "column 'top_indices' is list"),
     "texts": ({"input_ids": [["5", "1", "2"]]}, "column 'input_ids' is list"),
     "floats as ids": ({"top_indices": [[[1.0, 0.0]] * 3]}, "column 'top_indices' is list"),
-    "a null row": ({"top_values": pa.array([None], pa.list_(pa.list_(pa.float64())))}, "row 0: top_values is null"),
-    "a null token": ({"input_ids": [[5, None, 2]]}, "row 0: token 1 of input_ids is null"),
+    "a null row": ({"top_values": pa.array([None], pa.list_(pa.list_(pa.float64())))}, "top_values is null"),
+    "a null token": ({"input_ids": [[5, None, 2]]}, "token 1 of input_ids is null"),
     "a null first position": (
         {"top_indices": HOLE, "top_values": [[None, *[[-0.2, -2.0]] * 2]]},
-        "row 0, position 0.*vLLM",
+        "position 0.*vLLM",
     ),
-    "a null position": ({"top_indices": [[[1, 0], None, [3, 1]]]}, "row 0, position 1: null"),
-    "a null id": ({"top_indices": [[[1, 0], [None, 0], [3, 1]]]}, "row 0, position 1: null"),
-    "a token beyond": ({"input_ids": [[5, 1, 64]]}, "row 0: token id 64 is outside the vocabulary of 64"),
-    "a negative token": ({"input_ids": [[5, -1, 2]]}, "row 0: token id -1 is outside"),
+    "a null position": ({"top_indices": [[[1, 0], None, [3, 1]]]}, "position 1: null"),
+    "a null id": ({"top_indices": [[[1, 0], [None, 0], [3, 1]]]}, "position 1: null"),
+    "a token beyond": ({"input_ids": [[5, 1, 64]]}, "token id 64 is outside the vocabulary of 64"),
+    "a negative token": ({"input_ids": [[5, -1, 2]]}, "token id -1 is outside"),
     "an id beyond": (
         {"top_indices": [[[1, 0], [2, 70], [3, 1]]]},
-        "row 0, position 1: id 70 is outside the vocabulary of 64",
+        "position 1: id 70 is outside the vocabulary of 64",
     ),
     "an enormous id": (
         {"top_indices": pa.array([[[1, 0], [2, 2**63], [3, 1]]], pa.list_(pa.list_(pa.uint64())))},
-        "row 0, position 1: id 9223372036854775808 is outside",
+        "position 1: id 9223372036854775808 is outside",
     ),
-    "an id twice": ({"top_indices": [[[1, 1], [2, 0], [3, 1]]]}, "row 0, position 0: id 1 is there twice"),
-    "not a number": ({"top_values": [[[-0.2, float("nan")]] * 3]}, "row 0, position 0: a log-prob is NaN"),
-    "logits": ({"top_values": [[[3.0, -2.0]] * 3]}, "row 0, position 0: mass .*are these log-probs"),
+    "an id twice": ({"top_indices": [[[1, 1], [2, 0], [3, 1]]]}, "position 0: id 1 is there twice"),
+    "not a number": ({"top_values": [[[-0.2, float("nan")]] * 3]}, "position 0: a log-prob is NaN"),
+    "logits": ({"top_values": [[[3.0, -2.0]] * 3]}, "position 0: mass .*are these log-probs"),
     "no mass": (
         {"top_values": [[[-0.2, -2.0], [float("-inf")] * 2, [-0.2, -2.0]]]},
-        "row 0, position 1: its top-k list is empty",
+        "position 1: its top-k list is empty",
     ),
     "more ids than values": (
         {"top_indices": [[[1, 0, 4], [2, 0], [3, 1]]]},
-        "row 0, position 0: 3 ids and 2 log-probs",
+        "position 0: 3 ids and 2 log-probs",
     ),
-    "more positions than tokens": ({"input_ids": [[5, 1]]}, "row 0: 2 tokens and 3 lists"),
+    "more positions than tokens": ({"input_ids": [[5, 1]]}, "2 tokens and 3 lists"),
     "infinite log-prob": ({"top_values": [[[-0.2, float("inf")]] + [[-0.2, -2.0]] * 2]}, r"position 0: .*\+inf"),
-    "first token beyond": ({"input_ids": [[99, 1, 2]]}, "row 0: token id 99"),
+    "first token beyond": ({"input_ids": [[99, 1, 2]]}, "token id 99"),
 }
 
 
@@ -302,7 +302,8 @@ UNREADABLE = {
 def test_a_capture_that_is_wrong_is_refused_by_row_and_position(tmp_path: Path, name: str) -> None:
     changes, message = UNREADABLE[name]
     pq.write_table(pa.table({**SEQUENCE, **changes}), tmp_path / "capture.parquet")
-    with pytest.raises(ValueError, match=message):
+    row = None if message.startswith("column") or name == "logits" else 0
+    with raises(InputError, message, file="capture.parquet", row=row):
         read_capture(tmp_path / "capture.parquet", vocab_size=64)
 
 
@@ -345,7 +346,7 @@ def test_log_probs_of_bfloat16_are_scaled_to_what_they_were_rounded_from(tmp_pat
     assert found.rows.tail_logmass.max() <= -49
     float32 = (rounded + 1e-5).tolist()
     pq.write_table(pa.table({"input_ids": [[1] * 200], **lists, "top_values": [float32]}), tmp_path / "heavy.parquet")
-    with pytest.raises(ValueError, match="are these log-probs"):
+    with raises(InputError, "mass", file="heavy.parquet"):
         read_capture(tmp_path / "heavy.parquet", shifted=False, vocab_size=64)
 
 
@@ -368,7 +369,7 @@ def test_captures_of_other_tools(name: str, shifted: bool, tokens: int | str) ->
     if isinstance(tokens, int):
         assert read_capture(CAPTURES / f"{name}.parquet", shifted=shifted, vocab_size=64).rows.tokens == tokens
         return
-    with pytest.raises(ValueError, match=tokens):
+    with raises(InputError, tokens, file=f"{name}.parquet"):
         read_capture(CAPTURES / f"{name}.parquet", shifted=shifted, vocab_size=64)
 
 

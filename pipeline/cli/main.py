@@ -349,11 +349,11 @@ def prepare(
 def main() -> None:
     """Entry point: a known error prints one line with its remedy, not a traceback (EOPD_DEBUG=1 shows it)."""
     from eopd.pipeline.outcome import EXIT_CODES
-    from eopd.pipeline.worker import announce_stop, be_quiet, is_for_people, print_error
+    from eopd.pipeline.worker import announce_stop, is_for_people, prepare_imports, print_error
     from eopd.storage.files import is_full
     from eopd.storage.stopping import Stopped, stopping_on_signals
 
-    be_quiet()
+    prepare_imports()
     try:
         with stopping_on_signals(announce_stop):
             app()

@@ -7,6 +7,8 @@ process with the engine still open. Several can be open at once, but they share 
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
 import random
@@ -78,6 +80,7 @@ class VLLMProcess:
                 ours = nullcontext() if self.on_cpu else children_deaf_to_ctrl_c()
                 warm_up = _without_warnings("vllm.renderers.base")  # of a chat template: engines get ids, no tokenizer
                 with ours, self._eagerly(), _out_of_sight("llvmlite.binding.ffi"), warm_up:
+                    _import_engine()
                     self.llm = vllm.LLM(**(self._arguments(ref, options) | arguments))
                 if self.on_cpu:
                     _check_head_size(self.llm.llm_engine.model_config)
@@ -199,6 +202,17 @@ class VLLMProcess:
             memory = {"kv_cache_memory_bytes": int(options.cpu_kv_cache_gib * 2**30)}
             return shared | memory | {"enable_chunked_prefill": False}
         return shared | {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
+def _import_engine() -> None:
+    """Import what ``vllm.LLM`` needs, and exempt all objects so far from garbage collections until an engine is closed.
+
+    vLLM collects several times while it starts, and would look through 700,000 objects each time.
+    """
+    if "vllm.entrypoints.llm" not in sys.modules:
+        gc.collect()  # what is garbage now would stay
+        importlib.import_module("vllm.entrypoints.llm")
+        gc.freeze()
 
 
 @contextmanager

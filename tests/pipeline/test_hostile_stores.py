@@ -30,7 +30,7 @@ from eopd.stages.report.gather import RoundArtifacts, RunArtifacts, gather
 from eopd.storage import garbage, listing, paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim, holder
-from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError
+from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, UserError
 from eopd.storage.pruning import prune
 from eopd.storage.student_topk import read_student_topk
 from eopd.storage.transfer import copy
@@ -62,7 +62,7 @@ def ends_well_or_names_it(work: Callable[[], object]) -> None:
     with no_hang():
         try:
             work()
-        except StoreError:
+        except UserError:
             return
         except ValueError as error:
             if type(error) is not ValueError:

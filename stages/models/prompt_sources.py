@@ -247,7 +247,7 @@ def _arrow_batches(path: Path, split: str | None, columns: Sequence[str]) -> Ite
     folder = _split(path, split)
     for file in _arrow_files(folder):
         for batch in _open_arrow(file):
-            tops = [_column(batch.schema.names, name, {"file": file}) for name in columns]
+            tops = [_column(batch.schema.names, name, {"file": folder}) for name in columns]
             yield str(folder), batch.select(list(dict.fromkeys(tops)))
 
 

@@ -29,13 +29,17 @@ LONG = (
     "end_to_end/test_faults.py::test_kills_of_workers_and_of_the_runner_cost_nothing_that_was_committed",
     "end_to_end/test_ray.py::test_what_a_lost_node_was_at_is_done_elsewhere",
     "end_to_end/test_ray.py::test_two_nodes_train_together",
+    "end_to_end/test_ray.py::test_no_node_is_large_enough",
+    "end_to_end/test_smollm2.py::test_one_scoring_serves_every_objective",
+    "end_to_end/test_several_teachers.py::test_a_prompt_of_an_unknown_teacher_is_refused_before_work",
+    "end_to_end/test_sources.py::test_a_guide_and_its_rollouts_survive_kills",
     "end_to_end/test_processes.py::test_ranks_end_with_a_killed_agent_or_command_and_let_go_of_their_claim",
     "end_to_end/test_gsm8k.py",
     "test_packaging.py::test_the_base_reads_stores_and_plans_without_torch",
     "test_packaging.py::test_every_extra_installs",
     "test_packaging.py::test_with_the_stages_the_wheel_runs_its_main_job",
 )
-"""The longest tests, half a minute to a minute and a half each: skipped unless EOPD_LONG is set, as .ci/run does."""
+"""The longest tests, up to several minutes each: skipped unless EOPD_LONG is set, as .ci/run does."""
 NUMERIC = (
     "stages/test_align.py",
     "stages/test_alignment.py",

@@ -22,7 +22,7 @@ class StoredPlace(TypedDict, total=False):
 
 
 class Place(FilePlace, StoredPlace, total=False):
-    """What an error is about."""
+    """The subject of an error: a file, an artifact, a setting or a prompt."""
 
     setting: str | None  # as a config or --set names it: `train.optimizer.lr`
     prompt: str | None  # its id

@@ -24,7 +24,7 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed, of which model."""
+    """Inputs and settings of one attribution."""
 
     model: str
     tokenizer: str

@@ -34,7 +34,8 @@ OPPOSITES = """
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    return [tuple(pair.replace("_", " ") for pair in one.split()) for one in text.replace("\n", " ").split("|")]  # type: ignore[misc]
+    words = [one.replace("_", " ") for pair in text.replace("\n", " ").split("|") for one in pair.split()]
+    return list(zip(words[::2], words[1::2], strict=True))
 
 
 def documents(seed: int = 0) -> list[dict[str, str]]:

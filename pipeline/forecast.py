@@ -170,6 +170,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "runs": list(row.runs),
         "stage": row.stage,
         "round": row.round,
+        "variant": row.job.variant,
         "artifact": f"{row.job.output.kind}/{row.job.output.key}",
         "state": row.state,
         "parts": row.parts,

@@ -182,7 +182,7 @@ def plan_table(forecast: Forecast, *, every_job: bool = False) -> RenderableType
     table.add_column("artifact", style="dim", no_wrap=True, overflow="ellipsis")
     lines = list(_folded(forecast.rows, every_job))
     for rows in lines:
-        cells: list[str | Text] = [_rounds(rows), rows[0].stage, _state(rows), *_figures(rows), _artifact(rows)]
+        cells: list[str | Text] = [_rounds(rows), _kind_of_job(rows[0]), _state(rows), *_figures(rows), _artifact(rows)]
         table.add_row(*([_run_names(rows, forecast)] if several else []), *cells)
     return Group(table, Text(), *_reading(lines), *_below(forecast))
 
@@ -196,7 +196,7 @@ def _reading(lines: Sequence[Sequence[Row]]) -> Iterator[Text]:
 
 
 def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
-    """Group rows of a stage in consecutive rounds that look alike, to be shown in one line."""
+    """Group rows of a kind of job in consecutive rounds that look alike, to be shown in one line."""
     for _, of_runs in groupby(rows, key=lambda row: row.runs):
         by_round: dict[int, list[Row]] = {}
         for row in of_runs:
@@ -206,8 +206,10 @@ def _folded(rows: Sequence[Row], every_job: bool) -> Iterator[list[Row]]:
             if every_job or trained <= FOLDED_ABOVE:
                 yield from ([row] for group in rounds for row in group)
             else:
-                stages = dict.fromkeys(row.stage for group in sorted(rounds, key=len, reverse=True) for row in group)
-                yield from ([row for group in rounds for row in group if row.stage == stage] for stage in stages)
+                kinds = dict.fromkeys(
+                    _kind_of_job(row) for group in sorted(rounds, key=len, reverse=True) for row in group
+                )
+                yield from ([row for group in rounds for row in group if _kind_of_job(row) == kind] for kind in kinds)
 
 
 def _alike(rounds: Iterable[list[Row]]) -> list[list[list[Row]]]:
@@ -215,13 +217,18 @@ def _alike(rounds: Iterable[list[Row]]) -> list[list[list[Row]]]:
     groups: list[list[list[Row]]] = []
     looks: dict[str, object] = {}
     for rows in rounds:
-        own: dict[str, object] = {row.stage: _look(row) for row in rows}
-        if not groups or any(looks.get(stage, look) != look for stage, look in own.items()):
+        own: dict[str, object] = {_kind_of_job(row): _look(row) for row in rows}
+        if not groups or any(looks.get(kind, look) != look for kind, look in own.items()):
             groups.append([])
             looks = {}
         groups[-1].append(rows)
         looks |= own
     return groups
+
+
+def _kind_of_job(row: Row) -> str:
+    """Name a row's stage, and the variant where the stage has several jobs in a round."""
+    return row.stage + (f" ({row.job.variant})" if row.job.variant else "")
 
 
 def _look(row: Row) -> tuple[object, ...]:

@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 end_with_parent_if_spawned()
 
 IDLE_SECONDS = 120.0
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # OpenMP's threads wait for each other in a loop, by default for milliseconds, in which they take the core from
+    # the thread that they wait for if anything else runs: then sampling takes six times as long (docs/log.md)
+    "GOMP_SPINCOUNT": "6000",
+}
+"""Set before libraries are imported, unless it is set."""
 OBJECTS_BETWEEN_COLLECTIONS = 50_000
 """In place of Python's 700; each of the usual young collections then takes milliseconds."""
 
@@ -234,11 +242,11 @@ def print_error(error: Exception) -> None:
 
 
 def prepare_imports() -> None:
-    """Silence libraries before they are imported; environment variables that are set are kept.
+    """Set up the environment of libraries before they are imported; variables that are set are kept.
 
     Imports make a million objects that stay: Python would look through them for garbage nine times on the way.
     """
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
 

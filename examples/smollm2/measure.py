@@ -130,6 +130,23 @@ def right(tokenizer: Any, model: Any, task: Mapping[str, str]) -> list[bool]:
     ]
 
 
+@torch.inference_mode()
+def chosen(tokenizer: Any, model: Any, task: Mapping[str, Sequence[str]]) -> list[bool]:
+    """Of each question, whether the model finds the first answer likelier than every other one (summed log-probs)."""
+    found = []
+    for question, answers in task.items():
+        prompt = prompt_ids(tokenizer, question)
+        ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+        width = max(map(len, ids))
+        rows = torch.tensor([[*prompt, *row, *[0] * (width - len(row))] for row in ids])  # causal: zeros change nothing
+        columns = model(rows, logits_to_keep=width + 1).logits[:, :-1].float().log_softmax(-1)
+        sums = [
+            float(columns[number, torch.arange(len(row)), torch.tensor(row)].sum()) for number, row in enumerate(ids)
+        ]
+        found.append(all(sums[0] > other for other in sums[1:]))
+    return found
+
+
 def compare(folders: Mapping[str, Path], questions: Sequence[str], length: int) -> dict[str, Any]:
     """Figures of every model of ``folders``, of which ``teacher`` is one."""
     tokenizer = AutoTokenizer.from_pretrained(folders["teacher"])

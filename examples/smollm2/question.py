@@ -4,8 +4,8 @@
 
 The student is the one that phase 1 healed, or one that has collapsed (`collapse.yaml`). Every run reads the same
 rollouts and scores, so all see the same tokens, in the same order, at the same rate. Measured on held-out questions:
-the model's own samples (diversity, KL to the teacher by its entropy), the teacher's answers (NLL), and tasks with
-right answers. Resumable: a figure a line in ``--out``/question.jsonl, which is committed as results/question.jsonl.
+the model's own samples (diversity, KL to the teacher by its entropy), the teacher's answers (NLL), and a choice of
+four short answers. Resumable: a model a line in ``--out``/question.jsonl, which is committed as results/question.jsonl.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import yaml
 
 from eopd.stages.evaluate.summary import distinct, self_bleu
 from eopd.stages.intervals import t_interval
-from examples.smollm2.measure import EDGES, Text, generate, load, log_probs, prompt_ids, right, texts
-from examples.smollm2.questions import FACTS, pairs, questions, sums
+from examples.smollm2.measure import EDGES, Text, chosen, generate, load, log_probs, prompt_ids, texts
+from examples.smollm2.questions import choices, questions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "question.jsonl"
@@ -45,7 +45,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """Learner: its loss. `mix` is `eopd` with an open gate, `random gate` opens for as many tokens as `eopd`'s."""
 COLLAPSED = ("opd", "eopd", "mix", "random gate")
 """Objectives that the collapsed student is trained with."""
-TASKS: dict[str, Mapping[str, str]] = {"facts": FACTS, "sums": sums(), "pairs": pairs()}
+TASK: Mapping[str, Sequence[str]] = choices()
+"""On which the teacher is clearly above the student: found by measuring it, sums, two words in reverse order, sentences
+with two words exchanged, and facts to be named (README)."""
 SAMPLES, LENGTH, QUESTIONS, TEXTS = 4, 64, 20, 24
 FIGURES = (
     "entropy",
@@ -58,6 +60,7 @@ FIGURES = (
     "fkl_sure",
     "fkl_unsure",
     "nll",
+    "choices",
 )
 
 
@@ -92,8 +95,7 @@ class Measures:
             [-log_probs(model, ids, row).gather(1, torch.tensor(row)[:, None])[:, 0] for ids, row in self.texts]
         )
         found["nll"] = float(nll.mean())
-        for name, task in TASKS.items():
-            found[name] = _mean(map(float, right(self.tokenizer, writer, task)))
+        found["choices"] = _mean(map(float, chosen(self.tokenizer, model, TASK)))
         return found
 
     def _divergences(self, model: Any, sampled: Sequence[Text]) -> dict[str, float]:
@@ -240,7 +242,7 @@ def main() -> None:
         run(out, given.seeds, ("collapsed",), given.changes)
     rows = rows_of(RESULTS if given.table else out / "question.jsonl")
     for start in dict.fromkeys(row["start"] for row in rows):
-        for figures in ((*FIGURES[:3], "nll", *TASKS), FIGURES[3:9]):
+        for figures in ((*FIGURES[:3], *FIGURES[9:]), FIGURES[3:9]):
             print(table(rows, start, "opd", figures), "\n")
 
 

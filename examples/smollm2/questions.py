@@ -40,22 +40,35 @@ FACTS = {
 }
 """Held out: question -> answers that may stand in a response, divided by bars."""
 
-WORDS = "apple|bread|candle|door|engine|forest|garden|house|island|jacket|kitten|lemon|mirror|night|orange|pencil"
+CHOICES = {
+    "What is the capital of {}?": """
+        France Paris|Japan Tokyo|Italy Rome|Spain Madrid|Germany Berlin|Egypt Cairo|Russia Moscow|China Beijing|
+        Greece Athens|England London|Canada Ottawa|Portugal Lisbon|Austria Vienna|Ireland Dublin|Poland Warsaw|
+        Norway Oslo|Sweden Stockholm|Finland Helsinki|Denmark Copenhagen|Hungary Budapest|Cuba Havana|Peru Lima|
+        Kenya Nairobi|Iraq Baghdad|Iran Tehran
+    """,
+    "What is the opposite of {}?": """
+        hot cold|big small|day night|up down|left right|old young|good bad|rich poor|fast slow|hard soft|light dark|
+        wet dry|high low|open closed|early late|near far|long short|strong weak|happy sad|full empty|true false|
+        war peace|love hate
+    """,
+    "What is the past tense of {}?": """
+        go went|see saw|take took|give gave|come came|know knew|think thought|find found|tell told|write wrote|
+        run ran|eat ate|speak spoke|buy bought|bring brought|teach taught|catch caught|drive drove|sing sang|
+        swim swam|fall fell|feel felt|keep kept|sleep slept
+    """,
+}
+"""Held out: forms of questions -> what is asked for, and the answer."""
 
 
-def sums() -> dict[str, str]:
-    """Held out: sums of two numbers of one digit -> the sum."""
-    return {
-        f"What is {a} plus {b}? Answer with the number only.": str(a + b) for a in range(2, 10) for b in (3, 5, 7, 9)
-    }
-
-
-def pairs() -> dict[str, str]:
-    """Held out: two words to repeat in the other order -> those."""
-    words = _listed(WORDS)
-    chosen = [(words[n], words[(3 * n + 5) % len(words)]) for n in range(len(words))]
-    chosen += [(second, first) for first, second in chosen]
-    return {f'Write these two words in reverse order: "{a} {b}".': f"{b} {a}|{b}, {a}" for a, b in chosen if a != b}
+def choices() -> dict[str, tuple[str, ...]]:
+    """Held out: question -> four short answers, the right one first, the others right for other questions."""
+    found: dict[str, tuple[str, ...]] = {}
+    for form, rows in CHOICES.items():
+        known = [row.split() for row in _listed(rows)]
+        for number, (asked, _) in enumerate(known):
+            found[form.format(asked)] = tuple(known[(number + step) % len(known)][1] for step in (0, 5, 9, 14))
+    return found
 
 
 TOPICS = """

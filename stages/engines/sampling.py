@@ -52,8 +52,8 @@ class EngineOptions(Settings):
     )
     cpu_threads: int | None = setting(
         None,
-        "Threads on a CPU (null: one per free core while sampling, fewer for a small model; else torch's). Only a "
-        "number makes rollouts repeatable: how many changes the last bits of logits, and so now and then a draw",
+        "Threads on a CPU (null: torch's, while sampling fewer for a small model). How many changes the last bits of "
+        "logits, and so now and then a draw",
         keyed=False,
         ge=1,
         le=THREADS,

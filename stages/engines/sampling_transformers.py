@@ -37,7 +37,7 @@ from eopd.stages.models.lm_head import probe_ids
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory, weight_bytes
 from eopd.stages.models.model_config import refuse_crossing
-from eopd.stages.models.threads import DecodingThreads, torch_threads
+from eopd.stages.models.threads import decoding_threads, torch_threads
 
 MAX_BATCH = 256
 KEEP_FRACTION = 0.75
@@ -57,7 +57,7 @@ class TransformersSamplingEngine:
         self._options = options
         self._device = torch_device(options)
         on_cpu = self._device == "cpu"
-        self._threads = DecodingThreads(options.cpu_threads, weight_bytes(self._folder)) if on_cpu else None
+        self._threads = decoding_threads(options.cpu_threads, weight_bytes(self._folder)) if on_cpu else None
         self._model: Any = None
         self.load(ref)
         self._cache_name = _cache_name(self._model)
@@ -104,8 +104,7 @@ class TransformersSamplingEngine:
     @contextmanager
     def _working(self) -> Iterator[None]:
         """Wrap every use of the model."""
-        count = self._options.cpu_threads if self._threads is None else self._threads.count()
-        with torch_threads(count), grouped_attention():
+        with torch_threads(self._threads), grouped_attention():
             yield
 
     def close(self) -> None:

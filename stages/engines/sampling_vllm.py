@@ -24,7 +24,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import model_folder
 from eopd.stages.models.memory import weight_bytes
 from eopd.stages.models.model_config import refuse_dynamic_positions
-from eopd.stages.models.threads import DecodingThreads
+from eopd.stages.models.threads import decoding_threads
 
 LOOK_EVERY_SECONDS = 0.5
 """How often tokens that are being decoded are counted."""
@@ -60,7 +60,7 @@ class VLLMSamplingEngine:
         }
         if options.max_batch is not None:
             arguments["max_num_seqs"] = options.max_batch
-        threads = DecodingThreads(options.cpu_threads, weight_bytes(folder))
+        threads = decoding_threads(options.cpu_threads, weight_bytes(folder))
         self._process = VLLMProcess(ref, log=log_dir / "vllm.log", options=options, threads=threads, **arguments)
         self.version = self._process.version
 

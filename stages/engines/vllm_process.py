@@ -28,7 +28,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.model_config import resolve_dtype
-from eopd.stages.models.threads import DecodingThreads, set_threads
+from eopd.stages.models.threads import set_threads
 from eopd.stages.output import output_to
 
 
@@ -36,7 +36,7 @@ class VLLMProcess:
     """One loaded ``vllm.LLM``. ``llm`` is used by the sampling and hidden-state engines; ``close`` ends it.
 
     Args:
-        threads: number of threads on a CPU, renewed at every use; None: ``options.cpu_threads`` throughout.
+        threads: number of threads on a CPU; None: ``options.cpu_threads``.
         arguments: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -52,14 +52,14 @@ class VLLMProcess:
         *,
         log: Path,
         options: EngineOptions,
-        threads: DecodingThreads | None = None,
+        threads: int | None = None,
         **arguments: Any,
     ) -> None:
         check_weights(ref)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.llm: Any = None
-        self._threads = threads
+        self._threads = options.cpu_threads if threads is None else threads
         self._kept = _ProcessState()
         with output_to(log):
             import vllm
@@ -75,7 +75,7 @@ class VLLMProcess:
             try:
                 self._set_environment()
                 if self.on_cpu:
-                    self._set_threads(options.cpu_threads)
+                    self._set_threads()
                 give_back_gpu_memory()  # of jobs before, those that failed too
                 ours = nullcontext() if self.on_cpu else children_deaf_to_ctrl_c()
                 warm_up = _without_warnings("vllm.renderers.base")  # of a chat template: engines get ids, no tokenizer
@@ -105,17 +105,16 @@ class VLLMProcess:
         outside = _ProcessState()
         self._inside.restore()
         if self.on_cpu:
-            self._set_threads(None)
+            self._set_threads()
         try:
             with self._eagerly():
                 yield
         finally:
             outside.restore()
 
-    def _set_threads(self, fixed: int | None) -> None:
-        count = fixed if self._threads is None else self._threads.count()
-        if count is not None:
-            set_threads(count)
+    def _set_threads(self) -> None:
+        if self._threads is not None:
+            set_threads(self._threads)
 
     @contextmanager
     def _eagerly(self) -> Iterator[None]:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eopd.stages.train.objectives.base import SparseStudent, StepContext
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from examples.smollm2.halve import halve, kept_layers
-from examples.smollm2.measure import compare, generate, interval, table
+from examples.smollm2.measure import chosen, compare, generate, interval, load, log_probs, prompt_ids, table
 from examples.smollm2.no_teacher import fixed_advantage
-from examples.smollm2.question import OBJECTIVES, TASKS, rows_of, run
+from examples.smollm2.question import OBJECTIVES, rows_of, run
 from examples.smollm2.question import table as question_table
-from examples.smollm2.questions import FACTS, questions
+from examples.smollm2.questions import FACTS, choices, questions
 from tests.stages.tiny_models import save_tiny
 from tests.stages.tiny_tokenizer import save_tokenizer
 
@@ -84,11 +84,27 @@ def test_a_batch_of_greedy_answers_equals_answers_alone(tmp_path: Path) -> None:
     assert generate(model, prompts, 6, 1.0, seed=1) != generate(model, prompts, 6, 1.0, seed=2)
 
 
-def test_tasks_have_answers_that_their_questions_do_not_name() -> None:
-    for task in TASKS.values():
-        assert len(task) >= 30
-        for question, answers in task.items():
-            assert not any(answer.lower() in question.lower() for answer in answers.split("|"))
+def test_choices_have_one_right_answer_that_the_question_does_not_name() -> None:
+    asked = choices()
+    assert len(asked) == 72
+    for question, answers in asked.items():
+        assert len(set(answers)) == len(answers) == 4
+        assert answers[0].lower() not in question.lower().split()
+
+
+def test_the_likeliest_answer_is_chosen(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    save_tokenizer(tmp_path)
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
+    task = {"Which is it?": ("one", "or another word", "two"), "And now?": ("three of them", "one")}
+    for (question, answers), right in zip(task.items(), chosen(tokenizer, model, task), strict=True):
+        prompt, sums = prompt_ids(tokenizer, question), []
+        for answer in answers:
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            sums.append(float(log_probs(model, prompt, ids).gather(1, torch.tensor(ids)[:, None]).sum()))
+        assert right == (sums.index(max(sums)) == 0)
+        best = answers[sums.index(max(sums))]
+        assert chosen(tokenizer, model, {question: (best, *(one for one in answers if one != best))}) == [True]
 
 
 def test_without_a_teacher_every_sampled_token_becomes_less_probable() -> None:
@@ -104,7 +120,7 @@ def test_without_a_teacher_every_sampled_token_becomes_less_probable() -> None:
 
 
 def test_one_scoring_serves_every_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("examples.smollm2.question.TASKS", {"facts": dict(list(FACTS.items())[:2])})
+    monkeypatch.setattr("examples.smollm2.question.TASK", dict(list(choices().items())[:2]))
     monkeypatch.setattr("examples.smollm2.question.QUESTIONS", 2)
     monkeypatch.setattr("examples.smollm2.question.TEXTS", 2)
     monkeypatch.setattr("examples.smollm2.question.LENGTH", 6)
@@ -117,7 +133,7 @@ def test_one_scoring_serves_every_objective(tmp_path: Path, monkeypatch: pytest.
     run(tmp_path, 1, ["offline"], changes)
     rows = rows_of(tmp_path / "question.jsonl")
     assert [row["objective"] for row in rows] == ["untrained", *OBJECTIVES]
-    assert all(row["nll"] > 0 and row["rkl_unsure"] > 0 and 0 <= row["facts"] <= 1 for row in rows)
+    assert all(row["nll"] > 0 and row["rkl_unsure"] > 0 and 0 <= row["choices"] <= 1 for row in rows)
     # such a teacher is unsure of every token, so that all three gates are open
     values = {row["objective"]: row["nll"] for row in rows}
     assert values["eopd"] == values["mix"] == values["random gate"]

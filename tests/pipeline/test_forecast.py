@@ -94,6 +94,18 @@ def test_states_tokens_and_time(tmp_path: Path) -> None:
     assert total.missing == total.parts - 3 - 3 - 2
 
 
+@pytest.mark.parametrize("every_job", [False, True])
+def test_each_kind_of_job_of_a_stage_has_its_own_line(tmp_path: Path, every_job: bool) -> None:
+    run = make_run(tmp_path, evaluate={"modes": {"cot": {"suffix": "Think first."}, "direct": {"suffix": "Now."}}})
+    overview = forecast([run])
+    lines = [line.split() for line in text(overview, every_job=every_job).splitlines()]
+    for mode in ("cot", "direct"):
+        shown = [line[0] for line in lines if line[1:3] == ["evaluate", f"({mode})"]]
+        rounds = sorted({row.round for row in overview.rows if row.job.variant == mode and row.stage == "evaluate"})
+        assert shown == ([str(round_) for round_ in rounds] if every_job else [f"{rounds[0]}-{rounds[-1]}"])
+    assert {job["variant"] for job in overview.to_json()["jobs"]} >= {"", "cot", "direct"}
+
+
 def test_an_alignment_reads_a_share_of_its_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path, evaluate={"alignment": {"samples": 2, "limit": 6, "responses": ["own"]}})
     done_round_0(run)

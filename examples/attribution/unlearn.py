@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.stages.attribute.documents import Text, bins_of_file, read_documents
-from eopd.storage import attributions
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.paths import WEIGHTS
 from examples.attribution.__main__ import ARMS, CONFIG, places, random_bins, result, shown, top_bin
@@ -87,7 +87,7 @@ def main() -> None:
     source = asked.documents.source(run.settings.prompts)
     texts = list(read_documents(source, tokenizer, run.facts.ordered_stop_ids))
     bins = [" ".join(bin_) for bin_ in bins_of_file(asked, run.settings.prompts)]
-    top = top_bin(result(out, changes, "attribution_summary", attributions.RESULTS), given.query)
+    top = top_bin(result(out, changes, "attribution_summary", analyses.ATTRIBUTION_RESULTS), given.query)
     forgotten = {"top": [top] * given.seeds, "random": random_bins(sorted(set(bins)), top, given.seeds)}
     before = result(out, changes, "evaluation_summary", evaluations.RESULTS)["benchmarks"]
     after: dict[str, list[dict[str, float]]] = {}

@@ -52,7 +52,7 @@ def _own(evaluation: Artifact) -> dict[str, list[int]]:
     """The first sample of each problem."""
     found: dict[str, list[int]] = {}
     for part in range(evaluation.parts):
-        for row in evaluations.read_samples(evaluation.part_folder(part)).to_pylist():
+        for row in evaluations.SAMPLES.read(evaluation.part_folder(part)).to_pylist():
             found.setdefault(row["problem_id"], list(row["response_token_ids"]))
     return found
 

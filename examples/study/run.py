@@ -183,7 +183,7 @@ def _content(task: Task, opened: Run) -> dict[str, Any]:
         opened.artifact(opened.plan.job(stage, rounds).output) for stage in ("evaluate", "evaluation_summary")
     )
     folder = summary.part_folder(0)
-    rows = evaluations.read_problems(folder).to_pylist()
+    rows = evaluations.PROBLEMS.read(folder).to_pylist()
     (found,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
     return {
         "experiment": task.experiment.name,

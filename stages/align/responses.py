@@ -63,7 +63,7 @@ class ResponseReader:
         assert settings is not None
         responses = Responses([], [], [], 0)
         cut = 0
-        for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist():
+        for row in evaluations.SAMPLES.read(evaluation.part_folder(part), COLUMNS).to_pylist():
             late = settings.limit is not None and row["problem_index"] >= settings.limit
             if late or row["sample"] >= settings.samples:
                 continue

@@ -1,6 +1,6 @@
 """The alignment job: teacher and student read an evaluation's samples, part by part; then a summary.
 
-Producer of the record of ``storage.alignments``. Both models are in memory at once; a part's sums are committed before
+Producer of the record of ``storage.analyses``. Both models are in memory at once; a part's sums are committed before
 the next part is read.
 """
 
@@ -28,7 +28,7 @@ from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary
 from eopd.stages.stage import SummaryJob
-from eopd.storage import alignments
+from eopd.storage import analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
@@ -159,7 +159,7 @@ def _do_part(
         "engines": [f"{engine.name} {engine.version} {engine.dtype}" for engine in (student, teacher)],
     }
     with job.output.write_part(part, inputs={"samples": source[1].marker(source[2]).checksum}, info=info) as folder:
-        alignments.write_sums(folder, rows)
+        analyses.ALIGNMENT_SUMS.write(folder, rows)
 
 
 def summarise(job: SummaryJob) -> None:
@@ -217,7 +217,7 @@ def _write_summary(job: SummaryJob) -> None:
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(0, inputs=inputs) as folder:
         text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)
-        (folder / alignments.RESULTS).write_text(text, encoding="utf-8")
+        (folder / analyses.ALIGNMENT_RESULTS).write_text(text, encoding="utf-8")
 
 
 def _read(
@@ -226,7 +226,7 @@ def _read(
     """Return sums [R, B, F] of all responses that have a token, and the (benchmark, problem) of each."""
     sums: dict[tuple[str, str, int], np.ndarray[Any, Any]] = {}
     for part in parts:
-        for row in alignments.read_sums(output.part_folder(part)).to_pylist():
+        for row in analyses.ALIGNMENT_SUMS.read(output.part_folder(part)).to_pylist():
             key = (row["benchmark"], row["problem_id"], row["sample"])
             sums.setdefault(key, np.zeros((bins.count, len(SUMMED))))[row["bin"]] = [row[name] for name in SUMMED]
     problems = [key[:2] for key in sums]

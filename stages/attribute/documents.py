@@ -82,7 +82,7 @@ def read_rollout_documents(rollouts: Artifact) -> Iterator[Text]:
 def read_queries(evaluation: Artifact, query: QuerySettings, problems: Problems) -> Iterator[Text]:
     """Yield the samples of a query set, in the evaluation's order."""
     for part in filled_parts(evaluation):
-        for row in evaluations.read_samples(evaluation.part_folder(part), SAMPLES).to_pylist():
+        for row in evaluations.SAMPLES.read(evaluation.part_folder(part), SAMPLES).to_pylist():
             wanted = query.samples == "any" or row["correct"] is (query.samples == "right")
             if row["benchmark"] == query.benchmark and wanted:
                 prompt = problems.ids(row["benchmark"], row["problem_id"], row["problem_index"])

@@ -34,7 +34,7 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.problems import Problems
-from eopd.storage import attributions
+from eopd.storage import analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
@@ -103,7 +103,7 @@ def run(job: AttributeJob) -> None:
             for text, score in zip(documents, scores.tolist(), strict=True)
         ]
         with job.output.write_part(0, info={**info, **result}) as part:
-            attributions.write_scores(part, rows)
+            analyses.ATTRIBUTION_SCORES.write(part, rows)
         job.progress.line(f"attribute: {len(documents):,} documents for {len(queries):,} samples of {job.query}")
 
 
@@ -239,7 +239,7 @@ def _write_summary(job: AttributionSummaryJob) -> None:
     }
     with job.output.write_part(0, info={"responses": len(named)}) as folder:
         text = json.dumps(results, indent=1, sort_keys=True, allow_nan=False)
-        (folder / attributions.RESULTS).write_text(text, encoding="utf-8")
+        (folder / analyses.ATTRIBUTION_RESULTS).write_text(text, encoding="utf-8")
     for name, query in queries.items():
         top = max(query["bins"], key=lambda row: row["mean"])
         job.progress.line(
@@ -249,7 +249,7 @@ def _write_summary(job: AttributionSummaryJob) -> None:
 
 
 def _scores(artifact: Artifact, documents: list[str]) -> Floats:
-    table = attributions.read_scores(artifact.part_folder(0))
+    table = analyses.ATTRIBUTION_SCORES.read(artifact.part_folder(0))
     if table.column("document").to_pylist() != documents:
         raise InputError(
             f"the documents of {artifact} are not those that attribute.documents or attribute.rollouts hold now: "

@@ -234,7 +234,7 @@ def _do_part(
         "skipped": content.skipped,
     }
     with job.output.write_part(part, info=info) as folder:
-        evaluations.write_samples(folder, rows)
+        evaluations.SAMPLES.write(folder, rows)
 
 
 def _row(
@@ -276,7 +276,7 @@ def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
     filled = [part for part in range(len(cut)) if part not in left_out]
     for part in filled:
         chunk, marker = cut[part], markers[part]
-        samples = evaluations.read_samples(job.source.part_folder(part))
+        samples = evaluations.SAMPLES.read(job.source.part_folder(part))
         tallies[chunk.benchmark].add(samples, marker.info["skipped"])
     by_benchmark = {
         benchmark.name: figures(
@@ -314,7 +314,7 @@ def _write_summary(job: SummaryJob, cut: Sequence[Chunk]) -> None:
     inputs = {f"part-{part:05d}": marker.checksum for part, marker in enumerate(markers)}
     with job.output.write_part(0, inputs=inputs) as folder:
         problems = [row for tally in tallies for row in tally.problems]
-        evaluations.write_problems(folder, problems)
+        evaluations.PROBLEMS.write(folder, problems)
         (folder / evaluations.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
     for warning in warnings:
         job.progress.line(f"evaluate: warning: {warning}")

@@ -17,7 +17,7 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
-from eopd.storage.verdicts import write_verdicts
+from eopd.storage.verdicts import VERDICTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def _do_part(job: JudgeJob, part: int, tokenizer: PreTrainedTokenizerBase, verif
     }
     inputs = {"rollouts": job.rollouts.marker(part).checksum}
     with job.output.write_part(part, inputs=inputs, info=info) as folder:
-        write_verdicts(
+        VERDICTS.write(
             folder,
             [
                 {"prompt_id": row["prompt_id"], "sample": row["sample"], **asdict(verdict)}

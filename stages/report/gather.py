@@ -32,7 +32,7 @@ from eopd.stages.report.data import (
     StepRow,
 )
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
-from eopd.storage import alignments, attributions, routings
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart
@@ -173,7 +173,7 @@ def _evaluation(artifact: Artifact) -> dict[str, Any]:
 
 def _alignment(artifact: Artifact) -> dict[str, Any]:
     """Read the results of an alignment. Raises DamagedPart if the report cannot be made from them."""
-    path = artifact.part_folder(artifact.parts - 1) / alignments.RESULTS
+    path = artifact.part_folder(artifact.parts - 1) / analyses.ALIGNMENT_RESULTS
     content: dict[str, Any] = read_json(path)
     with naming_misfits(str(path)):
         _round(RoundArtifacts(0, None), None, content)
@@ -185,10 +185,10 @@ def _alignment(artifact: Artifact) -> dict[str, Any]:
 def _routing(item: RoundArtifacts) -> RoutingData:
     """Read a routing. Raises DamagedPart if the report cannot be made from it."""
     folder = item.made["route"].part_folder(0)
-    path = folder / routings.RESULTS
+    path = folder / analyses.ROUTING_RESULTS
     content: dict[str, Any] = read_json(path)
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in routings.read_choices(folder).to_pylist():
+    for row in analyses.ROUTING_CHOICES.read(folder).to_pylist():
         if row["entropy"] is not None and row["roughness"] is not None:
             points.setdefault(row["oracle"] or "", []).append((row["entropy"], row["roughness"]))
     with naming_misfits(str(path)):
@@ -207,7 +207,7 @@ def _routing(item: RoundArtifacts) -> RoutingData:
 
 def _attribution(item: RoundArtifacts) -> AttributionData:
     """Read a table of bins. Raises DamagedPart if the report cannot be made from it."""
-    path = item.made["attribution_summary"].part_folder(0) / attributions.RESULTS
+    path = item.made["attribution_summary"].part_folder(0) / analyses.ATTRIBUTION_RESULTS
     content: dict[str, Any] = read_json(path)
     with naming_misfits(str(path)):
         return AttributionData.of(item.round, content)
@@ -330,7 +330,7 @@ def _head(scores: Artifact, objective: Mapping[str, Any]) -> str:
 def _scores(evaluation: Artifact, round_: int, seed: int) -> ProblemScores:
     folder = evaluation.part_folder(evaluation.parts - 1)
     columns = ["benchmark", "problem_id", "correct", "samples"]
-    table = evaluations.read_problems(folder, columns).to_pylist()
+    table = evaluations.PROBLEMS.read(folder, columns).to_pylist()
     rows = sorted(table, key=lambda row: (row["benchmark"], row["problem_id"]))
     if any(not 0 <= row["correct"] <= row["samples"] or row["samples"] < 1 for row in rows):
         raise DamagedPart(f"{evaluation}: a problem has no samples, or more right ones than samples")

@@ -24,8 +24,8 @@ from eopd.stages.models.packing import Sequence as PackSequence
 from eopd.stages.models.packing import pack
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.problems import Problems
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
-from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
@@ -88,13 +88,13 @@ def _do_part(
     rows = [{**name, "entropy": value} for name, value in zip(names, values, strict=True)]
     info = {"tokens": sum(map(len, values)), "responses": len(rows)}
     with job.output.write_part(part, inputs={"samples": job.evaluation.marker(part).checksum}, info=info) as folder:
-        routings.write_entropies(folder, rows)
+        analyses.ENTROPIES.write(folder, rows)
 
 
 def _sequences(job: EntropiesJob, part: int, problems: Problems) -> tuple[list[dict[str, Any]], list[PackSequence]]:
     assert job.settings.route is not None
     names, sequences = [], []
-    for row in evaluations.read_samples(job.evaluation.part_folder(part), COLUMNS).to_pylist():
+    for row in evaluations.SAMPLES.read(job.evaluation.part_folder(part), COLUMNS).to_pylist():
         prompt = problems.ids(row["benchmark"], row["problem_id"], row["problem_index"])
         names.append({name: row[name] for name in ("benchmark", "problem_id", "sample")})
         sequences.append(PackSequence(prompt, row["response_token_ids"][: job.settings.route.tokens]))

@@ -19,8 +19,8 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.intervals import bootstrap
 from eopd.stages.job import Progress
 from eopd.stages.route.router import Floats, descriptors, fit, routed
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
-from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
@@ -118,8 +118,8 @@ def _write(job: RouteJob) -> None:
         for s, name in enumerate(of_problem)
     ]
     with job.output.write_part(0, info={"responses": len(rows)}) as folder:
-        routings.write_choices(folder, rows)
-        (folder / routings.RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+        analyses.ROUTING_CHOICES.write(folder, rows)
+        (folder / analyses.ROUTING_RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
     router, difference = results["policies"]["router"], results["against"]["random"]
     job.progress.line(
         f"route: accuracy {router['accuracy']:.3f} with {router['tokens']:.1f} tokens, {difference['accuracy']:+.3f} "
@@ -192,7 +192,7 @@ def _read(job: RouteJob) -> tuple[list[list[Name]], Routed, Floats, int]:
     probes = {
         _name(row): row["entropy"]
         for part in filled_parts(job.entropies)
-        for row in routings.read_entropies(job.entropies.part_folder(part)).to_pylist()
+        for row in analyses.ENTROPIES.read(job.entropies.part_folder(part)).to_pylist()
     }
     everything = {name[:2] for samples in by_mode for name in samples}
     answered: dict[tuple[str, str], list[Name]] = {}
@@ -218,7 +218,7 @@ def _samples(evaluation: Artifact) -> dict[Name, tuple[bool, int]]:
     return {
         _name(row): (row["correct"], len(row["response_token_ids"]))
         for part in filled_parts(evaluation)
-        for row in evaluations.read_samples(evaluation.part_folder(part), COLUMNS).to_pylist()
+        for row in evaluations.SAMPLES.read(evaluation.part_folder(part), COLUMNS).to_pylist()
     }
 
 

@@ -81,7 +81,7 @@ def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(
     assert found["model"]["fingerprint"]
     assert len([name for name in found["artifact"]["inputs"] if name.startswith("benchmark ")]) == 6
     samples = next((tmp_path / "store" / "evaluations").glob("*/part-00000.*/samples.parquet"))
-    table = evaluations.read_samples(samples.parent)
+    table = evaluations.SAMPLES.read(samples.parent)
     assert table.num_rows == 16
     eopd("align", config)
     (aligned,) = (tmp_path / "store" / "alignment_summaries").glob("*/part-*/alignment.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.pipeline.worker import execute
-from eopd.storage import routings
+from eopd.storage import analyses
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "routing" / "countdown.yaml"
 
@@ -28,7 +28,7 @@ def test_the_example_routes_a_few_problems(tmp_path: Path) -> None:
         for job in run.plan.of_command(command, 0):
             assert execute(run, job)
     output = run.artifact(run.plan.job("route", 0).output)
-    results = json.loads((output.part_folder(0) / routings.RESULTS).read_text())
+    results = json.loads((output.part_folder(0) / analyses.ROUTING_RESULTS).read_text())
     assert (results["problems"], results["calibration"]) == (7, 5)
     assert results["policies"].keys() == {"standard", "again", "comma", "random", "oracle", "router"}
     assert {job.output.kind for job in run.plan.of_command("route", 0)} == {"entropies", "routings"}

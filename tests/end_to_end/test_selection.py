@@ -17,7 +17,7 @@ from eopd.stages.verifiers.countdown import verify
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.paths import TRAINING_FILE, WEIGHTS
 from eopd.storage.rollouts import read_rollouts
-from eopd.storage.verdicts import read_verdicts
+from eopd.storage.verdicts import VERDICTS
 from tests.end_to_end.world import eopd, start
 
 COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"
@@ -83,7 +83,7 @@ def test_rejection_fine_tuning(finished: Path) -> None:
     right = total = 0
     for part in range(rollouts.parts):
         rows = read_rollouts(rollouts.part_folder(part)).to_pylist()
-        correct = read_verdicts(verdicts.part_folder(part)).to_pydict()["correct"]
+        correct = VERDICTS.read(verdicts.part_folder(part)).to_pydict()["correct"]
         expected = [
             row["finish_reason"] == "stop" and verify(row["response_text"], row["answer"]).correct for row in rows
         ]

@@ -27,7 +27,7 @@ from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.stage import SummaryJob
-from eopd.storage import alignments
+from eopd.storage import analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
@@ -85,7 +85,7 @@ def run_and_summarise(job: AlignmentJob) -> None:
 
 
 def results_of(job: AlignmentJob) -> dict[str, Any]:
-    path = summary_of(job).output.part_folder(0) / alignments.RESULTS
+    path = summary_of(job).output.part_folder(0) / analyses.ALIGNMENT_RESULTS
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -135,7 +135,7 @@ def test_the_record_says_what_it_was_made_from(evaluated: EvaluateJob, aligned: 
     assert (found["teacher"]["fingerprint"], found["student"]["fingerprint"]) == ("teacher", "student")
     assert found["engines"][0].startswith("transformers")
     assert aligned.output.marker(1).inputs == {"samples": evaluated.output.marker(1).checksum}
-    table = alignments.read_sums(aligned.output.part_folder(0))
+    table = analyses.ALIGNMENT_SUMS.read(aligned.output.part_folder(0))
     assert set(SUMMED) < set(table.column_names)
     assert min(table.column("tokens").to_pylist()) >= 1
 

@@ -38,7 +38,7 @@ from eopd.stages.report.figures import attribution
 from eopd.stages.report.gather import RoundArtifacts, _attribution
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
-from eopd.storage import attributions
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError
@@ -106,7 +106,7 @@ def evaluated(folder: Path) -> tuple[Artifact, EvaluateSettings]:
     ]
     evaluation = Artifact(folder / "store", Identity("evaluations", 1, 1))
     with evaluation.write_part(0) as part:
-        evaluations.write_samples(part, rows)
+        evaluations.SAMPLES.write(part, rows)
     return evaluation, asked
 
 
@@ -217,11 +217,11 @@ def test_scores_are_those_of_their_documents_and_nothing_else_is_stored(tmp_path
     assert len(standing.read[trackstar.QUERIES]) == 2
     handed = standing.read[trackstar.DOCUMENTS]
     assert Counter(len(row["input_ids"]) for row in handed) == {len(ids_of("2,3,4=20:" + TIMES)) + 1: 8}
-    rows = attributions.read_scores(job.output.part_folder(0)).to_pylist()
+    rows = analyses.ATTRIBUTION_SCORES.read(job.output.part_folder(0)).to_pylist()
     assert [row["document"] for row in rows] == [row["id"] for row in ROWS]
     assert [row["score"] for row in rows] == [sum(ids_of(row["text"])) + STOP for row in ROWS]
     assert {row["query_set"] for row in rows} == {"right"}
-    assert [path.name for path in job.output.part_folder(0).iterdir()] == [attributions.SCORES]
+    assert [path.name for path in job.output.part_folder(0).iterdir()] == [analyses.ATTRIBUTION_SCORES.file_name]
     assert job.output.marker(0).info["bergson"] == "2.5.1"
 
 
@@ -267,7 +267,7 @@ def test_the_summary_joins_scores_and_bins(tmp_path: Path, standing: Standing) -
         run(jobs[name])
     job = summary_for(tmp_path, jobs["right"], **{name: one.output for name, one in jobs.items()})
     summarise(job)
-    results = json.loads((job.output.part_folder(0) / attributions.RESULTS).read_text())
+    results = json.loads((job.output.part_folder(0) / analyses.ATTRIBUTION_RESULTS).read_text())
     rows = results["queries"]["right"]["bins"]
     assert [(row["bin"], row["n"], row["mean"]) for row in rows] == [
         (["*", "3"], 4, sum(ids_of(TIMES)) + STOP),
@@ -386,15 +386,15 @@ def test_without_bergson_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_bergson_scores_documents_like_the_samples_highest(tmp_path: Path) -> None:
     job = job_for(tmp_path)
     run(job)
-    rows = attributions.read_scores(job.output.part_folder(0)).to_pylist()
+    rows = analyses.ATTRIBUTION_SCORES.read(job.output.part_folder(0)).to_pylist()
     mean = {last: np.mean([one["score"] for one, row in zip(rows, ROWS, strict=True) if row["last"] == last])
             for last in "*+"}  # fmt: skip
     assert mean["*"] > mean["+"], "the right samples end with a multiplication"
     again = replace(job, output=Artifact(tmp_path / "again", job.output.identity))
     run(again)
-    same = attributions.read_scores(again.output.part_folder(0)).column("score").to_pylist()
+    same = analyses.ATTRIBUTION_SCORES.read(again.output.part_folder(0)).column("score").to_pylist()
     assert same == pytest.approx([row["score"] for row in rows], abs=1e-5)
-    assert [path.name for path in job.output.part_folder(0).iterdir()] == [attributions.SCORES]
+    assert [path.name for path in job.output.part_folder(0).iterdir()] == [analyses.ATTRIBUTION_SCORES.file_name]
     assert job.output.marker(0).info["modules"] == 21
 
 
@@ -423,7 +423,7 @@ def test_the_report_shows_bins_by_query_set(tmp_path: Path, standing: Standing) 
     assert "one: right - wrong" in page
     assert f"one,attribution,1,,right.* / 3,{found.z['right'][0]}" in to_csv(data)
     assert 'id="attribution"' not in render(ReportData("x", "today", [RunData("none")]))[0]
-    path = summary.output.part_folder(0) / attributions.RESULTS
+    path = summary.output.part_folder(0) / analyses.ATTRIBUTION_RESULTS
     path.write_text(json.dumps({"documents": 8}).ljust(path.stat().st_size))
     with pytest.raises(DamagedPart, match=r"attribution\.json"):
         _attribution(made)

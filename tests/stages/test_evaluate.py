@@ -97,7 +97,7 @@ def results_of(job: EvaluateJob) -> dict[str, Any]:
 def samples_of(job: EvaluateJob) -> list[dict[str, Any]]:
     rows = []
     for part in range(job.output.parts):
-        rows += evaluations.read_samples(job.output.part_folder(part)).to_pylist()
+        rows += evaluations.SAMPLES.read(job.output.part_folder(part)).to_pylist()
     return rows
 
 
@@ -198,7 +198,7 @@ def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     assert found["settings"]["samples"] == 4
     assert found["model"]["fingerprint"] == "student"
     summary = summary_of(evaluated).output
-    problems = evaluations.read_problems(summary.part_folder(0)).to_pylist()
+    problems = evaluations.PROBLEMS.read(summary.part_folder(0)).to_pylist()
     assert [row["correct"] for row in problems[:12]] == correct
     assert summary.marker(0).inputs == {
         f"part-{part:05d}": evaluated.output.marker(part).checksum for part in range(evaluated.output.parts)

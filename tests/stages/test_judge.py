@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.verifiers.registry import TRUNCATED
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.verdicts import read_verdicts
+from eopd.storage.verdicts import VERDICTS
 from tests.stages.score_case import Lines, response_row, rollouts
 
 STUDENT = Path(__file__).parents[2] / "examples" / "countdown" / "student"
@@ -53,7 +54,7 @@ def judge_job(folder: Path, parts: Sequence[Sequence[Any]] = PARTS, verifier: st
 
 
 def verdicts_of(job: JudgeJob, part: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_verdicts(job.output.part_folder(part)).to_pylist()
+    rows: list[dict[str, Any]] = VERDICTS.read(job.output.part_folder(part)).to_pylist()
     return rows
 
 
@@ -84,14 +85,14 @@ def test_the_stop_token_is_not_part_of_the_text(tmp_path: Path) -> None:
 
 
 def test_a_killed_job_goes_on_with_the_parts_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, written = judge_job(tmp_path), stage.write_verdicts
+    job, written = judge_job(tmp_path), VERDICTS.write
 
     def killed(folder: Path, rows: Sequence[Any]) -> None:
         written(folder, rows)
         if job.output.committed():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "write_verdicts", killed)
+    monkeypatch.setattr(stage, "VERDICTS", SimpleNamespace(write=killed))
     with pytest.raises(KeyboardInterrupt):
         run(job)
     assert job.output.committed() == {0}

@@ -19,7 +19,7 @@ from eopd.stages.report.data import FIRST, OWN, Estimate, ReportData, RunData
 from eopd.stages.report.gather import FIRST_STEP, RoundArtifacts, RunArtifacts, gather, seconds_by_key, summary_rows
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
-from eopd.storage import alignments
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
@@ -70,7 +70,7 @@ def evaluation(store: Path, number: int, *, confidence: float = 0.95, **changes:
     ]
     results = {"mean": FIGURES, "benchmarks": {"b": ONE, "a": ONE}, "settings": {"confidence": confidence}, **changes}
     with artifact.write_part(0) as folder:
-        evaluations.write_problems(folder, rows)
+        evaluations.PROBLEMS.write(folder, rows)
         (folder / evaluations.RESULTS).write_text(json.dumps(results))
     return artifact
 
@@ -198,7 +198,7 @@ def alignment(store: Path, fkl: dict[str, float], *, tau: float = 0.8, teacher: 
         "artifact": {"inputs": {f"{name} evaluation": f"{name} key" for name in fkl}},
     }
     with artifact.write_part(0) as folder:
-        (folder / alignments.RESULTS).write_text(json.dumps(results))
+        (folder / analyses.ALIGNMENT_RESULTS).write_text(json.dumps(results))
     return artifact
 
 

@@ -25,8 +25,8 @@ from eopd.stages.route.entropies import run as read_entropies
 from eopd.stages.route.router import descriptors, fit, routed
 from eopd.stages.route.run import Routed, RouteJob, run, table
 from eopd.stages.route.settings import RuleSettings
+from eopd.storage import analyses
 from eopd.storage import records as evaluations
-from eopd.storage import routings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
@@ -165,7 +165,7 @@ def route(stored: dict[str, Artifact], folder: Path, asked: EvaluateSettings, se
 
 def test_modes_prompt_the_same_problems_otherwise(stored: dict[str, Artifact]) -> None:
     standard, direct = (
-        [row for part in range(3) for row in evaluations.read_samples(stored[mode].part_folder(part)).to_pylist()]
+        [row for part in range(3) for row in evaluations.SAMPLES.read(stored[mode].part_folder(part)).to_pylist()]
         for mode in ("standard", "direct")
     )
     assert [row["problem_id"] for row in standard] == [row["problem_id"] for row in direct]
@@ -175,8 +175,8 @@ def test_modes_prompt_the_same_problems_otherwise(stored: dict[str, Artifact]) -
 
 def test_entropies_are_of_the_first_tokens(stored: dict[str, Artifact]) -> None:
     for part in range(stored["standard"].parts):
-        samples = evaluations.read_samples(stored["standard"].part_folder(part)).to_pylist()
-        rows = routings.read_entropies(stored["entropies"].part_folder(part)).to_pylist()
+        samples = evaluations.SAMPLES.read(stored["standard"].part_folder(part)).to_pylist()
+        rows = analyses.ENTROPIES.read(stored["entropies"].part_folder(part)).to_pylist()
         for sample, row in zip(samples, rows, strict=True):
             assert sample["problem_id"] == row["problem_id"]
             assert len(row["entropy"]) == min(6, len(sample["response_token_ids"]))
@@ -187,15 +187,15 @@ def test_calibration_problems_are_in_no_figure(stored: dict[str, Artifact], tmp_
     drawn = []
     for seed in (0, 1):
         output = route(stored, tmp_path, settings(), seed)
-        results = json.loads((output.part_folder(0) / routings.RESULTS).read_text())
-        rows = routings.read_choices(output.part_folder(0)).to_pylist()
+        results = json.loads((output.part_folder(0) / analyses.ROUTING_RESULTS).read_text())
+        rows = analyses.ROUTING_CHOICES.read(output.part_folder(0)).to_pylist()
         assert (results["problems"], results["calibration"], len(rows)) == (7, 5, 12)
         kept = [row for row in rows if not row["calibration"]]
         right = {
             (mode, row["problem_id"]): row["correct"]
             for mode in ("standard", "direct")
             for part in range(3)
-            for row in evaluations.read_samples(stored[mode].part_folder(part)).to_pylist()
+            for row in evaluations.SAMPLES.read(stored[mode].part_folder(part)).to_pylist()
         }
         accuracy = sum(right[row["mode"], row["problem_id"]] for row in kept) / 7
         assert results["policies"]["router"]["accuracy"] == pytest.approx(accuracy)
@@ -207,7 +207,7 @@ def test_calibration_problems_are_in_no_figure(stored: dict[str, Artifact], tmp_
 def test_thresholds_of_the_user_route_every_problem(stored: dict[str, Artifact], tmp_path: Path) -> None:
     rule = {"entropy": 2.0, "certain": "direct"}
     output = route(stored, tmp_path, settings(route={"tokens": 6, "rule": rule}))
-    rows = routings.read_choices(output.part_folder(0)).to_pylist()
+    rows = analyses.ROUTING_CHOICES.read(output.part_folder(0)).to_pylist()
     assert not any(row["calibration"] for row in rows)
     assert [row["mode"] == "direct" for row in rows] == [
         row["entropy"] is not None and row["entropy"] < 2 for row in rows
@@ -244,7 +244,7 @@ def test_samples_are_routed_one_by_one_if_that_is_asked(tmp_path: Path) -> None:
     source = stored["standard"]
     stored["entropies"] = Artifact(tmp_path, Identity("entropies", 1, source.parts, {}, {"evaluation": source.key}))
     read_entropies(EntropiesJob(stored["entropies"], range(3), source, STUDENT, asked, NullProgress()))
-    rows = routings.read_choices(route(stored, tmp_path, asked).part_folder(0)).to_pylist()
+    rows = analyses.ROUTING_CHOICES.read(route(stored, tmp_path, asked).part_folder(0)).to_pylist()
     assert len(rows) == len(samples_of(jobs["standard"])) == 24
     assert sum(row["calibration"] for row in rows) == 4
 
@@ -257,7 +257,7 @@ def test_too_many_problems_to_calibrate_are_refused(stored: dict[str, Artifact],
 def test_the_report_shows_a_routing(stored: dict[str, Artifact], tmp_path: Path) -> None:
     output = route(stored, tmp_path, settings())
     routing = _routing(RoundArtifacts(2, None, made={"route": output}))
-    results = json.loads((output.part_folder(0) / routings.RESULTS).read_text())
+    results = json.loads((output.part_folder(0) / analyses.ROUTING_RESULTS).read_text())
     assert {name: pair[0].value for name, pair in routing.policies.items()} == {
         name: one["accuracy"] for name, one in results["policies"].items()
     }
@@ -273,7 +273,7 @@ def test_the_report_shows_a_routing(stored: dict[str, Artifact], tmp_path: Path)
 
 def test_a_damaged_routing_is_named(stored: dict[str, Artifact], tmp_path: Path) -> None:
     output = route(stored, tmp_path, settings())
-    path = output.part_folder(0) / routings.RESULTS
+    path = output.part_folder(0) / analyses.ROUTING_RESULTS
     path.write_text(json.dumps({"problems": 7}).ljust(path.stat().st_size))
     with raises(DamagedPart, file="routing.json"):
         _routing(RoundArtifacts(0, None, made={"route": output}))

@@ -23,7 +23,7 @@ from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.verdicts import write_verdicts
+from eopd.storage.verdicts import VERDICTS
 from tests.golden.keys import keys_of
 from tests.pipeline.plan_case import make_facts, make_run, make_settings, plan_of
 from tests.raises import raises
@@ -132,22 +132,22 @@ def judged(store: Path, source: Artifact, parts: list[list[bool]], name: str = "
         inputs = {"rollouts": source.marker(number).checksum}
         with artifact.write_part(number, inputs=inputs) as folder:
             verdicts = [{**row, "correct": right} for row, right in zip(rows, correct, strict=True)]
-            write_verdicts(folder, verdicts)
+            VERDICTS.write(folder, verdicts)
     return artifact
 
 
 SAMPLES = [response_row(n, [40 + 10 * n + s, 41, 9], sample=s) for n in range(2) for s in range(3)]
 CORRECT = [False, True, True, False, False, True]
-VERDICTS = {"right": "Right. Again: ", "wrong": "Wrong. Better: "}
+TEXTS_BY_VERDICT = {"right": "Right. Again: ", "wrong": "Wrong. Better: "}
 
 
 def test_the_verdict_stands_between_a_response_and_its_copy(teacher: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer_at(str(teacher))
     source = rollouts(tmp_path, [SAMPLES])
-    prompt = {"opening": "{{response}}\n{{verdict}}", "verdicts": VERDICTS}
+    prompt = {"opening": "{{response}}\n{{verdict}}", "verdicts": TEXTS_BY_VERDICT}
     job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=judged(tmp_path, source, [CORRECT]))
     for sequence, right in zip(read(job).sequences, CORRECT, strict=True):
-        text = "\n" + VERDICTS["right" if right else "wrong"]
+        text = "\n" + TEXTS_BY_VERDICT["right" if right else "wrong"]
         copy = list(sequence.response_ids[:-1])
         assert sequence.context_ids == [5, 6, 7, *copy, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     run(job)
@@ -195,7 +195,7 @@ def test_a_sibling_is_text_in_a_suffix(teacher: Path, tmp_path: Path) -> None:
 def test_verdicts_on_other_rollouts_are_refused(teacher: Path, tmp_path: Path) -> None:
     source = rollouts(tmp_path, [SAMPLES])
     other = rollouts(tmp_path, [SAMPLES[::-1]], "other")
-    prompt = {"opening": "{{verdict}}", "verdicts": VERDICTS}
+    prompt = {"opening": "{{verdict}}", "verdicts": TEXTS_BY_VERDICT}
     job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=judged(tmp_path, other, [CORRECT]))
     with pytest.raises(DamagedPart, match="verdicts on other responses"):
         run(job)
@@ -205,7 +205,7 @@ def test_verdicts_are_planned_and_keyed_for_the_contexts_that_show_them() -> Non
     answers = {"path": "p", "verifier": "exact", "columns": {"answer": "answer"}}
     plans = [
         plan_of(make_settings(prompts=answers, evaluate=None, score={"teacher_prompt": prompt}))
-        for prompt in ({"opening": "{{verdict}}", "verdicts": VERDICTS}, {"opening": "{{right_sibling}}"})
+        for prompt in ({"opening": "{{verdict}}", "verdicts": TEXTS_BY_VERDICT}, {"opening": "{{right_sibling}}"})
     ]
     for plan in plans:
         judge, score, train = (plan.job(name, 1) for name in ("judge", "score", "train"))
@@ -236,7 +236,7 @@ def test_verdicts_are_planned_and_keyed_for_the_contexts_that_show_them() -> Non
 def test_verdicts_that_cannot_be_had_are_refused(
     prompts: dict[str, Any], changes: dict[str, Any], setting: str
 ) -> None:
-    shows = {"teacher_prompt": {"opening": "{{verdict}}", "verdicts": VERDICTS}}
+    shows = {"teacher_prompt": {"opening": "{{verdict}}", "verdicts": TEXTS_BY_VERDICT}}
     with raises(ConfigError, setting=setting):
         make_settings(**{"prompts": {"path": "p", **prompts}, "score": shows, **changes})
 

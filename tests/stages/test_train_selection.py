@@ -22,7 +22,7 @@ from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import TRAINING_FILE, WEIGHTS
 from eopd.storage.teacher_cache import JointCache
-from eopd.storage.verdicts import write_verdicts
+from eopd.storage.verdicts import VERDICTS
 from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher
@@ -182,7 +182,7 @@ def verdicts_of(job: TrainJob, name: str = "v", correct: Sequence[bool] = RIGHT,
     for part, of_part in enumerate((rows[:5], rows[5:])):
         if not artifact.is_committed(part):
             with artifact.write_part(part, inputs={"rollouts": job.rollouts.marker(part).checksum}) as folder:
-                write_verdicts(folder, of_part)
+                VERDICTS.write(folder, of_part)
     return artifact
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from eopd.storage import alignments, paths, rollouts, student_topk
+from eopd.storage import analyses, paths, rollouts, student_topk
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import canonical_json, sha256_file, sha256_text
@@ -66,18 +66,18 @@ def make_store(store: Path) -> Path:
         save_file({"entropy": np.full(4, 0.25, np.float32)}, folder / "round_start.safetensors")
     evaluation = Artifact(store, Identity("evaluations", 1, 1, {}, {"policy": checkpoint.key, "benchmark b": "0" * 20}))
     with evaluation.write_part(0, info={"responses": 1}) as folder:
-        evaluations.write_samples(folder, [])
+        evaluations.SAMPLES.write(folder, [])
     summary = Artifact(store, Identity("evaluation_summaries", 1, 1, {}, {"evaluation": evaluation.key}))
     with summary.write_part(0) as folder:
         problem = {"benchmark": "b", "problem_id": "0", "samples": 2, "correct": 1, "distinct_correct": 1}
-        evaluations.write_problems(folder, [{**problem, "response_tokens": 2.0, "truncated": 0}])
+        evaluations.PROBLEMS.write(folder, [{**problem, "response_tokens": 2.0, "truncated": 0}])
         (folder / evaluations.RESULTS).write_text(json.dumps(_results()))
     aligned = Artifact(store, Identity("alignments", 1, 1, {}, {"own evaluation": evaluation.key}))
     with aligned.write_part(0) as folder:
-        alignments.write_sums(folder, [])
+        analyses.ALIGNMENT_SUMS.write(folder, [])
     compared = Artifact(store, Identity("alignment_summaries", 1, 1, {}, {"alignments": aligned.key}))
     with compared.write_part(0) as folder:
-        (folder / alignments.RESULTS).write_text(json.dumps(_alignment()))
+        (folder / analyses.ALIGNMENT_RESULTS).write_text(json.dumps(_alignment()))
     made = {(one.kind, one.key) for one in (sampled, found, top, checkpoint, evaluation, summary, aligned, compared)}
     config = store / "runs" / "x" / "config.yaml"
     write_note(store, Note(config, store, (store / "team",), made, {(checkpoint.key, 0)}))

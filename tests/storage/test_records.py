@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eopd.storage import alignments, rollouts, student_topk
+from eopd.storage import analyses, rollouts, student_topk
 from eopd.storage import records as evaluations
 from eopd.storage.errors import NewerSchema, StoreError, WrongArtifact
 from eopd.storage.records import named
@@ -19,9 +19,9 @@ from tests.raises import raises
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rollouts": (rollouts.FILE_NAME, rollouts.read_rollouts),
     "student_topk": (student_topk.FILE_NAME, student_topk.read_student_topk),
-    "evaluation_samples": (evaluations.SAMPLES, evaluations.read_samples),
-    "evaluation_problems": (evaluations.PROBLEMS, evaluations.read_problems),
-    "alignment_sums": (alignments.SUMS, alignments.read_sums),
+    "evaluation_samples": (evaluations.SAMPLES.file_name, evaluations.SAMPLES.read),
+    "evaluation_problems": (evaluations.PROBLEMS.file_name, evaluations.PROBLEMS.read),
+    "alignment_sums": (analyses.ALIGNMENT_SUMS.file_name, analyses.ALIGNMENT_SUMS.read),
 }
 
 
@@ -40,11 +40,11 @@ def test_rows_come_back(tmp_path: Path) -> None:
         }
         for n in range(3)
     ]
-    evaluations.write_problems(tmp_path, rows)
-    assert evaluations.read_problems(tmp_path).to_pylist() == rows
-    assert evaluations.read_problems(tmp_path, ["correct"]).to_pydict() == {"correct": [0, 1, 2]}
-    evaluations.write_problems(tmp_path, [])
-    assert evaluations.read_problems(tmp_path).num_rows == 0
+    evaluations.PROBLEMS.write(tmp_path, rows)
+    assert evaluations.PROBLEMS.read(tmp_path).to_pylist() == rows
+    assert evaluations.PROBLEMS.read(tmp_path, ["correct"]).to_pydict() == {"correct": [0, 1, 2]}
+    evaluations.PROBLEMS.write(tmp_path, [])
+    assert evaluations.PROBLEMS.read(tmp_path).num_rows == 0
 
 
 @pytest.mark.parametrize("record", READERS)

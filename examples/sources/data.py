@@ -22,7 +22,7 @@ LIMIT = 200
 def solved(problems: Path, count: int | None, seed: int = 0) -> Iterator[dict[str, str]]:
     """The problems that have a solution, each with one drawn from all of its solutions; teachers take turns."""
     random = np.random.default_rng(seed)
-    for number, line in enumerate(problems.read_text(encoding="utf-8").splitlines()[:count]):
+    for number, line in enumerate(problems.read_text(encoding="utf-8").strip().split("\n")[:count]):
         row = json.loads(line)
         numbers, target = row["answer"].split("=")
         solutions = sorted(set(all_solutions(tuple(map(int, numbers.split(","))), int(target), LIMIT)))

@@ -76,12 +76,12 @@ def test_solutions_lose_the_notes_of_a_calculator(tmp_path: Path) -> None:
     path = tmp_path / "gsm8k.jsonl"
     rows = [
         {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all 72.\n#### 72"},
-        {"problem": "And now?", "solution": "Two.", "answer": "2"},
+        {"problem": "And\u2028now?", "solution": "Two.", "answer": "2"},
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert read_solutions(path) == [
         {"prompt": "How many?", "response": "48/2 = 24 clips.\nIn all 72."},
-        {"prompt": "And now?", "response": "Two."},
+        {"prompt": "And\u2028now?", "response": "Two."},
     ]
     path.write_text('{"question": "How many?"}\n')
     with pytest.raises(SystemExit, match="without a problem or a solution"):

@@ -153,6 +153,10 @@ class _Sampling(Stage):
 
         experiment, settings = context.experiment, context.settings
         by_teacher = self._is_by_the_teacher(settings)
+        if settings.rollout.source == "data":
+            policy = experiment.first_student  # none is planned; its tokenizer is read
+        else:
+            policy = context.teacher if by_teacher else context.student
         run(
             RolloutJob(
                 output=context.output,
@@ -160,7 +164,7 @@ class _Sampling(Stage):
                 settings=self._settings(settings),
                 progress=context.progress,
                 log_dir=context.log_dir,
-                policy=context.teacher if by_teacher else context.student,
+                policy=policy,
                 student=experiment.first_student,
                 prompts=settings.prompts,
                 prompt_indices=drawn_rows(experiment, context.job.round),

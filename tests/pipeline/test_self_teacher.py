@@ -216,6 +216,29 @@ def test_phases_follow_each_other_with_keys_known_before_work(models: Path, tmp_
     assert second.context(score, [0], None).teacher.path == second.student(0).path  # type: ignore[arg-type]
 
 
+def test_responses_that_come_with_the_prompts_need_no_weights_of_a_student(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = opened(phase(models, tmp_path, "one"))
+    second = opened(
+        phase(
+            models,
+            tmp_path,
+            "two",
+            student={"run": str(tmp_path / "one.yaml")},
+            rollout={"source": "data"},
+            prompts={"path": str(models / "p.jsonl"), "columns": {"response": "answer"}},
+            train={"objective": "sft"},
+        )
+    )
+    rollout, jobs = second.plan.job("rollout", 0), []
+    monkeypatch.setattr("eopd.stages.rollout.run.run", jobs.append)
+    rollout.stage.run(second.context(rollout, [0], None))  # type: ignore[arg-type]
+    assert rollout.inputs == {}
+    assert jobs[0].policy.path == str(models / "student")
+    assert second.plan.job("train", 0).inputs["policy"].identity == first.plan.job("train", 1).output
+
+
 def test_a_student_that_another_run_reads_is_kept(models: Path, tmp_path: Path) -> None:
     keeping = {"keep_checkpoints": 1, "keep_optimizer_states": 1}
     first = opened(phase(models, tmp_path, "one", rounds=3, train=keeping))

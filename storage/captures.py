@@ -69,7 +69,7 @@ class Wanted:
     """A response that is read from a capture."""
 
     row: int
-    name: str  # for messages
+    prompt_id: str  # for messages
     prompt: Sequence[int]
     response: Sequence[int]
 
@@ -116,10 +116,10 @@ def read_capture(
         row = number if wanted is None else wanted[number].row
         values = [table.column(name)[number].as_py() for name in columns.names]
         try:
-            sequence = _CapturedSequence.of(f"{path} row {row}", columns, values, shifted)
+            sequence = _CapturedSequence.of(row, columns, values, shifted)
             start, stop = sequence.span() if wanted is None else sequence.place_of(wanted[number])
             entries += [sequence.position(token, vocab_size) for token in range(start, stop)]
-            tokens.append(_ids(sequence.ids, vocab_size, f"{sequence.where}: token id")[start:stop])
+            tokens.append(_ids(sequence.ids, vocab_size, "token id")[start:stop])
         except ValueError as error:
             raise InputError.of(error, file=path, row=row) from error
     every = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
@@ -161,7 +161,7 @@ def _rows(path: Path, columns: list[str], rows: Sequence[int] | None) -> pa.Tabl
 class _CapturedSequence:
     """A row of a capture. The lists at place t - ``shift`` describe token t."""
 
-    where: str
+    row: int
     ids: list[int]
     top_ids: list[list[int] | None]
     top_logprobs: list[list[float] | None]
@@ -170,30 +170,28 @@ class _CapturedSequence:
     first: int  # the first token that may have lists
 
     @classmethod
-    def of(cls, where: str, columns: CaptureColumns, values: list[Any], shifted: bool) -> _CapturedSequence:
-        """Raises ValueError for null values, and lists of other lengths than the tokens."""
+    def of(cls, row: int, columns: CaptureColumns, values: list[Any], shifted: bool) -> _CapturedSequence:
+        """Raises InputError for null values, and lists of other lengths than the tokens."""
         for name, value in zip(columns.names, values, strict=True):
             if value is None:
-                raise ValueError(f"{where}: {name} is null")
+                raise InputError(f"{name} is null")
         ids, top_ids, top_logprobs, *more = values
         masks = more[0] if more else None
         if None in ids:
-            raise ValueError(f"{where}: token {ids.index(None)} of {columns.ids} is null")
+            raise InputError(f"token {ids.index(None)} of {columns.ids} is null")
         if len(top_ids) != len(top_logprobs) or len(top_logprobs) not in {max(len(ids) - shifted, 0), len(ids)}:
-            raise ValueError(
-                f"{where}: {len(ids)} tokens and {len(top_logprobs)} lists of log-probs ({len(top_ids)} of ids)"
-            )
+            raise InputError(f"{len(ids)} tokens and {len(top_logprobs)} lists of log-probs ({len(top_ids)} of ids)")
         if masks is not None and [*map(_length, masks)] != [*map(_length, top_ids)]:
-            raise ValueError(f"{where}: {columns.mask} has other lengths than {columns.top_ids}")
+            raise InputError(f"{columns.mask} has other lengths than {columns.top_ids}")
         first = int(shifted)
         if len(top_ids) and top_logprobs[0] is None and top_ids[0] is None:
             if shifted:
-                raise ValueError(
-                    f"{where}, position 0: null, as in vLLM's prompt log-probs, where position t scores token t: "
-                    "read it with shifted=False (`--no-shifted`)"
+                raise InputError(
+                    "position 0: null, as in vLLM's prompt log-probs, where position t scores token t",
+                    remedy="read it with shifted=False (`--no-shifted`)",
                 )
             first = 1
-        return cls(where, ids, top_ids, top_logprobs, masks, int(shifted), first)
+        return cls(row, ids, top_ids, top_logprobs, masks, int(shifted), first)
 
     @property
     def stop(self) -> int:
@@ -211,9 +209,10 @@ class _CapturedSequence:
         start, stop = there[0], there[-1] + 1
         if len(there) < stop - start:
             hole = next(token for token in range(start, stop) if self.is_masked(token))
-            raise ValueError(
-                f"{self.where}, position {hole - self.shift}: masked between positions that are not; one response a "
-                "sequence is read, so split the sequence at it"
+            raise InputError(
+                f"position {hole - self.shift}: masked between positions that are not, and one response a sequence is "
+                "read",
+                remedy="split the sequence at it",
             )
         return start, stop
 
@@ -225,27 +224,30 @@ class _CapturedSequence:
             other = next(
                 (place for place, pair in enumerate(zip(self.ids, tokens, strict=False)) if len({*pair}) > 1), 0
             )
-            raise ValueError(
-                f"{self.where} holds other tokens than {wanted.name} and its response: {len(self.ids)} and "
-                f"{len(tokens)}, of which number {other} is the first that differs"
+            raise InputError(
+                f"it holds other tokens than prompt {wanted.prompt_id!r} and its response: {len(self.ids)} and "
+                f"{len(tokens)}, of which number {other} is the first that differs",
+                prompt=wanted.prompt_id,
             )
         unread = next(
             (token for token in range(start, stop) if not self.first <= token < self.stop or self.is_masked(token)),
             None,
         )
         if unread is not None:
-            raise ValueError(f"{self.where} has no log-probs of token {unread}, which {wanted.name} is to be scored on")
+            raise InputError(
+                f"it has no log-probs of token {unread}, which prompt {wanted.prompt_id!r} is to be scored on",
+                prompt=wanted.prompt_id,
+            )
         return start, stop
 
     def position(self, token: int, vocab_size: int | None) -> _Position:
         place = token - self.shift
         ids, logprobs = self.top_ids[place], self.top_logprobs[place]
-        where = f"{self.where}, position {place}"
         if self.masks is not None and ids is not None and logprobs is not None and len(ids) == len(logprobs):
             kept = self.masks[place]
             ids = [one for one, keep in zip(ids, kept, strict=True) if keep]
             logprobs = [one for one, keep in zip(logprobs, kept, strict=True) if keep]
-        return _position(ids, logprobs, vocab_size, where)
+        return _position(self.row, place, ids, logprobs, vocab_size)
 
 
 def _length(values: list[Any] | None) -> int:
@@ -269,7 +271,8 @@ def _naming_what_is_no_parquet(path: Path) -> Iterator[None]:
 class _Position:
     """The entries of one position that have mass, in the listed order."""
 
-    where: str
+    row: int
+    place: int
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
 
@@ -290,27 +293,30 @@ def _ids(ids: list[int], vocab_size: int | None, what: str) -> NDArray[np.int64]
     limit = 1 << 31 if vocab_size is None else vocab_size
     outside = next((one for one in ids if not 0 <= one < limit), None)
     if outside is not None:
-        raise ValueError(f"{what} {outside} is outside the vocabulary of {limit}")
+        raise InputError(f"{what} {outside} is outside the vocabulary of {limit}")
     return np.asarray(ids, np.int64)
 
 
-def _position(ids: list[int] | None, logprobs: list[float] | None, vocab_size: int | None, where: str) -> _Position:
+def _position(
+    row: int, place: int, ids: list[int] | None, logprobs: list[float] | None, vocab_size: int | None
+) -> _Position:
+    where = f"position {place}"
     if ids is None or logprobs is None or None in ids or None in logprobs:
-        raise ValueError(f"{where}: null, and only the first position of a sequence may be")
+        raise InputError(f"{where}: null, and only the first position of a sequence may be")
     if len(ids) != len(logprobs):
-        raise ValueError(f"{where}: {len(ids)} ids and {len(logprobs)} log-probs")
+        raise InputError(f"{where}: {len(ids)} ids and {len(logprobs)} log-probs")
     values = np.asarray(logprobs, np.float64)
     if not (values < np.inf).all():  # NaN is not either
-        raise ValueError(f"{where}: a log-prob is {'NaN' if np.isnan(values).any() else '+inf'}")
+        raise InputError(f"{where}: a log-prob is {'NaN' if np.isnan(values).any() else '+inf'}")
     kept = values >= LOGPROB_FLOOR  # ids beside -inf are often never written
     some = _ids([one for one, keep in zip(ids, kept, strict=True) if keep], vocab_size, f"{where}: id")
     values = values[kept]
     if not len(some):
-        raise ValueError(f"{where}: its top-k list is empty")
+        raise InputError(f"{where}: its top-k list is empty")
     distinct, counts = np.unique(some, return_counts=True)
     if len(distinct) < len(some):
-        raise ValueError(f"{where}: id {distinct[counts > 1][0]} is there twice")
-    return _Position(where, some, values)
+        raise InputError(f"{where}: id {distinct[counts > 1][0]} is there twice")
+    return _Position(row, place, some, values)
 
 
 def _precision(values: NDArray[np.float64]) -> tuple[str, float]:
@@ -341,7 +347,10 @@ def _imported(
     allowed = 1.0 + 1e-3 + error * np.bincount(row, probability * np.maximum(-flat, 0.0), minlength=len(sizes))
     heavy = np.flatnonzero(~(mass <= allowed))
     if len(heavy):
-        raise ValueError(f"{entries[heavy[0]].where}: mass {mass[heavy[0]]:.4f}; are these log-probs?")
+        entry, most = entries[heavy[0]], mass[heavy[0]]
+        raise InputError(
+            f"position {entry.place}: mass {most:.4f}", row=entry.row, remedy="check that these are log-probs"
+        )
     whole = (sizes == vocab_size) & (mass >= 2.0 - allowed)  # no mass is outside: the difference from 1 is rounding
     flat = np.maximum(flat - np.log(np.where(whole, mass, np.maximum(mass, 1.0)))[row], LOGPROB_FLOOR)
     tail = np.log(np.maximum(1.0 - np.where(whole, 1.0, np.minimum(mass, 1.0)), np.exp(LOGPROB_FLOOR)))

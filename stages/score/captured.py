@@ -80,7 +80,7 @@ def read_part(job: CapturedJob, part: int) -> Capture:
     path = Path(job.capture.path)
     table = read_rollouts(job.rollouts.part_folder(part), COLUMNS).to_pylist()
     wanted = [
-        Wanted(row["prompt_index"], f"prompt {row['prompt_id']!r}", row["prompt_token_ids"], row["response_token_ids"])
+        Wanted(row["prompt_index"], row["prompt_id"], row["prompt_token_ids"], row["response_token_ids"])
         for row in table
     ]
     capture = read_capture(

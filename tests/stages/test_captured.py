@@ -99,7 +99,7 @@ def test_a_response_that_the_capture_lacks_is_named_by_its_prompt(world: Path, t
     with other.write_part(0) as folder:
         write_rollouts(folder, rows)
     job = captured(world, "other", rollouts=other, output=Artifact(tmp_path, Identity("scores", 1, 1)), parts=[0])
-    with pytest.raises(ValueError, match=rf"kd\.parquet row 2 .*prompt {rows[2]['prompt_id']!r}"):
+    with raises(InputError, file="kd.parquet", row=2, prompt=rows[2]["prompt_id"]):
         run(job)
     assert not job.output.committed()
 

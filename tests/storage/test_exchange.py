@@ -184,16 +184,18 @@ def test_masked_positions_and_entries_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("mask", "problem", "fields"),
     [
-        ({"target_mask": [[[1, 1], [0, 0], [1, 0], [0, 0]]]}, "row 0, position 1: masked"),
-        ({"target_mask": [[[0, 0], [1, 1], [1], [0, 0]]]}, "row 0: target_mask"),
-        ({"target_mask": [[0, 1, 1, 0]]}, "column 'target_mask'"),
+        ([[[1, 1], [0, 0], [1, 0], [0, 0]]], "position 1: masked", {"row": 0, "remedy": "split"}),
+        ([[[0, 0], [1, 1], [1], [0, 0]]], "target_mask", {"row": 0}),
+        ([[0, 1, 1, 0]], "column 'target_mask'", {"row": None}),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
-    pq.write_table(pa.table({**ROW, **changes}), path := tmp_path / "kd.parquet")
-    with raises(InputError, problem, file=path):
+def test_a_mask_that_does_not_fit_is_refused(
+    tmp_path: Path, mask: list[Any], problem: str, fields: dict[str, Any]
+) -> None:
+    pq.write_table(pa.table({**ROW, "target_mask": mask}), path := tmp_path / "kd.parquet")
+    with raises(InputError, problem, file=path, **fields):
         read_capture(path, AXOLOTL, vocab_size=VOCABULARY)
 
 
@@ -209,7 +211,7 @@ def test_wanted_responses_come_in_their_order(tmp_path: Path, shifted: bool) -> 
     table, _ = capture(path := tmp_path / "capture.parquet", shifted)
     whole = read_capture(path, shifted=shifted).rows
     ids = table["input_ids"].to_pylist()
-    wanted = [Wanted(row, f"prompt {row}", ids[row][:cut], ids[row][cut:]) for row, cut in ((1, 3), (0, 2), (1, 3))]
+    wanted = [Wanted(row, f"p{row}", ids[row][:cut], ids[row][cut:]) for row, cut in ((1, 3), (0, 2), (1, 3))]
     rows = read_capture(path, shifted=shifted, wanted=wanted).rows
     assert np.diff(rows.response_offsets).tolist() == [len(one.response) for one in wanted]
     starts = [whole.response_offsets[one.row] + len(one.prompt) - shifted for one in wanted]
@@ -219,15 +221,17 @@ def test_wanted_responses_come_in_their_order(tmp_path: Path, shifted: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("wanted", "problem"),
+    ("wanted", "problem", "fields"),
     [
-        (Wanted(0, "prompt 'p'", [5, 1], [2, 4]), "row 0 .* other tokens.*'p'.*number 3"),
-        (Wanted(0, "prompt 'p'", [5, 1], [2, 3, 4]), "row 0 .* other tokens.*'p'"),
-        (Wanted(0, "prompt 'p'", [5], [1, 2, 3]), "row 0 .* token 1.*'p'"),
-        (Wanted(3, "prompt 'p'", [5], [1]), "1 rows, and row 3"),
+        (Wanted(0, "p", [5, 1], [2, 4]), "other tokens.*number 3", {"row": 0, "prompt": "p"}),
+        (Wanted(0, "p", [5, 1], [2, 3, 4]), "other tokens", {"row": 0, "prompt": "p"}),
+        (Wanted(0, "p", [5], [1, 2, 3]), "token 1", {"row": 0, "prompt": "p"}),
+        (Wanted(3, "p", [5], [1]), "1 rows, and row 3", {}),
     ],
 )
-def test_a_response_that_a_capture_does_not_hold_is_refused(tmp_path: Path, wanted: Wanted, problem: str) -> None:
+def test_a_response_that_a_capture_does_not_hold_is_refused(
+    tmp_path: Path, wanted: Wanted, problem: str, fields: dict[str, Any]
+) -> None:
     pq.write_table(pa.table(ROW), path := tmp_path / "kd.parquet")
-    with raises(InputError, problem, file=path):
+    with raises(InputError, problem, file=path, **fields):
         read_capture(path, AXOLOTL, vocab_size=VOCABULARY, wanted=[wanted])

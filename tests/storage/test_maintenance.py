@@ -249,7 +249,7 @@ def test_what_cannot_be_imported(tmp_path: Path) -> None:
         read_capture(tmp_path / "capture.parquet", CaptureColumns(ids="ids"))
     heavy = [[[0.0] * 10] * 12, [[0.0] * 10] * 7]
     pq.write_table(table.set_column(2, "top_values", pa.array(heavy)), tmp_path / "heavy.parquet")
-    with raises(InputError, "mass", file="heavy.parquet"):
+    with raises(InputError, "mass", file="heavy.parquet", row=0, remedy="log-probs"):
         read_capture(tmp_path / "heavy.parquet", shifted=False)
     short = table.set_column(2, "top_values", pa.array([[[0.0]] * 3, [[0.0]] * 7]))
     pq.write_table(short, tmp_path / "short.parquet")
@@ -267,7 +267,7 @@ UNREADABLE = {
     "a null token": ({"input_ids": [[5, None, 2]]}, "token 1 of input_ids is null"),
     "a null first position": (
         {"top_indices": HOLE, "top_values": [[None, *[[-0.2, -2.0]] * 2]]},
-        "position 0.*vLLM",
+        "position 0.*vLLM.*--no-shifted",
     ),
     "a null position": ({"top_indices": [[[1, 0], None, [3, 1]]]}, "position 1: null"),
     "a null id": ({"top_indices": [[[1, 0], [None, 0], [3, 1]]]}, "position 1: null"),
@@ -283,7 +283,7 @@ UNREADABLE = {
     ),
     "an id twice": ({"top_indices": [[[1, 1], [2, 0], [3, 1]]]}, "position 0: id 1 is there twice"),
     "not a number": ({"top_values": [[[-0.2, float("nan")]] * 3]}, "position 0: a log-prob is NaN"),
-    "logits": ({"top_values": [[[3.0, -2.0]] * 3]}, "position 0: mass .*are these log-probs"),
+    "logits": ({"top_values": [[[3.0, -2.0]] * 3]}, "position 0: mass .*log-probs"),
     "no mass": (
         {"top_values": [[[-0.2, -2.0], [float("-inf")] * 2, [-0.2, -2.0]]]},
         "position 1: its top-k list is empty",
@@ -302,9 +302,11 @@ UNREADABLE = {
 def test_a_capture_that_is_wrong_is_refused_by_row_and_position(tmp_path: Path, name: str) -> None:
     changes, message = UNREADABLE[name]
     pq.write_table(pa.table({**SEQUENCE, **changes}), tmp_path / "capture.parquet")
-    row = None if message.startswith("column") or name == "logits" else 0
-    with raises(InputError, message, file="capture.parquet", row=row):
+    row = None if message.startswith("column") else 0
+    with raises(InputError, message, file="capture.parquet", row=row) as caught:
         read_capture(tmp_path / "capture.parquet", vocab_size=64)
+    assert bool(caught.value.remedy) == (name in ("a null first position", "logits"))
+    assert str(caught.value).count("capture.parquet") == 1
 
 
 def test_a_capture_that_is_no_parquet_is_named(tmp_path: Path) -> None:
@@ -361,7 +363,7 @@ CAPTURES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "captures"
         ("vllm_first_none", True, "position 0: null"),
         ("vllm_first_none", False, 5),
         ("garbage_id", True, 5),
-        ("id_beyond_vocab", True, "row 0, position 2: id 70"),
+        ("id_beyond_vocab", True, "row 0: position 2: id 70"),
         ("bf16_full", True, 5),
     ],
 )

@@ -23,6 +23,7 @@ from eopd.stages.models.lm_head import LMHead, stored_lm_head
 from eopd.stages.models.loading import check_weights, model_folder
 from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_positions, resolve_dtype
 from eopd.stages.models.packing import Sequence
+from eopd.storage.errors import InputError
 
 # Architectures whose hidden states were seen to equal transformers' to 1e-6 (float32, CPU, vLLM 0.32). Of others,
 # Cohere2 and GPT-NeoX differ by about the largest logit and Apertus by 1e-3; Olmo2, Phi and SmolLM3 do not start as
@@ -71,7 +72,7 @@ class VLLMHiddenEngine:
         self, ref: ModelRef, *, longest: int, log_dir: Path, options: EngineOptions, batch_tokens: int
     ) -> None:
         folder = model_folder(ref.path, ref.revision)
-        _refuse_unknown(folder, ref.path)
+        _refuse_unknown(folder)
         _refuse_other_positions(folder, ref.path, longest)
         self.dtype = resolve_dtype(folder, ref.dtype)
         self._ref, self._log, self._batch_tokens = (
@@ -162,12 +163,14 @@ def _architecture(folder: Path) -> str:
     return str((names or ["none"])[0])
 
 
-def _refuse_unknown(folder: Path, name: str) -> None:
+def _refuse_unknown(folder: Path) -> None:
     if _architecture(folder) not in KNOWN:
-        raise ValueError(
-            f"{name}: architecture {_architecture(folder)!r} is refused with engine vllm, because its hidden states "
-            f"from vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}. "
-            "Set score.engine: transformers."
+        raise InputError(
+            f"architecture {_architecture(folder)!r} is refused with engine vllm, because its hidden states from "
+            f"vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}",
+            setting="score.engine",
+            file=folder / "config.json",
+            remedy="Set score.engine (or evaluate.alignment.teacher_engine): transformers.",
         )
 
 

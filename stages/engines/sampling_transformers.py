@@ -33,7 +33,7 @@ from eopd.stages.engines.sampling import (
 )
 from eopd.stages.job import ModelRef
 from eopd.stages.models.backbone import TOLERANCE
-from eopd.stages.models.lm_head import probe_ids
+from eopd.stages.models.lm_head import probe_ids, refusal
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory, weight_bytes
 from eopd.stages.models.model_config import refuse_crossing
@@ -337,14 +337,15 @@ def _takes_padding(model: Any) -> bool:
     try:
         alone = _continued(model, ids, None)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be sampled from with engine transformers ({error}). Set engine: vllm"
+        raise refusal(
+            model, f"it cannot be sampled from with engine transformers ({error})", "Set engine: vllm"
         ) from error
     if is_off(alone[0], 0):
-        raise ValueError(
-            f"{type(model).__name__} cannot be sampled from with engine transformers: it continues a prompt from its "
-            "cache otherwise than it reads the whole. Set engine: vllm"
+        problem = (
+            "it cannot be sampled from with engine transformers: it continues a prompt from its cache otherwise than "
+            "it reads the whole"
         )
+        raise refusal(model, problem, "Set engine: vllm")
     return False
 
 

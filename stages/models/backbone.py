@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from eopd.stages.models.lm_head import evaluating, probe_ids, traits_of, unwrap
+from eopd.stages.models.lm_head import evaluating, probe_ids, refusal, traits_of, unwrap
 from eopd.stages.models.model_config import scaled_positions
 from eopd.stages.models.packing import Layout, Packed, Sequence, pack
 
@@ -32,20 +32,16 @@ def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
     """Return hidden states [T, D] that predict each response token, as the LM head reads them; differentiable.
 
     Raises:
-        ValueError: an attention implementation for which packing is not known to be right.
+        InputError: an attention implementation for which packing is not known to be right.
     """
     inner = unwrap(model)
     attention = inner.config.get_text_config()._attn_implementation
     if attention not in PACKING_ATTENTION:
-        raise ValueError(
-            f"{type(inner).__name__}: attn_implementation {attention!r} is refused with packed sequences; "
-            f"load the model with one of {', '.join(PACKING_ATTENTION)}"
-        )
+        problem = f"attn_implementation {attention!r} is refused with packed sequences"
+        raise refusal(inner, problem, f"load the model with one of {', '.join(PACKING_ATTENTION)}")
     if getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None and attention != "eager":
-        raise ValueError(
-            f"{type(inner).__name__}: attn_implementation {attention!r} leaves out this model's attention soft-capping "
-            "and is refused; load it with attn_implementation='eager'"
-        )
+        problem = f"attn_implementation {attention!r} leaves out this model's attention soft-capping and is refused"
+        raise refusal(inner, problem, "load it with attn_implementation='eager'")
     traits = traits_of(inner)
     forget_lengths(inner)
     positions = {"position_ids": packed.position_ids} if traits.takes_positions else {}
@@ -112,7 +108,7 @@ def _measure(inner: Any) -> Layout:
         return layout  # the weights' fault, which is reported by the response that shows it
     prefix = [Sequence(sequence.context_ids, sequence.response_ids[:4]) for sequence in sequences[:1]]
     if _error(_states(inner, prefix, layout), [alone[0][:4]]) > tolerance:
-        raise ValueError(f"{type(inner).__name__}: its state at a token depends on later tokens, so it is refused")
+        raise refusal(inner, "its state at a token depends on later tokens, so it is refused")
     for candidate in _candidates(layout, scaled.boundary if scaled else None):
         if _error(_states(inner, 2 * sequences, candidate), 2 * alone) <= tolerance:  # twice: several rows
             return candidate

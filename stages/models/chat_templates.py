@@ -138,32 +138,32 @@ def parse_conversation(value: object, tools: object = None) -> Conversation:
     elif isinstance(value, list) and value:
         messages = tuple(parse_message(item, f"message {number}") for number, item in enumerate(value, start=1))
     else:
-        raise ValueError(
+        raise InputError(
             f"must hold text or a list of {{role, content}} messages, and not be empty; got {_short(value)}"
         )
     conversation = Conversation(messages, _tools(tools))
     try:
         json.dumps([messages, conversation.tools], ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"must hold text and JSON values only: {error}") from error
+        raise InputError(f"must hold text and JSON values only: {error}") from error
     if conversation.is_prefilled and messages[-1].get("tool_calls"):
-        raise ValueError("ends with the assistant's tool calls; the tool's answer, or a user's message, must follow")
+        raise InputError("ends with the assistant's tool calls", remedy="add the tool's answer or a user's message")
     return conversation
 
 
 def parse_message(item: object, where: str) -> Message:
-    """One message of a conversation, without null fields. Raises ValueError, naming ``where``."""
+    """Return a message of a conversation without null fields. Raises InputError, naming ``where``."""
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-        raise ValueError(f"{where} must hold text as `role` and `content`, got {_short(item)}")
+        raise InputError(f"{where} must hold text as `role` and `content`, got {_short(item)}")
     message = _without_nulls({"role": item["role"], "content": None, **item})
     if message.get("tool_calls"):
         message.setdefault("content", "")
     content = message.get("content")
     if not isinstance(content, str):
-        raise ValueError(f"{where}: `content` must be text, got {_short(content)}")
+        raise InputError(f"{where}: `content` must be text, got {_short(content)}")
     says_something = content or message.get("tool_calls") or message.get("reasoning_content")
     if message["role"] == "assistant" and not says_something:
-        raise ValueError(f"{where} is an empty turn of the assistant; remove it")
+        raise InputError(f"{where} is an empty turn of the assistant", remedy="remove it")
     return message
 
 
@@ -172,11 +172,11 @@ def _tools(value: object) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"its tools are not JSON: {_one_line(error)}") from error
+            raise InputError(f"its tools are not JSON: {_one_line(error)}") from error
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"its tools must be a list of JSON schemas, got {_short(value)}")
+        raise InputError(f"its tools must be a list of JSON schemas, got {_short(value)}")
     return tuple(_without_nulls(tool) for tool in value)
 
 
@@ -238,7 +238,10 @@ def _rendered(conversation: Conversation, render: Render) -> str:
         return render(conversation)
     except Exception as error:  # errors of Jinja, or of any expression in a template
         roles = ", ".join(message["role"] for message in conversation.messages)
-        raise ValueError(f"the chat template refuses it ({roles}): {_one_line(error)}") from error
+        raise InputError(
+            f"the chat template refuses it ({roles}): {_one_line(error)}",
+            remedy="change it, or use a model whose template writes it",
+        ) from error
 
 
 def _probes(conversation: Conversation, text: str) -> Iterator[tuple[str, Conversation]]:
@@ -440,7 +443,8 @@ def _variables(source: str) -> frozenset[str]:
         names = meta.find_undeclared_variables(_environment().parse(source))
         return frozenset(names) | ({CLOCK} if CLOCK in source else set())  # a global is not among them
     except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is no Jinja template (line {error.lineno}): {error.message}") from error
+        problem = f"the chat template is no Jinja template (line {error.lineno}): {error.message}"
+        raise InputError(problem, setting="template", remedy="mend it in the tokenizer's folder") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -449,7 +453,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from error
+        problem = f"{path} is not JSON: {_one_line(error)}"
+        raise InputError(problem, file=path, remedy="save the tokenizer again") from error
     return value if isinstance(value, dict) else {}
 
 

@@ -135,17 +135,19 @@ STORED_ARCHITECTURES: dict[str, HeadTraits] = {
 }
 
 
-def head_traits(architecture: str, source: str) -> HeadTraits:
+def head_traits(architecture: str, folder: Path) -> HeadTraits:
     """Return traits of a model class whose LM head may be read without loading the model.
 
     Raises:
-        ValueError: the architecture is not known; naming it, ``source`` and the known ones.
+        InputError: the architecture is not known.
     """
     if architecture not in STORED_ARCHITECTURES:
-        raise ValueError(
-            f"{source}: the LM head of architecture {architecture!r} cannot be read from its folder alone, because "
-            f"what the model does to its logits is known only for {', '.join(sorted(STORED_ARCHITECTURES))}. "
-            "Set score.engine: transformers, which measures it."
+        raise InputError(
+            f"the LM head of architecture {architecture!r} cannot be read from its folder alone, because what the "
+            f"model does to its logits is known only for {', '.join(sorted(STORED_ARCHITECTURES))}",
+            setting="score.engine",
+            file=folder,
+            remedy="Set score.engine: transformers, which measures it.",
         )
     return STORED_ARCHITECTURES[architecture]
 
@@ -236,14 +238,17 @@ def probe_ids(config: Any, count: int) -> list[int]:
     return [plain[int(word % len(plain))] for word in np.random.PCG64(count).random_raw(count)]
 
 
+def refusal(model: Any, problem: str, remedy: str = "") -> InputError:
+    """Return an error about a loaded model, which names its class and its folder."""
+    name = type(model).__name__.removeprefix("FSDP")
+    return InputError(f"{name}: {problem}", file=model.name_or_path or None, remedy=remedy)
+
+
 def _measure(inner: Any) -> ModelTraits:
-    name = type(inner).__name__.removeprefix("FSDP")
     layer = inner.get_output_embeddings()
     if type(layer).__name__.removeprefix("FSDP") != "Linear":
-        raise ValueError(
-            f"{name}: its output layer is a {type(layer).__name__}, not a plain linear layer, and is refused: keep the "
-            "LM head out of quantisation and of adapters"
-        )
+        problem = f"its output layer is a {type(layer).__name__}, not a plain linear layer, and is refused"
+        raise refusal(inner, problem, "keep the LM head out of quantisation and of adapters")
     ids = torch.tensor([probe_ids(inner.config, _PROBE_TOKENS)], device=layer.weight.device)
     seen: list[Tensor] = []
 
@@ -255,13 +260,13 @@ def _measure(inner: Any) -> ModelTraits:
     try:
         logits = inner(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{name}: it cannot read text alone, and is refused: {error}") from error
+        raise refusal(inner, f"it cannot read text alone, and is refused: {error}") from error
     finally:
         hook.remove()
     if not seen or logits.shape != seen[1].shape:
-        raise ValueError(f"{name}: its logits do not come from its LM head, so it is refused")
-    scale, softcap = _fit_head(inner.config, seen[1], logits, name)
-    decoder, takes_positions, hidden_scale = _find_decoder(inner, ids, seen[0], name)
+        raise refusal(inner, "its logits do not come from its LM head, so it is refused")
+    scale, softcap = _fit_head(inner, seen[1], logits)
+    decoder, takes_positions, hidden_scale = _find_decoder(inner, ids, seen[0])
     return ModelTraits(decoder, takes_positions, hidden_scale, scale, softcap)
 
 
@@ -270,10 +275,10 @@ def _ramp_like(logits: Tensor) -> Tensor:
     return ramp.to(logits.dtype).expand(logits.shape).contiguous()
 
 
-def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[float, float | None]:
+def _fit_head(inner: Any, raw: Tensor, logits: Tensor) -> tuple[float, float | None]:
     """Find the scale and soft-cap, among the config's numbers, that turn ``raw`` into ``logits``."""
-    caps = [None, *_numbers(config, r"^(?!attn).*(softcap|soft_cap)")]
-    scales = _multiples(config)
+    caps = [None, *_numbers(inner.config, r"^(?!attn).*(softcap|soft_cap)")]
+    scales = _multiples(inner.config)
     given, wanted = raw.double(), logits.double()
     fits = []
     for cap in caps:
@@ -282,14 +287,15 @@ def _fit_head(config: Any, raw: Tensor, logits: Tensor, name: str) -> tuple[floa
             fits.append((float((capped * scale - wanted).norm() / wanted.norm()), scale, cap))
     error, scale, cap = min(fits, key=lambda fit: fit[0])
     if not error <= _rounding(logits.dtype):
-        raise ValueError(
-            f"{name}: its logits are not scale * softcap(hidden @ W.T + b) with a scale and a soft-cap from its config "
-            f"(the closest is {error:.1%} off), so it is refused"
+        raise refusal(
+            inner,
+            "its logits are not scale * softcap(hidden @ W.T + b) with a scale and a soft-cap from its config (the "
+            f"closest is {error:.1%} off), so it is refused",
         )
     return scale, cap
 
 
-def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[Any, bool, float]:
+def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor) -> tuple[Any, bool, float]:
     """Find the module whose last hidden state, times a number of the config, is the LM head's input (``wanted``)."""
     candidates = [inner.get_decoder(), inner.base_model, getattr(inner, "model", None)]
     candidates += [getattr(candidate, "model", None) for candidate in candidates]  # of a causal model in a larger one
@@ -310,9 +316,10 @@ def _find_decoder(inner: Any, ids: Tensor, wanted: Tensor, name: str) -> tuple[A
         # values that are not finite come from the weights, and are reported with the response that shows them
         if error <= _rounding(wanted.dtype) or not torch.isfinite(given).all():
             return candidate, takes_positions, multiple
-    raise ValueError(
-        f"{name}: what its LM head reads is not the last hidden state of its decoder, times a number of its config, so "
-        "it is refused"
+    raise refusal(
+        inner,
+        "what its LM head reads is not the last hidden state of its decoder, times a number of its config, so it is "
+        "refused",
     )
 
 
@@ -357,7 +364,7 @@ def stored_lm_head(folder: Path, dtype: str, *, trust_remote_code: bool = False)
 
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     architecture = (config.architectures or ["none named in config.json"])[0]
-    traits = head_traits(architecture, str(folder))
+    traits = head_traits(architecture, folder)
     text = config.get_text_config()
     names = _EMBEDDINGS if text.tie_word_embeddings else _UNTIED
     stored = read_tensors(folder)

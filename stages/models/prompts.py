@@ -155,8 +155,8 @@ class Prompt:
 class PromptTable:
     """All prompts of a source, in order."""
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self._prompts = list(prompts)
+    def __init__(self, prompts: Sequence[Prompt], path: str) -> None:
+        self._prompts, self._path = list(prompts), path
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -168,10 +168,11 @@ class PromptTable:
         return self._prompts[index]
 
     def rows(self, indices: Sequence[int]) -> list[Prompt]:
-        """Return rows by number. Raises ValueError for a row that the source does not have."""
+        """Return rows by number. Raises InputError for a row that the source does not have."""
         for index in indices:
             if not 0 <= index < len(self._prompts):
-                raise ValueError(f"prompt {index} is asked for, but the source has {len(self._prompts)}")
+                problem = f"prompt {index} is asked for, and it has {len(self._prompts)}: it changed meanwhile"
+                raise InputError(problem, file=self._path, remedy="plan the run again")
         return [self._prompts[index] for index in indices]
 
 
@@ -204,7 +205,7 @@ def _load(settings_json: str, _: prompt_sources.Stamp) -> PromptTable:
         prompts.append(prompt)
     if not prompts:
         raise InputError("there are no prompts in it", file=settings.path)
-    return PromptTable(prompts)
+    return PromptTable(prompts, settings.path)
 
 
 def _rows(settings: PromptSettings, columns: Sequence[str]) -> Iterator[prompt_sources.Row]:
@@ -383,12 +384,12 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
                 token_ids, response = _split(token_ids, None if columns.labels is None else row.values[columns.labels])
         else:
             if columns.labels is not None:
-                raise ValueError(f"must hold token ids, which the column {columns.labels!r} divides")
+                raise InputError(f"must hold token ids, which the column {columns.labels!r} divides")
             if columns.response == columns.prompt:
                 value, response = _last_turn(value)
             conversation = parse_conversation(value, tools)
-    except ValueError as error:
-        raise row.refusal(columns.prompt, str(error)) from error
+    except InputError as error:
+        raise row.refusal(columns.prompt, error.problem, error.remedy) from error
     if columns.response not in (None, columns.prompt):
         response = _response(row, str(columns.response))
     teacher_prompt = None if columns.teacher_prompt is None else row.values[columns.teacher_prompt]
@@ -415,36 +416,35 @@ def _split(ids: tuple[int, ...], labels: object) -> tuple[tuple[int, ...], tuple
     """Divide a sequence into prompt and response.
 
     Raises:
-        ValueError: the labels are no labels of these ids, or not those of one response after a prompt.
+        InputError: the labels are no labels of these ids, or not those of one response after a prompt.
     """
     if labels is None:
         labels = [NOT_TRAINED, *ids[1:]]
     if not _are_ids(labels) or len(labels) != len(ids):
-        raise ValueError(f"holds {len(ids)} token ids, and labels must hold as many ids or {NOT_TRAINED}")
+        raise InputError(f"holds {len(ids)} token ids, and labels must hold as many ids or {NOT_TRAINED}")
     trained = [place for place, label in enumerate(labels) if label != NOT_TRAINED]
     if not trained:
-        raise ValueError(f"has no response: its labels are all {NOT_TRAINED}, or it is one token")
+        raise InputError(f"has no response: its labels are all {NOT_TRAINED}, or it is one token")
     start, stop = trained[0], trained[-1] + 1
     other = next((place for place in trained if labels[place] != ids[place]), None)
     if other is not None:
-        raise ValueError(f"has the id {ids[other]} as token {other}, and labels has {labels[other]}")
+        raise InputError(f"has the id {ids[other]} as token {other}, and labels has {labels[other]}")
     if start == 0:
-        raise ValueError("has no prompt: its labels begin with the first token, which nothing predicts")
+        raise InputError("has no prompt: its labels begin with the first token, which nothing predicts")
     if len(trained) < stop - start:
         hole = next(place for place in range(start, stop) if labels[place] == NOT_TRAINED)
-        raise ValueError(
-            f"has several responses: labels leaves out token {hole}, between tokens to train on; split the row there"
-        )
+        problem = f"has several responses: labels leaves out token {hole}, between tokens to train on"
+        raise InputError(problem, remedy="split the row there")
     return ids[:start], ids[start:stop]
 
 
 def _last_turn(value: object) -> tuple[list[object], Message]:
-    """The messages before the last one, and the last one, which is the assistant's."""
+    """Return the messages before the last one, and the last one, which is the assistant's. Raises InputError."""
     if not isinstance(value, list) or len(value) < 2:
-        raise ValueError("must hold a list of messages, of which the last is the response")
+        raise InputError("must hold a list of messages, of which the last is the response")
     last = parse_message(value[-1], f"message {len(value)}")
     if last["role"] != "assistant":
-        raise ValueError(f"ends with a message of the {last['role']}, and the response must be the assistant's")
+        raise InputError(f"ends with a message of the {last['role']}, and the response must be the assistant's")
     return value[:-1], last
 
 
@@ -458,8 +458,8 @@ def _response(row: prompt_sources.Row, column: str) -> Response:
     if isinstance(value, dict):
         try:
             message = parse_message({"role": "assistant", **value}, "the response")
-        except ValueError as error:
-            raise row.refusal(column, f"holds a message: {error}") from error
+        except InputError as error:
+            raise row.refusal(column, f"holds a message: {error.problem}", error.remedy) from error
         if message["role"] == "assistant":
             return message
     kinds = "text, a list of token ids, or a message of the assistant"

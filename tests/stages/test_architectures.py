@@ -207,14 +207,14 @@ def test_an_unknown_class_that_does_something_else_to_its_logits_is_refused_by_n
         out.logits = out.logits.sign() * out.logits.abs().sqrt()
         return out
 
-    with pytest.raises(ValueError, match=r"StrangeForCausalLM.*not scale \* softcap"):
+    with raises(InputError, r"StrangeForCausalLM.*not scale \* softcap"):
         lm_head_of(_strange(forward=forward))
 
 
 def test_a_head_that_reads_something_else_is_refused_by_name() -> None:
     model = _strange()
     model.lm_head.register_forward_pre_hook(lambda layer, inputs: (inputs[0].flip(-1),))
-    with pytest.raises(ValueError, match=r"StrangeForCausalLM.*last hidden state"):
+    with raises(InputError, "StrangeForCausalLM.*last hidden state"):
         lm_head_of(model)
 
 
@@ -226,7 +226,7 @@ def test_a_model_that_reads_ahead_is_refused_by_name() -> None:
         return output
 
     model.model.register_forward_hook(look_ahead)
-    with pytest.raises(ValueError, match=r"StrangeForCausalLM.*later tokens"):
+    with raises(InputError, "StrangeForCausalLM.*later tokens"):
         layout_of(model)
 
 
@@ -291,7 +291,7 @@ def test_samples_carry_the_log_probs_of_the_sequence_alone(name: str, tmp_path: 
 
 def test_a_model_with_a_cache_of_its_own_is_refused_by_the_sampler(tmp_path: Path) -> None:
     _model("minimax").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"MiniMaxForCausalLM.*engine: vllm"):
+    with raises(InputError, "MiniMaxForCausalLM", file=tmp_path, remedy="engine: vllm"):
         TransformersSamplingEngine(ModelRef(str(tmp_path)), max_model_len=64, options=EngineOptions())
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from eopd.stages.engines.hidden import full_model_logits
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import STORED_ARCHITECTURES, LMHead, head_traits, lm_head_of
 from eopd.stages.models.packing import Sequence, pack
+from eopd.storage.errors import InputError
 from tests.bounds import forward_rounding, rounding
+from tests.raises import raises
 from tests.stages.tiny_models import CONFIGS, REQUIRED, tiny_model
 from tests.stages.tiny_zoo import PACKED, SERVED_BY_VLLM, UNPACKED
 
@@ -80,14 +85,29 @@ def test_bfloat16_is_accumulated_in_float32() -> None:
 
 
 def test_an_unknown_architecture_s_head_is_not_read_from_its_folder() -> None:
-    with pytest.raises(ValueError, match=r"StrangeForCausalLM.*engine: transformers"):
-        head_traits("StrangeForCausalLM", "folder")
+    with raises(InputError, "StrangeForCausalLM", setting="score.engine", file="folder", remedy="transformers"):
+        head_traits("StrangeForCausalLM", Path("folder"))
 
 
 def test_an_output_layer_that_is_not_linear_is_refused() -> None:
     model = tiny_model("llama")
+    model.name_or_path = "folder"
     model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
-    with pytest.raises(ValueError, match="Sequential"):
+    with raises(InputError, "^folder: LlamaForCausalLM: .*Sequential", file="folder", remedy="quantisation"):
+        lm_head_of(model)
+
+
+@pytest.mark.parametrize("problem", ["read text alone", "do not come from its LM head"])
+def test_a_model_whose_logits_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+    model = tiny_model("llama")
+
+    def forward(**_: Any) -> SimpleNamespace:
+        if problem == "read text alone":
+            raise TypeError("pixel_values are missing")
+        return SimpleNamespace(logits=torch.zeros(1, 6, 320))
+
+    monkeypatch.setattr(model, "forward", forward)
+    with raises(InputError, f"LlamaForCausalLM.*{problem}"):
         lm_head_of(model)
 
 

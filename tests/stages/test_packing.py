@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.packing import Sequence, pack
+from eopd.storage.errors import InputError
 from tests.bounds import forward_rounding
+from tests.raises import raises
 from tests.stages.tiny_models import tiny_model
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=0, max_size=40)
@@ -88,7 +90,7 @@ def test_unknown_attention_is_refused() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     [packed] = pack([Sequence([1], [2])], 8)
-    with pytest.raises(ValueError, match="flash_attention_2"):
+    with raises(InputError, "LlamaForCausalLM.*flash_attention_2", remedy="sdpa"):
         final_hidden(model, packed)
 
 
@@ -96,5 +98,5 @@ def test_attention_that_leaves_out_soft_capping_is_refused() -> None:
     model = tiny_model("gemma2")
     model.set_attn_implementation("sdpa")
     [packed] = pack([Sequence([1], [2])], 8)
-    with pytest.raises(ValueError, match="soft-capping"):
+    with raises(InputError, "Gemma2ForCausalLM.*soft-capping", remedy="eager"):
         final_hidden(model, packed)

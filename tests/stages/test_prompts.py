@@ -172,7 +172,7 @@ def test_templates(tmp_path: Path) -> None:
 
 
 def test_rows_outside_the_source_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="prompt 3 is asked for, but the source has 3"):
+    with raises(InputError, "prompt 3 .* 3", file="jsonl", remedy="plan the run again"):
         load_prompts(prompts(write(tmp_path, "jsonl"))).rows([0, 3])
 
 
@@ -286,6 +286,7 @@ def test_a_source_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
         count_prompts(prompts(tmp_path / "fifo.jsonl"))
 
 
+USER = {"role": "user", "content": "x"}
 IDS = {"prompt": "input_ids", "response": "input_ids", "labels": "labels"}
 
 
@@ -339,8 +340,29 @@ def test_labels_that_name_no_single_response_are_refused_by_row(
     tmp_path: Path, row: dict[str, Any], problem: str
 ) -> None:
     good = {"input_ids": [5, 6], "labels": [-100, 6]}
-    with raises(InputError, f"'input_ids'.*{problem}", file="ids.jsonl", line=2):
+    with raises(InputError, f"'input_ids'.*{problem}", file="ids.jsonl", line=2) as caught:
         load_prompts(id_source(tmp_path, [good, row], IDS))
+    assert bool(caught.value.remedy) == problem.startswith("several responses")
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "problem", "remedy"),
+    [
+        ({"response": "prompt"}, {"prompt": "x"}, "'prompt' must hold a list", ""),
+        ({"response": "prompt"}, {"prompt": [USER, USER]}, "'prompt' ends with a message of the user", ""),
+        ({"response": "prompt"}, {"prompt": [USER, {"role": "assistant"}]}, "'prompt' message 2: `content`", ""),
+        ({"response": "r"}, {"prompt": "x", "r": {"content": ""}}, "'r' holds a message: .* empty turn", "remove it"),
+        ({"tools": "t"}, {"prompt": "x", "t": "{"}, "'prompt' its tools are not JSON", ""),
+        ({"tools": "t"}, {"prompt": "x", "t": [1]}, "'prompt' its tools must be a list", ""),
+        ({}, {"prompt": [USER, {"role": "assistant", "content": ""}]}, "'prompt' message 2", "remove it"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused_by_line(
+    tmp_path: Path, columns: dict[str, str], row: dict[str, Any], problem: str, remedy: str
+) -> None:
+    with raises(InputError, problem, file="ids.jsonl", line=1) as caught:
+        load_prompts(id_source(tmp_path, [row], columns))
+    assert caught.value.remedy == remedy
 
 
 def test_labels_belong_to_one_column_of_ids() -> None:

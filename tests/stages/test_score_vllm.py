@@ -19,9 +19,11 @@ from eopd.stages.models.lm_head import stored_lm_head
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run
+from eopd.storage.errors import InputError
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 from tests.bounds import forward_rounding, unit
+from tests.raises import raises
 from tests.stages.score_case import random_responses, response_row, rollouts, score_job
 from tests.stages.tiny_models import CONFIGS, REQUIRED, save_teacher, tiny_model, tiny_tokenizer
 from tests.stages.tiny_zoo import SERVED_BY_VLLM, zoo_model
@@ -109,7 +111,7 @@ def test_half_precision_comes_as_such_and_is_as_near_to_exact_as_its_rounding(tm
 def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: Path) -> None:
     save_teacher(name, tmp_path)
     architecture = type(tiny_model(name)).__name__
-    with pytest.raises(ValueError, match=f"{architecture}' is refused with engine vllm.*engine: transformers"):
+    with raises(InputError, architecture, setting="score.engine", file=tmp_path / "config.json", remedy="transformers"):
         open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
     assert open_hidden_engine("auto", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path).name == "transformers"
 

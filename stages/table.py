@@ -19,6 +19,7 @@ from eopd.stages.route.stage import EntropiesStage, RouteStage
 from eopd.stages.score.stage import ScoreStage
 from eopd.stages.stage import Stage
 from eopd.stages.train.stage import TrainStage
+from eopd.storage.errors import InputError
 from eopd.storage.paths import is_kind
 
 GROUP = "eopd.stages"
@@ -47,23 +48,25 @@ def _add_installed() -> None:
     """Append the stages that other packages bring, by the name of their entry point.
 
     Raises:
-        ValueError: one cannot be loaded, or is no stage, or takes the name or kind of another.
+        InputError: one cannot be loaded, or is no stage, or takes the name or kind of another.
     """
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         package = entry.dist.name if entry.dist else "an unknown package"
         problem = f"the stage {entry.name} = {entry.value}, which {package} adds to eopd,"
+        mend = f"mend or uninstall {package}"
         try:
             stage = entry.load()()
         except Exception as error:
-            raise ValueError(f"{problem} cannot be loaded ({error!r}): mend or uninstall {package}") from error
+            raise InputError(f"{problem} cannot be loaded ({error!r})", remedy=mend) from error
         if not isinstance(stage, Stage):
-            raise ValueError(f"{problem} is no subclass of eopd.stages.stage.Stage: mend or uninstall {package}")
+            raise InputError(f"{problem} is no subclass of eopd.stages.stage.Stage", remedy=mend)
         for name in ("name", "kind", "command"):
             value = getattr(stage, name, None)
             if not (isinstance(value, str) and is_kind(value)):
-                raise ValueError(f"{problem} has {name} {value!r}: it must be lower-case words joined by underscores")
+                needed = "it must be lower-case words joined by underscores"
+                raise InputError(f"{problem} has {name} {value!r}, and {needed}", remedy=mend)
             if name != "command" and value in (getattr(other, name) for other in STAGES):
-                raise ValueError(f"{problem} has {name} {value!r}, which another stage has: choose another")
+                raise InputError(f"{problem} has {name} {value!r}, which another stage has", remedy=mend)
         STAGES.append(stage)
 
 

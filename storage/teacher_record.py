@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from eopd.storage.errors import InputError
+
 LOGPROB_FLOOR = -50.0
 """Log-probs and log-masses are never stored below this (nats): exp(-50) is 0 to every consumer, and finite."""
 
@@ -49,7 +51,8 @@ class HeadRule:
         if not 0.0 < self.min_prob <= 1.0:
             raise ValueError(f"head.min_prob must be in (0, 1], got {self.min_prob}")
         if (self.draws == "full") != (self.n_draws > 0):
-            raise ValueError(f"head.n_draws goes with draws: full (draws={self.draws!r}, n_draws={self.n_draws})")
+            problem = f"n_draws is {self.n_draws}, and draws is {self.draws!r}"
+            raise InputError(problem, setting="n_draws", remedy="set n_draws with draws: full, and only then")
 
 
 @dataclass(frozen=True)

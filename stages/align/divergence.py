@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eopd.stages.intervals import all_alike, intervals
 from eopd.stages.models.lm_head import LMHead
+from eopd.storage.errors import InputError
 
 Floats = NDArray[np.float64]
 CHUNK_VALUES = 2**24
@@ -68,7 +69,8 @@ def compare(
         chunk_rows: rows compared at a time (default: so that a chunk's logits take about 64 MiB).
 
     Raises:
-        ValueError: the two do not hold as many tokens; logits that are not finite.
+        ValueError: the two do not hold as many tokens.
+        InputError: logits that are not finite.
     """
     hidden = teacher[0], student[0]
     if len(hidden[0]) != len(hidden[1]):
@@ -110,7 +112,11 @@ def _chunk(teacher: Tensor, student: Tensor) -> Tensor:
     log_p, log_q = teacher.log_softmax(1), student.log_softmax(1)
     if not (log_p.isfinite().all() and log_q.isfinite().all()):
         who = "student" if log_p.isfinite().all() else "teacher"
-        raise ValueError(f"the {who}'s logits are not finite: check its weights, or read it in a wider dtype")
+        raise InputError(
+            f"the {who}'s logits are not finite",
+            setting=f"{who}.dtype",
+            remedy=f"check its weights, or set a wider {who}.dtype",
+        )
     agreement = teacher.argmax(1) == student.argmax(1)
     entropies = [-(log.exp() * log).sum(1, dtype=torch.float64) for log in (log_p, log_q)]
     log_p, outside_p = _given_shared(log_p, student.shape[1])
@@ -252,10 +258,11 @@ def summarise_bins(
         benchmarks: of each response [R]; problems are drawn within theirs (default: one for all).
 
     Raises:
-        ValueError: no token at all.
+        InputError: no token at all.
     """
     if not len(sums) or sums[:, :, 0].sum() == 0:
-        raise ValueError("no response has a token, so there is nothing to compare teacher and student on")
+        problem = "no response has a token, so there is nothing to compare teacher and student on"
+        raise InputError(problem, setting="evaluate.alignment")
     numbers = {problem: number for number, problem in enumerate(dict.fromkeys(problems))}
     by_problem = np.zeros((len(numbers), *sums.shape[1:]))  # [P, B, F]
     np.add.at(by_problem, [numbers[problem] for problem in problems], sums)

@@ -91,11 +91,18 @@ class ResponseReader:
             (prompt,) = self._tables[benchmark].rows([index])
             where = f"benchmark {benchmark}, problem {problem!r}"
             if prompt.id != problem:
-                raise ValueError(f"{where} is now {prompt.id!r}: the benchmark changed since it was evaluated")
+                raise InputError(
+                    f"{where} is now {prompt.id!r}: the benchmark changed since it was evaluated",
+                    setting="evaluate.benchmarks",
+                    file=source.path,
+                    prompt=problem,
+                    remedy="plan the run again",
+                )
             own = render_prompt(self._student, prompt, source)
             theirs = self._as_the_teacher_reads(prompt, own, self._shown(benchmark, index), where)
             if not own or not theirs.ids((), ()):
-                raise ValueError(f"{where} has no prompt tokens, so nothing predicts the first response token")
+                reason = f"{where} has no prompt tokens, so nothing predicts the first response token"
+                raise InputError(reason, file=source.path, prompt=problem)
             self._contexts[key] = Context((tuple(own),)), theirs
         return self._contexts[key]
 

@@ -35,6 +35,7 @@ from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 
 RESULTS_VERSION = 1
+TEACHER_ENGINE = "evaluate.alignment.teacher_engine"
 Part = tuple[str, Artifact, int]  # whose responses, their evaluation, its part
 
 
@@ -91,8 +92,11 @@ def _check(job: AlignmentJob, teacher: HiddenEngine, student: HiddenEngine, resp
     some = next((one for one in responses if one.tokens), None)
     if some is None:
         return
-    for role, engine, sequences in (("teacher", teacher, some.teacher), ("student", student, some.student)):
-        job.progress.line(f"align: the {role} is {check_first_batch(engine, engine.head, sequences)}")
+    for role, engine, sequences, setting in (
+        ("teacher", teacher, some.teacher, TEACHER_ENGINE),
+        ("student", student, some.student, None),
+    ):
+        job.progress.line(f"align: the {role} is {check_first_batch(engine, engine.head, sequences, setting)}")
 
 
 def _open(
@@ -147,7 +151,7 @@ def _do_part(
             np.concatenate(entropies),
             vocab_size,
             job.teacher.path,
-            "evaluate.alignment.teacher_engine",
+            TEACHER_ENGINE,
             merged=len(known_ids(merged, vocab_size)),
         )
     info = {

@@ -37,7 +37,7 @@ from eopd.stages.problems import Problems
 from eopd.storage import analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
-from eopd.storage.errors import InputError
+from eopd.storage.errors import InputError, UserError
 
 RESULTS_VERSION = 1
 LAST_LINES = 3
@@ -172,10 +172,12 @@ def _compute(
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
     if done.returncode:
         lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
-        raise RuntimeError(f"bergson ended with exit code {done.returncode}; {job.log} ends: {' | '.join(lines)}")
+        problem = f"bergson ended with exit code {done.returncode}; {job.log} ends: {' | '.join(lines)}"
+        raise UserError(problem, file=job.log)
     shuffled = np.load(folder / trackstar.SCORES, allow_pickle=False)
     if shuffled.shape != (len(documents),) or not np.isfinite(shuffled).all():
-        raise RuntimeError(f"bergson gave scores that are no numbers, or not {len(documents):,} of them; see {job.log}")
+        problem = f"bergson gave scores that are no numbers, or not {len(documents):,} of them"
+        raise UserError(problem, file=job.log, remedy=f"see {job.log}")
     scores = np.empty(len(documents), dtype=np.float64)
     scores[order] = shuffled
     result: dict[str, Any] = json.loads((folder / trackstar.RESULT).read_text(encoding="utf-8"))

@@ -32,6 +32,7 @@ from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import free_memory, give_back_gpu_memory, weight_bytes
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.models.weight_files import is_quantised
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,14 +119,17 @@ class Head(Protocol):
 
 
 @torch.inference_mode()
-def check_first_batch(engine: HiddenEngine, head: Head, sequences: SequenceOf[Sequence]) -> str:
+def check_first_batch(engine: HiddenEngine, head: Head, sequences: SequenceOf[Sequence], setting: str | None) -> str:
     """Compare distributions of a few sequences read side by side with those of the full model, which reads each alone.
+
+    Args:
+        setting: the one that names the engine, for the message; None: no setting does.
 
     Returns:
         A line that says what was compared.
 
     Raises:
-        ValueError: they disagree; with the numbers.
+        InputError: they disagree; with the numbers.
     """
     chosen = _choose(sequences)
     reference = engine.own_logits(chosen)
@@ -144,11 +148,12 @@ def check_first_batch(engine: HiddenEngine, head: Head, sequences: SequenceOf[Se
     mean, largest = float(distance.mean()), float(distance.max())
     if not mean <= tolerance:
         gap = max(float((engine_logits - own).abs().max()) for engine_logits, own in pairs)
-        raise ValueError(
+        raise InputError(
             f"engine {engine.name} {engine.version} disagrees with the full model's own logits ({reference.source}) "
             f"on {len(distance)} tokens ({engine.dtype}): total variation distance {mean:.3g} on average and "
-            f"{largest:.3g} at most, {tolerance:g} allowed; logits differ by up to {gap:.3g}. Nothing was stored. Try "
-            "the other engine."
+            f"{largest:.3g} at most, {tolerance:g} allowed; logits differ by up to {gap:.3g}. Nothing was stored",
+            setting=setting,
+            remedy=f"Set {setting} to the other engine." if setting else "",
         )
     return (
         f"checked against the full model's logits ({reference.source}): total variation distance {mean:.1e} on "
@@ -191,18 +196,21 @@ def refuse_uniform(entropy: NDArray[Any], vocab_size: int, path: str, setting: s
 
     Args:
         entropy: [T] nats.
-        setting: which one names the engine, for the message.
+        setting: the one that names the engine, for the message.
         merged: how many ids the entropies count as one outcome.
 
     Raises:
-        ValueError: all entropies are those of the uniform distribution, which no trained model has; names the folder.
+        InputError: all entropies are those of the uniform distribution, which no trained model has; names the folder.
     """
     uniform = math.log(vocab_size)
     expected = uniform - (merged * math.log(merged) / vocab_size if merged else 0.0)
     if len(entropy) and float(np.abs(entropy - expected).max()) < UNIFORM:
-        raise ValueError(
-            f"{path}: all {len(entropy)} tokens have the entropy ln {vocab_size} = {uniform:.4f} nats, as if the "
-            f"teacher's weights were zero or lost. Check its files, or set {setting} to another engine."
+        raise InputError(
+            f"all {len(entropy)} tokens have the entropy ln {vocab_size} = {uniform:.4f} nats, as if the teacher's "
+            "weights were zero or lost",
+            setting=setting,
+            file=path,
+            remedy=f"Check its files, or set {setting} to another engine.",
         )
 
 

@@ -22,6 +22,7 @@ from eopd.stages.engines.sampling import EngineKind, EngineOptions, SamplingEngi
 from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.memory import free_memory, weight_bytes
 from eopd.stages.models.model_config import length_boundary, longest_readable, same_shape
+from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
     from eopd.stages.engines.hidden import HiddenEngine
@@ -36,12 +37,14 @@ def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
     """Resolve ``auto`` to vLLM if it is installed.
 
     Raises:
-        ValueError: vLLM is asked for and not installed.
+        InputError: vLLM is asked for and not installed.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if kind == "vllm" and not installed:
-        raise ValueError(
-            "engine: vllm is asked for, but vLLM is not installed. Install it or set engine: transformers."
+        raise InputError(
+            "engine: vllm is asked for, but vLLM is not installed",
+            setting="engine",
+            remedy="Install it or set engine: transformers.",
         )
     if kind == "auto":
         return "vllm" if installed else "transformers"

@@ -25,6 +25,7 @@ from eopd.stages.models.loading import model_folder
 from eopd.stages.models.memory import weight_bytes
 from eopd.stages.models.model_config import refuse_dynamic_positions
 from eopd.stages.models.threads import decoding_threads
+from eopd.storage.errors import InputError
 
 LOOK_EVERY_SECONDS = 0.5
 """How often tokens that are being decoded are counted."""
@@ -78,7 +79,8 @@ class VLLMSamplingEngine:
         assert llm is not None, "the engine is closed"
         check_requests(requests, parameters, self.max_tokens)
         if any(request.expert is not None for request in requests):
-            raise ValueError("vLLM samples a response under one context; set the engine to transformers")
+            problem, setting = "vLLM samples a response under one context", "rollout.engine"
+            raise InputError(problem, setting=setting, remedy=f"set {setting}: transformers")
         if not requests:
             return []
         with self._process.working():

@@ -30,6 +30,7 @@ from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.model_config import resolve_dtype
 from eopd.stages.models.threads import set_threads
 from eopd.stages.output import output_to
+from eopd.storage.errors import InputError
 
 
 class VLLMProcess:
@@ -90,9 +91,11 @@ class VLLMProcess:
                 self._kept.restore()
             except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
                 self._end_all()
-                raise ValueError(
-                    f"vLLM {self.version} cannot serve {ref.path}: {_first_line(error)} (its log: {log}). Where this "
-                    "is a limit of vLLM and not of the model, set engine: transformers."
+                raise InputError(
+                    f"vLLM {self.version} cannot serve {ref.path}: {_first_line(error)} (its log: {log})",
+                    setting="engine",
+                    file=ref.path,
+                    remedy="Where this is a limit of vLLM and not of the model, set engine: transformers.",
                 ) from error
             except BaseException:
                 self._end_all()

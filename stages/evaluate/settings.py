@@ -26,7 +26,7 @@ class ProblemColumns(Columns):
     @classmethod
     def _there_is_an_answer(cls, value: str | None) -> str:
         if value is None:
-            raise ValueError("columns.answer must name the column of reference answers: a verifier needs them")
+            raise ValueError("a verifier needs the column of reference answers")
         return value
 
 

@@ -308,9 +308,12 @@ def _do_part(
     rows = [_row(job, draft, written, tokenizer) for draft, written in results]
     emptied = sum(not row["response_token_ids"] for row in rows)
     if emptied * 2 > len(rows):
-        raise ValueError(
+        raise InputError(
             f"part {part}: {emptied} of {len(rows)} responses of the teacher begin with ids beyond the student's "
-            f"vocabulary of {vocabulary}: the two tokenizers do not belong together"
+            f"vocabulary of {vocabulary}: the two tokenizers do not belong together",
+            setting="rollout.source",
+            part=part,
+            remedy="take a teacher with the student's tokenizer, or rollout.source: student",
         )
     cut = sum(written.is_cut for _, written in results)
     if cut:
@@ -415,7 +418,8 @@ def _begun(job: RolloutJob, part: int, draws: Sequence[Draw]) -> list[Draft]:
         draw, name = draft.draw, draft.draw.prompt.id
         guides = list(rows.get(name, {}).values())
         if not guides:
-            raise ValueError(f"{job.guide} part {part} holds no response to prompt {name!r}")
+            problem = f"{job.guide} part {part} holds no response to prompt {name!r}"
+            raise InputError(problem, prompt=name, artifact=str(job.guide), part=part)
         row = guides[draft.sample % len(guides)]
         ids = row["response_token_ids"]
         length = job.prefixes.length(draw.rank + draft.sample - draw.first_sample, job.seed, name, draft.sample)

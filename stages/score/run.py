@@ -202,7 +202,9 @@ class Scorer:
                         responses = read_part(job, part, self.tokenizer, self.limit)
                         job.progress.expect(self.total, responses.tokens)
                         if job.settings.first_batch_check and responses.tokens and not engine.checked:
-                            job.progress.line(f"score: {check_first_batch(engine, head, responses.sequences)}")
+                            job.progress.line(
+                                f"score: {check_first_batch(engine, head, responses.sequences, 'score.engine')}"
+                            )
                             engine.checked = True
                         statistics = self._statistics(part, responses, engine, head, began, writer)
                         if statistics is not None:

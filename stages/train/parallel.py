@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eopd.stages.train.student import Student
+from eopd.storage.errors import InputError
 
 
 def distribute(student: Student, accelerator: Accelerator, sharding: Literal["none", "fsdp"]) -> nn.Module:
@@ -91,19 +93,24 @@ def gather_weights(module: nn.Module, *, trained_only: bool = False) -> dict[str
     return gathered((name, parameter) for name, parameter in named if parameter.requires_grad or not trained_only)
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Restore the trained weights that ``gather_weights`` returned; frozen ones stay as they were loaded.
 
+    Args:
+        folder: of the state that holds the weights, for messages.
+
     Raises:
-        ValueError: they are of another model; names the first parameter that differs.
+        InputError: they are of another model; names the first parameter that differs.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     for name in sorted(trained.keys() | weights.keys()):
         stored, needed = (tuple(of[name].shape) if name in of else None for of in (weights, trained))
         if stored != needed:
-            raise ValueError(
+            raise InputError(
                 f"resumable state of {name}: it has shape {stored}, the model {needed}. Another model or another kind "
-                "of training made it; delete the state to train the round from its start."
+                "of training made it",
+                file=folder,
+                remedy="delete the state to train the round from its start",
             )
     with torch.no_grad():
         for name, parameter in trained.items():

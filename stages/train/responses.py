@@ -100,7 +100,7 @@ def load_responses(
         region: which of the tokens are trained on; None: all.
 
     Raises:
-        ValueError: nothing to train on.
+        InputError: nothing to train on.
         DamagedPart: scores or verdicts that were made from other rollouts than these.
     """
     columns = COLUMNS if selection is None else tuple(dict.fromkeys((*COLUMNS, *SELECTED_BY)))
@@ -132,7 +132,8 @@ def load_responses(
             written.append(writers[:length])
             trained.append(mask)
     if not names:
-        raise ValueError(f"{rollouts} holds no response with a token to train on")
+        problem = f"{rollouts} holds no response with a token to train on"
+        raise InputError(problem, setting="train.tokens", artifact=str(rollouts))
     chosen, words = (range(len(names)), None) if selection is None else selection.choose(candidates)
     offsets = np.cumsum([0, *(len(sequences[number].response_ids) for number in chosen)], dtype=np.int64)
     return Responses(

@@ -148,7 +148,8 @@ def _train(job: TrainJob, accelerator: Accelerator) -> None:
     if cache is not None:
         cache.require(objective.needs_with(stops.union))
     elif objective.needs:
-        raise ValueError(f"objective {objective.name!r} reads the teacher's scores, and there are none of this round")
+        problem = f"objective {objective.name!r} reads the teacher's scores, and there are none of this round"
+        raise InputError(problem, setting="train.objective.name")
     responses = load_responses(job.rollouts, cache, job.selection, region_of(job.tokens, job.source))
     if responses.left_out:
         job.progress.line(
@@ -354,7 +355,7 @@ def _resume(job: TrainJob, loop: Loop, states: States) -> list[dict[str, Any]]:
     inner = student_of(loop.student)
     state = states.newest()
     if state is not None:
-        load_weights(inner, state.weights)
+        load_weights(inner, state.weights, job.progress_states.folder)
         load_optimizer_tensors(inner, loop.optimizer, state.optimizer)
         if loop.ema is not None:
             loop.ema.load(state.ema)

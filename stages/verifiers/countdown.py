@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 
 from eopd.stages.verifiers.verdict import Verdict
+from eopd.storage.errors import InputError
 
 VERSION = 1  # one more with every change of what ``verify`` says: stored beside the verdicts
 MAX_CHARACTERS = 4096
@@ -23,11 +24,12 @@ def parse_answer(answer: str) -> tuple[list[int], int]:
     """Parse numbers and target of a reference answer.
 
     Raises:
-        ValueError: ``answer`` is not of the form ``4,7,9=24``.
+        InputError: ``answer`` is not of the form ``4,7,9=24``.
     """
     match = _ANSWER.fullmatch(answer) if len(answer) <= MAX_CHARACTERS else None
     if match is None:
-        raise ValueError(f"a countdown answer reads numbers=target, for example 4,7,9=24; got {answer[:80]!r}")
+        problem = f"the reference answer {answer[:80]!r} does not read numbers=target"
+        raise InputError(problem, remedy="write it as in 4,7,9=24")
     return [int(number) for number in match[1].split(",")], int(match[2])
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from eopd.stages.verifiers.answers import reference_answer
 from eopd.stages.verifiers.verdict import Verdict
+from eopd.storage.errors import InputError
 
 MATH_RULES = 1
 """Version of the rules by which ``verifier: math`` grades. Raise it with every change of what is right: it enters the
@@ -75,16 +76,16 @@ class MathVerifier:
 
     def check_answer(self, answer: str) -> None:
         if not answer.strip():
-            raise ValueError("the reference answer is empty")
+            raise InputError("the reference answer is empty")
         [verdict] = self.verify_many([(rf"\boxed{{{reference_answer(answer)}}}", answer)])
         if not verdict.readable:
-            raise ValueError(f"the reference answer {answer!r} holds no answer")
+            raise InputError(f"the reference answer {answer!r} holds no answer")
         if verdict.reason == DIED or _timed_out(verdict):
-            raise ValueError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
+            raise InputError(f"the reference answer {answer!r} cannot be read by math-verify: {verdict.reason}")
         if not verdict.correct:
-            raise ValueError(
-                f"no response can match the reference answer {answer!r}: in a box of its own it is graded wrong. Are "
-                "its braces balanced?"
+            raise InputError(
+                f"no response can match the reference answer {answer!r}: in a box of its own it is graded wrong",
+                remedy="Are its braces balanced?",
             )
 
     def named(self) -> str:

@@ -25,6 +25,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
+from eopd.stages.models.prompts import PromptSettings, PromptTable, load_prompts
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
 from eopd.stages.stage import SummaryJob
 from eopd.storage import analyses
@@ -216,7 +217,9 @@ def test_a_model_that_reads_other_than_its_checkpoint_is_refused(
     honest = LMHead.logits
     monkeypatch.setattr(LMHead, "logits", lambda self, hidden: 3.0 * honest(self, hidden))
     job = align(evaluated, tmp_path / "scaled")
-    with pytest.raises(ValueError, match=r"disagrees with the full model's own logits"):
+    with raises(
+        InputError, "disagrees with .* own logits", setting="evaluate.alignment.teacher_engine", remedy="other"
+    ):
         run(job)
     assert not job.output.committed()
 
@@ -227,9 +230,27 @@ def test_a_teacher_to_which_all_tokens_are_equal_is_refused(merged: tuple[int, .
     hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     figures = compare((hidden, head), (hidden, head), merged=merged)
     known = len(known_ids(merged, 64))
-    with pytest.raises(ValueError, match=r"folder: all 5 tokens have the entropy ln 64 = 4\.1589.*set here to another"):
+    with raises(
+        InputError, r"all 5 tokens .* ln 64 = 4\.1589", setting="here", file="folder", remedy="set here to another"
+    ):
         refuse_uniform(figures.teacher_entropy, 64, "folder", "here", merged=known)
     refuse_uniform(figures.teacher_entropy - 1e-3, 64, "folder", "here", merged=known)
+
+
+def test_a_problem_that_is_no_longer_what_it_was_is_named(
+    evaluated: EvaluateJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renamed(settings: PromptSettings) -> PromptTable:
+        return PromptTable([replace(prompt, id=f"new {prompt.id}") for prompt in load_prompts(settings)], settings.path)
+
+    first = samples_of(evaluated)[0]["problem_id"]
+    fields = {"prompt": first, "file": evaluated.settings.benchmarks[0].path}
+    monkeypatch.setattr("eopd.stages.align.responses.render_prompt", lambda *_: [])
+    with raises(InputError, f"{first}.* no prompt tokens", **fields):
+        run(align(evaluated, tmp_path / "empty"))
+    monkeypatch.setattr("eopd.stages.align.responses.load_prompts", renamed)
+    with raises(InputError, f"new {first}", setting="evaluate.benchmarks", remedy="plan the run again", **fields):
+        run(align(evaluated, tmp_path / "renamed"))
 
 
 def test_a_teacher_prompt_column_that_is_not_there_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:

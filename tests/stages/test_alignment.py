@@ -17,7 +17,9 @@ from eopd.stages.align.divergence import SUMMED, EntropyBins, TokenFigures, comp
 from eopd.stages.align.reading import LoadedModel, measure_alignment, read_pairs
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence
+from eopd.storage.errors import InputError
 from tests.bounds import entropy_rounding, forward_rounding, logits_rounding, logprobs_rounding, rounding
+from tests.raises import raises
 from tests.stages.dense_teacher import dense
 from tests.stages.tiny_models import VOCAB, tiny_model
 
@@ -128,9 +130,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare((states(3, 8, 0), head(50, 8, 0)), (states(4, 8, 0), head(50, 8, 0)))
     broken = states(3, 8, 0)
     broken[1, 0] = math.nan
-    with pytest.raises(ValueError, match="the student's logits are not finite"):
+    with raises(InputError, "the student's", setting="student.dtype", remedy="a wider student.dtype"):
         compare((states(3, 8, 0), head(50, 8, 0)), (broken, head(50, 8, 0)))
-    with pytest.raises(ValueError, match="no response has a token"):
+    with raises(InputError, "no response has a token", setting="evaluate.alignment"):
         summarise_bins(np.zeros((0, 3, len(SUMMED))), [], EntropyBins.of((1.0,), 0.8, 50))
 
 

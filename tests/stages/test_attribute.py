@@ -41,7 +41,7 @@ from eopd.stages.report.run import to_csv
 from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
-from eopd.storage.errors import DamagedPart, InputError
+from eopd.storage.errors import DamagedPart, InputError, UserError
 from eopd.storage.identity import Identity
 from tests.raises import raises
 from tests.stages.score_case import Lines, response_row, rollouts
@@ -358,7 +358,7 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_log(
 ) -> None:
     monkeypatch.setattr(stage.subprocess, "run", Standing(fails=True))
     job = job_for(tmp_path)
-    with pytest.raises(RuntimeError, match=r"exit code 3.*two . three . OutOfMemoryError"):
+    with raises(UserError, r"exit code 3.*two . three . OutOfMemoryError", file=job.log):
         run(job)
     assert not job.output.committed()
 
@@ -368,7 +368,7 @@ def test_scores_that_are_no_numbers_are_not_stored(
 ) -> None:
     monkeypatch.setattr(stage.subprocess, "run", Standing(value=float("nan")))
     job = job_for(tmp_path)
-    with pytest.raises(RuntimeError, match="no numbers"):
+    with raises(UserError, "no numbers", file=job.log):
         run(job)
     assert not job.output.committed()
 

@@ -267,8 +267,8 @@ def test_long_prompts_are_refused_or_skipped_and_counted(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("verifier", "answers", "why"),
     [
-        ("countdown", ("1,2=3", "3"), "numbers=target"),
-        ("math", ("3", "$"), r"'\$' holds no answer"),
+        ("countdown", ("1,2=3", "3"), "problem 'b': .*'3' does not read numbers=target"),
+        ("math", ("3", "$"), r"problem 'b': .*'\$' holds no answer"),
     ],
 )
 def test_answers_that_the_verifier_cannot_read_are_named_before_sampling(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from eopd.stages.train.parallel import load_weights
+from eopd.storage.errors import InputError
+from tests.raises import raises
 
 
 @pytest.mark.parametrize(
@@ -16,13 +20,13 @@ from eopd.stages.train.parallel import load_weights
 def test_a_state_of_another_model_is_refused(change: dict[str, torch.Tensor | None], named: str) -> None:
     model = nn.Linear(2, 3)
     weights = {"weight": torch.ones(3, 2), "bias": torch.ones(3)} | change
-    with pytest.raises(ValueError, match=f"resumable state of {named}"):
-        load_weights(model, {name: value for name, value in weights.items() if value is not None})
+    with raises(InputError, f"resumable state of {named}", file="state", remedy="delete the state"):
+        load_weights(model, {name: value for name, value in weights.items() if value is not None}, Path("state"))
     assert not model.weight.eq(1).any()
 
 
 def test_a_state_of_the_trained_weights_is_taken() -> None:
     model = nn.Linear(2, 3)
     model.bias.requires_grad_(False)
-    load_weights(model, {"weight": torch.ones(3, 2)})
+    load_weights(model, {"weight": torch.ones(3, 2)}, Path("state"))
     assert model.weight.eq(1).all()

@@ -122,6 +122,14 @@ def test_greedy_the_teacher_s_response_is_its_own_most_probable_one(
         assert np.argmax(full, axis=1).tolist() == row["response_token_ids"]
 
 
+def test_a_teacher_of_another_vocabulary_is_refused(
+    tmp_path: Path, policy: tuple[ModelRef, Any], teacher: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eopd.stages.rollout.run.vocabulary_size", lambda folder: 1)
+    with raises(InputError, "vocabulary of 1", setting="rollout.source", part=0, remedy="the student's tokenizer"):
+        run(guide_job(tmp_path, policy[0], teacher))
+
+
 # -- prefixes
 
 
@@ -189,6 +197,14 @@ def test_interrupted_prefix_rollouts_are_the_same_bytes(
     assert 0 < len(broken.output.committed()) < len(PARTS)
     run(broken)
     assert checksums(broken.output) == checksums(whole.output)
+
+
+def test_a_prompt_without_a_guide_is_named(
+    tmp_path: Path, policy: tuple[ModelRef, Any], guide: RolloutJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eopd.stages.rollout.run.read_rollouts", lambda *_: read_rollouts(*_)[3:])
+    with raises(InputError, prompt=rows_of(guide, 0)[0]["prompt_id"], artifact=str(guide.output), part=0):
+        run(prefix_job(tmp_path, policy[0], guide, 5))
 
 
 # -- data

@@ -296,5 +296,5 @@ def test_seeds_depend_on_every_name_and_its_kind() -> None:
 def test_the_engine_asked_for_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_engine("auto") == "transformers"
-    with pytest.raises(ValueError, match="engine: vllm is asked for"):
+    with raises(InputError, setting="engine", remedy="engine: transformers"):
         resolve_engine("vllm")

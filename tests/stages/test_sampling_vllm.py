@@ -20,10 +20,19 @@ from transformers import PreTrainedModel
 
 from eopd.stages.engines import sampling_vllm
 from eopd.stages.engines.kept import open_sampling_engine
-from eopd.stages.engines.sampling import EngineOptions, SamplingEngine, SamplingParameters, SamplingRequest, derive_seed
+from eopd.stages.engines.sampling import (
+    EngineOptions,
+    Expert,
+    SamplingEngine,
+    SamplingParameters,
+    SamplingRequest,
+    derive_seed,
+)
 from eopd.stages.engines.vllm_process import children_deaf_to_ctrl_c
 from eopd.stages.job import ModelRef
 from eopd.stages.models.threads import torch_threads
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.tiny_models import save_tiny
 
@@ -188,10 +197,17 @@ def _process_state() -> list[Any]:
     ]
 
 
+def test_a_second_context_is_refused(engine: SamplingEngine) -> None:
+    request = SamplingRequest([5, 6], 0, expert=Expert([7], np.ones(2, bool)))
+    with raises(InputError, setting="rollout.engine", remedy="transformers"):
+        engine.sample([request], SamplingParameters(max_new_tokens=2))
+
+
 def test_a_head_size_vllm_lacks_is_named_before_any_sampling(tmp_path: Path, engine: SamplingEngine) -> None:
     engine.close()
     save_tiny("qwen3", tmp_path, head_dim=24)
-    with pytest.raises(ValueError, match=r"cannot serve .*head size 24 .*vllm\.log.* set engine: transformers"):
+    words = r"cannot serve .*head size 24 .*vllm\.log"
+    with raises(InputError, words, setting="engine", file=tmp_path, remedy="engine: transformers"):
         open_engine(tmp_path)
     assert not torch.distributed.is_initialized()
 

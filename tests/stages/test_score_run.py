@@ -24,7 +24,7 @@ from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from eopd.storage.student_topk import StudentTopk, write_student_topk
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.teacher_record import TeacherRows
+from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.raises import raises
 from tests.stages.score_case import STOPS, Lines, random_responses, response_row, rollouts, score_job
 from tests.stages.tiny_models import REQUIRED, save_teacher, tiny_tokenizer
@@ -167,8 +167,8 @@ def test_settings_split_into_identity_and_coverage() -> None:
         ScoreSettings(teacher_prompt={"kind": "same", "suffix": "x"})
     with pytest.raises(ValueError, match=r"score\.dtype"):
         ScoreSettings(engine_options={"dtype": "bfloat16"})
-    with pytest.raises(ValueError, match="n_draws"):
-        ScoreSettings(head={"draws": "full"})
+    with raises(InputError, setting="n_draws", remedy="draws: full"):
+        HeadRule(draws="full")
 
 
 def test_the_students_topk_gets_the_teachers_logprobs(teacher: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_an_engine_that_disagrees_with_the_model_stops_the_run(
 
     monkeypatch.setattr(hidden_transformers, "lm_head_of", forgetful)
     job = score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(2)]))
-    with pytest.raises(ValueError, match=r"disagrees with the full model's own logits .* total variation distance 0\."):
+    with raises(InputError, r"disagrees .* variation distance 0\.", setting="score.engine", remedy="other engine"):
         run(job)
     assert job.output.committed() == set()
 
@@ -240,7 +240,7 @@ def test_weights_that_changed_in_memory_are_seen_by_the_check(
         return model
 
     monkeypatch.setattr(hidden_transformers, "load_model", replaced)
-    with pytest.raises(ValueError, match=r"disagrees with the full model's own logits \(the checkpoint\)"):
+    with raises(InputError, r"disagrees .* own logits \(the checkpoint\)", setting="score.engine"):
         run(score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(2)])))
 
 
@@ -257,7 +257,7 @@ def test_neighbours_that_change_each_other_are_seen_by_the_check(
         return own(model, replace(packed, position_ids=torch.arange(packed.input_ids.shape[1])[None]))
 
     monkeypatch.setattr(hidden_transformers, "final_hidden", leaking)
-    with pytest.raises(ValueError, match="disagrees with the full model's own logits"):
+    with raises(InputError, "disagrees with .* own logits", setting="score.engine"):
         run(score_job(tmp_path, teacher, rollouts(tmp_path, [random_responses(count)])))
 
 
@@ -267,7 +267,9 @@ def test_a_teacher_whose_entropies_are_all_those_of_no_weights_is_refused(tmp_pa
     weights["lm_head.weight"].zero_()
     save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
     job = score_job(tmp_path, tmp_path / "teacher", rollouts(tmp_path, [random_responses(2)]))
-    with pytest.raises(ValueError, match=r"teacher: all \d+ tokens have the entropy ln 320"):
+    with raises(
+        InputError, "entropy ln 320", setting="score.engine", file=tmp_path / "teacher", remedy="Check its files"
+    ):
         run(job)
     assert job.output.committed() == set()
 

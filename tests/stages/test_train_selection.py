@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -197,6 +198,12 @@ def test_responses_are_the_selected_ones_in_the_order_of_the_rollouts(world: Pat
     assert selected.sequences == tuple(everything.sequences[number] for number in kept)
     assert selected.tokens == sum(len(everything.sequences[number].response_ids) for number in kept)
     assert everything.selection is None
+
+
+def test_rollouts_without_a_token_to_train_on_are_refused(world: Path) -> None:
+    job = train_job(world, "nothing")
+    with raises(InputError, setting="train.tokens", artifact=str(job.rollouts)):
+        load_responses(job.rollouts, JointCache(job.scores), region=lambda written: np.zeros(len(written), bool))
 
 
 @pytest.mark.parametrize("changes", [{"prompt_id": "c"}, {"sample": 7}])

@@ -61,7 +61,7 @@ def test_supervised_training_needs_no_scores(tmp_path: Path) -> None:
         assert first[figure] == pytest.approx(other[figure], rel=forward_rounding(10.0))
     assert not {"teacher_entropy", "retained_mass", "fkl", "staleness_k1"} & first.keys()
     refused = train_job(tmp_path, "refused", rollouts=own, scores=(), source="data", objective={"name": "fkl"})
-    with pytest.raises(ValueError, match="objective 'fkl' reads the teacher's scores"):
+    with raises(InputError, "'fkl'", setting="train.objective.name"):
         run(refused)
 
 

@@ -25,7 +25,7 @@ class Problems:
         """Return the prompt's token ids.
 
         Raises:
-            ValueError: the problem, by id, is no longer in its benchmark, or has no tokens.
+            InputError: the problem, by id, is no longer in its benchmark, or has no tokens.
         """
         if (benchmark, problem) not in self._ids:
             source = self._sources[benchmark]
@@ -40,10 +40,5 @@ class Problems:
                     prompt=problem,
                     remedy="plan the run again",
                 )
-            ids = render_prompt(self._tokenizer, prompt, source)
-            if not ids:
-                raise InputError(
-                    f"benchmark {benchmark}, problem {problem!r} has no prompt tokens to read after", prompt=problem
-                )
-            self._ids[benchmark, problem] = ids
+            self._ids[benchmark, problem] = render_prompt(self._tokenizer, prompt, source)
         return self._ids[benchmark, problem]

@@ -100,8 +100,8 @@ class ResponseReader:
                 )
             own = render_prompt(self._student, prompt, source)
             theirs = self._as_the_teacher_reads(prompt, own, self._shown(benchmark, index), where)
-            if not own or not theirs.ids((), ()):
-                reason = f"{where} has no prompt tokens, so nothing predicts the first response token"
+            if not theirs.ids((), ()):
+                reason = f"{where} has no tokens as the teacher reads it"
                 raise InputError(reason, file=source.path, prompt=problem)
             self._contexts[key] = Context((tuple(own),)), theirs
         return self._contexts[key]

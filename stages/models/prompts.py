@@ -305,7 +305,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
 
     Raises:
         ValueError: what the template cannot write, or leaves out; template chat without a chat template; token ids that
-            the tokenizer does not know, or to which text is to be added.
+            the tokenizer does not know, or to which text is to be added; a prompt without tokens.
     """
     from eopd.stages.models.tokenizers import render_chat
 
@@ -318,8 +318,12 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
             return list(ids)
         conversation = student_conversation(prompt, settings)
         if settings.template == "plain":
-            return [int(token) for token in tokenizer(conversation.plain_text())["input_ids"]]
-        return render_chat(tokenizer, conversation, settings.template_arguments)
+            rendered = [int(token) for token in tokenizer(conversation.plain_text())["input_ids"]]
+        else:
+            rendered = render_chat(tokenizer, conversation, settings.template_arguments)
+        if not rendered:
+            raise InputError("it has no tokens: nothing can follow it")
+        return rendered
     except ValueError as error:
         raise InputError.of(error, prompt=prompt.id, file=settings.path) from error
 

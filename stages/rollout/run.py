@@ -174,9 +174,6 @@ def _prepare(job: RolloutJob, tokenizer: PreTrainedTokenizerBase) -> list[list[D
         per_part.append([])
         for prompt, first in zip(table.rows(indices), firsts, strict=True):
             ids = render_prompt(tokenizer, prompt, job.prompts)
-            if not ids:
-                problem = "it has no tokens: nothing can follow it"
-                raise InputError(problem, file=job.prompts.path, prompt=prompt.id)
             expert_ids = [] if expert_of is None else expert_of(prompt, ids)
             length = max(len(ids), len(expert_ids))
             if length <= limit:

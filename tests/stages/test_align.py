@@ -26,7 +26,7 @@ from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.prompts import PromptSettings, PromptTable, load_prompts
-from eopd.stages.models.teacher_prompts import TeacherPromptSettings
+from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings
 from eopd.stages.stage import SummaryJob
 from eopd.storage import analyses
 from eopd.storage.artifacts import Artifact
@@ -245,8 +245,8 @@ def test_a_problem_that_is_no_longer_what_it_was_is_named(
 
     first = samples_of(evaluated)[0]["problem_id"]
     fields = {"prompt": first, "file": evaluated.settings.benchmarks[0].path}
-    monkeypatch.setattr("eopd.stages.align.responses.render_prompt", lambda *_: [])
-    with raises(InputError, f"{first}.* no prompt tokens", **fields):
+    monkeypatch.setattr("eopd.stages.align.responses.teacher_context", lambda *_: Context(((),)))
+    with raises(InputError, f"{first}.* no tokens", **fields):
         run(align(evaluated, tmp_path / "empty"))
     monkeypatch.setattr("eopd.stages.align.responses.load_prompts", renamed)
     with raises(InputError, f"new {first}", setting="evaluate.benchmarks", remedy="plan the run again", **fields):

@@ -171,6 +171,13 @@ def test_templates(tmp_path: Path) -> None:
         prompts(path, template="plain", system="Be brief.")
 
 
+def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
+    source = prompts(path := write(tmp_path, "jsonl"), template="plain")
+    first = load_prompts(source)[0]
+    with raises(InputError, "no tokens", prompt=first.id, file=path):
+        render_prompt(lambda text: {"input_ids": []}, first, source)
+
+
 def test_rows_outside_the_source_are_refused(tmp_path: Path) -> None:
     with raises(InputError, "prompt 3 .* 3", file="jsonl", remedy="plan the run again"):
         load_prompts(prompts(write(tmp_path, "jsonl"))).rows([0, 3])

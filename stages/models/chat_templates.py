@@ -125,7 +125,7 @@ class Conversation:
         return str(self.messages[0]["content"])
 
 
-def parse_conversation(value: object, tools: object = None) -> Conversation:
+def parse_conversation(value: object, tools: tuple[dict[str, Any], ...] = ()) -> Conversation:
     """Parse a conversation as data sets hold it: text (one user message) or a list of messages.
 
     Fields that are null are absent: a column of a Parquet file has the same fields in every row.
@@ -141,7 +141,7 @@ def parse_conversation(value: object, tools: object = None) -> Conversation:
         raise InputError(
             f"must hold text or a list of {{role, content}} messages, and not be empty; got {_short(value)}"
         )
-    conversation = Conversation(messages, _tools(tools))
+    conversation = Conversation(messages, tools)
     try:
         json.dumps([messages, conversation.tools], ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -167,16 +167,17 @@ def parse_message(item: object, where: str) -> Message:
     return message
 
 
-def _tools(value: object) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
+    """Return tools that a value holds as a list of JSON schemas or as the JSON of one. Raises InputError."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"its tools are not JSON: {_one_line(error)}") from error
+            raise InputError(f"is not JSON: {_one_line(error)}") from error
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise InputError(f"its tools must be a list of JSON schemas, got {_short(value)}")
+        raise InputError(f"must hold a list of JSON schemas, got {_short(value)}")
     return tuple(_without_nulls(tool) for tool in value)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,14 @@ class Row:
     def refusal(self, column: str, problem: str, remedy: str = "") -> InputError:
         """Return an error about the value of a column."""
         return InputError(f"column {column!r} {problem}", remedy=remedy, **self.place)
+
+    @contextmanager
+    def refusing(self, column: str, prefix: str = "") -> Iterator[None]:
+        """Turn an error about the value of a column into one that names the column and its place."""
+        try:
+            yield
+        except InputError as error:
+            raise self.refusal(column, f"{prefix}{error.problem}", error.remedy) from error
 
 
 def read(path: Path, split: str | None, columns: Sequence[str], limit: int | None) -> Iterator[Row]:

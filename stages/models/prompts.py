@@ -21,7 +21,14 @@ from pydantic import model_validator
 
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.models import prompt_sources
-from eopd.stages.models.chat_templates import Conversation, Message, parse_conversation, parse_message, refuse_reserved
+from eopd.stages.models.chat_templates import (
+    Conversation,
+    Message,
+    parse_conversation,
+    parse_message,
+    parse_tools,
+    refuse_reserved,
+)
 from eopd.stages.settings import COUNT, LENGTH, Settings, setting
 from eopd.storage.errors import InputError
 
@@ -376,12 +383,13 @@ def _permutation(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
-    tools = None if columns.tools is None else row.values[columns.tools]
+    with row.refusing(str(columns.tools)):
+        tools = () if columns.tools is None else parse_tools(row.values[columns.tools])
     value = row.values[columns.prompt]
     response: Response | None = None
     token_ids: tuple[int, ...] | None = None
     conversation = Conversation(())
-    try:
+    with row.refusing(columns.prompt):
         if _are_ids(value):
             token_ids = tuple(value)
             if columns.response == columns.prompt:
@@ -392,8 +400,6 @@ def _prompt(row: prompt_sources.Row, index: int, columns: Columns) -> Prompt:
             if columns.response == columns.prompt:
                 value, response = _last_turn(value)
             conversation = parse_conversation(value, tools)
-    except InputError as error:
-        raise row.refusal(columns.prompt, error.problem, error.remedy) from error
     if columns.response not in (None, columns.prompt):
         response = _response(row, str(columns.response))
     teacher_prompt = None if columns.teacher_prompt is None else row.values[columns.teacher_prompt]
@@ -460,10 +466,8 @@ def _response(row: prompt_sources.Row, column: str) -> Response:
     if _are_ids(value):
         return tuple(value)
     if isinstance(value, dict):
-        try:
+        with row.refusing(column, "holds a message: "):
             message = parse_message({"role": "assistant", **value}, "the response")
-        except InputError as error:
-            raise row.refusal(column, f"holds a message: {error.problem}", error.remedy) from error
         if message["role"] == "assistant":
             return message
     kinds = "text, a list of token ids, or a message of the assistant"

@@ -359,8 +359,8 @@ def test_labels_that_name_no_single_response_are_refused_by_row(
         ({"response": "prompt"}, {"prompt": [USER, USER]}, "'prompt' ends with a message of the user", ""),
         ({"response": "prompt"}, {"prompt": [USER, {"role": "assistant"}]}, "'prompt' message 2: `content`", ""),
         ({"response": "r"}, {"prompt": "x", "r": {"content": ""}}, "'r' holds a message: .* empty turn", "remove it"),
-        ({"tools": "t"}, {"prompt": "x", "t": "{"}, "'prompt' its tools are not JSON", ""),
-        ({"tools": "t"}, {"prompt": "x", "t": [1]}, "'prompt' its tools must be a list", ""),
+        ({"tools": "t"}, {"prompt": "x", "t": "{"}, "'t' is not JSON", ""),
+        ({"tools": "t"}, {"prompt": "x", "t": [1]}, "'t' must hold a list of JSON schemas", ""),
         ({}, {"prompt": [USER, {"role": "assistant", "content": ""}]}, "'prompt' message 2", "remove it"),
     ],
 )

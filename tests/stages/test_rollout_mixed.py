@@ -94,7 +94,7 @@ def test_each_token_is_drawn_under_its_writer_s_context(
 
 
 def draft(name: str, sample: int, attempt: int = 0) -> Draft:
-    prompt = Prompt(0, name, parse_conversation("x", None), None, None, None)
+    prompt = Prompt(0, name, parse_conversation("x"), None, None, None)
     return Draft(Draw(prompt, [1], [1], 0, 0), sample, derive_seed(7, name, sample), attempt)
 
 

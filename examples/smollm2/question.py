@@ -64,6 +64,9 @@ FIGURES = (
 )
 
 
+BINS = tuple(f"fkl_bin_{number}" for number in range(len(EDGES) + 1))
+
+
 class Measures:
     """What every model is measured on: held-out questions and the teacher's answers to some of them."""
 
@@ -213,9 +216,13 @@ def table(rows: Sequence[Mapping[str, Any]], start: str, against: str, figures: 
         cells = []
         for figure in figures:
             own = [values[name, seed][figure] for seed in seeds if (name, seed) in values]
+            others = [values[against, seed][figure] for seed in seeds]
+            if None in (*own, *others):  # a bin without tokens
+                cells.append("·")
+                continue
             cell = f"{_mean(own):.3f}"
             if name != against:
-                gaps = [values[name, seed][figure] - values[against, seed][figure] for seed in seeds]
+                gaps = [mine - other for mine, other in zip(own, others, strict=True)]
                 interval = t_interval(gaps)
                 if interval is not None:
                     cell += f" ({_mean(gaps):+.3f} [{interval.low:+.3f}, {interval.high:+.3f}])"
@@ -242,7 +249,7 @@ def main() -> None:
         run(out, given.seeds, ("collapsed",), given.changes)
     rows = rows_of(RESULTS if given.table else out / "question.jsonl")
     for start in dict.fromkeys(row["start"] for row in rows):
-        for figures in ((*FIGURES[:3], *FIGURES[9:]), FIGURES[3:9]):
+        for figures in ((*FIGURES[:3], *FIGURES[9:]), FIGURES[3:9], BINS):
             print(table(rows, start, "opd", figures), "\n")
 
 

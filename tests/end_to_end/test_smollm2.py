@@ -176,6 +176,8 @@ def test_differences_are_taken_seed_by_seed() -> None:
         "| opd | 1.000 |",
         "| eopd | 1.500 (+0.500 [+0.500, +0.500]) |",
     ]
+    rows[0]["nll"] = None
+    assert question_table(rows, "offline", "opd", ("nll",)).splitlines()[2:] == ["| opd | · |", "| eopd | · |"]
 
 
 @pytest.mark.slow

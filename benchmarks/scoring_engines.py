@@ -36,7 +36,7 @@ from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.packing import Sequence
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
-from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.responses import ScoreJob
 from eopd.stages.score.run import Scorer
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact

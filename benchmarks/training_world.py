@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from eopd.stages.job import ModelRef, NullProgress
 from eopd.stages.models.loading import no_progress_bars
-from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.responses import ScoreJob
 from eopd.stages.score.run import run as score
 from eopd.stages.score.settings import ScoreSettings
 from eopd.stages.train.job import TrainJob

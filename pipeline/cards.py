@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from eopd.storage.teacher_cache import TeacherCache
 
-UNKNOWN_LICENCE = "unknown"
-"""The Hub's own name for a licence that nobody stated."""
 STATISTICS_PARTS = 16
 """Parts that a card's statistics are taken from: those of a large cache would take long."""
 _SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
@@ -269,7 +267,7 @@ def student_card(run: Run, student: Student, repo: str, licence: str) -> str:
         f"A student of the run `{settings.name}`, distilled with eopd ({student}). The teacher read the responses "
         "once, and the student was trained on what was stored.",
         f"## Lineage\n\n{_table(_lineage(run, student), ('what', 'value'))}",
-        _measured(run, student, results, first),
+        _measured(run, results, first),
         _use(run, student, repo),
         *([_folded("What it was trained on", "text", _trained_on(run, student))] if student.round else []),
         _folded("Settings", "yaml", yaml.safe_dump(_published(settings.model_dump(mode="json")), sort_keys=False)),
@@ -355,7 +353,7 @@ def _eval_results(results: Mapping[str, Mapping[str, Any]]) -> Iterator[EvalResu
             )
 
 
-def _measured(run: Run, student: Student, results: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+def _measured(run: Run, results: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     evaluate = run.settings.evaluate
     if not results or evaluate is None:
         return "## Results\n\nThis student was not evaluated by its run."

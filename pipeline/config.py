@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from eopd.pipeline.launchers.settings import LauncherSettings
 from eopd.stages.experiment_settings import ExperimentSettings
+from eopd.stages.format import error_line
 from eopd.stages.settings import SEED, setting
 from eopd.storage.errors import InputError, StoreError, UserError
 
@@ -223,7 +224,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         problem = f"{path} is not UTF-8 text (byte {error.start})"
         raise ConfigError(problem, file=path, remedy="save it as UTF-8") from error
     except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError to pathlib
-        raise ConfigError(f"{path} cannot be read: {_one_line(error)}", file=path) from error
+        raise ConfigError(f"{path} cannot be read: {error_line(error)}", file=path) from error
     except _BadYaml as error:
         raise ConfigError.of(error, file=path) from error
     if not isinstance(raw, dict):
@@ -294,7 +295,7 @@ def _load_yaml(text: str) -> Any:
         raise
     except Exception as error:  # PyYAML raises what Python raises where a tag does not fit its value (`!!int x`)
         mark = getattr(error, "problem_mark", None)
-        raise _BadYaml(f"it is not YAML: {_one_line(error)}", line=mark and mark.line + 1) from error
+        raise _BadYaml(f"it is not YAML: {error_line(error)}", line=mark and mark.line + 1) from error
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
@@ -318,11 +319,6 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
         raise _BadYaml(f"its aliases stand for more than {MOST_VALUES:,} values", line=line)
     counts[id(node)] = count
     return count
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _shown(value: Any) -> str:

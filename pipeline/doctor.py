@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from eopd.pipeline.errors import Finding, State, not_looked_at
 from eopd.stages.format import size
+from eopd.stages.models.memory import nvidia_smi
 from eopd.storage.extras import STAGES, installing, is_installed
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def known_versions(package: str, folder: Path = CONSTRAINTS) -> set[str]:
 
 def _torch(answer: dict[str, Any] | str) -> Iterator[Finding]:
     yield _imported("torch", answer, "broken")
-    driver = _driver()
+    driver = next(iter(nvidia_smi("driver_version") or ()), None)
     if isinstance(answer, str):
         return
     if answer["cuda"]:
@@ -182,19 +183,6 @@ def compiling(headers: Path) -> Finding:
         return Finding("compiler", "ok", f"{compiler}, with Python's headers")
     remedy = f"apt install gcc python{sys.version_info.major}.{sys.version_info.minor}-dev"
     return Finding("compiler", "broken", f"kernels for the GPU need {' and '.join(gone)}", remedy)
-
-
-def _driver() -> str | None:
-    """Return the version of the NVIDIA driver, or None if it drives no GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if done.returncode == 0 and lines else None
 
 
 def _vllm(answer: dict[str, Any] | str | None, engines: bool) -> Finding:

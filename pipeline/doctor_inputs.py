@@ -220,7 +220,7 @@ def _read_only(private: str, place: str) -> str:
 
 
 def _training_packages(settings: RunSettings) -> str:
-    from eopd.stages.train.extras import require_extras
+    from eopd.stages.train.settings import require_extras
 
     require_extras(settings.train)
     return "the packages that training needs are installed"

@@ -125,13 +125,7 @@ def copy_student(student: Student, target: Path) -> None:
         RunError: there is something at ``target``.
         StoreFull, StoreUnwritable: it cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(
-            f"--to {target}: there is something already",
-            setting="--to",
-            file=target,
-            remedy="name a folder that is new or empty",
-        )
+    refuse_content(target)
     beside = target.resolve().with_name(f".{target.resolve().name}.{secrets.token_hex(8)}")
     try:
         with naming_full_disks(target):
@@ -143,6 +137,17 @@ def copy_student(student: Student, target: Path) -> None:
             os.replace(beside, target.resolve())
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def refuse_content(target: Path) -> None:
+    """Raise RunError if there is something at ``target`` other than an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(
+            f"--to {target}: there is something already",
+            setting="--to",
+            file=target,
+            remedy="name a folder that is new or empty",
+        )
 
 
 def _is_there(run: Run, round_: int) -> bool:

@@ -484,13 +484,13 @@ def compare_vocabularies(teacher: Path, student: Path) -> None:
         return
     from tokenizers import Tokenizer
 
-    from eopd.stages.models.vocabulary import check_same, id_to_bytes
+    from eopd.stages.models.tokenizers import check_same_vocabulary
 
     try:
         ours, theirs = (Tokenizer.from_file(str(file)) for file in files)
     except Exception:  # the library's errors; the stage that loads the tokenizer reports them
         return
     try:
-        check_same(id_to_bytes(ours), id_to_bytes(theirs))
+        check_same_vocabulary(ours, theirs)
     except ValueError as error:
         raise ConfigError.of(error) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.format import size
 from eopd.stages.memory import Memory, ModelSize
+from eopd.stages.models.memory import nvidia_smi
 from eopd.stages.stage import Models
 from eopd.stages.table import STAGES
 
@@ -44,16 +43,8 @@ class Need:
 
 
 def gpu_bytes() -> int:
-    """Return the memory of this machine's smallest GPU, by nvidia-smi, without importing torch; 0 if there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    sizes = [int(line) for line in done.stdout.split() if line.isdigit()] if done.returncode == 0 else []
-    return min(sizes, default=0) * 2**20
+    """Return the memory of this machine's smallest GPU, by nvidia-smi; 0 if there is none."""
+    return min((int(size) for size in nvidia_smi("memory.total") or () if size.isdigit()), default=0) * 2**20
 
 
 def models_of(student: Path, teacher: Path) -> Models | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eopd.pipeline.cards import dataset_card, student_card
 from eopd.pipeline.errors import RunError
-from eopd.pipeline.export import Student, copy_student
+from eopd.pipeline.export import Student, copy_student, refuse_content
 from eopd.pipeline.run import Run
 from eopd.storage import listing, paths
 from eopd.storage.artifacts import Artifact
@@ -95,7 +95,7 @@ def write_dataset(
     Raises:
         RunError: there is something at ``folder``. DamagedPart; StoreFull, StoreUnwritable.
     """
-    _refuse_content(folder)
+    refuse_content(folder)
     for artifact in artifacts:
         for part in sorted(artifact.committed()):
             artifact.verify_part(part)
@@ -139,17 +139,7 @@ def write_student(run: Run, student: Student, folder: Path, repo: str, licence: 
     Raises:
         RunError: there is something at ``folder``. StoreFull, StoreUnwritable.
     """
-    _refuse_content(folder)
+    refuse_content(folder)
     card = student_card(run, student, repo, licence)
     copy_student(student, folder)
     (folder / CARD).write_text(card, encoding="utf-8")
-
-
-def _refuse_content(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(
-            f"--to {folder}: there is something already",
-            setting="--to",
-            file=folder,
-            remedy="name a folder that is new or empty",
-        )

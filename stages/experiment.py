@@ -14,7 +14,7 @@ from pathlib import Path
 from eopd.stages.engines.sampling import derive_seed
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.job import ModelRef
-from eopd.stages.models.model_config import resolve_dtype, vocabulary_size
+from eopd.stages.models.model_config import vocabulary_size
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.train.settings import steps_per_round
@@ -187,11 +187,6 @@ class Experiment:
     def teacher_vocabulary(self) -> int:
         """Ids of the teacher by its config; 0 if the config does not say."""
         return vocabulary_size(self.facts.teacher.folder)
-
-    @property
-    def student_dtype(self) -> str:
-        """Precision of every student of the run; `auto` is resolved to that of the first one."""
-        return resolve_dtype(self.facts.student.folder, self.student_model.dtype)
 
     @property
     def first_student(self) -> ModelRef:

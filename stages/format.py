@@ -113,3 +113,9 @@ def excerpt(text: str, most: int = 400) -> str:
     half = most // 2
     short = text if len(text) <= most else f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
     return one_line(short)
+
+
+def error_line(error: BaseException) -> str:
+    """Return an error's message, or its type, as one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

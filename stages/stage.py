@@ -180,6 +180,7 @@ class Stage(ABC):
     version: ClassVar[int] = 1  # enters keys; raise it when equal settings give other bytes
     command: ClassVar[str]  # the `eopd` command, and the launcher's resources, that it belongs to
     divisible: ClassVar[bool] = True  # parts can be done, and given up, separately
+    needs_gpu: ClassVar[bool] = True  # a task uses one where there is one; ``gpus`` may say how many
     spans_nodes: ClassVar[bool] = False  # processes on several nodes may do one task together
     size_settings: ClassVar[str] = "rounds"  # settings that its output's size depends on, for messages
     planned_by: ClassVar[str] = ""  # the setting without which no plan has it; empty: every plan has it
@@ -204,7 +205,7 @@ class Stage(ABC):
 
     def gpus(self, settings: ExperimentSettings) -> int:
         """Return the GPUs that one task uses at once; 0: none, whatever the machine has."""
-        return 1
+        return int(self.needs_gpu)
 
     @abstractmethod
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
@@ -263,6 +264,7 @@ class SummaryStage(Stage):
     """Figures of one complete artifact of `eopd evaluate` or `eopd align`, with intervals."""
 
     divisible = False
+    needs_gpu = False
     source: ClassVar[str]  # the stage that makes the artifact
     role: ClassVar[str]  # of the artifact among the inputs
 
@@ -273,9 +275,6 @@ class SummaryStage(Stage):
         settings = {"resamples": evaluate.resamples, "confidence": evaluate.confidence}
         output = self.identity(parts=1, settings=settings, inputs={self.role: source.key})
         return Job(self, round_, output, {self.role: Input(source)})
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
 
     def run(self, context: JobContext) -> None:
         assert context.settings.evaluate is not None

@@ -178,13 +178,9 @@ def upload(folder: Path, repo: str, kind: Literal["dataset", "model"], *, privat
     Raises:
         StoreUnwritable: there is no token, or it may not write there. StoreUnreadable: the Hub does not answer.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    check_name(repo)
-    if get_token() is None:
-        raise StoreUnwritable(
-            f"pushing to {repo} needs a token of the Hub that may write: `hf auth login`, or HF_TOKEN"
-        )
+    require_token(repo)
     api = HfApi()
     with naming_refusals(repo, writing=True):
         url = api.create_repo(repo, repo_type=kind, private=True if private else None, exist_ok=True)

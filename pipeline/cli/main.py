@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +28,9 @@ end_with_parent_if_spawned()
 
 
 class Commands(TyperGroup):
-    """The functions below, and a command for every stage of ``stages.table`` that none of them runs.
+    """The commands below, and one for every other stage of ``stages.table``.
 
-    The table is imported only if a command is not among the functions, or if other packages bring stages.
+    The table is imported only if a command is not among those below, or if other packages bring stages.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -56,13 +56,27 @@ class Commands(TyperGroup):
 def stage_command(name: str, stages: Sequence[Stage]) -> Any:
     """Build a command that runs stages. Its help is the docstring of the stage of its name, or of the first one."""
     first = next((stage for stage in stages if stage.name == name), stages[0])
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name, help=type(first).__doc__)(round_command(name))
+    return typer.main.get_command(single)
+
+
+def round_command(name: str) -> Callable[..., None]:
+    """Return the function of a command whose stages work on a round."""
 
     def work(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
         _stage(name, config, round_, parts, set_)
 
-    single = typer.Typer(add_completion=False, rich_markup_mode=None)
-    single.command(name, help=type(first).__doc__)(work)
-    return typer.main.get_command(single)
+    return work
+
+
+def student_command(name: str) -> Callable[..., None]:
+    """Return the function of a command whose stages look at a student."""
+
+    def work(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
+        _stage(name, config, round_, parts, set_)
+
+    return work
 
 
 app = typer.Typer(
@@ -118,28 +132,13 @@ def _options(
     pass
 
 
-@app.command()
-def guide(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Sample the teacher's own responses, where rollouts begin with a part of them (rollout.source: prefix)."""
-    _stage("guide", config, round_, parts, set_)
-
-
-@app.command()
-def rollout(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Make the responses of a round: the student's, the teacher's, or those that come with the prompts."""
-    _stage("rollout", config, round_, parts, set_)
-
-
-@app.command()
-def score(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Compute the teacher's entropy, top log-probs and tail for every sampled token."""
-    _stage("score", config, round_, parts, set_)
-
-
-@app.command()
-def judge(config: Config, round_: Round = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Judge the responses with the prompts' verifier (if train.select.verdict asks for it)."""
-    _stage("judge", config, round_, parts, set_)
+for _name, _help in (
+    ("guide", "Sample the teacher's own responses, where rollouts begin with a part of them (rollout.source: prefix)."),
+    ("rollout", "Make the responses of a round: the student's, the teacher's, or those that come with the prompts."),
+    ("score", "Compute the teacher's entropy, top log-probs and tail for every sampled token."),
+    ("judge", "Judge the responses with the prompts' verifier (if train.select.verdict asks for it)."),
+):
+    app.command(_name, help=_help)(round_command(_name))
 
 
 @app.command()
@@ -148,28 +147,16 @@ def train(config: Config, round_: Round = 0, set_: Set = None) -> None:
     _stage("train", config, round_, None, set_)
 
 
-@app.command()
-def evaluate(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Measure a student: Avg@k and Pass@k on the benchmarks."""
-    _stage("evaluate", config, round_, parts, set_)
-
-
-@app.command()
-def align(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Compare teacher and student on an evaluation's samples, by teacher entropy (evaluate.alignment)."""
-    _stage("align", config, round_, parts, set_)
-
-
-@app.command()
-def route(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Choose a mode for each problem by the entropy of its first tokens (evaluate.route)."""
-    _stage("route", config, round_, parts, set_)
-
-
-@app.command()
-def attribute(config: Config, round_: StudentRound = 0, parts: Parts = None, set_: Set = None) -> None:
-    """Attribute evaluated samples to documents by gradients, and compare the documents' bins (attribute)."""
-    _stage("attribute", config, round_, parts, set_)
+for _name, _help in (
+    ("evaluate", "Measure a student: Avg@k and Pass@k on the benchmarks."),
+    ("align", "Compare teacher and student on an evaluation's samples, by teacher entropy (evaluate.alignment)."),
+    ("route", "Choose a mode for each problem by the entropy of its first tokens (evaluate.route)."),
+    (
+        "attribute",
+        "Attribute evaluated samples to documents by gradients, and compare the documents' bins (attribute).",
+    ),
+):
+    app.command(_name, help=_help)(student_command(_name))
 
 
 @app.command()
@@ -206,7 +193,7 @@ def run(
     from eopd.pipeline.progress import make_display
     from eopd.pipeline.report import write_report
     from eopd.pipeline.retention import prune_old
-    from eopd.stages.train.extras import require_extras
+    from eopd.stages.train.settings import require_extras
 
     display = make_display()
     runs = open_runs(config, set_, sweep, display.open)

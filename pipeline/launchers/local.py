@@ -26,6 +26,7 @@ from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.processes import Leader, last_line, worker_command
 from eopd.pipeline.progress import Display, Replay
 from eopd.pipeline.tasks import Task
+from eopd.stages.models.memory import nvidia_smi
 from eopd.stages.stage import Stage
 from eopd.storage.files import naming_full_disks
 
@@ -301,8 +302,4 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return []
-    listed = subprocess.run([smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, check=False)
-    return listed.stdout.decode().split() if listed.returncode == 0 else []
+    return nvidia_smi("index") or []

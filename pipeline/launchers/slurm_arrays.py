@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from eopd.pipeline.launchers.settings import SlurmResources, SlurmSettings
@@ -154,16 +155,9 @@ def missing_count(work: Work) -> int:
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Return the first and last of each run of consecutive numbers."""
-    first = last = None
-    for number in numbers:
-        if first is None or last is None:
-            first = number
-        elif number != last + 1:
-            yield first, last
-            first = number
-        last = number
-    if first is not None and last is not None:
-        yield first, last
+    for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in pairs]
+        yield run[0], run[-1]
 
 
 # -- from arrays to scripts ------------------------------------------------------------------------------------------

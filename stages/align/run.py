@@ -10,33 +10,64 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eopd.stages.align.divergence import SUMMED, EntropyBins, known_ids, summarise_bins
-from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import read_pairs
-from eopd.stages.align.responses import ResponseReader, Responses
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.hidden import HiddenEngine, check_first_batch, refuse_uniform
-from eopd.stages.engines.kept import open_hidden_engine
+from eopd.stages.engines.kept import Engines, open_hidden_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
-from eopd.stages.job import ModelRef
+from eopd.stages.evaluate.settings import EvaluateSettings
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.loading import load_tokenizer, model_folder
 from eopd.stages.models.model_config import longest_readable
+from eopd.stages.models.packing import Sequence as PackSequence
+from eopd.stages.models.prompts import Prompt
+from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings, donors, teacher_context
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary
+from eopd.stages.problems import Problems
 from eopd.stages.stage import SummaryJob
 from eopd.storage import analyses
+from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 RESULTS_VERSION = 1
 TEACHER_ENGINE = "evaluate.alignment.teacher_engine"
 Part = tuple[str, Artifact, int]  # whose responses, their evaluation, its part
+COLUMNS = ["benchmark", "problem_id", "problem_index", "sample", "response_token_ids"]
+
+
+@dataclass(frozen=True)
+class AlignmentJob:
+    """Measurement of complete evaluations' samples with teacher and student.
+
+    ``output`` has a part for every part of every evaluation in ``sources``, in their order.
+    """
+
+    output: Artifact
+    parts: Sequence[int]
+    settings: EvaluateSettings  # with ``alignment``
+    progress: Progress
+    log_dir: Path
+    sources: tuple[tuple[str, Artifact], ...]  # whose responses (own, first), and the evaluation that holds them
+    student: ModelRef
+    teacher: ModelRef
+    teacher_prompt: TeacherPromptSettings
+    stop_ids: tuple[int, ...]
+    seed: int = 0  # of score.teacher_prompt.shuffled
+    engines: Engines = field(default_factory=Engines)  # of this process: closed before a GPU is read on
 
 
 def run(job: AlignmentJob) -> None:
@@ -164,6 +195,108 @@ def _do_part(
     }
     with job.output.write_part(part, inputs={"samples": source[1].marker(source[2]).checksum}, info=info) as folder:
         analyses.ALIGNMENT_SUMS.write(folder, rows)
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
+
+# Samples of an evaluation as teacher and student read them.
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The responses to read from one part of an evaluation; all lists in the samples' order."""
+
+    names: list[tuple[str, str, int]]  # benchmark, problem id, sample
+    student: list[PackSequence]
+    teacher: list[PackSequence]
+    cut: int  # responses whose first tokens alone fit into both models
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence.response_ids) for sequence in self.student)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that either model reads."""
+        return max((one.input_length for one in (*self.student, *self.teacher)), default=1)
+
+
+class ResponseReader:
+    """Renders prompts once and truncates responses that are too long."""
+
+    def __init__(
+        self,
+        job: AlignmentJob,
+        student: PreTrainedTokenizerBase,
+        teacher: PreTrainedTokenizerBase,
+        limits: tuple[int | None, int | None],
+    ) -> None:
+        """``limits``: most tokens that student and teacher can read."""
+        self._job, self._teacher, self._limits = job, teacher, limits
+        self._problems = Problems(job.settings, student)
+        self._contexts: dict[tuple[str, str], tuple[Context, Context]] = {}
+
+    def read(self, evaluation: Artifact, part: int) -> Responses:
+        """Read the first samples of the first problems of a part, as the settings say.
+
+        Raises:
+            ValueError: a problem, by id, that is no longer in its benchmark or cannot be rendered for the teacher.
+        """
+        settings = _settings(self._job)
+        responses = Responses([], [], [], 0)
+        cut = 0
+        for row in evaluations.SAMPLES.read(evaluation.part_folder(part), COLUMNS).to_pylist():
+            late = settings.limit is not None and row["problem_index"] >= settings.limit
+            if late or row["sample"] >= settings.samples:
+                continue
+            own, theirs = self._contexts_of(row["benchmark"], row["problem_id"], row["problem_index"])
+            response = row["response_token_ids"]
+            stops = self._job.stop_ids
+            room = min(
+                context.length_that_fits(response, stops, limit)
+                for context, limit in zip((own, theirs), self._limits, strict=True)
+            )
+            cut += room < len(response)
+            response = response[:room]
+            responses.names.append((row["benchmark"], row["problem_id"], row["sample"]))
+            responses.student.append(PackSequence(own.ids(response, stops), response))
+            responses.teacher.append(PackSequence(theirs.ids(response, stops), response))
+        return Responses(responses.names, responses.student, responses.teacher, cut)
+
+    def _contexts_of(self, benchmark: str, problem: str, index: int) -> tuple[Context, Context]:
+        key = (benchmark, problem)
+        if key not in self._contexts:
+            prompt, own = self._problems.prompt(*key, index), self._problems.ids(*key, index)
+            where = f"benchmark {benchmark}, problem {problem!r}"
+            theirs = self._as_the_teacher_reads(prompt, own, self._shown(benchmark, index), where)
+            if not theirs.ids((), ()):
+                reason = f"{where} has no tokens as the teacher reads it"
+                raise InputError(reason, file=self._problems.sources[benchmark].path, prompt=problem)
+            self._contexts[key] = Context((tuple(own),)), theirs
+        return self._contexts[key]
+
+    def _shown(self, benchmark: str, index: int) -> dict[str, str | None]:
+        """Texts of the placeholders of a problem."""
+        settings, table = self._job.teacher_prompt, self._problems.table(benchmark)
+        if settings.shuffled:
+            index = donors(range(len(table)), self._job.seed, benchmark)[index]
+        return {name: table[index].value(name) for name in settings.values_needed}
+
+    def _as_the_teacher_reads(
+        self, prompt: Prompt, own: list[int], shown: dict[str, str | None], where: str
+    ) -> Context:
+        settings = self._job.teacher_prompt
+        source = {"same": None, "template": prompt.messages_json, "column": prompt.teacher_prompt}[settings.kind]
+        if source is None and settings.kind != "same":
+            raise InputError(
+                f"{where}: score.teacher_prompt.kind is column, but evaluate.benchmarks names no "
+                "columns.teacher_prompt",
+                setting="evaluate.benchmarks",
+            )
+        return teacher_context(source, own, settings, self._teacher, shown, where)
+
+
+# -- summary ----------------------------------------------------------------------------------------------------------
 
 
 def summarise(job: SummaryJob) -> None:

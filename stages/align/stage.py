@@ -132,8 +132,7 @@ class AlignStage(Stage):
         return sum(read) / sum(problems)
 
     def run(self, context: JobContext) -> None:
-        from eopd.stages.align.job import AlignmentJob
-        from eopd.stages.align.run import run
+        from eopd.stages.align.run import AlignmentJob, run
 
         settings = context.settings
         assert settings.evaluate is not None

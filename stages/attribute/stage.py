@@ -136,6 +136,7 @@ class AttributionSummaryStage(Stage):
 
     name = "attribution_summary"
     kind = "attribution_summaries"
+    needs_gpu = False
     command = "attribute"
     divisible = False
     planned_by = "attribute"
@@ -167,9 +168,6 @@ class AttributionSummaryStage(Stage):
             },
         )
         return Job(self, round_, output, inputs | ({} if rollouts is None else {"rollouts": Input(rollouts)}))
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         asked = experiment.settings.attribute

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from eopd.stages.experiment import Experiment
-from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage
 from eopd.stages.verifiers.registry import RULES
 
@@ -17,6 +16,7 @@ class JudgeStage(Stage):
 
     name = command = "judge"
     kind = "verdicts"
+    needs_gpu = False
     size_settings = "rollout.samples_per_prompt, rollout.prompts_per_round or rounds"
     planned_by = "train.select.verdict: right or wrong; {{verdict}} or {{right_sibling}} in score.teacher_prompt"
 
@@ -33,9 +33,6 @@ class JudgeStage(Stage):
             inputs={"rollouts": rollouts.key},
         )
         return Job(self, round_, output, {"rollouts": Input(rollouts, by_part=True)})
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         read = inputs["rollouts"]

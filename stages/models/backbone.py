@@ -1,18 +1,23 @@
-"""The model below its LM head, over packed rows. Letters: T scored tokens, R rows, L row length, D hidden size."""
+"""The model below its LM head, over packed rows. Letters: T scored tokens, R rows, L row length, D hidden size, V
+vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eopd.stages.models.lm_head import evaluating, probe_ids, refusal, traits_of, unwrap
+from eopd.stages.models.lm_head import evaluating, lm_head_of, probe_ids, refusal, traits_of, unwrap
 from eopd.stages.models.model_config import scaled_positions
 from eopd.stages.models.packing import Layout, Packed, Sequence, pack
+from eopd.storage.teacher_record import offsets_of
 
 # These two honour the block-diagonal mask built from position resets for any number of rows. Flash attention reads
 # the resets itself, and only of a single row: with several it would silently attend across sequences.
@@ -48,6 +53,27 @@ def final_hidden(model: nn.Module, packed: Packed) -> Tensor:
     out = traits.decoder(input_ids=packed.input_ids, attention_mask=None, use_cache=False, **positions)
     hidden: Tensor = out.last_hidden_state.flatten(0, 1).index_select(0, packed.predict_index)
     return hidden if traits.hidden_scale == 1.0 else hidden * traits.hidden_scale
+
+
+ROW_TOKENS, BATCH_TOKENS = 2048, 8192
+LOGIT_BYTES = 256 * 2**20
+"""Size of one block of float32 logits."""
+
+
+def read_logits(model: nn.Module, sequences: list[Sequence], device: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Read ``sequences``, and yield the logits of their response tokens in blocks.
+
+    Yields:
+        Numbers [T] of the tokens, counted through all responses in their order, and float32 logits [T, V].
+    """
+    starts = offsets_of(np.asarray([len(sequence.response_ids) for sequence in sequences], np.int64))
+    head = lm_head_of(model).float()
+    block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
+    for packed in pack(sequences, ROW_TOKENS, BATCH_TOKENS, layout_of(model)):
+        hidden = final_hidden(model, packed.to(device))
+        tokens = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in packed.order])
+        for first in range(0, len(tokens), block):
+            yield tokens[first : first + block], head.logits(hidden[first : first + block])
 
 
 _DYNAMIC_ROPES: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()

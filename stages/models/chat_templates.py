@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eopd.stages.format import error_line
 from eopd.storage.errors import InputError
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def parse_tools(value: object) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"is not JSON: {_one_line(error)}") from error
+            raise InputError(f"is not JSON: {error_line(error)}") from error
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -240,7 +241,7 @@ def _rendered(conversation: Conversation, render: Render) -> str:
     except Exception as error:  # errors of Jinja, or of any expression in a template
         roles = ", ".join(message["role"] for message in conversation.messages)
         raise InputError(
-            f"the chat template refuses it ({roles}): {_one_line(error)}",
+            f"the chat template refuses it ({roles}): {error_line(error)}",
             remedy="change it, or use a model whose template writes it",
         ) from error
 
@@ -454,7 +455,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        problem = f"{path} is not JSON: {_one_line(error)}"
+        problem = f"{path} is not JSON: {error_line(error)}"
         raise InputError(problem, file=path, remedy="save the tokenizer again") from error
     return value if isinstance(value, dict) else {}
 
@@ -462,8 +463,3 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

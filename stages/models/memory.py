@@ -1,8 +1,10 @@
-"""Free memory, size of weights, and releasing a GPU's memory. Needs no torch on import."""
+"""Free memory, what nvidia-smi says, size of weights, and releasing a GPU's memory. Needs no torch on import."""
 
 from __future__ import annotations
 
 import gc
+import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,18 @@ def free_memory() -> int:
         return 0
     lines = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
     return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
+
+
+def nvidia_smi(field: str) -> list[str] | None:
+    """Query a field of each GPU of this machine, without importing torch; None if nvidia-smi is missing or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split() if done.returncode == 0 else None
 
 
 def weight_bytes(folder: Path) -> int:

@@ -248,9 +248,6 @@ class StudentTopkStage(Stage):
         policy = plan.policy(plan.experiment.sampling_round(round_))
         return Job(self, round_, output, {"rollouts": Input(rollouts, by_part=True), **policy_input(policy)})
 
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 1
-
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         return read_size(inputs["rollouts"], TOPK_ENTRY_BYTES * experiment.settings.rollout.student_topk, measured)
 

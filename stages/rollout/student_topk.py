@@ -1,8 +1,7 @@
 """The student's own most probable tokens at every stored response position.
 
 The stored tokens are read once more after their part is committed, so the ids always belong to the committed tokens,
-whichever engine sampled them and however often the stage was killed. Letters: T tokens of a block, V vocabulary, D
-hidden size, k ids per token.
+whichever engine sampled them and however often the stage was killed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ import torch
 from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import torch_device
 from eopd.stages.job import ModelRef, Progress
-from eopd.stages.models.backbone import final_hidden, layout_of
+from eopd.stages.models.backbone import read_logits
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
-from eopd.stages.models.packing import pack
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
@@ -31,10 +29,6 @@ from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.student_topk import StudentTopk, write_student_topk
-
-ROW_TOKENS, BATCH_TOKENS = 2048, 8192
-LOGIT_BYTES = 256 * 2**20
-"""Of one block of float32 logits."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +93,10 @@ def topk_of(model: Any, sequences: list[PackSequence], k: int, temperature: floa
     """Return the ``k`` most probable ids and their log-probs (full softmax at ``temperature``) of every response
     token."""
     lengths = np.array([len(sequence.response_ids) for sequence in sequences], dtype=np.int32)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.zeros((int(starts[-1]), k), dtype=np.int32)
-    logprobs = np.zeros((int(starts[-1]), k), dtype=np.float32)
-    head = lm_head_of(model).float()
-    block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
-    for packed in pack(sequences, ROW_TOKENS, BATCH_TOKENS, layout_of(model)):
-        hidden = final_hidden(model, packed.to(device))
-        at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in packed.order])
-        for first in range(0, len(at), block):
-            logits = head.logits(hidden[first : first + block]) / temperature
-            best = logits.log_softmax(-1).topk(k, dim=-1)
-            rows = at[first : first + block]
-            ids[rows] = best.indices.int().cpu().numpy()
-            logprobs[rows] = best.values.cpu().numpy()
+    ids = np.zeros((int(lengths.sum()), k), dtype=np.int32)
+    logprobs = np.zeros(ids.shape, dtype=np.float32)
+    for tokens, logits in read_logits(model, sequences, device):
+        best = (logits / temperature).log_softmax(-1).topk(k, dim=-1)
+        ids[tokens] = best.indices.int().cpu().numpy()
+        logprobs[tokens] = best.values.cpu().numpy()
     return StudentTopk(lengths, ids, logprobs)

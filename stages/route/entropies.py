@@ -1,6 +1,6 @@
 """The student's exact entropies at the first tokens of its evaluation samples.
 
-The samples are read again, so the entropies do not depend on the engine that sampled. Letters: T tokens, V vocabulary.
+The samples are read again, so the entropies do not depend on the engine that sampled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import torch_device
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef, Progress
-from eopd.stages.models.backbone import final_hidden, layout_of
-from eopd.stages.models.lm_head import lm_head_of
+from eopd.stages.models.backbone import read_logits
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
-from eopd.stages.models.packing import pack
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.problems import Problems
 from eopd.storage import analyses
@@ -31,9 +29,6 @@ from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 
-ROW_TOKENS, BATCH_TOKENS = 2048, 8192
-LOGIT_BYTES = 256 * 2**20
-"""Size of one block of float32 logits."""
 COLUMNS = ("benchmark", "problem_id", "problem_index", "sample", "response_token_ids")
 
 
@@ -102,28 +97,17 @@ def _sequences(job: EntropiesJob, part: int, problems: Problems) -> tuple[list[d
 
 
 @torch.inference_mode()
-def entropies_of(model: Any, sequences: Sequence[PackSequence], device: str = "cpu") -> list[np.ndarray[Any, Any]]:
+def entropies_of(model: Any, sequences: list[PackSequence], device: str = "cpu") -> list[np.ndarray[Any, Any]]:
     """Return the entropy (full softmax at temperature 1, nats) before every response token of each sequence.
 
     Raises:
         FloatingPointError: logits that are not finite.
     """
     lengths = [len(sequence.response_ids) for sequence in sequences]
-    ends = np.cumsum(lengths)
     values = np.zeros(sum(lengths), dtype=np.float32)
-    head = lm_head_of(model).float()
-    block = max(1, LOGIT_BYTES // (4 * head.vocab_size))
-    filled = [sequence for sequence in sequences if len(sequence.response_ids)]
-    starts = [int(end) - length for end, length in zip(ends, lengths, strict=True) if length]
-    for packed in pack(filled, ROW_TOKENS, BATCH_TOKENS, layout_of(model)):
-        hidden = final_hidden(model, packed.to(device))
-        at = np.concatenate(
-            [np.arange(starts[number], starts[number] + len(filled[number].response_ids)) for number in packed.order]
-        )
-        for first in range(0, len(at), block):
-            # entr is 0 at a probability of 0
-            entropy = torch.special.entr(head.logits(hidden[first : first + block]).softmax(-1)).sum(-1)
-            if not torch.isfinite(entropy).all():
-                raise FloatingPointError("logits that are not finite")
-            values[at[first : first + block]] = entropy.cpu().numpy()
-    return np.split(values, ends[:-1])
+    for tokens, logits in read_logits(model, sequences, device):
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)  # entr is 0 at a probability of 0
+        if not torch.isfinite(entropy).all():
+            raise FloatingPointError("logits that are not finite")
+        values[tokens] = entropy.cpu().numpy()
+    return np.split(values, np.cumsum(lengths)[:-1])

@@ -80,6 +80,7 @@ class RouteStage(Stage):
 
     name = command = "route"
     kind = "routings"
+    needs_gpu = False
     divisible = False
     planned_by = PLANNED_BY
 
@@ -108,9 +109,6 @@ class RouteStage(Stage):
         inputs = {"entropies": Input(entropies)}
         inputs |= {_role(name): Input(evaluation) for name, evaluation in evaluations.items()}
         return Job(self, round_, output, inputs)
-
-    def gpus(self, settings: ExperimentSettings) -> int:
-        return 0
 
     def forecast(self, job: Job, experiment: Experiment, inputs: Mapping[str, Size], measured: Measured) -> Size:
         return Size(

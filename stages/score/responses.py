@@ -1,18 +1,25 @@
-"""A part's rollouts as the teacher reads them: contexts, truncated responses, identities for the draws."""
+"""Inputs of the score stage, and a part's rollouts as the teacher reads them: contexts, truncated responses, identities
+for the draws."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eopd.stages.engines.kept import Engines
+from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.packing import Sequence
+from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.models.teacher_prompts import Context
 from eopd.stages.score.context import COLUMNS, Sources, render_contexts
-from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.settings import ScoreSettings
+from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.rollouts import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk
@@ -20,6 +27,28 @@ from eopd.storage.verdicts import read_correct
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Scoring of rollouts with the teacher: part i of ``output`` comes from part i of ``rollouts``."""
+
+    output: Artifact
+    parts: SequenceOf[int]
+    settings: ScoreSettings
+    progress: Progress
+    log_dir: Path
+    rollouts: Artifact
+    teacher: ModelRef
+    student_tokenizer: str  # folder or hub id: its ids must mean the same bytes as the teacher's
+    stop_ids: tuple[int, ...]  # union of student's and teacher's
+    rollout_temperature: float
+    student_topk: Artifact | None = None  # the student's own top-k: ids whose teacher log-probs are stored too
+    prompts: PromptSettings | None = None  # the prompt source, where contexts hold solutions
+    prompt_rows: frozenset[int] | None = None  # the prompts whose responses are scored, by their rows; None: all
+    verdicts: Artifact | None = None  # on the rollouts, where contexts depend on them
+    seed: int = 0  # of score.teacher_prompt.shuffled
+    engines: Engines = field(default_factory=Engines)
 
 
 @dataclass(frozen=True)

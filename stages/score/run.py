@@ -25,8 +25,7 @@ from eopd.stages.models.teacher_prompts import SIBLING
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
 from eopd.stages.score.context import context_name
-from eopd.stages.score.job import ScoreJob
-from eopd.stages.score.responses import PartResponses, read_part
+from eopd.stages.score.responses import PartResponses, ScoreJob, read_part
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_statistics import (
     NotFinite,
@@ -35,14 +34,13 @@ from eopd.stages.score.token_statistics import (
     concatenate,
     empty,
     in_response_order,
-    ranges,
     row_keys,
 )
 from eopd.storage.claims import held_parts
 from eopd.storage.errors import InputError
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import PartHeader, write_part
-from eopd.storage.teacher_record import TeacherRows
+from eopd.storage.teacher_record import TeacherRows, take_ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -249,7 +247,7 @@ class Scorer:
         sampled = [np.asarray(responses.sequences[number].response_ids, np.int64) for number in batch.order]
         lengths = np.asarray(batch.lengths, np.int64)
         identities = np.repeat(responses.identities[list(batch.order)], lengths, axis=0)
-        keys = row_keys(seed, identities, ranges(np.zeros_like(lengths), lengths))
+        keys = row_keys(seed, identities, take_ranges(np.zeros_like(lengths), lengths))
         if responses.topk is None:
             return TokenBatch(np.concatenate(sampled), keys)
         extra = np.concatenate([responses.extra_ids(number) for number in batch.order])

@@ -179,7 +179,7 @@ class ScoreStage(Stage):
         if context.settings.teacher.capture is not None:
             self._run_capture(context, context.settings.teacher.capture)
             return
-        from eopd.stages.score.job import ScoreJob
+        from eopd.stages.score.responses import ScoreJob
         from eopd.stages.score.run import run
 
         facts = context.experiment.facts

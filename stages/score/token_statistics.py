@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eopd.stages.models.lm_head import LMHead
-from eopd.storage.teacher_record import Float32, Int32, Int64, TeacherRows
+from eopd.storage.teacher_record import Float32, Int32, Int64, TeacherRows, offsets_of, take_ranges
 
 # -- logit blocks -----------------------------------------------------------------------------------------------------
 
@@ -319,21 +319,6 @@ def concatenate(pieces: Sequence[TokenStatistics]) -> TokenStatistics:
     return TokenStatistics(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in names})
 
 
-def offsets_of(counts: Int64) -> Int64:
-    """Turn counts [N] into offsets [N+1]."""
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
-
-
-def ranges(starts: Int64, counts: Int64) -> Int64:
-    """Return the integers of [start, start + count) of each pair, one range after the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    values: Int64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
-    return values
-
-
 def take(statistics: TokenStatistics, tokens: Int64) -> TokenStatistics:
     """Select the given tokens (numbers into T), in that order."""
     taken: dict[str, Any] = {}
@@ -341,7 +326,7 @@ def take(statistics: TokenStatistics, tokens: Int64) -> TokenStatistics:
     for name in {*_RAGGED.values()}:
         counts = getattr(statistics, name)
         starts = np.cumsum(counts) - counts
-        places[name] = ranges(starts[tokens], counts[tokens])
+        places[name] = take_ranges(starts[tokens], counts[tokens])
     for field in fields(statistics):
         index = places[_RAGGED[field.name]] if field.name in _RAGGED else tokens
         taken[field.name] = getattr(statistics, field.name)[index]
@@ -367,7 +352,7 @@ def in_response_order(
     assert len(np.unique(numbers)) == len(numbers)
     by_number = np.argsort(numbers)
     starts = np.cumsum(run_lengths) - run_lengths
-    sorted_statistics = take(statistics, ranges(starts[by_number], run_lengths[by_number]))
+    sorted_statistics = take(statistics, take_ranges(starts[by_number], run_lengths[by_number]))
     counts = np.zeros(responses, np.int64)
     counts[numbers] = run_lengths
     return TeacherRows(

@@ -1,4 +1,4 @@
-"""Reproduction of a failed step: all inputs of the step, saved for inspection.
+"""A step that stops training: its error, and all inputs of the step, saved for inspection.
 
 <run>/failures/round-R-step-S/failure.json     seed, settings, figures, which tensors are not finite, where to start
 <run>/failures/round-R-step-S/responses.jsonl  the step's responses: token ids, and where their teacher rows are
@@ -11,21 +11,46 @@ import math
 import os
 import secrets
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from eopd.stages.train.errors import TrainingStopped
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.responses import Responses
 from eopd.stages.train.states import States, write_jsonl
+from eopd.storage.errors import UserError
 from eopd.storage.files import fsync_folder, fsync_tree, naming_full_disks
 
 FAILURE_FILE = "failure.json"
 RESPONSES_FILE = "responses.jsonl"
 NAMES_KEPT = 50  # of tensors: after an overflow all of a model's are broken
+
+
+class TrainingStopped(UserError, RuntimeError):
+    """Training cannot continue: the message says where and why. Nothing committed is lost.
+
+    ``figures``: numbers of a step that broke, for its reproduction; ``folder``: where that was saved.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str = "",
+        setting: str | None = None,
+        step: int | None = None,
+        responses: Sequence[str] = (),
+        figures: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        super().__init__(problem, remedy=remedy, setting=setting)
+        self.step = step
+        self.responses = tuple(responses)
+        self.figures = figures
+        self.folder = folder
 
 
 def broken_tensors(module: nn.Module) -> dict[str, list[str]]:

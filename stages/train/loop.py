@@ -21,8 +21,7 @@ from torch import Tensor
 
 from eopd.stages.models.packing import Packed, pack
 from eopd.stages.models.transfer import on_device
-from eopd.stages.train.errors import TrainingStopped
-from eopd.stages.train.failures import broken_tensors
+from eopd.stages.train.failures import TrainingStopped, broken_tensors
 from eopd.stages.train.metrics import sum_metrics
 from eopd.stages.train.objectives.base import Objective, StepContext
 from eopd.stages.train.objectives.reopold import above_quantile

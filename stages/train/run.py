@@ -26,9 +26,7 @@ from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.settings import OFF_POLICY
 from eopd.stages.train.checkpoint import carry_over, commit, rehearse_commit, set_generation_config
-from eopd.stages.train.errors import TrainingStopped
-from eopd.stages.train.extras import require_extras
-from eopd.stages.train.failures import save_failure
+from eopd.stages.train.failures import TrainingStopped, save_failure
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.loop import Loop, Step
 from eopd.stages.train.lora import add_adapters
@@ -43,7 +41,7 @@ from eopd.stages.train.responses import (
     refuse_truncated_sampling,
     region_of,
 )
-from eopd.stages.train.settings import StalenessSettings, TrainSettings, batch_of_step, steps_per_round
+from eopd.stages.train.settings import StalenessSettings, TrainSettings, batch_of_step, require_extras, steps_per_round
 from eopd.stages.train.states import RoundStart, States
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
 from eopd.storage.errors import InputError
+from eopd.storage.extras import installing, is_installed
 
 # -- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -329,3 +330,21 @@ class TrainSettings(Settings):
                 remedy="unset one of them",
             )
         return self
+
+
+def require_extras(settings: TrainSettings) -> None:
+    """Raise ValueError naming the first package that is not installed, the setting that needs it and the remedy."""
+    if settings.lora is not None and not is_installed("peft"):
+        raise InputError(
+            "train.lora needs peft, which is not installed",
+            setting="train.lora",
+            remedy=f"To add it, {installing('peft')}; or unset train.lora",
+        )
+    for name in settings.trackers:
+        if not is_installed(name):
+            raise InputError(
+                f"train.trackers names {name!r}, which is not installed",
+                setting="train.trackers",
+                remedy=f"To add it, {installing('trackers')}; or leave it out (TensorBoard and metrics.jsonl are "
+                "written anyway)",
+            )

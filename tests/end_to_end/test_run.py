@@ -188,7 +188,7 @@ def test_wrong_weights_under_the_rollouts_stop_training(world: World, undisturbe
     from dataclasses import replace
 
     from eopd.stages.engines.kept import Engines
-    from eopd.stages.train.errors import TrainingStopped
+    from eopd.stages.train.failures import TrainingStopped
     from eopd.stages.train.run import run
     from eopd.stages.train.stage import train_job
     from eopd.storage.artifacts import Artifact

@@ -8,7 +8,7 @@ import pytest
 
 from eopd.pipeline.config import ConfigError
 from eopd.pipeline.inputs import compare_vocabularies
-from eopd.stages.models import vocabulary
+from eopd.stages.models import tokenizers
 from tests.end_to_end.conftest import World, eopd
 from tests.stages.tiny_models import tiny_tokenizer
 
@@ -27,8 +27,8 @@ def test_two_folders_are_compared_once_in_a_process(tmp_path: Path, monkeypatch:
     tiny_tokenizer(tmp_path / "student")
     tiny_tokenizer(tmp_path / "teacher", template=None)
     compared: list[object] = []
-    check_same = vocabulary.check_same
-    monkeypatch.setattr(vocabulary, "check_same", lambda *pair: compared.append(pair) or check_same(*pair))
+    check_same = tokenizers.check_same_vocabulary
+    monkeypatch.setattr(tokenizers, "check_same_vocabulary", lambda *pair: compared.append(pair) or check_same(*pair))
     for _ in range(3):
         compare_vocabularies(tmp_path / "teacher", tmp_path / "student")
     assert len(compared) == 1

@@ -197,7 +197,6 @@ def test_phases_follow_each_other_with_keys_known_before_work(models: Path, tmp_
     assert train.inputs["policy"].needed() == {WEIGHTS}, "the optimiser of a run begins anew"
     assert second.plan.job("train", 1).inputs["policy"].needed() == {WEIGHTS, OPTIMIZER}
     assert second.facts.stop_ids == first.facts.stop_ids
-    assert second.experiment.student_dtype == "bfloat16"
 
     with raises(ConfigError, setting="student.run", remedy="run one first"):
         check_other_students(second, [second])

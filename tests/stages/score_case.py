@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eopd.stages.job import ModelRef, NullProgress
-from eopd.stages.score.job import ScoreJob
+from eopd.stages.score.responses import ScoreJob
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity

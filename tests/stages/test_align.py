@@ -12,10 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from eopd.stages.align.divergence import SUMMED, compare, known_ids
-from eopd.stages.align.job import AlignmentJob
 from eopd.stages.align.reading import measure_alignment
-from eopd.stages.align.responses import ResponseReader
-from eopd.stages.align.run import run, summarise
+from eopd.stages.align.run import AlignmentJob, ResponseReader, run, summarise
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.hidden import refuse_uniform
 from eopd.stages.engines.kept import Engines
@@ -245,10 +243,10 @@ def test_a_problem_that_is_no_longer_what_it_was_is_named(
 
     first = samples_of(evaluated)[0]["problem_id"]
     fields = {"prompt": first, "file": evaluated.settings.benchmarks[0].path}
-    monkeypatch.setattr("eopd.stages.align.responses.teacher_context", lambda *_: Context(((),)))
+    monkeypatch.setattr("eopd.stages.align.run.teacher_context", lambda *_: Context(((),)))
     with raises(InputError, f"{first}.* no tokens", **fields):
         run(align(evaluated, tmp_path / "empty"))
-    monkeypatch.setattr("eopd.stages.align.responses.load_prompts", renamed)
+    monkeypatch.setattr("eopd.stages.problems.load_prompts", renamed)
     with raises(InputError, f"new {first}", setting="evaluate.benchmarks", remedy="plan the run again", **fields):
         run(align(evaluated, tmp_path / "renamed"))
 

@@ -14,8 +14,7 @@ from eopd.stages.experiment import Experiment
 from eopd.stages.models.loading import load_tokenizer_at
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings, donors
-from eopd.stages.score.job import ScoreJob
-from eopd.stages.score.responses import PartResponses, read_part
+from eopd.stages.score.responses import PartResponses, ScoreJob, read_part
 from eopd.stages.score.run import run
 from eopd.stages.stage import Measured, Size
 from eopd.storage.artifacts import Artifact

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eopd.stages.job import ModelRef
-from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.failures import TrainingStopped
 from eopd.stages.train.run import run
 from eopd.storage.teacher_cache import JointCache
 from tests.stages.train_case import make_world, train_job

@@ -16,7 +16,7 @@ from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.packing import Sequence, pack
 from eopd.stages.score.run import run as score
-from eopd.stages.train.errors import TrainingStopped
+from eopd.stages.train.failures import TrainingStopped
 from eopd.stages.train.responses import load_responses
 from eopd.stages.train.run import response_weights, run
 from eopd.stages.train.settings import StalenessSettings, batch_of_step

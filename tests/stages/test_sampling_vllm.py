@@ -159,6 +159,12 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def test_a_second_context_is_refused(engine: SamplingEngine) -> None:
+    request = SamplingRequest([5, 6], 0, expert=Expert([7], np.ones(2, bool)))
+    with raises(InputError, setting="rollout.engine", remedy="transformers"):
+        engine.sample([request], SamplingParameters(max_new_tokens=2))
+
+
 def test_closing_leaves_no_trace_and_a_second_engine_serves_its_own_weights(
     engine: SamplingEngine, saved: tuple[Path, PreTrainedModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,12 +201,6 @@ def _process_state() -> list[Any]:
         torch.distributed.is_initialized(),
         torch.get_default_dtype(),
     ]
-
-
-def test_a_second_context_is_refused(engine: SamplingEngine) -> None:
-    request = SamplingRequest([5, 6], 0, expert=Expert([7], np.ones(2, bool)))
-    with raises(InputError, setting="rollout.engine", remedy="transformers"):
-        engine.sample([request], SamplingParameters(max_new_tokens=2))
 
 
 def test_a_head_size_vllm_lacks_is_named_before_any_sampling(tmp_path: Path, engine: SamplingEngine) -> None:

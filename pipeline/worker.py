@@ -39,15 +39,11 @@ if TYPE_CHECKING:
 end_with_parent_if_spawned()
 
 IDLE_SECONDS = 120.0
-ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    # OpenMP's threads wait for each other in a loop, by default for milliseconds, in which they take the core from
-    # the thread that they wait for if anything else runs: then sampling takes six times as long (docs/log.md)
-    "GOMP_SPINCOUNT": "6000",
-}
-"""Set before libraries are imported, unless it is set."""
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
+SPIN_COUNT, WAIT_POLICY = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
+SPINS = 6000
+"""How often OpenMP's threads look whether the others are done before they sleep. By default it is for milliseconds, in
+which they take the core from the thread that they wait for if anything else runs (docs/log.md)."""
 OBJECTS_BETWEEN_COLLECTIONS = 50_000
 """In place of Python's 700; each of the usual young collections then takes milliseconds."""
 
@@ -242,13 +238,20 @@ def print_error(error: Exception) -> None:
 
 
 def prepare_imports() -> None:
-    """Set up the environment of libraries before they are imported; variables that are set are kept.
+    """Prepare the process for heavy imports.
 
     Imports make a million objects that stay: Python would look through them for garbage nine times on the way.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
+
+
+def set_environment() -> None:
+    """Set the environment of libraries, which read it when they are imported; variables that are set are kept."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if WAIT_POLICY not in os.environ:  # the count would overrule it
+        os.environ.setdefault(SPIN_COUNT, str(SPINS))
 
 
 def do_text(text: str, engines: Engines | None = None) -> Outcome:

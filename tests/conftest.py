@@ -21,8 +21,40 @@ SLOW = (
     "stages/test_train_processes.py",
     "pipeline/test_doctor.py",
     "storage/test_remote.py",
+    "storage/test_hub.py",
+    "pipeline/test_hostile_stores.py",
+    "pipeline/test_push.py",
+    "pipeline/test_self_teacher.py",
+    "pipeline/test_terminal.py::test_the_commands_end_in_one_line",
+    "pipeline/test_inputs.py::test_what_a_config_is_refused_for_is_one_line_with_the_file",
+    "pipeline/test_processes.py::test_children_end_with_their_worker",
+    "pipeline/test_prompt_check.py::test_the_commands_refuse_before_work",
+    "pipeline/test_store_cli.py::test_verify_and_repair_in_a_bucket",
+    "stages/test_fake_cuda.py",
+    "stages/test_grading_processes.py",
+    "stages/test_generation_config.py::test_a_commit_that_fails_after_all_costs_no_step",
+    "stages/test_gguf.py::test_a_kill_leaves_no_folder_and_the_next_prepares_it",
+    "stages/test_intervals.py::test_coverage_with_thirty_problems",
+    "stages/test_report_gather.py::test_alignments_of_different_things_are_named",
+    "stages/test_report_page.py::test_a_page_is_whole_and_loads_nothing",
+    "stages/test_sampling.py::test_logprobs_are_those_of_a_plain_forward",
+    "stages/test_score_run.py::test_several_processes_on_one_artifact",
+    "stages/test_score_run.py::test_scores_equal_the_model_alone",
+    "stages/test_student_head_training.py::test_ddp_and_fsdp2_give_the_gradient_of_one_process",
+    "stages/test_train_ema.py",
+    "stages/test_train_lora.py",
+    "stages/test_train_staleness.py",
+    "stages/test_train_trackers.py",
+    "stages/test_verifiers.py::test_math_outlives_an_answer_that_hangs",
+    "stages/test_verifiers.py::test_math_grades_every_pair_as_it_is_right",
+    "stages/test_verifiers.py::test_math_reads_every_reference_of_the_papers_benchmarks",
+    "stages/test_weight_files.py::test_a_lost_tensor_is_refused_before_work",
+    "stages/test_weight_files.py::test_any_tensor_that_is_missing_or_has_another_shape_is_refused_by_name",
+    "storage/test_sharing.py::test_eight_processes_fill_one_cache_while_three_are_killed",
+    "storage/test_verification.py::test_verify_finds_any_flip_and_repair_queues_the_part_again",
 )
-"""Whole runs and installations, a browser, a server, every architecture; `make test-fast` omits them."""
+"""Whole runs and installations, several processes, a browser, a server, every architecture, and whatever else
+takes more than two seconds: `make test-fast` omits them."""
 LONG = (
     "end_to_end/test_slurm.py::test_a_run_through_interruptions_of_every_kind",
     "end_to_end/test_slurm.py::test_a_part_that_fails_for_good_is_named_and_set_aside",
@@ -68,11 +100,12 @@ NUMERIC = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = item.path.relative_to(TESTS).as_posix()
-        if path.startswith(SLOW):
+        name = f"{path}::{item.name}"
+        if name.startswith(SLOW):
             item.add_marker("slow")
         if path in NUMERIC:
             item.add_marker("numeric")
-        if f"{path}::{item.name}".startswith(LONG):
+        if name.startswith(LONG):
             item.add_marker("long")
             if "EOPD_LONG" not in os.environ:
                 item.add_marker(pytest.mark.skip(reason="takes a minute or so; .ci/run sets EOPD_LONG"))

@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import yaml
 
 from eopd.stages.evaluate.summary import distinct, self_bleu
 from eopd.stages.intervals import t_interval
+from examples.smollm2.__main__ import eopd
 from examples.smollm2.measure import EDGES, Text, chosen, generate, load, log_probs, prompt_ids, texts
 from examples.smollm2.questions import choices, questions
 
@@ -46,8 +45,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 COLLAPSED = ("opd", "eopd", "mix", "random gate")
 """Objectives that the collapsed student is trained with."""
 TASK: Mapping[str, Sequence[str]] = choices()
-"""On which the teacher is clearly above the student: found by measuring it, sums, two words in reverse order, sentences
-with two words exchanged, and facts to be named (README)."""
+"""The verifiable task, on which the teacher is clearly above the student (``--task``)."""
 SAMPLES, LENGTH, QUESTIONS, TEXTS = 4, 64, 20, 24
 FIGURES = (
     "entropy",
@@ -62,8 +60,6 @@ FIGURES = (
     "nll",
     "choices",
 )
-
-
 BINS = tuple(f"fkl_bin_{number}" for number in range(len(EDGES) + 1))
 
 
@@ -126,12 +122,6 @@ class Measures:
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
-
-
-def eopd(*arguments: object) -> None:
-    code = subprocess.run([sys.executable, "-m", "eopd.pipeline.cli", *map(str, arguments)], check=False).returncode
-    if code:
-        raise SystemExit(code)  # the command said why
 
 
 def overrides(**places: object) -> list[str]:
@@ -231,17 +221,36 @@ def table(rows: Sequence[Mapping[str, Any]], start: str, against: str, figures: 
     return "\n".join(lines)
 
 
+def print_task(out: Path) -> None:
+    """Print how many of the choices the models get right that no objective has trained, by form of question."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "teacher")
+    for name in ("teacher", "student", "offline"):
+        right = chosen(tokenizer, load(out / name), TASK)
+        forms = [question.split(" of ")[0] for question in TASK]
+        shares = {
+            form: f"{sum(r for r, f in zip(right, forms, strict=True) if f == form)}/{forms.count(form)}"
+            for form in dict.fromkeys(forms)
+        }
+        print(f"{name}: {sum(right)}/{len(right)}", shares)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("smollm2"), help="folder of `python -m examples.smollm2`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="print the tables of the committed results alone")
+    parser.add_argument("--task", action="store_true", help="measure teacher and students on the choices alone")
     parser.add_argument(
         "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="as of eopd run"
     )
     given = parser.parse_args()
+    out: Path = given.out.resolve()
+    if given.task:
+        print_task(out)
+        return
     if not given.table:
-        out: Path = given.out.resolve()
         if not (out / "offline" / "model.safetensors").exists():
             raise SystemExit(f"{out} has no student yet: python -m examples.smollm2 --out {given.out}")
         run(out, given.seeds, ("offline",), given.changes)

@@ -225,6 +225,8 @@ def _total_variation(engine_logits: Tensor, own: Tensor) -> Tensor:
 # Hidden states from a transformers model over packed rows. Letters: T scored tokens, V vocabulary.
 
 
+CPU_BATCH_TOKENS = 1024
+"""Most tokens of a forward pass on a CPU: with more, its activations leave the cache (docs/log.md)."""
 MEMORY_FOR_CHECK = 1.5
 """A checkpoint is loaded once more, for the check, if this many times its weights' size is free."""
 
@@ -238,7 +240,8 @@ class TransformersHiddenEngine:
     def __init__(self, ref: ModelRef, *, options: EngineOptions, batch_tokens: int, row_tokens: int) -> None:
         self.version = version("transformers")
         self._device = torch_device(options)
-        self._batch_tokens, self._row_tokens = batch_tokens, min(row_tokens, batch_tokens)
+        self._batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS) if self._device == "cpu" else batch_tokens
+        self._row_tokens = min(row_tokens, self._batch_tokens)
         self._model: Any = load_model(ref, self._device)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self._ref = replace(ref, dtype=self.dtype)

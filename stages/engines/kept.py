@@ -91,7 +91,7 @@ def open_hidden_engine(
         kind: auto is vLLM where it is installed and known to read this architecture right.
         longest: tokens of the longest sequence it will read.
         dtype: of the forward pass; auto: that of ``ref``.
-        batch_tokens: tokens of one forward pass, about.
+        batch_tokens: tokens of one forward pass, about; transformers on a CPU reads at most ``CPU_BATCH_TOKENS``.
         row_tokens: tokens of a packed row (transformers only).
 
     Raises:

@@ -72,7 +72,11 @@ class ScoreSettings(Settings):
     )
     engine_options: EngineOptions = setting(EngineOptions, "Speed and placement of the engine", keyed=False)
     batch_tokens: int = setting(
-        16384, "Tokens the teacher reads in one call of the engine", keyed=False, ge=1, le=COUNT
+        16384,
+        "Tokens the teacher reads in one call of the engine (transformers on a CPU: at most 1,024, more are slower)",
+        keyed=False,
+        ge=1,
+        le=COUNT,
     )
     row_tokens: int = setting(
         2048,

@@ -44,7 +44,8 @@ class LogitBlocks:
         self.head, self.rows, self.block, self.temperature = head, rows, block, temperature
         self.blocks = -(-head.vocab_size // block)
         groups = self.blocks * block // GROUP
-        self.z = torch.full((self.blocks, rows, block), BLANK, device=device)  # [N, C, W]
+        self.z = torch.empty(self.blocks, rows, block, device=device)  # [N, C, W]
+        self.z[-1, :, head.vocab_size - (self.blocks - 1) * block :] = BLANK
         self._scratch = torch.empty(rows, block, device=device)
         self._group_max = torch.empty(rows, groups, device=device)
         self._group_sum = torch.empty(rows, groups, device=device)

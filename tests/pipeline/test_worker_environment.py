@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-SHOW = "from eopd.pipeline.worker import prepare_imports; prepare_imports(); import os; print(os.environ['{}'])"
+from eopd.pipeline.worker import SPIN_COUNT, SPINS, WAIT_POLICY, set_environment
 
 
-@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM"])
-def test_variables_are_set_but_never_replaced(name: str) -> None:
-    def shown(**changes: str) -> str:
-        kept = {key: value for key, value in os.environ.items() if key != name}
-        command = [sys.executable, "-c", SHOW.format(name)]
-        return subprocess.run(command, env=kept | changes, capture_output=True, text=True, check=True).stdout.strip()
+@pytest.fixture(autouse=True)
+def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
 
-    assert shown() == {"GOMP_SPINCOUNT": "6000", "TOKENIZERS_PARALLELISM": "false"}[name]
-    assert shown(**{name: "17"}) == "17"
+
+@pytest.mark.parametrize(("name", "value"), [(SPIN_COUNT, str(SPINS)), ("TOKENIZERS_PARALLELISM", "false")])
+def test_variables_are_set_but_never_replaced(name: str, value: str) -> None:
+    set_environment()
+    assert os.environ[name] == value
+    os.environ[name] = "17"
+    set_environment()
+    assert os.environ[name] == "17"
+
+
+def test_a_policy_of_the_user_s_decides_how_threads_wait() -> None:
+    os.environ[WAIT_POLICY] = "PASSIVE"
+    set_environment()
+    assert SPIN_COUNT not in os.environ

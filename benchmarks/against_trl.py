@@ -45,10 +45,10 @@ from eopd.stages.train.run import run as train
 from eopd.stages.train.settings import batch_of_step
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import Student
-from eopd.storage.extras import installing
+from eopd.storage.errors import installing
 from eopd.storage.jsonl import read_whole
 from eopd.storage.paths import METRICS_FILE, WEIGHTS
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows
 

@@ -38,10 +38,9 @@ from eopd.stages.models.lm_head import LMHead, lm_head_of
 from eopd.stages.models.packing import Packed, Sequence, pack
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_statistics import TokenBatch, in_response_order, row_keys
-from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.base import StepContext, TeacherBatch
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import gradient_norm, make_optimizer
 from eopd.stages.train.settings import OptimizerSettings
 from eopd.stages.train.stops import StopHandling

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.machine import machine
 from eopd.pipeline.config import load_config
-from eopd.pipeline.memory import needs
+from eopd.pipeline.forecast import needs
 from eopd.stages.engines.sampling import EngineOptions
 from eopd.stages.memory import GIB, ModelSize, reading, training
 from eopd.stages.stage import Models
@@ -147,9 +147,8 @@ def train(model: Any, packed: Any, settings: TrainSettings) -> None:
     from benchmarks.generator import STOP_IDS, generate
     from eopd.stages.models.packing import Packed
     from eopd.stages.train.lora import add_adapters
-    from eopd.stages.train.objectives.base import StepContext
+    from eopd.stages.train.objectives.base import StepContext, TeacherBatch
     from eopd.stages.train.objectives.registry import make_objective
-    from eopd.stages.train.objectives.teacher_batch import TeacherBatch
     from eopd.stages.train.optimizer import Ema, gradient_norm, make_optimizer
     from eopd.stages.train.stops import StopHandling
     from eopd.stages.train.student import Student

@@ -41,7 +41,7 @@ from eopd.stages.score.run import Scorer
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from tests.stages.score_case import response_row
 from tests.stages.tiny_models import tiny_tokenizer

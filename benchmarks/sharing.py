@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks.machine import describe
-from eopd.pipeline.sweep import load_sweep
+from eopd.pipeline.config import load_sweep
 
 STUDY = Path(__file__).resolve().parent.parent / "examples" / "countdown"
 COMMON = ("rollout 0", "score 0", "evaluate 0")

@@ -26,10 +26,9 @@ from torch import Tensor
 
 from benchmarks.generator import STOP_IDS, generate
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.base import StepContext, TeacherBatch
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import sparse_head_loss
 from eopd.storage.teacher_record import HeadRule, TeacherRows

@@ -28,7 +28,7 @@ from eopd.stages.train.job import TrainJob
 from eopd.stages.train.settings import TrainSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "countdown" / "teacher"
 STOP_ID = 1

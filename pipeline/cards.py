@@ -209,7 +209,7 @@ _READ_PROMPTS = """
 from pathlib import Path
 
 from eopd.storage.stacked import open_files
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 
 rollouts = open_files(store, "rollouts", scores.identity.inputs["rollouts"], Path("fetched"))
 table = read_rollouts(rollouts.part_folder({part}), ["prompt_id", "prompt_token_ids"])

@@ -18,7 +18,7 @@ from eopd.stages.table import TRAIN
 from eopd.stages.train.stage import scores_role, student_bytes
 from eopd.storage import listing
 from eopd.storage.coverage import Coverage
-from eopd.storage.extras import STAGES, require_packages
+from eopd.storage.errors import STAGES, require_packages
 from eopd.storage.fingerprints import Digests
 from eopd.storage.paths import WEIGHTS
 

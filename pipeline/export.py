@@ -11,7 +11,7 @@ from pathlib import Path
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.inputs import token_names
 from eopd.pipeline.run import Run
-from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, write_stop_ids
+from eopd.stages.models.model_config import GENERATION_FILE, stop_ids_in, write_stop_ids
 from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
 from eopd.storage.fingerprints import code_files, model_files, tokenizer_files

@@ -18,8 +18,8 @@ from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings, config_file, errors_of, load_config
 from eopd.stages.experiment import BenchmarkFacts, Facts, ModelFacts, TeacherFacts
-from eopd.stages.models.generation import GENERATION_FILE
 from eopd.stages.models.gguf import ensure_prepared, gguf_fingerprint, is_gguf
+from eopd.stages.models.model_config import GENERATION_FILE
 from eopd.stages.models.prompts import PromptSettings, count_prompts, rows_by_teacher, rows_where, source_files
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.weight_files import AGAIN, read_tensors

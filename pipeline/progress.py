@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from eopd.pipeline.outcome import Outcome
+from eopd.pipeline.errors import Outcome
 from eopd.stages.format import duration, escaped
 from eopd.stages.job import NullProgress, Progress
 from eopd.storage.jsonl import append_line, parse_lines

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eopd.pipeline.run import Run
-from eopd.storage import paths, pruning
+from eopd.storage import garbage as pruning
+from eopd.storage import paths
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.notes import Keys, Note, Parts, note_name, notes, write_note

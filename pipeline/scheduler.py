@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eopd.pipeline.errors import RunError
+from eopd.pipeline.errors import Outcome, RunError
 from eopd.pipeline.launchers.settings import FaultSettings
-from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.run import Run
 from eopd.pipeline.tasks import Pool, Task, Work, few_parts
 from eopd.stages.stage import Job

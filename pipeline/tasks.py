@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from eopd.pipeline.outcome import Outcome
+from eopd.pipeline.errors import Outcome
 from eopd.pipeline.run import Run
 from eopd.stages.stage import Job, Stage
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from eopd.pipeline.processes import TORCHRUN_VARIABLE, end_with_parent, end_with_parent_if_spawned, rank
 
 if TYPE_CHECKING:
-    from eopd.pipeline.outcome import Kind, Outcome
+    from eopd.pipeline.errors import Kind, Outcome
     from eopd.pipeline.run import Run
     from eopd.pipeline.tasks import Task
     from eopd.stages.engines.kept import Engines
@@ -53,7 +53,7 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
 
     Every error of a stage becomes an outcome; the caller decides how the run continues.
     """
-    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.errors import Outcome
     from eopd.pipeline.processes import trains_together
     from eopd.storage.errors import StoreError
 
@@ -73,8 +73,8 @@ def do(task: Task, engines: Engines | None = None) -> Outcome:
 
 def do_together(task: Task) -> Outcome:
     """Do a task in several processes, as the local launcher does; they stop when this process stops or ends."""
+    from eopd.pipeline.errors import Outcome
     from eopd.pipeline.launchers.local import LocalPool
-    from eopd.pipeline.outcome import Outcome
     from eopd.pipeline.progress import SingleDisplay
     from eopd.storage import stopping
     from eopd.storage.errors import StoreFull
@@ -104,7 +104,7 @@ def execute(run: Run, job: Job, parts: Sequence[int] | None = None, engines: Eng
     from eopd.pipeline.retention import prune_old
     from eopd.stages.engines.kept import Engines
     from eopd.storage.errors import StoreError
-    from eopd.storage.pruning import revive
+    from eopd.storage.garbage import revive
 
     chosen = set(range(job.output.parts)) if parts is None else set(parts)
     if not run.missing_parts(job) & chosen:
@@ -198,7 +198,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def outcome_of(error: Exception) -> Outcome:
-    from eopd.pipeline.outcome import Outcome
+    from eopd.pipeline.errors import Outcome
     from eopd.storage.errors import UserError
     from eopd.storage.files import is_full
 
@@ -209,8 +209,7 @@ def outcome_of(error: Exception) -> Outcome:
 
 def is_for_people(error: Exception) -> bool:
     """True if the message names the remedy, so that a traceback would only hide it."""
-    from eopd.storage.errors import UserError
-    from eopd.storage.extras import missing_package
+    from eopd.storage.errors import UserError, missing_package
 
     if missing_package(error) is not None:
         return True
@@ -219,7 +218,7 @@ def is_for_people(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    from eopd.storage.extras import missing_package
+    from eopd.storage.errors import missing_package
 
     return missing_package(error) or str(error)
 
@@ -310,7 +309,7 @@ def _lines_of_stdin(engines: Engines) -> Iterator[str]:
 
 
 def main() -> None:
-    from eopd.pipeline.outcome import EXIT_CODES
+    from eopd.pipeline.errors import EXIT_CODES
     from eopd.pipeline.processes import temporary_folder
     from eopd.storage.stopping import Stopped, stopping_on_signals
 

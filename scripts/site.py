@@ -31,7 +31,7 @@ API = (
     "eopd.storage.teacher_record",
     "eopd.storage.listing",
     "eopd.storage.artifacts",
-    "eopd.storage.rollouts",
+    "eopd.storage.records",
     "eopd.storage.coverage",
     "eopd.storage.places",
     "eopd.storage.errors",

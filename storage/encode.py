@@ -6,13 +6,16 @@ Letters: S responses, T tokens, E stop ids, N numbers of a stream, K* head entri
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from eopd.storage import codec as symbols
-from eopd.storage import packing
+from eopd.storage import encode as packing
 from eopd.storage.codec import (
     CODE_EXTRA,
     DERIVED_ABOVE,
@@ -28,13 +31,37 @@ from eopd.storage.codec import (
     Integers,
     Layout,
     PartArrays,
+    Symbols,
     draw_guess,
     encode_entropy,
     encode_logprob,
     tail_guess,
 )
-from eopd.storage.compiled import compiled
 from eopd.storage.teacher_record import LOGPROB_FLOOR, Float32, Int32, Int64, TeacherRows, offsets_of
+
+# -- compilation ------------------------------------------------------------------------------------------------------
+
+# Numba-compiled loops, for work that NumPy would need one pass over memory per step for.
+#
+# A module that uses this takes half a second to import: import it where the work is done, not where commands are
+# parsed. Numba keeps compiled code beside the source, or in the user's cache folder where that is read-only, and
+# looks at the age of a loop's own file only: loops that call each other belong into one file.
+
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def compiled(loop: Loop) -> Loop:
+    """Compile ``loop`` on its first call with arguments of these types; it runs without the interpreter's lock.
+
+    Arithmetic follows NumPy (no error on division by zero) and the order in which it is written.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(loop)
+    except RuntimeError:  # no folder to cache it in: compiled again in every process
+        return numba.njit(**options)(loop)
+
 
 # -- balancing --------------------------------------------------------------------------------------------------------
 
@@ -345,3 +372,64 @@ def check(rows: TeacherRows) -> None:
     for name in ("sampled_logprob", "tail_logmass", "stop_logprobs", "extra_logprobs"):
         if not np.isfinite(getattr(rows, name)).all():
             raise ValueError(f"{name} holds values that are not finite; the floor is {LOGPROB_FLOOR}")
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+# Packing of integers into symbols and raw bits (``storage.codec``), by response; ``symbols.join`` is the inverse.
+#
+# Letters: S responses, N numbers.
+
+
+@compiled
+def _raw_count(value: int, extra: int) -> int:
+    # a float's exponent is the place of the leading one; up to 2^24 every whole number is a float32
+    leading = int(np.float32(value).view(np.int32) >> 23) - 127
+    return max(leading - extra, 0)
+
+
+@compiled
+def symbols_of(values: Int32, extra: int) -> Symbols:
+    """[N]"""
+    symbols = np.empty(len(values), np.uint8)
+    for i in range(len(values)):
+        count = _raw_count(values[i], extra)
+        symbols[i] = (count << extra) + (values[i] >> count)
+    return symbols
+
+
+@compiled
+def count(values: Int32, bounds: Int64, extra: int, bits: Int64) -> None:
+    """Add to ``bits`` [S] the raw bits that each response's numbers need; arguments as for ``append``."""
+    for s in range(len(bits)):
+        total = 0
+        for i in range(bounds[s], bounds[s + 1]):
+            total += _raw_count(values[i], extra)
+        bits[s] += total
+
+
+@compiled
+def append(
+    values: Int32, bounds: Int64, extra: int, plane: Symbols, place: Int64, raw: NDArray[np.uint8], bit: Int64
+) -> None:
+    """Append the numbers of each response to its symbols and to its raw bits.
+
+    Args:
+        values: [N] numbers from 0 to below ``symbols.largest(extra)``.
+        bounds: [S+1] the numbers of response s are values[bounds[s] : bounds[s + 1]].
+        extra: bits after the leading one that join a symbol.
+        plane: symbols; the next one of response s belongs to plane[place[s]].
+        place: [S] moved on.
+        raw: packed bits, lowest first, zero where nothing was appended; four bytes at its end belong to nobody.
+        bit: [S] number of each response's next bit in ``raw``; moved on.
+    """
+    for s in range(len(place)):
+        to, at = place[s], bit[s]
+        for i in range(bounds[s], bounds[s + 1]):
+            count = _raw_count(values[i], extra)
+            plane[to] = (count << extra) + (values[i] >> count)
+            shifted = (values[i] & ((1 << count) - 1)) << (at & 7)  # at most 24 + 7 bits
+            for byte in range(4):
+                raw[(at >> 3) + byte] |= (shifted >> (8 * byte)) & 255
+            to, at = to + 1, at + count
+        place[s], bit[s] = to, at

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import naming_full_disks
-from eopd.storage.records import named
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import named, read_rollouts
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows

@@ -22,8 +22,7 @@ from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteReque
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from eopd.storage import paths
-from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
-from eopd.storage.extras import installing
+from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable, installing
 from eopd.storage.hub import HubDataset
 from eopd.storage.identity import Identity, parse_identity
 from eopd.storage.markers import Marker

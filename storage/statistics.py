@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eopd.storage.codec import Layout, raw_counts
-from eopd.storage.errors import InputError
-from eopd.storage.extras import installing, is_installed
+from eopd.storage.errors import InputError, installing, is_installed
 from eopd.storage.sources import filled_parts
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -228,7 +227,7 @@ def _mass_by_k(rows: TeacherRows) -> NDArray[np.float32]:
 
 def field_bytes(rows: TeacherRows, layout: Layout) -> dict[str, float]:
     """Return bytes of each field compressed separately, much as a part compresses it."""
-    from eopd.storage import packing
+    from eopd.storage import encode as packing
     from eopd.storage.encode import Fields  # needs numba
 
     out = {}

@@ -29,7 +29,7 @@ LIGHT = (
     "eopd.stages.job",
     "eopd.stages.memory",
     "eopd.stages.models.chat_templates",
-    "eopd.stages.models.generation",
+    "eopd.stages.models.model_config",
     "eopd.stages.models.gguf",
     "eopd.stages.models.memory",
     "eopd.stages.models.prompts",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from eopd.storage.extras import EXTRAS, NOT_SET_UP, STAGES, installing, missing_package
+from eopd.storage.errors import EXTRAS, NOT_SET_UP, STAGES, installing, missing_package
 from tests.test_train_from_cache import make_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_every_optional_package_has_its_extra() -> None:
 def test_a_missing_package_names_its_extra(
     monkeypatch: pytest.MonkeyPatch, error: ImportError, extra: str | None
 ) -> None:
-    monkeypatch.setattr("eopd.storage.extras.is_installed", lambda _: False)
+    monkeypatch.setattr("eopd.storage.errors.is_installed", lambda _: False)
     message = missing_package(error)
     assert (message is None) == (extra is None)
     if message is not None and extra is not None:

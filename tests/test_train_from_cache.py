@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.exchange import export_sequences
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
 from examples.trainers import train_from_cache, train_from_export

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import policy_gradient
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from eopd.pipeline.run import Run
-from eopd.stages.align.divergence import Alignment, Means
-from eopd.stages.align.reading import measure_alignment
+from eopd.stages.align.divergence import Alignment, Means, measure_alignment
 from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import SamplingRequest, derive_seed
 from eopd.stages.models.loading import load_model, load_tokenizer

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss
 from eopd.stages.train.objectives.eopd import (
     forward_needs,
     forward_plan,
@@ -23,7 +23,6 @@ from eopd.stages.train.objectives.eopd import (
 )
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import above, forward_kl
 from eopd.stages.train.objectives.tropd import hashed_uniform
 from eopd.storage.coverage import EntropyNeed, StopsNeed

@@ -25,7 +25,7 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.coverage import DrawsNeed
 from eopd.storage.listing import find
 from eopd.storage.places import open_place
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import filled_parts
 from eopd.storage.stacked import open_files
 from eopd.storage.teacher_cache import TeacherCache

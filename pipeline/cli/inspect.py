@@ -53,7 +53,7 @@ def plan(
 
     console = make_console()
     console.print(plan_table(planned, every_job=all_))
-    from eopd.pipeline.memory import gpu_bytes, lines, needs_of
+    from eopd.pipeline.forecast import gpu_bytes, lines, needs_of
 
     gpu = gpu_bytes()
     for line in lines(needs_of(runs, gpu)) if gpu else ():

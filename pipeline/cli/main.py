@@ -231,7 +231,7 @@ def _open(config: str, overrides: list[str] | None, display: Display | None = No
 
 def _stage(command: str, config: str, round_: int, parts: str | None, overrides: list[str] | None) -> None:
     """Do the jobs of one command and round for which inputs are available."""
-    from eopd.pipeline.outcome import EXIT_CODES
+    from eopd.pipeline.errors import EXIT_CODES
     from eopd.pipeline.tasks import Task
     from eopd.pipeline.worker import do
     from eopd.stages.engines.kept import Engines
@@ -335,7 +335,7 @@ def prepare(
 
 def main() -> None:
     """Entry point: a known error prints one line with its remedy, not a traceback (EOPD_DEBUG=1 shows it)."""
-    from eopd.pipeline.outcome import EXIT_CODES
+    from eopd.pipeline.errors import EXIT_CODES
     from eopd.pipeline.worker import announce_stop, is_for_people, prepare_imports, print_error
     from eopd.storage.files import is_full
     from eopd.storage.stopping import Stopped, stopping_on_signals

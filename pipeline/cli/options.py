@@ -43,10 +43,9 @@ def open_runs(
     config: str, overrides: list[str] | None, sweep: str | None, progress: Callable[[], Progress] | None = None
 ) -> list[Run]:
     """Open one run for each entry of the sweep, or the run of CONFIG alone. Silent unless ``progress`` is given."""
-    from eopd.pipeline.config import load_config
+    from eopd.pipeline.config import NamedProgress, load_config, load_sweep
     from eopd.pipeline.run import open_run
     from eopd.pipeline.store_check import check_folders
-    from eopd.pipeline.sweep import NamedProgress, load_sweep
     from eopd.storage.fingerprints import Digests
 
     if sweep is None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from eopd.pipeline import worker
 from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.errors import Outcome
 from eopd.pipeline.launchers.local import LocalPool
 from eopd.pipeline.launchers.ray import RayPool
 from eopd.pipeline.launchers.slurm import SlurmLauncher
 from eopd.pipeline.launchers.slurm_arrays import Place, dry_run
-from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.progress import Display
 from eopd.pipeline.scheduler import run_jobs
 from eopd.pipeline.tasks import Pool, Task, Work

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Protocol
 
 from eopd.pipeline.config import RunSettings
+from eopd.pipeline.errors import Outcome
 from eopd.pipeline.logs import log_name
-from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.processes import Leader, last_line, worker_command
 from eopd.pipeline.progress import Display, Replay
 from eopd.pipeline.tasks import Task

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from eopd.pipeline.config import ConfigError, RunSettings
+from eopd.pipeline.errors import Outcome
 from eopd.pipeline.launchers.settings import RayResources, RaySettings
 from eopd.pipeline.logs import log_name
-from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.processes import Leader, last_line, worker_command
 from eopd.pipeline.progress import Display, Replay
 from eopd.pipeline.tasks import Task
 from eopd.stages.stage import Stage
-from eopd.storage.extras import installing
+from eopd.storage.errors import installing
 from eopd.storage.files import is_full
 
 GIB = 1024**3

@@ -7,6 +7,8 @@ jobs only shows their progress, and resubmits lost tasks once the queue is empty
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,18 +16,99 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eopd.pipeline.errors import RunError
-from eopd.pipeline.launchers import slurm_queue as queue
+from eopd.pipeline.config import ConfigError
+from eopd.pipeline.errors import EXIT_CODES, RunError
 from eopd.pipeline.launchers.settings import LauncherSettings, SlurmSettings
 from eopd.pipeline.launchers.slurm_arrays import Array, Place, arrays_of, dependency, missing_count, render
 from eopd.pipeline.logs import tail
-from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.progress import read_outcome
 from eopd.pipeline.scheduler import OpenJob
 from eopd.pipeline.tasks import Work, few_parts
 from eopd.stages.job import Progress
 from eopd.storage.files import replace_atomically
 from eopd.storage.stopping import Stopped
+
+# -- Slurm's commands -------------------------------------------------------------------------------------------------
+
+# Slurm's commands: sbatch, squeue, sacct and scancel.
+
+
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+
+
+class NotAccepted(RunError):
+    """Slurm refused a job; the message is Slurm's."""
+
+
+@dataclass(frozen=True)
+class TaskState:
+    state: str  # Slurm's word, such as PENDING
+    reason: str  # why it waits, or "None"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+def submit(script: Path, dependency: str | None) -> int:
+    """Submit a job array and return its id."""
+    after = [f"--dependency={dependency}"] if dependency else []
+    result = _call(["sbatch", "--parsable", *after, str(script)])
+    if result.returncode:
+        raise NotAccepted(f"sbatch {script}: {result.stderr.strip()}")
+    return int(result.stdout.strip().partition(";")[0])
+
+
+def look(jobs: Iterable[int]) -> Mapping[tuple[int, int], TaskState] | None:
+    """Return the state of every array task of ``jobs`` that Slurm remembers; None if Slurm does not answer.
+
+    Ended ones are remembered for a few minutes (MinJobAge).
+    """
+    wanted = set(jobs)
+    result = _call(["squeue", "--me", "--states=all", "--array", "--noheader", "--format=%F|%K|%T|%r"])
+    if result.returncode:
+        return None
+    states = {}
+    for line in result.stdout.splitlines():
+        job, index, state, reason = line.strip().split("|", 3)
+        if int(job) in wanted:
+            states[int(job), int(index)] = TaskState(state, reason)
+    return states
+
+
+def ended_as(job: int, index: int) -> str:
+    """Return the final state of a task that left the queue, from the accounting if the cluster keeps one."""
+    result = _call(["sacct", f"--jobs={job}_{index}", "--allocations", "--noheader", "--parsable2", "--format=State"])
+    lines = result.stdout.split() if result.returncode == 0 else []
+    return lines[0] if lines else "unknown"
+
+
+def exit_code(job: int, index: int) -> int | None:
+    """Return the exit code of a task's script; None if Slurm does not know it."""
+    result = _call(["scontrol", "--oneliner", "show", "job", f"{job}_{index}"])
+    match = re.search(r"\bExitCode=(\d+):(\d+)", result.stdout)
+    return None if match is None or int(match.group(2)) else int(match.group(1))
+
+
+def cancel(jobs: Iterable[int]) -> None:
+    _call(["scancel", *map(str, jobs)])
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"launcher.kind is slurm, but there is no {command[0]} here",
+            setting="launcher.kind",
+            remedy="Run this on a login node; `eopd run CONFIG --dry-run` shows the scripts anywhere.",
+        ) from error
+
+
+# -- the launcher -----------------------------------------------------------------------------------------------------
 
 SUBMITTED = "submitted.json"
 NAMED_FAILURES = 5
@@ -89,8 +172,8 @@ class SlurmLauncher:
                 array.events(index).unlink(missing_ok=True)
             array.run.artifact(array.job.output).begin()  # so that no task settles on other scores that would serve
             try:
-                job = queue.submit(array.script, dependency(array, ids))
-            except queue.NotAccepted as refused:
+                job = submit(array.script, dependency(array, ids))
+            except NotAccepted as refused:
                 if not submitted:
                     raise
                 self._progress.line(
@@ -109,7 +192,7 @@ class SlurmLauncher:
         for folder in {run.paths.slurm for run, _ in work}:
             with suppress(FileNotFoundError):
                 jobs.update(json.loads((folder / SUBMITTED).read_text(encoding="utf-8"))["jobs"])
-        states = queue.look(jobs) if jobs else {}
+        states = look(jobs) if jobs else {}
         if states is None:
             raise RunError(
                 f"squeue does not answer, and jobs {_ids(jobs)} of an earlier submission may still be in the queue",
@@ -121,7 +204,7 @@ class SlurmLauncher:
         """Show the progress of the jobs until none is in the queue."""
         watch = Watch(work, self._progress)
         try:
-            while watch.look(queue.look(self._jobs)):
+            while watch.look(look(self._jobs)):
                 time.sleep(self._slurm.poll_seconds)
         finally:
             self._progress.close()
@@ -130,7 +213,7 @@ class SlurmLauncher:
         ids = " ".join(map(str, self._jobs))
         with suppress(KeyboardInterrupt, Stopped, EOFError):
             if sys.stdin.isatty() and input("\nCancel the jobs as well? [y/N] ").strip().lower() in {"y", "yes"}:
-                queue.cancel(self._jobs)
+                cancel(self._jobs)
                 self._progress.line("slurm: cancelled; parts in hand are committed first")
                 return
         self._progress.line(
@@ -207,7 +290,7 @@ class Failure:
 
 def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
     """List the failed tasks of jobs that are no longer in the queue."""
-    states = queue.look(submitted) or {}
+    states = look(submitted) or {}
     for job, array in submitted.items():
         missing = array.run.missing_parts(array.job)
         for index, parts in array.chunks.items():
@@ -215,10 +298,10 @@ def failures(submitted: Mapping[int, Array]) -> Iterator[Failure]:
             log = array.log(str(job), str(index))
             if undone and log.exists():  # without a log it never began: a dependency has failed
                 known = states.get((job, index))
-                state = known.state if known else queue.ended_as(job, index)
+                state = known.state if known else ended_as(job, index)
                 outcome = read_outcome(array.events(index))
                 message = outcome.message if outcome and outcome.message else _last_line(log)
-                code = queue.exit_code(job, index)
+                code = exit_code(job, index)
                 yield Failure(array, f"{job}_{index}", parts, undone, state, log, code, message)
 
 
@@ -251,7 +334,7 @@ class Watch:
         self._silent, self._reason = 0, ""
         progress.start("slurm", self._left, unit="parts")
 
-    def look(self, states: Mapping[tuple[int, int], queue.TaskState] | None) -> bool:
+    def look(self, states: Mapping[tuple[int, int], TaskState] | None) -> bool:
         """Update the display; returns True if anything is still in the queue."""
         for run, job in [pair for pair in self._open if pair[0].is_done(pair[1])]:
             self._progress.line(f"{job.name}: done -> {run.artifact(job.output).folder}")

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from eopd.pipeline.errors import EXIT_CODES
 from eopd.pipeline.launchers.settings import SlurmResources, SlurmSettings
-from eopd.pipeline.outcome import EXIT_CODES
 from eopd.pipeline.processes import TORCHRUN, worker_command
 from eopd.pipeline.run import Run
 from eopd.pipeline.tasks import Task, Work

@@ -8,17 +8,22 @@ Letters: T tokens, D hidden size (of each model its own), V vocabulary (of each 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from eopd.stages.align.settings import EDGES
+from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.intervals import all_alike, intervals
-from eopd.stages.models.lm_head import LMHead
+from eopd.stages.models.backbone import final_hidden, layout_of
+from eopd.stages.models.lm_head import LMHead, evaluating, lm_head_of
+from eopd.stages.models.packing import Sequence, pack
 from eopd.storage.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -53,7 +58,7 @@ def compare(
     student: tuple[Tensor, LMHead],
     *,
     temperature: float = 1.0,
-    merged: Sequence[int] = (),
+    merged: SequenceOf[int] = (),
     chunk_rows: int | None = None,
 ) -> TokenFigures:
     """Compute figures of T tokens from both models' hidden states [T, D] and heads.
@@ -91,12 +96,12 @@ def compare(
     return TokenFigures(*values)
 
 
-def known_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+def known_ids(ids: SequenceOf[int], vocab_size: int) -> list[int]:
     """Return the distinct ``ids`` that lie in the vocabulary, in order."""
     return sorted({number for number in ids if number < vocab_size})
 
 
-def _merge(logits: Tensor, ids: Sequence[int]) -> Tensor:
+def _merge(logits: Tensor, ids: SequenceOf[int]) -> Tensor:
     """Merge ``ids`` in ``logits`` [C, V] into one outcome at the first of them."""
     known = known_ids(ids, logits.shape[1])
     if len(known) < 2:
@@ -167,7 +172,7 @@ class EntropyBins:
     tau: float
 
     @classmethod
-    def of(cls, inner: Sequence[float], tau: float, vocabulary: int) -> EntropyBins:
+    def of(cls, inner: SequenceOf[float], tau: float, vocabulary: int) -> EntropyBins:
         """Build bins from 0 to ln ``vocabulary``, the largest possible entropy; tau is an edge if it lies below
         that."""
         top = math.log(vocabulary)
@@ -242,10 +247,10 @@ class Alignment:
 
 def summarise_bins(
     sums: Floats,
-    problems: Sequence[object],
+    problems: SequenceOf[object],
     bins: EntropyBins,
     *,
-    benchmarks: Sequence[str] | None = None,
+    benchmarks: SequenceOf[str] | None = None,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -289,7 +294,7 @@ def summarise_bins(
     )
 
 
-def _resampled(by_problem: Floats, benchmarks: Sequence[str], resamples: int, seed: int) -> Floats:
+def _resampled(by_problem: Floats, benchmarks: SequenceOf[str], resamples: int, seed: int) -> Floats:
     """Return sums [N, B, F] of bootstrap resamples of the problems, each drawn within its benchmark."""
     rng = np.random.default_rng(seed)
     sums = np.zeros((resamples, *by_problem.shape[1:]))
@@ -316,3 +321,132 @@ def _means(whole: Floats, total: float, resampled: Floats, confidence: float) ->
     }
     kept = {name: values[name] for name in SUMMED if name in Means.__dataclass_fields__ and name != "tokens"}
     return Means(tokens=int(tokens), share=share, intervals=fields, **kept)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+# Joint reading of responses by two models: their hidden states in step, a few thousand tokens at a time.
+#
+#     found = measure_alignment(teacher, student, sequences, tau=0.8)
+#     found.above.fkl, found.all.agreement, found.to_json()
+
+
+class Reader(Protocol):
+    """The interface that reading needs of a model; an open hidden engine has it."""
+
+    @property
+    def head(self) -> LMHead: ...
+
+    def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]: ...
+
+
+class LoadedModel:
+    """A causal LM in memory as a ``Reader``, with its device, dtype and mode unchanged."""
+
+    def __init__(self, model: nn.Module, *, batch_tokens: int = 8192, row_tokens: int = 2048) -> None:
+        self._model, self._batch_tokens, self._row_tokens = model, batch_tokens, min(row_tokens, batch_tokens)
+        self.head = lm_head_of(model)
+        self._layout = layout_of(model)
+
+    @torch.no_grad()  # inference mode would leave tensors in the model's buffers that training cannot use
+    def hidden(self, sequences: SequenceOf[Sequence]) -> Iterator[HiddenBatch]:
+        device = self.head.weight.device
+        for packed in pack(sequences, self._row_tokens, self._batch_tokens, self._layout):
+            yield HiddenBatch(final_hidden(self._model, packed.to(device)), packed.order, packed.lengths)
+
+
+def measure_alignment(
+    teacher: nn.Module,
+    student: nn.Module,
+    sequences: SequenceOf[Sequence],
+    *,
+    teacher_sequences: SequenceOf[Sequence] | None = None,
+    problems: SequenceOf[object] | None = None,
+    tau: float = 0.8,
+    edges: SequenceOf[float] = EDGES,
+    temperature: float = 1.0,
+    merged: SequenceOf[int] = (),
+    batch_tokens: int = 8192,
+    resamples: int = 2000,
+) -> Alignment:
+    """Measure exact divergences between two models in memory on given responses, by bin of teacher entropy.
+
+    Args:
+        sequences: context and response token ids as the student reads them.
+        teacher_sequences: as the teacher reads them, where its contexts differ; the responses are the same.
+        problems: which problem each response answers (default: one of its own each); intervals are over problems.
+        tau: threshold of high entropy, nats.
+        edges: inner edges of the bins of teacher entropy, nats; 0, tau and ln V are added.
+        temperature: both models' logits are divided by it.
+        merged: ids that count as one outcome, such as both models' stop ids.
+        batch_tokens: tokens that both models read before their heads are compared.
+
+    Raises:
+        ValueError: no response has a token; an unknown architecture; logits that are not finite.
+    """
+    pair = LoadedModel(teacher, batch_tokens=batch_tokens), LoadedModel(student, batch_tokens=batch_tokens)
+    bins = EntropyBins.of(edges, tau, pair[0].head.vocab_size)
+    sums = np.zeros((len(sequences), bins.count, len(SUMMED)))
+    with evaluating(teacher, student):
+        read = read_pairs(
+            *pair, teacher_sequences or sequences, sequences, temperature, merged, batch_tokens=batch_tokens
+        )
+        for number, figures in read:
+            sums[number] = bins.sums(figures)
+    named = range(len(sequences)) if problems is None else problems
+    return summarise_bins(sums, list(named), bins, resamples=resamples)
+
+
+def read_pairs(
+    teacher: Reader,
+    student: Reader,
+    teacher_sequences: SequenceOf[Sequence],
+    student_sequences: SequenceOf[Sequence],
+    temperature: float = 1.0,
+    merged: SequenceOf[int] = (),
+    *,
+    batch_tokens: int,
+) -> Iterator[tuple[int, TokenFigures]]:
+    """Yield (number, figures) of every sequence that has a response, in order.
+
+    Memory: float32 copies of both heads, the hidden states of ``batch_tokens`` tokens (at least one sequence) of both
+    models, and one chunk of logits.
+    """
+    heads = teacher.head.float(), student.head.float()
+    for numbers in _groups(teacher_sequences, student_sequences, batch_tokens):
+        states = [
+            _in_order(reader, [sequences[number] for number in numbers])
+            for reader, sequences in ((teacher, teacher_sequences), (student, student_sequences))
+        ]
+        figures = compare((states[0], heads[0]), (states[1], heads[1]), temperature=temperature, merged=merged)
+        at = 0
+        for number in numbers:
+            length = len(student_sequences[number].response_ids)
+            yield number, figures.part(at, at + length)
+            at += length
+
+
+def _groups(teacher: SequenceOf[Sequence], student: SequenceOf[Sequence], batch_tokens: int) -> Iterator[list[int]]:
+    numbers: list[int] = []
+    tokens = 0
+    for number, (theirs, own) in enumerate(zip(teacher, student, strict=True)):
+        if len(theirs.response_ids) != len(own.response_ids):
+            raise ValueError(f"sequence {number}: teacher and student are given responses of different lengths")
+        if not len(own.response_ids):
+            continue
+        longer = max(theirs.input_length, own.input_length)
+        if numbers and tokens + longer > batch_tokens:
+            yield numbers
+            numbers, tokens = [], 0
+        numbers.append(number)
+        tokens += longer
+    if numbers:
+        yield numbers
+
+
+def _in_order(reader: Reader, sequences: SequenceOf[Sequence]) -> Tensor:
+    """Yield hidden states [T, D] of all sequences, in their order."""
+    waiting: dict[int, Tensor] = {}
+    for batch in reader.hidden(sequences):
+        waiting.update(zip(batch.order, torch.split(batch.hidden, list(batch.lengths)), strict=True))
+    return torch.cat([waiting[number] for number in range(len(sequences))])

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eopd.stages.align.divergence import SUMMED, EntropyBins, known_ids, summarise_bins
-from eopd.stages.align.reading import read_pairs
+from eopd.stages.align.divergence import SUMMED, EntropyBins, known_ids, read_pairs, summarise_bins
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.hidden import HiddenEngine, check_first_batch, refuse_uniform
 from eopd.stages.engines.kept import Engines, open_hidden_engine

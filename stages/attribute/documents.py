@@ -19,7 +19,7 @@ from eopd.stages.problems import Problems
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import filled_parts
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from eopd.stages.attribute.requirements import BERGSON, check_model, lacking_bergson
-from eopd.stages.attribute.settings import AttributeSettings
+from eopd.stages.attribute.settings import BERGSON, AttributeSettings, check_model, lacking_bergson
 from eopd.stages.experiment import Experiment
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, training

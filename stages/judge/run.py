@@ -15,9 +15,9 @@ from eopd.stages.verifiers.registry import Answered, Verifier, check_answers, ju
 from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import passes_on
-from eopd.storage.verdicts import VERDICTS
+from eopd.storage.verdict_signal import VERDICTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eopd.stages.models.weight_files import listed
-from eopd.storage.errors import InputError
-from eopd.storage.extras import installing
+from eopd.storage.errors import InputError, installing
 from eopd.storage.files import canonical_json, free_of, fsync_folder, fsync_tree, sha256_text
 from eopd.storage.fingerprints import Digests
 from eopd.storage.identity import KEY_LENGTH

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from eopd.stages.format import decimal, printable
 from eopd.stages.report.data import RolloutView, RunData
 from eopd.storage.artifacts import Artifact
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.teacher_cache import JointCache
 
 TOKENIZER = "tokenizer.json"

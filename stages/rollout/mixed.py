@@ -19,7 +19,7 @@ from eopd.stages.models.prompts import Prompt, PromptSettings, render_prompt, st
 from eopd.stages.rollout.segments import Draft, Sampling, Written
 from eopd.stages.rollout.settings import ExpertSettings, RolloutSettings
 from eopd.storage.errors import InputError
-from eopd.storage.rollouts import Writer
+from eopd.storage.records import Writer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

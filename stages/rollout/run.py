@@ -24,15 +24,15 @@ from eopd.stages.models.model_config import refuse_crossing, vocabulary_size
 from eopd.stages.models.prompts import Prompt, PromptSettings, load_prompts, render_prompt
 from eopd.stages.models.responses import NoResponse, response_ids
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings, teacher_context
-from eopd.stages.rollout import mixed, revise
-from eopd.stages.rollout.prefix import Prefixes
-from eopd.stages.rollout.segments import Draft, Draw, Judging, Sampling, Written, until_right
+from eopd.stages.rollout import mixed
+from eopd.stages.rollout import segments as revise
+from eopd.stages.rollout.segments import Draft, Draw, Judging, Prefixes, Sampling, Written, until_right
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.verifiers.registry import Answered, Verifier, check_answers, judge_responses, open_verifier
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
-from eopd.storage.rollouts import Writer, read_rollouts, write_rollouts
+from eopd.storage.records import Writer, read_rollouts, write_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

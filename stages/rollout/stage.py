@@ -9,7 +9,7 @@ from eopd.stages.experiment import Experiment
 from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.memory import Memory, sampling
 from eopd.stages.models.prompts import draw_prompts
-from eopd.stages.rollout.prefix import Prefixes, prefixes_of
+from eopd.stages.rollout.segments import Prefixes, prefixes_of
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.stages.stage import (
     Input,

@@ -26,7 +26,7 @@ from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.student_topk import StudentTopk, write_student_topk
 

@@ -17,7 +17,7 @@ from eopd.storage.captures import Capture, Wanted, columns_of, imported_header, 
 from eopd.storage.claims import claimed_parts
 from eopd.storage.codec import MAX_ID
 from eopd.storage.errors import InputError
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import passes_on
 from eopd.storage.teacher_cache import write_part
 

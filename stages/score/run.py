@@ -24,8 +24,7 @@ from eopd.stages.models.packing import Sequence
 from eopd.stages.models.teacher_prompts import SIBLING
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary, vocabulary_fingerprint
-from eopd.stages.score.context import context_name
-from eopd.stages.score.responses import PartResponses, ScoreJob, read_part
+from eopd.stages.score.responses import PartResponses, ScoreJob, context_name, read_part
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_statistics import (
     NotFinite,

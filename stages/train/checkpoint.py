@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eopd.stages.job import ModelRef
-from eopd.stages.models.generation import GENERATION_FILE, stop_ids_in, with_stop_ids
 from eopd.stages.models.lm_head import unwrap
 from eopd.stages.models.loading import load_model, model_folder, no_progress_bars
+from eopd.stages.models.model_config import GENERATION_FILE, stop_ids_in, with_stop_ids
 from eopd.stages.train.job import TrainJob
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import merged_weights, save_adapter

@@ -15,7 +15,7 @@ from eopd.stages.rollout.settings import Source
 from eopd.stages.train.settings import SelectSettings, TrainedTokens, TrainSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
-from eopd.storage.verdicts import read_correct
+from eopd.storage.verdict_signal import read_correct
 
 # -- selection --------------------------------------------------------------------------------------------------------
 

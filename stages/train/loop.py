@@ -23,16 +23,15 @@ from eopd.stages.models.packing import Packed, pack
 from eopd.stages.models.transfer import on_device
 from eopd.stages.train.failures import TrainingStopped, broken_tensors
 from eopd.stages.train.metrics import sum_metrics
-from eopd.stages.train.objectives.base import Objective, StepContext
+from eopd.stages.train.objectives.base import Objective, StepContext, TeacherBatch
 from eopd.stages.train.objectives.reopold import above_quantile
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import Ema, gradient_norm, scale_gradients
 from eopd.stages.train.parallel import accumulating, reshard, student_of
 from eopd.stages.train.responses import Responses, check_alignment
 from eopd.stages.train.settings import TrainSettings, WeightSettings, batch_of_step, learning_rate
 from eopd.stages.train.states import RoundStart
 from eopd.stages.train.stops import StopHandling
-from eopd.storage.rollouts import Writer
+from eopd.storage.records import Writer
 from eopd.storage.teacher_cache import JointCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 

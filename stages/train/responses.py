@@ -16,7 +16,7 @@ from eopd.stages.train.objectives.base import Objective
 from eopd.stages.train.settings import TrainedTokens
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError
-from eopd.storage.rollouts import Writer, read_rollouts
+from eopd.storage.records import Writer, read_rollouts
 from eopd.storage.sources import ScoreSource, filled_parts
 from eopd.storage.teacher_cache import JointCache
 from eopd.storage.teacher_record import TeacherRows

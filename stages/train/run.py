@@ -49,7 +49,7 @@ from eopd.storage import stopping
 from eopd.storage.claims import Patience, claim
 from eopd.storage.errors import InputError
 from eopd.storage.paths import WEIGHTS
-from eopd.storage.rollouts import Writer
+from eopd.storage.records import Writer
 from eopd.storage.teacher_cache import JointCache
 
 # -- staleness --------------------------------------------------------------------------------------------------------

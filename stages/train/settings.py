@@ -11,8 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from eopd.stages.settings import COUNT, ENTRIES, FACTOR, LENGTH, PROCESSES, THREADS, Settings, setting
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.storage.errors import InputError
-from eopd.storage.extras import installing, is_installed
+from eopd.storage.errors import InputError, installing, is_installed
 
 # -- schedule ---------------------------------------------------------------------------------------------------------
 

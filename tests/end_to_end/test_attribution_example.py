@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.stages.attribute.documents import Text
-from eopd.stages.attribute.requirements import bergson_version
+from eopd.stages.attribute.settings import bergson_version
 from eopd.stages.verifiers.countdown import verify
 from examples.attribution.__main__ import CONFIG, as_changes, places, table, without
 from examples.attribution.data import BINS, OPERATORS, documents, last_operator, make

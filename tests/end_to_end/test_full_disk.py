@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.outcome import EXIT_CODES
+from eopd.pipeline.errors import EXIT_CODES
 from tests.end_to_end.world import World, checksums, command, commit_times, environment, eopd
 
 

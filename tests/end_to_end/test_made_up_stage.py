@@ -13,7 +13,7 @@ import pytest
 from eopd.pipeline.logs import find_logs
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import holder
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from tests.end_to_end import token_counts
 from tests.end_to_end.conftest import World, command, commit_times, environment
 from tests.end_to_end.test_processes import wait_until

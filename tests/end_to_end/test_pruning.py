@@ -29,7 +29,7 @@ NEWEST = {"keep_checkpoints": 1, "keep_optimizer_states": 1}
 
 DIES_WHILE_PRUNING = """
 import os, signal, sys
-import eopd.storage.pruning as pruning
+import eopd.storage.garbage as pruning
 from eopd.pipeline.cli.main import main
 pruning.left_over = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = ["eopd", "run", sys.argv[1]]

@@ -16,8 +16,8 @@ from eopd.pipeline.config import load_config
 from eopd.stages.verifiers.countdown import verify
 from eopd.storage.artifacts import open_artifact
 from eopd.storage.paths import TRAINING_FILE, WEIGHTS
-from eopd.storage.rollouts import read_rollouts
-from eopd.storage.verdicts import VERDICTS
+from eopd.storage.records import read_rollouts
+from eopd.storage.verdict_signal import VERDICTS
 from tests.end_to_end.world import eopd, start
 
 COUNTDOWN = Path(__file__).parents[2] / "examples" / "countdown"

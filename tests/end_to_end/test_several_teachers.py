@@ -11,7 +11,7 @@ import pytest
 
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import Run, open_run
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.teacher_cache import JointCache, TeacherCache
 from tests.end_to_end.conftest import World, eopd
 

@@ -14,7 +14,7 @@ import pytest
 from eopd.pipeline.config import find_config, load_config
 from eopd.pipeline.run import Run, open_run
 from eopd.storage import listing
-from eopd.storage.rollouts import Writer, read_rollouts
+from eopd.storage.records import Writer, read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from tests.end_to_end.conftest import World, checksums, eopd
 from tests.end_to_end.test_kills import start

@@ -13,10 +13,10 @@ from eopd.pipeline.config import load_config
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.export import copy_student, find_student, newest, where_students_are
 from eopd.pipeline.run import Run, open_run
-from eopd.stages.models.generation import stop_ids_in
+from eopd.stages.models.model_config import stop_ids_in
+from eopd.storage.garbage import prune
 from eopd.storage.paths import METRICS_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.places import open_place
-from eopd.storage.pruning import prune
 from eopd.storage.transfer import copy
 from tests import s3
 from tests.end_to_end.conftest import World, eopd

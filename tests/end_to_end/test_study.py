@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.config import ConfigError
-from eopd.pipeline.sweep import load_sweep
+from eopd.pipeline.config import ConfigError, load_sweep
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.storage.coverage import Coverage, HeadNeed
 from tests.end_to_end.conftest import eopd

@@ -13,7 +13,7 @@ from eopd.stages.experiment_settings import ExperimentSettings
 from eopd.stages.stage import Input, Job, JobContext, Measured, PlanView, Size, Stage, read_size
 from eopd.storage import stopping
 from eopd.storage.claims import claimed_parts
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.sources import passes_on
 
 HOLD = "TOKEN_COUNTS_HOLD"

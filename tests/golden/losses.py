@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.base import StepContext, TeacherBatch
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import FAMILY, ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import TeacherRows

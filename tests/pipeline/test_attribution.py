@@ -11,7 +11,7 @@ import pytest
 
 from eopd.pipeline.checks import check_stages, require_stages
 from eopd.pipeline.config import ConfigError, parse_settings
-from eopd.pipeline.doctor_inputs import check_inputs
+from eopd.pipeline.doctor import check_inputs
 from eopd.pipeline.prompt_check import sources_of
 from eopd.stages.experiment import BenchmarkFacts, Facts
 from eopd.storage.errors import InputError
@@ -136,13 +136,13 @@ def test_documents_are_looked_at_before_work(tmp_path: Path, monkeypatch: pytest
     contrasted = make_run(tmp_path, run.facts, attribute={**asked, "contrasts": [["a", "c"]]})
     with raises(ConfigError, "bin b has 3 documents", setting="attribute.contrasts"):
         check_stages(contrasted)
-    monkeypatch.setattr("eopd.stages.attribute.requirements.bergson_version", lambda: "")
+    monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "")
     with raises(InputError, setting="attribute", remedy="[attribution]"):
         require_stages(run, run.plan.of_command("attribute", 3))
-    monkeypatch.setattr("eopd.stages.attribute.requirements.bergson_version", lambda: "2.6.0")
+    monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "2.6.0")
     with raises(InputError, "2.6.0", setting="attribute"):
         require_stages(run, run.plan.of_command("attribute", 3))
-    monkeypatch.setattr("eopd.stages.attribute.requirements.bergson_version", lambda: "2.5.1")
+    monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "2.5.1")
     require_stages(run, run.plan.of_command("attribute", 3))
 
 
@@ -161,7 +161,7 @@ def test_a_student_that_was_trained_on_the_documents_needs_no_warning(tmp_path: 
 def test_the_doctor_looks_for_bergson_and_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "d.jsonl", ["a", "a", "b"])
     settings = make_settings(attribute={**ATTRIBUTE, "documents": {"path": path, "bins": ["topic"]}})
-    monkeypatch.setattr("eopd.stages.attribute.requirements.bergson_version", lambda: "")
+    monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "")
     found = {finding.name: finding for finding in check_inputs(settings)}
     assert found["attribute"].state == "broken"
     assert "[attribution]" in found["attribute"].remedy

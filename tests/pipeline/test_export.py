@@ -7,9 +7,9 @@ from pathlib import Path
 
 from eopd.pipeline.export import copy_student, ends_of, find_student, where_students_are
 from eopd.pipeline.run import Run
-from eopd.stages.models.generation import stop_ids_in
+from eopd.stages.models.model_config import stop_ids_in
+from eopd.storage.garbage import prune
 from eopd.storage.paths import WEIGHTS
-from eopd.storage.pruning import prune
 from tests.pipeline.plan_case import commit, make_run
 
 

@@ -31,7 +31,7 @@ from eopd.storage import garbage, listing, paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim, holder
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, UserError
-from eopd.storage.pruning import prune
+from eopd.storage.garbage import prune
 from eopd.storage.student_topk import read_student_topk
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from eopd.pipeline import doctor_inputs, memory
+from eopd.pipeline import doctor as doctor_inputs
+from eopd.pipeline import forecast as memory
 from eopd.pipeline.config import load_config, parse_settings
-from eopd.pipeline.memory import Need, lines, models_of, needs, needs_of
+from eopd.pipeline.forecast import Need, lines, models_of, needs, needs_of
 from eopd.stages.memory import GIB, ModelSize
 from eopd.stages.stage import Models
 from tests.pipeline.plan_case import make_facts, make_run

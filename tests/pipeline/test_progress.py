@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eopd.pipeline import progress
-from eopd.pipeline.outcome import Outcome
+from eopd.pipeline.errors import Outcome
 from eopd.pipeline.progress import EventProgress, LineProgress, Replay, seconds_in_hand
 from eopd.stages.job import NullProgress
 

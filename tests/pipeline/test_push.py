@@ -26,7 +26,7 @@ from eopd.pipeline.export import Student, find_student
 from eopd.pipeline.push import artifacts_of, write_student
 from eopd.pipeline.retention import note
 from eopd.pipeline.run import Run
-from eopd.stages.models.generation import stop_ids_in
+from eopd.stages.models.model_config import stop_ids_in
 from eopd.storage import listing
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, StoreError, StoreUnwritable

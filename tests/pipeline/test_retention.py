@@ -23,9 +23,9 @@ from eopd.pipeline.run import Run, open_run
 from eopd.pipeline.scheduler import OpenJob
 from eopd.pipeline.worker import execute
 from eopd.storage.errors import DamagedPart
+from eopd.storage.garbage import prune
 from eopd.storage.notes import Note, notes
 from eopd.storage.paths import OPTIMIZER, WEIGHTS
-from eopd.storage.pruning import prune
 from eopd.storage.stacked import StackedStores
 from tests.pipeline.plan_case import commit, make_run
 from tests.raises import raises

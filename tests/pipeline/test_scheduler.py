@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from eopd.pipeline.errors import RunError
+from eopd.pipeline.errors import Outcome, RunError
 from eopd.pipeline.launchers import local
 from eopd.pipeline.launchers.local import LocalPool, threads_each
 from eopd.pipeline.launchers.settings import FaultSettings, LauncherSettings
-from eopd.pipeline.outcome import Outcome
 from eopd.pipeline.processes import Leader
 from eopd.pipeline.progress import LineDisplay
 from eopd.pipeline.scheduler import run_jobs

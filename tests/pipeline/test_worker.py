@@ -11,8 +11,7 @@ import pytest
 
 from eopd.pipeline import worker
 from eopd.pipeline.config import load_config
-from eopd.pipeline.errors import RunError
-from eopd.pipeline.outcome import EXIT_CODES, Outcome
+from eopd.pipeline.errors import EXIT_CODES, Outcome, RunError
 from eopd.pipeline.processes import worker_command
 from eopd.pipeline.progress import EventProgress, Replay, read_outcome
 from eopd.pipeline.tasks import Task

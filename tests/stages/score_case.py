@@ -15,7 +15,7 @@ from eopd.stages.score.responses import ScoreJob
 from eopd.stages.score.settings import ScoreSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 
 STOPS = (2, 9)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import SparseStudent, outcomes
+from eopd.stages.train.objectives.base import SparseStudent, TeacherBatch, outcomes
 from eopd.stages.train.objectives.layout import LOG_ZERO
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 
 
 def student_at(logits: Tensor, batch: TeacherBatch) -> SparseStudent:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from eopd.stages.align.divergence import SUMMED, compare, known_ids
-from eopd.stages.align.reading import measure_alignment
+from eopd.stages.align.divergence import SUMMED, compare, known_ids, measure_alignment
 from eopd.stages.align.run import AlignmentJob, ResponseReader, run, summarise
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.hidden import refuse_uniform

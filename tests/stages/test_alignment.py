@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from eopd.stages.align import divergence
-from eopd.stages.align.divergence import SUMMED, EntropyBins, TokenFigures, compare, summarise_bins
-from eopd.stages.align.reading import LoadedModel, measure_alignment, read_pairs
+from eopd.stages.align.divergence import (
+    SUMMED,
+    EntropyBins,
+    LoadedModel,
+    TokenFigures,
+    compare,
+    measure_alignment,
+    read_pairs,
+    summarise_bins,
+)
 from eopd.stages.models.lm_head import LMHead
 from eopd.stages.models.packing import Sequence
 from eopd.storage.errors import InputError

@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.numpy import load_file as load_arrays
 from torch import nn
 
-from eopd.stages.align.reading import LoadedModel, measure_alignment
+from eopd.stages.align.divergence import LoadedModel, measure_alignment
 from eopd.stages.engines.hidden import full_model_logits
 from eopd.stages.engines.kept import Engines, open_hidden_engine, open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest

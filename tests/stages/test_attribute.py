@@ -25,10 +25,16 @@ from eopd.stages.attribute.documents import (
     read_queries,
     read_rollout_documents,
 )
-from eopd.stages.attribute.requirements import bergson_version, check_model
-from eopd.stages.attribute.run import AttributeJob, AttributionSummaryJob, run, summarise
-from eopd.stages.attribute.settings import AttributeSettings, QuerySettings
-from eopd.stages.attribute.tables import bin_table, contrast, permutation_test
+from eopd.stages.attribute.run import (
+    AttributeJob,
+    AttributionSummaryJob,
+    bin_table,
+    contrast,
+    permutation_test,
+    run,
+    summarise,
+)
+from eopd.stages.attribute.settings import AttributeSettings, QuerySettings, bergson_version, check_model
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef
 from eopd.stages.models.prompts import PromptSettings
@@ -374,7 +380,7 @@ def test_scores_that_are_no_numbers_are_not_stored(
 
 
 def test_without_bergson_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eopd.stages.attribute.requirements.bergson_version", lambda: "")
+    monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "")
     with raises(InputError, r"2\.5", setting="attribute", remedy="[attribution]"):
         run(job_for(tmp_path))
 

@@ -20,7 +20,7 @@ from eopd.storage.coverage import NeedNotMet
 from eopd.storage.errors import InputError
 from eopd.storage.exchange import export_sequences
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache
 from tests.raises import raises
 from tests.stages.score_case import STOPS, random_responses

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.generator import STOP_IDS, VOCABULARY, generate
-from eopd.stages.align.divergence import compare
-from eopd.stages.align.reading import LoadedModel, read_pairs
+from eopd.stages.align.divergence import LoadedModel, compare, read_pairs
 from eopd.stages.engines import hidden as hidden_transformers
 from eopd.stages.engines import sampling_transformers
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
@@ -34,10 +33,9 @@ from eopd.stages.score.token_statistics import TokenBatch, row_keys
 from eopd.stages.train import student as student_head
 from eopd.stages.train.loop import Loop
 from eopd.stages.train.lora import add_adapters
-from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.base import StepContext, TeacherBatch
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.optimizer import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from eopd.stages.train.responses import Responses
 from eopd.stages.train.settings import TrainSettings

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from eopd.stages.engines.kept import open_sampling_engine
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
-from eopd.stages.models.generation import stop_ids_in, with_stop_ids, write_stop_ids
+from eopd.stages.models.model_config import stop_ids_in, with_stop_ids, write_stop_ids
 from eopd.stages.score.run import run as score
 from eopd.stages.train import checkpoint
 from eopd.stages.train.job import TrainJob

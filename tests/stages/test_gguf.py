@@ -24,7 +24,7 @@ from eopd.stages.models.loading import load_model, load_tokenizer, load_tokenize
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.storage import paths
-from eopd.storage.extras import installing
+from eopd.storage.errors import installing
 from eopd.storage.fingerprints import Digests
 
 if importlib.util.find_spec("gguf") is None:

@@ -18,7 +18,7 @@ from eopd.stages.judge.settings import JudgeSettings
 from eopd.stages.verifiers.registry import TRUNCATED
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.verdicts import VERDICTS
+from eopd.storage.verdict_signal import VERDICTS
 from tests.stages.score_case import Lines, response_row, rollouts
 
 STUDENT = Path(__file__).parents[2] / "examples" / "countdown" / "student"

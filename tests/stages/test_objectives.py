@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from eopd.stages.train.objectives.base import TeacherBatch
 from eopd.stages.train.objectives.registry import BUILDERS, make_objective
 from eopd.stages.train.objectives.reopold import EQUAL_ENTROPY, above_quantile, advantage_floor
 from eopd.stages.train.objectives.settings import FAMILY, ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import forward_kl, jensen_shannon, kl_terms, policy_gradient, reverse_kl
 from eopd.stages.train.objectives.tropd import hashed_uniform
 from eopd.stages.train.stops import StopHandling

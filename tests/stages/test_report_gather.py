@@ -23,7 +23,7 @@ from eopd.storage import analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 from eopd.storage.teacher_record import HeadRule
 from tests.storage.making import scores
 

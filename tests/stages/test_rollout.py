@@ -23,7 +23,7 @@ from eopd.stages.rollout.student_topk import StudentTopkJob
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.student_topk import StudentTopk, read_student_topk, write_student_topk
 from tests.raises import raises
 from tests.stages import sampled_oracle

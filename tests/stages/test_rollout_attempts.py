@@ -24,8 +24,15 @@ from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import NewerSchema
 from eopd.storage.identity import Identity
-from eopd.storage.records import read_record
-from eopd.storage.rollouts import FILE_NAME, SCHEMA, SCHEMA_OF_WRITERS, Writer, read_rollouts, write_rollouts
+from eopd.storage.records import (
+    FILE_NAME,
+    SCHEMA,
+    SCHEMA_OF_WRITERS,
+    Writer,
+    read_record,
+    read_rollouts,
+    write_rollouts,
+)
 from tests.stages import sampled_oracle
 from tests.stages.test_rollout import PARTS, Recorded, checksums, make_job, policy, rows_of
 from tests.stages.tiny_tokenizer import tiny_tokenizer

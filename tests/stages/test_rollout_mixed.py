@@ -22,7 +22,7 @@ from eopd.stages.rollout.settings import ExpertSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import Writer
+from eopd.storage.records import Writer
 from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.test_rollout import PARTS, STOPS, Recorded, checksums, make_job, policy, rows_of

@@ -22,7 +22,7 @@ from eopd.stages.verifiers.verdict import Verdict
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import Writer, write_rollouts
+from eopd.storage.records import Writer, write_rollouts
 from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.score_case import random_responses

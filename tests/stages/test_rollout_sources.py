@@ -15,14 +15,21 @@ import pytest
 from eopd.stages.job import ModelRef
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.teacher_prompts import TeacherPromptSettings
-from eopd.stages.rollout.prefix import Prefixes, prefixes_of
 from eopd.stages.rollout.run import RolloutJob, run
+from eopd.stages.rollout.segments import Prefixes, prefixes_of
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError, NewerSchema
 from eopd.storage.identity import Identity
-from eopd.storage.records import read_record
-from eopd.storage.rollouts import FILE_NAME, SCHEMA, SCHEMA_OF_WRITERS, Writer, read_rollouts, write_rollouts
+from eopd.storage.records import (
+    FILE_NAME,
+    SCHEMA,
+    SCHEMA_OF_WRITERS,
+    Writer,
+    read_record,
+    read_rollouts,
+    write_rollouts,
+)
 from tests.raises import raises
 from tests.stages import sampled_oracle
 from tests.stages.test_rollout import PARTS, STOPS, Recorded, checksums, make_job, policy, rows_of

@@ -22,8 +22,7 @@ from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
 from eopd.stages.route.entropies import EntropiesJob, entropies_of
 from eopd.stages.route.entropies import run as read_entropies
-from eopd.stages.route.router import descriptors, fit, routed
-from eopd.stages.route.run import Routed, RouteJob, run, table
+from eopd.stages.route.run import Routed, RouteJob, descriptors, fit, routed, run, table
 from eopd.stages.route.settings import RuleSettings
 from eopd.storage import analyses
 from eopd.storage import records as evaluations

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from eopd.stages.train.objectives.base import TeacherBatch
 from eopd.stages.train.objectives.layout import LOG_ZERO, TAIL_RESOLUTION, SupportPlan
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling, class_entropy, swap_stops
 from eopd.storage.errors import InputError
 from eopd.storage.teacher_record import HeadRule

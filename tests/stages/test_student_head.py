@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from eopd.stages.train.objectives.base import TeacherBatch
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.stops import StopHandling
 from eopd.stages.train.student import sparse_head_loss, student_logprobs
 from eopd.storage.teacher_record import HeadRule

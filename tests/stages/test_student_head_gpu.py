@@ -7,10 +7,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from eopd.stages.train.objectives.base import StepContext
+from eopd.stages.train.objectives.base import StepContext, TeacherBatch
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.student import sparse_head_loss
 from tests.stages.dense_oracle import make_case, oracle
 

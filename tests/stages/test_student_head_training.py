@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from eopd.stages.memory import head_rows
 from eopd.stages.models.lm_head import LMHead
-from eopd.stages.train.objectives.base import Objective
+from eopd.stages.train.objectives.base import Objective, TeacherBatch
 from eopd.stages.train.objectives.registry import make_objective
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.student import sparse_head_loss, student_logprobs
 from tests.stages.dense_oracle import Case, make_case, oracle
 

@@ -20,9 +20,9 @@ from eopd.stages.stage import Measured, Size
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import read_rollouts
+from eopd.storage.records import read_rollouts
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.verdicts import VERDICTS
+from eopd.storage.verdict_signal import VERDICTS
 from tests.golden.keys import keys_of
 from tests.pipeline.plan_case import make_facts, make_run, make_settings, plan_of
 from tests.raises import raises

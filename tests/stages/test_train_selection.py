@@ -23,7 +23,7 @@ from eopd.storage.errors import DamagedPart, InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import TRAINING_FILE, WEIGHTS
 from eopd.storage.teacher_cache import JointCache
-from eopd.storage.verdicts import VERDICTS
+from eopd.storage.verdict_signal import VERDICTS
 from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, rollouts, score_job
 from tests.stages.tiny_models import save_teacher

@@ -21,7 +21,7 @@ from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity
 from eopd.storage.paths import WEIGHTS
-from eopd.storage.rollouts import Writer, write_rollouts
+from eopd.storage.records import Writer, write_rollouts
 from tests.bounds import forward_rounding
 from tests.raises import raises
 from tests.stages.score_case import Lines, random_responses, score_job

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from eopd.storage import analyses, paths, rollouts, student_topk
+from eopd.storage import analyses, paths, student_topk
 from eopd.storage import records as evaluations
+from eopd.storage import records as rollouts
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import canonical_json, sha256_file, sha256_text
 from eopd.storage.identity import Identity

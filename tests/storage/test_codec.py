@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.storage import codec, packing
+from eopd.storage import codec
 from eopd.storage import codec as quantise
 from eopd.storage import codec as symbols
+from eopd.storage import encode as packing
 from eopd.storage.codec import STOP_FLOOR, Layout, RawBits
 from eopd.storage.decode import decode
 from eopd.storage.encode import balancing_offset, encode, encode_rows

@@ -18,7 +18,7 @@ from eopd.storage.captures import AXOLOTL, DISTILLKIT, CaptureColumns, Wanted, c
 from eopd.storage.errors import InputError
 from eopd.storage.exchange import export_sequences
 from eopd.storage.identity import Identity
-from eopd.storage.rollouts import write_rollouts
+from eopd.storage.records import write_rollouts
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule, TeacherRows
 from tests.raises import raises

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from eopd.storage import garbage, listing, paths, pruning
+from eopd.storage import garbage, listing, paths
+from eopd.storage import garbage as pruning
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, PrunedPart
+from eopd.storage.garbage import prune, revive
 from eopd.storage.identity import Identity
-from eopd.storage.pruning import prune, revive
 from eopd.storage.stored import StoredArtifact
 from eopd.storage.transfer import copy
 from eopd.storage.verification import verify

@@ -19,8 +19,8 @@ import pytest
 from eopd.storage import garbage, listing, paths, remote
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
+from eopd.storage.garbage import prune
 from eopd.storage.identity import Identity
-from eopd.storage.pruning import prune
 from eopd.storage.remote import RemoteArtifact, open_bucket
 from eopd.storage.stacked import FetchedArtifact, StackedStores
 from eopd.storage.teacher_cache import TeacherCache

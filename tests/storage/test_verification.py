@@ -10,8 +10,8 @@ import pytest
 
 from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
+from eopd.storage.garbage import prune
 from eopd.storage.markers import Marker
-from eopd.storage.pruning import prune
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
 from eopd.storage.transfer import copy

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import above, forward_kl, log_ratio_advantage, policy_gradient, reverse_kl
 from eopd.storage.coverage import DrawsNeed, EntropyNeed, ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
 

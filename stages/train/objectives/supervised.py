@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss
 from eopd.stages.train.objectives.eopd import forward_needs, forward_plan
 from eopd.stages.train.objectives.layout import SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import forward_kl, jensen_shannon, reverse_kl
 from eopd.storage.coverage import DrawsNeed, ExtraIdsNeed, HeadNeed, StopsNeed
 

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import SparseStudent
+from eopd.stages.train.objectives.base import SparseStudent, TeacherBatch
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.settings import Advantage, Ratio, SupportMode
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.storage.teacher_record import LOGPROB_FLOOR
 
 # -- gate -------------------------------------------------------------------------------------------------------------

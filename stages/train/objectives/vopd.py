@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TokenLoss
+from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss
 from eopd.stages.train.objectives.layout import LOG_ZERO, SupportPlan
 from eopd.stages.train.objectives.settings import ObjectiveSettings
-from eopd.stages.train.objectives.teacher_batch import TeacherBatch
 from eopd.stages.train.objectives.terms import members, policy_gradient, reverse_kl
 from eopd.storage.coverage import ExtraIdsNeed, HeadNeed, Need, SampledNeed, StopsNeed
 

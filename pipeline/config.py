@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +169,7 @@ def parse_settings(raw: Mapping[str, Any], source: str | None) -> RunSettings:
         _refuse_other_values(raw, "")
         return RunSettings.model_validate(raw)
     except ValidationError as error:
-        first, *others = (_refusal(item) for item in error.errors())
+        first, *others = (_refusal(item) for item in error.errors() if not _follows(item, error.errors()))
         message = "; ".join(map(str, [first, *others]))
         refusal = ConfigError(message, setting=first.setting) if others else first
         raise ConfigError.of(refusal, file=source) from error
@@ -359,6 +359,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {name!r} is a value, not a group of settings", setting=dotted)
         here = below
     here[last] = value
+
+
+def _follows(item: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether a list is only too short because items of it were refused."""
+    length = len(item["loc"])
+    below = (other for other in others if len(other["loc"]) > length and other["loc"][:length] == item["loc"])
+    return item["type"] == "too_short" and any(below)
 
 
 def _refusal(item: Mapping[str, Any]) -> ConfigError:

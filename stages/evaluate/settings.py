@@ -29,6 +29,15 @@ class ProblemColumns(Columns):
             raise ValueError("a verifier needs the column of reference answers")
         return value
 
+    @model_validator(mode="after")
+    def _nothing_of_training(self) -> ProblemColumns:
+        for name in ("teacher", "response", "labels"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"{name} names a column, which only training prompts have", setting=name, remedy="remove it"
+                )
+        return self
+
 
 class BenchmarkSettings(Settings):
     """One set of problems with reference answers."""

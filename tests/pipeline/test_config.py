@@ -446,6 +446,14 @@ def test_what_a_group_is_refused_for_is_said_without_the_group(raw: dict[str, ob
     assert ("{" in str(caught.value)) == ("{" in message or "{name: jsd}" in str(caught.value))
 
 
+def test_a_list_is_not_said_to_be_short_because_an_item_is_refused(minimal: Path) -> None:
+    change = "evaluate={benchmarks: [{name: x, path: y, columns: {answer: null}}]}"
+    with pytest.raises(ConfigError) as refused:
+        load_config(minimal, [change])
+    assert refused.value.setting == "evaluate.benchmarks.0.columns.answer"
+    assert "Tuple" not in str(refused.value)
+
+
 def test_a_bare_word_is_an_objective_with_its_own_defaults(minimal: Path) -> None:
     minimal.write_text(MINIMAL + "train: {objective: {name: eopd, alpha: 0.3, rkl: topk}}\n")
     word = load_config(str(minimal), ["train.objective=jsd"])

@@ -395,6 +395,7 @@ def test_a_benchmark_of_nothing_but_long_prompts_says_so() -> None:
         ({"benchmarks": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, "the name 'a' is given to 2"),
         ({"benchmarks": [{"name": "a", "path": "x", "verifier": "maths"}]}, "'countdown', 'exact' or 'math'"),
         ({"benchmarks": [{"name": "a", "path": "x", "columns": {"answer": None}}]}, "reference answers"),
+        ({"benchmarks": [{"name": "a", "path": "x", "columns": {"teacher": "t"}}]}, "only training prompts have"),
     ],
 )
 def test_settings_refuse_what_makes_no_sense(changes: dict[str, Any], message: str) -> None:

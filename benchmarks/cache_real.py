@@ -33,10 +33,9 @@ from torch import Tensor
 
 from benchmarks.real_model import find_model, gsm8k, plain_text
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, layout_of, pack
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_statistics import TokenBatch, in_response_order, row_keys
 from eopd.storage.artifacts import Artifact

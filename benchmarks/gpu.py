@@ -33,9 +33,8 @@ from benchmarks.machine import machine
 from benchmarks.memory import QWEN3
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine
-from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import LMHead, lm_head_of
-from eopd.stages.models.packing import Packed, Sequence, pack
+from eopd.stages.models.packing import Packed, Sequence, final_hidden, pack
 from eopd.stages.score.statistics import StatisticsHead
 from eopd.stages.score.token_statistics import TokenBatch, in_response_order, row_keys
 from eopd.stages.train.objectives.base import StepContext, TeacherBatch

@@ -129,8 +129,8 @@ def work(case: str, shapes: dict[str, Any]) -> None:
 def score(model: Any, packed: Any) -> None:
     import torch
 
-    from eopd.stages.models.backbone import final_hidden
     from eopd.stages.models.lm_head import lm_head_of
+    from eopd.stages.models.packing import final_hidden
     from eopd.stages.score.statistics import StatisticsHead
     from eopd.stages.score.token_statistics import TokenBatch, row_keys
     from eopd.storage.teacher_record import HeadRule

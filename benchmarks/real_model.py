@@ -15,7 +15,7 @@ from eopd.stages.job import ModelRef
 from eopd.stages.models.gguf import ensure_prepared, is_gguf
 from eopd.stages.models.loading import load_tokenizer
 from eopd.stages.models.packing import Sequence
-from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Digests
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARED = Path("runs") / "models"

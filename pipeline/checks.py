@@ -19,7 +19,7 @@ from eopd.stages.train.stage import scores_role, student_bytes
 from eopd.storage import listing
 from eopd.storage.coverage import Coverage
 from eopd.storage.errors import STAGES, require_packages
-from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Digests
 from eopd.storage.paths import WEIGHTS
 
 SPAREST = Keep(weights=1, optimizer=1)

@@ -14,7 +14,7 @@ from eopd.pipeline.run import Run
 from eopd.stages.models.model_config import GENERATION_FILE, stop_ids_in, write_stop_ids
 from eopd.storage.errors import StoreError
 from eopd.storage.files import naming_full_disks
-from eopd.storage.fingerprints import code_files, model_files, tokenizer_files
+from eopd.storage.identity import code_files, model_files, tokenizer_files
 from eopd.storage.paths import METRICS_FILE, TRAINING_FILE, WEIGHTS
 
 

@@ -26,8 +26,7 @@ from eopd.stages.models.weight_files import AGAIN, read_tensors
 from eopd.storage import paths
 from eopd.storage.errors import InputError
 from eopd.storage.files import canonical_json, sha256_text
-from eopd.storage.fingerprints import Digests, code_files, model_files, template_files, tokenizer_files
-from eopd.storage.identity import KEY_LENGTH
+from eopd.storage.identity import KEY_LENGTH, Digests, code_files, model_files, template_files, tokenizer_files
 from eopd.storage.paths import RunPaths
 from eopd.storage.untrusted import refuse_links
 

@@ -19,8 +19,7 @@ from eopd.stages.stage import Input, Job, JobContext, student_at
 from eopd.storage.artifacts import Artifact
 from eopd.storage.coverage import Coverage, able, needs_of
 from eopd.storage.errors import StoreError
-from eopd.storage.fingerprints import Digests
-from eopd.storage.identity import Identity
+from eopd.storage.identity import Digests, Identity
 from eopd.storage.notes import Parts
 from eopd.storage.paths import CHECKPOINTS, OPTIMIZER, WEIGHTS, RunPaths
 from eopd.storage.stacked import StackedStores

@@ -18,8 +18,7 @@ from eopd.stages.models.model_config import vocabulary_size
 from eopd.stages.models.prompts import draw_prompts
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.train.settings import steps_per_round
-from eopd.storage.fingerprints import Digests
-from eopd.storage.identity import Identity
+from eopd.storage.identity import Digests, Identity
 
 
 @dataclass(frozen=True)

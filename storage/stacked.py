@@ -28,8 +28,7 @@ from eopd.storage.identity import Identity
 from eopd.storage.listing import coverages, open_in
 from eopd.storage.markers import Marker
 from eopd.storage.places import open_place
-from eopd.storage.remote import RemoteArtifact
-from eopd.storage.transfer import copy
+from eopd.storage.remote import RemoteArtifact, copy
 from eopd.storage.untrusted import refuse_links
 
 if TYPE_CHECKING:

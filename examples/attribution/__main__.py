@@ -21,7 +21,7 @@ import yaml
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.stages.intervals import t_interval
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from examples.attribution.data import OPERATORS, make
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.stages.attribute.documents import Text, bins_of_file, read_documents
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.paths import WEIGHTS
 from examples.attribution.__main__ import ARMS, CONFIG, places, random_bins, result, shown, top_bin

@@ -46,7 +46,7 @@ def open_runs(
     from eopd.pipeline.config import NamedProgress, load_config, load_sweep
     from eopd.pipeline.run import open_run
     from eopd.pipeline.store_check import check_folders
-    from eopd.storage.fingerprints import Digests
+    from eopd.storage.identity import Digests
 
     if sweep is None:
         return [open_run(load_config(config, overrides or ()), progress=progress() if progress else None)]

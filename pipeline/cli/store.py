@@ -252,7 +252,7 @@ def copy(
 ) -> None:
     """Copy an artifact to another store, a folder or a bucket; run the command again to continue."""
     from eopd.storage import garbage, listing
-    from eopd.storage.transfer import copy as copy_artifact
+    from eopd.storage.remote import copy as copy_artifact
 
     source = _opened(store)
     source_artifact = listing.find(source, name)

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from eopd.stages.align.settings import EDGES
 from eopd.stages.engines.hidden import HiddenBatch
 from eopd.stages.intervals import all_alike, intervals
-from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import LMHead, evaluating, lm_head_of
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, layout_of, pack
 from eopd.storage.errors import InputError
 
 Floats = NDArray[np.float64]

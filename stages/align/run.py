@@ -32,7 +32,7 @@ from eopd.stages.models.threads import torch_threads
 from eopd.stages.models.tokenizers import check_same_vocabulary
 from eopd.stages.problems import Problems
 from eopd.stages.stage import SummaryJob
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts

@@ -35,7 +35,7 @@ from eopd.stages.job import ModelRef, Progress
 from eopd.stages.models.model_config import longest_readable
 from eopd.stages.models.prompts import PromptSettings
 from eopd.stages.problems import Problems
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts
 from eopd.storage.errors import InputError, UserError

@@ -26,11 +26,10 @@ from torch import Tensor
 
 from eopd.stages.engines.sampling import EngineOptions, torch_device
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden, forget_lengths, layout_of
 from eopd.stages.models.lm_head import LMHead, lm_head_of, unwrap
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import free_memory, give_back_gpu_memory, weight_bytes
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, forget_lengths, layout_of, pack
 from eopd.stages.models.weight_files import is_quantised
 from eopd.storage.errors import InputError
 
@@ -260,7 +259,8 @@ class TransformersHiddenEngine:
         if len(sequences) > MOST_SEQUENCES:  # so few share a row in any case, for the check of the first batch
             # attention costs tokens * row: a row longer than the longest sequence would only add to it
             row_tokens = min(row_tokens, max(sequence.input_length for sequence in sequences))
-        for packed in pack(sequences, row_tokens, self._batch_tokens, self._layout):
+        few_widths = self._device == "cpu"
+        for packed in pack(sequences, row_tokens, self._batch_tokens, self._layout, few_widths=few_widths):
             yield HiddenBatch(final_hidden(self._model, packed.to(self._device)), packed.order, packed.lengths)
 
     @torch.inference_mode()

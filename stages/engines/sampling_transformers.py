@@ -32,11 +32,11 @@ from eopd.stages.engines.sampling import (
     torch_device,
 )
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import TOLERANCE
 from eopd.stages.models.lm_head import probe_ids, refusal
 from eopd.stages.models.loading import load_model, model_folder
 from eopd.stages.models.memory import give_back_gpu_memory, weight_bytes
 from eopd.stages.models.model_config import refuse_crossing
+from eopd.stages.models.packing import TOLERANCE
 from eopd.stages.models.threads import decoding_threads, torch_threads
 
 MAX_BATCH = 256

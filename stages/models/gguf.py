@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 from eopd.stages.models.weight_files import listed
 from eopd.storage.errors import InputError, installing
 from eopd.storage.files import canonical_json, free_of, fsync_folder, fsync_tree, sha256_text
-from eopd.storage.fingerprints import Digests
-from eopd.storage.identity import KEY_LENGTH
+from eopd.storage.identity import KEY_LENGTH, Digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

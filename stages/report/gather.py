@@ -32,7 +32,7 @@ from eopd.stages.report.data import (
     StepRow,
 )
 from eopd.stages.report.rollouts import TOKENIZER, Judge, no_verdicts, rollout_views
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart

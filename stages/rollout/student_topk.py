@@ -16,11 +16,11 @@ import torch
 from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import torch_device
 from eopd.stages.job import ModelRef, Progress
-from eopd.stages.models.backbone import read_logits
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
+from eopd.stages.models.packing import read_logits
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.rollout.settings import RolloutSettings
 from eopd.storage.artifacts import Artifact

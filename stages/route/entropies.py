@@ -16,13 +16,13 @@ from eopd.stages.engines.kept import Engines
 from eopd.stages.engines.sampling import torch_device
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef, Progress
-from eopd.stages.models.backbone import read_logits
 from eopd.stages.models.loading import load_model, load_tokenizer
 from eopd.stages.models.memory import give_back_gpu_memory
 from eopd.stages.models.packing import Sequence as PackSequence
+from eopd.stages.models.packing import read_logits
 from eopd.stages.models.threads import torch_threads
 from eopd.stages.problems import Problems
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts

@@ -21,7 +21,7 @@ from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.intervals import bootstrap
 from eopd.stages.job import Progress
 from eopd.stages.route.settings import SHORTEST, RuleSettings
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.claims import claimed_parts

@@ -31,7 +31,7 @@ from eopd.stages.train.parallel import gather_weights, student_of
 from eopd.stages.train.states import RoundStart, States, write_jsonl
 from eopd.storage.errors import InputError, StoreFull
 from eopd.storage.files import free_of
-from eopd.storage.fingerprints import tokenizer_files
+from eopd.storage.identity import tokenizer_files
 from eopd.storage.paths import ADAPTER_FOLDER, METRICS_FILE, OPTIMIZER, OPTIMIZER_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.sources import filled_parts
 

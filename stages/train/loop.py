@@ -132,7 +132,9 @@ class Loop:
     def _packs(self, numbers: Sequence[int]) -> list[tuple[Packed, list[int]]]:
         """Yield packed micro-batches of responses ``numbers``, each with its response numbers in packed order."""
         sequences = [self.responses.sequences[number] for number in numbers]
-        packs = pack(sequences, self.settings.row_tokens, self.settings.micro_batch_tokens, self.layout)
+        on_cpu = self.accelerator.device.type == "cpu"
+        limits = self.settings.row_tokens, self.settings.micro_batch_tokens
+        packs = pack(sequences, *limits, self.layout, few_widths=on_cpu)
         return [(packed, [numbers[place] for place in packed.order]) for packed in packs]
 
     def _micro_batch(self, packed: Packed, numbers: Sequence[int], real: bool = True) -> MicroBatch:

@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from eopd.stages.memory import GPU_GROUP_BYTES, GROUP_BYTES, head_rows
-from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import LMHead, lm_head_of
 from eopd.stages.models.memory import gpu_bytes
-from eopd.stages.models.packing import Packed
+from eopd.stages.models.packing import Packed, final_hidden, layout_of
 from eopd.stages.train.objectives.base import Objective, SparseStudent, StepContext, TeacherBatch, TokenLoss, outcomes
 from eopd.stages.train.objectives.layout import LOG_ZERO
 from eopd.stages.train.objectives.terms import forward_kl, reverse_kl

@@ -8,7 +8,7 @@ from pathlib import Path
 from eopd.pipeline.config import load_config
 from eopd.pipeline.run import open_run
 from eopd.pipeline.worker import execute
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "routing" / "countdown.yaml"
 

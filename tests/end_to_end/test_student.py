@@ -17,7 +17,7 @@ from eopd.stages.models.model_config import stop_ids_in
 from eopd.storage.garbage import prune
 from eopd.storage.paths import METRICS_FILE, TRAINING_FILE, WEIGHTS
 from eopd.storage.places import open_place
-from eopd.storage.transfer import copy
+from eopd.storage.remote import copy
 from tests import s3
 from tests.end_to_end.conftest import World, eopd
 

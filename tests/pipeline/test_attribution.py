@@ -11,7 +11,7 @@ import pytest
 
 from eopd.pipeline.checks import check_stages, require_stages
 from eopd.pipeline.config import ConfigError, parse_settings
-from eopd.pipeline.doctor import check_inputs
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.prompt_check import sources_of
 from eopd.stages.experiment import BenchmarkFacts, Facts
 from eopd.storage.errors import InputError

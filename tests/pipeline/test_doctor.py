@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from eopd.pipeline import doctor
 from eopd.pipeline.config import CONFIG_FOLDER, parse_settings
-from eopd.pipeline.doctor import check_inputs, compiling, known_versions, probe, worst
+from eopd.pipeline.doctor import compiling, known_versions, probe, worst
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.errors import Finding
 from eopd.pipeline.store_check import check_store
 from tests.stages.tiny_models import tiny_tokenizer

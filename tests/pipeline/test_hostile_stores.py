@@ -32,8 +32,8 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.claims import claim, holder
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, UserError
 from eopd.storage.garbage import prune
+from eopd.storage.remote import copy
 from eopd.storage.student_topk import read_student_topk
-from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 from tests.pipeline.plan_case import commit, make_run, note_job
 from tests.storage import hostile

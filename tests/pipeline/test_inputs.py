@@ -16,7 +16,7 @@ from eopd.pipeline.config import ConfigError, RunSettings
 from eopd.pipeline.inputs import captured_teacher, check_architectures, find_weights, inspect_model, locate, stop_ids_of
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.train.stops import StopHandling, swap_stops
-from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Digests
 from eopd.storage.teacher_record import HeadRule
 from tests.pipeline.plan_case import make_facts, make_settings
 from tests.raises import raises

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eopd.pipeline import doctor as doctor_inputs
+from eopd.pipeline import doctor_inputs
 from eopd.pipeline import forecast as memory
 from eopd.pipeline.config import load_config, parse_settings
 from eopd.pipeline.forecast import Need, lines, models_of, needs, needs_of

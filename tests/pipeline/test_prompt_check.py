@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eopd.pipeline.config import CONFIG_FOLDER, ConfigError, RunSettings, parse_settings
-from eopd.pipeline.doctor import check_inputs
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.prompt_check import Reader, check_prompts, render_sources, sources_of
 from tests.pipeline.plan_case import commit, make_facts, make_run
 from tests.raises import raises

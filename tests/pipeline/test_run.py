@@ -13,7 +13,7 @@ from eopd.pipeline.plan import Plan, make_plan
 from eopd.pipeline.run import StoreShelf
 from eopd.stages.engines.kept import Engines
 from eopd.stages.score.settings import HeadSettings, ScoreSettings
-from eopd.storage import fingerprints
+from eopd.storage import identity as fingerprints
 from eopd.storage.artifacts import Artifact
 from eopd.storage.files import sha256_file
 from eopd.storage.identity import Identity

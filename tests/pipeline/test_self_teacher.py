@@ -11,7 +11,7 @@ import yaml
 
 from eopd.pipeline.checks import check_other_students, idle_teacher
 from eopd.pipeline.config import ConfigError, RunSettings, load_config, parse_settings
-from eopd.pipeline.doctor import check_inputs
+from eopd.pipeline.doctor_inputs import check_inputs
 from eopd.pipeline.errors import RunError
 from eopd.pipeline.export import find_student
 from eopd.pipeline.plan import Plan

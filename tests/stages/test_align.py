@@ -25,7 +25,7 @@ from eopd.stages.models.packing import Sequence
 from eopd.stages.models.prompts import PromptSettings, PromptTable, load_prompts
 from eopd.stages.models.teacher_prompts import Context, TeacherPromptSettings
 from eopd.stages.stage import SummaryJob
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import InputError
 from eopd.storage.identity import Identity

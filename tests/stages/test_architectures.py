@@ -18,11 +18,10 @@ from eopd.stages.engines.kept import Engines, open_hidden_engine, open_sampling_
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.engines.sampling_transformers import TransformersSamplingEngine, sequence_logprobs
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden, layout_of
 from eopd.stages.models.lm_head import lm_head_of, traits_of
 from eopd.stages.models.loading import load_model
 from eopd.stages.models.model_config import length_boundary, scaled_positions
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, layout_of, pack
 from eopd.stages.score.run import run as score
 from eopd.stages.train.run import freeze_unread
 from eopd.stages.train.run import run as train
@@ -110,7 +109,7 @@ def test_an_unknown_scaling_that_depends_on_length_is_measured(monkeypatch: pyte
     known = scaled_positions(model.config.to_dict())
     assert known is not None
     strange = type(known)("strange", known.boundary, alike_beyond=True)
-    monkeypatch.setattr("eopd.stages.models.backbone.scaled_positions", lambda config: strange)
+    monkeypatch.setattr("eopd.stages.models.packing.scaled_positions", lambda config: strange)
     assert layout_of(model).boundary == 32
     _check_parity(model, _sequences([(8, 10), (30, 36), (4, 6)]), row_tokens=512)
 

@@ -44,7 +44,7 @@ from eopd.stages.report.figures import attribution
 from eopd.stages.report.gather import RoundArtifacts, _attribution
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError, UserError

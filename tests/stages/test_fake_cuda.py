@@ -23,7 +23,7 @@ from eopd.stages.engines import sampling_transformers
 from eopd.stages.engines.sampling import EngineOptions, SamplingParameters, SamplingRequest
 from eopd.stages.job import ModelRef
 from eopd.stages.memory import ModelSize, reading, score_rows, training
-from eopd.stages.models import backbone
+from eopd.stages.models import packing as backbone
 from eopd.stages.models.lm_head import LMHead, traits_of, unwrap
 from eopd.stages.models.packing import PACKED, Sequence
 from eopd.stages.models.transfer import copied_at_once

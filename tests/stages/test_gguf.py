@@ -25,7 +25,7 @@ from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.tokenizers import vocabulary_fingerprint
 from eopd.storage import paths
 from eopd.storage.errors import installing
-from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Digests
 
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("gguf is not installed (pip install 'eopd[gguf]')", allow_module_level=True)

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from eopd.stages.engines.hidden import full_model_logits
-from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import STORED_ARCHITECTURES, LMHead, head_traits, lm_head_of
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, pack
 from eopd.storage.errors import InputError
 from tests.bounds import forward_rounding, rounding
 from tests.raises import raises

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eopd.stages.models.backbone import final_hidden
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, next_width, pack
 from eopd.storage.errors import InputError
 from tests.bounds import forward_rounding
 from tests.raises import raises
@@ -25,17 +24,18 @@ def _sequences(lengths: list[tuple[int, int]]) -> list[Sequence]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 96), st.integers(1, 400))
+@given(LENGTHS, st.integers(1, 96), st.integers(1, 400), st.booleans())
 def test_every_response_token_is_predicted_once_from_the_token_before_it(
-    lengths: list[tuple[int, int]], row_tokens: int, budget: int
+    lengths: list[tuple[int, int]], row_tokens: int, budget: int, few_widths: bool
 ) -> None:
     sequences = _sequences(lengths)
-    batches = pack(sequences, row_tokens, budget)
+    batches = pack(sequences, row_tokens, budget, few_widths=few_widths)
     seen: list[int] = []
     for packed in batches:
         rows, width = packed.input_ids.shape
         assert rows == 1 or rows * width <= budget
-        assert width <= max(row_tokens, max(s.input_length for s in sequences))
+        longest = max(row_tokens, max(s.input_length for s in sequences))
+        assert width <= (next_width(longest) if few_widths else longest)
         flat, positions = packed.input_ids.flatten(), packed.position_ids.flatten()
         at = 0
         for number, length in zip(packed.order, packed.lengths, strict=True):
@@ -49,7 +49,7 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(
             seen.append(number)
         assert at == packed.tokens
     assert sorted(seen) == [n for n, s in enumerate(sequences) if s.response_ids]
-    again = pack(sequences, row_tokens, budget)
+    again = pack(sequences, row_tokens, budget, few_widths=few_widths)
     assert [b.order for b in again] == [b.order for b in batches]
 
 
@@ -62,14 +62,21 @@ def test_padding_is_small_on_ordinary_lengths() -> None:
     assert sum(s.input_length for s in sequences) / cells > 0.97
 
 
-def test_packed_equals_separate_over_ten_rows() -> None:
+def test_few_widths_are_little_more() -> None:
+    widths = [next_width(tokens) for tokens in range(1, 4097)]
+    assert all(tokens <= width <= tokens * 1.125 for tokens, width in enumerate(widths, 1))
+    assert len(set(widths)) < 90
+
+
+@pytest.mark.parametrize("few_widths", [False, True])
+def test_packed_equals_separate_over_ten_rows(few_widths: bool) -> None:
     model = tiny_model("qwen3")
     generator = torch.Generator().manual_seed(3)
     sequences = []
     for number in range(40):
         ids = torch.randint(3, 300, (6 + number,), generator=generator).tolist()
         sequences.append(Sequence(ids[:4], ids[4:]))
-    batches = pack(sequences, 96, 10 * 96)
+    batches = pack(sequences, 96, 10 * 96, few_widths=few_widths)
     assert max(len(b.input_ids) for b in batches) >= 3
     with torch.no_grad():
         for packed in batches:

@@ -19,7 +19,7 @@ from eopd.stages.report.data import FIRST, OWN, Estimate, ReportData, RunData
 from eopd.stages.report.gather import FIRST_STEP, RoundArtifacts, RunArtifacts, gather, seconds_by_key, summary_rows
 from eopd.stages.report.page import render
 from eopd.stages.report.run import to_csv
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.identity import Identity

@@ -24,7 +24,7 @@ from eopd.stages.route.entropies import EntropiesJob, entropies_of
 from eopd.stages.route.entropies import run as read_entropies
 from eopd.stages.route.run import Routed, RouteJob, descriptors, fit, routed, run, table
 from eopd.stages.route.settings import RuleSettings
-from eopd.storage import analyses
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage.artifacts import Artifact
 from eopd.storage.errors import DamagedPart, InputError

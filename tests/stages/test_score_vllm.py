@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from eopd.stages.engines.kept import Engines, open_hidden_engine
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import stored_lm_head
 from eopd.stages.models.loading import load_model
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, pack
 from eopd.stages.score.run import run
 from eopd.storage.errors import InputError
 from eopd.storage.teacher_cache import TeacherCache

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from eopd.stages.job import ModelRef
-from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, pack
 from eopd.stages.train.lora import add_adapters
 from eopd.stages.train.run import run
 from eopd.stages.train.settings import LoraSettings, TrainSettings

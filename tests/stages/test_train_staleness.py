@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eopd.stages.models.backbone import final_hidden
 from eopd.stages.models.lm_head import lm_head_of
 from eopd.stages.models.loading import load_model
-from eopd.stages.models.packing import Sequence, pack
+from eopd.stages.models.packing import Sequence, final_hidden, pack
 from eopd.stages.score.run import run as score
 from eopd.stages.train.failures import TrainingStopped
 from eopd.stages.train.responses import load_responses

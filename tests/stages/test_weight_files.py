@@ -26,7 +26,7 @@ from eopd.stages.models.loading import check_weights, load_model
 from eopd.stages.models.settings import ModelSettings
 from eopd.stages.models.weight_files import INDEX, SINGLE, read_tensors, weight_files
 from eopd.storage.errors import InputError
-from eopd.storage.fingerprints import Digests, model_files
+from eopd.storage.identity import Digests, model_files
 from tests.raises import raises
 from tests.stages.tiny_models import save_tiny, tiny_tokenizer
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from eopd.storage import analyses, paths, student_topk
+from eopd.storage import paths, student_topk
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage import records as rollouts
 from eopd.storage.artifacts import Artifact

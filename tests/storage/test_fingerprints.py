@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eopd.storage.files import sha256_text
-from eopd.storage.fingerprints import Digests
+from eopd.storage.identity import Digests
 
 
 def test_digests_are_remembered(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from eopd.storage import listing, paths
 from eopd.storage.errors import DamagedPart, MissingArtifact, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.hub import HubDataset, upload
 from eopd.storage.places import open_place
-from eopd.storage.remote import RemoteArtifact
+from eopd.storage.remote import RemoteArtifact, copy
 from eopd.storage.stacked import StackedStores
 from eopd.storage.teacher_cache import TeacherCache
-from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 from tests import hub as stand_in
 from tests.raises import raises

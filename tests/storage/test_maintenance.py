@@ -21,10 +21,10 @@ from eopd.storage.errors import DamagedPart, InputError, MissingPart, StoreError
 from eopd.storage.exchange import export_parquet
 from eopd.storage.identity import Identity
 from eopd.storage.markers import Marker
+from eopd.storage.remote import copy
 from eopd.storage.stacked import StackedStores
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
-from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 from tests.raises import raises
 

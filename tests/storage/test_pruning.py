@@ -16,8 +16,8 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, PrunedPart
 from eopd.storage.garbage import prune, revive
 from eopd.storage.identity import Identity
+from eopd.storage.remote import copy
 from eopd.storage.stored import StoredArtifact
-from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 from tests.raises import raises
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eopd.storage import analyses, student_topk
+from eopd.storage import records as analyses
 from eopd.storage import records as evaluations
 from eopd.storage import records as rollouts
+from eopd.storage import student_topk
 from eopd.storage.errors import NewerSchema, StoreError, WrongArtifact
 from eopd.storage.records import named
 from tests.raises import raises

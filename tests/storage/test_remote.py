@@ -21,11 +21,10 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.garbage import prune
 from eopd.storage.identity import Identity
-from eopd.storage.remote import RemoteArtifact, open_bucket
+from eopd.storage.remote import RemoteArtifact, copy, open_bucket
 from eopd.storage.stacked import FetchedArtifact, StackedStores
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
-from eopd.storage.transfer import copy
 from eopd.storage.verification import Damage, verify
 from tests import s3
 from tests.raises import raises

@@ -12,9 +12,9 @@ from eopd.storage import paths
 from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.garbage import prune
 from eopd.storage.markers import Marker
+from eopd.storage.remote import copy
 from eopd.storage.teacher_cache import TeacherCache, write_part
 from eopd.storage.teacher_record import HeadRule
-from eopd.storage.transfer import copy
 from eopd.storage.verification import verify
 
 from .making import header, other, scores

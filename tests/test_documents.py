@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]+)\)")
 ANCHOR = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+NAME = re.compile(r"\beopd\.(?:pipeline|stages|storage|examples)\b(?:\.[A-Za-z_]\w*)+")
 CONFIG = re.compile(r"```yaml\n(# mine\.yaml\n.*?)```", re.DOTALL)
 
 
@@ -52,6 +54,22 @@ def test_links_to_headings_lead_somewhere(page: Path) -> None:
         if anchor not in anchors:
             missing.append(f"{link}#{anchor}")
     assert missing == []
+
+
+def test_names_of_modules_in_documents_can_be_imported() -> None:
+    """In the notebook too, which only ``make docs`` executes."""
+    pages = [*PAGES, *sorted((ROOT / "docs").glob("*.ipynb")), ROOT / "scripts" / "site.py", ROOT / "Makefile"]
+    names = {name for page in pages for name in NAME.findall(page.read_text(encoding="utf-8"))}
+    assert "eopd.storage.records" in names
+    assert [name for name in sorted(names) if not _resolves(name)] == []
+
+
+def _resolves(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def test_the_map_of_the_code_names_every_module() -> None:

@@ -21,7 +21,7 @@ from eopd.storage.artifacts import Artifact, open_artifact
 from eopd.storage.errors import DamagedPart, MissingArtifact, MissingPart, StoreError, StoreUnreadable, StoreUnwritable
 from eopd.storage.garbage import prune
 from eopd.storage.identity import Identity
-from eopd.storage.remote import RemoteArtifact, copy, open_bucket
+from eopd.storage.remote import RemoteArtifact, copy, open_bucket, put_if_absent
 from eopd.storage.stacked import FetchedArtifact, StackedStores
 from eopd.storage.teacher_cache import TeacherCache
 from eopd.storage.teacher_record import HeadRule, TeacherRows
@@ -41,8 +41,8 @@ if importlib.util.find_spec("moto") is None:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    with s3.server() as found:
-        yield found
+    with s3.server() as url:
+        yield url
 
 
 @pytest.fixture
@@ -419,9 +419,8 @@ def test_what_was_fetched_is_read_where_nothing_can_be_written(tmp_path: Path, b
     copy(artifact, bucket)
     private = tmp_path / "private"
     private.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "tmpfs", str(private)], capture_output=True, text=True, check=False
-    )
+    command = ["mount", "-t", "tmpfs", "tmpfs", str(private)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
     try:
@@ -441,8 +440,6 @@ def test_the_first_commit_in_a_bucket_wins(tmp_path: Path, bucket: Any) -> None:
     remote = RemoteArtifact(bucket, "scores", artifact.key)
     nonce = remote.marker(0).nonce
     assert remote.is_complete()
-    from eopd.storage.remote import put_if_absent
-
     assert not put_if_absent(bucket, f"{remote.folder}/{paths.marker_name(0)}", b"{}")
     assert remote.marker(0).nonce == nonce
 
@@ -499,5 +496,5 @@ def test_a_folder_through_obstore(tmp_path: Path) -> None:
     there = open_bucket(f"file://{tmp_path / 'there'}")
     assert copy(artifact, there) == [0, 1]
     assert verify(tmp_path / "there") == []
-    found = TeacherCache(RemoteArtifact(there, "scores", artifact.key))
-    assert_identical(found.read_part(1), TeacherCache(artifact).read_part(1))
+    copied = TeacherCache(RemoteArtifact(there, "scores", artifact.key))
+    assert_identical(copied.read_part(1), TeacherCache(artifact).read_part(1))

@@ -80,6 +80,8 @@ def measure_real(named: Path | None, data: Path, tokens: int) -> dict[str, Any]:
     texts = {"plain": plain_text(ref, max(tokens // 256, 1), 257)}
     if (data / "test.jsonl").exists():
         texts["gsm8k"] = _up_to(gsm8k(ref, data, 200), tokens)
+    else:
+        print(f"gsm8k: not read, there is no {data / 'test.jsonl'} (--data FOLDER)", flush=True)
     return {"real": {name: _compare(ref, teacher, student, text) for name, text in texts.items()}}
 
 

@@ -81,10 +81,10 @@ def test_a_package_that_does_not_import_says_why(tmp_path: Path, monkeypatch: py
     (tmp_path / "dying_one.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
     (tmp_path / "slow_one.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert probe("broken_one", "found = {}") == "its import failed: ImportError: libfoo.so.3: cannot open"
-    assert probe("dying_one", "found = {}") == "its import killed by signal 11: it said nothing"
-    assert probe("slow_one", "found = {}", seconds=1.0) == "its import did not end within 1 s"
-    assert probe("json", "found = {'a': 1}") == {"a": 1}
+    assert probe("broken_one", "facts = {}") == "its import failed: ImportError: libfoo.so.3: cannot open"
+    assert probe("dying_one", "facts = {}") == "its import killed by signal 11: it said nothing"
+    assert probe("slow_one", "facts = {}", seconds=1.0) == "its import did not end within 1 s"
+    assert probe("json", "facts = {'a': 1}") == {"a": 1}
 
 
 def test_versions_known_to_work_are_those_pinned(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def compare(given: Shape, repeats: int = 2) -> dict[str, Any]:
         unrounded = unrounded_losses(where) if given.head.get("k_max") == given.vocab else None
     seconds = {name: [value for curve in some for value in curve.seconds[WARM_UP:]] for name, some in curves.items()}
     middle = {name: median(values) for name, values in seconds.items()}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "step_time_ratio": round(middle["theirs"] / middle["ours"], 3),
         "step_seconds": {name: round(value, 5) for name, value in middle.items()},
         "tokens_per_step": given.tokens_per_step,
@@ -226,10 +226,10 @@ def compare(given: Shape, repeats: int = 2) -> dict[str, Any]:
     }
     if unrounded is not None:
         peers = curves["theirs"][0].losses
-        found["losses"] = [round(loss, 6) for loss in peers]
-        found["loss_difference"] = _largest_gap(unrounded, peers)
-        found["loss_difference_through_cache"] = _largest_gap(curves["ours"][0].losses, peers)
-    return found
+        result["losses"] = [round(loss, 6) for loss in peers]
+        result["loss_difference"] = _largest_gap(unrounded, peers)
+        result["loss_difference_through_cache"] = _largest_gap(curves["ours"][0].losses, peers)
+    return result
 
 
 def _largest_gap(ours: list[float], theirs: list[float]) -> float:

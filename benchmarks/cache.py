@@ -65,8 +65,8 @@ def header(head: HeadRule) -> PartHeader:
 
 @contextmanager
 def workspace(folder: str | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=folder, prefix="eopd-cache-") as found:
-        yield Path(found)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="eopd-cache-") as result:
+        yield Path(result)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -85,16 +85,16 @@ def bytes_per_token(root: Path, head: HeadRule, ids: Ids) -> float:
 
 
 def measure_bytes(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     kinds: tuple[tuple[str, Ids], ...] = (("bytes_per_token", "uniform"), ("bytes_per_token_zipf", "zipf"))
     for name, ids in kinds:
-        found[name] = round(bytes_per_token(root, HeadRule(), ids), 3)
+        result[name] = round(bytes_per_token(root, HeadRule(), ids), 3)
         by_k = {str(k): round(bytes_per_token(root, HeadRule(k_max=k), ids), 3) for k in (32, 64)}
-        found[f"{name}_by_k_max"] = {"16": found[name]} | by_k
+        result[f"{name}_by_k_max"] = {"16": result[name]} | by_k
         fixed = {k: HeadRule(k_max=k, full_head_above=-1.0, draws="none") for k in gradient.TOP}
-        found[f"{name}_fixed"] = {f"top{k}": round(bytes_per_token(root, head, ids), 3) for k, head in fixed.items()}
-        say(f"{name}: {found[name]}, {found[f'{name}_by_k_max']}, {found[f'{name}_fixed']}")
-    return found
+        result[f"{name}_fixed"] = {f"top{k}": round(bytes_per_token(root, head, ids), 3) for k, head in fixed.items()}
+        say(f"{name}: {result[name]}, {result[f'{name}_by_k_max']}, {result[f'{name}_fixed']}")
+    return result
 
 
 # -- write, read, open -----------------------------------------------------------------------------------------
@@ -243,18 +243,18 @@ def measure_flips(root: Path, trials: int = 1_000) -> dict[str, Any]:
     right = TeacherCache(artifact).read_part(0)
     files = sorted(path for path in artifact.folder.rglob("*") if path.is_file())
     rng = np.random.default_rng(0)
-    found = lies = 0
+    result = lies = 0
     for trial in range(trials):
         path = files[trial % len(files)]
         whole = path.read_bytes()
         _damage(path, whole, rng)
-        found += bool(verify(root / "flips"))
+        result += bool(verify(root / "flips"))
         with suppress(StoreError):
             lies += not _same(TeacherCache(artifact).read_part(0), right)
         path.write_bytes(whole)
     assert not verify(root / "flips")
-    say(f"flips: {found} of {trials} found, {lies} reads wrong")
-    return {"flips_detected": found, "flips_tried": trials, "reads_with_wrong_numbers": lies}
+    say(f"flips: {result} of {trials} found, {lies} reads wrong")
+    return {"flips_detected": result, "flips_tried": trials, "reads_with_wrong_numbers": lies}
 
 
 def _damage(path: Path, whole: bytes, rng: np.random.Generator) -> None:
@@ -269,24 +269,24 @@ def _damage(path: Path, whole: bytes, rng: np.random.Generator) -> None:
         path.write_bytes(content)
 
 
-def _same(found: TeacherRows, right: TeacherRows) -> bool:
-    return all(np.array_equal(getattr(found, name), getattr(right, name)) for name in TeacherRows.__dataclass_fields__)
+def _same(result: TeacherRows, right: TeacherRows) -> bool:
+    return all(np.array_equal(getattr(result, name), getattr(right, name)) for name in TeacherRows.__dataclass_fields__)
 
 
 # -- all -------------------------------------------------------------------------------------------------------
 
 
 def measure_gradient(tokens: int) -> dict[str, Any]:
-    found = gradient.compare(tokens)
-    say(f"angles: {found.degrees}")
+    comparison = gradient.compare(tokens)
+    say(f"angles: {comparison.degrees}")
     return {
-        "gradient_angle_degrees": {name: round(value, 3) for name, value in found.degrees.items()},
-        "gradient_relative_error": {name: round(value, 4) for name, value in found.relative_error.items()},
-        "gradient_cache_over_sampled50": round(found.degrees["cache"] / found.degrees["sampled50"], 4),
+        "gradient_angle_degrees": {name: round(value, 3) for name, value in comparison.degrees.items()},
+        "gradient_relative_error": {name: round(value, 4) for name, value in comparison.relative_error.items()},
+        "gradient_cache_over_sampled50": round(comparison.degrees["cache"] / comparison.degrees["sampled50"], 4),
         "gradient_tokens": tokens,
         "gradient_draw_seeds": gradient.SEEDS,
-        "gradient_student_kl_nats": round(found.student_kl, 3),
-        "sampled50_bytes": round(3 * found.sampled50_unique_ids, 1),  # an id and a count each, 3 bytes
+        "gradient_student_kl_nats": round(comparison.student_kl, 3),
+        "sampled50_bytes": round(3 * comparison.sampled50_unique_ids, 1),  # an id and a count each, 3 bytes
     }
 
 
@@ -302,14 +302,14 @@ def measure(chosen: argparse.Namespace, root: Path) -> dict[str, Any]:
         "gradient": lambda: measure_gradient(chosen.gradient_tokens),
         "real": lambda: measure_real(chosen.real, chosen.data, chosen.real_tokens),
     }
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     seconds = {}
     for name in chosen.only or [name for name in steps if name != "real"]:
         start = time.perf_counter()
-        found |= steps[name]()
+        result |= steps[name]()
         seconds[name] = round(time.perf_counter() - start, 1)
         say(f"{name}: {seconds[name]} s")
-    return {**found, "seconds": seconds}
+    return {**result, "seconds": seconds}
 
 
 def main() -> None:
@@ -326,9 +326,9 @@ def main() -> None:
     chosen = parser.parse_args()
     machine = describe("numpy", "zarr", "numcodecs", "eopd")
     with workspace(chosen.folder) as root:
-        found = measure(chosen, root)
+        measured = measure(chosen, root)
     settings = {"head": asdict(HeadRule()), "vocabulary": VOCABULARY, "batch": BATCH, "part_tokens": PART_TOKENS}
-    document = json.dumps({**found, "peers_bytes_per_token": PEERS, "settings": settings, **machine})
+    document = json.dumps({**measured, "peers_bytes_per_token": PEERS, "settings": settings, **machine})
     if chosen.save:
         path = REAL_RESULTS if chosen.only == ["real"] else RESULTS
         path.write_text(document + "\n", encoding="utf-8")

@@ -52,19 +52,19 @@ ROW_TOKENS = 512
 
 def rules() -> dict[str, HeadRule]:
     """Every rule, by a name for tables."""
-    found = {"default": HeadRule()}
+    result = {"default": HeadRule()}
     for k in (8, 12, 16, 24, 32, 50):
-        found[f"top-{k}"] = HeadRule(k_max=k, full_head_above=-1.0, draws="none")
+        result[f"top-{k}"] = HeadRule(k_max=k, full_head_above=-1.0, draws="none")
     for n in (8, 16, 32, 50, 100):
-        found[f"{n} draws"] = HeadRule(k_max=1, min_prob=1.0, full_head_above=NEVER, draws="full", n_draws=n)
+        result[f"{n} draws"] = HeadRule(k_max=1, min_prob=1.0, full_head_above=NEVER, draws="full", n_draws=n)
     for k in (16, 32, 64):
         for c in (0.01, 0.015, 0.02, 0.03, 0.05):
-            found[f"{k}, {c}, above never"] = HeadRule(k_max=k, min_prob=c, full_head_above=NEVER)
+            result[f"{k}, {c}, above never"] = HeadRule(k_max=k, min_prob=c, full_head_above=NEVER)
     for e in (0.4, 2.0, 3.0, 4.0):
         for c in (0.02, 0.03, 0.05):
             if (e, c) != (0.4, 0.03):
-                found[f"16, {c}, above {e}"] = HeadRule(k_max=16, min_prob=c, full_head_above=e)
-    return found
+                result[f"16, {c}, above {e}"] = HeadRule(k_max=16, min_prob=c, full_head_above=e)
+    return result
 
 
 def measure_real(named: Path | None, data: Path, tokens: int) -> dict[str, Any]:
@@ -80,6 +80,8 @@ def measure_real(named: Path | None, data: Path, tokens: int) -> dict[str, Any]:
     texts = {"plain": plain_text(ref, max(tokens // 256, 1), 257)}
     if (data / "test.jsonl").exists():
         texts["gsm8k"] = _up_to(gsm8k(ref, data, 200), tokens)
+    else:
+        print(f"gsm8k: not read, there is no {data / 'test.jsonl'} (--data FOLDER)", flush=True)
     return {"real": {name: _compare(ref, teacher, student, text) for name, text in texts.items()}}
 
 
@@ -143,8 +145,8 @@ def _compare(ref: ModelRef, teacher: Any, student: Any, sequences: list[Sequence
         scorer = StatisticsHead(lm_head_of(teacher), rule, stop_ids=(2,))
         for seed in range(seeds):
             keys = row_keys(seed, (0,), np.arange(len(sampled)))
-            found = scorer(hidden, TokenBatch(sampled, keys))
-            rows = in_response_order(found, order, lengths, np.asarray([2], np.int32), len(sequences))
+            scores = scorer(hidden, TokenBatch(sampled, keys))
+            rows = in_response_order(scores, order, lengths, np.asarray([2], np.int32), len(sequences))
             with _stored(rows, rule, ref, p.shape[1]) as (cache, size):
                 read = cache.read_part(0)
                 if name == "default" and not seed:
@@ -174,17 +176,17 @@ def _at_equal_bytes(table: dict[str, dict[str, float]]) -> dict[str, Any]:
         line = sorted((row["bytes"], row["degrees"]) for name, row in table.items() if kind in name)
         return round(float(np.interp(size, [x for x, _ in line], [y for _, y in line])), 2)
 
-    found: dict[str, Any] = {"best_rule": best}
+    result: dict[str, Any] = {"best_rule": best}
     for which, name in (("default", "default"), ("best", best)):
         size, degrees = table[name]["bytes"], table[name]["degrees"]
         angles = {"cache": degrees, "sampled": at("draws", size), "top_k": at("top-", size)}
-        found[f"gradient_angle_degrees_{which}"] = {
+        result[f"gradient_angle_degrees_{which}"] = {
             "bytes": size,
             **angles,
             "ratio": round(degrees / angles["sampled"], 3),
         }
-    found["sampled50"] = table["50 draws"]
-    return found
+    result["sampled50"] = table["50 draws"]
+    return result
 
 
 def _cost(row: dict[str, float]) -> float:

@@ -134,7 +134,7 @@ def markers(store: Path, value: str) -> dict[str, str]:
 
     Training states go when their checkpoint is there, and are not among them.
     """
-    found = {}
+    result = {}
     for path in [*store.rglob("part-*.pruned"), *store.rglob("part-*.json")]:
         if "progress" in path.parts:
             continue
@@ -143,13 +143,13 @@ def markers(store: Path, value: str) -> dict[str, str]:
         except FileNotFoundError:  # pruned just now: the next look finds its tombstone
             continue
         committed = {**marker, **marker["info"].get("pruned", {})}  # a tombstone keeps what the marker said
-        found[str(path.relative_to(store).with_suffix(""))] = committed[value]
-    return found
+        result[str(path.relative_to(store).with_suffix(""))] = committed[value]
+    return result
 
 
 def children(process: int) -> dict[int, str]:
     """Living children of a process, and the stage each works on."""
-    found = {}
+    result = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -158,8 +158,8 @@ def children(process: int) -> dict[int, str]:
         except (OSError, ValueError):
             continue
         if parent == process:
-            found[int(folder.name)] = stage_of(int(folder.name))
-    return found
+            result[int(folder.name)] = stage_of(int(folder.name))
+    return result
 
 
 def stage_of(process: int) -> str:
@@ -197,8 +197,8 @@ def disturb(trial: Trial, name: str, kills: int, every: float, chance: random.Ra
         process.wait()
         count.restarts += 1
         process = trial.start(config)
-    found = markers(store, "nonce")
-    count.lost += sum(found.get(part) != nonce for part, nonce in known.items())
+    listed = markers(store, "nonce")
+    count.lost += sum(listed.get(part) != nonce for part, nonce in known.items())
 
 
 def kill_tree(process: Forked | subprocess.Popen[bytes]) -> None:

@@ -146,12 +146,12 @@ def distinct_ids(rng: np.random.Generator, rows: int, width: int, ids: Ids, voca
 
 def lengths(rng: np.random.Generator, tokens: int) -> NDArray[np.int64]:
     """Response lengths that sum to ``tokens``: log-normal, median 600, 64 .. 4096 (the last may be shorter)."""
-    found = np.clip(600.0 * np.exp(0.75 * rng.standard_normal(tokens // 64 + 1)), 64, 4096).astype(np.int64)
-    ends = np.cumsum(found)
+    result = np.clip(600.0 * np.exp(0.75 * rng.standard_normal(tokens // 64 + 1)), 64, 4096).astype(np.int64)
+    ends = np.cumsum(result)
     count = int(np.searchsorted(ends, tokens)) + 1
-    found = found[:count]
-    found[-1] -= ends[count - 1] - tokens
-    return found
+    result = result[:count]
+    result[-1] -= ends[count - 1] - tokens
+    return result
 
 
 def generate(
@@ -180,20 +180,20 @@ def generate(
 def _block(rng: np.random.Generator, tokens: int, head: HeadRule, ids: Ids, vocabulary: int) -> dict[str, NDArray[Any]]:
     assert head.k_max <= EXPLICIT
     assert head.draws != "full"
-    found = distributions(rng, exponents(rng, tokens, vocabulary), vocabulary)
-    sure = np.clip((found.logprob >= np.log(head.min_prob)).sum(axis=1), 1, head.k_max)
-    size = np.where(found.entropy > head.full_head_above, head.k_max, sure)
+    probabilities = distributions(rng, exponents(rng, tokens, vocabulary), vocabulary)
+    sure = np.clip((probabilities.logprob >= np.log(head.min_prob)).sum(axis=1), 1, head.k_max)
+    size = np.where(probabilities.entropy > head.full_head_above, head.k_max, sure)
     inside = np.arange(head.k_max) < size[:, None]
     top_ids = distinct_ids(rng, tokens, head.k_max, ids, vocabulary)
-    p = np.exp(found.logprob)
-    tail = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, p).sum(axis=1) + found.far_mass
-    rank, logprob = _sampled(rng, found)
+    p = np.exp(probabilities.logprob)
+    tail = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, p).sum(axis=1) + probabilities.far_mass
+    rank, logprob = _sampled(rng, probabilities)
     token = np.where(
         rank < head.k_max,
         top_ids[np.arange(tokens), np.minimum(rank, head.k_max - 1)],
         draw_ids(rng, tokens, ids, vocabulary),
     )
-    draws, owner = _systematic(rng, found, size, tail, head) if head.draws == "beyond_head" else (None, None)
+    draws, owner = _systematic(rng, probabilities, size, tail, head) if head.draws == "beyond_head" else (None, None)
     drawn = np.zeros(0, np.int32)
     counts = np.zeros(tokens, np.int64)
     if draws is not None and owner is not None:
@@ -204,13 +204,13 @@ def _block(rng: np.random.Generator, tokens: int, head: HeadRule, ids: Ids, voca
     stops = np.clip(-22.0 + 5.0 * rng.standard_normal((tokens, len(STOP_IDS))), LOGPROB_FLOOR, -1.0)
     return {
         "token_ids": token.astype(np.int32),
-        "entropy": found.entropy.astype(np.float32),
+        "entropy": probabilities.entropy.astype(np.float32),
         "sampled_logprob": np.maximum(logprob, LOGPROB_FLOOR).astype(np.float32),
         "sampled_rank": rank.astype(np.int32),
         "stop_logprobs": stops.astype(np.float32),
         "head_counts": size,
         "head_ids": top_ids[inside].astype(np.int32),
-        "head_logprobs": np.maximum(found.logprob[:, : head.k_max][inside], LOGPROB_FLOOR).astype(np.float32),
+        "head_logprobs": np.maximum(probabilities.logprob[:, : head.k_max][inside], LOGPROB_FLOOR).astype(np.float32),
         "tail_logmass": np.log(np.maximum(tail, np.exp(LOGPROB_FLOOR))).astype(np.float32),
         "draw_counts": counts,
         "draw_ids": drawn,
@@ -218,32 +218,32 @@ def _block(rng: np.random.Generator, tokens: int, head: HeadRule, ids: Ids, voca
     }
 
 
-def _sampled(rng: np.random.Generator, found: Distributions) -> tuple[NDArray[np.int64], Float]:
+def _sampled(rng: np.random.Generator, result: Distributions) -> tuple[NDArray[np.int64], Float]:
     """[T] rank of the student's token and its teacher log-prob."""
-    table = law(found.vocabulary)
-    flat = np.exp(STUDENT * found.logprob)
-    a = np.maximum(STUDENT * found.exponent, table.exponent[0])
+    table = law(result.vocabulary)
+    flat = np.exp(STUDENT * result.logprob)
+    a = np.maximum(STUDENT * result.exponent, table.exponent[0])
     beyond = np.exp(np.interp(a, table.exponent, np.log(np.maximum(table.far_sum, 1e-300))))
-    beyond *= np.exp(-STUDENT * found.log_z)  # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT
+    beyond *= np.exp(-STUDENT * result.log_z)  # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT
     ends = np.cumsum(flat, axis=1)
     u = rng.random(len(flat)) * (ends[:, -1] + beyond)
     rank = (ends < u[:, None]).sum(axis=1)
     far = np.flatnonzero(rank == EXPLICIT)
-    logprob = found.logprob[np.arange(len(rank)), np.minimum(rank, EXPLICIT - 1)]
-    rank[far] = far_ranks(a[far], rng.random(len(far)), found.vocabulary)
-    logprob[far] = -found.exponent[far] * np.log(rank[far] + 1 + SHIFT) - found.log_z[far]
+    logprob = result.logprob[np.arange(len(rank)), np.minimum(rank, EXPLICIT - 1)]
+    rank[far] = far_ranks(a[far], rng.random(len(far)), result.vocabulary)
+    logprob[far] = -result.exponent[far] * np.log(rank[far] + 1 + SHIFT) - result.log_z[far]
     return rank, logprob
 
 
 def _systematic(
-    rng: np.random.Generator, found: Distributions, size: NDArray[np.int64], tail: Float, head: HeadRule
+    rng: np.random.Generator, result: Distributions, size: NDArray[np.int64], tail: Float, head: HeadRule
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ranks drawn beyond the head, systematically with one uniform a token, and the token of each."""
     u = rng.random(len(size))
     counts = np.floor(tail / head.min_prob + 1.0 - u).astype(np.int64)  # points u, u + 1, ... below tail / c
     owner = np.repeat(np.arange(len(size)), counts)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    p = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, np.exp(found.logprob))
+    p = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, np.exp(result.logprob))
     ends = np.cumsum(p, axis=1)
     rank = np.zeros(len(owner), np.int64)
     at = (u[owner] + nth) * head.min_prob
@@ -251,8 +251,8 @@ def _systematic(
         some = slice(low, low + 16_384)
         rank[some] = (ends[owner[some]] <= at[some, None]).sum(axis=1)
     far = np.flatnonzero(rank == EXPLICIT)
-    share = np.clip((at[far] - ends[owner[far], -1]) / found.far_mass[owner[far]], 0.0, 1.0)
-    rank[far] = far_ranks(found.exponent[owner[far]], share, found.vocabulary)
+    share = np.clip((at[far] - ends[owner[far], -1]) / result.far_mass[owner[far]], 0.0, 1.0)
+    rank[far] = far_ranks(result.exponent[owner[far]], share, result.vocabulary)
     return rank, owner
 
 

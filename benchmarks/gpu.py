@@ -162,11 +162,11 @@ def parity(scale: Scale) -> dict[str, Any]:
     errors: dict[str, float] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         low = (hidden.to(dtype), weight.to(dtype))
-        found = [
+        result = [
             StatisticsHead(LMHead(low[1].to(device), None, 1.0, None, 4096), RULE)(low[0].to(device), asked)
             for device in ("cpu", scale.device)
         ]
-        errors[f"scoring, {name}"] = float(np.abs(found[0].entropy - found[1].entropy).max())
+        errors[f"scoring, {name}"] = float(np.abs(result[0].entropy - result[1].entropy).max())
         for objective_name in BUILDERS:
             results = [loss_of(objective_name, low[0], low[1], device) for device in ("cpu", scale.device)]
             errors[f"{objective_name}, {name}"] = largest_difference(*results)

@@ -73,15 +73,15 @@ def compare(tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, v
     for low in range(0, tokens, BLOCK):
         unique += _block(rng, min(BLOCK, tokens - low), head, sums, divergences, vocabulary)
     exact = sums.q[:, :HIDDEN] - sums.p
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for name, target in sums.targets.items():
         kind, _, which = name.partition("/")
         column = 1 + int(which) if kind == "cache" else 0
         gradient = sums.q[:, column * HIDDEN : (column + 1) * HIDDEN] - target
-        found.setdefault(kind, []).append(_angle(exact, gradient))
+        result.setdefault(kind, []).append(_angle(exact, gradient))
         errors.setdefault(kind, []).append(float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact)))
-    return Found(_means(found), _means(errors), unique / tokens, float(np.mean(divergences)))
+    return Found(_means(result), _means(errors), unique / tokens, float(np.mean(divergences)))
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
@@ -93,12 +93,12 @@ def _angle(a: Float, b: Float) -> float:
     return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
 
 
-def _dense(found: Distributions, rng: np.random.Generator) -> tuple[Float, Float, Float]:
+def _dense(result: Distributions, rng: np.random.Generator) -> tuple[Float, Float, Float]:
     """Teacher and student [B, V], most probable first (for the student nearly), and the teacher's entropy [B]."""
-    logs = np.log(np.arange(EXPLICIT + 1, found.vocabulary + 1) + SHIFT)
-    p = np.empty((len(found.exponent), found.vocabulary))
-    p[:, :EXPLICIT] = found.logprob
-    p[:, EXPLICIT:] = -found.exponent[:, None] * logs - found.log_z[:, None]
+    logs = np.log(np.arange(EXPLICIT + 1, result.vocabulary + 1) + SHIFT)
+    p = np.empty((len(result.exponent), result.vocabulary))
+    p[:, :EXPLICIT] = result.logprob
+    p[:, EXPLICIT:] = -result.exponent[:, None] * logs - result.log_z[:, None]
     q = STUDENT * p
     q[:, :EXPLICIT] += STUDENT_NOISE * rng.standard_normal((len(p), EXPLICIT))
     np.exp(q, out=q)

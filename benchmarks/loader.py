@@ -54,5 +54,5 @@ def waits(given: Shape) -> dict[str, Any]:
 
 
 def measure(steps: int) -> dict[str, Any]:
-    found = {name: waits(replace(shape, steps=steps)) for name, shape in (("realistic", REALISTIC), ("tiny", TINY))}
-    return {"loader_wait_fraction": max(row["loader_wait_fraction"] for row in found.values()), "loader": found}
+    result = {name: waits(replace(shape, steps=steps)) for name, shape in (("realistic", REALISTIC), ("tiny", TINY))}
+    return {"loader_wait_fraction": max(row["loader_wait_fraction"] for row in result.values()), "loader": result}

@@ -80,6 +80,6 @@ def alternate(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
 
 def describe(*packages: str) -> dict[str, Any]:
     """``machine()`` with the versions of ``packages`` beside the usual ones, for documents that are flat."""
-    found = machine()
-    found["versions"] |= {name: _version(name) for name in packages}
-    return found
+    facts = machine()
+    facts["versions"] |= {name: _version(name) for name in packages}
+    return facts

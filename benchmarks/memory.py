@@ -195,11 +195,11 @@ def main() -> None:
         sys.stdout.flush()
     largest = max(abs(case["error"]) for case in cases.values())
     result = {"largest_relative_error": largest, "cases": cases, "paper_gb": paper()}
-    found = {"benchmark": "memory", "machine": machine(), **result}
+    outcome = {"benchmark": "memory", "machine": machine(), **result}
     if "--save" in sys.argv:
         file = Path(__file__).parent / "results" / "memory-cpu.json"
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(found) + "\n")
+        file.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(outcome) + "\n")
 
 
 if __name__ == "__main__":

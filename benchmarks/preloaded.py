@@ -30,8 +30,8 @@ class Forked:
 
     def poll(self) -> int | None:
         if self._code is None:
-            found, status = os.waitpid(self._pid, os.WNOHANG)
-            if found:
+            result, status = os.waitpid(self._pid, os.WNOHANG)
+            if result:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
 

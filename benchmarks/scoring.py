@@ -95,19 +95,19 @@ def synchronise() -> None:
 def head_accuracy(tokens: int) -> dict[str, float]:
     """Errors against float64 on the same hidden states."""
     head, hidden, batch = problem(tokens, seed=1)
-    found = StatisticsHead(head, RULE, stop_ids=STOPS)(hidden, batch)
+    result = StatisticsHead(head, RULE, stop_ids=STOPS)(hidden, batch)
     logits = hidden.cpu().double() @ head.weight.cpu().double().T
     exact = logits.log_softmax(1)
     entropy = -(exact.exp() * exact).sum(1).numpy()
     sampled = exact[torch.arange(tokens), torch.from_numpy(batch.sampled_ids)].numpy()
-    heads = exact.gather(1, torch.from_numpy(found.head_ids.reshape(tokens, -1)).long()).numpy()
+    heads = exact.gather(1, torch.from_numpy(result.head_ids.reshape(tokens, -1)).long()).numpy()
     largest = max(1.0, float(logits.abs().max()))
     error = max(
-        np.abs(np.maximum(sampled, -50.0) - found.sampled_logprob).max(),
-        np.abs(heads - found.head_logprobs.reshape(tokens, -1)).max(),
+        np.abs(np.maximum(sampled, -50.0) - result.sampled_logprob).max(),
+        np.abs(heads - result.head_logprobs.reshape(tokens, -1)).max(),
     )
     return {
-        "entropy_max_error_nats": float(np.abs(entropy - found.entropy).max()),
+        "entropy_max_error_nats": float(np.abs(entropy - result.entropy).max()),
         "logprob_relative_error": float(error / largest),
         "largest_logit": largest,
         "entropy_mean_nats": float(entropy.mean()),
@@ -138,15 +138,15 @@ def _peak() -> int:
 
 def head_memory(sizes: tuple[int, int]) -> dict[str, Any]:
     """Peak of the head beyond its inputs (weights and hidden states), and with the weights."""
-    found: dict[int, float] = {}
+    result: dict[int, float] = {}
     for tokens in sizes:
         command = [sys.executable, "-m", "benchmarks.scoring", "--print-peak", str(tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[tokens] = int(done.stdout.split()[-2]) / 2**30
+        result[tokens] = int(done.stdout.split()[-2]) / 2**30
     weights = V * D * 4 / 2**30
     return {
-        "head_peak_beyond_inputs_gib": {str(tokens): round(peak, 3) for tokens, peak in found.items()},
-        "head_peak_gib": max(found.values()) + weights,
+        "head_peak_beyond_inputs_gib": {str(tokens): round(peak, 3) for tokens, peak in result.items()},
+        "head_peak_gib": max(result.values()) + weights,
         "head_weights_gib": round(weights, 3),
     }
 

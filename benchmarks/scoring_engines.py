@@ -85,7 +85,7 @@ def measure(
             tasks["prompt_logprobs"] = _prompt_logprobs(process, sequences, flat=False)
             tasks["flat_logprobs"] = _prompt_logprobs(process, sequences, flat=True)
         rounds = take_turns(tasks, repeats, {"wall": time.perf_counter, "cpu": time.process_time}[clock])
-        found = stages[kinds[0]].figures()
+        result = stages[kinds[0]].figures()
 
     def ratio(slow: str, fast: str) -> float:
         return round(median(a / b for a, b in zip(rounds[slow], rounds[fast], strict=True)), 4)
@@ -99,7 +99,7 @@ def measure(
         "fraction_of_forward_by_engine": {kind: ratio("forward", f"stage/{kind}") for kind in kinds},
         "fraction_of_hidden_states": {kind: ratio(f"hidden/{kind}", f"stage/{kind}") for kind in kinds},
         "fastest_engine": best,
-        **found,
+        **result,
     }
     if "vllm" in kinds:
         document["speedup_vs_prompt_logprobs"] = ratio("prompt_logprobs", f"stage/{best}")
@@ -173,17 +173,17 @@ def _prompt_logprobs(process: VLLMProcess, sequences: SequenceOf[Sequence], *, f
     return ask
 
 
-def _dict_arrays(found: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _dict_arrays(result: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """[T, K] of each. The sampled token comes first, outside the top K or in it: the last K are dropped or kept so."""
-    ids = np.asarray([list(entries)[-K:] for entries in found[1:]], np.int32)
-    logprobs = np.asarray([[entry.logprob for entry in entries.values()][-K:] for entries in found[1:]], np.float32)
+    ids = np.asarray([list(entries)[-K:] for entries in result[1:]], np.int32)
+    logprobs = np.asarray([[entry.logprob for entry in entries.values()][-K:] for entries in result[1:]], np.float32)
     return ids, logprobs
 
 
-def _flat_arrays(found: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _flat_arrays(result: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """[T, K] of each; the last K entries of a position."""
-    ids, logprobs = np.asarray(found.token_ids, np.int32), np.asarray(found.logprobs, np.float32)
-    places = np.asarray(found.end_indices[1:])[:, None] + np.arange(-K, 0)[None, :]
+    ids, logprobs = np.asarray(result.token_ids, np.int32), np.asarray(result.logprobs, np.float32)
+    places = np.asarray(result.end_indices[1:])[:, None] + np.arange(-K, 0)[None, :]
     return ids[places], logprobs[places]
 
 

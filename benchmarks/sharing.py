@@ -47,11 +47,11 @@ def run(config: Path) -> float:
 
 def stages(folder: Path) -> dict[str, float]:
     """Seconds of every job of a run, by stage and round."""
-    found: dict[str, float] = defaultdict(float)
+    result: dict[str, float] = defaultdict(float)
     for line in (folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines():
         job = json.loads(line)
-        found[f"{job['stage']} {job['round']}"] += job["seconds"]
-    return dict(found)
+        result[f"{job['stage']} {job['round']}"] += job["seconds"]
+    return dict(result)
 
 
 def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -78,10 +78,10 @@ def figures(sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
     separate = sides["separate"]
     names = list(separate["stages"])
     saved = {
-        name: sum(found[name] for found in separate["stages"].values()) * (len(names) - 1) / len(names)
+        name: sum(result[name] for result in separate["stages"].values()) * (len(names) - 1) / len(names)
         for name in COMMON
     }
-    again = [job for found in list(sides["shared"]["stages"].values())[1:] for job in found if job in COMMON]
+    again = [job for result in list(sides["shared"]["stages"].values())[1:] for job in result if job in COMMON]
     assert not again, f"made twice in one store: {again}"
     shared = sides["shared"]["seconds"]
     return {

@@ -173,18 +173,18 @@ def oracle() -> dict[str, Any]:
     from tests.stages import test_student_head as tests
     from tests.stages.dense_oracle import make_case
 
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for given in tests.OBJECTIVES:
         for mode in ("class", "remap"):
             stops = StopHandling(mode, (3, 7), (5, 3))
             case = make_case(1, rule=tests.rule_for(given), extra=4, stops=stops)
             settings = given if given["name"] == "sft" else {**given, "stops": mode}
-            found["-".join(map(str, settings.values()))] = max(tests.measure(case, settings).values())
+            result["-".join(map(str, settings.values()))] = max(tests.measure(case, settings).values())
     for traits in tests.TRAITS:
         for support in ("renormalised", "bucket", "sampled"):
             error = max(
                 tests.measure(make_case(2, **traits), {"name": "eopd", "support": support, "tau": 0.1}).values()
             )
-            found[f"eopd-{support}-{traits}"] = error
-    worst = max(found, key=lambda name: found[name])
-    return {"oracle_max_error": found[worst], "oracle_worst_case": worst, "oracle_cases": len(found)}
+            result[f"eopd-{support}-{traits}"] = error
+    worst = max(result, key=lambda name: result[name])
+    return {"oracle_max_error": result[worst], "oracle_worst_case": worst, "oracle_cases": len(result)}

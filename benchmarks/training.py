@@ -49,9 +49,9 @@ def main() -> None:
         "machine": describe("trl", "accelerate"),
     }
     for part in parts:
-        found = PARTS[part](size, given)
-        print(part, json.dumps(found), flush=True)
-        document |= found
+        result = PARTS[part](size, given)
+        print(part, json.dumps(result), flush=True)
+        document |= result
     print(json.dumps(document))
 
 

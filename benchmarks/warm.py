@@ -64,15 +64,15 @@ def main() -> None:
         "evaluate.samples=2",
     ]
     modes = given.modes.split(",")
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     stores = []
     with tempfile.TemporaryDirectory() as folder:
         for number, mode in enumerate(modes):
-            found[mode] = run(mode, Path(folder) / str(number), changes)
+            result[mode] = run(mode, Path(folder) / str(number), changes)
             stores.append(checksums(Path(folder) / str(number) / "store"))
-            print(mode, found[mode], flush=True)
+            print(mode, result[mode], flush=True)
     same = all(store == stores[0] for store in stores)
-    document = {"benchmark": "warm", "rounds": given.rounds, "rollouts": given.rollouts, "modes": found}
+    document = {"benchmark": "warm", "rounds": given.rounds, "rollouts": given.rollouts, "modes": result}
     print(json.dumps({**document, "parts": len(stores[0]), "artifacts_identical": same, "machine": machine()}))
 
 

@@ -132,8 +132,8 @@ def _names(store: Path, artifact: Artifact) -> dict[str, str]:
             continue
         try:
             settings = yaml.safe_load(note.config.read_text(encoding="utf-8"))
-            found = {role: settings.get(role) or {} for role in ("teacher", "student", "prompts")}
-            return {role: public_name(found[role]["path"]) for role in found if found[role].get("path")}
+            parts = {role: settings.get(role) or {} for role in ("teacher", "student", "prompts")}
+            return {role: public_name(parts[role]["path"]) for role in parts if parts[role].get("path")}
         except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
             continue
     return {}

@@ -39,7 +39,7 @@ AGAIN = installing("train")
 TORCH_PROBE = """
 cuda = torch.cuda.is_available()
 gpus = range(torch.cuda.device_count() if cuda else 0)
-found = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
+facts = {"cuda_build": torch.version.cuda, "cuda": cuda, "gpus": [
     [torch.cuda.get_device_name(gpu), *torch.cuda.mem_get_info(gpu)] for gpu in gpus
 ]}
 """
@@ -56,9 +56,9 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
     yield from _store(store)
     with ThreadPoolExecutor(max_workers=2) as pool:
         torch = pool.submit(probe, "torch", TORCH_PROBE)
-        transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; found = {}")
+        transformers = pool.submit(probe, "transformers", "import transformers.models.auto.modeling_auto; facts = {}")
         vllm = (
-            pool.submit(probe, "vllm", "from vllm import LLM; found = {}") if engines and is_installed("vllm") else None
+            pool.submit(probe, "vllm", "from vllm import LLM; facts = {}") if engines and is_installed("vllm") else None
         )
         yield from _inputs(settings) if settings is not None else ()
         yield from _torch(torch.result())
@@ -71,7 +71,7 @@ def examine(store: Path, settings: RunSettings | None = None, *, engines: bool =
 
 def probe(package: str, code: str, seconds: float = IMPORT_SECONDS) -> dict[str, Any] | str:
     """Import ``package`` in a separate process and return the output of ``code``, or the reason of the failure."""
-    program = f"import {package}\n{code}\nimport json\nprint('\\n' + json.dumps(found))"
+    program = f"import {package}\n{code}\nimport json\nprint('\\n' + json.dumps(facts))"
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds, check=False

@@ -93,12 +93,12 @@ def comparisons(tree: ast.Module, words: set[str]) -> Iterator[int]:
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            found = any(map(names, (node.left, *node.comparators)))
+            matches = any(map(names, (node.left, *node.comparators)))
         elif isinstance(node, ast.Dict):
-            found = any(map(names, node.keys))
+            matches = any(map(names, node.keys))
         else:
-            found = isinstance(node, ast.MatchValue) and names(node.value)
-        if found:
+            matches = isinstance(node, ast.MatchValue) and names(node.value)
+        if matches:
             yield node.lineno
 
 
@@ -117,7 +117,7 @@ def main() -> None:
         if name.startswith("eopd.pipeline.")
         for line in comparisons(tree, words)
     ]
-    single = sorted(name for name, found in importers.items() if len(found) == 1)
+    single = sorted(name for name, outcome in importers.items() if len(outcome) == 1)
     if arguments.list:
         for group in groups:
             sys.stdout.write(f"cycle: {', '.join(group)}\n")

@@ -68,9 +68,9 @@ def save(name: str, title: str, show: RenderableType | str) -> None:
 def wait_for(ready: Callable[[], Status | None], seconds: float) -> Status:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        found = ready()
-        if found is not None:
-            return found
+        tasks = ready()
+        if tasks is not None:
+            return tasks
         time.sleep(0.3)
     raise TimeoutError("the run did not get as far as the picture needs")
 

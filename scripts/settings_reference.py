@@ -93,7 +93,7 @@ def _group(annotation: Any) -> type[Settings] | None:
     """The settings class in ``X``, ``X | None``, ``list[X]``, ``tuple[X, ...]`` or ``dict[str, X]``."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    return next((found for inner in typing.get_args(annotation) if (found := _group(inner)) is not None), None)
+    return next((result for inner in typing.get_args(annotation) if (result := _group(inner)) is not None), None)
 
 
 def _type(annotation: Any) -> str:

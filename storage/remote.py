@@ -313,15 +313,15 @@ class BucketPart(PartStore):
             start = max(size - byte_range.suffix, 0)
         try:
             with naming_refusals(self.bucket, f"{self.folder}/{key}"):
-                found = await self.bucket.get_range_async(f"{self.folder}/{key}", start=start, end=end)
+                data = await self.bucket.get_range_async(f"{self.folder}/{key}", start=start, end=end)
         except FileNotFoundError as error:
             raise DamagedPart(f"{self.folder}/{key} is gone from {self.bucket}", file=f"{self.folder}/{key}") from error
-        if len(found) != end - start:
+        if len(data) != end - start:
             raise DamagedPart(
                 f"{self.folder}/{key} of {self.bucket} is shorter than the {size} bytes of its marker",
                 file=f"{self.folder}/{key}",
             )
-        return prototype.buffer.from_bytes(bytes(found))
+        return prototype.buffer.from_bytes(bytes(data))
 
     async def getsize(self, key: str) -> int:
         return int(self.marker.files[key]["size"])

@@ -82,15 +82,15 @@ class FolderStore(PartStore):
         handle = open_plain(self._path(key))
         try:
             if isinstance(byte_range, RangeByteRequest):
-                found = os.pread(handle, byte_range.end - byte_range.start, byte_range.start)
+                data = os.pread(handle, byte_range.end - byte_range.start, byte_range.start)
             else:
                 size = os.fstat(handle).st_size
                 start = max(size - byte_range.suffix, 0) if isinstance(byte_range, SuffixByteRequest) else 0
                 assert byte_range is None or isinstance(byte_range, SuffixByteRequest)
-                found = os.pread(handle, size - start, start)
+                data = os.pread(handle, size - start, start)
         finally:
             os.close(handle)
-        return prototype.buffer.from_bytes(found)
+        return prototype.buffer.from_bytes(data)
 
     async def getsize(self, key: str) -> int:
         return os.stat(self._path(key)).st_size
@@ -148,18 +148,18 @@ class InlinePipeline(BatchedCodecPipeline):
             ]
 
     async def _index(self, codec: ShardingCodec, getter: StorePath, spec: Any) -> NDArray[np.uint64]:
-        found = self.indices.get(getter.path)
-        if found is None:
+        index = self.indices.get(getter.path)
+        if index is None:
             per_shard = codec._get_chunks_per_shard(spec)
             suffix = SuffixByteRequest(codec._shard_index_size(per_shard))
             chunks_end = await getter.store.getsize(getter.path) - suffix.suffix
             stored = await getter.get(default_buffer_prototype(), suffix)
             if stored is None:
                 raise FileNotFoundError(getter.path)
-            found = _decoded(codec.index_codecs, stored, codec._get_index_chunk_spec(per_shard))[0]
-            _check_index(found[found[:, 0] != _EMPTY], chunks_end, getter.path)
-            self.indices[getter.path] = found
-        return found
+            index = _decoded(codec.index_codecs, stored, codec._get_index_chunk_spec(per_shard))[0]
+            _check_index(index[index[:, 0] != _EMPTY], chunks_end, getter.path)
+            self.indices[getter.path] = index
+        return index
 
 
 def _check_index(index: NDArray[np.uint64], end: int, where: str) -> None:

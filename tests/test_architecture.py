@@ -48,18 +48,18 @@ def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
 
 def imports(tree: ast.AST, *, top_level: bool) -> set[str]:
     """Modules that are imported; with ``top_level`` only where importing the module runs the import."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(str(node.module))
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names.add(str(node.module))
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         elif not (top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-            found |= imports(node, top_level=top_level)
-    return found
+            names |= imports(node, top_level=top_level)
+    return names
 
 
 def starts_with(name: str, package: str) -> bool:

@@ -35,14 +35,14 @@ def test_traces_reach_every_solution_of_a_problem() -> None:
     """What makes the teacher uncertain at forks: no solution is favoured so much that another never comes."""
     traces = task.draw(np.random.default_rng(0), 400_000, 3, RULES)
     chosen = (np.sort(traces.numbers, axis=1) == [2, 3, 4]).all(axis=1) & (traces.target == 9)
-    found = set(traces.take(chosen).solutions())
-    assert found == set(task.all_solutions((2, 3, 4), 9, RULES.limit))
-    assert len(found) > 5
+    names = set(traces.take(chosen).solutions())
+    assert names == set(task.all_solutions((2, 3, 4), 9, RULES.limit))
+    assert len(names) > 5
 
 
 def test_enumerated_solutions_are_right_and_complete() -> None:
-    found = set(task.all_solutions((1, 5, 7), 12, 49))
-    assert found == {
+    names = set(task.all_solutions((1, 5, 7), 12, 49))
+    assert names == {
         *("5+7=12,12*1=12", "5+7=12,1*12=12", "7+5=12,12*1=12", "7+5=12,1*12=12"),
         *("1*5=5,5+7=12", "1*5=5,7+5=12", "5*1=5,5+7=12", "5*1=5,7+5=12"),
         *("1*7=7,7+5=12", "1*7=7,5+7=12", "7*1=7,7+5=12", "7*1=7,5+7=12"),

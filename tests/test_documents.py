@@ -33,8 +33,8 @@ CONFIG = re.compile(r"```yaml\n(# mine\.yaml\n.*?)```", re.DOTALL)
 
 def test_the_page_of_settings_is_what_the_settings_say() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "settings_reference.py"), "--check"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -138,12 +138,12 @@ def test_the_cache_is_read_as_the_guide_says(tmp_path: Path, monkeypatch: pytest
     make_store(tmp_path / "store")
     monkeypatch.chdir(tmp_path)
     (code,) = SNIPPET.findall((ROOT / "docs" / "your-own.md").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {}
-    exec(code, found)
-    assert found["table"]["prompt_id"][3].as_py() == "3"
-    assert found["rows"].response_offsets.tolist() == [0, 5, 17]  # of 5 and of 12 tokens, in the order asked for
-    assert found["rows"].head_logprobs[found["head"]].tolist() == sorted(
-        found["rows"].head_logprobs[found["head"]].tolist(), reverse=True
+    result: dict[str, Any] = {}
+    exec(code, result)
+    assert result["table"]["prompt_id"][3].as_py() == "3"
+    assert result["rows"].response_offsets.tolist() == [0, 5, 17]  # of 5 and of 12 tokens, in the order asked for
+    assert result["rows"].head_logprobs[result["head"]].tolist() == sorted(
+        result["rows"].head_logprobs[result["head"]].tolist(), reverse=True
     )
 
 

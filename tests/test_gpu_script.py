@@ -27,11 +27,11 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = ["sh", str(SCRIPT), "--rehearse", "--parts", ",".join(parts), "--out", str(out)]
     subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, check=True)
-    found = json.loads(out.read_text())["parts"]
-    assert list(found) == parts
-    assert not [part for part in found.values() if "failed" in part]
-    assert found["parity"]["largest_float32"] == 0.0
-    assert found["training"]["0.6b"]["times_as_fast"] > 0
+    values = json.loads(out.read_text())["parts"]
+    assert list(values) == parts
+    assert not [part for part in values.values() if "failed" in part]
+    assert values["parity"]["largest_float32"] == 0.0
+    assert values["training"]["0.6b"]["times_as_fast"] > 0
 
 
 def test_the_script_says_how_long_each_part_takes() -> None:

@@ -98,19 +98,19 @@ def test_another_hardware_s_builds_make_room(project: Path) -> None:
 
 def test_gpu_builds_are_of_the_cuda_that_is_pinned() -> None:
     pins = (ROOT / "scripts" / "constraints-gpu.txt").read_text(encoding="utf-8")
-    found = re.search(r"^nvidia-cuda-runtime==(\d+)\.(\d+)", pins, re.MULTILINE)
-    assert found is not None
+    match = re.search(r"^nvidia-cuda-runtime==(\d+)\.(\d+)", pins, re.MULTILINE)
+    assert match is not None
     setup = (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8")
-    assert f"--torch-backend=cu{found[1]}{found[2]}\n" in setup
+    assert f"--torch-backend=cu{match[1]}{match[2]}\n" in setup
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "vllm"])
 def test_cpus_and_gpus_have_the_same_versions(package: str) -> None:
     """What the tests see on a CPU is what runs on a GPU."""
-    found = [
+    ordered = [
         set(re.findall(rf"^{package}(?:-cpu)?==(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE))
         for file in sorted((ROOT / "scripts").glob("constraints-*.txt"))
     ]
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert len(found[0]) == 1
+    assert len(ordered) == 2
+    assert ordered[0] == ordered[1]
+    assert len(ordered[0]) == 1

@@ -50,9 +50,9 @@ def make_store(store: Path, rule: HeadRule | None = None) -> Artifact:
         with rollouts.write_part(part) as folder:
             write_rollouts(folder, records)
         logprobs = np.concatenate([teacher(tokens) for tokens in sampled if len(tokens)])
-        found = Dense(logprobs, np.concatenate(sampled), np.asarray(lengths))
+        result = Dense(logprobs, np.concatenate(sampled), np.asarray(lengths))
         with scores.write_part(part) as folder:
-            write_part(folder, rows_of(found, rule), header(rule, VOCABULARY))
+            write_part(folder, rows_of(result, rule), header(rule, VOCABULARY))
     return scores
 
 

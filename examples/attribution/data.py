@@ -56,12 +56,12 @@ def documents(each: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 def benchmarks(most: int | None) -> dict[str, list[dict[str, Any]]]:
     """Return held-out problems by the operator that all their solutions end with, ``most`` of each."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in OPERATORS.values()}
+    result: dict[str, list[dict[str, Any]]] = {name: [] for name in OPERATORS.values()}
     for row, _, solutions in solved(PROBLEMS / "evaluate.jsonl"):
         operators = {last_operator(solution) for solution in solutions}
         if len(operators) == 1:
-            found[OPERATORS[operators.pop()]].append(row)
-    return {name: rows[:most] for name, rows in found.items()}
+            result[OPERATORS[operators.pop()]].append(row)
+    return {name: rows[:most] for name, rows in result.items()}
 
 
 def make(out: Path, each: int, most: int | None) -> None:

@@ -113,12 +113,12 @@ def read_problems(path: Path) -> list[task.Traces]:
         left, target = json.loads(line)["answer"].split("=")
         numbers = [int(number) for number in left.split(",")]
         groups.setdefault(len(numbers), []).append((numbers, int(target)))
-    found = []
+    collected = []
     for n, rows in sorted(groups.items()):
         numbers_array = np.asarray([numbers for numbers, _ in rows], dtype=np.int64)
         targets = np.asarray([target for _, target in rows], dtype=np.int64)
-        found.append(task.Traces(numbers_array, targets, np.zeros((len(rows), n - 1, 4), dtype=np.int64)))
-    return found
+        collected.append(task.Traces(numbers_array, targets, np.zeros((len(rows), n - 1, 4), dtype=np.int64)))
+    return collected
 
 
 def show(out: Path) -> None:

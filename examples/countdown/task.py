@@ -111,14 +111,14 @@ def is_held_out(numbers: Ints, target: Ints, rules: Rules) -> NDArray[np.bool_]:
 
 def draw_side(rng: np.random.Generator, count: int, n: int, rules: Rules, *, held_out: bool) -> Traces:
     """Exactly ``count`` traces of training problems, or of held-out ones."""
-    found: list[Traces] = []
+    collected: list[Traces] = []
     have = 0
     while have < count:
         batch = draw(rng, 2 * count + 64, n, rules)
         batch = batch.take(is_held_out(batch.numbers, batch.target, rules) == held_out)
-        found.append(batch)
+        collected.append(batch)
         have += len(batch)
-    return Traces(*(np.concatenate(parts)[:count] for parts in zip(*map(_fields, found), strict=True)))
+    return Traces(*(np.concatenate(parts)[:count] for parts in zip(*map(_fields, collected), strict=True)))
 
 
 def distinct_problems(seed: int, count: int, n: int, rules: Rules, *, held_out: bool) -> Traces:

@@ -91,11 +91,11 @@ def train(
     made_of = fingerprint(recipe, texts, vocabulary, seed)
     first = 0
     if state.exists():
-        found = torch.load(state, weights_only=True)
-        if found["made_of"] == made_of:
-            model.load_state_dict(found["model"])
-            optimisers.load(found["optimisers"])
-            first = int(found["step"])
+        loaded = torch.load(state, weights_only=True)
+        if loaded["made_of"] == made_of:
+            model.load_state_dict(loaded["model"])
+            optimisers.load(loaded["optimisers"])
+            first = int(loaded["step"])
             report(f"goes on from step {first}")
     progress = StepReport(recipe.steps, every, report, first)
     for step in range(first, recipe.steps):

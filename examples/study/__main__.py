@@ -135,9 +135,9 @@ def in_order(
 
 def show(tasks: Sequence[Task], folder: Path, workers: int) -> None:
     """One line a (experiment, setting): seeds that are there and missing; then the time that is left."""
-    found = {task.name: results.read(task, folder) for task in tasks}
-    lacking = {name for name, result in found.items() if result is None}
-    spent = [result.content["cost"]["seconds"] for result in found.values() if result is not None]
+    outcome = {task.name: results.read(task, folder) for task in tasks}
+    lacking = {name for name, result in outcome.items() if result is None}
+    spent = [result.content["cost"]["seconds"] for result in outcome.values() if result is not None]
     for experiment, setting in dict.fromkeys((task.experiment.name, task.setting.name) for task in tasks):
         own = [task for task in tasks if (task.experiment.name, task.setting.name) == (experiment, setting)]
         done = [task.seed for task in own if task.name not in lacking]

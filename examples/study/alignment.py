@@ -36,24 +36,24 @@ def measure(run: Run, evaluation: Artifact, round_: int) -> dict[str, Any]:
     rows = table.rows(range(run.facts.benchmarks[0].count))
     prompts = {prompt.id: render_prompt(tokenizer, prompt, source) for prompt in rows}
     teacher, student = load_model(run.experiment.teacher), load_model(student_ref)
-    found = {}
+    result = {}
     responses = {"own": _own(evaluation), "teacher": _teachers(run, prompts)}
     for name, by_id in responses.items():
         sequences = [Sequence(prompts[number], by_id[number]) for number in prompts]
         alignment = measure_alignment(
             teacher, student, sequences, tau=TAU, edges=EDGES, merged=run.facts.stop_ids, resamples=100
         )
-        found[name] = _compact(alignment)
-    return found
+        result[name] = _compact(alignment)
+    return result
 
 
 def _own(evaluation: Artifact) -> dict[str, list[int]]:
     """The first sample of each problem."""
-    found: dict[str, list[int]] = {}
+    result: dict[str, list[int]] = {}
     for part in range(evaluation.parts):
         for row in evaluations.SAMPLES.read(evaluation.part_folder(part)).to_pylist():
-            found.setdefault(row["problem_id"], list(row["response_token_ids"]))
-    return found
+            result.setdefault(row["problem_id"], list(row["response_token_ids"]))
+    return result
 
 
 def _teachers(run: Run, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -69,7 +69,7 @@ def _teachers(run: Run, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
     return {name: sample.token_ids.tolist() for name, sample in zip(prompts, samples, strict=True)}
 
 
-def _compact(found: Alignment) -> dict[str, Any]:
+def _compact(result: Alignment) -> dict[str, Any]:
     """Means without intervals: those of the study are over seeds."""
 
     def means(one: Means) -> dict[str, float | None]:
@@ -77,10 +77,10 @@ def _compact(found: Alignment) -> dict[str, Any]:
         return {name: None if value is None else float(np.round(value, 5)) for name, value in values.items()}
 
     return {
-        "tokens": found.all.tokens,
-        "all": means(found.all),
-        "above": means(found.above),
-        "below": means(found.below),
-        "edges": [float(np.round(edge, 4)) for edge in found.edges],
-        "bins": [means(one) for one in found.bins],
+        "tokens": result.all.tokens,
+        "all": means(result.all),
+        "above": means(result.above),
+        "below": means(result.below),
+        "edges": [float(np.round(edge, 4)) for edge in result.edges],
+        "bins": [means(one) for one in result.bins],
     }

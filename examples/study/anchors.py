@@ -60,17 +60,17 @@ def measure(experiment: Experiment, work: Path) -> dict[str, Any]:
     from examples.study.run import delete, inputs_of, made, open_task
 
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"made": made(), "alignment": []}
+    result: dict[str, Any] = {"made": made(), "alignment": []}
     for seed in experiment.seeds:
         opened = open_task(Task(experiment, experiment.settings[0], seed, lr=1.0), work)
         job = opened.plan.job("evaluate", 0)
         execute(opened, job)
         evaluation = opened.artifact(job.output)
-        found["inputs"] = inputs_of(opened)
-        found["alignment"].append(alignment.measure(opened, evaluation, round_=0))
+        result["inputs"] = inputs_of(opened)
+        result["alignment"].append(alignment.measure(opened, evaluation, round_=0))
         delete(evaluation)
-    found["figures"] = _countdown(experiment, work) if experiment.world == COUNTDOWN else {}
-    return found
+    result["figures"] = _countdown(experiment, work) if experiment.world == COUNTDOWN else {}
+    return result
 
 
 def _countdown(experiment: Experiment, work: Path) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def _countdown(experiment: Experiment, work: Path) -> dict[str, Any]:
 
     world = experiment.world
     problems = read_problems(world.problems(work, experiment.scale) / "evaluate.jsonl")
-    found = {}
+    result = {}
     for role in ROLES:
         model = AutoModelForCausalLM.from_pretrained(world.models(work)[role], dtype="float32", use_safetensors=True)
-        found[role] = [
+        result[role] = [
             asdict(measure_model(model, problems, chat=False, samples=world.samples, seed=seed))
             for seed in experiment.seeds
         ]
-    return found
+    return result
 
 
 def read(experiment: Experiment, inputs: Mapping[str, str]) -> Anchors:
@@ -101,17 +101,17 @@ def read(experiment: Experiment, inputs: Mapping[str, str]) -> Anchors:
     measured = {one.world.name: one.scale.problems for one in MEASURED}
     if not PATH.exists() or (experiment.evaluates, experiment.scale.problems) != ("evaluate", measured[name]):
         return NOTHING
-    found = json.loads(PATH.read_text(encoding="utf-8")).get(name)
-    if found is None:
+    result = json.loads(PATH.read_text(encoding="utf-8")).get(name)
+    if result is None:
         return NOTHING
     for what in (*ROLES, "problems"):
-        fingerprint = found["inputs"][what]
+        fingerprint = result["inputs"][what]
         if fingerprint != inputs[what]:
             raise StudyError(
                 f"{PATH} is of other {what} ({fingerprint}) than the results beside it ({inputs[what]}): measure it "
                 "again (python -m examples.study.anchors)"
             )
-    return Anchors(found["alignment"], found["figures"])
+    return Anchors(result["alignment"], result["figures"])
 
 
 def _sentence(name: str, by_seed: Sequence[Mapping[str, float]]) -> str:

@@ -27,17 +27,17 @@ def write(experiments: Sequence[Experiment], rates: Mapping[str, float], folder:
     document.parent.mkdir(parents=True, exist_ok=True)
     bodies = {experiment.name: _body(experiment, rates, folder, document) for experiment in experiments}
 
-    def fill(found: re.Match[str]) -> str:
-        body = bodies.get(found["name"])
-        return found[0] if body is None else f"<!-- study:{found['name']} -->\n{body}\n<!-- /study -->"
+    def fill(result: re.Match[str]) -> str:
+        body = bodies.get(result["name"])
+        return result[0] if body is None else f"<!-- study:{result['name']} -->\n{body}\n<!-- /study -->"
 
     document.write_text(BLOCK.sub(fill, text), encoding="utf-8")
 
 
 def _body(experiment: Experiment, rates: Mapping[str, float], folder: Path, document: Path) -> str:
-    found = tables.load(experiment, rates, folder)
-    body = tables.block(experiment, found)
+    loaded = tables.load(experiment, rates, folder)
+    body = tables.block(experiment, loaded)
     drawing = document.with_name(f"{document.stem}-{experiment.name}.svg")
-    if experiment.world == COUNTDOWN and figure.write(experiment, found, drawing):
+    if experiment.world == COUNTDOWN and figure.write(experiment, loaded, drawing):
         body += f"\n\n![Differences to {experiment.reference} with 95 % intervals]({drawing.name})"
     return body

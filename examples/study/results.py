@@ -41,8 +41,8 @@ class Result:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.content["metrics"]
-        return found
+        result: Mapping[str, Any] = self.content["metrics"]
+        return result
 
 
 def path_of(task: Task, folder: Path) -> Path:
@@ -87,14 +87,14 @@ INPUTS = ("student", "teacher", "prompts", "problems")
 """By fingerprint; beside them ``objective``: the source of an objective of the study's own."""
 
 
-def refuse_other_inputs(found: Sequence[Result]) -> None:
+def refuse_other_inputs(outcome: Sequence[Result]) -> None:
     """Results that are compared are of the same models, problems and objective sources.
 
     Raises:
         StudyError: two are not; names their files. Older results do not say the source of their objective.
     """
     for name in (*INPUTS, "objective"):
-        known = [result for result in found if name in result.content["inputs"]]
+        known = [result for result in outcome if name in result.content["inputs"]]
         for result in known:
             here, there = result.content["inputs"][name], known[0].content["inputs"][name]
             if here != there:

@@ -184,7 +184,7 @@ def _content(task: Task, opened: Run) -> dict[str, Any]:
     )
     folder = summary.part_folder(0)
     rows = evaluations.PROBLEMS.read(folder).to_pylist()
-    (found,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
+    (result,) = json.loads((folder / evaluations.RESULTS).read_text(encoding="utf-8"))["benchmarks"].values()
     return {
         "experiment": task.experiment.name,
         "setting": task.setting.name,
@@ -194,7 +194,7 @@ def _content(task: Task, opened: Run) -> dict[str, Any]:
         "resolved": _resolved(task, opened),
         "correct": results.encode(row["correct"] for row in rows),
         "distinct": results.encode(row["distinct_correct"] for row in rows),
-        "metrics": {name: value for name, value in found.items() if name not in ("skipped",)},
+        "metrics": {name: value for name, value in result.items() if name not in ("skipped",)},
         "alignment": alignment.measure(opened, evaluation, rounds),
         "training": _training(opened),
     }
@@ -219,21 +219,21 @@ def _source(opened: Run) -> dict[str, str]:
 
 def _resolved(task: Task, opened: Run) -> dict[str, Any]:
     """Every keyed setting that the run had, without the paths of this machine."""
-    found = opened.settings.semantic()
-    found["train"]["objective"]["name"] = task.setting.objective["name"]
-    return found
+    result = opened.settings.semantic()
+    result["train"]["objective"]["name"] = task.setting.objective["name"]
+    return result
 
 
 def _training(opened: Run) -> dict[str, list[float]]:
     """Figures of the optimiser steps, as means over WINDOWS equal stretches of the run."""
     rows = list(read_lines(opened.paths.metrics))
-    found = {}
+    result = {}
     for name in FIGURES:
         values = [row[name] for row in rows if name in row]
         if values:
             edges = [len(values) * window // WINDOWS for window in range(WINDOWS + 1)]
-            found[name] = [round(sum(values[a:b]) / (b - a), 5) for a, b in itertools.pairwise(edges) if b > a]
-    return found
+            result[name] = [round(sum(values[a:b]) / (b - a), 5) for a, b in itertools.pairwise(edges) if b > a]
+    return result
 
 
 def _cost(rounds: int, jobs: Jobs) -> dict[str, Any]:

@@ -103,15 +103,15 @@ def load(experiment: Experiment, rates: Mapping[str, float], folder: Path) -> li
     ]
     if not any(rows.by_seed for rows in own):
         return []
-    found = []
+    collected = []
     for name in experiment.borrows:
         source, setting = name.split("/")
         lender = dataclasses.replace(EXPERIMENTS[source], scale=experiment.scale)
         seeds = tuple(seed for seed in lender.seeds if seed in experiment.seeds)
-        found.append(_rows(lender, setting, name, seeds, rates, folder))
-    found = [rows for rows in (*found, *own) if rows.by_seed]
-    results.refuse_other_inputs([result for rows in found for result in rows.by_seed.values()])
-    return found
+        collected.append(_rows(lender, setting, name, seeds, rates, folder))
+    collected = [rows for rows in (*collected, *own) if rows.by_seed]
+    results.refuse_other_inputs([result for rows in collected for result in rows.by_seed.values()])
+    return collected
 
 
 def _rows(
@@ -124,23 +124,23 @@ def _rows(
     return Rows(name, chosen.says, {seed: result for seed, result in read if result is not None})
 
 
-def block(experiment: Experiment, found: Sequence[Rows]) -> str:
+def block(experiment: Experiment, result: Sequence[Rows]) -> str:
     """Everything that is said of an experiment by its results."""
-    if not found:
+    if not result:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
-    told = [experiment_line(experiment, found), *unequal_tokens(found)]
-    ends = anchors.read(experiment, found[0].contents[0]["inputs"])
+    told = [experiment_line(experiment, result), *unequal_tokens(result)]
+    ends = anchors.read(experiment, result[0].contents[0]["inputs"])
     told += ends.lines()
     graded = experiment.world == COUNTDOWN
-    told += pairs(experiment, found)
-    told += [levels(found), *differences(experiment, found)] if graded else []
-    return "\n\n".join([*told, alignment(found, ends), *alignment_differences(experiment, found)])
+    told += pairs(experiment, result)
+    told += [levels(result), *differences(experiment, result)] if graded else []
+    return "\n\n".join([*told, alignment(result, ends), *alignment_differences(experiment, result)])
 
 
-def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
-    have = sum(len(rows.by_seed) for rows in found if "/" not in rows.name)
+def experiment_line(experiment: Experiment, result: Sequence[Rows]) -> str:
+    have = sum(len(rows.by_seed) for rows in result if "/" not in rows.name)
     asked = len(experiment.settings) * len(experiment.seeds)
-    made = [content["made"] for rows in found for content in rows.contents]
+    made = [content["made"] for rows in result for content in rows.contents]
     commits = sorted({str(commit) for one in made for commit in one.get("commits", [one["commit"]])})
     missing = f" {asked - have} of the planned {asked} are missing." if have < asked else ""
     said = f"{have} results, made at {', '.join(commits)}.{missing} Intervals are 95 %, Student's t over seeds."
@@ -152,9 +152,9 @@ def experiment_line(experiment: Experiment, found: Sequence[Rows]) -> str:
     )
 
 
-def unequal_tokens(found: Sequence[Rows]) -> list[str]:
+def unequal_tokens(result: Sequence[Rows]) -> list[str]:
     """A sentence where the settings were not trained on about as many tokens."""
-    tokens = {rows.name: rows.estimate(_at("cost", "tokens")).mean for rows in found}
+    tokens = {rows.name: rows.estimate(_at("cost", "tokens")).mean for rows in result}
     least, most = min(tokens, key=tokens.__getitem__), max(tokens, key=tokens.__getitem__)
     if tokens[most] <= tokens[least] * (1 + UNEQUAL):
         return []
@@ -164,11 +164,11 @@ def unequal_tokens(found: Sequence[Rows]) -> list[str]:
     ]
 
 
-def levels(found: Sequence[Rows]) -> str:
+def levels(result: Sequence[Rows]) -> str:
     lines = _header(
         "setting", "seeds", "rate", *FIGURES, *SPREAD, "gate fraction", "tokens (k)", "bytes/token", "CPU minutes"
     )
-    for rows in found:
+    for rows in result:
         seeds = list(rows.by_seed)
         rate = rows.contents[0]["settings"]["train"]["optimizer"]["lr"]
         cells = [rows.name, str(len(seeds)), f"{rate:g}"]
@@ -212,11 +212,11 @@ def _is_whole(cost: Mapping[str, Any]) -> bool:
     return not cost["resumed_at_round"]
 
 
-def pairs(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+def pairs(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
     """The differences that the experiment names, in what is graded; of a task where nothing is, in alignment."""
     graded = experiment.world == COUNTDOWN
     names, cells = (GRADED, _graded) if graded else (DIVERGENCES, _divergences)
-    by_name = {rows.name: rows for rows in found}
+    by_name = {rows.name: rows for rows in result}
     lines = _header("primary, in pairs" if experiment.primary else "named pairs", "seeds", *names)
     for first, second in experiment.pairs:
         if first in by_name and second in by_name:
@@ -227,9 +227,9 @@ def pairs(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
     return ["\n".join(lines)] if len(lines) > 2 else []
 
 
-def differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
+def differences(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
     """Paired differences in the graded figures; bold where the interval leaves out 0."""
-    return _against(experiment, found, GRADED, _graded)
+    return _against(experiment, result, GRADED, _graded)
 
 
 OVER_BOTH = ("Pass@8", "distinct correct")  # these also over seeds and problems
@@ -238,29 +238,29 @@ GRADED = (*FIGURES, *(f"{name} over seeds and problems" for name in OVER_BOTH), 
 
 def _graded(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
     both = {name: (rows.stacked(seeds, figure), reference.stacked(seeds, figure)) for name, figure in FIGURES.items()}
-    found = [*(paired(*pair) for pair in both.values()), *(crossed(*both[name]) for name in OVER_BOTH)]
-    return [_difference(one) for one in (*found, *_apart(rows, reference, seeds, SPREAD.values()))]
+    collected = [*(paired(*pair) for pair in both.values()), *(crossed(*both[name]) for name in OVER_BOTH)]
+    return [_difference(one) for one in (*collected, *_apart(rows, reference, seeds, SPREAD.values()))]
 
 
 def _apart(rows: Rows, reference: Rows, seeds: Sequence[int], figures: Iterable[Figure]) -> list[Estimate]:
     return [over_seeds(rows.values(seeds, figure) - reference.values(seeds, figure)) for figure in figures]
 
 
-def alignment(found: Sequence[Rows], ends: anchors.Anchors) -> str:
+def alignment(result: Sequence[Rows], ends: anchors.Anchors) -> str:
     lines = _header("alignment", *ALIGNMENT)
     if ends.alignment:
         before = [{"alignment": one} for one in ends.alignment]
         levels = (over_seeds(np.asarray([figure(one) for one in before])) for figure in ALIGNMENT.values())
         lines.append(_line(["before training", *map(_level, levels)]))
-    lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in found]
+    lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in result]
     return "\n".join(lines)
 
 
 DIVERGENCES = tuple(name for name in ALIGNMENT if name != "teacher's there")
 
 
-def alignment_differences(experiment: Experiment, found: Sequence[Rows]) -> list[str]:
-    return _against(experiment, found, DIVERGENCES, _divergences)
+def alignment_differences(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
+    return _against(experiment, result, DIVERGENCES, _divergences)
 
 
 def _divergences(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
@@ -269,15 +269,15 @@ def _divergences(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]
 
 def _against(
     experiment: Experiment,
-    found: Sequence[Rows],
+    result: Sequence[Rows],
     names: Sequence[str],
     cells: Callable[[Rows, Rows, Sequence[int]], list[str]],
 ) -> list[str]:
-    reference = next((rows for rows in found if rows.name == experiment.reference), None)
+    reference = next((rows for rows in result if rows.name == experiment.reference), None)
     if reference is None:
         return []
     lines = _header(f"against {reference.name}, in pairs", "seeds", *names)
-    for rows in found:
+    for rows in result:
         seeds = sorted(rows.by_seed.keys() & reference.by_seed.keys())
         if rows is not reference and seeds:
             lines.append(_line([rows.name, str(len(seeds)), *cells(rows, reference, seeds)]))

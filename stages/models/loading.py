@@ -334,5 +334,5 @@ def _refusal_in_a_line(folder: Path, error: Exception) -> InputError:
 
 
 if __name__ == "__main__":
-    found = {role: error.fields() for role, error in refusals(json.loads(sys.argv[1])).items()}
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
+    problems = {role: error.fields() for role, error in refusals(json.loads(sys.argv[1])).items()}
+    sys.stdout.write("\n" + json.dumps(problems) + "\n")

@@ -198,17 +198,17 @@ def attribution(runs: Sequence[RunData]) -> list[Drawing]:
     """Draw the z-scores of bins by query set as a heat map."""
     drawn = []
     for index, run in enumerate(runs):
-        found = run.attribution
-        if found is None:
+        attribution = run.attribution
+        if attribution is None:
             continue
-        far = [max(abs(row[place] or 0.0) for row in found.z.values()) for place in range(len(found.bins))]
+        far = [max(abs(row[place] or 0.0) for row in attribution.z.values()) for place in range(len(attribution.bins))]
         kept = sorted(sorted(range(len(far)), key=lambda place: -far[place])[:MOST_BINS])
         which = f"{len(kept)} of {len(far)} bins, the furthest from their mean" if len(kept) < len(far) else "bins"
-        names = list(found.z)[:MOST_QUERIES]
-        rows = [[found.z[name][place] for name in names] for place in kept]
+        names = list(attribution.z)[:MOST_QUERIES]
+        rows = [[attribution.z[name][place] for name in names] for place in kept]
         of = "" if len(runs) == 1 else f", {run.name}"
-        note = f"z of {which}, for each query set, {found.documents:,} documents"
-        labels = [printable(found.bins[place], 12) for place in kept], [printable(name, 12) for name in names]
+        note = f"z of {which}, for each query set, {attribution.documents:,} documents"
+        labels = [printable(attribution.bins[place], 12) for place in kept], [printable(name, 12) for name in names]
         drawn.append(draw_heat_map(f"attribution-{index}", f"Documents by query set{of}", note, rows, *labels))
     return drawn
 

@@ -259,8 +259,8 @@ def _signal(item: RoundArtifacts) -> dict[str, Estimate]:
     if item.rollouts is None or not item.scores or verdicts is None:
         return {}
     cache = JointCache(item.scores)
-    found = verdict_signal(cache, item.rollouts, verdicts, islice(cache.parts(), SIGNAL_PARTS))
-    return {} if found.auc is None else {"signal": Estimate(found.auc)}
+    signal = verdict_signal(cache, item.rollouts, verdicts, islice(cache.parts(), SIGNAL_PARTS))
+    return {} if signal.auc is None else {"signal": Estimate(signal.auc)}
 
 
 def _first_step(item: RoundArtifacts) -> dict[str, Estimate]:

@@ -215,16 +215,18 @@ def _sections(runs: Sequence[RunData]) -> list[Section]:
 def _attribution(runs: Sequence[RunData]) -> Table:
     """Return the highest and the lowest bin of every query set and contrast."""
     body = []
-    for run, found in ((run, run.attribution) for run in runs):
-        if found is None:
+    for run, attribution in ((run, run.attribution) for run in runs):
+        if attribution is None:
             continue
-        for name, values in found.z.items():
-            known = sorted((value, bin_) for value, bin_ in zip(values, found.bins, strict=True) if value is not None)
+        for name, values in attribution.z.items():
+            known = sorted(
+                (value, bin_) for value, bin_ in zip(values, attribution.bins, strict=True) if value is not None
+            )
             ends = [f"{printable(bin_, 40)} ({value:+.2f})" for value, bin_ in (known[-1:] + known[:1])]
-            between, p = found.tests[name]
+            between, p = attribution.tests[name]
             body.append((f"{_of(run, runs)}{printable(name, 60)}", *(ends or ["–", "–"]), f"{between:.1%}", f"{p:.4f}"))
-        for name, estimates in found.contrasts.items():
-            pairs = sorted(zip(estimates, found.bins, strict=True), key=lambda pair: pair[0].value)
+        for name, estimates in attribution.contrasts.items():
+            pairs = sorted(zip(estimates, attribution.bins, strict=True), key=lambda pair: pair[0].value)
             ends = [
                 f"{printable(bin_, 40)} ({decimal(one.value, '.2f', signed=True)}{_bounds(one, '.2f', signed=True)})"
                 for one, bin_ in (pairs[-1], pairs[0])

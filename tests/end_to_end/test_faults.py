@@ -45,14 +45,14 @@ def test_kills_of_workers_and_of_the_runner_cost_nothing_that_was_committed(tmp_
     measured = subprocess.run(
         [sys.executable, "-m", "benchmarks.faults", *words], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    found = json.loads(measured.stdout.splitlines()[-1])
-    assert found["kills"] == 6
-    assert found["kills_of_runner"] > 0
-    stages = found["engines"]["transformers"]["kills_of_workers_by_stage"]
+    values = json.loads(measured.stdout.splitlines()[-1])
+    assert values["kills"] == 6
+    assert values["kills_of_runner"] > 0
+    stages = values["engines"]["transformers"]["kills_of_workers_by_stage"]
     assert set(stages) & {"rollout", "score", "train", "evaluate"}, f"no kill fell into the work: {stages}"
-    assert found["lost_committed"] == found["redone_committed"] == found["runs_that_needed_a_hand"] == 0
-    assert found["artifacts_identical"]
-    assert found["parts_begun"] > 40  # the audit heard of the work
+    assert values["lost_committed"] == values["redone_committed"] == values["runs_that_needed_a_hand"] == 0
+    assert values["artifacts_identical"]
+    assert values["parts_begun"] > 40  # the audit heard of the work
 
 
 @pytest.mark.slow

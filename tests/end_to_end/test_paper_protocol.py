@@ -65,21 +65,21 @@ def test_the_papers_evaluation_runs_and_says_all_it_was_made_with(
     )
     eopd("evaluate", config)
     (summary,) = (tmp_path / "store" / "evaluation_summaries").glob("*/part-*/results.json")
-    found = json.loads(summary.read_text())
-    assert set(found["benchmarks"]) == SIX
-    settings = found["settings"]
+    values = json.loads(summary.read_text())
+    assert set(values["benchmarks"]) == SIX
+    settings = values["settings"]
     assert (settings["samples"], settings["temperature"], settings["top_p"]) == (8, 1.0, 0.8)
     assert settings["suffix"] == "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert settings["template"] == "plain"
     assert all(one["verifier"] == "math" for one in settings["benchmarks"])
-    for one in found["benchmarks"].values():
+    for one in values["benchmarks"].values():
         assert (one["problems"], one["samples"]) == (2, 8)
         assert set(one["pass_at_k"]) == {str(k) for k in range(1, 9)}
         assert one["stop_rate"] + one["truncation_rate"] == pytest.approx(1.0)
         assert one["token_entropy"] > 0
         assert one["self_bleu"] is not None
-    assert found["model"]["fingerprint"]
-    assert len([name for name in found["artifact"]["inputs"] if name.startswith("benchmark ")]) == 6
+    assert values["model"]["fingerprint"]
+    assert len([name for name in values["artifact"]["inputs"] if name.startswith("benchmark ")]) == 6
     samples = next((tmp_path / "store" / "evaluations").glob("*/part-00000.*/samples.parquet"))
     table = evaluations.SAMPLES.read(samples.parent)
     assert table.num_rows == 16

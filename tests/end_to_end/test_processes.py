@@ -77,14 +77,14 @@ def last_state(store: Path) -> int:
 
 
 def children_of(parent: int) -> list[int]:
-    found = []
+    collected = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if parent_of(int(folder.name)) == parent and b"eopd.pipeline.worker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+                collected.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return found
+    return collected
 
 
 def wait_until(there: Callable[[], object]) -> None:

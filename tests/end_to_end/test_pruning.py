@@ -39,11 +39,11 @@ main()
 
 def sums(store: Path) -> dict[str, str]:
     """Checksum of every part as it was committed, by its artifact's manifest."""
-    found = {}
+    result = {}
     for path in sorted(store.rglob("manifest.json")):
         for part, checksum in json.loads(path.read_text())["part_checksums"].items():
-            found[f"{path.parent.relative_to(store)}/{part}"] = checksum
-    return found
+            result[f"{path.parent.relative_to(store)}/{part}"] = checksum
+    return result
 
 
 def weights(store: Path) -> int:

@@ -36,11 +36,11 @@ def numbers(folder: Path) -> list[dict[str, str]]:
 
 
 def test_one_run_shows_alignment_and_judged_rollouts(seeded: list[Path]) -> None:
-    found = numbers(seeded[0] / "report")
-    binned = {row["name"] for row in found if row["section"] == "by_entropy_bin"}
+    figures = numbers(seeded[0] / "report")
+    binned = {row["name"] for row in figures if row["section"] == "by_entropy_bin"}
     assert {"fkl", "rkl", "agreement"} <= binned
-    assert binned == {row["name"] for row in found if row["section"] == "first_by_entropy_bin"}
-    by_round = {(row["name"], row["round"]): row for row in found if row["section"] == "round"}
+    assert binned == {row["name"] for row in figures if row["section"] == "first_by_entropy_bin"}
+    by_round = {(row["name"], row["round"]): row for row in figures if row["section"] == "round"}
     for round_ in "01":
         row = by_round["held_out_fkl", round_]
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
@@ -53,11 +53,11 @@ def test_one_run_shows_alignment_and_judged_rollouts(seeded: list[Path]) -> None
 
 
 def test_costs_have_tokens_and_say_what_is_shared(seeded: list[Path]) -> None:
-    found = numbers(seeded[2] / "report")
-    shared = {row["name"] for row in found if row["section"] == "cost_shared" and row["round"] == "0"}
+    figures = numbers(seeded[2] / "report")
+    shared = {row["name"] for row in figures if row["section"] == "cost_shared" and row["round"] == "0"}
     assert {"rollout.tokens", "score.tokens", "evaluate.tokens", "align.tokens"} <= shared
     assert "rollout.seconds" not in shared  # another run did it, and this page does not know that run
-    own = {row["name"] for row in found if row["section"] == "cost"}
+    own = {row["name"] for row in figures if row["section"] == "cost"}
     assert {"train.seconds", "train.tokens"} <= own
 
 
@@ -70,12 +70,14 @@ def test_several_runs_on_one_page_with_seeds_as_one_line(seeded: list[Path], tmp
     assert "seeded (2 seeds)" in page
     assert "Differences from seeded (2 seeds), on the same problems" in page
     assert "train.objective.name" in page
-    found = numbers(tmp_path / "page")
-    assert {row["run"] for row in found} == {"seeded (2 seeds)", "other"}
-    seconds = [row for row in found if row["run"] == "other" and row["name"] == "rollout.seconds"]
+    figures = numbers(tmp_path / "page")
+    assert {row["run"] for row in figures} == {"seeded (2 seeds)", "other"}
+    seconds = [row for row in figures if row["run"] == "other" and row["name"] == "rollout.seconds"]
     assert [row["section"] for row in seconds] == ["cost_shared"]  # the other run's time, marked
     summaries = [json.loads((folder / "summary.json").read_text())["rounds"] for folder in seeded[:2]]
     mean = sum(rounds[1]["avg_at_2"] for rounds in summaries) / 2
-    row = next(row for row in found if (row["run"], row["name"], row["round"]) == ("seeded (2 seeds)", "avg_at_k", "1"))
+    row = next(
+        row for row in figures if (row["run"], row["name"], row["round"]) == ("seeded (2 seeds)", "avg_at_k", "1")
+    )
     assert float(row["value"]) == pytest.approx(mean)
     assert (tmp_path / "page" / "figures" / "uncertain-fkl.svg").exists()

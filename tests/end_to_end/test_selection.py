@@ -51,7 +51,7 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
 
 def artifact_of(folder: Path, run: str, kind: str) -> Any:
     artifacts = json.loads((folder / "runs" / run / "references.json").read_text())["artifacts"]
-    (key,) = (key for found, key in artifacts if found == kind)
+    (key,) = (key for result, key in artifacts if result == kind)
     return open_artifact(folder / "store", kind, key)
 
 

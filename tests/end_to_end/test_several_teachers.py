@@ -103,6 +103,6 @@ def test_a_prompt_of_an_unknown_teacher_is_refused_before_work(world: World, pro
         assert f"of {changed} line " in refused.stderr
         assert "has the teacher \"larg\" (column 'by'), and teachers names large, own" in refused.stderr
     assert not (tmp_path / "store").exists()
-    found = eopd("doctor", config(world, prompts, "doctored")).stdout
-    assert "teachers.large" in found
-    assert "teachers.own" in found
+    result = eopd("doctor", config(world, prompts, "doctored")).stdout
+    assert "teachers.large" in result
+    assert "teachers.own" in result

@@ -29,14 +29,14 @@ PREFIX: dict[str, Any] = {
 
 def writers(world: World, name: str) -> set[int]:
     """Writers of the tokens of all rollouts of a run."""
-    found: set[int] = set()
+    names: set[int] = set()
     for kind, key in listing.keys(world.store(name)):
         if kind == "rollouts":
             artifact = listing.find(world.store(name), f"{kind}/{key}")
             for part in artifact.committed():
                 for row in read_rollouts(artifact.part_folder(part), ["written"]).to_pylist():
-                    found |= set(row["written"])
-    return found
+                    names |= set(row["written"])
+    return names
 
 
 @pytest.mark.parametrize("objective", ["sft", "fkl"])
@@ -83,16 +83,16 @@ def heads(world: World, name: str) -> dict[tuple[int, ...], tuple[list[int], lis
     """Head ids and log-probs that a run stored, by the ids of prompt and response."""
     store = world.store(name)
     scores, rollouts = (listing.find(store, f"{kind}/") for kind in ("scores", "rollouts"))
-    cache, found = TeacherCache(scores), {}
+    cache, result = TeacherCache(scores), {}
     for part in sorted(scores.committed()):
         columns = ["prompt_token_ids", "response_token_ids"]
         for row, ids in enumerate(read_rollouts(rollouts.part_folder(part), columns).to_pylist()):
             rows = cache.read([(part, row)])
-            found[(*ids["prompt_token_ids"], *ids["response_token_ids"])] = (
+            result[(*ids["prompt_token_ids"], *ids["response_token_ids"])] = (
                 rows.head_ids.tolist(),
                 rows.head_logprobs.tolist(),
             )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("form", ["axolotl", "distillkit"])

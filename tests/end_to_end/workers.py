@@ -43,14 +43,14 @@ def task_in(command: list[str]) -> dict[str, Any] | None:
 
 def started_with(name: str, value: str) -> list[int]:
     """Processes that were started with a variable in their environment, and that still run."""
-    found = []
+    collected = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if variables(int(folder.name)).get(name) == value and is_alive(int(folder.name)):
-                found.append(int(folder.name))
+                collected.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-    return found
+    return collected
 
 
 def is_alive(process: int) -> bool:

@@ -159,11 +159,11 @@ def environment() -> dict[str, str]:
 
 def checksums(store: Path) -> dict[str, str]:
     """Content of every committed part of a store: "kind/key/part" -> checksum of its file listing."""
-    found = {}
+    result = {}
     for marker in sorted(store.rglob("part-*.json")):
         if "progress" not in marker.parts:
-            found[str(marker.relative_to(store))] = json.loads(marker.read_text())["checksum"]
-    return found
+            result[str(marker.relative_to(store))] = json.loads(marker.read_text())["checksum"]
+    return result
 
 
 def commit_times(store: Path) -> dict[str, int]:

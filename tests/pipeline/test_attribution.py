@@ -162,11 +162,11 @@ def test_the_doctor_looks_for_bergson_and_bins(tmp_path: Path, monkeypatch: pyte
     path = write(tmp_path / "d.jsonl", ["a", "a", "b"])
     settings = make_settings(attribute={**ATTRIBUTE, "documents": {"path": path, "bins": ["topic"]}})
     monkeypatch.setattr("eopd.stages.attribute.settings.bergson_version", lambda: "")
-    found = {finding.name: finding for finding in check_inputs(settings)}
-    assert found["attribute"].state == "broken"
-    assert "[attribution]" in found["attribute"].remedy
-    assert (found["attribute.bins"].state, found["attribute.bins"].text) == ("ok", "3 rows in 2 bins by topic")
-    assert found["attribute.documents"].state == "ok"
+    findings = {finding.name: finding for finding in check_inputs(settings)}
+    assert findings["attribute"].state == "broken"
+    assert "[attribution]" in findings["attribute"].remedy
+    assert (findings["attribute.bins"].state, findings["attribute.bins"].text) == ("ok", "3 rows in 2 bins by topic")
+    assert findings["attribute.documents"].state == "ok"
     assert "attribute.documents" in {source.name for source in sources_of(settings)}
 
 

@@ -202,8 +202,8 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 
 
 def settings_classes(base: type[Settings]) -> set[type[Settings]]:
-    found = set(base.__subclasses__())
-    return found.union(*(settings_classes(kind) for kind in found))
+    names = set(base.__subclasses__())
+    return names.union(*(settings_classes(kind) for kind in names))
 
 
 def test_every_setting_is_documented() -> None:
@@ -352,10 +352,10 @@ def test_a_command_without_resources_of_its_own_has_the_general_ones() -> None:
 
 def test_a_list_of_stores_is_one_to_write_and_others_to_read() -> None:
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": {"path": "p"}}
-    found = parse_settings({**raw, "store": ["mine", "/team", "s3://team/x"]}, "test")
-    assert (found.store, found.read_only_stores) == ("mine", ["/team", "s3://team/x"])
-    assert parse_settings(found.model_dump(mode="json"), "resolved") == found
-    assert parse_settings(raw, "test").semantic() == found.semantic()
+    settings = parse_settings({**raw, "store": ["mine", "/team", "s3://team/x"]}, "test")
+    assert (settings.store, settings.read_only_stores) == ("mine", ["/team", "s3://team/x"])
+    assert parse_settings(settings.model_dump(mode="json"), "resolved") == settings
+    assert parse_settings(raw, "test").semantic() == settings.semantic()
     for wrong, setting in (
         ({"store": []}, "store"),
         ({"store": ["a", "b"], "read_only_stores": ["c"]}, "read_only_stores"),
@@ -403,7 +403,7 @@ CHAT = {"path": "p", "system": "Be brief.", "template_arguments": {"enable_think
     ],
 )
 def test_a_student_is_measured_on_prompts_as_it_is_trained_on_them(
-    prompts: dict[str, object], asked: dict[str, object], found: tuple[object, ...]
+    prompts: dict[str, object], asked: dict[str, object], result: tuple[object, ...]
 ) -> None:
     raw = {"name": "x", "student": {"path": "s"}, "teacher": {"path": "t"}, "prompts": prompts}
     benchmarks = [{"name": "b", "path": "b"}]
@@ -412,7 +412,7 @@ def test_a_student_is_measured_on_prompts_as_it_is_trained_on_them(
     evaluate = settings.evaluate
     assert evaluate is not None
     own = (evaluate.template, evaluate.suffix, evaluate.system, evaluate.template_arguments, evaluate.max_new_tokens)
-    assert own == found
+    assert own == result
     assert parse_settings(settings.model_dump(mode="json"), "resolved") == settings
     names = ("template", "suffix", "system", "template_arguments", "max_new_tokens")
     stated = parse_settings({**raw, "evaluate": {"benchmarks": benchmarks, **dict(zip(names, own, strict=True))}}, "s")

@@ -29,8 +29,8 @@ def states(store: Path) -> dict[str, Finding]:
 
 
 def test_a_good_store_is_tried_out_and_left_as_it_was(tmp_path: Path) -> None:
-    found = states(tmp_path / "store")
-    assert {name: finding.state for name, finding in found.items()} == {"disk": "ok", "store": "ok", "claims": "ok"}
+    findings = states(tmp_path / "store")
+    assert {name: finding.state for name, finding in findings.items()} == {"disk": "ok", "store": "ok", "claims": "ok"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,10 +55,10 @@ def test_a_store_on_a_full_disk(tmp_path: Path) -> None:
     try:
         with pytest.raises(OSError, match="No space"):
             (disk / "filling").write_bytes(b"x" * (128 << 10))
-        found = states(disk)
-        assert found["disk"].state == "broken"
-        assert found["store"].state == "broken"
-        assert "no space left" in found["store"].text
+        findings = states(disk)
+        assert findings["disk"].state == "broken"
+        assert findings["store"].state == "broken"
+        assert "no space left" in findings["store"].text
         assert [path.name for path in disk.iterdir()] == ["filling"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -81,10 +81,10 @@ def test_a_package_that_does_not_import_says_why(tmp_path: Path, monkeypatch: py
     (tmp_path / "dying_one.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
     (tmp_path / "slow_one.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert probe("broken_one", "found = {}") == "its import failed: ImportError: libfoo.so.3: cannot open"
-    assert probe("dying_one", "found = {}") == "its import killed by signal 11: it said nothing"
-    assert probe("slow_one", "found = {}", seconds=1.0) == "its import did not end within 1 s"
-    assert probe("json", "found = {'a': 1}") == {"a": 1}
+    assert probe("broken_one", "facts = {}") == "its import failed: ImportError: libfoo.so.3: cannot open"
+    assert probe("dying_one", "facts = {}") == "its import killed by signal 11: it said nothing"
+    assert probe("slow_one", "facts = {}", seconds=1.0) == "its import did not end within 1 s"
+    assert probe("json", "facts = {'a': 1}") == {"a": 1}
 
 
 def test_versions_known_to_work_are_those_pinned(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_the_command_on_a_masked_package(tmp_path: Path) -> None:
     """transformers cannot be imported: the whole command still answers, names it, and ends with 1."""
     result = on_masked("transformers", tmp_path / "masked", "--json", "--store", tmp_path)
     assert result.returncode == 1, result.stderr
-    found = {finding["name"]: finding for finding in json.loads(result.stdout)}
-    assert found["transformers"]["state"] == "broken"
-    assert "ImportError: masked" in found["transformers"]["text"]
-    assert "make setup" in found["transformers"]["remedy"]
-    assert found["torch"]["state"] == "ok"
-    assert found["store"]["state"] == "ok"
+    values = {finding["name"]: finding for finding in json.loads(result.stdout)}
+    assert values["transformers"]["state"] == "broken"
+    assert "ImportError: masked" in values["transformers"]["text"]
+    assert "make setup" in values["transformers"]["remedy"]
+    assert values["torch"]["state"] == "ok"
+    assert values["store"]["state"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,8 @@ def test_quick_checks_come_before_heavy_imports(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_a_config_names_is_there() -> None:
-    found = looked_at()
-    assert {name: finding.state for name, finding in found.items()} == dict.fromkeys(
+    findings = looked_at()
+    assert {name: finding.state for name, finding in findings.items()} == dict.fromkeys(
         (
             *("student", "student.tokenizer", "teacher", "teacher.tokenizer"),
             *("student.weights", "teacher.weights", "tokens", "prompts"),
@@ -212,7 +212,7 @@ def test_what_a_config_names_is_there() -> None:
         ),
         "ok",
     )
-    assert found["prompts"].text.startswith("6,000 in ")
+    assert findings["prompts"].text.startswith("6,000 in ")
 
 
 def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
@@ -220,19 +220,19 @@ def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     lost = next(name for name in weights if name.endswith("down_proj.weight"))
     save_file({name: value for name, value in weights.items() if name != lost}, folder / "model.safetensors")
-    found = looked_at(teacher={"path": str(folder)})
-    assert found["student.weights"].state == "ok"
-    assert found["teacher.weights"].state == "broken"
-    assert f"{lost} is missing" in found["teacher.weights"].text
+    findings = looked_at(teacher={"path": str(folder)})
+    assert findings["student.weights"].state == "ok"
+    assert findings["teacher.weights"].state == "broken"
+    assert f"{lost} is missing" in findings["teacher.weights"].text
 
 
 def test_a_teacher_of_other_tokens_is_found(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
     student = CONFIG_FOLDER.parent / "examples" / "countdown" / "student"
-    found = looked_at(teacher={"path": str(student), "tokenizer": str(tmp_path)})["tokens"]
-    assert found.state == "broken"
-    assert "the tokenizers of teacher and student differ at" in found.text
-    assert found.remedy == "Use a teacher of the student's own token vocabulary."
+    findings = looked_at(teacher={"path": str(student), "tokenizer": str(tmp_path)})["tokens"]
+    assert findings.state == "broken"
+    assert "the tokenizers of teacher and student differ at" in findings.text
+    assert findings.remedy == "Use a teacher of the student's own token vocabulary."
 
 
 def test_all_that_is_missing_of_what_a_config_names_is_said_at_once(
@@ -242,7 +242,7 @@ def test_all_that_is_missing_of_what_a_config_names_is_said_at_once(
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text("{}")
     (tmp_path / "other.jsonl").write_text('{"question": "1 + 1"}\n')
-    found = looked_at(
+    findings = looked_at(
         student={"path": str(tmp_path / "student"), "tokenizer": str(tmp_path / "tokenizer")},
         teacher={"path": str(tmp_path / "teacher")},
         prompts={"path": str(tmp_path / "gone.jsonl")},
@@ -250,7 +250,7 @@ def test_all_that_is_missing_of_what_a_config_names_is_said_at_once(
         read_only_stores=[str(tmp_path / "team")],
         launcher={"kind": "slurm"},
     )
-    broken = {name: finding for name, finding in found.items() if finding.state == "broken"}
+    broken = {name: finding for name, finding in findings.items() if finding.state == "broken"}
     assert set(broken) == {
         *("student", "student.tokenizer", "teacher", "prompts", "evaluate.benchmarks.0", "read_only_stores"),
         "launcher.kind: slurm",

@@ -52,14 +52,14 @@ def test_a_checkpoint_is_as_large_as_the_files_it_will_have(
     assert len(list(folder.glob("*.safetensors"))) > 2
     shapes = read_shapes(folder)
     assert parameter_count(shapes) == sum(p.numel() for p in model.parameters())
-    found = checkpoint_bytes(shapes, settings)
-    assert found.weights == pytest.approx(weights, rel=0.1)
-    assert found.optimizer == pytest.approx(written, rel=0.1)
-    assert found.state == found.weights + found.optimizer
+    sizes = checkpoint_bytes(shapes, settings)
+    assert sizes.weights == pytest.approx(weights, rel=0.1)
+    assert sizes.optimizer == pytest.approx(written, rel=0.1)
+    assert sizes.state == sizes.weights + sizes.optimizer
     half = checkpoint_bytes(shapes, TrainSettings(param_dtype="bfloat16", autocast="bf16"))
-    assert half.weights * 2 == found.weights
+    assert half.weights * 2 == sizes.weights
     averaged = checkpoint_bytes(shapes, TrainSettings(ema=0.9))
-    assert averaged.optimizer - found.optimizer == found.weights
+    assert averaged.optimizer - sizes.optimizer == sizes.weights
 
 
 def test_adapters_are_counted_as_peft_makes_them(model: Qwen3ForCausalLM, folder: Path) -> None:
@@ -71,9 +71,9 @@ def test_adapters_are_counted_as_peft_makes_them(model: Qwen3ForCausalLM, folder
     assert settings.lora is not None
     adapted = add_adapters(copy.deepcopy(model), settings.lora, 0, 0)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad) * 4
-    found = checkpoint_bytes(read_shapes(folder), settings)
-    assert found.optimizer == 3 * trained  # two moments and the adapter itself
-    assert found.weights == checkpoint_bytes(read_shapes(folder), TrainSettings()).weights
+    sizes = checkpoint_bytes(read_shapes(folder), settings)
+    assert sizes.optimizer == 3 * trained  # two moments and the adapter itself
+    assert sizes.weights == checkpoint_bytes(read_shapes(folder), TrainSettings()).weights
 
 
 def test_the_peak_of_a_pruned_run() -> None:

@@ -67,8 +67,8 @@ def test_states_tokens_and_time(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     done_round_0(run)
     overview = forecast([run])
-    found = states(overview)
-    assert [found[name] for name in ("rollout 0", "score 0", "evaluate 0", "train 0")] == [
+    findings = states(overview)
+    assert [findings[name] for name in ("rollout 0", "score 0", "evaluate 0", "train 0")] == [
         "complete",
         "complete",
         "partly",

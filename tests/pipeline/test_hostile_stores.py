@@ -77,12 +77,12 @@ def run(*arguments: object) -> str:
 
 
 def artifacts_of(store: Path, kind: str) -> list[Artifact]:
-    found = []
+    collected = []
     for its_kind, key in listing.keys(store):
         with suppress(StoreError):
             if its_kind == kind:
-                found.append(open_artifact(store, kind, key))
-    return found
+                collected.append(open_artifact(store, kind, key))
+    return collected
 
 
 def report(store: Path) -> None:
@@ -141,12 +141,12 @@ def test_what_is_in_a_files_place_is_named_and_set_aside(tmp_path: Path, name: s
         pass
     hostile.replace(artifact.folder / name, by)
     with no_hang():
-        found = {damage.key: damage for damage in verify(tmp_path)}
-        assert other_one.key in found
+        damages = {damage.key: damage for damage in verify(tmp_path)}
+        assert other_one.key in damages
         if name.endswith(".claim") and stat.S_ISREG((artifact.folder / name).lstat().st_mode if by != "nothing" else 0):
-            assert artifact.key not in found
+            assert artifact.key not in damages
         elif by != "nothing":
-            assert name in found[artifact.key].problem
+            assert name in damages[artifact.key].problem
         verify(tmp_path, repair=True)
         assert all(damage.beyond_repair for damage in verify(tmp_path))
         with claim(artifact, 0) as ours:
@@ -199,12 +199,12 @@ def outside(tmp_path: Path) -> Path:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    found = {}
+    result = {}
     for path in sorted(folder.rglob("*")):
         its = path.lstat()
         content = path.read_bytes() if stat.S_ISREG(its.st_mode) else None
-        found[str(path.relative_to(folder))] = (its.st_mode, content)
-    return found
+        result[str(path.relative_to(folder))] = (its.st_mode, content)
+    return result
 
 
 def links(store: Path, outside: Path) -> dict[str, Callable[[], Artifact]]:
@@ -251,8 +251,8 @@ def test_no_command_changes_what_a_link_leads_to(tmp_path: Path, outside: Path, 
     with suppress(DamagedPart):
         prune(artifact, 0, lambda name: True)
     for repair in (False, True):
-        found = verify(store, repair=repair)
-    assert any("is a link" in damage.problem for damage in found) or which == "data"
+        damages = verify(store, repair=repair)
+    assert any("is a link" in damage.problem for damage in damages) or which == "data"
     for grace in (None, {("scores", "0" * 20)}):
         garbage.remove(garbage.plan(store, grace, grace=-1.0))
     for verb in ("ls", "gc"):
@@ -309,13 +309,13 @@ def test_gc_removes_nothing_behind_a_folder_that_is_a_link(tmp_path: Path, outsi
 @pytest.fixture
 def planned(tmp_path: Path) -> Run:
     save_file({"weight": torch.zeros(10)}, tmp_path / "model.safetensors")
-    found = make_run(tmp_path)
-    commit(found, found.plan.job("rollout", 0), responses=8, tokens=80)
-    note_job(found, found.plan.job("rollout", 0), 2.0)
-    found.paths.metrics.write_text("{}\n")
-    with claim(found.artifact(found.plan.job("score", 0).output), 0):
+    result = make_run(tmp_path)
+    commit(result, result.plan.job("rollout", 0), responses=8, tokens=80)
+    note_job(result, result.plan.job("rollout", 0), 2.0)
+    result.paths.metrics.write_text("{}\n")
+    with claim(result.artifact(result.plan.job("score", 0).output), 0):
         pass
-    return found
+    return result
 
 
 def show(planned: Run) -> None:
@@ -329,10 +329,10 @@ def show_status(planned: Run) -> None:
 @pytest.mark.parametrize("by", IN_ITS_PLACE)
 @pytest.mark.parametrize("name", ["*.json", "*.claim", "jobs.jsonl", "metrics.jsonl", "part-abc.claim", "rollouts"])
 def test_plan_and_status_end_well_or_name_it(planned: Run, tmp_path: Path, name: str, by: str) -> None:
-    found = [tmp_path / "store" / name] if name == "rollouts" else sorted(tmp_path.rglob(name))
+    result = [tmp_path / "store" / name] if name == "rollouts" else sorted(tmp_path.rglob(name))
     if name == "part-abc.claim":
-        found = [planned.artifact(planned.plan.job("rollout", 0).output).folder / name]
-    for path in found:
+        result = [planned.artifact(planned.plan.job("rollout", 0).output).folder / name]
+    for path in result:
         hostile.replace(path, by)
     ends_well_or_names_it(lambda: show(planned))
     ends_well_or_names_it(lambda: show_status(planned))

@@ -118,13 +118,13 @@ def test_what_a_config_is_refused_for_is_one_line_with_the_file(tmp_path: Path, 
         file = tmp_path / role / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
         models[role] = ModelSettings(path=str(tmp_path / role)), tmp_path / role
-    found = check_architectures(models, in_process=in_process)
-    assert found.keys() == changes.keys()
-    for role, refusal in found.items():
+    findings = check_architectures(models, in_process=in_process)
+    assert findings.keys() == changes.keys()
+    for role, refusal in findings.items():
         assert refusal.file == str(tmp_path / role / "config.json")
         assert "\n" not in refusal.problem
         assert len(refusal.problem) <= 300
-    assert "model type `nope" in found["a"].problem
+    assert "model type `nope" in findings["a"].problem
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"added_tokens": [{"id": 1}]}', '{"added_tokens": 3}', "{"])
@@ -150,8 +150,8 @@ def test_code_that_is_trusted_is_part_of_the_model(tmp_path: Path) -> None:
 
     def facts(trusted: bool) -> tuple[str, str]:
         settings = ModelSettings(path=str(folder), trust_remote_code=trusted)
-        found = inspect_model("student", settings, Digests())
-        return found.fingerprint, found.tokenizer_fingerprint
+        description = inspect_model("student", settings, Digests())
+        return description.fingerprint, description.tokenizer_fingerprint
 
     before = [facts(trusted) for trusted in (False, True)]
     (folder / "modeling_own.py").write_text("scale = 2")

@@ -39,11 +39,11 @@ def by_stage(student: str, gpu: int, **train: Any) -> dict[str, Need]:
 
 @pytest.mark.parametrize("student", [name for name in QWEN3 if name != "8b"])
 def test_every_stage_that_holds_a_model_is_predicted(student: str) -> None:
-    found = by_stage(student, 80 * GIB)
-    assert {"rollout", "score", "train", "evaluate", "align"} <= found.keys()
+    result = by_stage(student, 80 * GIB)
+    assert {"rollout", "score", "train", "evaluate", "align"} <= result.keys()
     weights = 4 * size_of(student).parameters
-    assert 4 * weights < found["train"].memory.bytes < 4 * weights + 25 * GIB  # weights, gradients and two moments
-    assert found["score"].memory.bytes > 2 * size_of("8b").parameters
+    assert 4 * weights < result["train"].memory.bytes < 4 * weights + 25 * GIB  # weights, gradients and two moments
+    assert result["score"].memory.bytes > 2 * size_of("8b").parameters
 
 
 def test_what_saves_memory_is_predicted_to() -> None:
@@ -107,9 +107,9 @@ def test_a_model_of_another_kind_is_not_predicted(tmp_path: Path) -> None:
 def test_a_plan_shows_the_most_that_its_runs_need(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     runs = [make_run(tmp_path, make_facts(folder=tmp_path), train={"ema": ema}) for ema in (None, 0.9)]
-    found = {need.stage: need for need in needs_of(runs, 80 * GIB)}
-    assert "average" in found["train"].memory.parts
-    assert found["evaluate"].available == 80 * GIB
+    result = {need.stage: need for need in needs_of(runs, 80 * GIB)}
+    assert "average" in result["train"].memory.parts
+    assert result["evaluate"].available == 80 * GIB
 
 
 def test_doctor_compares_with_this_machine_or_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +119,13 @@ def test_doctor_compares_with_this_machine_or_its_gpu(tmp_path: Path, monkeypatc
     settings = parse_settings({**raw, "rollout": {"engine": "transformers"}}, "test")
     for gpu, text in ((0, "; on a GPU about"), (24 * GIB, "of 25.8 GB")):
         monkeypatch.setattr(doctor_inputs, "gpu_bytes", lambda gpu=gpu: gpu)
-        found = {finding.name: finding for finding in doctor_inputs._memory(settings)}
-        assert found["memory of train"].state == "ok"
-        assert text in found["memory of train"].text
+        findings = {finding.name: finding for finding in doctor_inputs._memory(settings)}
+        assert findings["memory of train"].state == "ok"
+        assert text in findings["memory of train"].text
     monkeypatch.setattr(doctor_inputs, "gpu_bytes", lambda: GIB)
-    found = {finding.name: finding for finding in doctor_inputs._memory(settings)}
-    assert found["memory of train"].state == "warning"
-    assert "lora" in found["memory of train"].remedy
+    findings = {finding.name: finding for finding in doctor_inputs._memory(settings)}
+    assert findings["memory of train"].state == "warning"
+    assert "lora" in findings["memory of train"].remedy
 
 
 def test_the_smallest_gpu_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,8 @@ def test_first_round_keys_follow_meaning(
 ) -> None:
     other = plan_of(settings(**changes), facts(**other_facts))
     stages = ("rollout", "score", "train", "evaluate")
-    found = {stage for stage in stages if keys(BASE, stage)[0] != keys(other, stage)[0]}
-    assert found == changed
+    result = {stage for stage in stages if keys(BASE, stage)[0] != keys(other, stage)[0]}
+    assert result == changed
 
 
 VERIFIED = {"path": "p.jsonl", "verifier": "countdown", "columns": {"answer": "answer"}}

@@ -48,7 +48,7 @@ def settings(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> RunSet
 
 def render(asked: RunSettings, folder: Path, rows: int | None = None) -> list[str]:
     readers = [Reader(role, folder / role, trusted=False) for role in ("student", "teacher")]
-    return [found.text for found in render_sources(list(sources_of(asked)), *readers, rows)]
+    return [result.text for result in render_sources(list(sources_of(asked)), *readers, rows)]
 
 
 def test_both_views_of_every_source(folder: Path) -> None:
@@ -155,8 +155,8 @@ def test_a_run_that_is_complete_is_not_looked_at(folder: Path) -> None:
 
 def test_doctor_shows_prompts_without_what_steers_a_terminal(folder: Path) -> None:
     asked = settings(folder, [{"prompt": "\x1b[31mred\n" + "x" * 2000}])
-    found = {finding.name: finding for finding in check_inputs(asked)}
-    text = found["prompts (student)"].text
+    findings = {finding.name: finding for finding in check_inputs(asked)}
+    text = findings["prompts (student)"].text
     assert text.startswith("<|user|>\\x1b[31mred\\nxxx")
     assert text.endswith("<|end|><|assistant|>")
     assert "characters ..." in text

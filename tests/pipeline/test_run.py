@@ -145,10 +145,10 @@ def test_every_stage_is_handed_the_temperature_of_the_rollouts(
     job = run.plan.job(name, 0)
     job.stage.run(run.context(job, [0], Engines()))
     (made,) = handed
-    found = {
+    result = {
         "rollout": lambda: made.settings.temperature,
         "score": lambda: made.rollout_temperature,
         "train": lambda: made.temperature,
         "student_topk": lambda: made.settings.temperature,
     }
-    assert found[name]() == 0.8
+    assert result[name]() == 0.8

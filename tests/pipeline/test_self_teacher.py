@@ -44,14 +44,14 @@ def self_taught(rounds: int = 5, **teacher: Any) -> RunSettings:
 def taught_by(plan: Plan, stage: str, rounds: int) -> list[int | None]:
     """For each round, which student the jobs of a stage read as the teacher; None: the external model."""
     students = {plan.job("train", round_).output.key: round_ + 1 for round_ in range(rounds)}
-    found: list[int | None] = []
+    collected: list[int | None] = []
     for round_ in range(rounds):
         job = plan.job(stage, round_)
         input_ = job.inputs.get("teacher")
-        found.append(None if input_ is None else students[input_.identity.key])
+        collected.append(None if input_ is None else students[input_.identity.key])
         assert job.output.inputs["teacher"] == ("s0" if input_ is None else input_.identity.key)
         assert input_ is None or input_.needed() == {WEIGHTS}
-    return found
+    return collected
 
 
 @pytest.mark.parametrize(

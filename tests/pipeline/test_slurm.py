@@ -40,13 +40,13 @@ def arrays(run: Run) -> list[Array]:
     return arrays_of([(run, job) for job in run.plan.jobs], run.settings.launcher.slurm)
 
 
-def waits(found: list[Array]) -> dict[str, str | None]:
-    return {array.name: dependency(array, {other: other.name for other in found}) for array in found}
+def waits(result: list[Array]) -> dict[str, str | None]:
+    return {array.name: dependency(array, {other: other.name for other in result}) for array in result}
 
 
 def test_a_whole_plan_is_submitted_at_once(tmp_path: Path) -> None:
-    found = arrays(slurm_run(str(tmp_path)))
-    assert {array.name: array.indices for array in found} == {
+    stored = arrays(slurm_run(str(tmp_path)))
+    assert {array.name: array.indices for array in stored} == {
         "evaluate-0": "0-1",
         "evaluation_summary-0": "0",
         "rollout-0": "0-1",
@@ -60,7 +60,7 @@ def test_a_whole_plan_is_submitted_at_once(tmp_path: Path) -> None:
         "evaluate-2": "0-1",
         "evaluation_summary-2": "0",
     }
-    assert waits(found) == {
+    assert waits(stored) == {
         "evaluate-0": None,
         "evaluation_summary-0": "afterok:evaluate-0",
         "rollout-0": None,
@@ -74,7 +74,7 @@ def test_a_whole_plan_is_submitted_at_once(tmp_path: Path) -> None:
         "evaluate-2": "afterok:train-1",
         "evaluation_summary-2": "afterok:evaluate-2",
     }
-    assert found[0].chunks == {0: (0, 1), 1: (2,)}
+    assert stored[0].chunks == {0: (0, 1), 1: (2,)}
 
 
 def test_what_is_committed_is_left_out(tmp_path: Path) -> None:
@@ -82,27 +82,27 @@ def test_what_is_committed_is_left_out(tmp_path: Path) -> None:
     commit(run, run.plan.job("rollout", 0), [0, 1])
     commit(run, run.plan.job("score", 0), [0])
     commit(run, run.plan.job("evaluate", 0))
-    found = arrays(run)
-    chunks = {array.name: dict(array.chunks) for array in found}
+    stored = arrays(run)
+    chunks = {array.name: dict(array.chunks) for array in stored}
     assert "evaluate-0" not in chunks
     assert chunks["rollout-0"] == {1: (2,)}
     assert chunks["score-0.ready"] == {0: (1,)}
     assert chunks["score-0"] == {1: (2,)}
-    assert waits(found)["score-0.ready"] is None
-    assert waits(found)["train-0"] == "afterok:rollout-0:score-0.ready:score-0"
+    assert waits(stored)["score-0.ready"] is None
+    assert waits(stored)["train-0"] == "afterok:rollout-0:score-0.ready:score-0"
     commit(run, run.plan.job("rollout", 0), [2])
-    found = arrays(run)
-    assert waits(found)["score-0"] is None
-    assert waits(found)["train-0"] == "afterok:score-0"
+    stored = arrays(run)
+    assert waits(stored)["score-0"] is None
+    assert waits(stored)["train-0"] == "afterok:score-0"
 
 
 def test_arrays_stay_below_the_clusters_limit(tmp_path: Path) -> None:
-    found = arrays(slurm_run(str(tmp_path), parts_per_task=1, array_size=2))
-    by_name = {array.name: array for array in found}
+    stored = arrays(slurm_run(str(tmp_path), parts_per_task=1, array_size=2))
+    by_name = {array.name: array for array in stored}
     assert by_name["rollout-0"].chunks == {0: (0,), 1: (1,)}
     assert by_name["rollout-0-1"].chunks == {0: (2,)}
-    assert waits(found)["score-0-1"] == "aftercorr:rollout-0-1"
-    assert waits(found)["train-0"] == "afterok:rollout-0:rollout-0-1:score-0:score-0-1"
+    assert waits(stored)["score-0-1"] == "aftercorr:rollout-0-1"
+    assert waits(stored)["train-0"] == "afterok:rollout-0:rollout-0-1:score-0:score-0-1"
 
 
 def test_two_runs_that_share_a_job_submit_it_once(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_runs_that_want_the_students_top_k_sample_once(tmp_path: Path) -> None:
     rollout = one.settings.rollout.model_copy(update={"student_topk": 4})
     settings = one.settings.model_copy(update={"name": "other", "rollout": rollout})
     other = run_of(settings, make_facts())
-    found = arrays_of([(run, job) for run in (one, other) for job in run.plan.jobs], one.settings.launcher.slurm)
-    names = {array: f"{array.run.name}:{array.name}" for array in found}
-    waiting = {names[array]: dependency(array, names) for array in found}
+    result = arrays_of([(run, job) for run in (one, other) for job in run.plan.jobs], one.settings.launcher.slurm)
+    names = {array: f"{array.run.name}:{array.name}" for array in result}
+    waiting = {names[array]: dependency(array, names) for array in result}
     assert "other:rollout-0" not in waiting
     assert waiting["other:student_topk-0"] == "aftercorr:x:rollout-0"
     assert waiting["other:score-0"] == "aftercorr:x:rollout-0,aftercorr:other:student_topk-0"
@@ -134,9 +134,9 @@ def test_tasks_that_wait_for_different_arrays_stand_apart(tmp_path: Path) -> Non
     run = run_of(settings, make_facts())
     commit(run, run.plan.job("rollout", 0), [0, 1])
     commit(run, run.plan.job("student_topk", 0), [0])
-    found = {array.name: array for array in arrays(run)}
-    names = {array: name for name, array in found.items()}
-    scores = {name: array for name, array in found.items() if name.startswith("score-0")}
+    stored = {array.name: array for array in arrays(run)}
+    names = {array: name for name, array in stored.items()}
+    scores = {name: array for name, array in stored.items() if name.startswith("score-0")}
     assert {name: tuple(array.chunks) for name, array in scores.items()} == {
         "score-0.ready": (0,),
         "score-0.1": (1,),

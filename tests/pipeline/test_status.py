@@ -46,9 +46,9 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def held() -> Iterator[list[subprocess.Popen[str]]]:
-    found: list[subprocess.Popen[str]] = []
-    yield found
-    for process in found:
+    collected: list[subprocess.Popen[str]] = []
+    yield collected
+    for process in collected:
         process.kill()
         process.wait()
 

@@ -50,13 +50,13 @@ def test_ls_and_show(tmp_path: Path) -> None:
 
 
 def test_stats_and_export(tmp_path: Path) -> None:
-    artifact, found = scores(tmp_path)
+    artifact, result = scores(tmp_path)
     text = run("stats", artifact.key, "--store", tmp_path, "--plot", tmp_path / "h.svg")
     for words in ("bytes a token by field", "teacher entropy, nats", "mass kept", "tokens gated"):
         assert words in text
     assert "<svg" in (tmp_path / "h.svg").read_text()
     run("export", artifact.key, tmp_path / "table.parquet", "--store", tmp_path)
-    assert pq.read_table(tmp_path / "table.parquet").num_rows == 2 * found[0].responses
+    assert pq.read_table(tmp_path / "table.parquet").num_rows == 2 * result[0].responses
     assert not list(tmp_path.glob(".table*"))
 
 
@@ -80,12 +80,12 @@ def cache_of(store: Path, said: str) -> TeacherCache:
 
 
 def test_stats_pass_over_parts_that_were_set_aside(tmp_path: Path) -> None:
-    artifact, found = scores(tmp_path, parts=3)
+    artifact, result = scores(tmp_path, parts=3)
     artifact.drop_part(0)
     artifact.set_aside(0, "no memory")
     assert "responses of 2 parts" in run("stats", artifact.key, "--store", tmp_path)
     one = run("stats", artifact.key, "--store", tmp_path, "--parts", 1)
-    assert f"{found[1].responses} responses of 1 parts" in one
+    assert f"{result[1].responses} responses of 1 parts" in one
 
 
 def test_verify_and_repair(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ def tempered(model: Any, prompt: Sequence[int], response: Tokens, temperature: f
     """[T, V] log-softmax at ``temperature`` of the positions that predict each response token."""
     ids = torch.tensor([[*prompt, *[int(token) for token in response]]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double() / temperature
-    found: Float64 = logits.log_softmax(-1).numpy()
-    return found
+    result: Float64 = logits.log_softmax(-1).numpy()
+    return result
 
 
 def at(logprobs: Float64, response: Tokens) -> Float64:
     """[T] of the response's own tokens."""
-    found: Float64 = logprobs[np.arange(len(response)), np.asarray(response)]
-    return found
+    result: Float64 = logprobs[np.arange(len(response)), np.asarray(response)]
+    return result
 
 
 def truncated(logprobs: Float64, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Float64:

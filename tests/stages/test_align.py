@@ -84,8 +84,8 @@ def run_and_summarise(job: AlignmentJob) -> None:
 
 def results_of(job: AlignmentJob) -> dict[str, Any]:
     path = summary_of(job).output.part_folder(0) / analyses.ALIGNMENT_RESULTS
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -107,31 +107,31 @@ def test_the_summary_is_what_the_two_models_say_of_the_samples(evaluated: Evalua
     expected = measure_alignment(
         load_model(TEACHER), load_model(STUDENT), sequences, problems=[row["problem_id"] for row in rows], merged=STOPS
     )
-    found = results_of(aligned)["responses"]["own"]
-    assert found["all"]["tokens"] == sum(len(row["response_token_ids"]) for row in rows)
-    assert found["problems"] == 12
-    assert found["responses"] == 24
-    assert found["edges"] == list(expected.edges)
+    results = results_of(aligned)["responses"]["own"]
+    assert results["all"]["tokens"] == sum(len(row["response_token_ids"]) for row in rows)
+    assert results["problems"] == 12
+    assert results["responses"] == 24
+    assert results["edges"] == list(expected.edges)
     ids = torch.tensor([sequences[0].context_ids])
     largest = max(load_model(ref)(ids).logits.abs().max().item() for ref in (TEACHER, STUDENT))
     error = 2 * forward_rounding(largest)  # of both; they are packed in batches of other sizes
     for mine, theirs in zip(
-        (found["all"], found["above"], found["below"], *found["bins"]),
+        (results["all"], results["above"], results["below"], *results["bins"]),
         (expected.all, expected.above, expected.below, *expected.bins),
         strict=True,
     ):
         assert mine["tokens"] == theirs.tokens
         for name in ("fkl", "rkl", "agreement", "student_entropy", "student_above"):
             assert mine[name] == pytest.approx(getattr(theirs, name), abs=error), name
-    assert found["above"]["tokens"] > 5
-    assert found["all"]["fkl"] > 0.01
+    assert results["above"]["tokens"] > 5
+    assert results["all"]["fkl"] > 0.01
 
 
 def test_the_record_says_what_it_was_made_from(evaluated: EvaluateJob, aligned: AlignmentJob) -> None:
-    found = results_of(aligned)
-    assert found["settings"]["samples"] == 2
-    assert (found["teacher"]["fingerprint"], found["student"]["fingerprint"]) == ("teacher", "student")
-    assert found["engines"][0].startswith("transformers")
+    results = results_of(aligned)
+    assert results["settings"]["samples"] == 2
+    assert (results["teacher"]["fingerprint"], results["student"]["fingerprint"]) == ("teacher", "student")
+    assert results["engines"][0].startswith("transformers")
     assert aligned.output.marker(1).inputs == {"samples": evaluated.output.marker(1).checksum}
     table = analyses.ALIGNMENT_SUMS.read(aligned.output.part_folder(0))
     assert set(SUMMED) < set(table.column_names)
@@ -160,13 +160,13 @@ def test_fewer_problems_and_a_fixed_set_beside_its_own(
     """Each under its own name: what reading either evaluation alone gives."""
     job = align(evaluated, tmp_path / "both", ("own", "first"), samples=1, limit=7)
     run_and_summarise(replace(job, sources=(job.sources[0], ("first", evaluated_first.output))))
-    found = results_of(job)["responses"]
-    assert found["own"]["problems"] == found["own"]["responses"] == 7
+    results = results_of(job)["responses"]
+    assert results["own"]["problems"] == results["own"]["responses"] == 7
     for name, source in (("own", evaluated), ("first", evaluated_first)):
         alone = align(source, tmp_path / name, samples=1, limit=7)
         run_and_summarise(alone)
-        assert found[name] == results_of(alone)["responses"]["own"]
-    assert found["own"]["all"]["fkl"] != found["first"]["all"]["fkl"]
+        assert results[name] == results_of(alone)["responses"]["own"]
+    assert results["own"]["all"]["fkl"] != results["first"]["all"]["fkl"]
 
 
 def test_the_teacher_reads_its_own_template(evaluated: EvaluateJob, aligned: AlignmentJob, tmp_path: Path) -> None:
@@ -185,11 +185,11 @@ def test_responses_longer_than_a_model_reads_are_cut_and_counted(
     monkeypatch.setattr("eopd.stages.align.run.longest_readable", lambda folder: 16)
     job = align(evaluated, tmp_path)
     run_and_summarise(job)
-    found = results_of(job)["responses"]["own"]
+    results = results_of(job)["responses"]["own"]
     rows = [row for row in samples_of(evaluated) if row["sample"] < 2]
     kept = [min(len(row["response_token_ids"]), 17 - row["prompt_tokens"]) for row in rows]
-    assert found["cut"] == sum(len(row["response_token_ids"]) > n for row, n in zip(rows, kept, strict=True)) > 0
-    assert found["all"]["tokens"] == sum(kept)
+    assert results["cut"] == sum(len(row["response_token_ids"]) > n for row, n in zip(rows, kept, strict=True)) > 0
+    assert results["all"]["tokens"] == sum(kept)
 
 
 def test_a_source_of_which_every_part_was_set_aside_is_named(evaluated: EvaluateJob, tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_a_teacher_on_vllm_says_the_same(evaluated: EvaluateJob, aligned: Alignm
     job = align(evaluated, tmp_path, teacher_engine="vllm")
     run_and_summarise(job)
     assert any(engine.startswith("vllm") for engine in results_of(job)["engines"])
-    found, expected = (results_of(one)["responses"]["own"]["all"] for one in (job, aligned))
+    result, expected = (results_of(one)["responses"]["own"]["all"] for one in (job, aligned))
     for name in ("fkl", "rkl", "teacher_entropy"):
-        assert found[name] == pytest.approx(expected[name], abs=1e-4)
+        assert result[name] == pytest.approx(expected[name], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -315,12 +315,12 @@ def test_the_teacher_sees_answers_and_copies_of_the_samples(
     tokenizer = load_tokenizer(STUDENT)
     prompt = TeacherPromptSettings(opening="{{response}}{{answer}}", shuffled=shuffled)
     job = replace(align(evaluated, tmp_path), teacher_prompt=prompt)
-    found = ResponseReader(job, tokenizer, tokenizer, (None, 40)).read(evaluated.output, 0)
+    records = ResponseReader(job, tokenizer, tokenizer, (None, 40)).read(evaluated.output, 0)
     answers = {}
     for line in (COUNTDOWN / "evaluate.jsonl").read_text().splitlines()[:12]:
         problem = json.loads(line)
         answers[problem["id"]] = problem["answer"]
-    for (_, name, _), own, theirs in zip(found.names, found.student, found.teacher, strict=True):
+    for (_, name, _), own, theirs in zip(records.names, records.student, records.teacher, strict=True):
         copied = list(own.response_ids)
         copied = copied[:-1] if copied and copied[-1] in STOPS else copied
         start = [*own.context_ids, *copied]
@@ -330,4 +330,4 @@ def test_the_teacher_sees_answers_and_copies_of_the_samples(
         assert shown in answers.values()
         assert (shown == answers[name]) is not shuffled
         assert theirs.input_length <= 40
-    assert found.cut > 0
+    assert records.cut > 0

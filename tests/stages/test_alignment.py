@@ -47,7 +47,7 @@ def states(tokens: int, width: int, seed: int) -> Tensor:
 
 def oracle(logits_p: Tensor, logits_q: Tensor, merged: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """Written out from the definitions, float64, one row of probabilities at a time."""
-    found: dict[str, list[float]] = {item: [] for item in TokenFigures.__dataclass_fields__}
+    result: dict[str, list[float]] = {item: [] for item in TokenFigures.__dataclass_fields__}
     for row_p, row_q in zip(logits_p.double(), logits_q.double(), strict=True):
         sides = []
         for row in (row_p, row_q):
@@ -61,13 +61,13 @@ def oracle(logits_p: Tensor, logits_q: Tensor, merged: tuple[int, ...] = ()) -> 
         shared = p.keys() & q.keys()
         mass_p, mass_q = (math.fsum(side[number] for number in shared) for side in sides)
         for name, side, mass in (("teacher", p, mass_p), ("student", q, mass_q)):
-            found[f"{name}_entropy"].append(-math.fsum(v * math.log(v) for v in side.values() if v > 0))
-            found[f"{name}_outside"].append(math.fsum(side.values()) - mass)
+            result[f"{name}_entropy"].append(-math.fsum(v * math.log(v) for v in side.values() if v > 0))
+            result[f"{name}_outside"].append(math.fsum(side.values()) - mass)
         pairs = [(p[number] / mass_p, q[number] / mass_q) for number in shared]
-        found["fkl"].append(math.fsum(a * math.log(a / b) for a, b in pairs if a > 0))
-        found["rkl"].append(math.fsum(b * math.log(b / a) for a, b in pairs if b > 0))
-        found["agreement"].append(float(max(p, key=p.__getitem__) == max(q, key=q.__getitem__)))
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+        result["fkl"].append(math.fsum(a * math.log(a / b) for a, b in pairs if a > 0))
+        result["rkl"].append(math.fsum(b * math.log(b / a) for a, b in pairs if b > 0))
+        result["agreement"].append(float(max(p, key=p.__getitem__) == max(q, key=q.__getitem__)))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in result.items()}
 
 
 def rounding_of_figures(exact: dict[str, Tensor], of_teacher: Tensor, of_student: Tensor) -> dict[str, Tensor]:
@@ -89,20 +89,20 @@ def rounding_of_figures(exact: dict[str, Tensor], of_teacher: Tensor, of_student
 
 def check_dense(teacher: Side, student: Side, temperature: float = 1.0, **given: Any) -> TokenFigures:
     """``compare``, whose figures are checked against the oracle's."""
-    found = compare(teacher, student, temperature=temperature, **given)
+    comparison = compare(teacher, student, temperature=temperature, **given)
     merged, logits, errors = given.get("merged", ()), [], []
     for hidden, own in (teacher, student):
         logits.append(dense(own, hidden, temperature).logits)
         of_merged = rounding(len(merged) + 3, 1 + logits[-1].abs().amax(1))  # a log-sum-exp of the merged logits
         errors.append(logprobs_rounding(logits_rounding(own, hidden, temperature) + of_merged, logits[-1]))
     exact = oracle(logits[0], logits[1], merged)
-    assert_equal(found, exact, rounding_of_figures(exact, *errors))
-    return found
+    assert_equal(comparison, exact, rounding_of_figures(exact, *errors))
+    return comparison
 
 
-def assert_equal(found: TokenFigures, exact: dict[str, Tensor], bounds: dict[str, Tensor]) -> None:
+def assert_equal(result: TokenFigures, exact: dict[str, Tensor], bounds: dict[str, Tensor]) -> None:
     for name, values in exact.items():
-        error = np.abs(getattr(found, name) - values.numpy())
+        error = np.abs(getattr(result, name) - values.numpy())
         assert (error <= bounds[name].numpy()).all(), name
 
 
@@ -115,19 +115,19 @@ def test_figures_are_those_of_the_dense_oracle(student_rows: int, merged: tuple[
     heads = head(50, 16, 1, bias=bias, softcap=8.0), head(student_rows, 12, 2, scale=0.8)
     hidden = states(23, 16, 3), states(23, 12, 4)
     sides = (hidden[0], heads[0]), (hidden[1], heads[1])
-    found = check_dense(*sides, temperature, merged=merged, chunk_rows=5)
-    assert (found.teacher_outside > 0).all() == (student_rows < 50)
-    assert (found.student_outside > 0).all() == (student_rows > 50)
-    assert found.fkl.min() > 0
-    assert 0 < found.agreement.sum() < 23 or student_rows != 50
+    errors = check_dense(*sides, temperature, merged=merged, chunk_rows=5)
+    assert (errors.teacher_outside > 0).all() == (student_rows < 50)
+    assert (errors.student_outside > 0).all() == (student_rows > 50)
+    assert errors.fkl.min() > 0
+    assert 0 < errors.agreement.sum() < 23 or student_rows != 50
 
 
 def test_a_model_does_not_differ_from_itself_and_wide_chunks_change_nothing() -> None:
     own = states(9, 16, 3) * 20, head(50, 16, 1)
-    found = compare(own, own)
-    assert found.fkl == pytest.approx(np.zeros(9), abs=1e-12)
-    assert found.rkl == pytest.approx(np.zeros(9), abs=1e-12)
-    assert found.agreement.tolist() == [1.0] * 9
+    comparison = compare(own, own)
+    assert comparison.fkl == pytest.approx(np.zeros(9), abs=1e-12)
+    assert comparison.rkl == pytest.approx(np.zeros(9), abs=1e-12)
+    assert comparison.agreement.tolist() == [1.0] * 9
     teacher, student = (states(9, 16, 3) * 4, own[1]), (states(9, 12, 4), head(50, 12, 2))
     for chunk_rows in (None, 2):
         check_dense(teacher, student, chunk_rows=chunk_rows)
@@ -192,7 +192,7 @@ def test_models_in_memory_are_measured_as_their_own_logits_say(models: tuple[Any
         assert_equal(figures, exact, rounding_of_figures(exact, *errors))
         expected.append(exact)
     student.train()
-    found = measure_alignment(
+    alignment = measure_alignment(
         teacher, student, own, teacher_sequences=theirs, tau=4.0, edges=(3.0, 4.5), batch_tokens=100
     )
     assert student.training
@@ -200,17 +200,17 @@ def test_models_in_memory_are_measured_as_their_own_logits_say(models: tuple[Any
     flat = {name: torch.cat([exact[name] for exact in expected]) for name in expected[0]}
     high = flat["teacher_entropy"] > 4.0
     assert 5 < high.sum() < len(high) - 5
-    assert found.all.tokens == len(high) == sum(one.tokens for one in found.bins)
-    assert found.all.fkl == pytest.approx(float(flat["fkl"].mean()), abs=1e-4)
-    assert found.above.tokens == int(high.sum())
-    assert found.above.share == pytest.approx(float(high.double().mean()))
-    assert found.above.rkl == pytest.approx(float(flat["rkl"][high].mean()), abs=1e-4)
-    assert found.below.agreement == pytest.approx(float(flat["agreement"][~high].mean()))
-    assert found.all.student_above == pytest.approx(float((flat["student_entropy"] > 4.0).double().mean()))
-    low, upper = found.all.intervals["fkl"]
-    assert low < found.all.fkl < upper
-    assert found.teacher_outside > 0 == found.student_outside
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["bins"][0]["tokens"] == found.bins[0].tokens
+    assert alignment.all.tokens == len(high) == sum(one.tokens for one in alignment.bins)
+    assert alignment.all.fkl == pytest.approx(float(flat["fkl"].mean()), abs=1e-4)
+    assert alignment.above.tokens == int(high.sum())
+    assert alignment.above.share == pytest.approx(float(high.double().mean()))
+    assert alignment.above.rkl == pytest.approx(float(flat["rkl"][high].mean()), abs=1e-4)
+    assert alignment.below.agreement == pytest.approx(float(flat["agreement"][~high].mean()))
+    assert alignment.all.student_above == pytest.approx(float((flat["student_entropy"] > 4.0).double().mean()))
+    low, upper = alignment.all.intervals["fkl"]
+    assert low < alignment.all.fkl < upper
+    assert alignment.teacher_outside > 0 == alignment.student_outside
+    assert json.loads(json.dumps(alignment.to_json(), allow_nan=False))["bins"][0]["tokens"] == alignment.bins[0].tokens
 
 
 def test_intervals_are_over_problems_not_tokens() -> None:

@@ -242,8 +242,8 @@ def test_half_precision_finds_the_same_traits_and_layout(name: str, dtype: torch
     model = _model(name)
     wanted, layout = traits_of(model), layout_of(model)
     half = _model(name).to(dtype)
-    found = traits_of(half)
-    assert (found.scale, found.softcap, found.hidden_scale) == (wanted.scale, wanted.softcap, wanted.hidden_scale)
+    traits = traits_of(half)
+    assert (traits.scale, traits.softcap, traits.hidden_scale) == (wanted.scale, wanted.softcap, wanted.hidden_scale)
     assert layout_of(half).packed <= layout.packed
     assert layout_of(half).batched
 
@@ -355,10 +355,10 @@ def test_a_student_that_cannot_be_packed_or_sees_images_is_trained(world: Path) 
 def test_two_models_are_compared_as_alone(world: Path) -> None:
     teacher, student = (load_model(ModelRef(str(world / role))) for role in ("teacher", "student"))
     sequences = _sequences()[:3]
-    found = measure_alignment(teacher, student, sequences, resamples=10)
+    alignment = measure_alignment(teacher, student, sequences, resamples=10)
     divergences = []
     with torch.no_grad():
         for sequence in sequences:
             p, q = (full_model_logits(model, sequence, "cpu").double().log_softmax(-1) for model in (teacher, student))
             divergences.append((p.exp() * (p - q)).sum(-1))
-    assert found.all.fkl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
+    assert alignment.all.fkl == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)

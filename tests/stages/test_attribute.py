@@ -418,16 +418,16 @@ def test_the_report_shows_bins_by_query_set(tmp_path: Path, standing: Standing) 
     summary = summary_for(tmp_path, job, **outputs)
     summarise(summary)
     made = RoundArtifacts(1, None, made={"attribution_summary": summary.output})
-    found = _attribution(made)
-    assert (found.round, found.documents, found.bins) == (1, 8, ["* / 3", "+ / 3"])
+    result = _attribution(made)
+    assert (result.round, result.documents, result.bins) == (1, 8, ["* / 3", "+ / 3"])
     highest = int(np.argmax([sum(ids_of(TIMES)), sum(ids_of(PLUS))]))
-    assert found.z["right"][highest] == pytest.approx(0.5**0.5), "of two bins"
-    data = ReportData("x", "today", [RunData("one", attribution=found), RunData("none")])
+    assert result.z["right"][highest] == pytest.approx(0.5**0.5), "of two bins"
+    data = ReportData("x", "today", [RunData("one", attribution=result), RunData("none")])
     page, drawings = render(data)
     assert "attribution-0" in {drawing.name for drawing in drawings}
     assert 'id="attribution"' in page
     assert "one: right - wrong" in page
-    assert f"one,attribution,1,,right.* / 3,{found.z['right'][0]}" in to_csv(data)
+    assert f"one,attribution,1,,right.* / 3,{result.z['right'][0]}" in to_csv(data)
     assert 'id="attribution"' not in render(ReportData("x", "today", [RunData("none")]))[0]
     path = summary.output.part_folder(0) / analyses.ATTRIBUTION_RESULTS
     path.write_text(json.dumps({"documents": 8}).ljust(path.stat().st_size))
@@ -437,8 +437,8 @@ def test_the_report_shows_bins_by_query_set(tmp_path: Path, standing: Standing) 
 
 def test_a_heat_map_shows_the_bins_furthest_from_the_mean() -> None:
     z = [0.1 * place for place in range(20)]
-    found = AttributionData(0, 9, [f"b{place:02}" for place in range(20)], {"q": [*z[:-1], None]}, {"q": (0.1, 0.5)})
-    (drawing,) = attribution([RunData("one", attribution=found)])
+    result = AttributionData(0, 9, [f"b{place:02}" for place in range(20)], {"q": [*z[:-1], None]}, {"q": (0.1, 0.5)})
+    (drawing,) = attribution([RunData("one", attribution=result)])
     assert "14 of 20 bins" in drawing.label
     assert ">b18<" in drawing.svg
     assert ">b04<" not in drawing.svg

@@ -142,8 +142,8 @@ def test_the_template_of_a_folder_is_the_tokenizer_s(tmp_path: Path, as_list: bo
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": PLAIN, "tool_use": WHOLE} if as_list else WHOLE
     tokenizer.save_pretrained(tmp_path)
-    found = ChatTemplate.of_folder(tmp_path, tools=True)
-    assert (found.source, found.special_tokens["bos_token"]) == (WHOLE, "<bos>")
+    template = ChatTemplate.of_folder(tmp_path, tools=True)
+    assert (template.source, template.special_tokens["bos_token"]) == (WHOLE, "<bos>")
     assert ChatTemplate.of(tokenizer, tools=True).source == WHOLE
     assert ChatTemplate.of_folder(tmp_path).source == (PLAIN if as_list else WHOLE)
 
@@ -198,9 +198,9 @@ def test_fields_of_other_rows_are_absent_and_not_null(tmp_path: Path) -> None:
     """A Parquet column has the same fields in each row: `tool_calls` of a user's message is null there."""
     path = tmp_path / "tools.parquet"
     pq.write_table(pa.table({"prompt": [TOOLS], "tools": [json.dumps([TOOL])]}), path)
-    found = load_prompts(PromptSettings(path=str(path), columns={"tools": "tools"}))[0]
-    assert found.conversation == Conversation(tuple(TOOLS), (TOOL,))
-    assert Conversation.from_json(found.messages_json) == found.conversation
+    prompts = load_prompts(PromptSettings(path=str(path), columns={"tools": "tools"}))[0]
+    assert prompts.conversation == Conversation(tuple(TOOLS), (TOOL,))
+    assert Conversation.from_json(prompts.messages_json) == prompts.conversation
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -234,8 +234,8 @@ def test_a_template_that_writes_the_date_needs_one(tmp_path: Path, template: str
     with raises(InputError, "'soon'", setting="template_arguments.strftime_now"):
         text_of(template, [USER], template_arguments={"strftime_now": "soon"})
     (tmp_path / "chat_template.jinja").write_text(template)
-    found = ChatTemplate.of_folder(tmp_path)
-    assert found.render(Conversation((USER,)), {"strftime_now": "2025-07-26"}) == text
+    result = ChatTemplate.of_folder(tmp_path)
+    assert result.render(Conversation((USER,)), {"strftime_now": "2025-07-26"}) == text
 
 
 def test_a_template_whose_date_is_an_argument_or_never_written_is_left_alone() -> None:

@@ -48,11 +48,11 @@ def test_self_bleu_is_the_mean_of_plain_bleu(samples: list[list[int]]) -> None:
 @settings(max_examples=200, deadline=None)
 def test_distinct_is_the_share_of_different_ngrams(samples: list[list[int]], n: int) -> None:
     grams = [tuple(s[i : i + n]) for s in samples for i in range(len(s) - n + 1)]
-    found = distinct([ids(*sample) for sample in samples], n)
+    share = distinct([ids(*sample) for sample in samples], n)
     if grams:
-        assert found == pytest.approx(len(set(grams)) / len(grams))
+        assert share == pytest.approx(len(set(grams)) / len(grams))
     else:
-        assert math.isnan(found)
+        assert math.isnan(share)
 
 
 def test_equal_samples_are_not_diverse_and_disjoint_ones_are() -> None:

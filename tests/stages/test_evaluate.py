@@ -90,8 +90,8 @@ def evaluate(job: EvaluateJob) -> None:
 
 def results_of(job: EvaluateJob) -> dict[str, Any]:
     folder = summary_of(job).output.part_folder(0)
-    found: dict[str, Any] = json.loads((folder / evaluations.RESULTS).read_text())
-    return found
+    values: dict[str, Any] = json.loads((folder / evaluations.RESULTS).read_text())
+    return values
 
 
 def samples_of(job: EvaluateJob) -> list[dict[str, Any]]:
@@ -168,8 +168,8 @@ def test_parts_hold_every_sample_of_every_problem_once(evaluated: EvaluateJob) -
 
 def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     rows = [row for row in samples_of(evaluated) if row["benchmark"] == "countdown"]
-    found = results_of(evaluated)
-    one = found["benchmarks"]["countdown"]
+    results = results_of(evaluated)
+    one = results["benchmarks"]["countdown"]
     correct = [sum(row["correct"] for row in rows if row["problem_index"] == p) for p in range(12)]
     assert one["avg_at_k"] == pytest.approx(sum(correct) / 48)
     assert one["pass_at_k"] == {
@@ -184,19 +184,19 @@ def test_summary_is_what_the_samples_say(evaluated: EvaluateJob) -> None:
     assert one["response_tokens"]["total"] == sum(lengths)
     assert one["stop_rate"] == pytest.approx(np.mean([row["finish_reason"] == "stop" for row in rows]))
     assert one["stop_rate"] + one["truncation_rate"] == pytest.approx(1.0)
-    other = found["benchmarks"]["exact"]
-    assert found["mean"]["avg_at_k"] == pytest.approx((one["avg_at_k"] + other["avg_at_k"]) / 2)
+    other = results["benchmarks"]["exact"]
+    assert results["mean"]["avg_at_k"] == pytest.approx((one["avg_at_k"] + other["avg_at_k"]) / 2)
     for name in ("self_bleu", "distinct_4", "truncation_rate", "token_entropy"):
         low, high = one[f"{name}_interval"]
         assert low <= one[name] <= high
-        assert found["mean"][name] == pytest.approx((one[name] + other[name]) / 2)
+        assert results["mean"][name] == pytest.approx((one[name] + other[name]) / 2)
     low, high = one["response_tokens"]["interval"]
     assert low <= one["response_tokens"]["mean"] <= high
-    assert found["mean"]["stop_rate"] == pytest.approx((one["stop_rate"] + other["stop_rate"]) / 2)
-    assert found["mean"]["ungraded"] == 0
-    assert found["verifiers"] == ["countdown 1", "exact 1"]
-    assert found["settings"]["samples"] == 4
-    assert found["model"]["fingerprint"] == "student"
+    assert results["mean"]["stop_rate"] == pytest.approx((one["stop_rate"] + other["stop_rate"]) / 2)
+    assert results["mean"]["ungraded"] == 0
+    assert results["verifiers"] == ["countdown 1", "exact 1"]
+    assert results["settings"]["samples"] == 4
+    assert results["model"]["fingerprint"] == "student"
     summary = summary_of(evaluated).output
     problems = evaluations.PROBLEMS.read(summary.part_folder(0)).to_pylist()
     assert [row["correct"] for row in problems[:12]] == correct
@@ -232,10 +232,10 @@ def test_a_summary_leaves_out_what_was_set_aside_and_says_so(evaluated: Evaluate
     stage.run(job)
     job.output.set_aside(1, "failed 3 times")
     stage.summarise(summary_of(job))
-    found = results_of(job)
-    assert found["left_out"] == [{"benchmark": "countdown", "start": 5, "stop": 10}]
-    assert found["benchmarks"]["countdown"]["problems"] == 7
-    assert found["benchmarks"]["exact"] == results_of(evaluated)["benchmarks"]["exact"]
+    results = results_of(job)
+    assert results["left_out"] == [{"benchmark": "countdown", "start": 5, "stop": 10}]
+    assert results["benchmarks"]["countdown"]["problems"] == 7
+    assert results["benchmarks"]["exact"] == results_of(evaluated)["benchmarks"]["exact"]
 
 
 def test_top_p_is_applied_and_the_entropy_is_of_what_was_sampled_from(tmp_path: Path) -> None:
@@ -417,9 +417,9 @@ def test_paths_and_speed_are_not_part_of_the_identity() -> None:
 def test_vllm_evaluates_the_same_model_about_as_well(evaluated: EvaluateJob, tmp_path: Path) -> None:
     job = job_for(tmp_path, settings_for(engine="vllm", samples=16, rows_per_part=64))
     evaluate(job)
-    found = results_of(job)
-    one, reference = found["benchmarks"]["countdown"], results_of(evaluated)["benchmarks"]["countdown"]
-    assert found["engines"][0].startswith("vllm")
+    results = results_of(job)
+    one, reference = results["benchmarks"]["countdown"], results_of(evaluated)["benchmarks"]["countdown"]
+    assert results["engines"][0].startswith("vllm")
     assert one["token_entropy"] == pytest.approx(reference["token_entropy"], rel=0.2)
     assert one["avg_at_k"] == pytest.approx(reference["avg_at_k"], abs=0.2)
     assert one["stop_rate"] > 0.9

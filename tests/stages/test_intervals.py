@@ -23,10 +23,10 @@ from eopd.stages.intervals import (
 def test_interval_of_a_normal_mean_has_the_known_width() -> None:
     rng = np.random.default_rng(3)
     values = rng.normal(5.0, 2.0, size=(900, 1))
-    (found,) = intervals(resampled_means(values, resamples=4000, seed=1), 0.95)
+    (result,) = intervals(resampled_means(values, resamples=4000, seed=1), 0.95)
     half = 1.96 * values.std() / math.sqrt(900)
-    assert found.low == pytest.approx(values.mean() - half, abs=0.02)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.02)
+    assert result.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert result.high == pytest.approx(values.mean() + half, abs=0.02)
 
 
 def test_interval_covers_the_truth_about_as_often_as_promised() -> None:
@@ -34,8 +34,8 @@ def test_interval_covers_the_truth_about_as_often_as_promised() -> None:
     covered = 0
     for trial in range(300):
         values = rng.binomial(8, 0.3, size=(120, 1)) / 8
-        (found,) = intervals(resampled_means(values, resamples=400, seed=trial), 0.9)
-        covered += found.low <= 0.3 <= found.high
+        (result,) = intervals(resampled_means(values, resamples=400, seed=trial), 0.9)
+        covered += result.low <= 0.3 <= result.high
     assert 0.84 <= covered / 300 <= 0.95  # 0.9 with a standard error of 0.017
 
 
@@ -78,8 +78,8 @@ def test_problems_are_drawn_within_their_benchmark_and_benchmarks_count_the_same
 
 
 def bootstrap_one(values: np.ndarray, **changes: Any) -> Interval | None:
-    (found,) = bootstrap(values[:, None], **{"bounds": (0.0, 1.0), "resamples": 400, **changes})
-    return found
+    (result,) = bootstrap(values[:, None], **{"bounds": (0.0, 1.0), "resamples": 400, **changes})
+    return result
 
 
 def test_where_problems_differ_the_interval_is_that_of_the_resamples() -> None:
@@ -112,13 +112,13 @@ def test_a_benchmark_whose_problems_are_all_alike_widens_the_mean_over_benchmark
     rng = np.random.default_rng(0)
     varied = rng.random(200)
     values, groups = np.concatenate([np.zeros(30), varied]), ["aime"] * 30 + ["math"] * 200
-    found, alone = (bootstrap_one(v, groups=g, resamples=8000) for v, g in ((values, groups), (varied, None)))
-    assert found is not None
+    result, alone = (bootstrap_one(v, groups=g, resamples=8000) for v, g in ((values, groups), (varied, None)))
+    assert result is not None
     assert alone is not None
     mean = varied.mean() / 2
     upper = math.hypot(0.1157 / 2, (alone.high - varied.mean()) / 2)
-    assert found.high - mean == pytest.approx(upper, rel=0.05)
-    assert mean - found.low == pytest.approx((varied.mean() - alone.low) / 2, rel=0.1)
+    assert result.high - mean == pytest.approx(upper, rel=0.05)
+    assert mean - result.low == pytest.approx((varied.mean() - alone.low) / 2, rel=0.1)
 
 
 @pytest.mark.parametrize(("p", "least"), [(0.02, 0.99), (0.05, 0.99), (0.12, 0.86), (0.3, 0.92), (0.98, 0.99)])
@@ -128,9 +128,9 @@ def test_coverage_with_thirty_problems(p: float, least: float) -> None:
     """
     covered = 0
     for trial in range(1500):
-        found = bootstrap_one(np.random.default_rng(trial).binomial(1, p, 30).astype(float), seed=trial)
-        assert found is not None
-        covered += found.low <= p <= found.high
+        result = bootstrap_one(np.random.default_rng(trial).binomial(1, p, 30).astype(float), seed=trial)
+        assert result is not None
+        covered += result.low <= p <= result.high
     assert covered / 1500 >= least
 
 
@@ -158,9 +158,9 @@ def test_t_intervals_over_seeds_cover_the_truth_exactly_as_often_as_promised() -
     trials = 3000
     covered = 0
     for _ in range(trials):
-        found = t_interval(rng.normal(0.3, 0.02, 5).tolist())
-        assert found is not None
-        covered += found.low <= 0.3 <= found.high
+        interval = t_interval(rng.normal(0.3, 0.02, 5).tolist())
+        assert interval is not None
+        covered += interval.low <= 0.3 <= interval.high
     assert covered / trials == pytest.approx(0.95, abs=0.012)  # three standard errors
 
 
@@ -171,8 +171,8 @@ def test_a_bootstrap_over_few_seeds_would_promise_too_much(seeds: int, most: flo
     covered = 0
     for trial in range(1000):
         values = rng.normal(0.3, 0.02, (seeds, 1))
-        (found,) = intervals(resampled_means(values, resamples=500, seed=trial))
-        covered += found.low <= 0.3 <= found.high
+        (result,) = intervals(resampled_means(values, resamples=500, seed=trial))
+        covered += result.low <= 0.3 <= result.high
     assert covered / 1000 < most
 
 
@@ -181,9 +181,9 @@ def test_welch_intervals_cover_the_difference_of_unequal_spreads() -> None:
     trials = 2000
     covered = 0
     for _ in range(trials):
-        found = welch_interval(rng.normal(0.3, 0.01, 5).tolist(), rng.normal(0.35, 0.05, 8).tolist())
-        assert found is not None
-        covered += found.low <= 0.05 <= found.high
+        interval = welch_interval(rng.normal(0.3, 0.01, 5).tolist(), rng.normal(0.35, 0.05, 8).tolist())
+        assert interval is not None
+        covered += interval.low <= 0.05 <= interval.high
     assert 0.94 <= covered / trials <= 0.975  # freedom is rounded down: rather too wide
 
 

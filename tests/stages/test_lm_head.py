@@ -122,7 +122,7 @@ def test_the_check_s_own_logits_are_of_the_response_alone(name: str) -> None:
     model.get_output_embeddings().register_forward_hook(lambda layer, given, out: widths.append(out.shape[1]))
     ids = torch.randint(3, 300, (44,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.no_grad():
-        found = full_model_logits(model, Sequence(ids[:40], ids[40:]), "cpu")
+        logits = full_model_logits(model, Sequence(ids[:40], ids[40:]), "cpu")
         expected = model(torch.tensor([ids])).logits[0, 39:-1]
-    assert widths[0] == len(found) == 4
-    torch.testing.assert_close(found, expected, atol=2 * forward_rounding(float(expected.abs().max())), rtol=0)
+    assert widths[0] == len(logits) == 4
+    torch.testing.assert_close(logits, expected, atol=2 * forward_rounding(float(expected.abs().max())), rtol=0)

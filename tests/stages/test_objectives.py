@@ -78,9 +78,9 @@ def test_is_with_the_present_advantage_is_exact_reverse_kl_in_expectation() -> N
     p = torch.randn(6).double().log_softmax(0)
     q = logits.log_softmax(0)
     term = policy_gradient(q, (p - q).detach(), "is", old)
-    (found,) = torch.autograd.grad((old.exp() * term.loss).sum(), logits, retain_graph=True)
+    (result,) = torch.autograd.grad((old.exp() * term.loss).sum(), logits, retain_graph=True)
     (exact,) = torch.autograd.grad((q.exp() * (q - p)).sum(), logits)
-    assert torch.allclose(found, exact, atol=1e-12)
+    assert torch.allclose(result, exact, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,14 +153,14 @@ def test_sampled_support_is_unbiased_over_draws() -> None:
         rows = rows_of(case.teacher, ids, rule, case.stops.union, none, seed)
         batch = batch_of(replace(case, rows=rows, rule=rule), name="fkl", support="sampled")
         values.append(forward_kl(student_at(logits, batch), batch, "sampled"))
-    found, spread = torch.stack(values).mean(dim=0), torch.stack(values).std(dim=0) / 20
+    result, spread = torch.stack(values).mean(dim=0), torch.stack(values).std(dim=0) / 20
     stops, others = [3, 5], [i for i in range(40) if i not in (3, 5)]
     p, q = (
         torch.cat([x[:, others], x[:, stops].logsumexp(1, keepdim=True)], dim=1)
         for x in (case.teacher, logits.log_softmax(1))
     )
     exact = (p.exp() * (p - q)).sum(dim=1)
-    assert ((found - exact).abs() <= 4 * spread + 5e-4).all()
+    assert ((result - exact).abs() <= 4 * spread + 5e-4).all()
 
 
 def test_published_formulas() -> None:

@@ -42,16 +42,16 @@ def runs_of(values: list[float], name: str = "a", **changes: object) -> list[Run
 
 def test_runs_that_differ_in_their_seed_become_one_with_t_intervals() -> None:
     values = [0.30, 0.34, 0.35, 0.31, 0.30]
-    found = grouped([*runs_of(values), *runs_of([0.2, 0.3], "b"), RunData("alone", seed=0)])
-    assert [run.name for run in found] == ["a (5 seeds)", "b (2 seeds)", "alone"]
-    (item,) = found[0].rounds
+    result = grouped([*runs_of(values), *runs_of([0.2, 0.3], "b"), RunData("alone", seed=0)])
+    assert [run.name for run in result] == ["a (5 seeds)", "b (2 seeds)", "alone"]
+    (item,) = result[0].rounds
     half = 2.7764 * np.std(values, ddof=1) / math.sqrt(5)
     assert item.value("avg") == pytest.approx(0.32)
     assert item.figures["rkl"].bounds == pytest.approx((0.32 - half, 0.32 + half), abs=1e-5)
     assert item.pass_at[8].bounds == item.figures["avg"].bounds
     assert (item.problems, item.samples) == (3, 8)
-    assert found[0].interval == "95 % Student t over 5 seeds"
-    assert found[0].settings["seed"] == "0, 1, 2, 3, 4"
+    assert result[0].interval == "95 % Student t over 5 seeds"
+    assert result[0].settings["seed"] == "0, 1, 2, 3, 4"
 
 
 def test_the_same_seed_twice_is_no_second_seed() -> None:
@@ -79,11 +79,11 @@ def test_histograms_add_up_and_the_rest_are_means_over_seeds() -> None:
         read_with={"the teacher": "t", "the fixed set": "b"},
         cost=[CostRow("score", 0, 5.0, key="k", shared=True), CostRow("train", 0, 3.0, key="y")],
     )
-    found = merged([first, second])
-    assert found.teacher_entropy == Histogram([0.0, 1.0, 20.0], [9, 1])
-    assert found.training == [StepRow(0, 0, {"loss": 2.0, "clip": 1.0})]  # only the round that both trained
-    assert found.read_with == {"the teacher": "t"}
-    low, high = found.bins[OWN]["fkl"].means
+    settings = merged([first, second])
+    assert settings.teacher_entropy == Histogram([0.0, 1.0, 20.0], [9, 1])
+    assert settings.training == [StepRow(0, 0, {"loss": 2.0, "clip": 1.0})]  # only the round that both trained
+    assert settings.read_with == {"the teacher": "t"}
+    low, high = settings.bins[OWN]["fkl"].means
     half = 12.706 * 0.5  # Student's t with one degree of freedom, times the standard error of 1 and 2
     assert low is not None
     assert low.bounds == pytest.approx((1.5 - half, 1.5 + half), abs=1e-3)
@@ -92,7 +92,7 @@ def test_histograms_add_up_and_the_rest_are_means_over_seeds() -> None:
         replace(run, bins={OWN: {"agreement": BinnedMeans([0.0, 1.0], [Estimate(1.0)])}}) for run in (first, second)
     ]
     assert merged(alike).bins[OWN]["agreement"].means == [Estimate(1.0)]
-    assert [row.seconds for row in found.cost] == [5.0, 2.0, 3.0]  # shared work counts once
+    assert [row.seconds for row in settings.cost] == [5.0, 2.0, 3.0]  # shared work counts once
 
 
 def scores(correct: list[list[int]], samples: int = 4, **changes: object) -> ProblemScores:
@@ -151,10 +151,10 @@ def test_benchmarks_count_the_same() -> None:
 def test_other_problems_are_not_compared(changes: dict[str, object], text: str) -> None:
     base = RunData("base", scores=[scores([[0, 0, 0]], sources={"one": "f1"})])
     other = RunData("other", scores=[scores([[4, 0, 0]], **{"sources": {"one": "f1"}, **changes})])
-    found = compare([base, other, RunData("bare")])
-    assert found.differences == ()
-    assert found.notes[0].startswith("other is not compared with base")
-    assert text in found.notes[0]
+    comparison = compare([base, other, RunData("bare")])
+    assert comparison.differences == ()
+    assert comparison.notes[0].startswith("other is not compared with base")
+    assert text in comparison.notes[0]
 
 
 def test_what_was_sampled_otherwise_is_said_beside_the_difference() -> None:
@@ -175,11 +175,11 @@ def evaluated(name: str, seed: int, shares: list[float], kin: str = "") -> RunDa
     """A run that was evaluated after rounds 0, 1, ...: of 40 problems with 4 samples, about a share is right."""
     rng = np.random.default_rng(seed)
     rounds = [RoundData(number, {"avg": Estimate(share)}, samples=4) for number, share in enumerate(shares)]
-    found = [
+    result = [
         scores([rng.binomial(4, share, 40).tolist()], round=number, seeds=[seed]) for number, share in enumerate(shares)
     ]
     empty = [RoundData(number) for number in range(len(shares), 5)]
-    return RunData(name, rounds=[*rounds, *empty], scores=found, seed=seed, kin=kin)
+    return RunData(name, rounds=[*rounds, *empty], scores=result, seed=seed, kin=kin)
 
 
 RISING = [0.1, 0.25, 0.35, 0.45, 0.5]
@@ -188,22 +188,28 @@ RISING = [0.1, 0.25, 0.35, 0.45, 0.5]
 def test_runs_that_stopped_at_different_rounds_are_compared_at_the_last_that_both_have() -> None:
     """Otherwise a run that was killed after round 1 would look worse than one that went on to round 4."""
     whole, killed, other = evaluated("opd", 0, RISING), evaluated("eopd", 1, RISING[:2]), evaluated("fkl", 2, RISING)
-    found = compare([whole, killed, other])
-    assert {(one.name, one.round) for one in found.differences} == {("eopd", 1), ("fkl", 4)}
+    comparison = compare([whole, killed, other])
+    assert {(one.name, one.round) for one in comparison.differences} == {("eopd", 1), ("fkl", 4)}
     value = np.mean(killed.scores[1].correct) / 4 - np.mean(whole.scores[1].correct) / 4
-    assert found.differences[0].value == pytest.approx(value)
-    (note,) = (note for note in found.notes if "Last evaluations" in note)
+    assert comparison.differences[0].value == pytest.approx(value)
+    (note,) = (note for note in comparison.notes if "Last evaluations" in note)
     assert "opd after round 4, eopd after round 1 and fkl after round 4" in note
 
 
 def test_seeds_that_stopped_at_different_rounds_are_merged_up_to_the_last_that_all_have() -> None:
     runs = [evaluated("eopd-s0", 0, RISING, "eopd"), evaluated("eopd-s1", 1, [0.2, 0.3], "eopd")]
-    (found,) = grouped(runs)
-    assert [item.value("avg") for item in found.rounds] == [pytest.approx(0.15), pytest.approx(0.275), None, None, None]
-    assert [item.round for item in found.scores] == [0, 1]
+    (result,) = grouped(runs)
+    assert [item.value("avg") for item in result.rounds] == [
+        pytest.approx(0.15),
+        pytest.approx(0.275),
+        None,
+        None,
+        None,
+    ]
+    assert [item.round for item in result.scores] == [0, 1]
     changes = [(np.mean(run.scores[1].correct) - np.mean(run.scores[0].correct)) / 4 for run in runs]
-    assert found.gains["avg"].value == pytest.approx(np.mean(changes))
-    assert "seed 0 after 2, 3 and 4; seed 1 after none" in found.notes[1]
+    assert result.gains["avg"].value == pytest.approx(np.mean(changes))
+    assert "seed 0 after 2, 3 and 4; seed 1 after none" in result.notes[1]
     assert len(grouped([runs[0], replace(runs[0], seed=1)])[0].notes) == 1
 
 
@@ -213,12 +219,12 @@ def test_seeds_are_paired_whatever_their_order_and_those_of_one_run_alone_are_le
     better = {seed: [count + 1 for count in row] for seed, row in correct.items()}
     base = RunData("base", scores=[scores([correct[0], correct[1], correct[2]])])
     other = RunData("other", scores=[scores([better[2], [4, 4, 4, 4], better[0]], seeds=[2, 7, 0])])
-    found = compare([base, other])
-    avg = found.differences[0]
+    comparison = compare([base, other])
+    avg = comparison.differences[0]
     assert (avg.pairs, avg.value) == ((0, 2), pytest.approx(0.25))
     assert avg.over_seeds is not None
     assert (avg.over_seeds.low, avg.over_seeds.high) == pytest.approx((0.25, 0.25))
-    assert found.notes == ("other and base are compared on seeds 0 and 2; only one has 1 and 7.",)
+    assert comparison.notes == ("other and base are compared on seeds 0 and 2; only one has 1 and 7.",)
     strangers = RunData("strangers", scores=[scores([better[2], better[0]], seeds=[5, 6])])
     unpaired = compare([base, strangers])
     assert unpaired.differences[0].pairs == ()

@@ -84,8 +84,8 @@ def gathered(tmp_path: Path, *rounds: RoundArtifacts, name: str = "run", seed: i
     )  # fmt: skip
 
 
-def evaluated(tmp_path: Path, *found: Artifact, **more: Any) -> RunData:
-    return gathered(tmp_path, *[RoundArtifacts(number, artifact) for number, artifact in enumerate(found)], **more)
+def evaluated(tmp_path: Path, *result: Artifact, **more: Any) -> RunData:
+    return gathered(tmp_path, *[RoundArtifacts(number, artifact) for number, artifact in enumerate(result)], **more)
 
 
 def rows_of(*runs: RunData) -> list[dict[str, str]]:
@@ -146,8 +146,8 @@ def test_figures_of_each_benchmark_stand_beside_their_mean(tmp_path: Path) -> No
 
 def test_the_gain_is_paired_by_problem_with_the_confidence_of_the_run(tmp_path: Path) -> None:
     def gain(confidence: float) -> Estimate:
-        found = [evaluation(tmp_path / str(confidence), n, confidence=confidence) for n in (0, 1)]
-        return evaluated(tmp_path, *found).gains["avg"]
+        result = [evaluation(tmp_path / str(confidence), n, confidence=confidence) for n in (0, 1)]
+        return evaluated(tmp_path, *result).gains["avg"]
 
     wide, narrow = gain(0.95), gain(0.5)
     assert wide.value == narrow.value == 0.0
@@ -155,7 +155,7 @@ def test_the_gain_is_paired_by_problem_with_the_confidence_of_the_run(tmp_path: 
     assert narrow.low is not None
     assert wide.low < narrow.low
     run = evaluated(tmp_path, evaluation(tmp_path, 0), evaluation(tmp_path, 1))
-    assert [found.names for found in run.scores] == [["a/0", "a/1", "b/0", "b/1"]] * 2
+    assert [result.names for result in run.scores] == [["a/0", "a/1", "b/0", "b/1"]] * 2
     assert run.scores[0].correct == [[0, 1, 0, 1]]
     assert run.scores[0].sources == {"a": "fa", "b": "fb"}
 
@@ -202,8 +202,8 @@ def alignment(store: Path, fkl: dict[str, float], *, tau: float = 0.8, teacher: 
     return artifact
 
 
-def aligned(tmp_path: Path, *found: Artifact, **more: Any) -> RunData:
-    rounds = [RoundArtifacts(number, None, alignment=artifact) for number, artifact in enumerate(found)]
+def aligned(tmp_path: Path, *result: Artifact, **more: Any) -> RunData:
+    rounds = [RoundArtifacts(number, None, alignment=artifact) for number, artifact in enumerate(result)]
     return gathered(tmp_path, *rounds, **more)
 
 
@@ -264,7 +264,7 @@ def trained(store: Path, round_: int, steps: int = 3, epochs: int = 2) -> Artifa
 def test_a_figure_by_round_is_of_the_student_at_its_start(tmp_path: Path) -> None:
     """That is the first step, taken before any update; the last student trains no more and has none."""
     made: list[Any] = [trained(tmp_path, number) for number in range(2)]
-    run = gathered(tmp_path, *[RoundArtifacts(n, None, checkpoint=found) for n, found in enumerate([*made, None])])
+    run = gathered(tmp_path, *[RoundArtifacts(n, None, checkpoint=result) for n, result in enumerate([*made, None])])
     for name in FIRST_STEP:
         assert [item.value(name) for item in run.rounds] == [0.0, 1.0, None]
         assert [row[name] for row in summary_rows(run, 8)] == [0.0, 1.0, None]
@@ -299,8 +299,8 @@ def test_divergences_of_other_heads_are_said_to_be_such(tmp_path: Path) -> None:
     """Heads of 16 and of 4 ids give other KL of the same models; what is stored and not read makes no difference."""
 
     def run(called: str, head: HeadRule, **objective: Any) -> RunData:
-        found = scores(tmp_path / called, 1, head, lengths=[2])[0]
-        rounds = RoundArtifacts(0, None, scores=(found,), checkpoint=trained(tmp_path / called, 0))
+        scored = scores(tmp_path / called, 1, head, lengths=[2])[0]
+        rounds = RoundArtifacts(0, None, scores=(scored,), checkpoint=trained(tmp_path / called, 0))
         settings = {"train": {"objective": {"support": "bucket", **objective}}}
         return gathered(tmp_path, rounds, name=called, settings=settings)
 
@@ -323,7 +323,7 @@ def test_the_heading_of_a_rollout_is_the_users_message(tmp_path: Path) -> None:
     Tokenizer(WordLevel(vocabulary, unk_token="ask")).save(str(tmp_path / "tokenizer.json"))
     conversation = [("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "2"), ("user", "And <b>2</b>?")]
     messages = json.dumps([{"role": role, "content": content} for role, content in conversation])
-    found = scores(tmp_path, 1, lengths=[2, 2, 2])[0]
+    scored = scores(tmp_path, 1, lengths=[2, 2, 2])[0]
     rollouts = Artifact(tmp_path, Identity("rollouts", 1, 1, {"made up": 1}))
     rows = [
         {
@@ -344,7 +344,7 @@ def test_the_heading_of_a_rollout_is_the_users_message(tmp_path: Path) -> None:
     ]
     with rollouts.write_part(0) as folder:
         write_rollouts(folder, rows)
-    rounds = RoundArtifacts(0, None, rollouts=rollouts, scores=(found,))
+    rounds = RoundArtifacts(0, None, rollouts=rollouts, scores=(scored,))
     run = gathered(tmp_path, rounds, tokenizer=str(tmp_path), judge=lambda _, pairs: [True] * len(pairs))
     assert [view.prompt for view in run.rollouts] == ["And <b>2</b>?", "system ask", "system ask"]
     assert [view.truncated for view in run.rollouts] == [False, True, False]

@@ -62,7 +62,7 @@ class Document(HTMLParser):
         self.texts.append(data)
 
     def all(self, tag: str) -> list[dict[str, str]]:
-        return [attrs for found, attrs in self.elements if found == tag]
+        return [attrs for result, attrs in self.elements if result == tag]
 
     def ids(self) -> list[str]:
         return [attrs["id"] for _, attrs in self.elements if "id" in attrs]
@@ -196,9 +196,9 @@ def test_degenerate_data_draw_no_nan(run: RunData) -> None:
 
 def whiskers(drawing: charts.Drawing) -> list[tuple[float, float]]:
     """Vertical extents of the bars, as shares of the axis' height."""
-    found = re.findall(r"M [\d.]+ ([\d.]+) L [\d.]+ ([\d.]+) ?\"[^>]*opacity: 0.5", drawing.inline.replace("\n", " "))
+    matches = re.findall(r"M [\d.]+ ([\d.]+) L [\d.]+ ([\d.]+) ?\"[^>]*opacity: 0.5", drawing.inline.replace("\n", " "))
     height = 72 * charts._HEIGHT
-    return [(float(low) / height, float(high) / height) for low, high in found]
+    return [(float(low) / height, float(high) / height) for low, high in matches]
 
 
 @pytest.mark.parametrize(

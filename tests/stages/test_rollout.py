@@ -194,14 +194,14 @@ def test_the_students_own_top_k(tmp_path: Path, policy: tuple[ModelRef, PreTrain
     student_topk.run(topk)
     assert topk.output.is_complete()
     assert topk.output.marker(0).inputs["rollouts"] == job.output.marker(0).checksum
-    found, rows = read_student_topk(topk.output.part_folder(0)), rows_of(job, 0)
-    assert found.lengths.tolist() == [len(row["response_token_ids"]) for row in rows]
+    result, rows = read_student_topk(topk.output.part_folder(0)), rows_of(job, 0)
+    assert result.lengths.tolist() == [len(row["response_token_ids"]) for row in rows]
     full = np.concatenate(
         [sampled_oracle.tempered(policy[1], r["prompt_token_ids"], r["response_token_ids"], 0.8) for r in rows]
     )
     expected = np.sort(full, axis=1)[:, ::-1][:, :5]
-    np.testing.assert_allclose(found.logprobs, expected, atol=1e-4)
-    np.testing.assert_allclose(np.take_along_axis(full, found.ids, 1), expected, atol=1e-4)
+    np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(full, result.ids, 1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [0, 321])
@@ -261,10 +261,10 @@ def test_a_stored_top_k_keeps_its_shape(tmp_path: Path) -> None:
     lengths = np.array([2, 0, 3], dtype=np.int32)
     written = StudentTopk(lengths, random.integers(0, 9, (5, 2), np.int32), random.random((5, 2), np.float32))
     write_student_topk(tmp_path, written)
-    found = read_student_topk(tmp_path)
-    np.testing.assert_array_equal(found.lengths, lengths)
-    np.testing.assert_array_equal(found.ids, written.ids)
-    np.testing.assert_array_equal(found.logprobs, written.logprobs)
+    rows = read_student_topk(tmp_path)
+    np.testing.assert_array_equal(rows.lengths, lengths)
+    np.testing.assert_array_equal(rows.ids, written.ids)
+    np.testing.assert_array_equal(rows.logprobs, written.logprobs)
     none = StudentTopk(np.zeros(0, np.int32), np.zeros((0, 2), np.int32), np.zeros((0, 2), np.float32))
     write_student_topk(tmp_path, none)
     assert read_student_topk(tmp_path).ids.shape == (0, 2)

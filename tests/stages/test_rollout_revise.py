@@ -143,14 +143,14 @@ def test_a_phrase_that_would_end_or_fill_a_response_is_refused(
     ],
 )
 def test_which_tokens_are_trained_on(tokens: Any, source: Any, region: list[str] | None) -> None:
-    found = region_of(tokens, source)
+    result = region_of(tokens, source)
     if region is None:
-        assert found is None
+        assert result is None
         return
-    assert found is not None
+    assert result is not None
     other = Writer.TEXT if source == "revise" else Writer.EXPERT
     for written, expected in zip(([0, 0, other, other, 0, 0], [0] * 4), region, strict=True):
-        assert "".join(str(int(one)) for one in found(np.asarray(written, np.int8))) == expected
+        assert "".join(str(int(one)) for one in result(np.asarray(written, np.int8))) == expected
 
 
 def revised_world(folder: Path) -> tuple[Artifact, list[dict[str, Any]]]:

@@ -74,10 +74,10 @@ def prefix_job(folder: Path, student: ModelRef, guide: RolloutJob, limit: int, *
 
 def test_the_limit_falls_by_half_a_cosine_to_nothing() -> None:
     settings = RolloutSettings(source="prefix", max_new_tokens=100)
-    found = [prefixes_of(settings, 5, round_, 8) for round_ in range(5)]
-    assert [None if one is None else one.limit(0) for one in found] == [100, 85, 50, 14, None]
-    assert found[1] is not None
-    assert found[1].identity() == {"limit": 85, "length": "cap"}
+    result = [prefixes_of(settings, 5, round_, 8) for round_ in range(5)]
+    assert [None if one is None else one.limit(0) for one in result] == [100, 85, 50, 14, None]
+    assert result[1] is not None
+    assert result[1].identity() == {"limit": 85, "length": "cap"}
 
 
 def test_by_response_one_round_has_every_limit() -> None:
@@ -235,16 +235,16 @@ def test_text_ids_and_messages_are_the_responses_that_they_say(tmp_path: Path, p
     ]
     job = data_job(tmp_path, policy[0], rows, prompts={"too_long": "refuse"}, max_new_tokens=64)
     run(job)
-    found = rows_of(job, 0)
-    text, ids, ended, message = (row["response_token_ids"] for row in found)
+    result = rows_of(job, 0)
+    text, ids, ended, message = (row["response_token_ids"] for row in result)
     assert text == [*tokenizer("It is four.")["input_ids"], 4]
     assert (ids, ended) == ([5, 6, 7], [5, 6, 2])
     assert message == [*tokenizer("It is five.")["input_ids"], 4]
-    assert [row["finish_reason"] for row in found] == ["stop", "length", "stop", "stop"]
-    assert [row["stop_token_id"] for row in found] == [4, None, 2, 4]
-    assert all(row["written"] == [Writer.DATA] * len(row["response_token_ids"]) for row in found)
-    assert all(row["logprobs"] is None for row in found)
-    assert tokenizer.decode(found[0]["prompt_token_ids"]).endswith("<turn>assistant: ")
+    assert [row["finish_reason"] for row in result] == ["stop", "length", "stop", "stop"]
+    assert [row["stop_token_id"] for row in result] == [4, None, 2, 4]
+    assert all(row["written"] == [Writer.DATA] * len(row["response_token_ids"]) for row in result)
+    assert all(row["logprobs"] is None for row in result)
+    assert tokenizer.decode(result[0]["prompt_token_ids"]).endswith("<turn>assistant: ")
 
 
 def test_the_last_message_of_a_conversation_is_its_response(tmp_path: Path, policy: tuple[ModelRef, Any]) -> None:

@@ -34,8 +34,8 @@ def test_an_epoch_takes_every_response_once(responses: int, batch: int, seed: in
     for epoch in range(2):
         taken = []
         for step in range(epoch * steps // 2, (epoch + 1) * steps // 2):
-            found, numbers = batch_of_step(responses, batch, step, seed=seed, round_=round_)
-            assert found == epoch
+            result, numbers = batch_of_step(responses, batch, step, seed=seed, round_=round_)
+            assert result == epoch
             assert len(numbers) <= batch
             taken += numbers
         assert sorted(taken) == list(range(responses))

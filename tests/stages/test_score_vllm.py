@@ -76,9 +76,9 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
             reference = engine.own_logits([sequences[number]])
             assert reference is not None
             [own] = reference.logits
-            found = engine.head.logits(hidden)
+            logits = engine.head.logits(hidden)
             error = 2 * forward_rounding(max(1.0, float(own.abs().max())))  # of both
-            torch.testing.assert_close(found, own, atol=error, rtol=0)
+            torch.testing.assert_close(logits, own, atol=error, rtol=0)
             seen.append(number)
     engine.close()
     assert sorted(seen) == [0, 1, 2, 3, 5]
@@ -117,11 +117,11 @@ def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: P
 
 def rows_that_differ(a: TeacherRows, b: TeacherRows, kind: str) -> list[tuple[set[int], set[int]]]:
     """Ids of the heads or draws of every token in which ``a`` and ``b`` are not the same."""
-    found = []
+    collected = []
     for rows in (a, b):
         ids, offsets = getattr(rows, f"{kind}_ids"), getattr(rows, f"{kind}_offsets")
-        found.append([tuple(ids[i:j].tolist()) for i, j in itertools.pairwise(offsets.tolist())])
-    return [(set(one), set(other)) for one, other in zip(*found, strict=True) if one != other]
+        collected.append([tuple(ids[i:j].tolist()) for i, j in itertools.pairwise(offsets.tolist())])
+    return [(set(one), set(other)) for one, other in zip(*collected, strict=True) if one != other]
 
 
 def test_a_run_equals_the_transformers_engines(tmp_path: Path) -> None:

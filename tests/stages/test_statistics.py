@@ -63,7 +63,7 @@ def _check(
     head: LMHead,
     hidden: torch.Tensor,
     batch: TokenBatch,
-    found: TokenStatistics,
+    result: TokenStatistics,
     rule: HeadRule,
     stops: tuple[int, ...],
     temperature: float,
@@ -73,37 +73,37 @@ def _check(
     of_logprobs = logprobs_rounding(of_logits, oracle.logits)
     of_entropy = entropy_rounding(of_logprobs, oracle.entropy).numpy()
     bound = of_logprobs.numpy()
-    assert (np.abs(found.entropy - oracle.entropy.numpy()) <= of_entropy).all()
+    assert (np.abs(result.entropy - oracle.entropy.numpy()) <= of_entropy).all()
     rows = np.arange(len(hidden))
     logprobs = np.maximum(oracle.logprobs.numpy(), LOGPROB_FLOOR)
-    assert np.array_equal(found.token_ids, batch.sampled_ids)
-    assert (np.abs(found.sampled_logprob - logprobs[rows, batch.sampled_ids]) <= bound).all()
+    assert np.array_equal(result.token_ids, batch.sampled_ids)
+    assert (np.abs(result.sampled_logprob - logprobs[rows, batch.sampled_ids]) <= bound).all()
     above = oracle.logits - oracle.logits[rows, batch.sampled_ids][:, None]
     apart = 2 * of_logits[:, None]  # logits nearer to each other may stand in either order
-    assert ((above > apart).sum(1).numpy() <= found.sampled_rank).all()
-    assert (found.sampled_rank <= (above > -apart).sum(1).numpy()).all()
-    assert found.stop_logprobs.shape == (len(rows), len(stops))
-    assert (np.abs(found.stop_logprobs - logprobs[:, list(stops)]) <= bound[:, None]).all()
-    _check_sizes(found.head_counts, oracle, rule, bound, of_entropy)
-    counts, order = found.head_counts, oracle.logits.argsort(1, descending=True).numpy()
+    assert ((above > apart).sum(1).numpy() <= result.sampled_rank).all()
+    assert (result.sampled_rank <= (above > -apart).sum(1).numpy()).all()
+    assert result.stop_logprobs.shape == (len(rows), len(stops))
+    assert (np.abs(result.stop_logprobs - logprobs[:, list(stops)]) <= bound[:, None]).all()
+    _check_sizes(result.head_counts, oracle, rule, bound, of_entropy)
+    counts, order = result.head_counts, oracle.logits.argsort(1, descending=True).numpy()
     ends = np.cumsum(counts)
     for row in rows:
         part = slice(ends[row] - counts[row], ends[row])
-        ids, best = found.head_ids[part], order[row, : counts[row]]
+        ids, best = result.head_ids[part], order[row, : counts[row]]
         assert len(set(ids.tolist())) == counts[row]
         # soft-capping makes many logits that agree to rounding
         assert np.abs(oracle.logits[row, ids] - oracle.logits[row, best]).max() <= apart[row]
-        assert np.abs(found.head_logprobs[part] - logprobs[row, best]).max() <= bound[row]
+        assert np.abs(result.head_logprobs[part] - logprobs[row, best]).max() <= bound[row]
         tail = np.exp(np.delete(oracle.logprobs[row].numpy(), ids)).sum()
         expected = max(np.log(tail), LOGPROB_FLOOR) if tail > 0 else LOGPROB_FLOOR
-        assert abs(found.tail_logmass[row] - expected) <= 2 * bound[row]
-    _check_draws(head, hidden, batch, found, rule, temperature)
+        assert abs(result.tail_logmass[row] - expected) <= 2 * bound[row]
+    _check_draws(head, hidden, batch, result, rule, temperature)
     if batch.extra_ids is not None:
         assert batch.extra_counts is not None
         of = np.repeat(rows, batch.extra_counts)
-        assert np.array_equal(found.extra_counts, batch.extra_counts)
-        assert np.array_equal(found.extra_ids, batch.extra_ids)
-        assert (np.abs(found.extra_logprobs - logprobs[of, batch.extra_ids]) <= bound[of]).all()
+        assert np.array_equal(result.extra_counts, batch.extra_counts)
+        assert np.array_equal(result.extra_ids, batch.extra_ids)
+        assert (np.abs(result.extra_logprobs - logprobs[of, batch.extra_ids]) <= bound[of]).all()
 
 
 def _check_sizes(counts: Int64, oracle: Dense, rule: HeadRule, bound: Float64, of_entropy: Float64) -> None:
@@ -121,20 +121,20 @@ def _check_draws(
     head: LMHead,
     hidden: torch.Tensor,
     batch: TokenBatch,
-    found: TokenStatistics,
+    result: TokenStatistics,
     rule: HeadRule,
     temperature: float = 1.0,
 ) -> None:
     """Every draw is the id whose share of the row its point lies in; within rounding of a border, either neighbour."""
     oracle = dense(head, hidden, temperature)
     of_masses = logprobs_rounding(logits_rounding(head, hidden, temperature), oracle.logits).numpy()
-    heads, draws = (np.cumsum([0, *counts]) for counts in (found.head_counts, found.draw_counts))
+    heads, draws = (np.cumsum([0, *counts]) for counts in (result.head_counts, result.draw_counts))
     for row, p in enumerate(oracle.logprobs.exp().numpy()):
-        ids = found.draw_ids[draws[row] : draws[row + 1]]
+        ids = result.draw_ids[draws[row] : draws[row + 1]]
         if rule.draws == "full":
             points = uniforms(batch.keys[row : row + 1], rule.n_draws)[0]
         else:
-            p[found.head_ids[heads[row] : heads[row + 1]]] = 0.0
+            p[result.head_ids[heads[row] : heads[row + 1]]] = 0.0
             uniform = uniforms(batch.keys[row : row + 1], 1)[0, 0]
             points = rule.min_prob * (uniform + np.arange(len(ids) + 1))
         ends = p.cumsum()
@@ -183,12 +183,12 @@ def test_any_shape(
     head, hidden = _head(vocabulary), _hidden(tokens)
     rule = HeadRule(k_max, min_prob, above)
     batch = _batch(head, hidden)
-    found = StatisticsHead(head, rule, chunk_rows=chunk, block=block)(hidden, batch)
-    assert found.tokens == tokens
+    result = StatisticsHead(head, rule, chunk_rows=chunk, block=block)(hidden, batch)
+    assert result.tokens == tokens
     if tokens:
-        _check(head, hidden, batch, found, rule, (), 1.0)
+        _check(head, hidden, batch, result, rule, (), 1.0)
     beyond_all = k_max >= vocabulary and above == -1.0
-    assert not (beyond_all and found.draw_counts.any()), "nothing is left to draw from"
+    assert not (beyond_all and result.draw_counts.any()), "nothing is left to draw from"
 
 
 @pytest.mark.parametrize("draws", ["beyond_head", "full"])
@@ -198,9 +198,9 @@ def test_chunks_and_blocks_change_nothing(draws: Any) -> None:
     rule = HeadRule(16, 0.01, 0.4, draws, 20 if draws == "full" else 0, seed=3)
     batch = _batch(head, hidden, extra=2)
     for rows, block in [(200, 1024), (7, 192)]:
-        found = StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=rows, block=block)(hidden, batch)
-        _check(head, hidden, batch, found, rule, (2,), 1.0)
-        assert found.draw_counts.sum() > 500
+        result = StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=rows, block=block)(hidden, batch)
+        _check(head, hidden, batch, result, rule, (2,), 1.0)
+        assert result.draw_counts.sum() > 500
 
 
 @pytest.mark.parametrize("draws", ["beyond_head", "full"])
@@ -210,9 +210,9 @@ def test_any_number_of_threads_gives_the_same_statistics(draws: Any) -> None:
     batch = _batch(head, hidden, extra=2)
     for used in (1, 3):
         with torch_threads(used):
-            found = StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=64)(hidden, batch)
+            result = StatisticsHead(head, rule, stop_ids=(2,), chunk_rows=64)(hidden, batch)
             assert torch.get_num_threads() == used
-        _check(head, hidden, batch, found, rule, (2,), 1.0)
+        _check(head, hidden, batch, result, rule, (2,), 1.0)
 
 
 def _score_exactly(logits: Float64, rule: HeadRule, sampled: NDArray[np.int64] | None = None) -> TokenStatistics:
@@ -299,11 +299,11 @@ def test_draws_follow_the_exact_distribution(draws: Any) -> None:
     for row in range(3):
         repeated = hidden[row].repeat(seeds, 1)
         keys = np.concatenate([row_keys(seed, (row,), np.asarray([row])) for seed in range(seeds)])
-        found = scorer(repeated, TokenBatch(np.zeros(seeds, np.int64), keys))
+        scores = scorer(repeated, TokenBatch(np.zeros(seeds, np.int64), keys))
         p = exact[row].copy()
         if draws == "beyond_head":
-            p[found.head_ids[:4]] = 0.0
-        counts = np.bincount(found.draw_ids, minlength=40)
+            p[scores.head_ids[:4]] = 0.0
+        counts = np.bincount(scores.draw_ids, minlength=40)
         assert counts[p == 0.0].sum() == 0
         expected = seeds * (p / rule.min_prob if draws == "beyond_head" else p * rule.n_draws)
         assert abs(counts.sum() - expected.sum()) < 5 * np.sqrt(expected.sum())
@@ -315,7 +315,7 @@ def test_draws_follow_the_exact_distribution(draws: Any) -> None:
         freedom = len(expected) - 1
         # Wilson and Hilferty's approximation of the 0.999 quantile of chi-square
         assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
-        spread = np.bincount(np.repeat(np.arange(seeds), found.draw_counts), minlength=seeds)
+        spread = np.bincount(np.repeat(np.arange(seeds), scores.draw_counts), minlength=seeds)
         assert spread.max() - spread.min() <= 1, "a systematic row's count differs by at most one"
 
 
@@ -327,11 +327,13 @@ def test_forward_kl_gradient_is_unbiased() -> None:
     p = dense(head, hidden).logprobs.exp().numpy()
     q = np.random.default_rng(0).dirichlet(np.ones(60), 4)
     keys = np.concatenate([row_keys(seed, (0,), np.arange(4)) for seed in range(seeds)])
-    found = scorer(hidden.repeat(seeds, 1), TokenBatch(np.zeros(4 * seeds, np.int64), keys))
+    scores = scorer(hidden.repeat(seeds, 1), TokenBatch(np.zeros(4 * seeds, np.int64), keys))
     weights = np.zeros((4 * seeds, 60))
     rows = np.arange(4 * seeds)
-    np.add.at(weights, (np.repeat(rows, found.head_counts), found.head_ids), np.exp(found.head_logprobs.astype(float)))
-    np.add.at(weights, (np.repeat(rows, found.draw_counts), found.draw_ids), rule.min_prob)
+    np.add.at(
+        weights, (np.repeat(rows, scores.head_counts), scores.head_ids), np.exp(scores.head_logprobs.astype(float))
+    )
+    np.add.at(weights, (np.repeat(rows, scores.draw_counts), scores.draw_ids), rule.min_prob)
     weights = weights.reshape(seeds, 4, 60)
     # d/dlogits of -sum w log q is q * sum(w) - w; the dense gradient has w = p
     gradients = q[None] * weights.sum(2, keepdims=True) - weights
@@ -381,17 +383,17 @@ def test_a_sure_teacher_has_finite_statistics() -> None:
     weight[7, 0] = 1.0
     hidden = torch.zeros(2, D)
     hidden[:, 0] = torch.tensor([300.0, 30.0])
-    found = StatisticsHead(LMHead(weight, None, 1.0, None, 100), HeadRule())(
+    result = StatisticsHead(LMHead(weight, None, 1.0, None, 100), HeadRule())(
         hidden, TokenBatch(np.asarray([7, 3]), row_keys(0, (0,), np.arange(2)))
     )
-    assert found.tail_logmass[0] == LOGPROB_FLOOR
-    assert abs(found.tail_logmass[1] - (np.log(99) - 30.0)) < 1e-4, "1 - sum of the head would be 0 here"
-    assert found.sampled_logprob[0] == 0.0
-    assert found.sampled_rank.tolist() == [0, 1]
-    assert found.entropy[0] == 0.0
-    assert abs(found.entropy[1] - 99 * 31 * np.exp(-30.0)) < 1e-6
-    assert found.head_counts.tolist() == [1, 1]
-    assert found.draw_counts.tolist() == [0, 0]
+    assert result.tail_logmass[0] == LOGPROB_FLOOR
+    assert abs(result.tail_logmass[1] - (np.log(99) - 30.0)) < 1e-4, "1 - sum of the head would be 0 here"
+    assert result.sampled_logprob[0] == 0.0
+    assert result.sampled_rank.tolist() == [0, 1]
+    assert result.entropy[0] == 0.0
+    assert abs(result.entropy[1] - 99 * 31 * np.exp(-30.0)) < 1e-6
+    assert result.head_counts.tolist() == [1, 1]
+    assert result.draw_counts.tolist() == [0, 0]
 
 
 def test_ids_that_the_teacher_lacks_have_probability_zero() -> None:
@@ -399,11 +401,11 @@ def test_ids_that_the_teacher_lacks_have_probability_zero() -> None:
     batch = TokenBatch(
         np.asarray([60, 3]), row_keys(0, (0,), np.arange(2)), np.asarray([2, 1]), np.asarray([1, 99, 55])
     )
-    found = StatisticsHead(head, HeadRule(4), stop_ids=(2, 70))(hidden, batch)
-    assert found.sampled_logprob[0] == LOGPROB_FLOOR
-    assert found.sampled_rank[0] == 50
-    assert found.stop_logprobs[:, 1].tolist() == [LOGPROB_FLOOR] * 2
-    assert (found.extra_logprobs == LOGPROB_FLOOR).tolist() == [False, True, True]
+    result = StatisticsHead(head, HeadRule(4), stop_ids=(2, 70))(hidden, batch)
+    assert result.sampled_logprob[0] == LOGPROB_FLOOR
+    assert result.sampled_rank[0] == 50
+    assert result.stop_logprobs[:, 1].tolist() == [LOGPROB_FLOOR] * 2
+    assert (result.extra_logprobs == LOGPROB_FLOOR).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

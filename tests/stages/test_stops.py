@@ -76,8 +76,8 @@ def test_top_k_is_that_of_the_merged_distribution() -> None:
         _, batch = batch_of(teacher, [0], SupportPlan(head_k=k))
         others = sorted((p for i, p in enumerate(teacher.exp()[0].tolist()) if i not in E.union), reverse=True)
         expected = sorted([*others, 0.1499999], reverse=True)[:k]
-        found = sorted(batch.logprob[0][batch.in_head[0]].exp().tolist(), reverse=True)
-        assert found == pytest.approx(expected, abs=1e-5)
+        ordered = sorted(batch.logprob[0][batch.in_head[0]].exp().tolist(), reverse=True)
+        assert ordered == pytest.approx(expected, abs=1e-5)
         assert batch.tail.exp().item() == pytest.approx(1 - sum(expected), abs=1e-5)
 
 

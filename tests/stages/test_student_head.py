@@ -71,11 +71,11 @@ def measure(
     assert expected.isfinite()
     assert grad_weight.abs().max() > 0
     unit = max(1.0, largest)
-    found = {"value": (loss.double() - expected).abs(), "hidden": (hidden.grad.double() - grad_hidden).abs().max()}
-    found["weight"] = (weight.grad.double() - grad_weight).abs().max()
+    result = {"value": (loss.double() - expected).abs(), "hidden": (hidden.grad.double() - grad_hidden).abs().max()}
+    result["weight"] = (weight.grad.double() - grad_weight).abs().max()
     if bias is not None:
-        found["bias"] = (bias.grad.double() - grad_bias).abs().max()
-    return {name: value.item() / unit for name, value in found.items()}
+        result["bias"] = (bias.grad.double() - grad_bias).abs().max()
+    return {name: value.item() / unit for name, value in result.items()}
 
 
 def rule_for(given: dict[str, Any]) -> HeadRule | None:

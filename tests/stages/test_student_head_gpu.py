@@ -41,7 +41,7 @@ def test_gpu_equals_the_dense_oracle(name: str, low: bool) -> None:
     assert metrics["tokens"].device.type == "cuda"
     # Logits of bfloat16 inputs are exact; their gradient passes through one more rounding (2^-9) in each product.
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6 * max(1.0, largest))
-    for found, wanted in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
-        assert found is not None
-        error = (found.double().cpu() - wanted).norm() / wanted.norm()
+    for result, wanted in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        assert result is not None
+        error = (result.double().cpu() - wanted).norm() / wanted.norm()
         assert error <= (4e-3 if low else 2e-6)

@@ -99,9 +99,9 @@ def test_bfloat16_is_within_a_thousandth(weights: torch.dtype, autocast: bool) -
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     # What the caller sees is rounded to the dtype of the parameter (2^-9); so compare before and after.
-    for found, wanted in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
-        assert found is not None
-        error = (found.double() - wanted.to(found.dtype).double()).norm() / wanted.norm()
+    for result, wanted in ((hidden.grad, grad_hidden), (weight.grad, grad_weight)):
+        assert result is not None
+        error = (result.double() - wanted.to(result.dtype).double()).norm() / wanted.norm()
         assert error <= 1e-3
     logprob, _ = student_logprobs(hidden.detach(), head_with(case, weight.detach()), batch, case.context)
     q = exact.head.logits(exact.hidden).double().log_softmax(dim=1)
@@ -214,8 +214,8 @@ def _check_two_processes(kind: str, rank: int) -> None:
     # Gradients are averaged over processes, so each divides by its share of all tokens.
     together(12 * rank, 12 * rank + 12, 24.0 / 2).backward()
     for (name, one), other in zip(alone.named_parameters(), together.parameters(), strict=True):
-        found = other.grad.full_tensor() if isinstance(other.grad, DTensor) else other.grad
-        assert torch.allclose(one.grad, found, atol=1e-6), f"{kind}: {name}"
+        result = other.grad.full_tensor() if isinstance(other.grad, DTensor) else other.grad
+        assert torch.allclose(one.grad, result, atol=1e-6), f"{kind}: {name}"
 
 
 def _two_processes(rank: int, port: int) -> None:

@@ -97,12 +97,12 @@ def test_both_copies_are_cut_alike(limit: int, kept: int) -> None:
 def test_too_long_counts_both_copies(teacher: Path, tmp_path: Path) -> None:
     row = response_row(7, list(range(10, 40)), answer="1")
     job = score_job(tmp_path, teacher, rollouts(tmp_path, [[row]]), teacher_prompt=COPY, too_long="truncate")
-    found = read(job, limit=50)
-    (sequence,) = found.sequences
+    records = read(job, limit=50)
+    (sequence,) = records.sequences
     text = len(sequence.context_ids) - len(sequence.response_ids)
     assert sequence.response_ids == row["response_token_ids"][: (51 - text) // 2]
     assert sequence.context_ids[3 : 3 + len(sequence.response_ids)] == sequence.response_ids
-    assert found.truncated == 1
+    assert records.truncated == 1
     refusing = score_job(tmp_path, teacher, rollouts(tmp_path, [[row]]), name="t", teacher_prompt=COPY)
     with raises(InputError, "'p7' sample 0", setting="score.max_tokens"):
         read(refusing, limit=50)
@@ -167,12 +167,12 @@ def test_a_right_sibling_is_the_first_other_right_response(teacher: Path, tmp_pa
     job = score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=verdicts, name=otherwise)
     see, now = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("See ", "! "))
     siblings = [[41, 41], [42, 41], [41, 41], [52, 41], [52, 41], None]  # of SAMPLES; the last is the only right one
-    found = read(job)
-    for sequence, row, sibling in zip(reversed(found.sequences), SAMPLES, siblings, strict=True):
+    records = read(job)
+    for sequence, row, sibling in zip(reversed(records.sequences), SAMPLES, siblings, strict=True):
         alone = sibling is None
         assert sequence.context_ids == [5, 6, 7, *([] if alone else [*see, *sibling, *now])]  # type: ignore[misc]
         assert sequence.response_ids == ([] if alone and otherwise == "skip" else row["response_token_ids"])
-    assert (found.without_sibling, found.truncated) == (1, 0)
+    assert (records.without_sibling, records.truncated) == (1, 0)
     run(job)
     assert job.output.marker(0).info["without_sibling"] == 1
     said = "were not scored" if otherwise == "skip" else "were scored as the student reads"
@@ -186,9 +186,9 @@ def test_a_sibling_is_text_in_a_suffix(teacher: Path, tmp_path: Path) -> None:
     source = rollouts(tmp_path, [rows])
     prompt = {"kind": "template", "template": "plain", "suffix": " Peer: {{right_sibling}}."}
     verdicts = judged(tmp_path, source, [[True, False]])
-    found = read(score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=verdicts))
-    assert tokenizer.decode(found.sequences[1].context_ids) == "question 0 Peer: so 7."
-    assert found.sequences[0].context_ids == [5, 6, 7]
+    records = read(score_job(tmp_path, teacher, source, teacher_prompt=prompt, verdicts=verdicts))
+    assert tokenizer.decode(records.sequences[1].context_ids) == "question 0 Peer: so 7."
+    assert records.sequences[0].context_ids == [5, 6, 7]
 
 
 def test_verdicts_on_other_rollouts_are_refused(teacher: Path, tmp_path: Path) -> None:
@@ -241,10 +241,10 @@ def test_verdicts_that_cannot_be_had_are_refused(
 
 
 def test_donors_depend_on_the_seed_and_on_nothing_else() -> None:
-    found = [donors(range(50), seed, part) for seed in (1, 2) for part in (0, 1)]
-    assert len({tuple(sorted(one.items())) for one in found}) == 4
-    assert found[0] == donors([*range(50), 3, 4], 1, 0)
-    assert all(who != whose for one in found for who, whose in one.items())
+    result = [donors(range(50), seed, part) for seed in (1, 2) for part in (0, 1)]
+    assert len({tuple(sorted(one.items())) for one in result}) == 4
+    assert result[0] == donors([*range(50), 3, 4], 1, 0)
+    assert all(who != whose for one in result for who, whose in one.items())
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ def averaged(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Ten
     return {name: DECAY * before[name] + (1 - DECAY) * now[name] for name in now}
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
+def assert_close(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert result.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert torch.allclose(found[name], value, atol=1e-6, rtol=1e-5), name
+        assert torch.allclose(result[name], value, atol=1e-6, rtol=1e-5), name
 
 
 def test_the_average_follows_its_recurrence_over_resumes_and_rounds(world: Path) -> None:
@@ -74,8 +74,8 @@ def test_the_average_follows_its_recurrence_over_resumes_and_rounds(world: Path)
         with pytest.raises(Killed):
             run(replace(job, round=1, previous=whole.output, progress=KillAfter(1)))
         part = job.progress_states.part_folder(1)
-        found, now = (load_file(part / f"{name}.safetensors") for name in ("ema", "weights"))
-        assert_close(found, averaged({f"model.{name}": value for name, value in start.items()}, now))
+        result, now = (load_file(part / f"{name}.safetensors") for name in ("ema", "weights"))
+        assert_close(result, averaged({f"model.{name}": value for name, value in start.items()}, now))
 
 
 def test_an_average_is_keyed_and_its_decay_is_less_than_1() -> None:

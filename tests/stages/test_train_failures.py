@@ -43,13 +43,13 @@ def test_infinite_weights_leave_a_reproduction(world: Path, tmp_path: Path) -> N
     assert str(raised.value).endswith(f"Reproduction: {folder}")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
-    found = json.loads((folder / "failure.json").read_text())
-    assert (found["round"], found["step"], found["seed"]) == (0, 0, 7)
-    assert found["settings"] == job.settings.model_dump(mode="json")
-    assert found["figures"]["sums_over_tokens"]["loss"] == "nan"
-    assert found["figures"]["not_finite"]["weights"] == ["model.model.layers.1.mlp.down_proj.weight"]
-    assert len(found["figures"]["micro_batches_of_the_first_process"]) > 1
-    assert found["weights"] == {
+    values = json.loads((folder / "failure.json").read_text())
+    assert (values["round"], values["step"], values["seed"]) == (0, 0, 7)
+    assert values["settings"] == job.settings.model_dump(mode="json")
+    assert values["figures"]["sums_over_tokens"]["loss"] == "nan"
+    assert values["figures"]["not_finite"]["weights"] == ["model.model.layers.1.mlp.down_proj.weight"]
+    assert len(values["figures"]["micro_batches_of_the_first_process"]) > 1
+    assert values["weights"] == {
         "student": str(tmp_path / "student"),
         "fingerprint": "broken",
         "state_after_step": 0,
@@ -73,9 +73,9 @@ def test_the_state_to_start_from_is_named_and_a_second_failure_replaces_the_firs
         with pytest.raises(TrainingStopped, match="round 0, step 1: "):
             run(job)
     folder = job.run_dir / "failures" / "round-0-step-1"
-    found = json.loads((folder / "failure.json").read_text())
-    assert found["weights"]["state_after_step"] == 1
-    assert Path(found["weights"]["state"]).joinpath("weights.safetensors").exists()
+    values = json.loads((folder / "failure.json").read_text())
+    assert values["weights"]["state_after_step"] == 1
+    assert Path(values["weights"]["state"]).joinpath("weights.safetensors").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert not job.output.committed()
 

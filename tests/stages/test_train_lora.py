@@ -38,8 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return values
 
 
 @pytest.mark.parametrize("student", ["student", "gpt2", "qwen2"])  # plain, Conv1D and tied, tied

@@ -76,8 +76,8 @@ def _gather(rank: int, folder: Path) -> None:
     optimizer = make_optimizer(layer, OptimizerSettings())
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    found = gather_weights(layer) | optimizer_tensors(layer, optimizer) | Ema(layer, 0.5).tensors()
-    torch.save(found, folder / f"gathered-{rank}.pt")
+    result = gather_weights(layer) | optimizer_tensors(layer, optimizer) | Ema(layer, 0.5).tensors()
+    torch.save(result, folder / f"gathered-{rank}.pt")
 
 
 def seeded_layer() -> torch.nn.Linear:

@@ -39,15 +39,15 @@ def logprobs(
     model: torch.nn.Module, sequences: list[Sequence], *, merged: bool = True, temperature: float = 1.0
 ) -> torch.Tensor:
     """Log-prob of every response token [T], float64; the stop tokens are one outcome, unless not ``merged``."""
-    found = []
+    collected = []
     for sequence in sequences:
         (packed,) = pack([sequence], 64)
         with torch.no_grad():
             q = (lm_head_of(model).logits(final_hidden(model, packed)).double() / temperature).log_softmax(dim=1)
         if merged:
             q[:, list(STOPS)] = q[:, list(STOPS)].logsumexp(dim=1, keepdim=True)
-        found.append(q.gather(1, packed.target_ids[:, None])[:, 0])
-    return torch.cat(found)
+        collected.append(q.gather(1, packed.target_ids[:, None])[:, 0])
+    return torch.cat(collected)
 
 
 @pytest.mark.parametrize(("objective", "temperature"), [("eopd", 0.7), ("fkl", 1.0), ("sft", 0.7)])

@@ -57,11 +57,11 @@ def test_sums_are_over_tokens_that_the_student_sampled(scored: tuple[Artifact, A
     teacher = np.concatenate([one.sampled_logprob for one in rows]).reshape(5, 2).astype(float)
     sums = [(teacher[n] - np.asarray(one))[np.isfinite(one)].sum() for n, one in enumerate(LOGPROBS) if one is not None]
     right, wrong = [sums[0], sums[3]], [sums[1], sums[2]]
-    found = verdict_signal(cache, source, verdicts_on(source, tmp_path))
-    assert (found.right, found.wrong, found.left_out) == (2, 2, 1)
-    assert found.auc == np.mean([one > other for one in right for other in wrong])
-    assert found.mean_right == pytest.approx(np.mean(right))
-    assert found.mean_wrong == pytest.approx(np.mean(wrong))
+    signal = verdict_signal(cache, source, verdicts_on(source, tmp_path))
+    assert (signal.right, signal.wrong, signal.left_out) == (2, 2, 1)
+    assert signal.auc == np.mean([one > other for one in right for other in wrong])
+    assert signal.mean_right == pytest.approx(np.mean(right))
+    assert signal.mean_wrong == pytest.approx(np.mean(wrong))
     alone = verdict_signal(cache, source, verdicts_on(source, tmp_path / "other"), [1])
     assert (alone.right, alone.wrong, alone.auc) == (1, 0, None)
     assert "there are 1 right and 0 wrong" in alone.text()

@@ -383,8 +383,8 @@ def test_a_reworded_solution_is_no_new_one_and_other_steps_are(math_verifier: Ma
         ("2x=6, x=3, 2x=6", ["2x=6", "x=3"]),
     ],
 )
-def test_equations_of_a_text(text: str, found: list[str]) -> None:
-    assert equations(text) == found
+def test_equations_of_a_text(text: str, result: list[str]) -> None:
+    assert equations(text) == result
 
 
 @pytest.mark.timeout(60)  # what is quadratic in the text takes minutes

@@ -354,18 +354,18 @@ def test_a_lost_tensor_is_refused_before_work(originals: dict[str, Path], qwen3:
     damage(qwen3, lambda weights: weights.__delitem__("model.layers.1.self_attn.q_norm.weight"))
     roles = {"student": originals["llama"], "teacher": qwen3}
     models = {role: (ModelSettings(path=str(path)), path) for role, path in roles.items()}
-    found = inputs.check_architectures(models)
-    assert found.keys() == {"teacher"}
-    assert "model.layers.1.self_attn.q_norm.weight is missing" in found["teacher"].problem
-    assert inputs.check_architectures(models, in_process=True)["teacher"].fields() == found["teacher"].fields()
+    findings = inputs.check_architectures(models)
+    assert findings.keys() == {"teacher"}
+    assert "model.layers.1.self_attn.q_norm.weight is missing" in findings["teacher"].problem
+    assert inputs.check_architectures(models, in_process=True)["teacher"].fields() == findings["teacher"].fields()
 
 
 def test_models_are_checked_before_work_once(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_tokenizer(qwen3)
     settings, refusals, checks = ModelSettings(path=str(qwen3)), {"teacher": InputError("it is broken")}, []
 
-    def check(found: Any, *, in_process: bool) -> dict[str, InputError]:
-        checks.append(list(found))
+    def check(result: Any, *, in_process: bool) -> dict[str, InputError]:
+        checks.append(list(result))
         return refusals
 
     def look() -> None:

@@ -53,14 +53,14 @@ def make_store(store: Path) -> Path:
     for part in range(2):
         with sampled.write_part(part, info={"responses": 1, "tokens": 2}) as folder:
             rollouts.write_rollouts(folder, [_rollout(part)])
-    found, _ = scores(store, 2, HeadRule(), vocabulary=50, lengths=[2])
+    result, _ = scores(store, 2, HeadRule(), vocabulary=50, lengths=[2])
     top = Artifact(store, Identity("student_topk", 1, 1, {"k": 1}, {"rollouts": sampled.key}))
     with top.write_part(0) as folder:
         ids = np.asarray([[3], [4]], np.int32)
         student_topk.write_student_topk(
             folder, student_topk.StudentTopk(np.asarray([2], np.int32), ids, -np.ones((2, 1), np.float32))
         )
-    checkpoint = Artifact(store, Identity("checkpoints", 1, 2, {}, {"rollouts": sampled.key, "scores": found.key}))
+    checkpoint = Artifact(store, Identity("checkpoints", 1, 2, {}, {"rollouts": sampled.key, "scores": result.key}))
     with checkpoint.write_part(0) as folder:
         row = {"round": 0, "step": 0, "epoch": 0, "tokens": 4.0, "rkl": 0.5}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -80,7 +80,7 @@ def make_store(store: Path) -> Path:
     compared = Artifact(store, Identity("alignment_summaries", 1, 1, {}, {"alignments": aligned.key}))
     with compared.write_part(0) as folder:
         (folder / analyses.ALIGNMENT_RESULTS).write_text(json.dumps(_alignment()))
-    made = {(one.kind, one.key) for one in (sampled, found, top, checkpoint, evaluation, summary, aligned, compared)}
+    made = {(one.kind, one.key) for one in (sampled, result, top, checkpoint, evaluation, summary, aligned, compared)}
     config = store / "runs" / "x" / "config.yaml"
     write_note(store, Note(config, store, (store / "team",), made, {(checkpoint.key, 0)}))
     return store
@@ -198,19 +198,19 @@ def reseal_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     data = next(above for above in path.parents if paths.data_part(above.name))
     marker = data.parent / f"{data.name.split('.')[0]}.json"
-    found = _marker(marker)
-    if found is not None:
+    result = _marker(marker)
+    if result is not None:
         entry = {"size": len(content), "sha256": sha256_file(path)}
-        reseal(marker, {**found, "files": {**found["files"], path.relative_to(data).as_posix(): entry}})
+        reseal(marker, {**result, "files": {**result["files"], path.relative_to(data).as_posix(): entry}})
 
 
 def _marker(path: Path) -> dict[str, Any] | None:
     """None where an earlier change left none."""
     try:
-        found = json.loads(path.read_text()) if path.is_file() else None
+        result = json.loads(path.read_text()) if path.is_file() else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else None
+    return result if isinstance(result, dict) and isinstance(result.get("files"), dict) else None
 
 
 def rekey(folder: Path, content: dict[str, Any]) -> None:
@@ -225,9 +225,9 @@ def rekey(folder: Path, content: dict[str, Any]) -> None:
     folder.rename(fresh)
     (fresh / paths.IDENTITY).write_text(json.dumps(content))
     for marker in fresh.glob("part-*.json"):
-        found = _marker(marker)
-        if found is not None:
-            reseal(marker, {**found, "key": f"{key}/{fresh.name}" if fresh.name != key else key})
+        result = _marker(marker)
+        if result is not None:
+            reseal(marker, {**result, "key": f"{key}/{fresh.name}" if fresh.name != key else key})
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

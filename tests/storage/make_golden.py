@@ -36,8 +36,8 @@ def main() -> None:
     rows = rows_of(dense(1, [12, 0, 30], VOCABULARY), HEAD, extra_k=2)
     with made.write_part(0, inputs={"rollouts": "golden"}) as folder:
         write_part(folder, rows, header(HEAD, VOCABULARY, extra_k=2))
-    found = TeacherCache(made).read_part(0)
-    fields = {name: getattr(found, name) for name in TeacherRows.__dataclass_fields__}
+    result = TeacherCache(made).read_part(0)
+    fields = {name: getattr(result, name) for name in TeacherRows.__dataclass_fields__}
     np.savez_compressed(FOLDER / f"version{FORMAT_VERSION}.npz", **fields)
 
 

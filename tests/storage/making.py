@@ -40,11 +40,11 @@ def dense(seed: int, lengths: list[int], vocabulary: int, sharpness: float = 4.0
 
 
 def rows_of(
-    found: Dense, head: HeadRule, *, stops: tuple[int, ...] = STOPS, extra_k: int = 0, seed: int = 0
+    result: Dense, head: HeadRule, *, stops: tuple[int, ...] = STOPS, extra_k: int = 0, seed: int = 0
 ) -> TeacherRows:
     """What a score stage would give under ``head``, in float32."""
     rng = np.random.default_rng(seed)
-    lp = found.logprobs
+    lp = result.logprobs
     tokens, vocabulary = lp.shape
     order = np.argsort(-lp, axis=1, kind="stable")
     ordered = np.take_along_axis(lp, order, axis=1)
@@ -58,11 +58,11 @@ def rows_of(
     extra = order[:, 1 : 1 + extra_k]
     offsets = np.arange(tokens + 1) * extra_k
     return TeacherRows(
-        response_offsets=np.concatenate([[0], np.cumsum(found.lengths)]).astype(np.int64),
-        token_ids=found.tokens.astype(np.int32),
+        response_offsets=np.concatenate([[0], np.cumsum(result.lengths)]).astype(np.int64),
+        token_ids=result.tokens.astype(np.int32),
         entropy=entropy.astype(np.float32),
-        sampled_logprob=_floored(lp[np.arange(tokens), found.tokens]),
-        sampled_rank=np.argmax(order == found.tokens[:, None], axis=1).astype(np.int32)
+        sampled_logprob=_floored(lp[np.arange(tokens), result.tokens]),
+        sampled_rank=np.argmax(order == result.tokens[:, None], axis=1).astype(np.int32)
         if tokens
         else np.zeros(0, np.int32),
         stop_ids=np.asarray(stops, np.int32),
@@ -95,11 +95,11 @@ def _draws(
         return rng.integers(0, p.shape[1], tokens * head.n_draws), np.full(tokens, head.n_draws)
     if head.draws == "none":
         return np.zeros(0, np.int64), np.zeros(tokens, np.int64)
-    found: list[NDArray[np.int64]] = []
+    collected: list[NDArray[np.int64]] = []
     for row in range(tokens):
         points = np.arange(rng.random() * head.min_prob, tail[row], head.min_prob)
-        found.append(order[row, np.minimum(np.searchsorted(np.cumsum(p[row]), points, "right"), p.shape[1] - 1)])
-    return np.concatenate([np.zeros(0, np.int64), *found]), np.asarray([len(some) for some in found], np.int64)
+        collected.append(order[row, np.minimum(np.searchsorted(np.cumsum(p[row]), points, "right"), p.shape[1] - 1)])
+    return np.concatenate([np.zeros(0, np.int64), *collected]), np.asarray([len(some) for some in collected], np.int64)
 
 
 def header(head: HeadRule, vocabulary: int, *, stops: tuple[int, ...] = STOPS, extra_k: int = 0) -> PartHeader:
@@ -133,13 +133,13 @@ def other(store: Path, kind: str, inputs: dict[str, str], parts: int = 1, name: 
 
 def capture(path: Path, shifted: bool) -> tuple[pa.Table, np.ndarray]:
     """A DistillKit-style capture at ``path``: the table, and dense log-probs [tokens, vocabulary] of what it holds."""
-    found = dense(5, [12, 7], 60)
-    order = np.argsort(-found.logprobs, axis=1)[:, :10]
-    values = np.take_along_axis(found.logprobs, order, axis=1)
+    exact = dense(5, [12, 7], 60)
+    order = np.argsort(-exact.logprobs, axis=1)[:, :10]
+    values = np.take_along_axis(exact.logprobs, order, axis=1)
     records, low = [], 0
-    for length in found.lengths:
+    for length in exact.lengths:
         some = slice(low, low + length)
-        ids = found.tokens[some].tolist()
+        ids = exact.tokens[some].tolist()
         pad = [0] * 10
         lists = (order[some][:, ::-1].tolist(), values[some][:, ::-1].tolist())  # in no order that we know of
         if shifted:
@@ -148,4 +148,4 @@ def capture(path: Path, shifted: bool) -> tuple[pa.Table, np.ndarray]:
         low += length
     table = pa.Table.from_pylist(records)
     pq.write_table(table, path)
-    return table, found.logprobs
+    return table, exact.logprobs

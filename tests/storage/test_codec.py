@@ -29,29 +29,29 @@ def round_trip(rows: TeacherRows, head: HeadRule) -> TeacherRows:
     return decode(encode(rows, layout), layout)
 
 
-def assert_same(found: TeacherRows, rows: TeacherRows) -> None:
+def assert_same(result: TeacherRows, rows: TeacherRows) -> None:
     for name in EXACT:
-        np.testing.assert_array_equal(getattr(found, name), getattr(rows, name), err_msg=name)
-        assert getattr(found, name).dtype == getattr(rows, name).dtype, name
+        np.testing.assert_array_equal(getattr(result, name), getattr(rows, name), err_msg=name)
+        assert getattr(result, name).dtype == getattr(rows, name).dtype, name
     draws = np.split(rows.draw_ids, rows.draw_offsets[1:-1])
-    np.testing.assert_array_equal(found.draw_ids, np.concatenate([np.sort(some) for some in draws]))
+    np.testing.assert_array_equal(result.draw_ids, np.concatenate([np.sort(some) for some in draws]))
     for name in ("head_logprobs", "tail_logmass", "sampled_logprob", "extra_logprobs"):
-        error = np.abs(getattr(found, name).astype(np.float64) - getattr(rows, name))
+        error = np.abs(getattr(result, name).astype(np.float64) - getattr(rows, name))
         assert error.max(initial=0.0) <= quantise.MAX_ERROR, (name, error.max())
-        assert getattr(found, name).dtype == np.float32
-    assert np.abs(found.entropy - rows.entropy).max(initial=0.0) <= quantise.MAX_ENTROPY_ERROR
-    assert_stops(found, rows)
+        assert getattr(result, name).dtype == np.float32
+    assert np.abs(result.entropy - rows.entropy).max(initial=0.0) <= quantise.MAX_ENTROPY_ERROR
+    assert_stops(result, rows)
     if rows.tokens:
-        head_mass = np.add.reduceat(np.exp(found.head_logprobs.astype(np.float64)), found.head_offsets[:-1])
-        np.testing.assert_allclose(head_mass + np.exp(found.tail_logmass.astype(np.float64)), 1.0, atol=1e-6)
+        head_mass = np.add.reduceat(np.exp(result.head_logprobs.astype(np.float64)), result.head_offsets[:-1])
+        np.testing.assert_allclose(head_mass + np.exp(result.tail_logmass.astype(np.float64)), 1.0, atol=1e-6)
 
 
-def assert_stops(found: TeacherRows, rows: TeacherRows) -> None:
+def assert_stops(result: TeacherRows, rows: TeacherRows) -> None:
     last = np.zeros(rows.tokens, bool)
     last[rows.response_offsets[1:][np.diff(rows.response_offsets) > 0] - 1] = True
     kept = (rows.stop_logprobs >= STOP_FLOOR) | last[:, None]
-    assert np.abs(found.stop_logprobs - rows.stop_logprobs)[kept].max(initial=0.0) <= quantise.MAX_ERROR
-    assert (found.stop_logprobs[~kept] == LOGPROB_FLOOR).all()
+    assert np.abs(result.stop_logprobs - rows.stop_logprobs)[kept].max(initial=0.0) <= quantise.MAX_ERROR
+    assert (result.stop_logprobs[~kept] == LOGPROB_FLOOR).all()
 
 
 rules = st.one_of(
@@ -92,9 +92,9 @@ def test_round_trip(
 def test_a_head_of_the_whole_vocabulary_leaves_no_tail() -> None:
     head = HeadRule(k_max=64, full_head_above=-1.0)
     rows = rows_of(dense(0, [50], 64), head)
-    found = round_trip(rows, head)
-    assert (found.tail_logmass == LOGPROB_FLOOR).all()
-    assert_same(found, rows)
+    decoded = round_trip(rows, head)
+    assert (decoded.tail_logmass == LOGPROB_FLOOR).all()
+    assert_same(decoded, rows)
 
 
 def test_ids_up_to_the_largest() -> None:
@@ -193,8 +193,8 @@ def test_symbols_and_raw_bits(first: list[list[int]], second: list[list[int]], e
         counts = [symbols.raw_counts(symbol[low:high], extra) for low, high in itertools.pairwise(bounds)]
         np.testing.assert_array_equal(at - start, [some.sum(dtype=np.int64) for some in counts])
         places = [low + offsets_of(some)[:-1] for low, some in zip(start, counts, strict=True)]
-        found = symbols.join(symbol, extra, raw, np.concatenate([np.zeros(0, np.int64), *places]))
-        np.testing.assert_array_equal(found, values)
+        joined = symbols.join(symbol, extra, raw, np.concatenate([np.zeros(0, np.int64), *places]))
+        np.testing.assert_array_equal(joined, values)
     np.testing.assert_array_equal(at, bit[:-1] + bits)
 
 

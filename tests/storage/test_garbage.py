@@ -120,10 +120,10 @@ def test_gc_beside_others_who_write_and_remove(tmp_path: Path, monkeypatch: pyte
     walk = os.walk
 
     def walk_and_remove(*arguments: object) -> list[tuple[str, list[str], list[str]]]:
-        found = list(walk(*arguments))
+        listed = list(walk(*arguments))
         for path in gone.folder.glob("part-*/data"):
             path.unlink()
-        return found
+        return listed
 
     monkeypatch.setattr(os, "walk", walk_and_remove)
     plan = garbage.plan(tmp_path, [("checkpoints", kept.key)], grace=-1.0)

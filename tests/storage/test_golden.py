@@ -27,14 +27,14 @@ def test_the_current_version_has_a_golden_part() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_golden_part_decodes_to_its_values(version: int) -> None:
     cache = TeacherCache(artifact(version))
-    found = cache.read_part(0)
+    rows = cache.read_part(0)
     with np.load(FOLDER / f"version{version}.npz", allow_pickle=False) as values:
         assert set(values.files) == set(TeacherRows.__dataclass_fields__)
         for name in values.files:
             if values[name].dtype == np.float32:  # exp and log may differ in their last bit between platforms
-                np.testing.assert_allclose(getattr(found, name), values[name], rtol=2e-6, atol=1e-7, err_msg=name)
+                np.testing.assert_allclose(getattr(rows, name), values[name], rtol=2e-6, atol=1e-7, err_msg=name)
             else:
-                np.testing.assert_array_equal(getattr(found, name), values[name], err_msg=name)
+                np.testing.assert_array_equal(getattr(rows, name), values[name], err_msg=name)
     cache.require([HeadNeed(8, 0.8), DrawsNeed("beyond_head", max_weight=0.03), ExtraIdsNeed(2)])
     assert cache.header(0) == header(HEAD, VOCABULARY, extra_k=2)
     assert verify(FOLDER / f"version{version}") == []

@@ -35,9 +35,9 @@ from .test_teacher_cache import assert_identical
 def test_listing(tmp_path: Path) -> None:
     artifact, _ = scores(tmp_path)
     rollouts = other(tmp_path, "rollouts", {})
-    found = {entry.key: entry for entry in listing.ls(tmp_path)}
-    assert found[artifact.key].complete
-    assert found[artifact.key].bytes == sum(artifact.marker(part).bytes for part in range(2))
+    entries = {entry.key: entry for entry in listing.ls(tmp_path)}
+    assert entries[artifact.key].complete
+    assert entries[artifact.key].bytes == sum(artifact.marker(part).bytes for part in range(2))
     assert listing.find(tmp_path, artifact.key[:6]).key == artifact.key
     assert listing.find(tmp_path, f"rollouts/{rollouts.key}").key == rollouts.key
     with raises(StoreError, "no artifact", artifact="zzz"):
@@ -68,24 +68,24 @@ def test_states_of_a_training_are_shown_by_count(tmp_path: Path) -> None:
 
 def test_stats(tmp_path: Path) -> None:
     artifact, written = scores(tmp_path, head=HeadRule(k_max=8, full_head_above=-1.0), lengths=[400, 300])
-    found = statistics.stats(TeacherCache(artifact))
+    figures = statistics.stats(TeacherCache(artifact))
     entropy = np.concatenate([rows.entropy for rows in written])
-    assert found.tokens == len(entropy) == sum(found.entropy_counts)
-    assert found.entropy_mean == pytest.approx(entropy.mean(), abs=2e-4)
-    assert found.gate_fraction[0.8] == pytest.approx((entropy > 0.8).mean(), abs=2e-3)
+    assert figures.tokens == len(entropy) == sum(figures.entropy_counts)
+    assert figures.entropy_mean == pytest.approx(entropy.mean(), abs=2e-4)
+    assert figures.gate_fraction[0.8] == pytest.approx((entropy > 0.8).mean(), abs=2e-3)
     mass = np.mean([np.exp(rows.head_logprobs).reshape(-1, 8).sum(axis=1) for rows in written])
-    assert found.retained_mass[8] == pytest.approx(mass, abs=2e-3)
-    assert list(found.retained_mass) == [1, 2, 4, 8]
+    assert figures.retained_mass[8] == pytest.approx(mass, abs=2e-3)
+    assert list(figures.retained_mass) == [1, 2, 4, 8]
     stored = sum(artifact.marker(part).bytes for part in range(2))
-    assert found.bytes_per_token * found.tokens == pytest.approx(stored)
-    assert 0.3 < sum(found.bytes_by_field.values()) / found.bytes_per_token < 1.1
-    assert "gated" in found.text()
-    assert found.to_json()["entropy_edges"][0] == 0.0
-    statistics.plot(found, tmp_path / "histogram.svg")
+    assert figures.bytes_per_token * figures.tokens == pytest.approx(stored)
+    assert 0.3 < sum(figures.bytes_by_field.values()) / figures.bytes_per_token < 1.1
+    assert "gated" in figures.text()
+    assert figures.to_json()["entropy_edges"][0] == 0.0
+    statistics.plot(figures, tmp_path / "histogram.svg")
     bars = ElementTree.parse(tmp_path / "histogram.svg").findall("{http://www.w3.org/2000/svg}rect")
-    assert len(bars) == len(found.entropy_counts)
+    assert len(bars) == len(figures.entropy_counts)
     with raises(InputError, file="histogram.png"):
-        statistics.plot(found, tmp_path / "histogram.png")
+        statistics.plot(figures, tmp_path / "histogram.png")
     empty = Artifact(tmp_path, Identity("scores", 1, 1, {"none": 1}))
     with raises(InputError, artifact=str(empty)):
         statistics.stats(TeacherCache(empty))
@@ -122,7 +122,7 @@ def test_stacked_stores(tmp_path: Path) -> None:
     new = Identity("scores", 1, 2, {"test": 2})
     assert stack.find(new).folder == private / "scores" / new.key
     base = small.identity.base_key
-    assert {found.key for found in stack.coverages(base)} == {small.key, large.key}
+    assert {result.key for result in stack.coverages(base)} == {small.key, large.key}
     assert stack.coverages("0" * 20) == []
     with pytest.raises(ValueError, match="first of stacked stores"):
         StackedStores([])
@@ -234,9 +234,9 @@ def test_import(tmp_path: Path, shifted: bool) -> None:
     with artifact.write_part(0) as folder:
         write_part(folder, rows, described)
     cache = TeacherCache(artifact)
-    found = cache.read_part(0)
+    result = cache.read_part(0)
     exact = -np.sort(-logprobs, axis=1)[:, :10].reshape(-1)
-    np.testing.assert_allclose(found.head_logprobs, exact, atol=1 / 256)
+    np.testing.assert_allclose(result.head_logprobs, exact, atol=1 / 256)
     cache.require([HeadNeed(10)])
     for need, message in ((EntropyNeed(), "full-vocabulary entropy"), (SampledNeed(), "sampled tokens' log-probs")):
         with pytest.raises(NeedNotMet, match=message):
@@ -342,10 +342,10 @@ def test_log_probs_of_bfloat16_are_scaled_to_what_they_were_rounded_from(tmp_pat
     assert masses.max() > 1.0 + 1e-3
     lists = {"top_indices": [[list(range(64))] * 200], "top_values": [rounded.tolist()]}
     pq.write_table(pa.table({"input_ids": [[1] * 200], **lists}), tmp_path / "capture.parquet")
-    found = read_capture(tmp_path / "capture.parquet", shifted=False, vocab_size=64)
-    assert (found.precision, found.mass) == ("bfloat16", pytest.approx(masses.max()))
-    assert np.exp(found.rows.head_logprobs.reshape(200, 64)).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
-    assert found.rows.tail_logmass.max() <= -49
+    result = read_capture(tmp_path / "capture.parquet", shifted=False, vocab_size=64)
+    assert (result.precision, result.mass) == ("bfloat16", pytest.approx(masses.max()))
+    assert np.exp(result.rows.head_logprobs.reshape(200, 64)).sum(axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert result.rows.tail_logmass.max() <= -49
     float32 = (rounded + 1e-5).tolist()
     pq.write_table(pa.table({"input_ids": [[1] * 200], **lists, "top_values": [float32]}), tmp_path / "heavy.parquet")
     with raises(InputError, "mass", file="heavy.parquet"):
@@ -394,21 +394,21 @@ def test_advice_gates_the_share_of_tokens_that_it_names(tmp_path: Path) -> None:
 def test_advice_estimates_the_bytes_of_rules_that_were_not_used(tmp_path: Path, above: float) -> None:
     """The estimate knows neither compression nor where draws fall: a tenth of the bytes is what that may cost."""
     used = HeadRule(full_head_above=above)
-    found = statistics.stats(TeacherCache(scores(tmp_path / "used", head=used, lengths=[1200, 900])[0]))
-    assert found.advice.min_prob is not None
+    figures = statistics.stats(TeacherCache(scores(tmp_path / "used", head=used, lengths=[1200, 900])[0]))
+    assert figures.advice.min_prob is not None
     rules = {
-        "bytes_per_token": HeadRule(min_prob=found.advice.min_prob, full_head_above=statistics.NEVER),
-        "bytes_per_token_at_tau": HeadRule(full_head_above=max(above, found.advice.tau)),
+        "bytes_per_token": HeadRule(min_prob=figures.advice.min_prob, full_head_above=statistics.NEVER),
+        "bytes_per_token_at_tau": HeadRule(full_head_above=max(above, figures.advice.tau)),
     }
     for name, rule in rules.items():
         stored = statistics.stats(TeacherCache(scores(tmp_path / name, head=rule, lengths=[1200, 900])[0]))
-        assert getattr(found.advice, name) == pytest.approx(stored.bytes_per_token, rel=0.1), name
-        assert getattr(found.advice, name) <= found.bytes_per_token * 1.001
+        assert getattr(figures.advice, name) == pytest.approx(stored.bytes_per_token, rel=0.1), name
+        assert getattr(figures.advice, name) <= figures.bytes_per_token * 1.001
 
 
 @pytest.mark.parametrize("rule", [HeadRule(full_head_above=-1.0, draws="none"), HeadRule(draws="full", n_draws=4)])
 def test_there_is_no_advice_on_heads_without_draws_of_the_rest(tmp_path: Path, rule: HeadRule) -> None:
-    found = statistics.stats(TeacherCache(scores(tmp_path, head=rule)[0]))
-    assert (found.advice.min_prob, found.advice.bytes_per_token) == (None, None)
-    assert "train.objective.tau" in found.text()
-    assert "score.head" not in found.text()
+    figures = statistics.stats(TeacherCache(scores(tmp_path, head=rule)[0]))
+    assert (figures.advice.min_prob, figures.advice.bytes_per_token) == (None, None)
+    assert "train.objective.tau" in figures.text()
+    assert "score.head" not in figures.text()

@@ -80,8 +80,8 @@ def test_damage_of_what_was_kept_is_found(tmp_path: Path) -> None:
     (artifact.remaining_folder(1) / "sub" / "figures").write_bytes(b"g" * 11)
     with raises(DamagedPart, "changed", part=1, file="sub/figures"):
         artifact.verify_part(1)
-    (found,) = verify(tmp_path, repair=True)
-    assert found.part == 1
+    (result,) = verify(tmp_path, repair=True)
+    assert result.part == 1
     assert artifact.missing() == [1]
 
 
@@ -189,10 +189,10 @@ def test_the_marker_wins_over_an_older_tombstone(tmp_path: Path) -> None:
 
 def stands(store: Any, key: str) -> tuple[Any, ...]:
     """What people and plans see of an artifact, wherever it lies."""
-    found = listing.open_in(store, "checkpoints", key)
+    artifact = listing.open_in(store, "checkpoints", key)
     (row,) = listing.ls(store)
-    shown = {name: value for name, value in listing.show(found).items() if name != "folder"}
-    return found.is_complete(), found.standing(), row, shown, found.manifest
+    shown = {name: value for name, value in listing.show(artifact).items() if name != "folder"}
+    return artifact.is_complete(), artifact.standing(), row, shown, artifact.manifest
 
 
 def copies_stand_as_pruned(source: Path, target: Any) -> None:

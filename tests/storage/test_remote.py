@@ -90,10 +90,10 @@ def test_a_team_bucket_behind_a_private_store(tmp_path: Path, bucket: Any) -> No
     artifact, _ = scores(tmp_path / "here", head=HeadRule(k_max=8))
     copy(artifact, bucket)
     stack = StackedStores([tmp_path / "private", bucket])
-    (found,) = stack.coverages(artifact.identity.base_key)
-    assert isinstance(found, FetchedArtifact)
+    (result,) = stack.coverages(artifact.identity.base_key)
+    assert isinstance(result, FetchedArtifact)
     assert isinstance(stack.find(artifact.identity), FetchedArtifact)
-    assert TeacherCache(found).read([(0, 1)]).responses == 1
+    assert TeacherCache(result).read([(0, 1)]).responses == 1
 
 
 def test_what_can_be_wrong_in_a_bucket(tmp_path: Path, bucket: Any) -> None:
@@ -142,8 +142,8 @@ def test_what_is_left_in_a_bucket_is_verified_and_repaired(tmp_path: Path, bucke
     there = RemoteArtifact(bucket, "checkpoints", artifact.key)
     left = f"{there.folder}/{paths.data_name(1, there.remains(1).nonce)}/sub/figures"
     obstore.put(bucket, left, b"g" * 11)
-    (found,) = verify(bucket, repair=True)
-    assert "part 1: the bytes of sub/figures changed" in found.problem
+    (result,) = verify(bucket, repair=True)
+    assert "part 1: the bytes of sub/figures changed" in result.problem
     assert there.missing() == [1]
     assert copy(artifact, bucket) == [1]
     assert there.pruned() == {1}
@@ -177,27 +177,27 @@ def test_what_a_bucket_serves_is_as_it_stands_there(tmp_path: Path, bucket: Any)
     """Every answer is the bucket's; files are fetched, and kept while they are asked for."""
     artifact = make(tmp_path / "team")
     copy(artifact, bucket)
-    found = StackedStores([tmp_path / "private", bucket]).find(artifact.identity)
-    assert isinstance(found, FetchedArtifact)
-    assert found.is_begun()
-    assert found.is_complete()
-    assert found.manifest == artifact.manifest
-    marker = found.marker(1)
-    assert found.remains(1) == marker
-    assert found.part_names(marker) == set(marker.files)
-    assert b"".join(found.checked(marker, "model")) == (artifact.part_folder(1) / "model").read_bytes()
-    found.verify_part(1)
+    result = StackedStores([tmp_path / "private", bucket]).find(artifact.identity)
+    assert isinstance(result, FetchedArtifact)
+    assert result.is_begun()
+    assert result.is_complete()
+    assert result.manifest == artifact.manifest
+    marker = result.marker(1)
+    assert result.remains(1) == marker
+    assert result.part_names(marker) == set(marker.files)
+    assert b"".join(result.checked(marker, "model")) == (artifact.part_folder(1) / "model").read_bytes()
+    result.verify_part(1)
     assert not (tmp_path / "private").exists()
 
-    folder = found.remaining_folder(1)
+    folder = result.remaining_folder(1)
     assert (folder / "sub" / "figures").read_bytes() == (artifact.part_folder(1) / "sub" / "figures").read_bytes()
-    assert folder == found.part_folder(1)
+    assert folder == result.part_folder(1)
     assert folder.is_relative_to(tmp_path / "private" / paths.FETCHED)
     for change in (
-        lambda: found.drop_part(1),
-        lambda: found.set_aside(0, "no"),
-        lambda: found.replace(paths.MANIFEST, ""),
-        lambda: found.create("x", ""),
+        lambda: result.drop_part(1),
+        lambda: result.set_aside(0, "no"),
+        lambda: result.replace(paths.MANIFEST, ""),
+        lambda: result.create("x", ""),
     ):
         with pytest.raises(StoreUnwritable, match="only read"):
             change()
@@ -206,7 +206,7 @@ def test_what_a_bucket_serves_is_as_it_stands_there(tmp_path: Path, bucket: Any)
         os.utime(path, (0, 0))
     os.utime(folder.parent, (0, 0))
     assert [removal.path for removal in garbage.plan(tmp_path / "private", None)] == [folder.parent]
-    assert found.part_folder(1) == folder
+    assert result.part_folder(1) == folder
     assert garbage.plan(tmp_path / "private", None) == []
 
 
@@ -217,8 +217,8 @@ def contents(bucket: Any) -> dict[str, bytes]:
     """Every object of a bucket."""
     import obstore
 
-    found = [entry["path"] for page in obstore.list(bucket) for entry in page]
-    return {path: bytes(obstore.get(bucket, path).bytes()) for path in found}
+    listed = [entry["path"] for page in obstore.list(bucket) for entry in page]
+    return {path: bytes(obstore.get(bucket, path).bytes()) for path in listed}
 
 
 def shard_of(artifact: RemoteArtifact, part: int) -> str:
@@ -244,8 +244,8 @@ def test_verify_finds_any_damage_in_a_bucket(tmp_path: Path, bucket: Any) -> Non
     assert verify(bucket) == []
     stranger = f"{shard_of(RemoteArtifact(bucket, 'scores', artifact.key), 1)}.orig"
     obstore.put(bucket, stranger, b"x")
-    (found,) = verify(bucket, [("scores", artifact.key)])
-    assert "part 1: entries/c/0/0.orig was added to scores/" in found.problem
+    (result,) = verify(bucket, [("scores", artifact.key)])
+    assert "part 1: entries/c/0/0.orig was added to scores/" in result.problem
 
 
 def edit(marker: bytes) -> bytes:
@@ -290,8 +290,8 @@ def test_damage_in_a_bucket_is_told_and_repaired_as_in_a_folder(
         obstore.put(bucket, path, change(bytes(obstore.get(bucket, path).bytes())))
     before = contents(bucket)
 
-    def told(found: list[Damage]) -> list[str]:
-        words = " | ".join(damage.problem for damage in found)
+    def told(result: list[Damage]) -> list[str]:
+        words = " | ".join(damage.problem for damage in result)
         for where in (f" of {bucket}", f" in {bucket}", f" in {tmp_path / 'here'}", f"{tmp_path / 'here'}/"):
             words = words.replace(where, "")
         return re.sub(r"part-(\d+)\.[0-9a-f]{16}", r"part-\1.<nonce>", words).split(" | ")
@@ -371,8 +371,10 @@ def test_large_files_are_put_in_pieces(tmp_path: Path, endpoint: str) -> None:
     file.write_bytes(bytes(remote.WRITE_BYTES) + b"x")
     with raises(DamagedPart, "changed", part=1, file="large"):
         copy(artifact, there)
-    found = [entry for entry in s3.client(endpoint).list_objects_v2(Bucket="large")["Contents"] if entry["Size"] > 1000]
-    assert [entry["ETag"][-3:] for entry in found] == ['-2"']
+    result = [
+        entry for entry in s3.client(endpoint).list_objects_v2(Bucket="large")["Contents"] if entry["Size"] > 1000
+    ]
+    assert [entry["ETag"][-3:] for entry in result] == ['-2"']
     assert verify(there) == []
     assert copy(RemoteArtifact(there, "rollouts", artifact.key), tmp_path / "back", [0]) == [0]
     assert Artifact(tmp_path / "back", artifact.identity).marker(0).checksum == artifact.marker(0).checksum

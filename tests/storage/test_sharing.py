@@ -101,8 +101,8 @@ def test_readers_in_several_processes(tmp_path: Path) -> None:
                 for _ in range(20):
                     part, row = int(rng.integers(3)), int(rng.integers(4))
                     low, high = written[part].response_offsets[row : row + 2]
-                    found = cache.read([(part, row)])
-                    assert np.array_equal(found.token_ids, written[part].token_ids[low:high])
+                    records = cache.read([(part, row)])
+                    assert np.array_equal(records.token_ids, written[part].token_ids[low:high])
                 code = 0
             finally:
                 os._exit(code)

@@ -52,9 +52,9 @@ def pick(rows: TeacherRows, wanted: list[int]) -> TeacherRows:
     return concatenate(pieces)
 
 
-def assert_identical(found: TeacherRows, wanted: TeacherRows) -> None:
+def assert_identical(result: TeacherRows, wanted: TeacherRows) -> None:
     for name in TeacherRows.__dataclass_fields__:
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(result, name), getattr(wanted, name), err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,10 @@ def test_parts_of_different_layout_are_read_together(tmp_path: Path) -> None:
         written.append(rows_of(dense(part, [9, 4], 50), head))
         with artifact.write_part(part) as folder:
             write_part(folder, written[-1], header(head, 50))
-    found = TeacherCache(artifact).read([(1, 1), (0, 0), (1, 0)])
+    records = TeacherCache(artifact).read([(1, 1), (0, 0), (1, 0)])
     np.testing.assert_array_equal(
-        found.token_ids, np.concatenate([written[1].token_ids[9:], written[0].token_ids[:9], written[1].token_ids[:9]])
+        records.token_ids,
+        np.concatenate([written[1].token_ids[9:], written[0].token_ids[:9], written[1].token_ids[:9]]),
     )
 
 
@@ -168,7 +169,7 @@ def test_any_zarr_reader_opens_a_part(built: tuple[Artifact, list[TeacherRows]])
 
 def test_gated_tokens_have_the_codes_of_a_fixed_top_k() -> None:
     """The paper's renormalised top-16 is the same from an entropy-aware cache and from a fixed top-16."""
-    found = dense(11, [400], 500)
+    result = dense(11, [400], 500)
     aware, fixed = HeadRule(k_max=16), HeadRule(k_max=16, full_head_above=-1.0, draws="none")
     heads = []
     for head in (aware, fixed):
@@ -177,14 +178,14 @@ def test_gated_tokens_have_the_codes_of_a_fixed_top_k() -> None:
         from eopd.storage.encode import encode
 
         layout = Layout.of(head, STOPS)
-        heads.append(decode(encode(rows_of(found, head), layout), layout))
+        heads.append(decode(encode(rows_of(result, head), layout), layout))
     gated = np.flatnonzero(heads[0].entropy > 0.8)
     assert 50 < len(gated) < 400
     for t in gated:
         ours, theirs = (slice(rows.head_offsets[t], rows.head_offsets[t + 1]) for rows in heads)
         np.testing.assert_array_equal(heads[0].head_ids[ours], heads[1].head_ids[theirs])
         np.testing.assert_array_equal(heads[0].head_logprobs[ours], heads[1].head_logprobs[theirs])
-        exact = np.sort(found.logprobs[t])[::-1][:16]
+        exact = np.sort(result.logprobs[t])[::-1][:16]
         exact -= np.log(np.exp(exact).sum())
         stored = heads[0].head_logprobs[ours].astype(np.float64)
         stored -= np.log(np.exp(stored).sum())
@@ -349,14 +350,14 @@ def test_an_index_names_only_bytes_that_are_there(one: Artifact, name: str, colu
     "value", [[2**40, 2], [7, 2**40], [2**63, 2**63], [-1, -1], [0, 0], [], None, [4, 10**400], [0.5]]
 )
 def test_nothing_is_allocated_for_a_shape_that_no_part_has(one: Artifact, name: str, what: str, value: object) -> None:
-    found = json.loads((one.part_folder(0) / name / "zarr.json").read_text())
+    values = json.loads((one.part_folder(0) / name / "zarr.json").read_text())
     if what == "shape":
-        found["shape"] = value
+        values["shape"] = value
     elif what == "shard":
-        found["chunk_grid"]["configuration"]["chunk_shape"] = value
+        values["chunk_grid"]["configuration"]["chunk_shape"] = value
     else:
-        found["codecs"][0]["configuration"]["chunk_shape"] = value
-    reseal(one, 0, f"{name}/zarr.json", json.dumps(found).encode())
+        values["codecs"][0]["configuration"]["chunk_shape"] = value
+    reseal(one, 0, f"{name}/zarr.json", json.dumps(values).encode())
     with pytest.raises(DamagedPart, match="part 0"):
         TeacherCache(one).read_part(0)
 

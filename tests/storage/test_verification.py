@@ -58,13 +58,13 @@ def test_verify_finds_any_flip_and_repair_queues_the_part_again(tmp_path: Path) 
 def test_verify_reports_strangers_and_edits(tmp_path: Path) -> None:
     artifact, _ = scores(tmp_path)
     (artifact.part_folder(0) / "extra.py").write_text("import os")
-    (found,) = verify(tmp_path, [("scores", artifact.key)])
-    assert "extra.py was added" in found.problem
+    (result,) = verify(tmp_path, [("scores", artifact.key)])
+    assert "extra.py was added" in result.problem
     (artifact.part_folder(0) / "extra.py").unlink()
     marker = artifact.folder / paths.marker_name(0)
     marker.write_text(marker.read_text() + "\n")
-    (found,) = verify(tmp_path)
-    assert "was edited" in found.problem
+    (result,) = verify(tmp_path)
+    assert "was edited" in result.problem
 
 
 def test_a_damaged_identity_is_written_again(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_damaged_identity_is_written_again(tmp_path: Path) -> None:
     path = artifact.folder / paths.IDENTITY
     whole = path.read_text()
     path.write_text(whole.replace('"parts": 1', '"parts": 2'))
-    (found,) = verify(tmp_path, repair=True)
-    assert "not scores" in found.problem
+    (result,) = verify(tmp_path, repair=True)
+    assert "not scores" in result.problem
     assert path.read_text() == whole
     assert TeacherCache(open_artifact(tmp_path, "scores", artifact.key)).read_part(0).tokens == written[0].tokens
 
@@ -84,8 +84,8 @@ def test_an_edited_identity_stays_one(tmp_path: Path) -> None:
     path = artifact.folder / paths.IDENTITY
     whole = path.read_text()
     path.write_text(whole + " ")
-    (found,) = verify(tmp_path, repair=True)
-    assert "identity.json was edited" in found.problem
+    (result,) = verify(tmp_path, repair=True)
+    assert "identity.json was edited" in result.problem
     assert path.read_text() == whole
     assert verify(tmp_path) == []
 
@@ -97,16 +97,16 @@ def test_a_lost_identity_comes_back(tmp_path: Path) -> None:
     path = artifact.folder / paths.IDENTITY
     whole = path.read_text()
     path.unlink()
-    (found,) = verify(tmp_path / "here")
-    assert "is gone; `eopd store verify --repair` writes it again" in found.problem
-    assert not found.beyond_repair
+    (result,) = verify(tmp_path / "here")
+    assert "is gone; `eopd store verify --repair` writes it again" in result.problem
+    assert not result.beyond_repair
     verify(tmp_path / "here", repair=True)
     assert path.read_text() == whole
     path.unlink()
     (artifact.folder / paths.MANIFEST).unlink()
-    (found,) = verify(tmp_path / "here", repair=True)
-    assert found.beyond_repair
-    assert "a copy from a store that has it; without either, remove the folder" in found.problem
+    (result,) = verify(tmp_path / "here", repair=True)
+    assert result.beyond_repair
+    assert "a copy from a store that has it; without either, remove the folder" in result.problem
     assert copy(open_artifact(tmp_path / "there", "scores", artifact.key), tmp_path / "here") == []
     assert path.read_text() == whole
     assert verify(tmp_path / "here") == []
@@ -120,9 +120,9 @@ def test_what_a_newer_eopd_wrote_is_not_repaired(tmp_path: Path, name: str) -> N
     if name == paths.marker_name(1):
         (artifact.folder / paths.MANIFEST).unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    (found,) = verify(tmp_path, repair=True)
-    assert found.beyond_repair
-    assert "Upgrade eopd" in found.problem
+    (result,) = verify(tmp_path, repair=True)
+    assert result.beyond_repair
+    assert "Upgrade eopd" in result.problem
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -130,8 +130,8 @@ def test_a_lost_manifest_comes_back(tmp_path: Path) -> None:
     artifact, _ = scores(tmp_path)
     whole = artifact.manifest
     (artifact.folder / paths.MANIFEST).unlink()
-    (found,) = verify(tmp_path, repair=True)
-    assert "is gone, though every part is committed; `eopd store verify --repair` writes it again" in found.problem
+    (result,) = verify(tmp_path, repair=True)
+    assert "is gone, though every part is committed; `eopd store verify --repair` writes it again" in result.problem
     assert verify(tmp_path) == []
     assert artifact.manifest == whole
 

@@ -10,8 +10,8 @@ from examples.study import compare
 
 def test_t_intervals_cover_the_mean_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    found = [compare.paired(rng.normal(1.0, 0.3, size=(5, 2)), np.zeros((5, 2))).interval for _ in range(800)]
-    assert np.mean([one is not None and one.low <= 1.0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.025)
+    result = [compare.paired(rng.normal(1.0, 0.3, size=(5, 2)), np.zeros((5, 2))).interval for _ in range(800)]
+    assert np.mean([one is not None and one.low <= 1.0 <= one.high for one in result]) == pytest.approx(0.95, abs=0.025)
     assert compare.over_seeds(np.ones(1)).interval is None
 
 
@@ -40,8 +40,8 @@ def test_crossed_intervals_cover_the_mean_whatever_varies(
     draws, p = 1000, 60
     table = seeds * rng.normal(size=(draws, s, 1)) + problems * rng.normal(size=(draws, 1, p))
     table = table + residual * rng.normal(size=(draws, s, p))
-    found = [compare.crossed(one, np.zeros((s, p))).interval for one in table]
-    low, high = np.array([(one.low, one.high) for one in found if one is not None]).T
+    result = [compare.crossed(one, np.zeros((s, p))).interval for one in table]
+    low, high = np.array([(one.low, one.high) for one in result if one is not None]).T
     assert least <= np.mean((low <= 0) & (high >= 0)) <= 0.985
     true = np.sqrt(seeds**2 / s + problems**2 / p + residual**2 / (s * p))
     # a bootstrap that draws both is 1.6 times as wide as the residual; S - 1 degrees of freedom cost a factor of

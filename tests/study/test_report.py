@@ -79,13 +79,13 @@ def test_a_report_does_not_guess_learning_rates(tmp_path: Path) -> None:
     for task in in_order([experiments.TUNE], RATES):
         if task.setting.name != "opd-lr0.0002":
             made_up(task, tmp_path, shift=task.setting.name in ("mix-lr5e-05", "opd-lr0.0008"))
-    found = rates.tuned(tmp_path)
-    assert found["mix"] == 5e-5, "the best of the grid"
-    assert tables.load(experiments.MAIN, found, tmp_path) == [], "nothing to look up a rate for"
+    result = rates.tuned(tmp_path)
+    assert result["mix"] == 5e-5, "the best of the grid"
+    assert tables.load(experiments.MAIN, result, tmp_path) == [], "nothing to look up a rate for"
     for task in in_order([experiments.MAIN], RATES, seeds=[0], settings=["opd"]):
         made_up(task, tmp_path)
     with pytest.raises(StudyError, match=r"rate of opd is not known, for want of tuning/opd-lr0.0002:"):
-        tables.load(experiments.MAIN, found, tmp_path)
+        tables.load(experiments.MAIN, result, tmp_path)
 
 
 def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
@@ -107,27 +107,27 @@ def test_results_of_other_inputs_are_not_compared(tmp_path: Path) -> None:
 
 def test_anchors_say_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main_at_toy_size = toy("main", seeds=(0, 1))
-    found = anchors.measure(main_at_toy_size, tmp_path)
+    measured = anchors.measure(main_at_toy_size, tmp_path)
     committed = json.loads((results.RESULTS / "main" / "opd-seed0.json").read_text())
     for role in anchors.ROLES:
-        assert found["inputs"][role] == committed["inputs"][role], "of the models that the study trained"
-        assert [one["problems"] for one in found["figures"][role]] == [TOY.problems] * 2
-        assert found["figures"][role][0] != found["figures"][role][1], "other samples"
-    first, second = found["alignment"]
+        assert measured["inputs"][role] == committed["inputs"][role], "of the models that the study trained"
+        assert [one["problems"] for one in measured["figures"][role]] == [TOY.problems] * 2
+        assert measured["figures"][role][0] != measured["figures"][role][1], "other samples"
+    first, second = measured["alignment"]
     assert first.keys() == committed["alignment"].keys()
     assert first["teacher"] == second["teacher"], "the teacher's responses are the same for every seed"
     assert first["own"] != second["own"]
-    assert found["made"]["commit"] == study_run.commit()
+    assert measured["made"]["commit"] == study_run.commit()
     assert not list(tmp_path.glob("store-seed*/evaluations/*/part-*")), "it leaves nothing that a run would find"
 
     monkeypatch.setattr(anchors, "PATH", tmp_path / "anchors.json")
     monkeypatch.setattr(anchors, "MEASURED", (main_at_toy_size,))
-    assert anchors.read(main_at_toy_size, found["inputs"]) == anchors.NOTHING
-    anchors.PATH.write_text(json.dumps({"countdown": found}))
-    assert anchors.read(experiments.MAIN, found["inputs"]) == anchors.NOTHING, "of other problems"
-    read = anchors.read(main_at_toy_size, found["inputs"])
+    assert anchors.read(main_at_toy_size, measured["inputs"]) == anchors.NOTHING
+    anchors.PATH.write_text(json.dumps({"countdown": measured}))
+    assert anchors.read(experiments.MAIN, measured["inputs"]) == anchors.NOTHING, "of other problems"
+    read = anchors.read(main_at_toy_size, measured["inputs"])
     (line,) = read.lines()
-    mean = (found["figures"]["student"][0]["pass_at_k"] + found["figures"]["student"][1]["pass_at_k"]) / 2
+    mean = (measured["figures"]["student"][0]["pass_at_k"] + measured["figures"]["student"][1]["pass_at_k"]) / 2
     assert re.search(rf"The student before training: Avg@8 0\.\d+ ± \d\.\d+, Pass@8 {mean:.4f} ± ", line)
     assert line.endswith("(the same problems, 2 seeds).")
     kl = first["teacher"]["above"]["fkl"]

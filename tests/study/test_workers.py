@@ -104,10 +104,10 @@ def test_a_study_in_the_background_is_ended_with_its_workers(tmp_path: Path, num
 
 def _of_session(session: int) -> list[str]:
     """Processes that still live in a session."""
-    found = []
+    collected = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, _, its = stat.read_text().rsplit(")", 1)[1].split()[:4]
             if int(its) == session and state != "Z":
-                found.append(stat.parent.name)
-    return found
+                collected.append(stat.parent.name)
+    return collected

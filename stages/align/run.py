@@ -19,7 +19,7 @@ import numpy as np
 from eopd.stages.align.divergence import SUMMED, EntropyBins, known_ids, read_pairs, summarise_bins
 from eopd.stages.align.settings import AlignmentSettings
 from eopd.stages.engines.hidden import HiddenEngine, check_first_batch, refuse_uniform
-from eopd.stages.engines.kept import Engines, open_hidden_engine
+from eopd.stages.engines.kept import Engines, naming_engine, open_hidden_engine
 from eopd.stages.engines.sampling import EngineKind, EngineOptions, torch_device
 from eopd.stages.evaluate.settings import EvaluateSettings
 from eopd.stages.job import ModelRef, Progress
@@ -133,14 +133,15 @@ def _open(
     job: AlignmentJob, ref: ModelRef, kind: EngineKind, options: EngineOptions, longest: int, stack: ExitStack
 ) -> HiddenEngine:
     settings = _settings(job)
-    engine = open_hidden_engine(
-        kind,
-        ref,
-        longest=longest,
-        log_dir=job.log_dir,
-        options=options,
-        batch_tokens=settings.batch_tokens,
-    )
+    with naming_engine("evaluate.alignment.teacher_engine"):  # the student's is always transformers
+        engine = open_hidden_engine(
+            kind,
+            ref,
+            longest=longest,
+            log_dir=job.log_dir,
+            options=options,
+            batch_tokens=settings.batch_tokens,
+        )
     stack.enter_context(closing(engine))
     if engine.note:
         job.progress.line(f"align: {ref.path} reads {engine.note}")

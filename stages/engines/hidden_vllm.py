@@ -168,9 +168,9 @@ def _refuse_unknown(folder: Path) -> None:
         raise InputError(
             f"architecture {_architecture(folder)!r} is refused with engine vllm, because its hidden states from "
             f"vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}",
-            setting="score.engine",
+            setting="engine",
             file=folder / "config.json",
-            remedy="Set score.engine (or evaluate.alignment.teacher_engine): transformers.",
+            remedy="Set engine (in evaluate.alignment: teacher_engine): transformers.",
         )
 
 

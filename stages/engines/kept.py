@@ -51,6 +51,17 @@ def resolve_engine(kind: EngineKind) -> Literal["vllm", "transformers"]:
     return kind
 
 
+@contextmanager
+def naming_engine(setting: str) -> Iterator[None]:
+    """Name ``setting`` in errors about the engine, which do not know what chose it."""
+    try:
+        yield
+    except InputError as error:
+        if error.setting == "engine":
+            error.setting = setting
+        raise
+
+
 def open_sampling_engine(
     kind: EngineKind, ref: ModelRef, *, max_model_len: int, log_dir: Path, options: EngineOptions | None = None
 ) -> SamplingEngine:
@@ -158,11 +169,16 @@ class Engines:
         log_dir: Path,
         progress: Progress,
         options: EngineOptions | None = None,
+        setting: str = "engine",
     ) -> Iterator[SamplingEngine]:
-        """Yield an engine that samples from ``ref``; arguments and errors as for ``open_sampling_engine``."""
+        """Yield an engine that samples from ``ref``; arguments and errors as for ``open_sampling_engine``.
+
+        Args:
+            setting: the name that errors give to ``kind``.
+        """
         options = options or EngineOptions()
         length = options.max_model_len or max_model_len
-        with self._lending():
+        with self._lending(), naming_engine(setting):
             sampler = self._kept_sampler(kind, ref, length, options, progress)
             if sampler is None:
                 sampler = self._open_sampler(kind, ref, length, log_dir, options)
@@ -180,10 +196,15 @@ class Engines:
         dtype: str,
         batch_tokens: int,
         row_tokens: int,
+        setting: str = "engine",
     ) -> Iterator[HiddenEngine]:
-        """Yield an engine that gives the hidden states of ``ref``; arguments as for ``open_hidden_engine``."""
-        wanted = (resolve_engine(kind), ref, options, dtype, batch_tokens, row_tokens)
-        with self._lending():
+        """Yield an engine that gives the hidden states of ``ref``; arguments as for ``open_hidden_engine``.
+
+        Args:
+            setting: the name that errors give to ``kind``.
+        """
+        with self._lending(), naming_engine(setting):
+            wanted = (resolve_engine(kind), ref, options, dtype, batch_tokens, row_tokens)
             reader = self._reader
             if reader is None or reader.wanted != wanted or reader.longest < longest:
                 if reader is not None or not self._fits_beside(ref, options):

@@ -111,6 +111,7 @@ def _sample_parts(job: EvaluateJob, cut: Sequence[Chunk], todo: Sequence[int]) -
             log_dir=job.log_dir,
             progress=job.progress,
             options=job.settings.engine_options,
+            setting="evaluate.engine",
         )
         with sampling as engine:
             meter = SamplingMeter(job.progress, "evaluate", responses, job.settings.parameters(()).max_new_tokens)

@@ -112,6 +112,7 @@ def _sample_parts(
         log_dir=job.log_dir,
         progress=job.progress,
         options=job.settings.engine_options,
+        setting="rollout.engine",
     )
     with _judging(job, draws, tokenizer) as judge, sampling as engine:
         meter = _Meter(job, responses)

@@ -128,6 +128,7 @@ def run(job: ScoreJob) -> None:
         dtype=job.settings.dtype,
         batch_tokens=job.settings.batch_tokens,
         row_tokens=job.settings.row_tokens,
+        setting="score.engine",
     )
     with torch_threads(options.cpu_threads), reading as engine:
         if engine.note:

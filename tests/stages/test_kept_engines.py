@@ -20,6 +20,8 @@ from eopd.stages.engines.sampling import (
     derive_seed,
 )
 from eopd.stages.job import ModelRef, NullProgress
+from eopd.storage.errors import InputError
+from tests.raises import raises
 from tests.stages.tiny_models import save_tiny
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -75,6 +77,23 @@ def ask(
         kind, ref, max_model_len=16 + seed, log_dir=Path(ref.path), progress=told, options=OPTIONS
     ) as engine:
         return engine, engine.sample(requests(seed), PARAMETERS)
+
+
+def test_errors_name_the_setting_that_chose_the_engine(
+    tmp_path: Path, students: list[ModelRef], engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    sampling = engines.sampling(
+        "vllm", students[0], max_model_len=8, log_dir=tmp_path, progress=NullProgress(), setting="rollout.engine"
+    )
+    with raises(InputError, "^rollout.engine: ", setting="rollout.engine", remedy="engine: transformers"), sampling:
+        pass
+    sizes = {"longest": 8, "batch_tokens": 8, "row_tokens": 8}
+    reading = engines.reading(
+        "vllm", students[0], log_dir=tmp_path, options=OPTIONS, dtype="auto", setting="score.engine", **sizes
+    )
+    with raises(InputError, "^score.engine: ", setting="score.engine", remedy="engine: transformers"), reading:
+        pass
 
 
 @pytest.mark.parametrize("kind", ENGINES)

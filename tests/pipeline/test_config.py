@@ -391,7 +391,7 @@ CHAT = {"path": "p", "system": "Be brief.", "template_arguments": {"enable_think
 
 
 @pytest.mark.parametrize(
-    ("prompts", "asked", "found"),
+    ("prompts", "asked", "result"),
     [
         (PLAIN, {}, ("plain", "\nAnswer:", None, {}, 512)),
         (CHAT, {}, ("chat", "", "Be brief.", {"enable_thinking": False}, 512)),

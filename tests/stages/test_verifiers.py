@@ -370,7 +370,7 @@ def test_a_reworded_solution_is_no_new_one_and_other_steps_are(math_verifier: Ma
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "result"),
     [
         ("", []),
         ("no equation, but 3 + 4", []),

@@ -110,7 +110,7 @@ def test_half_precision_comes_as_such_and_is_as_near_to_exact_as_its_rounding(tm
 def test_what_is_not_known_to_be_right_is_refused_by_name(name: str, tmp_path: Path) -> None:
     save_teacher(name, tmp_path)
     architecture = type(tiny_model(name)).__name__
-    with raises(InputError, architecture, setting="score.engine", file=tmp_path / "config.json", remedy="transformers"):
+    with raises(InputError, architecture, setting="engine", file=tmp_path / "config.json", remedy="transformers"):
         open_hidden_engine("vllm", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path)
     assert open_hidden_engine("auto", ModelRef(str(tmp_path)), longest=64, log_dir=tmp_path).name == "transformers"
 

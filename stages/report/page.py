@@ -219,9 +219,7 @@ def _attribution(runs: Sequence[RunData]) -> Table:
         if attribution is None:
             continue
         for name, values in attribution.z.items():
-            known = sorted(
-                (value, bin_) for value, bin_ in zip(values, attribution.bins, strict=True) if value is not None
-            )
+            known = sorted((z, bin_) for z, bin_ in zip(values, attribution.bins, strict=True) if z is not None)
             ends = [f"{printable(bin_, 40)} ({value:+.2f})" for value, bin_ in (known[-1:] + known[:1])]
             between, p = attribution.tests[name]
             body.append((f"{_of(run, runs)}{printable(name, 60)}", *(ends or ["–", "–"]), f"{between:.1%}", f"{p:.4f}"))

@@ -371,10 +371,8 @@ def test_large_files_are_put_in_pieces(tmp_path: Path, endpoint: str) -> None:
     file.write_bytes(bytes(remote.WRITE_BYTES) + b"x")
     with raises(DamagedPart, "changed", part=1, file="large"):
         copy(artifact, there)
-    result = [
-        entry for entry in s3.client(endpoint).list_objects_v2(Bucket="large")["Contents"] if entry["Size"] > 1000
-    ]
-    assert [entry["ETag"][-3:] for entry in result] == ['-2"']
+    objects = s3.client(endpoint).list_objects_v2(Bucket="large")["Contents"]
+    assert [entry["ETag"][-3:] for entry in objects if entry["Size"] > 1000] == ['-2"']
     assert verify(there) == []
     assert copy(RemoteArtifact(there, "rollouts", artifact.key), tmp_path / "back", [0]) == [0]
     assert Artifact(tmp_path / "back", artifact.identity).marker(0).checksum == artifact.marker(0).checksum

@@ -38,11 +38,11 @@ def install() -> None:
         if event != "os.mkdir" or not isinstance(arguments[0], (str, os.PathLike)):
             return
         folder, name = os.path.split(os.fspath(arguments[0]))
-        result = _PART.match(str(name))
-        if result is None or not os.path.isdir(folder) or os.path.exists(os.path.join(folder, name)):
+        match = _PART.match(str(name))
+        if match is None or not os.path.isdir(folder) or os.path.exists(os.path.join(folder, name)):
             return  # no part, or a call that makes no folder
-        committed = os.path.exists(os.path.join(folder, f"{result.group(1)}.json"))
-        line = f"{time.time():.6f} {os.getpid()} {int(committed)} {result.group(1)} {folder}\n"
+        committed = os.path.exists(os.path.join(folder, f"{match.group(1)}.json"))
+        line = f"{time.time():.6f} {os.getpid()} {int(committed)} {match.group(1)} {folder}\n"
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(handle, line.encode())
         os.close(handle)

@@ -65,8 +65,8 @@ def header(head: HeadRule) -> PartHeader:
 
 @contextmanager
 def workspace(folder: str | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=folder, prefix="eopd-cache-") as result:
-        yield Path(result)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="eopd-cache-") as temporary:
+        yield Path(temporary)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -243,18 +243,18 @@ def measure_flips(root: Path, trials: int = 1_000) -> dict[str, Any]:
     right = TeacherCache(artifact).read_part(0)
     files = sorted(path for path in artifact.folder.rglob("*") if path.is_file())
     rng = np.random.default_rng(0)
-    result = lies = 0
+    detected = lies = 0
     for trial in range(trials):
         path = files[trial % len(files)]
         whole = path.read_bytes()
         _damage(path, whole, rng)
-        result += bool(verify(root / "flips"))
+        detected += bool(verify(root / "flips"))
         with suppress(StoreError):
             lies += not _same(TeacherCache(artifact).read_part(0), right)
         path.write_bytes(whole)
     assert not verify(root / "flips")
-    say(f"flips: {result} of {trials} found, {lies} reads wrong")
-    return {"flips_detected": result, "flips_tried": trials, "reads_with_wrong_numbers": lies}
+    say(f"flips: {detected} of {trials} found, {lies} reads wrong")
+    return {"flips_detected": detected, "flips_tried": trials, "reads_with_wrong_numbers": lies}
 
 
 def _damage(path: Path, whole: bytes, rng: np.random.Generator) -> None:
@@ -269,8 +269,8 @@ def _damage(path: Path, whole: bytes, rng: np.random.Generator) -> None:
         path.write_bytes(content)
 
 
-def _same(result: TeacherRows, right: TeacherRows) -> bool:
-    return all(np.array_equal(getattr(result, name), getattr(right, name)) for name in TeacherRows.__dataclass_fields__)
+def _same(rows: TeacherRows, right: TeacherRows) -> bool:
+    return all(np.array_equal(getattr(rows, name), getattr(right, name)) for name in TeacherRows.__dataclass_fields__)
 
 
 # -- all -------------------------------------------------------------------------------------------------------

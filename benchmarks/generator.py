@@ -146,12 +146,12 @@ def distinct_ids(rng: np.random.Generator, rows: int, width: int, ids: Ids, voca
 
 def lengths(rng: np.random.Generator, tokens: int) -> NDArray[np.int64]:
     """Response lengths that sum to ``tokens``: log-normal, median 600, 64 .. 4096 (the last may be shorter)."""
-    result = np.clip(600.0 * np.exp(0.75 * rng.standard_normal(tokens // 64 + 1)), 64, 4096).astype(np.int64)
-    ends = np.cumsum(result)
+    lengths = np.clip(600.0 * np.exp(0.75 * rng.standard_normal(tokens // 64 + 1)), 64, 4096).astype(np.int64)
+    ends = np.cumsum(lengths)
     count = int(np.searchsorted(ends, tokens)) + 1
-    result = result[:count]
-    result[-1] -= ends[count - 1] - tokens
-    return result
+    lengths = lengths[:count]
+    lengths[-1] -= ends[count - 1] - tokens
+    return lengths
 
 
 def generate(
@@ -218,32 +218,32 @@ def _block(rng: np.random.Generator, tokens: int, head: HeadRule, ids: Ids, voca
     }
 
 
-def _sampled(rng: np.random.Generator, result: Distributions) -> tuple[NDArray[np.int64], Float]:
+def _sampled(rng: np.random.Generator, teacher: Distributions) -> tuple[NDArray[np.int64], Float]:
     """[T] rank of the student's token and its teacher log-prob."""
-    table = law(result.vocabulary)
-    flat = np.exp(STUDENT * result.logprob)
-    a = np.maximum(STUDENT * result.exponent, table.exponent[0])
+    table = law(teacher.vocabulary)
+    flat = np.exp(STUDENT * teacher.logprob)
+    a = np.maximum(STUDENT * teacher.exponent, table.exponent[0])
     beyond = np.exp(np.interp(a, table.exponent, np.log(np.maximum(table.far_sum, 1e-300))))
-    beyond *= np.exp(-STUDENT * result.log_z)  # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT
+    beyond *= np.exp(-STUDENT * teacher.log_z)  # far weights are (r + SHIFT)^-(STUDENT a) / Z^STUDENT
     ends = np.cumsum(flat, axis=1)
     u = rng.random(len(flat)) * (ends[:, -1] + beyond)
     rank = (ends < u[:, None]).sum(axis=1)
     far = np.flatnonzero(rank == EXPLICIT)
-    logprob = result.logprob[np.arange(len(rank)), np.minimum(rank, EXPLICIT - 1)]
-    rank[far] = far_ranks(a[far], rng.random(len(far)), result.vocabulary)
-    logprob[far] = -result.exponent[far] * np.log(rank[far] + 1 + SHIFT) - result.log_z[far]
+    logprob = teacher.logprob[np.arange(len(rank)), np.minimum(rank, EXPLICIT - 1)]
+    rank[far] = far_ranks(a[far], rng.random(len(far)), teacher.vocabulary)
+    logprob[far] = -teacher.exponent[far] * np.log(rank[far] + 1 + SHIFT) - teacher.log_z[far]
     return rank, logprob
 
 
 def _systematic(
-    rng: np.random.Generator, result: Distributions, size: NDArray[np.int64], tail: Float, head: HeadRule
+    rng: np.random.Generator, teacher: Distributions, size: NDArray[np.int64], tail: Float, head: HeadRule
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ranks drawn beyond the head, systematically with one uniform a token, and the token of each."""
     u = rng.random(len(size))
     counts = np.floor(tail / head.min_prob + 1.0 - u).astype(np.int64)  # points u, u + 1, ... below tail / c
     owner = np.repeat(np.arange(len(size)), counts)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    p = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, np.exp(result.logprob))
+    p = np.where(np.arange(EXPLICIT) < size[:, None], 0.0, np.exp(teacher.logprob))
     ends = np.cumsum(p, axis=1)
     rank = np.zeros(len(owner), np.int64)
     at = (u[owner] + nth) * head.min_prob
@@ -251,8 +251,8 @@ def _systematic(
         some = slice(low, low + 16_384)
         rank[some] = (ends[owner[some]] <= at[some, None]).sum(axis=1)
     far = np.flatnonzero(rank == EXPLICIT)
-    share = np.clip((at[far] - ends[owner[far], -1]) / result.far_mass[owner[far]], 0.0, 1.0)
-    rank[far] = far_ranks(result.exponent[owner[far]], share, result.vocabulary)
+    share = np.clip((at[far] - ends[owner[far], -1]) / teacher.far_mass[owner[far]], 0.0, 1.0)
+    rank[far] = far_ranks(teacher.exponent[owner[far]], share, teacher.vocabulary)
     return rank, owner
 
 

@@ -42,7 +42,7 @@ KL_TOKENS = 2_048
 
 
 @dataclass(frozen=True)
-class Found:
+class Comparison:
     degrees: dict[str, float]
     relative_error: dict[str, float]
     sampled50_unique_ids: float  # a token
@@ -58,7 +58,9 @@ class _Sums:
     targets: dict[str, Float]  # name -> [V, D]
 
 
-def compare(tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, vocabulary: int = VOCABULARY) -> Found:
+def compare(
+    tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Comparison:
     """Each target's gradient beside the exact one; means over the seeds where there are any."""
     head = head or HeadRule()
     rng = np.random.default_rng(seed)
@@ -81,7 +83,7 @@ def compare(tokens: int = 16_384, head: HeadRule | None = None, seed: int = 0, v
         gradient = sums.q[:, column * HIDDEN : (column + 1) * HIDDEN] - target
         result.setdefault(kind, []).append(_angle(exact, gradient))
         errors.setdefault(kind, []).append(float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact)))
-    return Found(_means(result), _means(errors), unique / tokens, float(np.mean(divergences)))
+    return Comparison(_means(result), _means(errors), unique / tokens, float(np.mean(divergences)))
 
 
 def _means(values: dict[str, list[float]]) -> dict[str, float]:
@@ -93,12 +95,12 @@ def _angle(a: Float, b: Float) -> float:
     return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
 
 
-def _dense(result: Distributions, rng: np.random.Generator) -> tuple[Float, Float, Float]:
+def _dense(teacher: Distributions, rng: np.random.Generator) -> tuple[Float, Float, Float]:
     """Teacher and student [B, V], most probable first (for the student nearly), and the teacher's entropy [B]."""
-    logs = np.log(np.arange(EXPLICIT + 1, result.vocabulary + 1) + SHIFT)
-    p = np.empty((len(result.exponent), result.vocabulary))
-    p[:, :EXPLICIT] = result.logprob
-    p[:, EXPLICIT:] = -result.exponent[:, None] * logs - result.log_z[:, None]
+    logs = np.log(np.arange(EXPLICIT + 1, teacher.vocabulary + 1) + SHIFT)
+    p = np.empty((len(teacher.exponent), teacher.vocabulary))
+    p[:, :EXPLICIT] = teacher.logprob
+    p[:, EXPLICIT:] = -teacher.exponent[:, None] * logs - teacher.log_z[:, None]
     q = STUDENT * p
     q[:, :EXPLICIT] += STUDENT_NOISE * rng.standard_normal((len(p), EXPLICIT))
     np.exp(q, out=q)

@@ -30,8 +30,8 @@ class Forked:
 
     def poll(self) -> int | None:
         if self._code is None:
-            result, status = os.waitpid(self._pid, os.WNOHANG)
-            if result:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            if ended:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
 

@@ -56,8 +56,8 @@ def say(text: str) -> None:
 def encode(tokenizer: Tokenizer, problems: list[dict[str, str]]) -> tuple[list[list[int]], list[int]]:
     """Token ids of each problem, its solution and the stop token; and how many of them are the prompt."""
     stop = tokenizer.token_to_id(END_OF_TEXT)
-    prompts = [result.ids for result in tokenizer.encode_batch([row["problem"] + "\n" for row in problems])]
-    solutions = [result.ids for result in tokenizer.encode_batch([row["solution"] for row in problems])]
+    prompts = [encoded.ids for encoded in tokenizer.encode_batch([row["problem"] + "\n" for row in problems])]
+    solutions = [encoded.ids for encoded in tokenizer.encode_batch([row["solution"] for row in problems])]
     texts = [prompt + solution + [stop] for prompt, solution in zip(prompts, solutions, strict=True)]
     return texts, [len(prompt) for prompt in prompts]
 

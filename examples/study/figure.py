@@ -13,12 +13,12 @@ SHOWN = ("Pass@8", "distinct correct")
 INK, ACCENT = "#57606a", "#0969da"  # read on light and on dark pages
 
 
-def write(experiment: Experiment, result: Sequence[Rows], path: Path) -> bool:
+def write(experiment: Experiment, groups: Sequence[Rows], path: Path) -> bool:
     """Write an SVG; False (and nothing written) where no setting has two seeds in common with the reference."""
-    reference = next((rows for rows in result if rows.name == experiment.reference), None)
+    reference = next((rows for rows in groups if rows.name == experiment.reference), None)
     if reference is None:
         return False
-    pairs = [(rows, sorted(rows.by_seed.keys() & reference.by_seed.keys())) for rows in result if rows is not reference]
+    pairs = [(rows, sorted(rows.by_seed.keys() & reference.by_seed.keys())) for rows in groups if rows is not reference]
     pairs = [(rows, seeds) for rows, seeds in pairs if len(seeds) > 1]
     if not pairs:
         return False

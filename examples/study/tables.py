@@ -124,23 +124,23 @@ def _rows(
     return Rows(name, chosen.says, {seed: result for seed, result in read if result is not None})
 
 
-def block(experiment: Experiment, result: Sequence[Rows]) -> str:
+def block(experiment: Experiment, groups: Sequence[Rows]) -> str:
     """Everything that is said of an experiment by its results."""
-    if not result:
+    if not groups:
         return f"No result yet: `python -m examples.study --only {experiment.name}`."
-    told = [experiment_line(experiment, result), *unequal_tokens(result)]
-    ends = anchors.read(experiment, result[0].contents[0]["inputs"])
+    told = [experiment_line(experiment, groups), *unequal_tokens(groups)]
+    ends = anchors.read(experiment, groups[0].contents[0]["inputs"])
     told += ends.lines()
     graded = experiment.world == COUNTDOWN
-    told += pairs(experiment, result)
-    told += [levels(result), *differences(experiment, result)] if graded else []
-    return "\n\n".join([*told, alignment(result, ends), *alignment_differences(experiment, result)])
+    told += pairs(experiment, groups)
+    told += [levels(groups), *differences(experiment, groups)] if graded else []
+    return "\n\n".join([*told, alignment(groups, ends), *alignment_differences(experiment, groups)])
 
 
-def experiment_line(experiment: Experiment, result: Sequence[Rows]) -> str:
-    have = sum(len(rows.by_seed) for rows in result if "/" not in rows.name)
+def experiment_line(experiment: Experiment, groups: Sequence[Rows]) -> str:
+    have = sum(len(rows.by_seed) for rows in groups if "/" not in rows.name)
     asked = len(experiment.settings) * len(experiment.seeds)
-    made = [content["made"] for rows in result for content in rows.contents]
+    made = [content["made"] for rows in groups for content in rows.contents]
     commits = sorted({str(commit) for one in made for commit in one.get("commits", [one["commit"]])})
     missing = f" {asked - have} of the planned {asked} are missing." if have < asked else ""
     said = f"{have} results, made at {', '.join(commits)}.{missing} Intervals are 95 %, Student's t over seeds."
@@ -152,9 +152,9 @@ def experiment_line(experiment: Experiment, result: Sequence[Rows]) -> str:
     )
 
 
-def unequal_tokens(result: Sequence[Rows]) -> list[str]:
+def unequal_tokens(groups: Sequence[Rows]) -> list[str]:
     """A sentence where the settings were not trained on about as many tokens."""
-    tokens = {rows.name: rows.estimate(_at("cost", "tokens")).mean for rows in result}
+    tokens = {rows.name: rows.estimate(_at("cost", "tokens")).mean for rows in groups}
     least, most = min(tokens, key=tokens.__getitem__), max(tokens, key=tokens.__getitem__)
     if tokens[most] <= tokens[least] * (1 + UNEQUAL):
         return []
@@ -164,11 +164,11 @@ def unequal_tokens(result: Sequence[Rows]) -> list[str]:
     ]
 
 
-def levels(result: Sequence[Rows]) -> str:
+def levels(groups: Sequence[Rows]) -> str:
     lines = _header(
         "setting", "seeds", "rate", *FIGURES, *SPREAD, "gate fraction", "tokens (k)", "bytes/token", "CPU minutes"
     )
-    for rows in result:
+    for rows in groups:
         seeds = list(rows.by_seed)
         rate = rows.contents[0]["settings"]["train"]["optimizer"]["lr"]
         cells = [rows.name, str(len(seeds)), f"{rate:g}"]
@@ -212,11 +212,11 @@ def _is_whole(cost: Mapping[str, Any]) -> bool:
     return not cost["resumed_at_round"]
 
 
-def pairs(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
+def pairs(experiment: Experiment, groups: Sequence[Rows]) -> list[str]:
     """The differences that the experiment names, in what is graded; of a task where nothing is, in alignment."""
     graded = experiment.world == COUNTDOWN
     names, cells = (GRADED, _graded) if graded else (DIVERGENCES, _divergences)
-    by_name = {rows.name: rows for rows in result}
+    by_name = {rows.name: rows for rows in groups}
     lines = _header("primary, in pairs" if experiment.primary else "named pairs", "seeds", *names)
     for first, second in experiment.pairs:
         if first in by_name and second in by_name:
@@ -227,9 +227,9 @@ def pairs(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
     return ["\n".join(lines)] if len(lines) > 2 else []
 
 
-def differences(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
+def differences(experiment: Experiment, groups: Sequence[Rows]) -> list[str]:
     """Paired differences in the graded figures; bold where the interval leaves out 0."""
-    return _against(experiment, result, GRADED, _graded)
+    return _against(experiment, groups, GRADED, _graded)
 
 
 OVER_BOTH = ("Pass@8", "distinct correct")  # these also over seeds and problems
@@ -246,21 +246,21 @@ def _apart(rows: Rows, reference: Rows, seeds: Sequence[int], figures: Iterable[
     return [over_seeds(rows.values(seeds, figure) - reference.values(seeds, figure)) for figure in figures]
 
 
-def alignment(result: Sequence[Rows], ends: anchors.Anchors) -> str:
+def alignment(groups: Sequence[Rows], ends: anchors.Anchors) -> str:
     lines = _header("alignment", *ALIGNMENT)
     if ends.alignment:
         before = [{"alignment": one} for one in ends.alignment]
         levels = (over_seeds(np.asarray([figure(one) for one in before])) for figure in ALIGNMENT.values())
         lines.append(_line(["before training", *map(_level, levels)]))
-    lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in result]
+    lines += [_line([rows.name, *(_level(rows.estimate(figure)) for figure in ALIGNMENT.values())]) for rows in groups]
     return "\n".join(lines)
 
 
 DIVERGENCES = tuple(name for name in ALIGNMENT if name != "teacher's there")
 
 
-def alignment_differences(experiment: Experiment, result: Sequence[Rows]) -> list[str]:
-    return _against(experiment, result, DIVERGENCES, _divergences)
+def alignment_differences(experiment: Experiment, groups: Sequence[Rows]) -> list[str]:
+    return _against(experiment, groups, DIVERGENCES, _divergences)
 
 
 def _divergences(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]:
@@ -269,15 +269,15 @@ def _divergences(rows: Rows, reference: Rows, seeds: Sequence[int]) -> list[str]
 
 def _against(
     experiment: Experiment,
-    result: Sequence[Rows],
+    groups: Sequence[Rows],
     names: Sequence[str],
     cells: Callable[[Rows, Rows, Sequence[int]], list[str]],
 ) -> list[str]:
-    reference = next((rows for rows in result if rows.name == experiment.reference), None)
+    reference = next((rows for rows in groups if rows.name == experiment.reference), None)
     if reference is None:
         return []
     lines = _header(f"against {reference.name}, in pairs", "seeds", *names)
-    for rows in result:
+    for rows in groups:
         seeds = sorted(rows.by_seed.keys() & reference.by_seed.keys())
         if rows is not reference and seeds:
             lines.append(_line([rows.name, str(len(seeds)), *cells(rows, reference, seeds)]))

@@ -25,6 +25,8 @@ from eopd.stages.models.model_config import refuse_crossing, refuse_dynamic_posi
 from eopd.stages.models.packing import Sequence
 from eopd.storage.errors import InputError
 
+TRANSFORMERS = "Set engine (in evaluate.alignment: teacher_engine): transformers"
+
 # Architectures whose hidden states were seen to equal transformers' to 1e-6 (float32, CPU, vLLM 0.32). Of others,
 # Cohere2 and GPT-NeoX differ by about the largest logit and Apertus by 1e-3; Olmo2, Phi and SmolLM3 do not start as
 # pooling models. What vLLM serves through transformers' own classes (GLM, OLMo, OLMo 3, Seed-OSS, ...) is left out: on
@@ -154,7 +156,8 @@ def _refuse_other_positions(folder: Path, name: str, longest: int) -> None:
         name,
         longest,
         "vLLM would read all of them with the scaling of the longest",
-        "Set score.engine (or evaluate.alignment.teacher_engine): transformers",
+        TRANSFORMERS,
+        "engine",
     )
 
 
@@ -170,7 +173,7 @@ def _refuse_unknown(folder: Path) -> None:
             f"vLLM's pooling runner are not known to be right. Known: {', '.join(sorted(KNOWN))}",
             setting="engine",
             file=folder / "config.json",
-            remedy="Set engine (in evaluate.alignment: teacher_engine): transformers.",
+            remedy=TRANSFORMERS,
         )
 
 

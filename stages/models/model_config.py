@@ -98,12 +98,14 @@ def length_boundary(folder: Path) -> int | None:
     return scaled.boundary if scaled is not None and scaled.depends_on_length else None
 
 
-def refuse_crossing(folder: Path, name: str, length: int, reason: str, remedy: str = "") -> None:
+def refuse_crossing(
+    folder: Path, name: str, length: int, reason: str, remedy: str = "", setting: str | None = None
+) -> None:
     """Raise ValueError if sequences of up to ``length`` tokens cross the ``length_boundary`` of a model."""
     boundary = length_boundary(folder)
     if boundary is not None and length > boundary:
         problem = f"{name}: its positions scale otherwise beyond {boundary} tokens, and {length} may be read: {reason}"
-        raise InputError(problem, file=folder / "config.json", remedy=remedy)
+        raise InputError(problem, setting=setting, file=folder / "config.json", remedy=remedy)
 
 
 def refuse_dynamic_positions(folder: Path, name: str) -> None:
@@ -113,6 +115,7 @@ def refuse_dynamic_positions(folder: Path, name: str) -> None:
         raise InputError(
             f"{name}: rope_type {scaled.rope_type!r} in its config is refused with engine vllm, which scales positions "
             "once for all lengths where transformers scales them by length",
+            setting="engine",
             file=folder / "config.json",
             remedy="Set engine: transformers",
         )

@@ -48,7 +48,7 @@ def settings(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> RunSet
 
 def render(asked: RunSettings, folder: Path, rows: int | None = None) -> list[str]:
     readers = [Reader(role, folder / role, trusted=False) for role in ("student", "teacher")]
-    return [result.text for result in render_sources(list(sources_of(asked)), *readers, rows)]
+    return [prompt.text for prompt in render_sources(list(sources_of(asked)), *readers, rows)]
 
 
 def test_both_views_of_every_source(folder: Path) -> None:

@@ -170,7 +170,7 @@ def test_vllm_is_not_opened_where_it_would_scale_positions_otherwise(tmp_path: P
     save_teacher("llama", tmp_path / "dynamic", **CHANGED["dynamic"])
     options: dict[str, Any] = {"log_dir": tmp_path}
     for name, longest in (("longrope", 33), ("dynamic", 16)):
-        with raises(InputError, file=tmp_path / name / "config.json", remedy="engine"):
+        with raises(InputError, setting="engine", file=tmp_path / name / "config.json", remedy="engine"):
             open_hidden_engine("vllm", ModelRef(str(tmp_path / name)), longest=longest, **options)
         engine = open_hidden_engine("auto", ModelRef(str(tmp_path / name)), longest=longest, **options)
         assert engine.name == "transformers"

@@ -155,7 +155,7 @@ def test_the_gain_is_paired_by_problem_with_the_confidence_of_the_run(tmp_path: 
     assert narrow.low is not None
     assert wide.low < narrow.low
     run = evaluated(tmp_path, evaluation(tmp_path, 0), evaluation(tmp_path, 1))
-    assert [result.names for result in run.scores] == [["a/0", "a/1", "b/0", "b/1"]] * 2
+    assert [score.names for score in run.scores] == [["a/0", "a/1", "b/0", "b/1"]] * 2
     assert run.scores[0].correct == [[0, 1, 0, 1]]
     assert run.scores[0].sources == {"a": "fa", "b": "fb"}
 
@@ -264,7 +264,7 @@ def trained(store: Path, round_: int, steps: int = 3, epochs: int = 2) -> Artifa
 def test_a_figure_by_round_is_of_the_student_at_its_start(tmp_path: Path) -> None:
     """That is the first step, taken before any update; the last student trains no more and has none."""
     made: list[Any] = [trained(tmp_path, number) for number in range(2)]
-    run = gathered(tmp_path, *[RoundArtifacts(n, None, checkpoint=result) for n, result in enumerate([*made, None])])
+    run = gathered(tmp_path, *[RoundArtifacts(n, None, checkpoint=one) for n, one in enumerate([*made, None])])
     for name in FIRST_STEP:
         assert [item.value(name) for item in run.rounds] == [0.0, 1.0, None]
         assert [row[name] for row in summary_rows(run, 8)] == [0.0, 1.0, None]

@@ -122,7 +122,7 @@ def test_stacked_stores(tmp_path: Path) -> None:
     new = Identity("scores", 1, 2, {"test": 2})
     assert stack.find(new).folder == private / "scores" / new.key
     base = small.identity.base_key
-    assert {result.key for result in stack.coverages(base)} == {small.key, large.key}
+    assert {copied.key for copied in stack.coverages(base)} == {small.key, large.key}
     assert stack.coverages("0" * 20) == []
     with pytest.raises(ValueError, match="first of stacked stores"):
         StackedStores([])
